@@ -1,0 +1,82 @@
+# `make demo` and `make test` need python3 (3.10 or newer), a C++17 compiler and make; everything
+# else is installed into .venv from requirements-dev.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# The GPU of this machine, else 90 (sm_90, compiled but not run): one architecture keeps the build
+# short. A release wheel lists its own.
+ifndef CUDA_ARCHS
+CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | head -n 1 | tr -cd 0-9),90)
+endif
+PYLOSS_CMAKE_ARGS ?= "-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)"
+PYTEST_ARGS ?= --timeout=600
+export PYLOSS_CMAKE_ARGS
+
+DEPS := $(VENV)/.deps.stamp
+BUILT := $(VENV)/.built.stamp
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.PHONY: build demo test ctest pytest sanitize bench lint format docs clean
+.DEFAULT_GOAL := build
+
+build: $(BUILT)
+
+$(DEPS): requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(DEPS) $(SOURCES)
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(BUILT)
+	$(PY) -m pyloss.demo
+
+test: ctest pytest
+
+# $(call run_ctest,build directory,CMake options)
+define run_ctest
+	CMAKE="$$($(PY) -c 'import cmake; print(cmake.CMAKE_BIN_DIR)')" && \
+	NINJA="$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')" && \
+	"$$CMAKE/cmake" -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM="$$NINJA/ninja" \
+	  -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA=OFF $(2) && \
+	"$$CMAKE/cmake" --build $(1) && \
+	"$$CMAKE/ctest" --test-dir $(1) --output-on-failure
+endef
+
+ctest: $(DEPS)
+	$(call run_ctest,build/cpp,-DPYLOSS_BUILD_PYTHON=OFF)
+
+# The C++ tests and the boundary fuzz under AddressSanitizer and UBSan.
+sanitize: $(DEPS)
+	$(call run_ctest,build/sanitize,-DPYLOSS_SANITIZE=ON -DPython_EXECUTABLE="$(abspath $(PY))" \
+	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)")
+
+pytest: $(BUILT)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(BUILT)
+	$(PY) -m bench.run --op row_softmax
+
+lint: $(DEPS)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(DEPS)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(VENV)/bin/clang-format -i
+
+docs: $(DEPS)
+	$(PY) -m pip install --disable-pip-version-check 'mkdocs>=1.6' 'mkdocs-material>=9.5'
+	$(PY) -m mkdocs build --strict
+
+clean:
+	rm -rf build dist site *.egg-info $(BUILT) pyloss/_C*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

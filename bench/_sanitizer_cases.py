@@ -1,0 +1,82 @@
+"""A short walk through the kernels of row_softmax, to be run under compute-sanitizer.
+
+    compute-sanitizer --tool racecheck python -m bench._sanitizer_cases
+
+A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
+of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
+derivative). Each result is compared with the reference; exit status 1 if one differs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.bench_row_softmax import Problem, all_options, pyloss_provider
+
+# Columns: one warp's row, an odd width (rows not aligned to 16 bytes), rows of one block, rows that
+# one multiprocessor cannot hold. Few rows of many columns are split over blocks.
+SHAPES = (
+    ((33, 7), "fp32"),
+    ((5, 1000), "bf16"),
+    ((3, 4099), "fp32"),
+    ((150, 8192), "bf16"),
+    ((2, 40000), "bf16"),
+    ((2, 131072), "fp32"),
+    ((2, 21, 5, 7), "fp32"),
+    ((2, 24, 8, 8), "bf16"),
+)
+
+
+def errors(device: str) -> Iterator[tuple[str, float]]:
+    """Name and error in units of the tolerance of every case."""
+    for shape, dtype in SHAPES:
+        problem = Problem(shape, dtype, device, probabilities=False)
+        kinds: dict[str, tuple[str, dict[str, Any]]] = {
+            "fwd": ("fwd", {}),
+            "fwd+bwd": ("fwd+bwd", {}),
+            "inplace": ("bwd", {"inplace": True}),
+            "options": ("fwd+bwd", all_options(problem)),
+            "smoothing": ("fwd+bwd", {"label_smoothing": 0.1}),
+        }
+        for kind, (mode, options) in kinds.items():
+            run = pyloss_provider(problem, mode, **options).build()
+            yield f"{kind} {shape} {dtype}", run.check()
+        soft = Problem(shape, dtype, device, probabilities=True)
+        yield f"soft {shape} {dtype}", pyloss_provider(soft, "fwd+bwd").build().check()
+        if dtype == "fp32":
+            yield f"second derivative {shape}", _second_derivative_error(problem)
+
+
+def _second_derivative_error(problem: Problem) -> float:
+    from pyloss import fused_cross_entropy
+    from pyloss.reference import row_softmax
+
+    def product(loss_fn, x: torch.Tensor) -> torch.Tensor:
+        leaf = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(loss_fn(leaf, problem.target), leaf, create_graph=True)
+        direction = torch.linspace(-1.0, 1.0, x.numel(), device=x.device, dtype=x.dtype)
+        return torch.autograd.grad((grad * direction.view_as(x)).sum(), leaf)[0].double()
+
+    exact = product(row_softmax, problem.x.double())
+    difference = product(fused_cross_entropy, problem.x) - exact
+    return (difference.norm() / exact.norm()).item() / 1e-5
+
+
+def main(device: str = "cuda") -> int:
+    wrong = 0
+    count = 0
+    for name, error in errors(device):
+        count += 1
+        if not error <= 1.0:
+            wrong += 1
+            print(f"{name}: {error:.3g} times the tolerance")
+    print(f"{count - wrong} of {count} cases agree with the reference")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

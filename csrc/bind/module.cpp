@@ -1,0 +1,52 @@
+// The extension module pyloss._C. No torch header is included anywhere in csrc/: one build serves
+// every torch version.
+#include <pybind11/pybind11.h>
+
+#include "bind/register.h"
+#include "common/multiversion.h"
+#if PYLOSS_WITH_CUDA
+#include "cuda/row_softmax.h"
+#endif
+
+#ifndef PYLOSS_VERSION
+#error "PYLOSS_VERSION comes from the build system"
+#endif
+#ifndef PYLOSS_CUDA_ARCHS
+#define PYLOSS_CUDA_ARCHS ""
+#endif
+#ifndef PYLOSS_WITH_CUDA
+#define PYLOSS_WITH_CUDA 0
+#endif
+
+namespace {
+
+const char* simd_level() {
+#if PYLOSS_HAS_MULTIVERSION
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
+  return "x86-64";
+#else
+  return "compiler default";
+#endif
+}
+
+int cuda_device_count() {
+#if PYLOSS_WITH_CUDA
+  return pyloss::cuda::device_count();
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+  m.doc() = "Compiled kernels of pyloss. Private: called by pyloss.ops only.";
+  m.attr("version") = PYLOSS_VERSION;
+  m.attr("built_with_cuda") = bool(PYLOSS_WITH_CUDA);
+  m.attr("cuda_archs") = PYLOSS_CUDA_ARCHS;
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("simd_level", &simd_level);
+  pyloss::register_row_softmax(m);
+}

@@ -1,0 +1,10 @@
+// One registration function per op; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyloss {
+
+void register_row_softmax(pybind11::module_& m);
+
+}  // namespace pyloss

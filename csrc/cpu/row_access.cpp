@@ -1,0 +1,135 @@
+#include "cpu/row_access.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace pyloss::cpu {
+namespace {
+
+// Returns the number of labels that are not ignored.
+int64_t check_labels(const RowSoftmaxProblem& p, const void* labels) {
+  const int64_t rows = p.rows();
+  int64_t active = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = load_index(labels, p.target_dtype, r);
+    if (y == p.options.ignore_index) continue;
+    if (!in_range(y, p.classes)) {
+      throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds.");
+    }
+    ++active;
+  }
+  return active;
+}
+
+}  // namespace
+
+template <class R>
+void prepare_norm(const RowSoftmaxProblem& p, R* norm) {
+  const int64_t active = p.kind != TargetKind::kDense ? check_labels(p, p.target) : p.rows();
+  if (p.kind == TargetKind::kMix) check_labels(p, p.target2);
+  const R* w = static_cast<const R*>(p.weight);
+  double weight_sum = double(p.classes);
+  if (w) {
+    weight_sum = 0;
+    for (int64_t c = 0; c < p.classes; ++c) weight_sum += double(w[c]);
+  }
+  double loss = 0, z = 0;
+  if (p.kind != TargetKind::kMix && !w && !p.token_weight) {
+    loss = z = double(active);
+  } else if (p.options.reduction == Reduction::kMean && p.options.num_items <= 0) {
+    for (int64_t r = 0; r < p.rows(); ++r) {
+      double a, b;
+      mean_weights<R>(p, r, &a, &b);
+      loss += a;
+      z += b;
+    }
+  }
+  finish_norm(p, loss, z, weight_sum, norm);
+}
+
+template <class R>
+void finish_loss(const RowSoftmaxProblem& p, const RowSoftmaxForward& f) {
+  const int64_t rows = p.rows();
+  const R* losses = static_cast<const R*>(f.stats) + kStatLoss * rows;
+  dispatch_float(f.loss_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    T* out = static_cast<T*>(f.loss);
+    if (p.options.reduction == Reduction::kNone) {
+      for (int64_t r = 0; r < rows; ++r) out[r] = FromFloat<T>::of(losses[r]);
+      return;
+    }
+    double sums[8] = {};  // eight independent chains hide the latency of the addition
+    for (int64_t r = 0; r < rows; ++r) sums[r % 8] += double(losses[r]);
+    double sum = 0;
+    for (double s : sums) sum += s;
+    *out = FromFloat<T>::of(finish_sum(p, static_cast<const R*>(f.norm), R(sum)));
+  });
+}
+
+template <class R>
+void store_result(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row,
+                  const RowResult<R>& r) {
+  const int64_t n = p.rows();
+  R* stats = static_cast<R*>(f.stats) + row;
+  R z_part;
+  stats[kStatMax * n] = r.terms.m;
+  stats[kStatRest * n] = r.rest;
+  stats[kStatTarget * n] = r.zy;
+  stats[kStatLoss * n] = row_loss(p, r.target, r.terms, static_cast<const R*>(f.norm), r.wz,
+                                  r.soft_loss, &z_part);
+  if (p.kind == TargetKind::kMix || p.soft()) {
+    stats[kStatTarget2 * n] = r.zy2;
+    stats[kStatSoft * n] = r.soft_mass;
+  }
+  if (f.extras) {
+    R* extras = static_cast<R*>(f.extras) + row;
+    extras[kExtraLse * n] = r.terms.lse();
+    extras[kExtraLogprob * n] = -r.terms.nll;
+    extras[kExtraEntropy * n] = row_entropy(r.terms, r.ez);
+    extras[kExtraZLoss * n] = z_part;
+  }
+  if (f.index) {
+    f.index[kIndexArgmax * n + row] = r.argmax;
+    f.index[kIndexRank * n + row] = r.rank;
+  }
+}
+
+template <class R>
+void store_ignored(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row) {
+  const int64_t n = p.rows();
+  const int stats = p.kind == TargetKind::kMix || p.soft() ? 6 : 4;
+  for (int s = 0; s < stats; ++s) static_cast<R*>(f.stats)[s * n + row] = 0;
+  if (f.extras) {
+    for (int e = 0; e < kExtraCount; ++e) static_cast<R*>(f.extras)[e * n + row] = 0;
+  }
+  if (f.index) {
+    f.index[kIndexArgmax * n + row] = -1;
+    f.index[kIndexRank * n + row] = 0;
+  }
+}
+
+template <class R>
+RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats, int64_t row,
+                       const RowTarget<R>& t, R* zy, R* zy2, R* soft_mass) {
+  const int64_t n = p.rows();
+  const R* s = static_cast<const R*>(stats) + row;
+  *zy = s[kStatTarget * n];
+  const bool more = p.kind == TargetKind::kMix || p.soft();
+  *zy2 = more ? s[kStatTarget2 * n] : R(0);
+  *soft_mass = more ? s[kStatSoft * n] : R(0);
+  return row_terms(p, t, s[kStatMax * n], s[kStatRest * n], *zy, *zy2);
+}
+
+#define PYLOSS_INSTANTIATE(R)                                                                   \
+  template void prepare_norm<R>(const RowSoftmaxProblem&, R*);                                  \
+  template void finish_loss<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&);             \
+  template void store_result<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t,    \
+                                const RowResult<R>&);                                           \
+  template void store_ignored<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t);  \
+  template RowTerms<R> load_terms<R>(const RowSoftmaxProblem&, const void*, int64_t,            \
+                                     const RowTarget<R>&, R*, R*, R*);
+PYLOSS_INSTANTIATE(float)
+PYLOSS_INSTANTIATE(double)
+#undef PYLOSS_INSTANTIATE
+
+}  // namespace pyloss::cpu

@@ -1,0 +1,382 @@
+// Row softmax over strided classes. Formulas: common/row_softmax.h.
+//
+// Decomposition: a tile of up to kTile neighbouring positions, one SIMD lane each, walks down the
+// classes. The tile's logits are kept in a buffer [classes][positions] that fits in cache for
+// usual class counts: loaded once with the running maximum, exponentiated in place with the running
+// sum, and, when the gradient is written in the forward, multiplied by one factor per position.
+// What happens once per position is scalar but for its exponential and logarithm. Tiles do not
+// depend on the thread count, and no sum crosses lanes.
+//
+// Memory traffic per logit of b bytes: statistics read b; backward reads b and writes b; with the
+// gradient in the forward read b, write b in all.
+//
+// Numerics: float lanes (double for fp64); sums over classes are folded every kFold classes.
+// Paper: Mao, Mohri, Zhong, arXiv 2304.07288.
+#include "cpu/row_strided.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+#include "cpu/row_access.h"
+#include "cpu/row_blocks.h"
+#include "cpu/row_lines.h"
+
+namespace pyloss::cpu {
+namespace {
+
+constexpr int64_t kTile = 256;
+constexpr int64_t kFold = 64;
+constexpr int32_t kNoLabel = -1;
+
+// Scratch of one thread: one value per position, and the kept logits.
+template <class R>
+struct Tile {
+  alignas(64) R m[kTile], zy[kTile], zy2[kTile], rest[kTile], fold[kTile];
+  alignas(64) R sum[kTile], log_sum[kTile], miss[kTile];
+  alignas(64) R ez[kTile], wz[kTile], w[kTile], mass[kTile], soft_loss[kTile];
+  alignas(64) R a[kTile], b[kTile], spread[kTile], soft[kTile];  // RowCoeffs
+  alignas(64) R label_a[kTile], label[kTile], label2[kTile];
+  alignas(64) R z[kTile], r[kTile], out[kTile];
+  alignas(64) int32_t y[kTile], y2[kTile], rank[kTile], argmax[kTile];
+  std::vector<R> kept;
+};
+
+template <class R>
+class TileWalk {
+ public:
+  TileWalk(const RowSoftmaxProblem& p, Tile<R>& t, int64_t outer, int64_t first, int64_t n)
+      : p_(p),
+        t_(t),
+        transform_(p.options),
+        first_row_(outer * p.inner + first),
+        n_(n),
+        weight_(static_cast<const R*>(p.weight)),
+        tau_a_(R(1 - p.options.tau)),
+        one_pass_soft_(p.kind == TargetKind::kDense && p.options.tau == 1) {}
+
+  // False: every position is ignored.
+  bool load_targets() {
+    int64_t active = 0;
+    for (int64_t l = 0; l < n_; ++l) {
+      active_[l] = load_target(p_, first_row_ + l, &targets_[l]);
+      active += active_[l];
+      t_.y[l] = active_[l] ? int32_t(targets_[l].y) : kNoLabel;
+      t_.y2[l] = active_[l] ? int32_t(targets_[l].y2) : kNoLabel;
+    }
+    all_active_ = active == n_;
+    return active > 0;
+  }
+
+  void statistics(const RowSoftmaxForward& f) {
+    const int64_t width = padded(n_);
+    t_.kept.resize(p_.classes * width);
+    std::fill(t_.m, t_.m + width, -infinity_<R>());
+    for (R* zeros : {t_.rest, t_.fold, t_.ez, t_.wz, t_.w, t_.mass, t_.soft_loss}) {
+      std::fill(zeros, zeros + width, R(0));
+    }
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      load(c, line(c));
+      line_max(line(c), n_, t_.m);
+    }
+    for (int64_t l = 0; l < width; ++l) {
+      t_.zy[l] = l < n_ && t_.y[l] >= 0 ? line(t_.y[l])[l] : -infinity_<R>();
+      t_.zy2[l] = l < n_ && t_.y2[l] >= 0 ? line(t_.y2[l])[l] : -infinity_<R>();
+    }
+    if (f.extras || f.index) extras();
+    if (one_pass_soft_ || (p_.options.smoothing > 0 && !p_.soft())) weighted_sums();
+    for (int64_t l = 0; l < n_; ++l) {
+      if (t_.y[l] >= 0) line(t_.y[l])[l] = -infinity_<R>();  // leaves the sum
+    }
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      line_exp_sum(line(c), n_, t_.m, t_.fold);
+      if (c % kFold == kFold - 1) fold();
+    }
+    fold();
+    line_terms(t_.m, t_.rest, t_.zy, n_, t_.sum, t_.log_sum, t_.miss);
+    if (one_pass_soft_) {
+      for (int64_t l = 0; l < n_; ++l) {
+        t_.mass[l] = t_.w[l];
+        t_.soft_loss[l] = t_.w[l] * t_.log_sum[l] - t_.wz[l];
+      }
+    } else if (p_.soft()) {
+      for (int64_t c = 0; c < p_.classes; ++c) {
+        load(c, t_.z);
+        load_soft(c);
+        line_soft_sums(t_.z, t_.r, n_, t_.m, t_.log_sum, tau_a_, t_.soft_loss, t_.mass);
+      }
+    }
+  }
+
+  void store_statistics(const RowSoftmaxForward& f) {
+    for (int64_t l = 0; l < n_; ++l) {
+      const int64_t row = first_row_ + l;
+      if (!active_[l]) {
+        store_ignored<R>(p_, f, row);
+        continue;
+      }
+      RowResult<R> r;
+      r.target = targets_[l];
+      r.terms = terms_[l] = terms(l);
+      r.rest = t_.rest[l];
+      r.zy = t_.zy[l];
+      r.zy2 = t_.zy2[l];
+      r.wz = t_.wz[l];
+      r.soft_loss = t_.soft_loss[l];
+      r.soft_mass = t_.mass[l];
+      r.ez = t_.ez[l];
+      r.argmax = f.index ? (std::isnan(r.terms.sum) ? first_nan(l, t_.argmax[l]) : t_.argmax[l])
+                         : -1;
+      r.rank = f.index && p_.kind != TargetKind::kDense ? t_.rank[l] : 0;
+      store_result(p_, f, row, r);
+    }
+  }
+
+  // Coefficients from statistics() of this walk; `upstream(row, token)` gives the cotangents.
+  template <class Upstream>
+  void coefficients(R weight_sum, const Upstream& upstream) {
+    for (int64_t l = 0; l < n_; ++l) {
+      if (!active_[l]) {
+        set_coefficients(l, RowCoeffs<R>{0, 0, 0, 0, 0, 0, 0});
+        continue;
+      }
+      set_coefficients(l, row_coeffs(p_, targets_[l], terms_[l],
+                                     upstream(first_row_ + l, targets_[l].token), weight_sum,
+                                     t_.mass[l]));
+    }
+  }
+
+  // The same from the statistics that the forward saved.
+  template <class Upstream>
+  void load_coefficients(const void* stats, R weight_sum, const Upstream& upstream) {
+    for (int64_t l = 0; l < n_; ++l) {
+      t_.m[l] = t_.log_sum[l] = 0;
+      if (!active_[l]) continue;
+      terms_[l] = load_terms(p_, stats, first_row_ + l, targets_[l], &t_.zy[l], &t_.zy2[l],
+                             &t_.mass[l]);
+      t_.m[l] = terms_[l].m;
+      t_.log_sum[l] = terms_[l].log_sum;
+    }
+    coefficients(weight_sum, upstream);
+  }
+
+  bool can_keep() const { return !transform_.cap && (!p_.soft() || one_pass_soft_); }
+
+  // From the kept exponentials, in place; without entropy cotangents.
+  void gradient_kept(void* grad, const Strides& strides, bool stream) {
+    const R pre = transform_.pre;
+    for (int64_t l = n_; l < padded(n_); ++l) t_.a[l] = t_.spread[l] = 0;
+    for (int64_t l = 0; l < n_; ++l) t_.a[l] *= pre;
+    for (int64_t l = 0; l < n_; ++l) t_.spread[l] *= pre;
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      line_affine(line(c), n_, t_.a, t_.spread, weight(c), line(c));
+      if (one_pass_soft_) {
+        load_soft(c);
+        R* z = line(c);
+        for (int64_t l = 0; l < n_; ++l) z[l] -= t_.soft[l] * t_.r[l] * pre;
+      }
+    }
+    for (int64_t l = 0; l < n_; ++l) {
+      if (t_.y[l] < 0) continue;
+      // `spread` is scaled already; the label's entry needs it as it was.
+      const RowCoeffs<R> k{0, t_.b[l], t_.spread[l] / pre, 0, t_.label_a[l], t_.label[l], 0};
+      line(t_.y[l])[l] = pre * label_entry(terms_[l], k, t_.zy[l], weight(t_.y[l]));
+      if (t_.y2[l] >= 0) line(t_.y2[l])[l] -= pre * t_.label2[l];
+    }
+    for (int64_t c = 0; c < p_.classes; ++c) store(line(c), grad, strides, c, stream);
+  }
+
+  // From the logits.
+  void gradient(void* grad, const Strides& strides, bool stream) {
+    const LineCoeffs k{t_.m, t_.a, t_.b, t_.spread, t_.label_a, t_.label, t_.label2, t_.y, t_.y2};
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      load(c, t_.z);
+      line_gradient(t_.z, n_, int32_t(c), weight(c), k, t_.out);
+      if (p_.soft()) {
+        load_soft(c);
+        line_soft_gradient(t_.z, t_.r, n_, t_.m, t_.log_sum, t_.soft, tau_a_, t_.out);
+      }
+      block_chain(t_.z, n_, transform_, t_.out);
+      store(t_.out, grad, strides, c, stream);
+    }
+  }
+
+  void clear(void* grad, const Strides& strides) {
+    for (int64_t c = 0; c < p_.classes; ++c) store(t_.out, grad, strides, c, false);
+  }
+
+ private:
+  R* line(int64_t c) { return t_.kept.data() + c * padded(n_); }
+  R weight(int64_t c) const { return weight_ ? weight_[c] : R(1); }
+
+  RowTerms<R> terms(int64_t l) const {
+    RowTerms<R> r;
+    r.m = t_.m[l];
+    r.sum = t_.sum[l];
+    r.log_sum = t_.log_sum[l];
+    r.miss = t_.miss[l];
+    add_losses(p_, targets_[l], t_.zy[l], t_.zy2[l], &r);
+    return r;
+  }
+
+  void set_coefficients(int64_t l, const RowCoeffs<R>& c) {
+    t_.a[l] = c.a;
+    t_.b[l] = c.b;
+    t_.spread[l] = c.spread;
+    t_.soft[l] = c.soft;
+    t_.label_a[l] = c.label_a;
+    t_.label[l] = c.label;
+    t_.label2[l] = c.label2;
+  }
+
+  // z of class c, padded.
+  void load(int64_t c, R* z) {
+    const char* x = element(static_cast<const char*>(p_.x), p_.dtype, p_.x_strides, p_.inner,
+                            first_row_, c);
+    if (p_.x_strides.inner == 1) {
+      load_block(x, p_.dtype, n_, transform_, z);
+      return;
+    }
+    line_gather(x, p_.dtype, p_.x_strides.inner, n_, t_.out);
+    load_block(t_.out, sizeof(R) == 8 ? DType::kF64 : DType::kF32, n_, transform_, z);
+  }
+
+  // r of class c.
+  void load_soft(int64_t c) {
+    const R w = weight(c);
+    if (p_.kind != TargetKind::kDense) {
+      for (int64_t l = 0; l < n_; ++l) t_.r[l] = soft_coefficient(p_, targets_[l], c, R(0), w);
+      return;
+    }
+    const char* q = element(static_cast<const char*>(p_.target), p_.target_dtype,
+                            p_.target_strides, p_.inner, first_row_, c);
+    if (p_.target_strides.inner == 1) {
+      load_values(q, p_.target_dtype, n_, t_.r);
+    } else {
+      line_gather(q, p_.target_dtype, p_.target_strides.inner, n_, t_.r);
+    }
+    const R keep = R(1 - p_.options.smoothing), spread = targets_[0].spread;
+    if (keep == 1 && spread == 0 && w == 1) return;
+    for (int64_t l = 0; l < n_; ++l) t_.r[l] = w * (t_.r[l] * keep + spread);
+  }
+
+  void store(R* v, void* grad, const Strides& strides, int64_t c, bool stream) {
+    if (!all_active_) {  // ignored positions give zeros whatever their logits hold
+      for (int64_t l = 0; l < n_; ++l) v[l] = active_[l] ? v[l] : R(0);
+    }
+    char* out = element(static_cast<char*>(grad), p_.dtype, strides, p_.inner, first_row_, c);
+    if (strides.inner == 1) return store_block(v, n_, p_.dtype, out, stream);
+    line_scatter(v, n_, p_.dtype, strides.inner, out);
+  }
+
+  void extras() {
+    std::fill(t_.rank, t_.rank + kTile, 0);
+    std::fill(t_.argmax, t_.argmax + kTile, -1);
+    const LineExtras e{t_.ez, t_.zy, t_.rank, t_.argmax};
+    for (int64_t c = 0; c < p_.classes; ++c) line_extras(line(c), n_, t_.m, int32_t(c), e);
+  }
+
+  void weighted_sums() {
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      if (one_pass_soft_) {
+        load_soft(c);
+      } else {
+        std::fill(t_.r, t_.r + n_, weight(c));
+      }
+      line_weighted_sum(line(c), t_.r, n_, t_.m, t_.wz, t_.w);
+    }
+  }
+
+  void fold() {
+    for (int64_t l = 0; l < padded(n_); ++l) {
+      t_.rest[l] += t_.fold[l];
+      t_.fold[l] = 0;
+    }
+  }
+
+  int64_t first_nan(int64_t l, int64_t otherwise) {
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      load(c, t_.z);
+      if (t_.z[l] != t_.z[l]) return c;
+    }
+    return otherwise;
+  }
+
+  const RowSoftmaxProblem& p_;
+  Tile<R>& t_;
+  const RowTransform<R> transform_;
+  const int64_t first_row_, n_;
+  const R* weight_;
+  const R tau_a_;
+  const bool one_pass_soft_;
+  bool all_active_ = false;
+  RowTarget<R> targets_[kTile];
+  RowTerms<R> terms_[kTile];
+  bool active_[kTile];
+};
+
+// Positions per tile: the kept logits fit in half of the second-level cache, if 64 positions do.
+int64_t tile_width(const RowSoftmaxProblem& p) {
+  const int64_t column = p.classes * int64_t(sizeof(float));
+  const int64_t fit = l2_cache_bytes() / 2 / std::max<int64_t>(column, 1);
+  return std::min(kTile, std::max(kLanes, fit / kLanes * kLanes));
+}
+
+template <class R, class Fn>
+void for_tiles(const RowSoftmaxProblem& p, int threads, const Fn& fn) {
+  if (p.rows() == 0) return;
+  const int64_t width = tile_width(p), tiles = (p.inner + width - 1) / width;
+  parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p.classes) / width), threads,
+               [&](int64_t begin, int64_t end) {
+                 thread_local Tile<R> tile;
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t first = i % tiles * width;
+                   TileWalk<R> walk(p, tile, i / tiles, first, std::min(width, p.inner - first));
+                   fn(walk);
+                 }
+                 stream_fence();
+               });
+}
+
+}  // namespace
+
+template <class R>
+void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int threads) {
+  const R* norm = static_cast<const R*>(f.norm);
+  const bool stream = f.grad && should_stream(p, f.grad);
+  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
+    const bool any = walk.load_targets();
+    if (any) walk.statistics(f);
+    walk.store_statistics(f);
+    if (!f.grad) return;
+    if (!any) return walk.clear(f.grad, f.grad_strides);
+    walk.coefficients(norm[kNormWeightSum],
+                      [&](int64_t, R token) { return unit_upstream(f, token); });
+    if (walk.can_keep()) {
+      walk.gradient_kept(f.grad, f.grad_strides, stream);
+    } else {
+      walk.gradient(f.grad, f.grad_strides, stream);
+    }
+  });
+}
+
+template <class R>
+void strided_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threads) {
+  const bool stream = should_stream(p, b.grad);
+  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
+    if (!walk.load_targets()) return walk.clear(b.grad, b.grad_strides);
+    walk.load_coefficients(
+        b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
+        [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
+    walk.gradient(b.grad, b.grad_strides, stream);
+  });
+}
+
+template void strided_forward<float>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int);
+template void strided_forward<double>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int);
+template void strided_backward<float>(const RowSoftmaxProblem&, const RowSoftmaxBackward&, int);
+template void strided_backward<double>(const RowSoftmaxProblem&, const RowSoftmaxBackward&, int);
+
+}  // namespace pyloss::cpu

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Importing this package does not import Triton."""

@@ -1,0 +1,106 @@
+from collections.abc import Sequence
+
+version: str
+built_with_cuda: bool
+cuda_archs: str
+
+def cuda_device_count() -> int: ...
+def simd_level() -> str: ...
+
+# `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
+# a dtype code, a count, or a stream handle.
+def row_softmax_fwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    loss: int,
+    loss_dtype: int,
+    stats: int,
+    norm: int,
+    extras: int,
+    index: int,
+    grad: int,
+    grad_strides: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def row_softmax_bwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    grad_loss: int,
+    grad_extras: int,
+    stats: int,
+    norm: int,
+    extras: int,
+    grad: int,
+    grad_strides: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def row_softmax_hvp(
+    problem: Sequence[int],
+    options: Sequence[float],
+    grad_loss: int,
+    grad_extras: int,
+    stats: int,
+    norm: int,
+    extras: int,
+    grad: int,
+    grad_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    grad_rows: int,
+    grad_grad_extras: int,
+    threads: int,
+    /,
+) -> None: ...
+def scale_inplace(data: int, dtype: int, n: int, factor: int, threads: int, /) -> None: ...
+
+# Present when built_with_cuda.
+def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
+def cuda_row_softmax_fwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    loss: int,
+    loss_dtype: int,
+    stats: int,
+    norm: int,
+    extras: int,
+    index: int,
+    grad: int,
+    grad_strides: Sequence[int],
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_row_softmax_bwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    grad_loss: int,
+    grad_extras: int,
+    stats: int,
+    norm: int,
+    extras: int,
+    grad: int,
+    grad_strides: Sequence[int],
+    stream: int,
+    /,
+) -> None: ...
+def cuda_row_softmax_hvp(
+    problem: Sequence[int],
+    options: Sequence[float],
+    grad_loss: int,
+    grad_extras: int,
+    stats: int,
+    norm: int,
+    extras: int,
+    grad: int,
+    grad_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    grad_rows: int,
+    grad_grad_extras: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_scale_inplace(data: int, dtype: int, n: int, factor: int, stream: int, /) -> None: ...

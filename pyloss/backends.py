@@ -1,0 +1,125 @@
+"""Which implementation an op runs on, why, and how to choose another."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Collection, Iterator
+
+import torch
+
+from pyloss import _C
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+_log = logging.getLogger("pyloss")
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyloss_backend")
+_fallbacks_logged: set[tuple[str, str]] = set()
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+_from_environment = _checked(os.environ.get("PYLOSS_BACKEND") or None)
+
+
+def forced() -> str | None:
+    """The backend asked for by ``with pyloss.backend(...)`` or PYLOSS_BACKEND, if any."""
+    return _override.get(_from_environment)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Runs the ops inside the block on one backend; None: the automatic choice.
+
+    Args:
+        name: ``"reference"`` (plain PyTorch), ``"cpu"``, ``"cuda"`` or ``"triton"``. A backend that
+            cannot run an op raises RuntimeError with the reason when the op is called.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.randn(4, 10), torch.randint(10, (4,))
+        >>> with pyloss.backend("reference"):
+        ...     a = pyloss.fused_cross_entropy(x, y)
+        >>> torch.testing.assert_close(a, pyloss.fused_cross_entropy(x, y))
+    """
+    token = _override.set(_checked(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def why_not(name: str, op: str, device_type: str, available: Collection[str]) -> str | None:
+    """The reason why a backend cannot run an op on a device, in words; None when it can."""
+    if name not in available:
+        return f"{op} has no {name} implementation"
+    if name == "reference":
+        return None
+    if name == "cuda" and not _C.built_with_cuda:
+        return "pyloss was built without CUDA; build it where nvcc is on PATH"
+    needed = "cpu" if name == "cpu" else "cuda"
+    if device_type != needed:
+        return f"the {name} backend needs {needed} tensors"
+    return None
+
+
+def choose(op: str, device_type: str, available: Collection[str]) -> str:
+    """The backend that runs `op`: the forced one, else the device's own, else the reference."""
+    name = forced()
+    if name is not None:
+        reason = why_not(name, op, device_type, available)
+        if reason is not None:
+            raise RuntimeError(f"pyloss backend {name!r} cannot run {op}: {reason}")
+        return name
+    if device_type == "cpu":  # always built, on every path of small calls
+        return device_type
+    reason = why_not(device_type, op, device_type, available)
+    if reason is None:
+        return device_type
+    if os.environ.get("PYLOSS_STRICT", "0") not in ("", "0"):
+        raise RuntimeError(f"PYLOSS_STRICT is set and {op} would run on the reference: {reason}")
+    if (op, device_type) not in _fallbacks_logged:
+        _fallbacks_logged.add((op, device_type))
+        _log.info("%s runs on the reference implementation: %s", op, reason)
+    return "reference"
+
+
+def show_config() -> str:
+    """Prints and returns what pyloss was built with and what it uses here.
+
+    Returns:
+        The text: versions, SIMD level, CUDA architectures, threads, forced backend.
+
+    Example:
+        >>> import pyloss
+        >>> text = pyloss.show_config()  # doctest: +ELLIPSIS
+        pyloss ...
+    """
+    import importlib.util
+
+    # Looked up, not imported: importing triton takes longer than everything else here.
+    triton = importlib.util.find_spec("triton") is not None
+    if _C.built_with_cuda:
+        cuda = f"built in, architectures {_C.cuda_archs}, {_C.cuda_device_count()} device(s)"
+    else:
+        cuda = "not built in"
+    text = "\n".join(
+        [
+            f"pyloss {_C.version}, torch {torch.__version__}",
+            f"cpu: {_C.simd_level()}, {torch.get_num_threads()} thread(s)",
+            f"cuda: {cuda}",
+            f"triton: {'installed' if triton else 'not installed'}",
+            f"backend: {forced() or 'automatic'}",
+        ]
+    )
+    print(text)
+    return text

@@ -1,0 +1,1 @@
+"""The main job of pyloss: `python -m pyloss.demo`, which is what `make demo` runs."""

@@ -1,0 +1,187 @@
+"""Modules of the classification losses; each forward is one call of the functional."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pyloss.functional import classification as F
+
+
+class _RowLoss(nn.Module):
+    """Keeps the options of a loss; only the class weight is a tensor, kept as a buffer."""
+
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None, options: dict) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class CrossEntropyLoss(_RowLoss):
+    r"""Module of :func:`pyloss.fused_cross_entropy`; stands in for ``torch.nn.CrossEntropyLoss``.
+
+    .. math:: \ell = -w_y \log \mathrm{softmax}(x)_y
+
+    Args:
+        weight: weight of each class, ``(C)``.
+        size_average: deprecated, as in torch.
+        ignore_index: target value that is left out.
+        reduce: deprecated, as in torch.
+        reduction: ``"none" | "mean" | "sum"``.
+        label_smoothing: in [0, 1].
+        **options: the keyword arguments of :func:`pyloss.fused_cross_entropy` except the tensors of
+            a call, ``token_weight`` and ``num_items``, which ``forward`` takes.
+
+    Shape:
+        - input: ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``
+        - target: ``()``, ``(N)``, ``(N, d1, ..., dk)``, or the shape of input for probabilities
+        - output: scalar, or the shape of the targets with ``reduction="none"``
+
+    Raises:
+        As :func:`pyloss.fused_cross_entropy`, when called.
+
+    Example:
+        >>> import torch, pyloss
+        >>> criterion = pyloss.nn.CrossEntropyLoss(label_smoothing=0.1, z_loss=1e-4)
+        >>> criterion(torch.randn(4, 10), torch.randint(10, (4,))).shape
+        torch.Size([])
+
+    Reference:
+        Mao, Mohri, Zhong. arXiv 2304.07288.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        **options,
+    ) -> None:
+        if size_average is not None or reduce is not None:
+            reduction = F._reduction.legacy_get_string(size_average, reduce)
+        super().__init__(
+            weight,
+            dict(
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                **options,
+            ),
+        )
+
+    def forward(self, input: Tensor, target, **call) -> Tensor:
+        return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
+
+
+class CompSumLoss(_RowLoss):
+    r"""Module of :func:`pyloss.comp_sum_loss`.
+
+    .. math:: \ell = \frac{e^{(1-\tau) L} - 1}{1-\tau}, \qquad L = -\log \mathrm{softmax}(x)_y
+
+    Args:
+        tau: >= 0; 0 sum-exponential, 1 cross entropy, 2 mean absolute error.
+        weight: weight of each class, ``(C)``.
+        **options: the other keyword arguments of :func:`pyloss.fused_cross_entropy`.
+
+    Shape:
+        As :class:`CrossEntropyLoss`.
+
+    Raises:
+        As :func:`pyloss.comp_sum_loss`, when called.
+
+    Example:
+        >>> import torch, pyloss
+        >>> pyloss.nn.CompSumLoss(tau=1.7)(torch.randn(4, 10), torch.randint(10, (4,))).shape
+        torch.Size([])
+
+    Reference:
+        Mao, Mohri, Zhong. arXiv 2304.07288.
+    """
+
+    def __init__(self, tau: float = 1.0, weight: Tensor | None = None, **options) -> None:
+        super().__init__(weight, dict(tau=tau, **options))
+
+    def forward(self, input: Tensor, target, **call) -> Tensor:
+        return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
+
+
+class GeneralizedCrossEntropyLoss(_RowLoss):
+    r"""Generalized cross entropy, robust to noisy labels: the comp-sum loss with tau = q + 1.
+
+    .. math:: \ell = \frac{1 - p_y^q}{q}, \qquad p_y \le k:\ \ell = \frac{1 - k^q}{q}
+
+    Args:
+        q: exponent, > 0; towards 0 the loss becomes cross entropy, at 1 it is 1 - p_y.
+        k: truncation probability in (0, 1], or None.
+        weight: weight of each class, ``(C)``.
+        **options: the other keyword arguments of :func:`pyloss.fused_cross_entropy`.
+
+    Shape:
+        As :class:`CrossEntropyLoss`.
+
+    Raises:
+        ValueError: q is not positive; and what :func:`pyloss.fused_cross_entropy` raises.
+
+    Example:
+        >>> import torch, pyloss
+        >>> gce = pyloss.nn.GeneralizedCrossEntropyLoss(q=0.7, k=0.5)
+        >>> gce(torch.randn(4, 10), torch.randint(10, (4,))).shape
+        torch.Size([])
+
+    Reference:
+        Zhang, Sabuncu. Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
+        Labels. arXiv 1805.07836.
+    """
+
+    def __init__(
+        self, q: float = 0.7, k: float | None = None, weight: Tensor | None = None, **options
+    ) -> None:
+        F._check_range("q", q, 0.0, open_low=True)
+        super().__init__(weight, dict(q=q, k=k, **options))
+
+    def forward(self, input: Tensor, target, **call) -> Tensor:
+        options = dict(self.options)
+        q, k = options.pop("q"), options.pop("k")
+        return F.fused_cross_entropy(
+            input, target, self.weight, tau=q + 1.0, truncate=k, **options, **call
+        )
+
+
+class FocalLoss(_RowLoss):
+    r"""Module of :func:`pyloss.focal_loss`.
+
+    .. math:: \ell = w_y (1 - p_y)^\gamma (-\log p_y)
+
+    Args:
+        gamma: focusing exponent, >= 0.
+        weight: weight of each class, ``(C)``.
+        **options: the other keyword arguments of :func:`pyloss.focal_loss`.
+
+    Shape:
+        As :class:`CrossEntropyLoss`, class indices only.
+
+    Raises:
+        As :func:`pyloss.focal_loss`, when called.
+
+    Example:
+        >>> import torch, pyloss
+        >>> pyloss.nn.FocalLoss(gamma=2.0)(torch.randn(4, 10), torch.randint(10, (4,))).shape
+        torch.Size([])
+
+    Reference:
+        Lin et al. arXiv 1708.02002.
+    """
+
+    def __init__(self, gamma: float = 2.0, weight: Tensor | None = None, **options) -> None:
+        super().__init__(weight, dict(gamma=gamma, **options))
+
+    def forward(self, input: Tensor, target, **call) -> Tensor:
+        options = dict(self.options)
+        return F.focal_loss(input, target, options.pop("gamma"), self.weight, **options, **call)

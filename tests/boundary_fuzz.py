@@ -1,0 +1,194 @@
+"""Fuzzes the integer boundary of the compiled module: `boundary_fuzz.py PATH_OF__C SEED CALLS`.
+
+A wrong call must end in a Python exception, never in a crash or a write outside the given buffers.
+Loads the module by path and imports neither torch nor pyloss, so that it also runs in the build
+with AddressSanitizer. The boundary cannot know whether an address is good, nor whether a buffer has
+the size that the caller states; what is tried here is everything that it can know: null addresses,
+negative and overflowing sizes and strides, unknown codes, wrong types, absurd numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import random
+import sys
+from typing import Any
+
+EXPECTED = (ValueError, IndexError, TypeError, RuntimeError, OverflowError)
+
+OUTER, CLASSES, INNER = 3, 19, 2
+COUNT = OUTER * CLASSES * INNER
+GUARD, ROOM = 4096, 8 * COUNT
+FILL = 0xA5
+
+
+class Buffer:
+    """Large enough for every dtype, between two guard areas."""
+
+    def __init__(self) -> None:
+        self.data = (ctypes.c_ubyte * (GUARD + ROOM + GUARD))()
+        ctypes.memset(self.data, FILL, len(self.data))
+        self.address = ctypes.addressof(self.data) + GUARD
+        ctypes.memset(self.address, 0, ROOM)
+
+    def guards_intact(self) -> bool:
+        guard = bytes([FILL]) * GUARD
+        whole = bytes(self.data)
+        return whole[:GUARD] == guard and whole[-GUARD:] == guard
+
+
+class Field:
+    """One argument (or element of a tuple argument): its good values and its hostile ones."""
+
+    def __init__(self, good: list[Any], hostile: list[Any]) -> None:
+        self.good, self.hostile = good, hostile
+
+
+HUGE = [2**62, 2**63 - 1, -(2**63), 2**31, -(2**31), 2**32 + 1]
+# Of a type or a size that no argument takes; pybind11 refuses them.
+MISTYPED = [None, "x", 2**70, [], (1, 2), object()]
+
+
+def size(n: int) -> Field:
+    # Smaller than the buffer, or so large that it must be refused.
+    return Field([n], [-1, 0, 1, 2**62, 2**63 - 1, -(2**63)])
+
+
+def stride(n: int) -> Field:
+    return Field([n], [0, 1, -1, 2**62, 2**63 - 1, -(2**63)])
+
+
+def code(*good: int) -> Field:
+    return Field(list(good), [*range(-2, 12), *HUGE])
+
+
+def number(*good: float) -> Field:
+    nan, inf = float("nan"), float("inf")
+    return Field(list(good), [nan, inf, -inf, 0.0, -0.0, -1.0, 1e308, -1e308, 5e-324])
+
+
+def integer(*good: int) -> Field:
+    return Field(list(good), [0, -1, *HUGE])
+
+
+def address(buffer: Buffer | None) -> Field:
+    """`buffer` None: an optional argument that is not given."""
+    return Field([buffer.address if buffer else 0], [0])
+
+
+THREADS = Field([1, 2, 3], [0, -1, 100, *HUGE])
+
+
+def row_softmax_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    """Function name -> template of its arguments; a list is a tuple argument."""
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none = address(None)
+    strides = [stride(CLASSES * INNER), stride(INNER), stride(1)]
+    problem = [
+        *[size(OUTER), size(CLASSES), size(INNER)],
+        *[code(0, 1, 2, 3), b["x"], *strides],
+        *[code(0, 1, 2), b["target"], code(0, 1, 2, 3, 4, 5, 6), *strides],
+        *[b["target2"], b["mix"], Field([0, buffers["weight"].address], [0])],
+        *[Field([0, buffers["token_weight"].address], [0])],
+        *[integer(-100, 0), code(0, 1), code(0, 1, 2), integer(0, 1)],
+    ]
+    scale, softcap, temperature = number(1.0, 0.5), number(0.0, 5.0), number(1.0, 2.0)
+    tau, max_nll, gamma = number(1.0, 0.0, 2.0, 0.7), number(float("inf"), 1.0), number(2.0)
+    z_loss, smoothing, num_items = number(0.0, 0.1), number(0.0, 0.1), number(0.0, 4.0)
+    options = [scale, softcap, temperature, tau, max_nll, gamma, z_loss, smoothing, num_items]
+    head = [problem, options]
+    maybe_extras = Field([0, buffers["extras"].address], [0])
+    maybe_cotangents = Field([0, buffers["cotangents"].address], [0])
+    backward = [b["grad_loss"], maybe_cotangents, b["stats"], b["norm"], b["extras"], b["grad"]]
+    return {
+        "row_softmax_fwd": [
+            *[*head, b["loss"], code(0, 1, 2, 3), b["stats"], b["norm"], maybe_extras],
+            *[Field([0, buffers["index"].address], [0])],
+            *[Field([0, buffers["grad"].address], [0]), strides, THREADS],
+        ],
+        "row_softmax_bwd": [*head, *backward, strides, THREADS],
+        "row_softmax_hvp": [
+            *[*head, *backward, strides, b["v"], strides, b["grad_rows"], b["cotangents2"], THREADS]
+        ],
+        "scale_inplace": [b["grad"], code(0, 1, 2, 3), size(COUNT), b["factor"], THREADS],
+        # Device functions get null addresses only: a host address would be a valid number there.
+        "cuda_row_softmax_fwd": [
+            *[*head, none, code(0, 1), none, none, none, none, none, strides, none, integer(0)],
+            none,
+        ],
+        "cuda_row_softmax_bwd": [*head, *[none] * 6, strides, none],
+        "cuda_row_softmax_hvp": [*head, *[none] * 6, strides, none, strides, none, none, none],
+        "cuda_scale_inplace": [none, code(0, 1, 2, 3), size(COUNT), none, none],
+    }
+
+
+def fields_of(template: list[Any]) -> list[Field]:
+    return [f for part in template for f in (part if isinstance(part, list) else [part])]
+
+
+def fill(template: list[Any], rng: random.Random, hostile: int, mistyped: bool) -> list[Any]:
+    """Arguments with `hostile` of the fields changed."""
+    fields = fields_of(template)
+    chosen = set(map(id, rng.sample(fields, min(hostile, len(fields)))))
+    wrong_type = id(rng.choice(fields)) if mistyped else None
+
+    def value(field: Field) -> Any:
+        if id(field) == wrong_type:
+            return rng.choice(MISTYPED)
+        return rng.choice(field.hostile if id(field) in chosen else field.good)
+
+    out: list[Any] = []
+    for part in template:
+        if isinstance(part, list):
+            values = [value(f) for f in part]
+            if mistyped and rng.random() < 0.1:
+                values.pop()
+            out.append(tuple(values))
+        else:
+            out.append(value(part))
+    return out
+
+
+def main() -> None:
+    path, seed, calls = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    loader = importlib.machinery.ExtensionFileLoader("_C", path)
+    spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+
+    names = "x target target2 mix weight token_weight loss stats norm extras index grad"
+    names += " grad_loss cotangents cotangents2 v grad_rows factor"
+    buffers = {name: Buffer() for name in names.split()}
+    templates = row_softmax_calls(buffers)
+    functions = {name for name in dir(module) if callable(getattr(module, name))}
+    unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}
+    unknown -= {name for name in functions if name.endswith("_scratch_bytes")}
+    assert not unknown, f"functions without a template here: {sorted(unknown)}"
+    templates = {name: t for name, t in templates.items() if name in functions}
+
+    rng = random.Random(seed)
+    passed = dict.fromkeys(templates, 0)
+    for i in range(calls):
+        name = rng.choice(sorted(templates))
+        arguments = fill(templates[name], rng, i % 4, mistyped=rng.random() < 0.05)
+        if i % 64 == 0:
+            ctypes.memset(buffers["x"].address, rng.choice([0, 1, 0x3C, 0x7F, 0xFF]), ROOM)
+        try:
+            getattr(module, name)(*arguments)
+            passed[name] += 1
+        except EXPECTED:
+            pass
+        if i % 256 == 0:
+            ctypes.memset(buffers["target"].address, 0, ROOM)
+    damaged = [name for name, buffer in buffers.items() if not buffer.guards_intact()]
+    assert not damaged, f"written outside of {damaged}"
+    # A template that no longer fits its function would only ever raise TypeError.
+    for name, count in passed.items():
+        assert count or name.startswith("cuda_"), f"no call of {name} was accepted"
+    print(passed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The benchmark machinery: cases, records, targets, comparison, tables, figures, gpu_check.sh."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# At the end, so that an installed pyloss stays ahead of the one in the source tree.
+sys.path.append(str(ROOT))
+
+from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
+from bench import bench_row_softmax as row_softmax  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory) -> dict:
+    """A quick run over a few cases, read back from its file."""
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    threads = torch.get_num_threads()
+    arguments = ["--op", "row_softmax", "--quick", "--threads", "1", "--json", str(path)]
+    cases = "^fwd.*4096x1000 fp32|^options|^inplace.*fp32|^overhead fwd$|^accuracy|bwd 16x21.*fp32"
+    status = run.main([*arguments, "--case", cases])
+    assert torch.get_num_threads() == threads
+    assert not path.with_name("out.json.part").exists()
+    result = json.loads(path.read_text())
+    assert status == 0, run.failures(result)
+    return result
+
+
+def test_document_has_the_promised_keys(document):
+    assert document["schema"] == _core.SCHEMA_VERSION
+    assert document["op"] == "row_softmax"
+    environment = document["environment"]
+    for key in ("revision", "pyloss", "torch", "triton", "cpu", "gpu", "huge_pages"):
+        assert key in environment
+    for key in ("model", "flags", "cores", "cores_usable"):
+        assert environment["cpu"][key]
+    assert len(environment["load_average_at_end"]) == 3
+    assert document["bandwidth"][0]["copy_gbs"] > 0
+    assert document["bandwidth"][0]["fresh_copy_gbs"] > 0
+
+
+def test_records_are_checked_timed_and_complete(document):
+    own = [r for r in document["results"] if r["provider"].startswith("pyloss")]
+    assert {r["status"] for r in own} == {"ok"}
+    timed = [r for r in document["results"] if "median_ms" in r]
+    assert {r["provider"] for r in timed} >= {"pyloss", "torch", "pyloss inplace"}
+    for r in timed:
+        assert r["check_error"] <= 1.0
+        assert r["rounds"] >= 2
+        assert 0 < r["min_ms"] <= r["p20_ms"] <= r["median_ms"] <= r["p80_ms"]
+        if r["provider"] == "torch":
+            assert r["speedup"] == 1.0
+    for r in document["results"]:
+        if r["status"] == "skipped":
+            assert r["reason"]
+    assert all(r["value"] > 0 for r in document["results"] if r["group"] == "accuracy")
+
+
+def test_every_target_has_a_case():
+    for device in ("cpu", "cuda"):
+        context = _core.Context(device=device)
+        names = [case.name for case in row_softmax.cases(context)]
+        assert len(set(names)) == len(names)
+        for target in row_softmax.TARGETS:
+            if target.device == device:
+                assert any(re.fullmatch(target.case, name) for name in names), target.what
+            assert (target.at_least is None) != (target.at_most is None)
+
+
+def test_targets_take_the_worst_value_per_thread_count():
+    target = _targets.Target("t", "speedup", "a.*", at_least=2.0)
+    base = {"device": "cpu", "provider": "pyloss"}
+    results = [
+        {**base, "case": "a1", "threads": 2, "speedup": 3.0},
+        {**base, "case": "a2", "threads": 2, "speedup": 1.5},
+        {**base, "case": "a1", "threads": 1, "speedup": 2.5},
+        {**base, "case": "b", "threads": 1, "speedup": 0.1},
+        {**base, "case": "a1", "threads": 1, "provider": "torch", "speedup": 1.0},
+    ]
+    outcomes = {o.threads: o for o in _targets.evaluate([target], results)}
+    assert outcomes[2].value == 1.5 and outcomes[2].where == "a2, pyloss"
+    assert not target.met(outcomes[2].value)
+    assert outcomes[1].value == 2.5 and target.met(outcomes[1].value)
+
+
+def _tiny_case(providers: list[_core.Provider]) -> _core.Case:
+    return _core.Case("tiny", "fwd", "fwd", (4,), "fp32", 16, 16, open=lambda: providers)
+
+
+def test_a_provider_that_is_wrong_or_fails_is_not_timed():
+    calls = []
+
+    def skipped() -> _core.Run:
+        raise _core.Skip("not here")
+
+    def broken() -> _core.Run:
+        raise RuntimeError("first line\nsecond line")
+
+    providers = [
+        _core.Provider("pyloss", lambda: _core.Run(lambda: calls.append("ok"), lambda: 0.5)),
+        _core.Provider("bad", lambda: _core.Run(lambda: calls.append("bad"), lambda: 2.0)),
+        _core.Provider("nan", lambda: _core.Run(lambda: calls.append("nan"), lambda: float("nan"))),
+        _core.Provider("skipped", skipped),
+        _core.Provider("broken", broken),
+        _core.Provider("pyloss broken", broken),
+    ]
+    context = _core.Context(rounds=3)
+    records = _core.run_case(_tiny_case(providers), providers, context, 1, copy_gbs=1.0)
+    status = {r["provider"]: r["status"] for r in records}
+    assert status == {
+        "pyloss": "ok",
+        "bad": "wrong",
+        "nan": "wrong",
+        "skipped": "skipped",
+        "broken": "skipped",
+        "pyloss broken": "failed",
+    }
+    assert set(calls) == {"ok"}
+    assert records[4]["reason"] == "RuntimeError: first line"
+    failed = run.failures({"results": records})
+    assert len(failed) == 1 and "pyloss broken" in failed[0]
+
+
+def test_timing_is_interleaved_and_bounded():
+    order = []
+    runs = {name: _core.Run(lambda name=name: order.append(name)) for name in ("a", "b")}
+    context = _core.Context(rounds=40)
+    timings, timer = _core.time_interleaved(runs, 1, context)
+    assert timer == "perf_counter"
+    assert [len(t.samples) for t in timings.values()] == [40, 40]
+    # After one warm-up each: two calls per sample, the first untimed as these calls are short.
+    rounds = [tuple(order[i : i + 4]) for i in range(2, len(order), 4)]
+    assert set(rounds) == {("a", "a", "b", "b"), ("b", "b", "a", "a")}
+
+    context = _core.Context(rounds=40, seconds=0.0)
+    timings, _ = _core.time_interleaved(runs, 1, context)
+    assert [len(t.samples) for t in timings.values()] == [2, 2]
+
+
+def test_setup_runs_before_every_call():
+    log = []
+    runs = {"a": _core.Run(lambda: log.append("call"), setup=lambda: log.append("setup"))}
+    _core.time_interleaved(runs, 1, _core.Context(rounds=3))
+    assert log == ["setup", "call"] * 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_temporaries():
+    size = 64 << 20
+
+    def call() -> torch.Tensor:
+        temporary = torch.ones(size // 4)
+        return temporary.sum()
+
+    peak, how = _core.peak_memory(_core.Run(call), "cpu")
+    if peak is None:
+        pytest.skip(how)
+    assert 0.9 * size < peak < 1.5 * size
+
+
+def test_compare(document):
+    same = copy.deepcopy(document)
+    assert run.compare(document, same) == []
+
+    def change(key: str, group: str, factor: float) -> dict:
+        new = copy.deepcopy(document)
+        for r in new["results"]:
+            if r["provider"] == "pyloss" and r["group"] == group and key in r:
+                r[key] *= factor
+        return new
+
+    slower = change("median_ms", "fwd+bwd", 1.2)
+    assert run.compare(document, slower)
+    assert run.compare(document, slower, shared=True) == []
+    assert run.compare(slower, document) == []
+    other_machine = copy.deepcopy(slower)
+    other_machine["environment"]["cpu"]["model"] = "another"
+    assert run.compare(document, other_machine) == []
+
+    overhead = change("min_ms", "overhead", 1.2)
+    assert len(run.compare(document, overhead, shared=True)) == 1
+
+    larger = copy.deepcopy(document)
+    for r in larger["results"]:
+        if r.get("peak_bytes") is not None and r["provider"] == "pyloss":
+            r["peak_bytes"] += 100 << 20
+    assert run.compare(document, larger, shared=True)
+
+
+# --- tables and figures -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_document(document) -> dict:
+    """What a GPU run looks like; the numbers are invented."""
+    gpu = copy.deepcopy(document)
+    gpu["options"] |= {"device": "cuda", "quick": False}
+    gpu["environment"]["gpu"] = {"name": "Test GPU", "sm_count": 4, "driver": "1.2"}
+    gpu["bandwidth"] = [{"device": "cuda", "threads": 1, "copy_gbs": 1000.0}]
+    gpu["results"] = []
+    for case in row_softmax.cases(_core.Context(device="cuda")):
+        if isinstance(case, _core.Case) and case.inner == 1:
+            keys = ("min_ms", "p20_ms", "median_ms", "p80_ms")
+            floor_ms = case.useful_bytes / 1e9
+            base = {k: getattr(case, k) for k in ("group", "mode", "dtype")}
+            base |= {"case": case.name, "shape": list(case.shape), "device": "cuda", "threads": 1}
+            base |= {"status": "ok", "inner": 1, "rounds": 10}
+            factors = {"pyloss": 1.05, "pyloss all options": 1.07, "torch": 3.0, "liger": 1.5}
+            records = [
+                {**base, "provider": name, **dict.fromkeys(keys, factor * floor_ms)}
+                for name, factor in factors.items()
+            ]
+            _core.derive(records, case, 1000.0)
+            gpu["results"] += records
+    return gpu
+
+
+def test_tables_and_figures(document, gpu_document, tmp_path):
+    pytest.importorskip("matplotlib")
+    before = f"# title\n\n{plot.BEGIN}\nold\n{plot.END}\n\nafter\n"
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/row_softmax.md"):
+        (tmp_path / name).write_text(before)
+    files = []
+    for name, content in (("cpu", document), ("cuda", gpu_document)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(content))
+
+    assert plot.main([*map(str, files), "--write", "--root", str(tmp_path)]) == 0
+    readme = (tmp_path / "README.md").read_text()
+    docs = (tmp_path / "docs/row_softmax.md").read_text()
+    for text in (readme, docs):
+        assert text.startswith("# title\n") and text.endswith("\n\nafter\n")
+        assert "old" not in text
+        assert "GPU: Test GPU" in text
+        assert "| what | asked |" in text
+        assert "95.2 %" in text  # 1 / 1.05 of the copy bandwidth
+        assert "quick run" in text
+    assert "(docs/img/row_softmax_cpu.png)" in readme
+    assert "(img/row_softmax_cuda.png)" in docs
+    assert "pyloss tau=0.5" in docs and "pyloss tau=0.5" not in readme
+    pictures = sorted(p.name for p in (tmp_path / "docs/img").iterdir())
+    assert pictures == ["row_softmax_cpu.png", "row_softmax_cuda.png"]
+    for name in pictures:
+        assert 1000 < (tmp_path / "docs/img" / name).stat().st_size < 100_000
+
+    # A second time gives the same text: the markers survive.
+    plot.write(plot.load(files), tmp_path)
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_plot_refuses_another_schema_and_missing_markers(document, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({**document, "schema": 0}))
+    with pytest.raises(ValueError, match="schema"):
+        plot.load([path])
+    with pytest.raises(ValueError, match="exactly one pair"):
+        plot.replace_block("no markers", "text")
+
+
+# --- gpu_check.sh -------------------------------------------------------------------------------
+
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_gpu_check_parses_and_explains_its_use():
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+    done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 64
+    assert "OUT [WHEELS]" in done.stderr
+
+
+def test_gpu_summary(tmp_path, capsys, gpu_document):
+    (tmp_path / "bench.json").write_text(json.dumps(gpu_document))
+    (tmp_path / "tests_gpu.xml").write_text(
+        '<testsuites><testsuite tests="3" skipped="1" failures="1">'
+        '<testcase classname="tests.test_gpu" name="a"/>'
+        '<testcase classname="tests.test_gpu" name="b"><skipped/></testcase>'
+        '<testcase classname="tests.test_x" name="c"><failure/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    steps = tmp_path / "steps.tsv"
+    steps.write_text("build\tok\t12\t\nracecheck\tskipped\t1\tdevice not supported\n")
+    assert _gpu_summary.main(str(steps), str(tmp_path)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["ok"]
+    assert summary["tests"]["tests_gpu"]["failed"] == ["tests.test_x::c"]
+    assert summary["tests"]["tests_cpu"] is None
+    output = capsys.readouterr().out
+    assert "pyloss 95.2, pyloss all options" in output
+    assert output.endswith("result: ok\n")
+
+    steps.write_text("tests\tfailed\t12\tsee tests.log\n")
+    assert _gpu_summary.main(str(steps), str(tmp_path)) == 1

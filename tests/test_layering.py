@@ -1,0 +1,181 @@
+"""Who may import whom, and that every op has all its files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# First matching prefix wins. Values: what a module may import besides the standard library and its
+# own package. "pyloss" alone means the names of pyloss/__init__.py.
+PYTHON_LAYERS = {
+    "pyloss.reference": {"torch"},
+    "pyloss.kernels": {"torch", "triton"},
+    "pyloss.ops": {"torch", "pyloss._C", "pyloss.kernels", "pyloss.reference", "pyloss.backends"},
+    "pyloss.functional": {"torch", "pyloss.ops"},
+    "pyloss.nn": {"torch", "pyloss.functional"},
+    "pyloss.backends": {"torch", "pyloss._C"},
+    "pyloss.testing": {"torch", "pyloss", "pyloss.reference", "pyloss.functional"},
+    "pyloss.demo": {"torch", "numpy", "matplotlib", "pyloss", "pyloss.functional", "pyloss.nn"},
+    "pyloss": {"torch", "pyloss._C", "pyloss.backends", "pyloss.functional", "pyloss.nn"},
+    "bench": {
+        "torch",
+        "matplotlib",
+        "triton",
+        "pyloss",
+        "pyloss.functional",
+        "pyloss.nn",
+        "pyloss.reference",
+        "pyloss.testing",
+        "pyloss.backends",
+        "pyloss._C",  # how it was built, for the result files
+        # peers, when installed
+        "liger_kernel",
+        "cut_cross_entropy",
+        "quack",
+    },
+}
+
+CPP_LAYERS = {
+    "common": {"common"},
+    "cpu": {"cpu", "common"},
+    "cuda": {"cuda", "common"},
+    "bind": {"bind", "cpu", "cuda", "common", "pybind11"},
+}
+
+
+def python_files() -> list[tuple[str, Path]]:
+    """(module name, path) of everything that has a layer."""
+    files = []
+    for folder, package in (
+        ("pyloss", "pyloss"),
+        ("kernels", "pyloss.kernels"),
+        ("bench", "bench"),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            if parts[-1] == "__init__":
+                parts.pop()
+            files.append((".".join(parts), path))
+    return files
+
+
+def layer_of(module: str) -> str | None:
+    return next((p for p in PYTHON_LAYERS if module == p or module.startswith(p + ".")), None)
+
+
+def imports_of(module: str, path: Path, source: str | None = None) -> set[str]:
+    """Absolute names of all imported modules; `from a import b` is a.b where that is a module."""
+    tree = ast.parse(path.read_text() if source is None else source)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                parents = parents[: len(parents) - (node.level - 1)]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                names.add(full if full in MODULES else base)
+    return names
+
+
+MODULES = {name for name, _ in python_files()} | {"pyloss._C"}
+
+
+def violations(module: str, imported: set[str]) -> list[str]:
+    layer = layer_of(module)
+    bad = []
+    for name in sorted(imported):
+        root = name.partition(".")[0]
+        if root in sys.stdlib_module_names or root == "__future__":
+            continue
+        if root != "pyloss" and root in PYTHON_LAYERS[layer]:
+            continue
+        inside = layer_of(name)
+        if inside == layer and (inside != "pyloss" or name == module):
+            continue
+        target = name if name == "pyloss._C" else inside
+        if target not in PYTHON_LAYERS[layer]:
+            bad.append(f"{module} imports {name}")
+    return bad
+
+
+def test_python_layers() -> None:
+    bad = [v for name, path in python_files() for v in violations(name, imports_of(name, path))]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("pyloss.reference.x", "from pyloss import _C"),
+        ("pyloss.reference.x", "import numpy as np"),
+        ("pyloss.reference.x", "from ..ops import row_softmax"),
+        ("pyloss.ops.x", "from pyloss.functional import classification"),
+        ("pyloss.functional.x", "import pyloss._C"),
+        ("pyloss.functional.x", "def f():\n  from ..reference import row_softmax"),
+        ("pyloss.nn.x", "from pyloss.ops import row_softmax"),
+        ("pyloss.kernels.x", "import pyloss"),
+        ("pyloss.demo.x", "import pyloss.ops"),
+        ("bench.x", "from pyloss.ops import row_softmax"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, source: str) -> None:
+    assert violations(module, imports_of(module, Path("x.py"), source))
+
+
+def test_kernels_are_imported_lazily() -> None:
+    """Only inside a function, so that neither CPU users nor `import pyloss` load Triton."""
+    for name, path in python_files():
+        if not name.startswith("pyloss") or layer_of(name) == "pyloss.kernels":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                found = imports_of(name, path, ast.unparse(node))
+                assert not any(n.startswith(("pyloss.kernels", "triton")) for n in found), path
+
+
+def test_cpp_layers() -> None:
+    bad = []
+    for layer, allowed in CPP_LAYERS.items():
+        for path in sorted((ROOT / "csrc" / layer).glob("*")):
+            for kind, target in re.findall(r'#\s*include\s*([<"])([^>"]+)', path.read_text()):
+                root = target.partition("/")[0] if "/" in target else ""
+                ours_or_theirs = kind == '"' or root in {"pybind11", "torch", "ATen", "c10"}
+                if ours_or_theirs and root not in allowed:
+                    bad.append(f"{path.relative_to(ROOT)} includes {target}")
+    assert not bad, "\n".join(bad)
+
+
+OPS = sorted(p.stem for p in (ROOT / "pyloss" / "ops").glob("*.py") if p.name[0] != "_")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_all_files(op: str) -> None:
+    mandatory = [
+        f"csrc/bind/{op}.cpp",
+        f"csrc/cpu/{op}.cpp",
+        f"pyloss/reference/{op}.py",
+        f"tests/test_{op}.py",
+        f"bench/bench_{op}.py",
+        f"docs/{op}.md",
+    ]
+    missing = [f for f in mandatory if not (ROOT / f).is_file()]
+    gpu = [f"csrc/cuda/{op}.cu", f"kernels/{op}.py"]
+    if not any((ROOT / f).is_file() for f in gpu):
+        missing.append(" or ".join(gpu))
+    assert not missing
+
+
+def test_there_is_an_op() -> None:
+    assert OPS

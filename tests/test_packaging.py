@@ -1,0 +1,116 @@
+"""The package list, the version, and what a source archive and a wheel contain."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pyloss
+from pyloss import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def configuration() -> dict:
+    pyprojecttoml = pytest.importorskip("setuptools.config.pyprojecttoml")
+    return pyprojecttoml.read_configuration(ROOT / "pyproject.toml", expand=False)
+
+
+def package_dirs() -> dict[str, Path]:
+    found = {"pyloss.kernels": ROOT / "kernels"}
+    for init in (ROOT / "pyloss").rglob("__init__.py"):
+        found[".".join(init.parent.relative_to(ROOT).parts)] = init.parent
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    listed = configuration()["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(package_dirs())
+
+
+def test_no_directory_without_init() -> None:
+    """A directory of modules without __init__.py would be left out without a word."""
+    known = set(package_dirs().values())
+    for folder in (ROOT / "pyloss", ROOT / "kernels"):
+        for module in folder.rglob("*.py"):
+            assert module.parent in known, module
+
+
+def test_version() -> None:
+    version = configuration()["project"]["version"]
+    assert pyloss.__version__ == _C.version == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_types_ship() -> None:
+    folder = Path(pyloss.__file__).parent
+    assert (folder / "py.typed").is_file()
+    stub = (folder / "_C.pyi").read_text()
+    for name in dir(_C):
+        if not name.startswith("__"):
+            assert re.search(rf"^(def {name}\b|{name}\s*:|class {name}\b)", stub, re.M), name
+
+
+def test_setup_imports_neither_torch_nor_numpy() -> None:
+    text = (ROOT / "setup.py").read_text()
+    assert not re.search(r"^\s*(import|from) (torch|numpy)\b", text, re.M)
+
+
+def test_tool_versions_agree() -> None:
+    """pre-commit formats with the versions that `make lint` checks with."""
+    pins = (ROOT / "requirements-dev.txt").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    for tool in ("ruff", "clang-format"):
+        (pin,) = set(re.findall(rf"^{tool}==([\w.]+)", pins, re.M))
+        assert set(re.findall(rf"\[{tool}==([\w.]+)\]", hooks)) == {pin}
+
+
+def run(*command: str, cwd: Path) -> None:
+    env = {**os.environ, "PYLOSS_CMAKE_ARGS": "-DPYLOSS_CUDA=OFF"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_source_archive_and_wheel(tmp_path: Path) -> None:
+    for tool in ("build", "cmake", "ninja", "pybind11", "wheel"):
+        pytest.importorskip(tool)
+    run(sys.executable, "-m", "build", "-s", "-n", "-o", str(tmp_path), str(ROOT), cwd=tmp_path)
+    (archive,) = tmp_path.glob("pyloss-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+        tar.extractall(tmp_path)
+    for folder in ("csrc", "pyloss", "kernels", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".typed"}:
+                assert str(path.relative_to(ROOT)) in names, path
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "setup.py"} <= names
+    assert not [n for n in names if n.endswith((".so", ".pyc", ".o")) or "/build/" in n]
+
+    # The wheel is built from the archive, without torch or a CUDA compiler in play.
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    run(sys.executable, "-m", "build", "-w", "-n", "-o", str(tmp_path), str(source), cwd=tmp_path)
+    (wheel,) = tmp_path.glob("pyloss-*.whl")
+    with zipfile.ZipFile(wheel) as archive_file:
+        shipped = {n for n in archive_file.namelist() if ".dist-info/" not in n}
+        archive_file.extractall(tmp_path / "site")
+    want = {"pyloss/py.typed", "pyloss/_C.pyi"}
+    for package, folder in package_dirs().items():
+        want |= {f"{package.replace('.', '/')}/{p.name}" for p in folder.glob("*.py")}
+    binaries = {n for n in shipped if re.fullmatch(r"pyloss/_C\.[^/]*\.(so|pyd)", n)}
+    assert len(binaries) == 1
+    assert shipped - binaries == want
+
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch, pyloss; "
+        "assert pyloss.__file__.startswith(sys.argv[1]) and not pyloss._C.built_with_cuda; "
+        "pyloss.fused_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))"
+    )
+    run(sys.executable, "-I", "-c", program, str(tmp_path / "site"), cwd=tmp_path)

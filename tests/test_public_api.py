@@ -1,0 +1,69 @@
+"""Public names: sorted, documented, and with examples that run."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import pyloss
+import pyloss.functional
+import pyloss.nn
+import pyloss.testing
+
+MODULES = [pyloss, pyloss.functional, pyloss.nn, pyloss.testing]
+
+
+def public_objects(*modules: Any) -> list[Any]:
+    found = {}
+    for module in modules:
+        for name in module.__all__:
+            obj = getattr(module, name)
+            if inspect.isclass(obj) or callable(obj):
+                found.setdefault(id(obj), pytest.param(obj, id=f"{module.__name__}.{name}"))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_all_is_sorted_and_complete(module: Any) -> None:
+    assert list(module.__all__) == sorted(set(module.__all__))
+    for name in module.__all__:
+        assert hasattr(module, name), name
+    assert set(module.__all__) <= set(dir(module))
+
+
+def test_headline_names() -> None:
+    for name in ("fused_cross_entropy", "comp_sum_loss", "show_config", "backend"):
+        assert name in pyloss.__all__
+
+
+@pytest.mark.parametrize("obj", public_objects(pyloss, pyloss.functional, pyloss.nn))
+def test_docstring_example(obj: Any) -> None:
+    text = inspect.getdoc(obj)
+    assert text, "no docstring"
+    assert "Example" in text, "no Example section"
+    finder = doctest.DocTestFinder(recurse=False)
+    tests = [
+        t
+        for t in finder.find(obj, obj.__name__, globs={"torch": torch, "pyloss": pyloss})
+        if t.examples
+    ]
+    assert tests, "the Example holds no >>> line"
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    report: list[str] = []
+    for test in tests:
+        runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+@pytest.mark.parametrize("obj", public_objects(*MODULES))
+def test_docstring_and_annotations(obj: Any) -> None:
+    assert inspect.getdoc(obj)
+    if inspect.isclass(obj):
+        return
+    for parameter in inspect.signature(obj).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            assert parameter.annotation is not parameter.empty, parameter.name

@@ -1,0 +1,49 @@
+"""Runs tests/interpreter/check_*.py under Triton's interpreter, one process per file.
+
+TRITON_INTERPRET=1 is set for these processes only: set for the whole run it would silently turn
+every Triton test on a GPU machine into an interpreted one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).resolve().parent
+CHECKS = sorted((HERE / "interpreter").glob("check_*.py"))
+
+
+def run_interpreted(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
+def test_interpreted(path: Path) -> None:
+    done = run_interpreted(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_wrong_kernel_is_reported(tmp_path: Path) -> None:
+    for folder, name in (("compile", "sample_kernel.py"), ("interpreter", "check_sample.py")):
+        (tmp_path / folder).mkdir()
+        text = (HERE / folder / name).read_text()
+        (tmp_path / folder / name).write_text(
+            text.replace("tl.store(out_ptr + row, m +", "tl.store(out_ptr + row, 1 + m +")
+        )
+    done = run_interpreted(tmp_path / "interpreter" / "check_sample.py")
+    assert done.returncode == 1
+    assert "4 failed" in done.stdout
+
+
+def test_this_process_does_not_interpret() -> None:
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0"
