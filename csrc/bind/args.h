@@ -47,7 +47,9 @@ inline DType checked_dtype(const char* name, int64_t code) {
   }
   return static_cast<DType>(code);
 }
-inline bool is_float(DType t) { return t <= DType::kF16; }
+inline bool is_float(DType t) {
+  return t <= DType::kF16;
+}
 
 inline DType checked_float(const char* name, int64_t code) {
   const DType t = checked_dtype(name, code);

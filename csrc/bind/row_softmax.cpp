@@ -89,8 +89,8 @@ RowSoftmaxForward decode_forward(const RowSoftmaxProblem& p, int64_t loss, int64
 }
 
 RowSoftmaxBackward decode_backward(const RowSoftmaxProblem& p, int64_t grad_loss,
-                                   int64_t grad_extras, int64_t stats, int64_t norm,
-                                   int64_t extras, int64_t grad, const StrideInts& grad_strides) {
+                                   int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras,
+                                   int64_t grad, const StrideInts& grad_strides) {
   const bool rowwise = p.options.reduction == Reduction::kNone;
   RowSoftmaxBackward b{};
   b.grad_loss = checked_pointer("grad_loss", grad_loss, rowwise ? p.rows() : 1);
@@ -123,101 +123,100 @@ int checked_threads(int64_t threads) {
 }  // namespace
 
 void register_row_softmax(py::module_& m) {
-  m.def("row_softmax_fwd", [](const ProblemInts& problem, const OptionFloats& options,
-                              int64_t loss, int64_t loss_dtype, int64_t stats, int64_t norm,
-                              int64_t extras, int64_t index, int64_t grad,
-                              const StrideInts& grad_strides, int64_t threads) {
-    const RowSoftmaxProblem p = decode(problem, options);
-    const RowSoftmaxForward f =
-        decode_forward(p, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
-    const int width = checked_threads(threads);
-    py::gil_scoped_release nogil;
-    cpu::row_softmax_forward(p, f, width);
-  });
-  m.def("row_softmax_bwd", [](const ProblemInts& problem, const OptionFloats& options,
-                              int64_t grad_loss, int64_t grad_extras, int64_t stats, int64_t norm,
-                              int64_t extras, int64_t grad, const StrideInts& grad_strides,
-                              int64_t threads) {
-    const RowSoftmaxProblem p = decode(problem, options);
-    const RowSoftmaxBackward b =
-        decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-    const int width = checked_threads(threads);
-    py::gil_scoped_release nogil;
-    cpu::row_softmax_backward(p, b, width);
-  });
-  m.def("row_softmax_hvp", [](const ProblemInts& problem, const OptionFloats& options,
-                              int64_t grad_loss, int64_t grad_extras, int64_t stats, int64_t norm,
-                              int64_t extras, int64_t grad, const StrideInts& grad_strides,
-                              int64_t v, const StrideInts& v_strides, int64_t grad_rows,
-                              int64_t grad_grad_extras, int64_t threads) {
-    const RowSoftmaxProblem p = decode(problem, options);
-    const RowSoftmaxBackward b =
-        decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-    const RowSoftmaxHvp h = decode_hvp(p, b, v, v_strides, grad_rows, grad_grad_extras);
-    const int width = checked_threads(threads);
-    py::gil_scoped_release nogil;
-    cpu::row_softmax_hvp(p, h, width);
-  });
-  m.def("scale_inplace", [](int64_t data, int64_t dtype, int64_t n, int64_t factor,
-                            int64_t threads) {
-    const DType t = checked_float("data", dtype);
-    const int64_t count = checked_count("data", {n});
-    void* p = checked_pointer("data", data, count);
-    const void* f = checked_pointer("factor", factor, 1);
-    const int width = checked_threads(threads);
-    py::gil_scoped_release nogil;
-    cpu::scale_inplace(p, t, count, f, width);
-  });
+  m.def("row_softmax_fwd",
+        [](const ProblemInts& problem, const OptionFloats& options, int64_t loss,
+           int64_t loss_dtype, int64_t stats, int64_t norm, int64_t extras, int64_t index,
+           int64_t grad, const StrideInts& grad_strides, int64_t threads) {
+          const RowSoftmaxProblem p = decode(problem, options);
+          const RowSoftmaxForward f =
+              decode_forward(p, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
+          const int width = checked_threads(threads);
+          py::gil_scoped_release nogil;
+          cpu::row_softmax_forward(p, f, width);
+        });
+  m.def("row_softmax_bwd",
+        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
+           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
+           const StrideInts& grad_strides, int64_t threads) {
+          const RowSoftmaxProblem p = decode(problem, options);
+          const RowSoftmaxBackward b =
+              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
+          const int width = checked_threads(threads);
+          py::gil_scoped_release nogil;
+          cpu::row_softmax_backward(p, b, width);
+        });
+  m.def("row_softmax_hvp",
+        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
+           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
+           const StrideInts& grad_strides, int64_t v, const StrideInts& v_strides,
+           int64_t grad_rows, int64_t grad_grad_extras, int64_t threads) {
+          const RowSoftmaxProblem p = decode(problem, options);
+          const RowSoftmaxBackward b =
+              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
+          const RowSoftmaxHvp h = decode_hvp(p, b, v, v_strides, grad_rows, grad_grad_extras);
+          const int width = checked_threads(threads);
+          py::gil_scoped_release nogil;
+          cpu::row_softmax_hvp(p, h, width);
+        });
+  m.def("scale_inplace",
+        [](int64_t data, int64_t dtype, int64_t n, int64_t factor, int64_t threads) {
+          const DType t = checked_float("data", dtype);
+          const int64_t count = checked_count("data", {n});
+          void* p = checked_pointer("data", data, count);
+          const void* f = checked_pointer("factor", factor, 1);
+          const int width = checked_threads(threads);
+          py::gil_scoped_release nogil;
+          cpu::scale_inplace(p, t, count, f, width);
+        });
 
 #if PYLOSS_WITH_CUDA
   m.def("cuda_row_softmax_scratch_bytes",
         [](const ProblemInts& problem, const OptionFloats& options) {
           return cuda::row_softmax_scratch_bytes(decode(problem, options));
         });
-  m.def("cuda_row_softmax_fwd", [](const ProblemInts& problem, const OptionFloats& options,
-                                   int64_t loss, int64_t loss_dtype, int64_t stats, int64_t norm,
-                                   int64_t extras, int64_t index, int64_t grad,
-                                   const StrideInts& grad_strides, int64_t scratch,
-                                   int64_t scratch_bytes, int64_t stream) {
-    const RowSoftmaxProblem p = decode(problem, options);
-    const RowSoftmaxForward f =
-        decode_forward(p, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
-    py::gil_scoped_release nogil;
-    cuda::row_softmax_forward(p, f, optional_pointer(scratch), scratch_bytes,
-                              optional_pointer(stream));
-  });
-  m.def("cuda_row_softmax_bwd", [](const ProblemInts& problem, const OptionFloats& options,
-                                   int64_t grad_loss, int64_t grad_extras, int64_t stats,
-                                   int64_t norm, int64_t extras, int64_t grad,
-                                   const StrideInts& grad_strides, int64_t stream) {
-    const RowSoftmaxProblem p = decode(problem, options);
-    const RowSoftmaxBackward b =
-        decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-    py::gil_scoped_release nogil;
-    cuda::row_softmax_backward(p, b, optional_pointer(stream));
-  });
-  m.def("cuda_row_softmax_hvp", [](const ProblemInts& problem, const OptionFloats& options,
-                                   int64_t grad_loss, int64_t grad_extras, int64_t stats,
-                                   int64_t norm, int64_t extras, int64_t grad,
-                                   const StrideInts& grad_strides, int64_t v,
-                                   const StrideInts& v_strides, int64_t grad_rows,
-                                   int64_t grad_grad_extras, int64_t stream) {
-    const RowSoftmaxProblem p = decode(problem, options);
-    const RowSoftmaxBackward b =
-        decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-    const RowSoftmaxHvp h = decode_hvp(p, b, v, v_strides, grad_rows, grad_grad_extras);
-    py::gil_scoped_release nogil;
-    cuda::row_softmax_hvp(p, h, optional_pointer(stream));
-  });
-  m.def("cuda_scale_inplace", [](int64_t data, int64_t dtype, int64_t n, int64_t factor,
-                                 int64_t stream) {
-    const DType t = checked_float("data", dtype);
-    const int64_t count = checked_count("data", {n});
-    void* p = checked_pointer("data", data, count);
-    const void* f = checked_pointer("factor", factor, 1);
-    py::gil_scoped_release nogil;
-    cuda::scale_inplace(p, t, count, f, optional_pointer(stream));
-  });
+  m.def(
+      "cuda_row_softmax_fwd",
+      [](const ProblemInts& problem, const OptionFloats& options, int64_t loss, int64_t loss_dtype,
+         int64_t stats, int64_t norm, int64_t extras, int64_t index, int64_t grad,
+         const StrideInts& grad_strides, int64_t scratch, int64_t scratch_bytes, int64_t stream) {
+        const RowSoftmaxProblem p = decode(problem, options);
+        const RowSoftmaxForward f =
+            decode_forward(p, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
+        py::gil_scoped_release nogil;
+        cuda::row_softmax_forward(p, f, optional_pointer(scratch), scratch_bytes,
+                                  optional_pointer(stream));
+      });
+  m.def("cuda_row_softmax_bwd",
+        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
+           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
+           const StrideInts& grad_strides, int64_t stream) {
+          const RowSoftmaxProblem p = decode(problem, options);
+          const RowSoftmaxBackward b =
+              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
+          py::gil_scoped_release nogil;
+          cuda::row_softmax_backward(p, b, optional_pointer(stream));
+        });
+  m.def("cuda_row_softmax_hvp",
+        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
+           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
+           const StrideInts& grad_strides, int64_t v, const StrideInts& v_strides,
+           int64_t grad_rows, int64_t grad_grad_extras, int64_t stream) {
+          const RowSoftmaxProblem p = decode(problem, options);
+          const RowSoftmaxBackward b =
+              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
+          const RowSoftmaxHvp h = decode_hvp(p, b, v, v_strides, grad_rows, grad_grad_extras);
+          py::gil_scoped_release nogil;
+          cuda::row_softmax_hvp(p, h, optional_pointer(stream));
+        });
+  m.def("cuda_scale_inplace",
+        [](int64_t data, int64_t dtype, int64_t n, int64_t factor, int64_t stream) {
+          const DType t = checked_float("data", dtype);
+          const int64_t count = checked_count("data", {n});
+          void* p = checked_pointer("data", data, count);
+          const void* f = checked_pointer("factor", factor, 1);
+          py::gil_scoped_release nogil;
+          cuda::scale_inplace(p, t, count, f, optional_pointer(stream));
+        });
 #endif
 }
 

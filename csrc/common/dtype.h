@@ -50,9 +50,15 @@ PYLOSS_HD inline uint32_t float_to_bits(float f) {
   return u;
 }
 
-PYLOSS_HD inline float to_float(float x) { return x; }
-PYLOSS_HD inline double to_float(double x) { return x; }
-PYLOSS_HD inline float to_float(BF16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+PYLOSS_HD inline float to_float(float x) {
+  return x;
+}
+PYLOSS_HD inline double to_float(double x) {
+  return x;
+}
+PYLOSS_HD inline float to_float(BF16 x) {
+  return bits_to_float(uint32_t(x.bits) << 16);
+}
 // Shifting the 15 value bits into place and multiplying by 2^112 is exact for normal and
 // subnormal numbers; only the all-ones exponent (inf, NaN) must be put back by hand.
 PYLOSS_HD inline float to_float(F16 x) {

@@ -15,18 +15,42 @@
 
 namespace pyloss {
 
-PYLOSS_HD inline float exp_(float x) { return ::expf(x); }
-PYLOSS_HD inline double exp_(double x) { return ::exp(x); }
-PYLOSS_HD inline float log_(float x) { return ::logf(x); }
-PYLOSS_HD inline double log_(double x) { return ::log(x); }
-PYLOSS_HD inline float log1p_(float x) { return ::log1pf(x); }
-PYLOSS_HD inline double log1p_(double x) { return ::log1p(x); }
-PYLOSS_HD inline float expm1_(float x) { return ::expm1f(x); }
-PYLOSS_HD inline double expm1_(double x) { return ::expm1(x); }
-PYLOSS_HD inline float pow_(float x, float y) { return ::powf(x, y); }
-PYLOSS_HD inline double pow_(double x, double y) { return ::pow(x, y); }
-PYLOSS_HD inline float tanh_(float x) { return ::tanhf(x); }
-PYLOSS_HD inline double tanh_(double x) { return ::tanh(x); }
+PYLOSS_HD inline float exp_(float x) {
+  return ::expf(x);
+}
+PYLOSS_HD inline double exp_(double x) {
+  return ::exp(x);
+}
+PYLOSS_HD inline float log_(float x) {
+  return ::logf(x);
+}
+PYLOSS_HD inline double log_(double x) {
+  return ::log(x);
+}
+PYLOSS_HD inline float log1p_(float x) {
+  return ::log1pf(x);
+}
+PYLOSS_HD inline double log1p_(double x) {
+  return ::log1p(x);
+}
+PYLOSS_HD inline float expm1_(float x) {
+  return ::expm1f(x);
+}
+PYLOSS_HD inline double expm1_(double x) {
+  return ::expm1(x);
+}
+PYLOSS_HD inline float pow_(float x, float y) {
+  return ::powf(x, y);
+}
+PYLOSS_HD inline double pow_(double x, double y) {
+  return ::pow(x, y);
+}
+PYLOSS_HD inline float tanh_(float x) {
+  return ::tanhf(x);
+}
+PYLOSS_HD inline double tanh_(double x) {
+  return ::tanh(x);
+}
 
 template <class R>
 PYLOSS_HD inline R max_(R a, R b) {
@@ -61,7 +85,8 @@ inline constexpr float kMin = -87.33654f;  // exp below it is subnormal: flushed
 inline constexpr float kMax = 88.0f;       // exp above it is near overflow
 }  // namespace exp_poly
 
-// log(1 + f) = f - f^2/2 + f^3 (c3 + c4 f + ...), sqrt(1/2) <= 1 + f < sqrt(2), relative error 6.2e-9.
+// log(1 + f) = f - f^2/2 + f^3 (c3 + c4 f + ...), sqrt(1/2) <= 1 + f < sqrt(2), relative
+// error 6.2e-9.
 namespace log_poly {
 inline constexpr float kC3 = 0.3333333134651184f, kC4 = -0.250008225440979f,
                        kC5 = 0.20001234114170074f, kC6 = -0.16623298823833466f,

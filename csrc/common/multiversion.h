@@ -8,8 +8,9 @@
 #define PYLOSS_INLINE inline __attribute__((always_inline))
 
 // ifunc needs glibc, and AddressSanitizer runs before its resolvers can.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(PYLOSS_NO_MULTIVERSION)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) &&  \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && \
+    !defined(PYLOSS_NO_MULTIVERSION)
 #define PYLOSS_HAS_MULTIVERSION 1
 #define PYLOSS_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

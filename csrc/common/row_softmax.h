@@ -218,7 +218,9 @@ struct RowTarget {
 };
 
 // Labels out of range are kept out of every read: the row becomes NaN (CUDA; the CPU has raised).
-PYLOSS_HD inline bool in_range(int64_t y, int64_t classes) { return y >= 0 && y < classes; }
+PYLOSS_HD inline bool in_range(int64_t y, int64_t classes) {
+  return y >= 0 && y < classes;
+}
 
 // False: the row is ignored.
 template <class R>
@@ -341,8 +343,8 @@ PYLOSS_HD inline RowTerms<R> row_terms(const RowSoftmaxProblem& p, const RowTarg
 // Row loss. `wz` = sum_c w_c (z_c - m) (smoothing at tau = 1), `soft_loss` = the whole loss part of
 // a soft target. Zero coefficients must not meet infinite losses.
 template <class R>
-PYLOSS_HD inline R row_loss(const RowSoftmaxProblem& p, const RowTarget<R>& t,
-                            const RowTerms<R>& r, const R* norm, R wz, R soft_loss, R* z_part) {
+PYLOSS_HD inline R row_loss(const RowSoftmaxProblem& p, const RowTarget<R>& t, const RowTerms<R>& r,
+                            const R* norm, R wz, R soft_loss, R* z_part) {
   R loss = soft_loss;
   if (!p.soft()) {
     loss = t.first != 0 ? t.first * r.f.value : R(0);

@@ -33,14 +33,18 @@ PYLOSS_INLINE float exp_lane(float x) {
   const float y = (1.0f + r * exp_tail(r)) * two_n;
   return x < exp_poly::kMin ? 0.0f : y;
 }
-PYLOSS_INLINE double exp_lane(double x) { return ::exp(x); }
+PYLOSS_INLINE double exp_lane(double x) {
+  return ::exp(x);
+}
 
 // exp for every x: +inf above 88.
 PYLOSS_INLINE float exp_any_lane(float x) {
   const float y = exp_lane(x);
   return x > exp_poly::kMax ? infinity_<float>() : y;
 }
-PYLOSS_INLINE double exp_any_lane(double x) { return ::exp(x); }
+PYLOSS_INLINE double exp_any_lane(double x) {
+  return ::exp(x);
+}
 
 // expm1, relative error of some ulp on the whole range; +inf above 88.
 PYLOSS_INLINE float expm1_lane(float x) {
@@ -49,7 +53,9 @@ PYLOSS_INLINE float expm1_lane(float x) {
   const float y = two_n * (r * exp_tail(r)) + (two_n - 1.0f);
   return x > exp_poly::kMax ? infinity_<float>() : y;
 }
-PYLOSS_INLINE double expm1_lane(double x) { return ::expm1(x); }
+PYLOSS_INLINE double expm1_lane(double x) {
+  return ::expm1(x);
+}
 
 PYLOSS_INLINE float tanh_lane(float x) {
   using namespace tanh_ratio;
@@ -61,7 +67,9 @@ PYLOSS_INLINE float tanh_lane(float x) {
   const float y = c * p / q;
   return y > 1.0f ? 1.0f : (y < -1.0f ? -1.0f : y);  // 1 - tanh^2 must not turn negative
 }
-PYLOSS_INLINE double tanh_lane(double x) { return ::tanh(x); }
+PYLOSS_INLINE double tanh_lane(double x) {
+  return ::tanh(x);
+}
 
 // log for positive normal x, at most 2 ulp; NaN for NaN and +inf.
 PYLOSS_INLINE float log_lane(float x) {
@@ -75,6 +83,8 @@ PYLOSS_INLINE float log_lane(float x) {
   const float y = (k * exp_poly::kLn2Lo + f * f * (f * q - 0.5f)) + f + k * exp_poly::kLn2Hi;
   return y + (x - x);
 }
-PYLOSS_INLINE double log_lane(double x) { return ::log(x); }
+PYLOSS_INLINE double log_lane(double x) {
+  return ::log(x);
+}
 
 }  // namespace pyloss

@@ -75,8 +75,8 @@ void store_result(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_
   stats[kStatMax * n] = r.terms.m;
   stats[kStatRest * n] = r.rest;
   stats[kStatTarget * n] = r.zy;
-  stats[kStatLoss * n] = row_loss(p, r.target, r.terms, static_cast<const R*>(f.norm), r.wz,
-                                  r.soft_loss, &z_part);
+  stats[kStatLoss * n] =
+      row_loss(p, r.target, r.terms, static_cast<const R*>(f.norm), r.wz, r.soft_loss, &z_part);
   if (p.kind == TargetKind::kMix || p.soft()) {
     stats[kStatTarget2 * n] = r.zy2;
     stats[kStatSoft * n] = r.soft_mass;
@@ -120,13 +120,13 @@ RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats, int64_t ro
   return row_terms(p, t, s[kStatMax * n], s[kStatRest * n], *zy, *zy2);
 }
 
-#define PYLOSS_INSTANTIATE(R)                                                                   \
-  template void prepare_norm<R>(const RowSoftmaxProblem&, R*);                                  \
-  template void finish_loss<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&);             \
-  template void store_result<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t,    \
-                                const RowResult<R>&);                                           \
-  template void store_ignored<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t);  \
-  template RowTerms<R> load_terms<R>(const RowSoftmaxProblem&, const void*, int64_t,            \
+#define PYLOSS_INSTANTIATE(R)                                                                  \
+  template void prepare_norm<R>(const RowSoftmaxProblem&, R*);                                 \
+  template void finish_loss<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&);            \
+  template void store_result<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t,   \
+                                const RowResult<R>&);                                          \
+  template void store_ignored<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t); \
+  template RowTerms<R> load_terms<R>(const RowSoftmaxProblem&, const void*, int64_t,           \
                                      const RowTarget<R>&, R*, R*, R*);
 PYLOSS_INSTANTIATE(float)
 PYLOSS_INSTANTIATE(double)

@@ -71,9 +71,9 @@ RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats, int64_t ro
 
 // d(out) of the label's own entry, before the soft-target part and the chain factor.
 template <class R>
-inline R label_entry(const RowTerms<R>& r, const RowCoeffs<R>& c, R zy, R wy) {
+inline R label_entry(R m, const RowCoeffs<R>& c, R zy, R wy) {
   if (c.label_a == 0 && c.b == 0) return -c.label - c.spread * wy;
-  const R u = zy - r.m;
+  const R u = zy - m;
   const R bounded = u < R(-1e4) ? R(-1e4) : u;
   return exp_(u) * (c.label_a + c.b * bounded) - c.label - c.spread * wy;
 }

@@ -55,9 +55,11 @@ PYLOSS_INLINE R load_of(const T* x, int64_t n, R pre, R post, R* z) {
 }
 
 template <class R>
-PYLOSS_INLINE R exp_sum_of(R* z, int64_t n, R m) {
+PYLOSS_INLINE R exp_sum_of(R* z, int64_t n, R m, const void* ahead, int64_t ahead_size) {
   R acc[kLanes] = {};
+  const char* next = static_cast<const char*>(ahead);
   for (int64_t i = 0; i < padded(n); i += kLanes) {
+    prefetch(next + i * ahead_size, kLanes * ahead_size);
     for (int64_t l = 0; l < kLanes; ++l) {
       const R e = exp_lane(z[i + l] - m);
       z[i + l] = e;
@@ -227,14 +229,22 @@ PYLOSS_INLINE void convert_to(const R* v, int64_t n, T* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = FromFloat<T>::of(float(v[i]));
 }
 
-PYLOSS_MULTIVERSION void from_bf16(const BF16* x, int64_t n, float* z) { convert_from(x, n, z); }
-PYLOSS_MULTIVERSION void from_f16(const F16* x, int64_t n, float* z) { convert_from(x, n, z); }
-PYLOSS_MULTIVERSION void to_bf16(const float* v, int64_t n, BF16* d) { convert_to(v, n, d); }
-PYLOSS_MULTIVERSION void to_f16(const float* v, int64_t n, F16* d) { convert_to(v, n, d); }
+PYLOSS_MULTIVERSION void from_bf16(const BF16* x, int64_t n, float* z) {
+  convert_from(x, n, z);
+}
+PYLOSS_MULTIVERSION void from_f16(const F16* x, int64_t n, float* z) {
+  convert_from(x, n, z);
+}
+PYLOSS_MULTIVERSION void to_bf16(const float* v, int64_t n, BF16* d) {
+  convert_to(v, n, d);
+}
+PYLOSS_MULTIVERSION void to_f16(const float* v, int64_t n, F16* d) {
+  convert_to(v, n, d);
+}
 // One function per element type and transform: the loops are too hot for a choice inside.
-#define PYLOSS_LOAD(name, T, kind)                                                            \
-  PYLOSS_MULTIVERSION float name(const T* x, int64_t n, float pre, float post, float* z) {    \
-    return load_of<Transform::kind>(x, n, pre, post, z);                                      \
+#define PYLOSS_LOAD(name, T, kind)                                                         \
+  PYLOSS_MULTIVERSION float name(const T* x, int64_t n, float pre, float post, float* z) { \
+    return load_of<Transform::kind>(x, n, pre, post, z);                                   \
   }
 PYLOSS_LOAD(load_plain, float, kIdentity)
 PYLOSS_LOAD(load_plain, BF16, kIdentity)
@@ -305,15 +315,20 @@ double load_block(const void* x, DType, int64_t n, const RowTransform<double>& f
   return load_block_of<double>(x, n, f, z);
 }
 
-PYLOSS_MULTIVERSION float block_exp_sum(float* z, int64_t n, float m) {
-  return exp_sum_of(z, n, m);
+PYLOSS_MULTIVERSION float block_exp_sum(float* z, int64_t n, float m, const void* ahead,
+                                        int64_t ahead_size) {
+  return exp_sum_of(z, n, m, ahead, ahead_size);
 }
-double block_exp_sum(double* z, int64_t n, double m) { return exp_sum_of(z, n, m); }
+double block_exp_sum(double* z, int64_t n, double m, const void* ahead, int64_t ahead_size) {
+  return exp_sum_of(z, n, m, ahead, ahead_size);
+}
 
 PYLOSS_MULTIVERSION float block_entropy_sum(const float* z, int64_t n, float m) {
   return entropy_sum_of(z, n, m);
 }
-double block_entropy_sum(const double* z, int64_t n, double m) { return entropy_sum_of(z, n, m); }
+double block_entropy_sum(const double* z, int64_t n, double m) {
+  return entropy_sum_of(z, n, m);
+}
 
 PYLOSS_MULTIVERSION void block_weighted_sum(const float* z, const float* w, int64_t n, float m,
                                             float* wz, float* ws) {
@@ -359,14 +374,16 @@ void block_slope(const double* z, int64_t n, const RowTransform<double>& f, doub
 PYLOSS_MULTIVERSION void block_multiply(const float* v, int64_t n, float* out) {
   multiply_of(v, n, out);
 }
-void block_multiply(const double* v, int64_t n, double* out) { multiply_of(v, n, out); }
+void block_multiply(const double* v, int64_t n, double* out) {
+  multiply_of(v, n, out);
+}
 
 PYLOSS_MULTIVERSION void block_soft_sums(const float* z, const float* r, int64_t n,
                                          const SoftTerms& s, float* mass, float* loss) {
   soft_sums_of(z, r, n, s, mass, loss);
 }
-void block_soft_sums(const double* z, const double* r, int64_t n, const SoftTerms& s,
-                     double* mass, double* loss) {
+void block_soft_sums(const double* z, const double* r, int64_t n, const SoftTerms& s, double* mass,
+                     double* loss) {
   soft_sums_of(z, r, n, s, mass, loss);
 }
 

@@ -16,19 +16,23 @@ namespace pyloss {
 inline constexpr int64_t kLanes = 64;
 inline constexpr int64_t kBlock = 2048;  // columns; a float block takes 8 KiB
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
 
-// z = transform(x) for n <= kBlock contiguous elements of type t; pads; returns the maximum. Doubles
-// come from doubles only.
+// z = transform(x) for n <= kBlock contiguous elements of type t; pads; returns the maximum.
+// Doubles come from doubles only.
 float load_block(const void* x, DType t, int64_t n, const RowTransform<float>& f, float* z);
 double load_block(const void* x, DType t, int64_t n, const RowTransform<double>& f, double* z);
 // The conversion alone, without padding.
 void load_values(const void* x, DType t, int64_t n, float* z);
 void load_values(const void* x, DType t, int64_t n, double* z);
 
-// z <- exp(z - m); returns the sum.
-float block_exp_sum(float* z, int64_t n, float m);
-double block_exp_sum(double* z, int64_t n, double m);
+// z <- exp(z - m); returns the sum. Meanwhile fetches into the cache the bytes that the next block
+// will be loaded from, kLanes elements of `ahead_size` bytes for each group: memory would idle
+// otherwise. An address that is not mapped does no harm.
+float block_exp_sum(float* z, int64_t n, float m, const void* ahead, int64_t ahead_size);
+double block_exp_sum(double* z, int64_t n, double m, const void* ahead, int64_t ahead_size);
 
 // sum exp(u) u, u = z - m; z stays.
 float block_entropy_sum(const float* z, int64_t n, float m);
@@ -68,8 +72,8 @@ struct SoftTerms {
 };
 void block_soft_sums(const float* z, const float* r, int64_t n, const SoftTerms& s, float* mass,
                      float* loss);
-void block_soft_sums(const double* z, const double* r, int64_t n, const SoftTerms& s,
-                     double* mass, double* loss);
+void block_soft_sums(const double* z, const double* r, int64_t n, const SoftTerms& s, double* mass,
+                     double* loss);
 // out -= scale r exp(a nll).
 void block_soft_gradient(const float* z, const float* r, int64_t n, const SoftTerms& s,
                          double scale, float* out);

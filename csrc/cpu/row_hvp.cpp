@@ -40,7 +40,8 @@ void hvp_row(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int64_t row) {
   };
   RowTarget<R> t;
   if (!load_target(p, row, &t)) {
-    for (int64_t c = 0; c < p.classes; ++c) store(at(static_cast<char*>(b.grad), b.grad_strides, c), p.dtype, 0);
+    for (int64_t c = 0; c < p.classes; ++c)
+      store(at(static_cast<char*>(b.grad), b.grad_strides, c), p.dtype, 0);
     grad_rows[row] = 0;
     for (int e = 0; grad_extras && e < 3; ++e) grad_extras[e * n + row] = 0;
     return;
@@ -61,8 +62,7 @@ void hvp_row(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int64_t row) {
     if (j == t.y) v1 = v;
     if (j == t.y2) v2 = v;
   }
-  const RowHvpCoeffs<R> k =
-      row_hvp_coeffs(p, t, r, u, norm, R(vbar), R(uv), R(wv), R(v1), R(v2));
+  const RowHvpCoeffs<R> k = row_hvp_coeffs(p, t, r, u, norm, R(vbar), R(uv), R(wv), R(v1), R(v2));
   grad_rows[row] = k.grad_row;
   if (grad_extras) {
     grad_extras[kExtraLse * n + row] = k.grad_lse;
@@ -78,7 +78,7 @@ void hvp_row(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int64_t row) {
     double g = e * (c.a + c.b * uj) - c.spread * (weight ? double(weight[j]) : 1.0);
     if (j == t.y) {
       dg -= k.label;
-      g = label_entry(r, c, zy, weight ? weight[j] : R(1));
+      g = label_entry(r.m, c, zy, weight ? weight[j] : R(1));
     }
     if (j == t.y2) {
       dg -= k.label2;

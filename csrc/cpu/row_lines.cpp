@@ -68,6 +68,40 @@ PYLOSS_INLINE void terms_of(const R* m, const R* rest, const R* zy, int64_t n, R
 }
 
 template <class R>
+PYLOSS_INLINE RowTerms<R> plain_terms(const RowSoftmaxProblem& q, const RowTarget<R>& t,
+                                      const PlainRows<R>& rows, int64_t l) {
+  RowTerms<R> r;
+  r.m = rows.m[l];
+  r.sum = rows.sum[l];
+  r.log_sum = rows.log_sum[l];
+  r.miss = rows.miss[l];
+  add_losses(q, t, rows.zy[l], R(0), &r);
+  return r;
+}
+
+// Two loops, because gcc finds control flow in the one that does both.
+template <class R>
+PYLOSS_INLINE void plain_epilogue_of(const RowSoftmaxProblem& p, const R* norm, int64_t n,
+                                     const PlainRows<R> rows) {
+  const RowSoftmaxProblem q = as_plain(p);
+  const R factors[kNormCount] = {norm[kNormLoss], norm[kNormZ], norm[kNormWeightSum]};
+  R* __restrict loss = rows.loss, * __restrict a = rows.a, * __restrict label = rows.label;
+  const int64_t n_pad = padded(n);
+  for (int64_t l = 0; l < n_pad; ++l) {
+    const RowTarget<R> t{0, -1, rows.first[l], 0, 0, rows.token[l]};
+    R z_part;
+    loss[l] = row_loss(q, t, plain_terms(q, t, rows, l), factors, R(0), R(0), &z_part);
+  }
+  for (int64_t l = 0; l < n_pad; ++l) {
+    const RowTarget<R> t{0, -1, rows.first[l], 0, 0, rows.token[l]};
+    const RowUpstream<R> u{t.token * factors[kNormLoss], 0, 0, 0, 0, 0};
+    const RowCoeffs<R> c = row_coeffs(q, t, plain_terms(q, t, rows, l), u, R(0), R(0));
+    a[l] = c.a;
+    label[l] = c.label;
+  }
+}
+
+template <class R>
 PYLOSS_INLINE void affine_of(const R* e, int64_t n, const R* scale, const R* shift, R w, R* out) {
   for (int64_t l = 0; l < padded(n); ++l) out[l] = scale[l] * e[l] - shift[l] * w;
 }
@@ -94,8 +128,8 @@ PYLOSS_INLINE void gradient_of(const R* z, int64_t n, int32_t c, R w, const Line
 }
 
 template <class R>
-PYLOSS_INLINE void soft_gradient_of(const R* z, const R* r, int64_t n, const R* m,
-                                    const R* log_sum, const R* soft, R a, R* out) {
+PYLOSS_INLINE void soft_gradient_of(const R* z, const R* r, int64_t n, const R* m, const R* log_sum,
+                                    const R* soft, R a, R* out) {
   for (int64_t l = 0; l < n; ++l) {
     const R v = soft[l] * r[l] * exp_any_lane(a * (log_sum[l] - (z[l] - m[l])));
     out[l] -= r[l] == 0 ? R(0) : v;
@@ -120,8 +154,12 @@ void gather(const void* x, DType t, int64_t step, int64_t n, R* z) {
 
 }  // namespace
 
-PYLOSS_MULTIVERSION void line_max(const float* z, int64_t n, float* m) { max_of(z, n, m); }
-void line_max(const double* z, int64_t n, double* m) { max_of(z, n, m); }
+PYLOSS_MULTIVERSION void line_max(const float* z, int64_t n, float* m) {
+  max_of(z, n, m);
+}
+void line_max(const double* z, int64_t n, double* m) {
+  max_of(z, n, m);
+}
 
 PYLOSS_MULTIVERSION void line_exp_sum(float* z, int64_t n, const float* m, float* sum) {
   exp_sum_of(z, n, m, sum);
@@ -165,6 +203,15 @@ void line_terms(const double* m, const double* rest, const double* zy, int64_t n
   terms_of(m, rest, zy, n, sum, log_sum, miss);
 }
 
+PYLOSS_MULTIVERSION void line_plain_epilogue(const RowSoftmaxProblem& p, const float* norm,
+                                             int64_t n, const PlainRows<float>& rows) {
+  plain_epilogue_of(p, norm, n, rows);
+}
+void line_plain_epilogue(const RowSoftmaxProblem& p, const double* norm, int64_t n,
+                         const PlainRows<double>& rows) {
+  plain_epilogue_of(p, norm, n, rows);
+}
+
 PYLOSS_MULTIVERSION void line_affine(const float* e, int64_t n, const float* scale,
                                      const float* shift, float w, float* out) {
   affine_of(e, n, scale, shift, w, out);
@@ -184,8 +231,8 @@ void line_gradient(const double* z, int64_t n, int32_t c, double w, const LineCo
 }
 
 PYLOSS_MULTIVERSION void line_soft_gradient(const float* z, const float* r, int64_t n,
-                                            const float* m, const float* log_sum,
-                                            const float* soft, float a, float* out) {
+                                            const float* m, const float* log_sum, const float* soft,
+                                            float a, float* out) {
   soft_gradient_of(z, r, n, m, log_sum, soft, a, out);
 }
 void line_soft_gradient(const double* z, const double* r, int64_t n, const double* m,

@@ -4,8 +4,10 @@
 // in three instruction sets, and for double.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
+#include "common/multiversion.h"
 #include "cpu/row_blocks.h"
 
 namespace pyloss {
@@ -33,8 +35,8 @@ void line_weighted_sum(const double* z, const double* r, int64_t n, const double
                        double* w);
 
 // loss += r expm1(a nll) / a and mass += r exp(a nll), nll = log_sum - (z - m); a != 0.
-void line_soft_sums(const float* z, const float* r, int64_t n, const float* m,
-                    const float* log_sum, float a, float* loss, float* mass);
+void line_soft_sums(const float* z, const float* r, int64_t n, const float* m, const float* log_sum,
+                    float a, float* loss, float* mass);
 void line_soft_sums(const double* z, const double* r, int64_t n, const double* m,
                     const double* log_sum, double a, double* loss, double* mass);
 
@@ -44,6 +46,35 @@ void line_terms(const float* m, const float* rest, const float* zy, int64_t n, f
                 float* log_sum, float* miss);
 void line_terms(const double* m, const double* rest, const double* zy, int64_t n, double* sum,
                 double* log_sum, double* miss);
+
+// The common loss: one label, cross entropy, nothing optional. Its rows need no libm call and no
+// decision, so the epilogue of common/row_softmax.h vectorises when it is told so: this returns the
+// problem with those choices as constants.
+PYLOSS_INLINE RowSoftmaxProblem as_plain(const RowSoftmaxProblem& p) {
+  RowSoftmaxProblem q = p;
+  q.kind = TargetKind::kIndex;
+  q.options.loss = LossKind::kCompSum;
+  q.options.tau = 1;
+  q.options.max_nll = HUGE_VAL;
+  q.options.z_loss = q.options.smoothing = q.options.spread = 0;
+  return q;
+}
+inline bool is_plain(const RowSoftmaxProblem& p) {
+  const RowSoftmaxOptions& o = p.options;
+  return p.kind == TargetKind::kIndex && o.loss == LossKind::kCompSum && o.tau == 1 &&
+         o.max_nll == HUGE_VAL && o.z_loss == 0 && o.smoothing == 0;
+}
+
+// Losses and coefficients of n rows of a plain problem. `first` and `token` are RowTarget's.
+template <class R>
+struct PlainRows {
+  const R *m, *zy, *sum, *log_sum, *miss, *first, *token;
+  R *loss, *a, *label;
+};
+void line_plain_epilogue(const RowSoftmaxProblem& p, const float* norm, int64_t n,
+                         const PlainRows<float>& rows);
+void line_plain_epilogue(const RowSoftmaxProblem& p, const double* norm, int64_t n,
+                         const PlainRows<double>& rows);
 
 // out = scale e - shift w.
 void line_affine(const float* e, int64_t n, const float* scale, const float* shift, float w,

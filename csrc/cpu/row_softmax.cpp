@@ -121,7 +121,8 @@ class Rows {
         z[t.y - at] = -infinity_<R>();  // leaves the sums
       }
       if (f.extras) part.ez = block_entropy_sum(z, n, m);
-      part.rest = block_exp_sum(z, n, m);
+      // Usually the next block, or the next row's first.
+      part.rest = block_exp_sum(z, n, m, x + (at + n) * size_, size_);
       if (kept) kept->references[at / kBlock] = m;
       s.part = merge(s.part, part);
     }
@@ -152,9 +153,8 @@ class Rows {
   }
 
   // Gradient of columns [begin, end), recomputed from the logits.
-  void gradient(int64_t row, const RowTarget<R>& t, const RowTerms<R>& terms,
-                const RowCoeffs<R>& c, R zy, int64_t begin, int64_t end, char* out_row,
-                bool stream) const {
+  void gradient(int64_t row, const RowTarget<R>& t, const RowTerms<R>& terms, const RowCoeffs<R>& c,
+                R zy, int64_t begin, int64_t end, char* out_row, bool stream) const {
     const char* x = x_row(row);
     const GradientTerms g{double(terms.m), double(c.a), double(c.b), double(c.spread)};
     const SoftTerms soft{double(terms.m), double(terms.log_sum), 1 - p_.options.tau};
@@ -196,8 +196,7 @@ class Rows {
       }
       block_affine(kept.values.data() + at, n, scale * pre, shift * pre, w, out);
       if (t.y >= at && t.y < at + n) {
-        out[t.y - at] =
-            label_entry(terms, c, zy, weight_ ? weight_[t.y] : R(1)) * pre;
+        out[t.y - at] = label_entry(terms.m, c, zy, weight_ ? weight_[t.y] : R(1)) * pre;
       }
       if (t.y2 >= at && t.y2 < at + n) out[t.y2 - at] -= c.label2 * pre;
       if (transform_.cap) block_multiply(kept.slopes.data() + at, n, out);
@@ -244,7 +243,7 @@ class Rows {
   void fix_labels(const RowTarget<R>& t, const RowTerms<R>& terms, const RowCoeffs<R>& c, R zy,
                   int64_t at, int64_t n, R* out) const {
     if (t.y >= at && t.y < at + n) {
-      out[t.y - at] = label_entry(terms, c, zy, weight_ ? weight_[t.y] : R(1));
+      out[t.y - at] = label_entry(terms.m, c, zy, weight_ ? weight_[t.y] : R(1));
     }
     if (t.y2 >= at && t.y2 < at + n) out[t.y2 - at] -= c.label2;
   }
@@ -312,9 +311,9 @@ void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_
   thread_local KeptRow<R> kept;
   if (keep) kept.reserve(p.classes, p.options.softcap > 0);
   for (int64_t row = begin; row < end; ++row) {
-    char* out = f.grad ? element(static_cast<char*>(f.grad), p.dtype, f.grad_strides, p.inner, row,
-                                 0)
-                       : nullptr;
+    char* out = f.grad
+                    ? element(static_cast<char*>(f.grad), p.dtype, f.grad_strides, p.inner, row, 0)
+                    : nullptr;
     RowTarget<R> t;
     if (!load_target(p, row, &t)) {
       store_ignored<R>(p, f, row);
@@ -328,8 +327,8 @@ void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_
     const RowResult<R> r = rows.finish(row, t, s);
     store_result(p, f, row, r);
     if (!out) continue;
-    const RowCoeffs<R> c = row_coeffs(p, t, r.terms, unit_upstream(f, t.token),
-                                      norm[kNormWeightSum], r.soft_mass);
+    const RowCoeffs<R> c =
+        row_coeffs(p, t, r.terms, unit_upstream(f, t.token), norm[kNormWeightSum], r.soft_mass);
     if (keep) {
       rows.gradient_kept(row, t, r.terms, c, r.zy, kept, out, stream);
     } else {
@@ -388,8 +387,7 @@ void gradient_pieces(const RowSoftmaxProblem& p, const void* stats, const void* 
       }
       R zy, zy2, soft_mass;
       const RowTerms<R> terms = load_terms(p, stats, row, t, &zy, &zy2, &soft_mass);
-      const RowCoeffs<R> c =
-          row_coeffs(p, t, terms, upstream(row, t.token), weight_sum, soft_mass);
+      const RowCoeffs<R> c = row_coeffs(p, t, terms, upstream(row, t.token), weight_sum, soft_mass);
       rows.gradient(row, t, terms, c, zy, c0, c1, out, stream);
     }
     if (stream) stream_fence();
@@ -400,8 +398,8 @@ bool by_segment(const RowSoftmaxProblem& p) {
   return p.rows() < kFewRows && p.classes > kSegment;
 }
 
-// Rows for this file; others go by positions (row_strided.h). So do narrow rows when there are many:
-// a SIMD group per row would be mostly padding.
+// Rows for this file; others go by positions (row_strided.h). So do narrow rows when there are
+// many: a SIMD group per row would be mostly padding.
 bool by_rows(const RowSoftmaxProblem& p, const Strides* other) {
   const bool one = p.classes == 1;
   if (p.classes <= kNarrow && p.inner >= kLanes) return false;
@@ -437,9 +435,8 @@ void backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threa
   const bool split = by_segment(p);
   gradient_pieces<R>(p, b.stats, b.norm, b.grad, b.grad_strides,
                      split ? kSegment : std::max<int64_t>(p.classes, 1),
-                     split ? 1 : rows_per_range(p.classes), threads, [&](int64_t row, R token) {
-                       return load_upstream(p, b, row, token);
-                     });
+                     split ? 1 : rows_per_range(p.classes), threads,
+                     [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
 }
 
 template <class R>

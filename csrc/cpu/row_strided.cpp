@@ -27,8 +27,9 @@
 namespace pyloss::cpu {
 namespace {
 
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 512;
 constexpr int64_t kFold = 64;
+constexpr int64_t kAhead = 2;  // classes
 constexpr int32_t kNoLabel = -1;
 
 // Scratch of one thread: one value per position, and the kept logits.
@@ -39,6 +40,7 @@ struct Tile {
   alignas(64) R ez[kTile], wz[kTile], w[kTile], mass[kTile], soft_loss[kTile];
   alignas(64) R a[kTile], b[kTile], spread[kTile], soft[kTile];  // RowCoeffs
   alignas(64) R label_a[kTile], label[kTile], label2[kTile];
+  alignas(64) R first[kTile], token[kTile], loss[kTile];  // plain problems
   alignas(64) R z[kTile], r[kTile], out[kTile];
   alignas(64) int32_t y[kTile], y2[kTile], rank[kTile], argmax[kTile];
   std::vector<R> kept;
@@ -59,9 +61,15 @@ class TileWalk {
 
   // False: every position is ignored.
   bool load_targets() {
+    if (is_plain(p_)) return load_targets_of(as_plain(p_));
+    return load_targets_of(p_);
+  }
+
+  // With the problem as a constant, the plain one, it is a short loop.
+  bool load_targets_of(const RowSoftmaxProblem& p) {
     int64_t active = 0;
     for (int64_t l = 0; l < n_; ++l) {
-      active_[l] = load_target(p_, first_row_ + l, &targets_[l]);
+      active_[l] = load_target(p, first_row_ + l, &targets_[l]);
       active += active_[l];
       t_.y[l] = active_[l] ? int32_t(targets_[l].y) : kNoLabel;
       t_.y2[l] = active_[l] ? int32_t(targets_[l].y2) : kNoLabel;
@@ -78,6 +86,8 @@ class TileWalk {
       std::fill(zeros, zeros + width, R(0));
     }
     for (int64_t c = 0; c < p_.classes; ++c) {
+      // The hardware does not follow strides of several pages.
+      if (p_.x_strides.inner == 1) prefetch(x_line(c + kAhead), n_ * dtype_size(p_.dtype));
       load(c, line(c));
       line_max(line(c), n_, t_.m);
     }
@@ -110,6 +120,33 @@ class TileWalk {
     }
   }
 
+  // The epilogue of a plain problem, statistics and coefficients at once.
+  void plain_epilogue(const RowSoftmaxForward& f) {
+    for (int64_t l = 0; l < padded(n_); ++l) {
+      const bool on = l < n_ && active_[l];
+      t_.first[l] = on ? targets_[l].first : R(0);
+      t_.token[l] = on ? targets_[l].token : R(0);
+    }
+    line_plain_epilogue(p_, static_cast<const R*>(f.norm), n_,
+                        PlainRows<R>{t_.m, t_.zy, t_.sum, t_.log_sum, t_.miss, t_.first, t_.token,
+                                     t_.loss, t_.a, t_.label});
+    for (R* zeros : {t_.b, t_.spread, t_.soft, t_.label_a, t_.label2}) {
+      std::fill(zeros, zeros + n_, R(0));
+    }
+    if (!all_active_) {
+      for (int64_t l = 0; l < n_; ++l) {
+        if (active_[l]) continue;
+        t_.m[l] = t_.rest[l] = t_.zy[l] = t_.loss[l] = t_.a[l] = t_.label[l] = 0;
+      }
+    }
+    R* stats = static_cast<R*>(f.stats) + first_row_;
+    const int64_t rows = p_.rows();
+    std::copy(t_.m, t_.m + n_, stats + kStatMax * rows);
+    std::copy(t_.rest, t_.rest + n_, stats + kStatRest * rows);
+    std::copy(t_.zy, t_.zy + n_, stats + kStatTarget * rows);
+    std::copy(t_.loss, t_.loss + n_, stats + kStatLoss * rows);
+  }
+
   void store_statistics(const RowSoftmaxForward& f) {
     for (int64_t l = 0; l < n_; ++l) {
       const int64_t row = first_row_ + l;
@@ -127,8 +164,8 @@ class TileWalk {
       r.soft_loss = t_.soft_loss[l];
       r.soft_mass = t_.mass[l];
       r.ez = t_.ez[l];
-      r.argmax = f.index ? (std::isnan(r.terms.sum) ? first_nan(l, t_.argmax[l]) : t_.argmax[l])
-                         : -1;
+      r.argmax =
+          f.index ? (std::isnan(r.terms.sum) ? first_nan(l, t_.argmax[l]) : t_.argmax[l]) : -1;
       r.rank = f.index && p_.kind != TargetKind::kDense ? t_.rank[l] : 0;
       store_result(p_, f, row, r);
     }
@@ -142,9 +179,9 @@ class TileWalk {
         set_coefficients(l, RowCoeffs<R>{0, 0, 0, 0, 0, 0, 0});
         continue;
       }
-      set_coefficients(l, row_coeffs(p_, targets_[l], terms_[l],
-                                     upstream(first_row_ + l, targets_[l].token), weight_sum,
-                                     t_.mass[l]));
+      set_coefficients(
+          l, row_coeffs(p_, targets_[l], terms_[l], upstream(first_row_ + l, targets_[l].token),
+                        weight_sum, t_.mass[l]));
     }
   }
 
@@ -154,8 +191,8 @@ class TileWalk {
     for (int64_t l = 0; l < n_; ++l) {
       t_.m[l] = t_.log_sum[l] = 0;
       if (!active_[l]) continue;
-      terms_[l] = load_terms(p_, stats, first_row_ + l, targets_[l], &t_.zy[l], &t_.zy2[l],
-                             &t_.mass[l]);
+      terms_[l] =
+          load_terms(p_, stats, first_row_ + l, targets_[l], &t_.zy[l], &t_.zy2[l], &t_.mass[l]);
       t_.m[l] = terms_[l].m;
       t_.log_sum[l] = terms_[l].log_sum;
     }
@@ -181,8 +218,9 @@ class TileWalk {
     for (int64_t l = 0; l < n_; ++l) {
       if (t_.y[l] < 0) continue;
       // `spread` is scaled already; the label's entry needs it as it was.
-      const RowCoeffs<R> k{0, t_.b[l], t_.spread[l] / pre, 0, t_.label_a[l], t_.label[l], 0};
-      line(t_.y[l])[l] = pre * label_entry(terms_[l], k, t_.zy[l], weight(t_.y[l]));
+      const R spread = t_.spread[l] != 0 ? t_.spread[l] / pre : R(0);
+      const RowCoeffs<R> k{0, t_.b[l], spread, 0, t_.label_a[l], t_.label[l], 0};
+      line(t_.y[l])[l] = pre * label_entry(t_.m[l], k, t_.zy[l], weight(t_.y[l]));
       if (t_.y2[l] >= 0) line(t_.y2[l])[l] -= pre * t_.label2[l];
     }
     for (int64_t c = 0; c < p_.classes; ++c) store(line(c), grad, strides, c, stream);
@@ -231,10 +269,13 @@ class TileWalk {
     t_.label2[l] = c.label2;
   }
 
+  const char* x_line(int64_t c) const {
+    return element(static_cast<const char*>(p_.x), p_.dtype, p_.x_strides, p_.inner, first_row_, c);
+  }
+
   // z of class c, padded.
   void load(int64_t c, R* z) {
-    const char* x = element(static_cast<const char*>(p_.x), p_.dtype, p_.x_strides, p_.inner,
-                            first_row_, c);
+    const char* x = x_line(c);
     if (p_.x_strides.inner == 1) {
       load_block(x, p_.dtype, n_, transform_, z);
       return;
@@ -250,8 +291,8 @@ class TileWalk {
       for (int64_t l = 0; l < n_; ++l) t_.r[l] = soft_coefficient(p_, targets_[l], c, R(0), w);
       return;
     }
-    const char* q = element(static_cast<const char*>(p_.target), p_.target_dtype,
-                            p_.target_strides, p_.inner, first_row_, c);
+    const char* q = element(static_cast<const char*>(p_.target), p_.target_dtype, p_.target_strides,
+                            p_.inner, first_row_, c);
     if (p_.target_strides.inner == 1) {
       load_values(q, p_.target_dtype, n_, t_.r);
     } else {
@@ -346,14 +387,21 @@ template <class R>
 void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int threads) {
   const R* norm = static_cast<const R*>(f.norm);
   const bool stream = f.grad && should_stream(p, f.grad);
+  const bool plain = is_plain(p) && !f.extras && !f.index;
   for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
     const bool any = walk.load_targets();
     if (any) walk.statistics(f);
-    walk.store_statistics(f);
+    if (any && plain) {
+      walk.plain_epilogue(f);
+    } else {
+      walk.store_statistics(f);
+    }
     if (!f.grad) return;
     if (!any) return walk.clear(f.grad, f.grad_strides);
-    walk.coefficients(norm[kNormWeightSum],
-                      [&](int64_t, R token) { return unit_upstream(f, token); });
+    if (!plain) {
+      walk.coefficients(norm[kNormWeightSum],
+                        [&](int64_t, R token) { return unit_upstream(f, token); });
+    }
     if (walk.can_keep()) {
       walk.gradient_kept(f.grad, f.grad_strides, stream);
     } else {
@@ -367,9 +415,8 @@ void strided_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, i
   const bool stream = should_stream(p, b.grad);
   for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
     if (!walk.load_targets()) return walk.clear(b.grad, b.grad_strides);
-    walk.load_coefficients(
-        b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
-        [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
+    walk.load_coefficients(b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
+                           [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
     walk.gradient(b.grad, b.grad_strides, stream);
   });
 }

@@ -146,9 +146,9 @@ def _row_shape(input: Tensor) -> tuple[int, ...]:
     return () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
 
 
-# `saved`, one buffer of a forward: 4 elements for norm, then the rows of stats, then of extras.
+# `saved`, one buffer of a forward: 3 elements for norm, then the rows of stats, then of extras.
 # One allocation instead of three: they cost as much as a small call's arithmetic.
-_NORM = 4
+_NORM = 3
 
 
 def _stat_rows(codes, options) -> int:

@@ -1,0 +1,812 @@
+// Device code that the row-softmax kernels share: element access, the streaming statistics of a
+// row, its epilogue and its gradient. Formulas: common/row_softmax.h.
+//
+// A row is walked in batches: K vectors of 16 bytes per thread are loaded before the first is used,
+// then every step of the arithmetic is a short loop over registers, so that an option costs one
+// branch per batch and not one per element. Rows need no alignment: the classes before the first
+// and after the last whole vector go one by one, and so does a row whose classes are not adjacent.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <type_traits>
+
+#include "common/row_softmax.h"
+#include "cuda/reduce.cuh"
+
+namespace pyloss::cuda {
+
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T>
+inline constexpr int kVec = 16 / int(sizeof(T));
+
+// A class index fits in 32 bits (the launchers refuse more than kMaxClasses), which halves the
+// registers of the inner loops; every product with a stride is taken in 64 bits.
+inline constexpr int64_t kMaxClasses = int64_t(1) << 30;
+inline constexpr int kNoClass = 0x7fffffff;
+
+// What a kernel can do; the less it can, the fewer registers it needs and the more threads fit.
+enum class Mode {
+  kPlain,    // labels, linear transform, no extras
+  kOptions,  // also soft cap, extras, argmax and rank, smoothing at tau = 1
+  kSoft,     // also probabilities, smoothing at tau != 1
+};
+
+// ---- Elements ----------------------------------------------------------------------------------
+
+// The subtraction z - m comes first and is exact near the maximum; folding it into the exponent's
+// multiply-add would cost |m| 2^-24. Results below the smallest normal number are 0.
+__device__ __forceinline__ float exp_fast(float u) {
+  const float t = u * exp_poly::kLog2e;
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  return e;
+#else
+  return ::exp2f(t);
+#endif
+}
+__device__ __forceinline__ double exp_fast(double u) {
+  return ::exp(u);
+}
+
+__device__ __forceinline__ float fmax_(float a, float b) {
+  return ::fmaxf(a, b);
+}
+__device__ __forceinline__ double fmax_(double a, double b) {
+  return ::fmax(a, b);
+}
+
+// Products that the compiler may not merge with a following addition: every kernel then sees the
+// same z, and z_y == m holds exactly when y is a maximum.
+__device__ __forceinline__ float mul_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+__device__ __forceinline__ double mul_rn(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1 / x;
+#endif
+}
+
+__device__ __forceinline__ float tanh_fast(float x) {
+  using namespace tanh_ratio;
+  float c = x > kMax ? kMax : x;  // comparisons, not fmin: a NaN must stay
+  c = c < -kMax ? -kMax : c;
+  const float s = c * c;
+  const float p = c * (kP0 + s * (kP1 + s * (kP2 + s * (kP3 + s * kP4))));
+  const float q = 1.0f + s * (kQ1 + s * (kQ2 + s * (kQ3 + s * kQ4)));
+  const float r = reciprocal_fast(q), y = p * r;
+  const float t = y + r * (p - q * y);               // one Newton step: the quotient to rounding
+  return t > 1.0f ? 1.0f : (t < -1.0f ? -1.0f : t);  // 1 - tanh^2 must not turn negative
+}
+__device__ __forceinline__ double tanh_fast(double x) {
+  return ::tanh(x);
+}
+
+template <class R>
+__device__ __forceinline__ R transform(const RowTransform<R>& f, R x) {
+  return f.cap ? mul_rn(f.post, tanh_fast(f.pre * x)) : mul_rn(f.pre, x);
+}
+
+__device__ __forceinline__ float f16_to_float(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+#else
+  return to_float(F16{bits});
+#endif
+}
+
+__device__ __forceinline__ float to_real(float x) {
+  return x;
+}
+__device__ __forceinline__ double to_real(double x) {
+  return x;
+}
+__device__ __forceinline__ float to_real(BF16 x) {
+  return to_float(x);
+}
+__device__ __forceinline__ float to_real(F16 x) {
+  return f16_to_float(x.bits);
+}
+
+// Two values to two 16-bit numbers, the first in the low half.
+__device__ __forceinline__ uint32_t pack_pair(float lo, float hi, BF16) {
+#if defined(__CUDA_ARCH__)
+  uint32_t w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+#else
+  return uint32_t(float_to_bf16(lo).bits) | uint32_t(float_to_bf16(hi).bits) << 16;
+#endif
+}
+__device__ __forceinline__ uint32_t pack_pair(float lo, float hi, F16) {
+#if defined(__CUDA_ARCH__)
+  uint32_t w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+#else
+  return uint32_t(float_to_f16(lo).bits) | uint32_t(float_to_f16(hi).bits) << 16;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T from_real(RealOf<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    return T{uint16_t(pack_pair(x, 0.0f, T{}))};
+  } else {
+    return x;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& q, RealOf<T>* x) {
+  if constexpr (std::is_same_v<T, BF16>) {
+    const uint32_t w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = bits_to_float(w[i] << 16);
+      x[2 * i + 1] = bits_to_float(w[i] & 0xffff0000u);
+    }
+  } else if constexpr (std::is_same_v<T, F16>) {
+    const uint32_t w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = f16_to_float(uint16_t(w[i]));
+      x[2 * i + 1] = f16_to_float(uint16_t(w[i] >> 16));
+    }
+  } else {
+    memcpy(x, &q, sizeof q);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack(const RealOf<T>* x) {
+  uint4 q;
+  if constexpr (sizeof(T) == 2) {
+    q.x = pack_pair(x[0], x[1], T{});
+    q.y = pack_pair(x[2], x[3], T{});
+    q.z = pack_pair(x[4], x[5], T{});
+    q.w = pack_pair(x[6], x[7], T{});
+  } else {
+    memcpy(&q, x, sizeof q);
+  }
+  return q;
+}
+
+// Element i of a floating tensor whose type is known at run time only.
+template <class R>
+__device__ __forceinline__ R load_float(const void* p, DType t, int64_t i) {
+  switch (t) {
+    case DType::kF64:
+      return R(static_cast<const double*>(p)[i]);
+    case DType::kF32:
+      return R(static_cast<const float*>(p)[i]);
+    case DType::kBF16:
+      return R(to_real(static_cast<const BF16*>(p)[i]));
+    default:
+      return R(to_real(static_cast<const F16*>(p)[i]));
+  }
+}
+template <class R>
+__device__ __forceinline__ void store_float(void* p, DType t, int64_t i, R v) {
+  switch (t) {
+    case DType::kF64:
+      static_cast<double*>(p)[i] = double(v);
+      break;
+    case DType::kF32:
+      static_cast<float*>(p)[i] = float(v);
+      break;
+    case DType::kBF16:
+      static_cast<BF16*>(p)[i] = from_real<BF16>(float(v));
+      break;
+    default:
+      static_cast<F16*>(p)[i] = from_real<F16>(float(v));
+  }
+}
+
+__device__ __forceinline__ int64_t row_offset(const RowSoftmaxProblem& p, const Strides& s,
+                                              int64_t row) {
+  if (p.inner == 1) return row * s.outer;
+  if (p.outer == 1) return row * s.inner;  // no 64-bit division
+  return row / p.inner * s.outer + row % p.inner * s.inner;
+}
+
+// ---- Walking a row -----------------------------------------------------------------------------
+
+// Classes [begin, end) of a row: `head` single ones, `vectors` whole vectors, the rest single.
+template <class T>
+struct RowSpan {
+  const T* x;  // class c is x[c * cls]
+  int64_t cls;
+  int begin, end, head, vectors;
+
+  __device__ int vector_begin() const { return begin + head; }
+  __device__ int vector_end() const { return begin + head + vectors * kVec<T>; }
+  __device__ int singles() const { return end - begin - vectors * kVec<T>; }
+  __device__ int single_class(int i) const {
+    return begin + i + (i < head ? 0 : vectors * kVec<T>);
+  }
+};
+
+// `out` (may be null) is written at the same classes: vectors need both on the same footing.
+template <class T>
+__device__ __forceinline__ RowSpan<T> make_span(const T* x, int64_t cls, int begin, int end,
+                                                const T* out, int64_t out_cls) {
+  RowSpan<T> s{x, cls, begin, end, end - begin, 0};
+  const uintptr_t at = reinterpret_cast<uintptr_t>(x + begin);
+  const uintptr_t out_at = out ? reinterpret_cast<uintptr_t>(out + begin) : at;
+  if (cls != 1 || (out && out_cls != 1) || ((at ^ out_at) & 15) != 0) return s;
+  const int head = int((16 - (at & 15)) & 15) / int(sizeof(T));
+  if (head >= s.head) return s;
+  s.vectors = (s.head - head) / kVec<T>;
+  s.head = head;
+  return s;
+}
+
+// Raw vectors of a row kept in shared memory between two walks. Every thread reads back only what
+// it has written, so no barrier is needed.
+enum class Walk { kPlain, kKeep, kReplay };
+
+// Calls fn(width, x, first, step, limit) for each batch of a team's span: x[k * width + e] is the
+// logit of class first + k step + e, for classes below `limit`; the others are not there.
+template <int K, class T, class Fn>
+__device__ __forceinline__ void for_each_batch(const RowSpan<T>& s, Walk walk, uint4* kept,
+                                               const Fn& fn) {
+  using R = RealOf<T>;
+  constexpr int V = kVec<T>;
+  const int lane = threadIdx.x, lanes = blockDim.x;
+  const uint4* vectors = reinterpret_cast<const uint4*>(s.x + s.vector_begin());
+  for (int v = lane; v < s.vectors; v += K * lanes) {
+    uint4 q[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int i = v + k * lanes;
+      q[k] = uint4{0, 0, 0, 0};
+      if (i < s.vectors) q[k] = walk == Walk::kReplay ? kept[i] : vectors[i];
+    }
+    if (walk == Walk::kKeep) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (v + k * lanes < s.vectors) kept[v + k * lanes] = q[k];
+      }
+    }
+    R x[K * V];
+#pragma unroll
+    for (int k = 0; k < K; ++k) unpack<T>(q[k], x + k * V);
+    fn(std::integral_constant<int, V>{}, x, s.vector_begin() + v * V, lanes * V, s.vector_end());
+  }
+  const int singles = s.singles();
+  for (int i = lane; i < singles; i += K * lanes) {
+    R x[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int j = i + k * lanes;
+      x[k] = j < singles ? to_real(s.x[int64_t(s.single_class(j)) * s.cls]) : R(0);
+    }
+    // With vectors between head and tail there are fewer singles than lanes: one each.
+    const int first = s.single_class(i);
+    fn(std::integral_constant<int, 1>{}, x, first, lanes, singles <= lanes ? first + 1 : s.end);
+  }
+}
+
+// The same for one thread that walks a whole row alone.
+template <int K, class T, class Fn>
+__device__ __forceinline__ void for_each_alone(const T* x_row, int64_t cls, int classes,
+                                               const Fn& fn) {
+  using R = RealOf<T>;
+  for (int c = 0; c < classes; c += K) {
+    R x[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      x[k] = c + k < classes ? to_real(x_row[int64_t(c + k) * cls]) : R(0);
+    fn(std::integral_constant<int, 1>{}, x, c, 1, classes);
+  }
+}
+
+// ---- Statistics --------------------------------------------------------------------------------
+
+// What a pass over a part of a row has found; the label is counted in `m` and `argmax` only.
+template <class R>
+struct RowState {
+  RowPart<R> part;
+  int argmax, rank, first_nan;
+};
+
+// A row and what is wanted from it. The label's logit is read first: its class then needs no
+// looking up while the row streams by.
+template <class R>
+struct RowView {
+  const RowSoftmaxProblem* p;
+  RowTarget<R> t;
+  int y, y2;  // the labels, -1 for none (and for one out of range, which no batch may match)
+  R zy, zy2;
+  int64_t prob_base;  // offset of the row's probabilities
+  bool entropy, index, weighted;
+
+  __device__ R weight(int c) const {
+    return p->weight ? static_cast<const R*>(p->weight)[c] : R(1);
+  }
+  __device__ R soft(int c) const {
+    const R q = p->kind == TargetKind::kDense
+                    ? load_float<R>(p->target, p->target_dtype,
+                                    prob_base + int64_t(c) * p->target_strides.cls)
+                    : R(0);
+    return soft_coefficient(*p, t, c, q, weight(c));
+  }
+  // The coefficient whose weighted sum of z is taken on the way: w_c of smoothed labels, r_c of
+  // probabilities at tau = 1.
+  template <Mode M>
+  __device__ R streamed(int c) const {
+    return M == Mode::kSoft && p->kind == TargetKind::kDense ? soft(c) : weight(c);
+  }
+};
+
+// Probabilities at tau = 1: the loss is a weighted sum of z, taken with the statistics.
+PYLOSS_HD inline bool one_pass_soft(const RowSoftmaxProblem& p) {
+  return p.kind == TargetKind::kDense && p.options.tau == 1;
+}
+// Every other soft target needs the row's normaliser first.
+PYLOSS_HD inline bool two_pass_soft(const RowSoftmaxProblem& p) {
+  return p.soft() && !one_pass_soft(p);
+}
+
+// The view before any logit is read.
+template <class R>
+__device__ __forceinline__ RowView<R> make_view(const RowSoftmaxProblem& p, const RowTarget<R>& t,
+                                                int64_t row, bool extras, bool index) {
+  RowView<R> v;
+  v.p = &p;
+  v.t = t;
+  v.y = in_range(t.y, p.classes) ? int(t.y) : -1;
+  v.y2 = in_range(t.y2, p.classes) ? int(t.y2) : -1;
+  v.zy = v.zy2 = -infinity_<R>();
+  v.prob_base = p.kind == TargetKind::kDense ? row_offset(p, p.target_strides, row) : 0;
+  v.entropy = extras;
+  v.index = index;
+  v.weighted = one_pass_soft(p) || (!p.soft() && p.options.smoothing > 0);
+  return v;
+}
+
+// The labels must be in range.
+template <class T, class R>
+__device__ __forceinline__ void read_labels(const RowTransform<R>& f, const T* x_row,
+                                            RowView<R>* v) {
+  const int64_t cls = v->p->x_strides.cls;
+  if (v->p->kind == TargetKind::kDense) return;
+  v->zy = transform(f, to_real(x_row[v->y * cls]));
+  if (v->p->kind == TargetKind::kMix) v->zy2 = transform(f, to_real(x_row[v->y2 * cls]));
+}
+
+// The state of an empty part: the maximum starts at the label's logit.
+template <class R>
+__device__ __forceinline__ RowState<R> start_state(const RowView<R>& v) {
+  RowState<R> s;
+  if (v.zy == v.zy) s.part.m = v.zy;
+  s.argmax = v.y >= 0 ? v.y : kNoClass;
+  s.rank = 0;
+  s.first_nan = kNoClass;
+  return s;
+}
+
+template <Mode M, class R>
+__device__ __forceinline__ void rebase(RowPart<R>* part, R m) {
+  if (part->m == m) return;
+  const R da = finite_floor(part->m) - finite_floor(m), ea = exp_fast(da);
+  if (M != Mode::kPlain) {
+    part->ez = ea * (part->ez + (ea > 0 ? da : R(0)) * part->rest);
+    part->wz += part->w != 0 ? da * part->w : R(0);
+  }
+  part->rest *= ea;
+  part->m = m;
+}
+
+// By recursion and not by a loop: the array must stay in registers.
+template <int N, class R>
+__device__ __forceinline__ R tree_sum(const R* e) {
+  if constexpr (N == 1) {
+    return e[0];
+  } else {
+    return tree_sum<N / 2>(e) + tree_sum<N / 2>(e + N / 2);
+  }
+}
+
+// Turns logits into z, with -inf for classes that are not there.
+template <int V, int N, class R>
+__device__ __forceinline__ void transform_batch(const RowTransform<R>& f, R (&x)[N], int first,
+                                                int step, int limit) {
+  if (f.cap) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = mul_rn(f.post, tanh_fast(f.pre * x[i]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = mul_rn(f.pre, x[i]);
+  }
+  if (first + (N / V - 1) * step < limit) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (first + (i / V) * step >= limit) x[i] = -infinity_<R>();
+  }
+}
+
+// Adds a batch of z to the state.
+template <Mode M, int V, int N, class R>
+__device__ __forceinline__ void accumulate(const RowView<R>& v, R (&z)[N], int first, int step,
+                                           int limit, RowState<R>* s) {
+#pragma unroll
+  for (int k = 0; k < N / V; ++k) {
+    const int at = v.y - (first + k * step);
+    if (unsigned(at) < unsigned(V)) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (at == e) z[k * V + e] = -infinity_<R>();
+      }
+    }
+  }
+  R top = z[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) top = fmax_(top, z[i]);
+  if (M != Mode::kPlain && v.index) {
+    int above = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) above += z[i] > v.zy;
+    s->rank += above;
+    if (top >= s->part.m) {
+      int c = kNoClass;
+#pragma unroll
+      for (int i = N - 1; i >= 0; --i) {
+        if (z[i] == top) c = first + (i / V) * step + i % V;
+      }
+      if (top > s->part.m || c < s->argmax) s->argmax = c;
+    }
+  }
+  rebase<M>(&s->part, fmax_(s->part.m, top));
+  const R base = finite_floor(s->part.m);
+  if (M != Mode::kPlain && v.weighted) {
+    R wz = 0, w = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int c = first + (i / V) * step + i % V;
+      const R r = c < limit && c != v.y ? v.template streamed<M>(c) : R(0);
+      wz += r != 0 ? r * (z[i] - base) : R(0);
+      w += r;
+    }
+    s->part.wz += wz;
+    s->part.w += w;
+  }
+  if (M != Mode::kPlain && v.entropy) {
+    R ez = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const R u = z[i] - base;
+      ez += exp_fast(u) * fmax_(u, R(-1e4));  // 0 * -inf
+    }
+    s->part.ez += ez;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) z[i] = exp_fast(z[i] - base);
+  s->part.rest += tree_sum<N>(z);
+}
+
+// Shared memory of the team reductions of one row.
+template <class R>
+struct TeamSlots {
+  R real[7][kMaxWarps];
+  int integer[3][kMaxWarps];
+};
+
+// Every thread of the team ends with the state of all of them.
+template <Mode M, class R>
+__device__ __forceinline__ void team_merge(const RowView<R>& v, RowState<R>* s,
+                                           TeamSlots<R>* slots) {
+  const R none = -infinity_<R>();
+  const R m = team_reduce(s->part.m, MaxOp{}, none, slots->real[0]);
+  if (M != Mode::kPlain && v.index) {
+    s->argmax =
+        team_reduce(s->part.m == m ? s->argmax : kNoClass, MinOp{}, kNoClass, slots->integer[0]);
+    s->rank = team_reduce(s->rank, AddOp{}, 0, slots->integer[1]);
+  }
+  rebase<M>(&s->part, m);
+  s->part.rest = team_reduce(s->part.rest, AddOp{}, R(0), slots->real[1]);
+  if (M != Mode::kPlain) {
+    if (v.entropy) s->part.ez = team_reduce(s->part.ez, AddOp{}, R(0), slots->real[2]);
+    if (v.weighted) {
+      s->part.wz = team_reduce(s->part.wz, AddOp{}, R(0), slots->real[3]);
+      s->part.w = team_reduce(s->part.w, AddOp{}, R(0), slots->real[4]);
+    }
+  }
+}
+
+// ---- Epilogue ----------------------------------------------------------------------------------
+
+template <class R>
+struct SoftSums {
+  R mass = 0, loss = 0;  // sum r p^(tau-1), sum r f(nll)
+};
+
+// A finished row: everything that the outputs and the gradient are made of.
+template <class R>
+struct RowResult {
+  RowTerms<R> terms;
+  R rest, wz, ez;
+  SoftSums<R> soft;
+  int argmax, rank;
+};
+
+// Completes the merged state with the label's own share. Soft targets at tau != 1 still lack
+// `soft`.
+template <class R>
+__device__ __forceinline__ RowResult<R> finish_state(const RowView<R>& v, const RowState<R>& s) {
+  const RowSoftmaxProblem& p = *v.p;
+  RowResult<R> r;
+  r.rest = s.part.rest;
+  r.terms = row_terms(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
+  r.wz = s.part.wz;
+  r.ez = s.part.ez;
+  if (p.kind != TargetKind::kDense) {
+    const R u = v.zy - r.terms.m;
+    if (v.entropy) r.ez += exp_(u) * fmax_(u, R(-1e4));
+    if (v.weighted) {
+      const R w = v.weight(v.y);
+      if (w != 0) r.wz += w * u;
+    }
+  } else if (v.weighted) {
+    r.soft.mass = s.part.w;
+    r.soft.loss = s.part.w * r.terms.log_sum - r.wz;
+  }
+  r.argmax = s.first_nan != kNoClass ? s.first_nan : s.argmax;
+  r.rank = p.kind == TargetKind::kDense ? 0 : s.rank;
+  return r;
+}
+
+// The result of a row with a label out of range: NaN everywhere.
+template <class R>
+__device__ __forceinline__ RowResult<R> poisoned_result(RowView<R>* v) {
+  RowResult<R> r;
+  v->zy = v->zy2 = nan_<R>();
+  r.rest = r.wz = r.ez = r.soft.mass = r.soft.loss = nan_<R>();
+  r.terms = row_terms(*v->p, v->t, nan_<R>(), nan_<R>(), v->zy, v->zy2);
+  r.argmax = -1;
+  r.rank = 0;
+  return r;
+}
+
+template <class R>
+__device__ __forceinline__ void store_result(const RowSoftmaxForward& f, int64_t row,
+                                             const RowView<R>& v, const RowResult<R>& r) {
+  const RowSoftmaxProblem& p = *v.p;
+  const int64_t n = p.rows();
+  R* stats = static_cast<R*>(f.stats) + row;
+  R z_part;
+  const R loss =
+      row_loss(p, v.t, r.terms, static_cast<const R*>(f.norm), r.wz, r.soft.loss, &z_part);
+  stats[kStatMax * n] = r.terms.m;
+  stats[kStatRest * n] = r.rest;
+  stats[kStatTarget * n] = v.zy;
+  stats[kStatLoss * n] = loss;
+  if (p.kind == TargetKind::kMix || p.soft()) {
+    stats[kStatTarget2 * n] = v.zy2;
+    stats[kStatSoft * n] = r.soft.mass;
+  }
+  if (f.extras) {
+    R* extras = static_cast<R*>(f.extras) + row;
+    extras[kExtraLse * n] = r.terms.lse();
+    extras[kExtraLogprob * n] = -r.terms.nll;
+    extras[kExtraEntropy * n] = row_entropy(r.terms, r.ez);
+    extras[kExtraZLoss * n] = z_part;
+  }
+  if (f.index) {
+    f.index[kIndexArgmax * n + row] = r.argmax;
+    f.index[kIndexRank * n + row] = r.rank;
+  }
+  if (p.options.reduction == Reduction::kNone) store_float(f.loss, f.loss_dtype, row, loss);
+}
+
+template <class R>
+__device__ __forceinline__ void store_ignored(const RowSoftmaxProblem& p,
+                                              const RowSoftmaxForward& f, int64_t row) {
+  const int64_t n = p.rows();
+  const int stats = p.kind == TargetKind::kMix || p.soft() ? 6 : 4;
+  for (int i = 0; i < stats; ++i) static_cast<R*>(f.stats)[i * n + row] = 0;
+  if (f.extras) {
+    for (int i = 0; i < kExtraCount; ++i) static_cast<R*>(f.extras)[i * n + row] = 0;
+  }
+  if (f.index) {
+    f.index[kIndexArgmax * n + row] = -1;
+    f.index[kIndexRank * n + row] = 0;
+  }
+  if (p.options.reduction == Reduction::kNone) store_float(f.loss, f.loss_dtype, row, R(0));
+}
+
+// Adds a batch of z to the sums of a soft target, once the row's normaliser is known.
+template <int V, int N, class R>
+__device__ __forceinline__ void accumulate_soft(const RowView<R>& v, const RowTerms<R>& terms,
+                                                const R (&z)[N], int first, int step, int limit,
+                                                SoftSums<R>* sums) {
+  const R a = R(1 - v.p->options.tau), m = terms.m, log_sum = terms.log_sum;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int c = first + (i / V) * step + i % V;
+    const R r = c < limit ? v.soft(c) : R(0);
+    if (r == 0) continue;
+    const R nll = log_sum - (z[i] - m), e = r * expm1_(a * nll);
+    sums->mass += e + r;
+    sums->loss += e / a;
+  }
+}
+
+// ---- Gradient ----------------------------------------------------------------------------------
+
+// Per-row constants of the gradient.
+template <class R>
+struct GradRow {
+  R m, log_sum, label;  // `label` = d(out) of the label's own entry, before spread and soft
+  RowCoeffs<R> c;
+};
+
+template <class R>
+__device__ __forceinline__ GradRow<R> make_grad_row(const RowTerms<R>& terms, const RowCoeffs<R>& c,
+                                                    R zy) {
+  const R u = zy - terms.m;
+  return {terms.m, terms.log_sum, exp_(u) * (c.label_a + c.b * fmax_(u, R(-1e4))) - c.label, c};
+}
+
+template <class R>
+__device__ __forceinline__ RowUpstream<R> unit_upstream(const void* norm, R token) {
+  const R* n = static_cast<const R*>(norm);
+  return {token * n[kNormLoss], token * n[kNormZ], 0, 0, 0, 0};
+}
+
+// Replaces a batch of z by the gradient with respect to the logits.
+template <Mode M, int V, int N, class R>
+__device__ __forceinline__ void gradient_batch(const RowView<R>& v, const RowTransform<R>& f,
+                                               const GradRow<R>& g, R (&z)[N], int first, int step,
+                                               int limit) {
+  R d[N];
+  if (M != Mode::kPlain && g.c.b != 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const R u = z[i] - g.m;
+      d[i] = exp_fast(u) * (g.c.a + g.c.b * fmax_(u, R(-1e4)));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) d[i] = exp_fast(z[i] - g.m) * g.c.a;
+  }
+#pragma unroll
+  for (int k = 0; k < N / V; ++k) {
+    const int at = v.y - (first + k * step), at2 = v.y2 - (first + k * step);
+    if (unsigned(at) < unsigned(V)) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (at == e) d[k * V + e] = g.label;
+      }
+    }
+    if (unsigned(at2) < unsigned(V)) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (at2 == e) d[k * V + e] -= g.c.label2;
+      }
+    }
+  }
+  if (M != Mode::kPlain && g.c.spread != 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int c = first + (i / V) * step + i % V;
+      if (c < limit) d[i] -= g.c.spread * v.weight(c);
+    }
+  }
+  if (M == Mode::kSoft && g.c.soft != 0) {
+    const R a = R(1 - v.p->options.tau);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int c = first + (i / V) * step + i % V;
+      const R r = c < limit ? v.soft(c) : R(0);
+      const R power = a == 0 ? R(1) : exp_fast(a * (g.log_sum - (z[i] - g.m)));
+      if (r != 0) d[i] -= g.c.soft * r * power;
+    }
+  }
+  if (M != Mode::kPlain && f.cap) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = f.slope(z[i]) * d[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = f.pre * d[i];
+  }
+}
+
+// Writes a batch; `out_row` points at class 0.
+template <class T, int V, int N, class R>
+__device__ __forceinline__ void store_batch(T* out_row, int64_t cls, const R (&x)[N], int first,
+                                            int step, int limit) {
+#pragma unroll
+  for (int k = 0; k < N / V; ++k) {
+    const int c = first + k * step;
+    if (c >= limit) continue;
+    if constexpr (V > 1) {
+      *reinterpret_cast<uint4*>(out_row + c) = pack<T>(x + k * V);
+    } else {
+      out_row[int64_t(c) * cls] = from_real<T>(x[k]);
+    }
+  }
+}
+
+// The saved statistics of a row. A label out of range leaves NaN in all of them, hence in the whole
+// gradient row.
+template <class R>
+__device__ __forceinline__ RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats,
+                                                  int64_t row, const RowTarget<R>& t, R* zy,
+                                                  R* soft_mass) {
+  const int64_t n = p.rows();
+  const R* s = static_cast<const R*>(stats) + row;
+  const bool more = p.kind == TargetKind::kMix || p.soft();
+  const R zy2 = more ? s[kStatTarget2 * n] : R(0);
+  *zy = s[kStatTarget * n];
+  *soft_mass = more ? s[kStatSoft * n] : R(0);
+  return row_terms(p, t, s[kStatMax * n], s[kStatRest * n], *zy, zy2);
+}
+
+// ---- Shapes of the launches (host) ------------------------------------------------------------
+
+// The least mode that can do the problem. The double kernels exist in the last one only.
+inline Mode mode_of(const RowSoftmaxProblem& p, bool extras) {
+  if (p.dtype == DType::kF64 || p.soft()) return Mode::kSoft;
+  const bool options = p.options.softcap > 0 || p.options.smoothing > 0 || extras;
+  return options ? Mode::kOptions : Mode::kPlain;
+}
+
+inline void check_classes(const RowSoftmaxProblem& p) {
+  if (p.classes > kMaxClasses) throw std::invalid_argument("row_softmax: too many classes");
+}
+
+// Threads of a team kernel's block and how many blocks an SM should hold: the registers per thread
+// follow from both.
+inline constexpr int kLongTeam = 256;
+template <class T, Mode M>
+inline constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : (M == Mode::kSoft ? 2 : 3);
+// Vectors that a thread loads before it uses the first.
+template <Mode M>
+inline constexpr int kBatch = M == Mode::kPlain ? 4 : 2;
+
+// One thread per row where rows are short, or where neighbouring rows are adjacent in memory and
+// there are enough of them to fill the device; a team per row otherwise.
+inline bool use_alone(const RowSoftmaxProblem& p) {
+  const bool adjacent = (p.inner > 1 ? p.x_strides.inner : p.x_strides.outer) == 1;
+  return p.classes <= kWarp || (p.x_strides.cls != 1 && adjacent && p.rows() >= 8192);
+}
+
+inline int64_t vectors_per_row(const RowSoftmaxProblem& p) {
+  return (p.classes * dtype_size(p.dtype) + 15) / 16;
+}
+
+// A row longer than this is worth splitting among blocks when there are few rows.
+inline constexpr int64_t kSplitVectors = 1024;
+
+inline int team_threads(const RowSoftmaxProblem& p) {
+  const int64_t vectors = vectors_per_row(p);
+  if (vectors <= 256) return kWarp;
+  if (vectors <= kSplitVectors) return 128;
+  return kLongTeam;
+}
+
+}  // namespace pyloss::cuda
