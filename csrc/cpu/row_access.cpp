@@ -6,19 +6,36 @@
 namespace pyloss::cpu {
 namespace {
 
-// Returns the number of labels that are not ignored.
-int64_t check_labels(const RowSoftmaxProblem& p, const void* labels) {
-  const int64_t rows = p.rows();
-  int64_t active = 0;
+// Counts without branches, so that the usual case, all labels good, is a short loop.
+template <class T>
+int64_t count_labels(const RowSoftmaxProblem& p, const T* labels) {
+  const int64_t rows = p.rows(), ignored = p.options.ignore_index;
+  const uint64_t classes = uint64_t(p.classes);
+  int64_t skipped = 0, bad = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t y = load_index(labels, p.target_dtype, r);
-    if (y == p.options.ignore_index) continue;
-    if (!in_range(y, p.classes)) {
+    const int64_t y = labels[r];
+    skipped += y == ignored;
+    bad += (uint64_t(y) >= classes) & (y != ignored);
+  }
+  if (bad == 0) return rows - skipped;
+  for (int64_t r = 0;; ++r) {
+    const int64_t y = labels[r];
+    if (!in_range(y, p.classes) && y != ignored) {
       throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds.");
     }
-    ++active;
   }
-  return active;
+}
+
+// Returns the number of labels that are not ignored.
+int64_t check_labels(const RowSoftmaxProblem& p, const void* labels) {
+  switch (p.target_dtype) {
+    case DType::kI64:
+      return count_labels(p, static_cast<const int64_t*>(labels));
+    case DType::kI32:
+      return count_labels(p, static_cast<const int32_t*>(labels));
+    default:
+      return count_labels(p, static_cast<const uint8_t*>(labels));
+  }
 }
 
 }  // namespace

@@ -27,7 +27,7 @@
 namespace pyloss::cpu {
 namespace {
 
-constexpr int64_t kTile = 512;
+constexpr int64_t kTile = 256;
 constexpr int64_t kFold = 64;
 constexpr int64_t kAhead = 2;  // classes
 constexpr int32_t kNoLabel = -1;
@@ -365,13 +365,20 @@ int64_t tile_width(const RowSoftmaxProblem& p) {
   return std::min(kTile, std::max(kLanes, fit / kLanes * kLanes));
 }
 
+// Not inlined: the compiler would look the thread's address up again for every access.
+template <class R>
+__attribute__((noinline)) Tile<R>& thread_tile() {
+  thread_local Tile<R> tile;
+  return tile;
+}
+
 template <class R, class Fn>
 void for_tiles(const RowSoftmaxProblem& p, int threads, const Fn& fn) {
   if (p.rows() == 0) return;
   const int64_t width = tile_width(p), tiles = (p.inner + width - 1) / width;
   parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p.classes) / width), threads,
                [&](int64_t begin, int64_t end) {
-                 thread_local Tile<R> tile;
+                 Tile<R>& tile = thread_tile<R>();
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % tiles * width;
                    TileWalk<R> walk(p, tile, i / tiles, first, std::min(width, p.inner - first));

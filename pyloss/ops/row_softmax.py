@@ -94,8 +94,8 @@ def _merged_inner(x: Tensor) -> int | None:
 def _layout(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int, int]]:
     """x, copied only when its trailing dimensions do not lie evenly, as (outer, classes, inner)."""
     if x.dim() == 2:
-        n, c = x.shape
-        return x, (1, c, n), (0, x.stride(1), x.stride(0))
+        (rows, classes), (row_step, class_step) = x.shape, x.stride()
+        return x, (1, classes, rows), (0, class_step, row_step)
     if x.dim() == 1:
         return x, (1, x.shape[0], 1), (0, x.stride(0), 0)
     inner = _merged_inner(x)
@@ -103,6 +103,9 @@ def _layout(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int, in
         x = x.contiguous()
         inner = 1
     return x, (x.shape[0], x.shape[1], math.prod(x.shape[2:])), (x.stride(0), x.stride(1), inner)
+
+
+_NO_TENSORS = (None,) * 4
 
 
 def _problem(input, target, target2, mix, weight, token_weight, codes):
@@ -113,7 +116,11 @@ def _problem(input, target, target2, mix, weight, token_weight, codes):
         target, _, target_strides = _layout(target)
     else:
         target = target.contiguous()
-    small = [t if t is None else t.contiguous() for t in (target2, mix, weight, token_weight)]
+    small = (target2, mix, weight, token_weight)
+    if target2 is mix is weight is token_weight is None:
+        small = _NO_TENSORS
+    else:
+        small = tuple(t if t is None else t.contiguous() for t in small)
     problem = (
         *sizes,
         DTYPE_CODES[x.dtype],
@@ -123,7 +130,7 @@ def _problem(input, target, target2, mix, weight, token_weight, codes):
         target.data_ptr(),
         DTYPE_CODES[target.dtype],
         *target_strides,
-        *map(address, small),
+        *((0, 0, 0, 0) if small is _NO_TENSORS else map(address, small)),
         *codes[1:],
     )
     return problem, (x, target, *small)
@@ -139,6 +146,8 @@ def _gradient_buffer(input: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int
 
 
 def _row_count(input: Tensor) -> int:
+    if input.dim() == 2:
+        return input.shape[0]
     return 1 if input.dim() == 1 else input.shape[0] * math.prod(input.shape[2:])
 
 
@@ -608,11 +617,19 @@ class _RowSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *others):
+        none = (None,) * 5
+        early, ctx.early_grad = ctx.early_grad, None
+        if early is not None and not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
+            # Handed over, not kept: a second backward computes it anew, and autograd may adopt it.
+            if grad_loss is None:
+                return None, None, *none
+            if not _is_one(grad_loss):
+                _ops.scale_(early, grad_loss.float())
+            return early, None, *none
         grad_extras = others[0] if ctx.wants & WANT_EXTRAS else None
         input, target, *rest = ctx.saved_tensors
         tensors = (input, target, *rest[:-1])
         options, codes = ctx.options, ctx.codes
-        none = (None,) * 5
         if grad_loss is None and grad_extras is None:
             return None, None, *none
         acc = accumulator_dtype(input.dtype)
@@ -628,7 +645,6 @@ class _RowSoftmax(torch.autograd.Function):
             if create_graph:
                 raise RuntimeError("inplace=True cannot be used with create_graph=True")
             return _inplace_gradient(arguments), None, *none
-        early, ctx.early_grad = ctx.early_grad, None
         need_input, wrt_target = ctx.needs_input_grad[:2]
         if create_graph and is_soft(codes.kind, options or PLAIN):
             found = _reference_gradient(
@@ -640,11 +656,6 @@ class _RowSoftmax(torch.autograd.Function):
             target_grad = _target_gradient(grad_loss, tensors, options, codes)
         if not need_input:
             return None, target_grad, *none
-        if early is not None and not create_graph:
-            # Handed over, not kept: a second backward computes it anew, and autograd may adopt it.
-            if not _is_one(grad_loss):
-                _ops.scale_(early, grad_loss)
-            return early, target_grad, *none
         run = _RowSoftmaxGrad.apply if create_graph else _ops.row_softmax_bwd
         return run(*arguments), target_grad, *none
 
