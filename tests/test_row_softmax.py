@@ -1142,3 +1142,23 @@ def test_token_weight_shape_is_checked():
         pyloss.fused_cross_entropy(x, y, token_weight=torch.ones(4))
     with pytest.raises((ValueError, RuntimeError)):
         pyloss.fused_cross_entropy(x, (y, y[:2], 0.5))
+
+
+def test_correct_is_false_where_the_ignored_label_is_minus_one():
+    x, y = torch.randn(3, 5), torch.tensor([-1, 2, -1])
+    _, stats = pyloss.fused_cross_entropy(x, y, ignore_index=-1, return_stats=("correct",))
+    assert not stats.correct[0] and not stats.correct[2]
+
+
+def test_truncation_holds_at_the_threshold_itself():
+    # Two equal logits give p_y = 1/2 exactly.
+    x = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    pyloss.fused_cross_entropy(x, torch.tensor([0]), tau=1.7, truncate=0.5).backward()
+    assert torch.equal(x.grad, torch.zeros(1, 2, dtype=torch.float64))
+
+
+def test_an_infinite_loss_is_not_taken_for_truncated():
+    x = torch.tensor([[0.0, -torch.inf]], requires_grad=True)
+    loss = pyloss.fused_cross_entropy(x, torch.tensor([1]))
+    loss.backward()
+    assert loss == torch.inf and torch.equal(x.grad, torch.tensor([[1.0, -1.0]]))

@@ -361,3 +361,12 @@ def test_confident_rows_keep_their_loss():
     y = torch.tensor([0])
     assert F_CE(x, y).item() == 0.0
     assert pyloss.fused_cross_entropy(x, y).item() == pytest.approx(math.exp(-30), rel=1e-6)
+
+
+@pytest.mark.parametrize("which", ["target", "weight", "token_weight"])
+def test_tensors_on_two_devices_raise(which):
+    x, y = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    kwargs = {which: {"target": y, "weight": torch.ones(5), "token_weight": torch.ones(3)}[which]}
+    kwargs = {k: v.to("meta") for k, v in kwargs.items()}
+    with pytest.raises(RuntimeError, match=f"same device, but {which} is on meta"):
+        pyloss.fused_cross_entropy(x, **{"target": y, **kwargs})

@@ -76,6 +76,7 @@ struct RowSoftmaxProblem {
   PYLOSS_HD bool soft() const {
     return kind == TargetKind::kDense || (options.smoothing > 0 && options.tau != 1);
   }
+  PYLOSS_HD int stat_rows() const { return kind == TargetKind::kMix || soft() ? 6 : 4; }
 };
 
 struct RowSoftmaxForward {
@@ -178,7 +179,7 @@ struct LossOfNll {
 // miss = 1 - p_y, exact to rounding also where p_y is near 1.
 template <class R>
 PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R miss) {
-  const bool truncated = nll > R(o.max_nll);
+  const bool truncated = o.max_nll < HUGE_VAL && nll >= R(o.max_nll);
   if (truncated) {  // the constant f(max_nll), without gradient
     nll = R(o.max_nll);
     miss = -expm1_(-nll);
@@ -191,7 +192,7 @@ PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R m
       R power = pow_(miss, g), p_ratio = p > 0 ? p * ratio : R(0);
       R lower = g == 1 ? R(1) : pow_(miss, g - 1);
       f = {power * nll, power * (1 + g * p_ratio),
-           g * (p * 2 * lower + (g - 1) * p * p_ratio * lower - power * p_ratio)};
+           g * (p * lower * (2 + (g - 1) * p_ratio) - power * p_ratio)};
       break;
     }
     default: {
@@ -363,6 +364,52 @@ PYLOSS_HD inline R row_loss(const RowSoftmaxProblem& p, const RowTarget<R>& t, c
 template <class R>
 PYLOSS_HD inline R row_entropy(const RowTerms<R>& r, R ez) {
   return r.log_sum - ez / r.sum;
+}
+
+// What a forward leaves behind of a row: stats, and the extras and indices that were asked for.
+// Returns the row's loss.
+template <class R>
+PYLOSS_HD inline R store_row(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row,
+                             const RowTarget<R>& t, const RowTerms<R>& r, R rest, R zy, R zy2, R wz,
+                             R ez, R soft_loss, R soft_mass, int64_t argmax, int64_t rank) {
+  const int64_t n = p.rows();
+  R* stats = static_cast<R*>(f.stats) + row;
+  R z_part;
+  const R loss = row_loss(p, t, r, static_cast<const R*>(f.norm), wz, soft_loss, &z_part);
+  stats[kStatMax * n] = r.m;
+  stats[kStatRest * n] = rest;
+  stats[kStatTarget * n] = zy;
+  stats[kStatLoss * n] = loss;
+  if (p.stat_rows() > 4) {
+    stats[kStatTarget2 * n] = zy2;
+    stats[kStatSoft * n] = soft_mass;
+  }
+  if (f.extras) {
+    R* extras = static_cast<R*>(f.extras) + row;
+    extras[kExtraLse * n] = r.lse();
+    extras[kExtraLogprob * n] = -r.nll;
+    extras[kExtraEntropy * n] = row_entropy(r, ez);
+    extras[kExtraZLoss * n] = z_part;
+  }
+  if (f.index) {
+    f.index[kIndexArgmax * n + row] = argmax;
+    f.index[kIndexRank * n + row] = rank;
+  }
+  return loss;
+}
+
+template <class R>
+PYLOSS_HD inline void store_ignored_row(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
+                                        int64_t row) {
+  const int64_t n = p.rows();
+  for (int i = 0; i < p.stat_rows(); ++i) static_cast<R*>(f.stats)[i * n + row] = 0;
+  if (f.extras) {
+    for (int i = 0; i < kExtraCount; ++i) static_cast<R*>(f.extras)[i * n + row] = 0;
+  }
+  if (f.index) {
+    f.index[kIndexArgmax * n + row] = -1;
+    f.index[kIndexRank * n + row] = 0;
+  }
 }
 
 // The upstream gradients of one row.

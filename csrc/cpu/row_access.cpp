@@ -84,66 +84,21 @@ void finish_loss(const RowSoftmaxProblem& p, const RowSoftmaxForward& f) {
 }
 
 template <class R>
-void store_result(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row,
-                  const RowResult<R>& r) {
-  const int64_t n = p.rows();
-  R* stats = static_cast<R*>(f.stats) + row;
-  R z_part;
-  stats[kStatMax * n] = r.terms.m;
-  stats[kStatRest * n] = r.rest;
-  stats[kStatTarget * n] = r.zy;
-  stats[kStatLoss * n] =
-      row_loss(p, r.target, r.terms, static_cast<const R*>(f.norm), r.wz, r.soft_loss, &z_part);
-  if (p.kind == TargetKind::kMix || p.soft()) {
-    stats[kStatTarget2 * n] = r.zy2;
-    stats[kStatSoft * n] = r.soft_mass;
-  }
-  if (f.extras) {
-    R* extras = static_cast<R*>(f.extras) + row;
-    extras[kExtraLse * n] = r.terms.lse();
-    extras[kExtraLogprob * n] = -r.terms.nll;
-    extras[kExtraEntropy * n] = row_entropy(r.terms, r.ez);
-    extras[kExtraZLoss * n] = z_part;
-  }
-  if (f.index) {
-    f.index[kIndexArgmax * n + row] = r.argmax;
-    f.index[kIndexRank * n + row] = r.rank;
-  }
-}
-
-template <class R>
-void store_ignored(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row) {
-  const int64_t n = p.rows();
-  const int stats = p.kind == TargetKind::kMix || p.soft() ? 6 : 4;
-  for (int s = 0; s < stats; ++s) static_cast<R*>(f.stats)[s * n + row] = 0;
-  if (f.extras) {
-    for (int e = 0; e < kExtraCount; ++e) static_cast<R*>(f.extras)[e * n + row] = 0;
-  }
-  if (f.index) {
-    f.index[kIndexArgmax * n + row] = -1;
-    f.index[kIndexRank * n + row] = 0;
-  }
-}
-
-template <class R>
 RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats, int64_t row,
                        const RowTarget<R>& t, R* zy, R* zy2, R* soft_mass) {
   const int64_t n = p.rows();
   const R* s = static_cast<const R*>(stats) + row;
   *zy = s[kStatTarget * n];
-  const bool more = p.kind == TargetKind::kMix || p.soft();
+  const bool more = p.stat_rows() > 4;
   *zy2 = more ? s[kStatTarget2 * n] : R(0);
   *soft_mass = more ? s[kStatSoft * n] : R(0);
   return row_terms(p, t, s[kStatMax * n], s[kStatRest * n], *zy, *zy2);
 }
 
-#define PYLOSS_INSTANTIATE(R)                                                                  \
-  template void prepare_norm<R>(const RowSoftmaxProblem&, R*);                                 \
-  template void finish_loss<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&);            \
-  template void store_result<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t,   \
-                                const RowResult<R>&);                                          \
-  template void store_ignored<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&, int64_t); \
-  template RowTerms<R> load_terms<R>(const RowSoftmaxProblem&, const void*, int64_t,           \
+#define PYLOSS_INSTANTIATE(R)                                                        \
+  template void prepare_norm<R>(const RowSoftmaxProblem&, R*);                       \
+  template void finish_loss<R>(const RowSoftmaxProblem&, const RowSoftmaxForward&);  \
+  template RowTerms<R> load_terms<R>(const RowSoftmaxProblem&, const void*, int64_t, \
                                      const RowTarget<R>&, R*, R*, R*);
 PYLOSS_INSTANTIATE(float)
 PYLOSS_INSTANTIATE(double)

@@ -49,7 +49,7 @@ void prepare_norm(const RowSoftmaxProblem& p, R* norm);
 template <class R>
 void finish_loss(const RowSoftmaxProblem& p, const RowSoftmaxForward& f);
 
-// Statistics of a finished row, written to stats, extras and index.
+// A finished row.
 template <class R>
 struct RowResult {
   RowTarget<R> target;
@@ -59,10 +59,11 @@ struct RowResult {
   int64_t argmax, rank;
 };
 template <class R>
-void store_result(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row,
-                  const RowResult<R>& r);
-template <class R>
-void store_ignored(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row);
+inline void store_result(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_t row,
+                         const RowResult<R>& r) {
+  store_row(p, f, row, r.target, r.terms, r.rest, r.zy, r.zy2, r.wz, r.ez, r.soft_loss, r.soft_mass,
+            r.argmax, r.rank);
+}
 
 // The saved statistics of a row, as the backward passes need them.
 template <class R>

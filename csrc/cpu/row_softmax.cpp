@@ -316,7 +316,7 @@ void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_
                     : nullptr;
     RowTarget<R> t;
     if (!load_target(p, row, &t)) {
-      store_ignored<R>(p, f, row);
+      store_ignored_row<R>(p, f, row);
       if (out) fill_row(p, out, 0, p.classes);
       continue;
     }
@@ -356,7 +356,7 @@ void forward_segments(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, in
     for (int64_t row = begin; row < end; ++row) {
       RowTarget<R> t;
       if (!load_target(p, row, &t)) {
-        store_ignored<R>(p, f, row);
+        store_ignored_row<R>(p, f, row);
         continue;
       }
       Scan<R> s;

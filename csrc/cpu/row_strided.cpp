@@ -151,7 +151,7 @@ class TileWalk {
     for (int64_t l = 0; l < n_; ++l) {
       const int64_t row = first_row_ + l;
       if (!active_[l]) {
-        store_ignored<R>(p_, f, row);
+        store_ignored_row<R>(p_, f, row);
         continue;
       }
       RowResult<R> r;

@@ -594,47 +594,15 @@ __device__ __forceinline__ RowResult<R> poisoned_result(RowView<R>* v) {
 template <class R>
 __device__ __forceinline__ void store_result(const RowSoftmaxForward& f, int64_t row,
                                              const RowView<R>& v, const RowResult<R>& r) {
-  const RowSoftmaxProblem& p = *v.p;
-  const int64_t n = p.rows();
-  R* stats = static_cast<R*>(f.stats) + row;
-  R z_part;
-  const R loss =
-      row_loss(p, v.t, r.terms, static_cast<const R*>(f.norm), r.wz, r.soft.loss, &z_part);
-  stats[kStatMax * n] = r.terms.m;
-  stats[kStatRest * n] = r.rest;
-  stats[kStatTarget * n] = v.zy;
-  stats[kStatLoss * n] = loss;
-  if (p.kind == TargetKind::kMix || p.soft()) {
-    stats[kStatTarget2 * n] = v.zy2;
-    stats[kStatSoft * n] = r.soft.mass;
-  }
-  if (f.extras) {
-    R* extras = static_cast<R*>(f.extras) + row;
-    extras[kExtraLse * n] = r.terms.lse();
-    extras[kExtraLogprob * n] = -r.terms.nll;
-    extras[kExtraEntropy * n] = row_entropy(r.terms, r.ez);
-    extras[kExtraZLoss * n] = z_part;
-  }
-  if (f.index) {
-    f.index[kIndexArgmax * n + row] = r.argmax;
-    f.index[kIndexRank * n + row] = r.rank;
-  }
-  if (p.options.reduction == Reduction::kNone) store_float(f.loss, f.loss_dtype, row, loss);
+  const R loss = store_row(*v.p, f, row, v.t, r.terms, r.rest, v.zy, v.zy2, r.wz, r.ez, r.soft.loss,
+                           r.soft.mass, r.argmax, r.rank);
+  if (v.p->options.reduction == Reduction::kNone) store_float(f.loss, f.loss_dtype, row, loss);
 }
 
 template <class R>
 __device__ __forceinline__ void store_ignored(const RowSoftmaxProblem& p,
                                               const RowSoftmaxForward& f, int64_t row) {
-  const int64_t n = p.rows();
-  const int stats = p.kind == TargetKind::kMix || p.soft() ? 6 : 4;
-  for (int i = 0; i < stats; ++i) static_cast<R*>(f.stats)[i * n + row] = 0;
-  if (f.extras) {
-    for (int i = 0; i < kExtraCount; ++i) static_cast<R*>(f.extras)[i * n + row] = 0;
-  }
-  if (f.index) {
-    f.index[kIndexArgmax * n + row] = -1;
-    f.index[kIndexRank * n + row] = 0;
-  }
+  store_ignored_row<R>(p, f, row);
   if (p.options.reduction == Reduction::kNone) store_float(f.loss, f.loss_dtype, row, R(0));
 }
 

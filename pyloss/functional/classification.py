@@ -123,7 +123,8 @@ def fused_cross_entropy(
             the result is then ``(loss, RowStats)``. The first three are differentiable.
         inplace: the backward writes the gradient over ``input``. ``input`` must not be a leaf, and
             nothing else may need its values for its backward: autograd raises if something does.
-        empty: value of the mean over no rows, ``"nan"`` (as torch) or ``"zero"``.
+        empty: value of the mean over no rows, or of rows whose weights sum to 0: ``"nan"`` (as
+            torch) or ``"zero"``.
         loss_dtype: dtype of the loss; default: that of ``input``, float32 under autocast.
         num_items: replaces the denominator of the mean; a number or a 0-d tensor. For gradient
             accumulation: the number of targets in all micro-batches.
@@ -341,6 +342,9 @@ def _row_loss(
         # The CPU kernels look at every label anyway.
         if not input.is_cpu and os.environ.get("PYLOSS_CHECK", "0") not in ("", "0"):
             _check_label_values(input, target, target2, ignore_index)
+    _check_device("target", target, input)
+    if target2 is not None:
+        _check_device("target[1]", target2, input)
     if input.dtype not in _INPUT_DTYPES:
         raise NotImplementedError(
             f"\"fused_cross_entropy\" not implemented for '{_scalar_name(input.dtype)}'"
@@ -538,7 +542,10 @@ def _checked_token_weight(token_weight, input, target, kind, acc):
 
 def _check_device(name, t, input):
     if t.device != input.device:
-        raise RuntimeError(f"{name} is on {t.device}, input on {input.device}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} is on {t.device} and input "
+            f"on {input.device}"
+        )
 
 
 def _check_constant(name, t):
@@ -634,7 +641,8 @@ def _named_stats(return_stats, extras, index, input, target, kind):
             row = extras[_FLOAT_STATS.index(name)].view(shape)
             found[name] = row.detach() if name == "z_loss" else row
         elif name == "correct":
-            found[name] = index[0].view(shape) == target
+            argmax = index[0].view(shape)
+            found[name] = (argmax == target) & (argmax >= 0)  # -1 may be the ignored label
         else:
             found[name] = index[("argmax", "rank").index(name)].view(shape)
     return RowStats(**found)

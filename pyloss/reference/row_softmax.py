@@ -133,20 +133,24 @@ def row_softmax(
 
     k = torch.ones_like(peak) if token_weight is None else token_weight.to(dtype)
     row = torch.where(ignored, 0.0, k * row)
-    z_row = torch.where(ignored, 0.0, k * z_row)
+    z_stat = torch.where(ignored, 0.0, z_row)
+    z_row = k * z_stat
     if reduction == "none":
         loss = row + z_row
     elif reduction == "sum":
         loss = row.sum() + z_row.sum()
     elif reduction == "mean":
         if num_items is None:
-            loss = row.sum() / torch.where(ignored, 0.0, k * row_weight).sum()
+            mass = torch.where(ignored, 0.0, k * row_weight).sum()
+            loss = row.sum() / mass
+            if empty == "zero":
+                loss = torch.where(mass == 0, 0.0, loss)
             if z_loss != 0.0:
-                loss = loss + z_row.sum() / torch.where(ignored, 0.0, k).sum()
+                mass = torch.where(ignored, 0.0, k).sum()
+                z_mean = z_row.sum() / mass
+                loss = loss + (torch.where(mass == 0, 0.0, z_mean) if empty == "zero" else z_mean)
         else:
             loss = (row.sum() + z_row.sum()) / num_items
-        if empty == "zero":
-            loss = torch.where(ignored.all(), 0.0, loss)
     else:
         raise ValueError(f"{reduction} is not a valid value for reduction")
 
@@ -162,7 +166,7 @@ def row_softmax(
         if name == "lse":
             value = lse
         elif name == "z_loss":
-            value = z_row
+            value = z_stat
         elif name == "entropy":
             value = _entropy(z, peak)
         elif name == "argmax":
