@@ -281,6 +281,11 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
+# A peer's own rounding is part of what is compared: it is shut out when it computes something else,
+# not when it is less exact. (F.cross_entropy with label smoothing is off by three tolerances.)
+PEER_SLACK = 10.0
+
+
 def prepare(provider: Provider) -> tuple[Run | None, dict[str, Any]]:
     """Builds a provider and checks its result; the dict is the start of its record."""
     try:
@@ -294,7 +299,7 @@ def prepare(provider: Provider) -> tuple[Run | None, dict[str, Any]]:
         status = "failed" if is_own(provider.name) else "skipped"
         return None, {"status": status, "reason": _reason(failure)}
     # `not <=` so that NaN counts as wrong.
-    if not error <= 1.0:
+    if not error <= (1.0 if is_own(provider.name) else PEER_SLACK):
         reason = f"differs from the reference by {error:.3g} times the tolerance"
         return None, {"status": "wrong", "reason": reason}
     return run, {"status": "ok", "check_error": error}

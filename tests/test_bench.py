@@ -108,7 +108,9 @@ def test_a_provider_that_is_wrong_or_fails_is_not_timed():
 
     providers = [
         _core.Provider("pyloss", lambda: _core.Run(lambda: calls.append("ok"), lambda: 0.5)),
-        _core.Provider("bad", lambda: _core.Run(lambda: calls.append("bad"), lambda: 2.0)),
+        _core.Provider("pyloss bad", lambda: _core.Run(lambda: calls.append("bad"), lambda: 2.0)),
+        _core.Provider("inexact", lambda: _core.Run(lambda: calls.append("ok"), lambda: 2.0)),
+        _core.Provider("bad", lambda: _core.Run(lambda: calls.append("bad"), lambda: 20.0)),
         _core.Provider("nan", lambda: _core.Run(lambda: calls.append("nan"), lambda: float("nan"))),
         _core.Provider("skipped", skipped),
         _core.Provider("broken", broken),
@@ -119,6 +121,8 @@ def test_a_provider_that_is_wrong_or_fails_is_not_timed():
     status = {r["provider"]: r["status"] for r in records}
     assert status == {
         "pyloss": "ok",
+        "pyloss bad": "wrong",
+        "inexact": "ok",
         "bad": "wrong",
         "nan": "wrong",
         "skipped": "skipped",

@@ -357,7 +357,9 @@ PYLOSS_HD inline R row_loss(const RowSoftmaxProblem& p, const RowTarget<R>& t, c
   R lse = r.lse();
   *z_part = p.options.z_loss != 0 ? R(p.options.z_loss) * lse * lse : R(0);
   R z_term = p.options.z_loss != 0 ? norm[kNormZ] * *z_part : R(0);
-  return t.token * (norm[kNormLoss] * loss + z_term);
+  const R total = norm[kNormLoss] * loss + z_term;
+  // A token weight of zero hides an infinite loss too.
+  return t.token != 0 || total != total ? t.token * total : R(0);
 }
 
 // Entropy from ez = sum_j exp(u_j) u_j over all classes.

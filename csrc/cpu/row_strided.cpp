@@ -10,7 +10,8 @@
 // Memory traffic per logit of b bytes: statistics read b; backward reads b and writes b; with the
 // gradient in the forward read b, write b in all.
 //
-// Numerics: float lanes (double for fp64); sums over classes are folded every kFold classes.
+// Numerics: float lanes (double for fp64); sums over classes are folded into double every kFold
+// classes, since a lane adds them one after the other.
 // Paper: Mao, Mohri, Zhong, arXiv 2304.07288.
 #include "cpu/row_strided.h"
 
@@ -32,10 +33,32 @@ constexpr int64_t kFold = 64;
 constexpr int64_t kAhead = 2;  // classes
 constexpr int32_t kNoLabel = -1;
 
+// A sum over classes per position.
+template <class R>
+struct LaneSum {
+  alignas(64) R part[kTile];
+  alignas(64) double total[kTile];
+
+  void clear(int64_t n) {
+    std::fill(part, part + n, R(0));
+    std::fill(total, total + n, 0.0);
+  }
+  void fold(int64_t n) {
+    for (int64_t l = 0; l < n; ++l) {
+      total[l] += double(part[l]);
+      part[l] = 0;
+    }
+  }
+  void finish(int64_t n, R* out) {
+    fold(n);
+    for (int64_t l = 0; l < n; ++l) out[l] = R(total[l]);
+  }
+};
+
 // Scratch of one thread: one value per position, and the kept logits.
 template <class R>
 struct Tile {
-  alignas(64) R m[kTile], zy[kTile], zy2[kTile], rest[kTile], fold[kTile];
+  alignas(64) R m[kTile], zy[kTile], zy2[kTile], rest[kTile];
   alignas(64) R sum[kTile], log_sum[kTile], miss[kTile];
   alignas(64) R ez[kTile], wz[kTile], w[kTile], mass[kTile], soft_loss[kTile];
   alignas(64) R a[kTile], b[kTile], spread[kTile], soft[kTile];  // RowCoeffs
@@ -43,8 +66,13 @@ struct Tile {
   alignas(64) R first[kTile], token[kTile], loss[kTile];  // plain problems
   alignas(64) R z[kTile], r[kTile], out[kTile];
   alignas(64) int32_t y[kTile], y2[kTile], rank[kTile], argmax[kTile];
+  LaneSum<R> sums[2];
   std::vector<R> kept;
 };
+
+// A larger buffer is given back after its tile: it serves wide transposed matrices, and a thread
+// would hold it for ever.
+constexpr size_t kKeptElements = size_t(1) << 20;
 
 template <class R>
 class TileWalk {
@@ -81,10 +109,10 @@ class TileWalk {
   void statistics(const RowSoftmaxForward& f) {
     const int64_t width = padded(n_);
     t_.kept.resize(p_.classes * width);
-    std::fill(t_.m, t_.m + width, -infinity_<R>());
-    for (R* zeros : {t_.rest, t_.fold, t_.ez, t_.wz, t_.w, t_.mass, t_.soft_loss}) {
-      std::fill(zeros, zeros + width, R(0));
+    for (R* unasked : {t_.ez, t_.wz, t_.w, t_.mass, t_.soft_loss}) {
+      std::fill(unasked, unasked + n_, R(0));
     }
+    std::fill(t_.m, t_.m + width, -infinity_<R>());
     for (int64_t c = 0; c < p_.classes; ++c) {
       // The hardware does not follow strides of several pages.
       if (p_.x_strides.inner == 1) prefetch(x_line(c + kAhead), n_ * dtype_size(p_.dtype));
@@ -100,11 +128,8 @@ class TileWalk {
     for (int64_t l = 0; l < n_; ++l) {
       if (t_.y[l] >= 0) line(t_.y[l])[l] = -infinity_<R>();  // leaves the sum
     }
-    for (int64_t c = 0; c < p_.classes; ++c) {
-      line_exp_sum(line(c), n_, t_.m, t_.fold);
-      if (c % kFold == kFold - 1) fold();
-    }
-    fold();
+    over_classes(1, [&](int64_t c) { line_exp_sum(line(c), n_, t_.m, t_.sums[0].part); });
+    t_.sums[0].finish(padded(n_), t_.rest);
     line_terms(t_.m, t_.rest, t_.zy, n_, t_.sum, t_.log_sum, t_.miss);
     if (one_pass_soft_) {
       for (int64_t l = 0; l < n_; ++l) {
@@ -112,11 +137,13 @@ class TileWalk {
         t_.soft_loss[l] = t_.w[l] * t_.log_sum[l] - t_.wz[l];
       }
     } else if (p_.soft()) {
-      for (int64_t c = 0; c < p_.classes; ++c) {
+      over_classes(2, [&](int64_t c) {
         load(c, t_.z);
         load_soft(c);
-        line_soft_sums(t_.z, t_.r, n_, t_.m, t_.log_sum, tau_a_, t_.soft_loss, t_.mass);
-      }
+        line_soft_sums(t_.z, t_.r, n_, t_.m, t_.log_sum, tau_a_, t_.sums[0].part, t_.sums[1].part);
+      });
+      t_.sums[0].finish(n_, t_.soft_loss);
+      t_.sums[1].finish(n_, t_.mass);
     }
   }
 
@@ -312,29 +339,36 @@ class TileWalk {
     line_scatter(v, n_, p_.dtype, strides.inner, out);
   }
 
+  // Calls fn for every class, with `count` sums that start at zero and are folded on the way.
+  template <class Fn>
+  void over_classes(int count, const Fn& fn) {
+    for (int i = 0; i < count; ++i) t_.sums[i].clear(padded(n_));
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      fn(c);
+      if (c % kFold != kFold - 1) continue;
+      for (int i = 0; i < count; ++i) t_.sums[i].fold(padded(n_));
+    }
+  }
+
   void extras() {
     std::fill(t_.rank, t_.rank + kTile, 0);
     std::fill(t_.argmax, t_.argmax + kTile, -1);
-    const LineExtras e{t_.ez, t_.zy, t_.rank, t_.argmax};
-    for (int64_t c = 0; c < p_.classes; ++c) line_extras(line(c), n_, t_.m, int32_t(c), e);
+    const LineExtras e{t_.sums[0].part, t_.zy, t_.rank, t_.argmax};
+    over_classes(1, [&](int64_t c) { line_extras(line(c), n_, t_.m, int32_t(c), e); });
+    t_.sums[0].finish(n_, t_.ez);
   }
 
   void weighted_sums() {
-    for (int64_t c = 0; c < p_.classes; ++c) {
+    over_classes(2, [&](int64_t c) {
       if (one_pass_soft_) {
         load_soft(c);
       } else {
         std::fill(t_.r, t_.r + n_, weight(c));
       }
-      line_weighted_sum(line(c), t_.r, n_, t_.m, t_.wz, t_.w);
-    }
-  }
-
-  void fold() {
-    for (int64_t l = 0; l < padded(n_); ++l) {
-      t_.rest[l] += t_.fold[l];
-      t_.fold[l] = 0;
-    }
+      line_weighted_sum(line(c), t_.r, n_, t_.m, t_.sums[0].part, t_.sums[1].part);
+    });
+    t_.sums[0].finish(n_, t_.wz);
+    t_.sums[1].finish(n_, t_.w);
   }
 
   int64_t first_nan(int64_t l, int64_t otherwise) {
@@ -373,17 +407,18 @@ __attribute__((noinline)) Tile<R>& thread_tile() {
 }
 
 template <class R, class Fn>
-void for_tiles(const RowSoftmaxProblem& p, int threads, const Fn& fn) {
+void for_tiles(const RowSoftmaxProblem& p, int threads, bool writes, const Fn& fn) {
   if (p.rows() == 0) return;
   const int64_t width = tile_width(p), tiles = (p.inner + width - 1) / width;
-  parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p.classes) / width), threads,
-               [&](int64_t begin, int64_t end) {
+  parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p, threads, writes) / width),
+               threads, [&](int64_t begin, int64_t end) {
                  Tile<R>& tile = thread_tile<R>();
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % tiles * width;
                    TileWalk<R> walk(p, tile, i / tiles, first, std::min(width, p.inner - first));
                    fn(walk);
                  }
+                 if (tile.kept.size() > kKeptElements) std::vector<R>().swap(tile.kept);
                  stream_fence();
                });
 }
@@ -395,7 +430,7 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
   const R* norm = static_cast<const R*>(f.norm);
   const bool stream = f.grad && should_stream(p, f.grad);
   const bool plain = is_plain(p) && !f.extras && !f.index;
-  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, threads, f.grad, [&](TileWalk<R>& walk) {
     const bool any = walk.load_targets();
     if (any) walk.statistics(f);
     if (any && plain) {
@@ -420,7 +455,7 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
 template <class R>
 void strided_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threads) {
   const bool stream = should_stream(p, b.grad);
-  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, threads, b.grad != p.x, [&](TileWalk<R>& walk) {
     if (!walk.load_targets()) return walk.clear(b.grad, b.grad_strides);
     walk.load_coefficients(b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
                            [&](int64_t row, R token) { return load_upstream(p, b, row, token); });

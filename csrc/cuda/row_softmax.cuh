@@ -617,9 +617,10 @@ __device__ __forceinline__ void accumulate_soft(const RowView<R>& v, const RowTe
     const int c = first + (i / V) * step + i % V;
     const R r = c < limit ? v.soft(c) : R(0);
     if (r == 0) continue;
-    const R nll = log_sum - (z[i] - m), e = r * expm1_(a * nll);
-    sums->mass += e + r;
-    sums->loss += e / a;
+    // exp for the mass, not expm1 + 1, which has no digits left where p^(tau-1) is small.
+    const R x = a * (log_sum - (z[i] - m));
+    sums->mass += r * exp_(x);
+    sums->loss += r * expm1_(x) / a;
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -369,15 +370,18 @@ def _row_loss(
     if num_items is not None:
         if reduction == "mean":
             options, reduction, divisor = _packed_num_items(num_items, options, reduction)
-        elif not isinstance(num_items, (int, float, Tensor)):
-            raise TypeError(f"num_items must be a number, got {type(num_items).__name__}")
+        elif not isinstance(num_items, Tensor):
+            _check_number("num_items", num_items)
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
     if inplace:
         inplace = _checked_inplace(input)
 
+    return_stats = return_stats if isinstance(return_stats, str) else tuple(return_stats)
     wants = _checked_stats(return_stats, kind) if return_stats else 0
+    # Divided before it is rounded to its dtype.
+    op_dtype = loss_dtype if divisor is None else acc
     value, extras, index = op.row_softmax(
         input,
         target,
@@ -387,12 +391,16 @@ def _row_loss(
         token_weight,
         options,
         codes,
-        loss_dtype,
+        op_dtype,
         wants,
         inplace,
     )
     if divisor is not None:
-        value = value / divisor.to(value.dtype)
+        divisor = divisor.to(acc)
+        value = value / divisor
+        if empty == "zero":
+            value = torch.where(divisor == 0, 0.0, value)
+        value = value.to(loss_dtype)
     if not return_stats:
         return value
     return value, _named_stats(return_stats, extras, index, input, target, kind)
@@ -406,10 +414,17 @@ def _scalar_name(dtype: torch.dtype) -> str:
     return _SCALAR_NAMES.get(dtype, str(dtype))
 
 
-def _check_range(name: str, value: float, low: float, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _check_number(name: str, value) -> None:
+    if torch.compiler.is_compiling():  # a changing number is a symbol there, of no Python type
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (open_low and value == low):
+
+
+def _check_range(name: str, value: float, low: float, open_low: bool = False) -> None:
+    _check_number(name, value)
+    # Comparisons alone: they are what torch.compile can do with a number that changes.
+    if not (low < value if open_low else low <= value) or not value < math.inf:
         bound = f"> {low:g}" if open_low else f">= {low:g}"
         raise ValueError(f"{name} must be finite and {bound}, got {value}")
 
@@ -440,10 +455,10 @@ def _broadcast_mix(lam, target, dtype):
     if isinstance(lam, Tensor):
         if lam.requires_grad:
             raise RuntimeError("fused_cross_entropy is not differentiable with respect to lam")
-    elif isinstance(lam, bool) or not isinstance(lam, (int, float)):
-        raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
-    elif not 0.0 <= lam <= 1.0:
-        raise ValueError(f"lam must be in [0, 1], got {lam}")
+    else:
+        _check_number("lam", lam)
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"lam must be in [0, 1], got {lam}")
     lam = torch.as_tensor(lam, dtype=acc, device=target.device)
     try:
         return lam.expand(target.shape)

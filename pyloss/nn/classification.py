@@ -8,14 +8,20 @@ from pyloss.functional import classification as F
 
 
 class _RowLoss(nn.Module):
-    """Keeps the options of a loss; only the class weight is a tensor, kept as a buffer."""
+    """Keeps each option of a loss as an attribute; only the class weight is a tensor, a buffer."""
 
     weight: Tensor | None
 
     def __init__(self, weight: Tensor | None, options: dict) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.options = options
+        self._option_names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @property
+    def options(self) -> dict:
+        return {name: getattr(self, name) for name in self._option_names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -76,7 +82,7 @@ class CrossEntropyLoss(_RowLoss):
             ),
         )
 
-    def forward(self, input: Tensor, target, **call) -> Tensor:
+    def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
@@ -108,7 +114,7 @@ class CompSumLoss(_RowLoss):
     def __init__(self, tau: float = 1.0, weight: Tensor | None = None, **options) -> None:
         super().__init__(weight, dict(tau=tau, **options))
 
-    def forward(self, input: Tensor, target, **call) -> Tensor:
+    def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
@@ -146,8 +152,8 @@ class GeneralizedCrossEntropyLoss(_RowLoss):
         F._check_range("q", q, 0.0, open_low=True)
         super().__init__(weight, dict(q=q, k=k, **options))
 
-    def forward(self, input: Tensor, target, **call) -> Tensor:
-        options = dict(self.options)
+    def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
+        options = self.options
         q, k = options.pop("q"), options.pop("k")
         return F.fused_cross_entropy(
             input, target, self.weight, tau=q + 1.0, truncate=k, **options, **call
@@ -182,6 +188,6 @@ class FocalLoss(_RowLoss):
     def __init__(self, gamma: float = 2.0, weight: Tensor | None = None, **options) -> None:
         super().__init__(weight, dict(gamma=gamma, **options))
 
-    def forward(self, input: Tensor, target, **call) -> Tensor:
-        options = dict(self.options)
+    def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
+        options = self.options
         return F.focal_loss(input, target, options.pop("gamma"), self.weight, **options, **call)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyloss import _C
 from pyloss.ops._registry import (
@@ -20,6 +19,8 @@ from pyloss.ops._registry import (
     define_op,
     forward_ad_active,
     functorch_active,
+    is_batched,
+    saved_tensor_hooks_active,
 )
 from pyloss.reference.row_softmax import row_softmax as reference_row_softmax
 
@@ -312,20 +313,23 @@ def _forward_reference(
     grad = None
     if wants & WANT_GRAD:
         one = torch.ones((), dtype=saved.dtype, device=input.device)
-        grad = _reference_gradient(one, None, input, *tensors, options, codes)
+        grad = _reference_gradient(one, None, input, *tensors, options, codes)[0]
     return _listed(loss, saved, index, grad)
 
 
 def _reference_gradient(
     grad_loss, grad_extras, input, target, target2, mix, weight, token_weight, options, codes,
-    wrt_target=False, create_graph=False,
+    wrt=(True, False), create_graph=False,
 ):  # fmt: skip
-    """Gradient of the reference with respect to the logits, or to them and the probabilities."""
+    """Gradients of the reference with respect to (logits, probabilities), None where not wanted.
+
+    With `create_graph` they are functions of the given tensors, to any order.
+    """
     with torch.enable_grad():
-        if not create_graph:
+        if wrt[0] and not (create_graph and input.requires_grad):
             input = input.detach().requires_grad_()
-            if wrt_target:
-                target = target.detach().requires_grad_()
+        if wrt[1] and not (create_graph and target.requires_grad):
+            target = target.detach().requires_grad_()
         kwargs = _reference_kwargs(target, target2, mix, weight, token_weight, options, codes)
         kwargs["loss_dtype"] = accumulator_dtype(input.dtype)
         wants = WANT_EXTRAS if grad_extras is not None else 0
@@ -334,9 +338,9 @@ def _reference_gradient(
         if grad_extras is not None:
             outputs.append(extras[:3])
             grads.append(grad_extras[:3])
-        wrt = (input, target) if wrt_target else (input,)
-        found = torch.autograd.grad(outputs, wrt, grads, create_graph=create_graph)
-    return found if wrt_target else found[0]
+        asked = [t for t, yes in zip((input, target), wrt) if yes]
+        found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=create_graph))
+    return tuple(next(found) if yes else None for yes in wrt)
 
 
 _ARGUMENTS = (
@@ -408,7 +412,7 @@ def _backward_kernel(cuda: bool):
 
 def _backward_reference(grad_loss, grad_extras, input, *rest):
     *tensors, _, options, codes = rest
-    return _reference_gradient(grad_loss, grad_extras, input, *tensors, options, codes)
+    return _reference_gradient(grad_loss, grad_extras, input, *tensors, options, codes)[0]
 
 
 def _backward_inplace_kernel(cuda: bool):
@@ -524,7 +528,7 @@ def _hvp_reference(v, grad_loss, grad_extras, input, *rest):
         x = input.detach().requires_grad_()
         g = grad_loss.detach().requires_grad_()
         c = None if grad_extras is None else grad_extras.detach().requires_grad_()
-        dx = _reference_gradient(g, c, x, *tensors, options, codes, create_graph=True)
+        dx = _reference_gradient(g, c, x, *tensors, options, codes, create_graph=True)[0]
         found = torch.autograd.grad(dx, [x, g] if c is None else [x, g, c], v)
     grad_rows = found[1].to(acc).flatten()
     if codes[3] != REDUCTIONS["none"]:
@@ -561,9 +565,10 @@ class _RowSoftmaxGrad(torch.autograd.Function):
         return _ops.row_softmax_bwd(grad_loss, grad_extras, input, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v):
         grad_loss, grad_extras, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _third_derivative(ctx, v)
         dx, rows, extras = _ops.row_softmax_hvp(
             v, grad_loss, grad_extras, *saved, ctx.options, ctx.codes
         )
@@ -576,6 +581,19 @@ class _RowSoftmaxGrad(torch.autograd.Function):
             dx,
             *[None] * (len(saved) + 1),
         )
+
+
+def _third_derivative(ctx, v):
+    """The backward of _RowSoftmaxGrad as torch operations: it will be differentiated itself, by a
+    third derivative or by the double-backward trick of a Hessian-vector product."""
+    grad_loss, grad_extras, input, *tensors, _ = ctx.saved_tensors
+    dx = _reference_gradient(
+        grad_loss, grad_extras, input, *tensors, ctx.options, ctx.codes, create_graph=True
+    )[0]
+    asked = [t for t, yes in zip((grad_loss, grad_extras, input), ctx.needs_input_grad[:3]) if yes]
+    found = iter(torch.autograd.grad(dx, asked, v, create_graph=True, allow_unused=True))
+    grads = [next(found) if yes else None for yes in ctx.needs_input_grad[:3]]
+    return (*grads, *[None] * (len(tensors) + 3))
 
 
 class _RowSoftmax(torch.autograd.Function):
@@ -596,6 +614,9 @@ class _RowSoftmax(torch.autograd.Function):
             and input.dtype in _EARLY_DTYPES
             and input.shape[0 if input.dim() == 1 else 1] * 4
             <= _CACHED_ROW_BYTES.get(input.device.type, 0)
+            # Checkpointing and offloading hook what is saved, and would not see this tensor.
+            and not saved_tensor_hooks_active()
+            and not forward_ad_active()
         ):
             wants |= WANT_GRAD
         tensors = (input, target, target2, mix, weight, token_weight)
@@ -619,10 +640,12 @@ class _RowSoftmax(torch.autograd.Function):
     def backward(ctx, grad_loss, *others):
         none = (None,) * 5
         early, ctx.early_grad = ctx.early_grad, None
-        if early is not None and not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
+        if grad_loss is None and all(g is None for g in others):
+            return None, None, *none
+        if early is not None and not (
+            torch.is_grad_enabled() or ctx.needs_input_grad[1] or is_batched(grad_loss)
+        ):
             # Handed over, not kept: a second backward computes it anew, and autograd may adopt it.
-            if grad_loss is None:
-                return None, None, *none
             if not _is_one(grad_loss):
                 _ops.scale_(early, grad_loss.float())
             return early, None, *none
@@ -630,8 +653,6 @@ class _RowSoftmax(torch.autograd.Function):
         input, target, *rest = ctx.saved_tensors
         tensors = (input, target, *rest[:-1])
         options, codes = ctx.options, ctx.codes
-        if grad_loss is None and grad_extras is None:
-            return None, None, *none
         acc = accumulator_dtype(input.dtype)
         if grad_loss is None:
             shape = _row_shape(input) if codes.reduction == REDUCTIONS["none"] else ()
@@ -640,24 +661,27 @@ class _RowSoftmax(torch.autograd.Function):
             grad_loss = grad_loss.to(acc)
         create_graph = torch.is_grad_enabled()
         arguments = (grad_loss, grad_extras, input, target, *rest, options, codes)
+        need_input, need_target = ctx.needs_input_grad[:2]
 
+        # Probabilities that want a gradient are rare, so there is no kernel for it; tangents flow
+        # through torch operations only; and so do second derivatives of soft targets.
+        composed = need_target or forward_ad_active()
+        if composed or (create_graph and is_soft(codes.kind, options or PLAIN)):
+            if not ctx.inplace:
+                found = _reference_gradient(
+                    grad_loss, grad_extras, *tensors, options, codes, (need_input, need_target),
+                    create_graph=create_graph or forward_ad_active(),
+                )  # fmt: skip
+                return *found, *none
         if ctx.inplace:
             if create_graph:
                 raise RuntimeError("inplace=True cannot be used with create_graph=True")
-            return _inplace_gradient(arguments), None, *none
-        need_input, wrt_target = ctx.needs_input_grad[:2]
-        if create_graph and is_soft(codes.kind, options or PLAIN):
-            found = _reference_gradient(
-                grad_loss, grad_extras, *tensors, options, codes, wrt_target, create_graph=True
-            )
-            return (*found, *none) if wrt_target else (found, None, *none)
-        target_grad = None
-        if wrt_target:
-            target_grad = _target_gradient(grad_loss, tensors, options, codes)
-        if not need_input:
-            return None, target_grad, *none
+            target_grad = None
+            if need_target:
+                target_grad = _target_gradient(grad_loss, tensors, options, codes)
+            return _inplace_gradient(arguments), target_grad, *none
         run = _RowSoftmaxGrad.apply if create_graph else _ops.row_softmax_bwd
-        return run(*arguments), target_grad, *none
+        return run(*arguments), None, *none
 
 
 class _DualRowSoftmax(_RowSoftmax):
@@ -719,11 +743,8 @@ def _inplace_gradient(arguments):
 
 
 def _target_gradient(grad_loss, tensors, options, codes):
-    """Gradient for probability targets: g k w_c (1 - e) (p_c^(tau-1) - 1) / (1 - tau).
-
-    Teachers that want a gradient are rare, so there is no kernel for it.
-    """
-    return _reference_gradient(grad_loss, None, *tensors, options, codes, wrt_target=True)[1]
+    """Gradient for probability targets: g k w_c (1 - e) (p_c^(tau-1) - 1) / (1 - tau)."""
+    return _reference_gradient(grad_loss, None, *tensors, options, codes, wrt=(False, True))[1]
 
 
 def row_softmax(

@@ -132,7 +132,7 @@ def row_softmax(
     z_row = z_loss * lse.square() if z_loss != 0.0 else torch.zeros_like(lse)
 
     k = torch.ones_like(peak) if token_weight is None else token_weight.to(dtype)
-    row = torch.where(ignored, 0.0, k * row)
+    row = torch.where(ignored | ((k == 0) & torch.isinf(row)), 0.0, k * row)
     z_stat = torch.where(ignored, 0.0, z_row)
     z_row = k * z_stat
     if reduction == "none":
