@@ -130,9 +130,9 @@ def test_a_provider_that_is_wrong_or_fails_is_not_timed():
         "pyloss broken": "failed",
     }
     assert set(calls) == {"ok"}
-    assert records[4]["reason"] == "RuntimeError: first line"
+    assert {r["provider"]: r.get("reason") for r in records}["broken"] == "RuntimeError: first line"
     failed = run.failures({"results": records})
-    assert len(failed) == 1 and "pyloss broken" in failed[0]
+    assert len(failed) == 2 and "pyloss bad" in failed[0] and "pyloss broken" in failed[1]
 
 
 def test_timing_is_interleaved_and_bounded():
