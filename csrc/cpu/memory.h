@@ -14,14 +14,13 @@
 
 namespace pyloss {
 
-inline constexpr int64_t kHugePage = int64_t(2) << 20;
-
 // A fresh large buffer is mapped page by page at its first write, which takes several times as long
 // as the write itself; with 2 MiB pages it costs little. Harmless on mapped memory and where
 // transparent huge pages are off.
 inline void advise_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < 2 * kHugePage) return;
+  constexpr int64_t kHuge = int64_t(2) << 20;
+  if (bytes < 2 * kHuge) return;
   const uintptr_t page = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;

@@ -25,15 +25,8 @@ inline constexpr int64_t kRangeElements = 32 * 1024;
 inline int useful_threads(int64_t elements, int threads) {
   return elements < kSerialElements ? 1 : threads;
 }
-// A call that writes a gradient into fresh memory takes longer ranges, of one huge page: two
-// threads that meet in a page fault on the same one would both clear it.
-inline int64_t rows_per_range(const RowSoftmaxProblem& p, int threads, bool writes) {
-  int64_t elements = kRangeElements;
-  if (writes) {
-    const int64_t page = kHugePage / dtype_size(p.dtype);
-    elements = std::max(elements, std::min(page, p.rows() * p.classes / (2 * threads)));
-  }
-  return std::max<int64_t>(1, elements / std::max<int64_t>(p.classes, 1));
+inline int64_t rows_per_range(int64_t classes) {
+  return std::max<int64_t>(1, kRangeElements / std::max<int64_t>(classes, 1));
 }
 
 // Streaming pays when the output does not stay in the caches anyway; it must not be the input.

@@ -92,8 +92,8 @@ void hvp_row(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int64_t row) {
 }  // namespace
 
 void row_softmax_hvp(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int threads) {
-  parallel_for(p.rows(), rows_per_range(p, threads, true),
-               useful_threads(p.rows() * p.classes, threads), [&](int64_t begin, int64_t end) {
+  parallel_for(p.rows(), rows_per_range(p.classes), useful_threads(p.rows() * p.classes, threads),
+               [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {
                    p.dtype == DType::kF64 ? hvp_row<double>(p, h, row) : hvp_row<float>(p, h, row);
                  }

@@ -407,11 +407,11 @@ __attribute__((noinline)) Tile<R>& thread_tile() {
 }
 
 template <class R, class Fn>
-void for_tiles(const RowSoftmaxProblem& p, int threads, bool writes, const Fn& fn) {
+void for_tiles(const RowSoftmaxProblem& p, int threads, const Fn& fn) {
   if (p.rows() == 0) return;
   const int64_t width = tile_width(p), tiles = (p.inner + width - 1) / width;
-  parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p, threads, writes) / width),
-               threads, [&](int64_t begin, int64_t end) {
+  parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p.classes) / width), threads,
+               [&](int64_t begin, int64_t end) {
                  Tile<R>& tile = thread_tile<R>();
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % tiles * width;
@@ -430,7 +430,7 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
   const R* norm = static_cast<const R*>(f.norm);
   const bool stream = f.grad && should_stream(p, f.grad);
   const bool plain = is_plain(p) && !f.extras && !f.index;
-  for_tiles<R>(p, threads, f.grad, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
     const bool any = walk.load_targets();
     if (any) walk.statistics(f);
     if (any && plain) {
@@ -455,7 +455,7 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
 template <class R>
 void strided_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threads) {
   const bool stream = should_stream(p, b.grad);
-  for_tiles<R>(p, threads, b.grad != p.x, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
     if (!walk.load_targets()) return walk.clear(b.grad, b.grad_strides);
     walk.load_coefficients(b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
                            [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
