@@ -57,6 +57,7 @@ class Provider:
     name: str
     build: Callable[[], Run]  # raises Skip where it cannot run
     once: bool = False  # measure only at the largest thread count (torch.compile: cost)
+    approximate: bool = False  # leaves work out on purpose: no peer of those that do all of it
 
 
 @dataclass
@@ -68,11 +69,19 @@ class Case:
     mode: str
     shape: tuple[int, ...]
     dtype: str
-    useful_bytes: int  # each input read once per pass, each output written once
+    # Each input read once per pass, each output written once; 0 where bytes are no measure of it.
+    useful_bytes: int
     tensor_bytes: int  # the unit in which peak memory is reported
     open: Callable[[], list[Provider]]  # makes the tensors; they live as long as the list
     inner: int = 1  # calls per sample; above 1 for calls of a few microseconds
     baseline: str = "torch"
+    products: str = ""  # provider with nothing but the matrix products: a yardstick, not a peer
+    against: dict[str, str] = field(
+        default_factory=dict
+    )  # key of a speed-up -> over which provider
+    result_bytes: int | None = None  # gradients, which are not memory beyond the result
+    rounds: int | None = None  # fewer than the command line says, for calls of a second
+    once: bool = False  # only at the largest thread count
 
 
 @dataclass
@@ -161,7 +170,7 @@ def _gpu_sampler(runs: list[Run]) -> tuple[str, Callable[[Run, float], list[floa
 
 
 def time_interleaved(
-    runs: dict[str, Run], inner: int, ctx: Context, seed: int = 0
+    runs: dict[str, Run], inner: int, ctx: Context, seed: int = 0, most_rounds: int | None = None
 ) -> tuple[dict[str, Timing], str]:
     """Times all runs, one after the other in a new random order each round.
 
@@ -175,7 +184,7 @@ def time_interleaved(
         timer, sampler = _gpu_sampler(list(runs.values()))
         rounds = 2 if ctx.quick else 4  # every round takes many samples
     else:
-        timer, rounds = "perf_counter", ctx.rounds
+        timer, rounds = "perf_counter", min(ctx.rounds, most_rounds or ctx.rounds)
     first = {name: _host_sample(run, inner, ctx.device) for name, run in runs.items()}
     gc.collect()
     gc.disable()
@@ -331,6 +340,8 @@ def run_case(
             "provider": provider.name,
         }
         records[provider.name] = record
+        if provider.approximate:
+            record["approximate"] = True
         if provider.once and not largest:
             record |= {"status": "skipped", "reason": "measured at the largest thread count only"}
             continue
@@ -342,7 +353,9 @@ def run_case(
         if case.inner == 1:
             peak, how = peak_memory(run, ctx.device)
             records[name] |= {"peak_bytes": peak, "memory_method": how}
-    timings, timer = time_interleaved(runs, case.inner, ctx) if runs else ({}, "")
+    timings, timer = {}, ""
+    if runs:
+        timings, timer = time_interleaved(runs, case.inner, ctx, most_rounds=case.rounds)
     for name, timing in timings.items():
         records[name] |= {"timer": timer, "inner": case.inner, **timing.summary()}
     derive(list(records.values()), case, copy_gbs)
@@ -352,24 +365,35 @@ def run_case(
 def derive(records: list[dict[str, Any]], case: Case, copy_gbs: float) -> None:
     """Adds to the records of one case the columns that follow from the measured ones."""
     median = {r["provider"]: r["median_ms"] for r in records if "median_ms" in r}
-    others = [ms for name, ms in median.items() if not is_own(name)]
+    approximate = {r["provider"] for r in records if r.get("approximate")}
+    peers = {n: ms for n, ms in median.items() if not is_own(n) and n != case.products}
     floor_ms = case.useful_bytes / copy_gbs / 1e6
     for record in records:
         if "median_ms" not in record:
             continue
-        ms = record["median_ms"]
-        if case.inner == 1:
+        name, ms = record["provider"], record["median_ms"]
+        if case.inner > 1:
+            record["median_us"] = 1e3 * ms
+        elif case.useful_bytes:
             record["useful_bytes"] = case.useful_bytes
             record["gbs"] = case.useful_bytes / ms / 1e6
             record["pct_copy"] = 100.0 * floor_ms / ms
             record["x_floor"] = ms / floor_ms
-        else:
-            record["median_us"] = 1e3 * ms
+        if case.products in median:
+            record["x_products"] = ms / median[case.products]
         if case.baseline in median:
             record["speedup"] = median[case.baseline] / ms
-        if "pyloss" in median and is_own(record["provider"]):
-            record["ratio_to_pyloss"] = ms / median["pyloss"]
-        if others and is_own(record["provider"]):
-            record["speedup_over_best_peer"] = min(others) / ms
+        if is_own(name):
+            if "pyloss" in median:
+                record["ratio_to_pyloss"] = ms / median["pyloss"]
+            like = [t for n, t in peers.items() if name in approximate or n not in approximate]
+            if like:
+                record["speedup_over_best_peer"] = min(like) / ms
+            for key, other in case.against.items():
+                if other in median:
+                    record[key] = median[other] / ms
         if record.get("peak_bytes") is not None:
             record["peak_tensors"] = record["peak_bytes"] / case.tensor_bytes
+            # The yardstick's results are there before the call.
+            if case.result_bytes is not None and name != case.products:
+                record["extra_mb"] = max(0, record["peak_bytes"] - case.result_bytes) / 1e6

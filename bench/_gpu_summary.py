@@ -38,20 +38,33 @@ def read_junit(path: Path) -> dict[str, Any] | None:
 
 
 def bench_lines(path: Path, title: str) -> list[str]:
-    """One line per shape with all providers, in % of the copy bandwidth."""
+    """One line per shape with all providers.
+
+    In multiples of the bare matrix products where there are some, else in % of the copy bandwidth.
+    """
     if not path.exists():
         return [f"{title}: no result"]
     document = json.loads(path.read_text())
     copies = ", ".join(f"{b['copy_gbs']:.0f}" for b in document["bandwidth"])
-    lines = [f"{title}: copy bandwidth {copies} GB/s; below, % of it"]
-    cases: dict[str, dict[str, float]] = {}
-    for record in document["results"]:
-        if "pct_copy" in record and record["threads"] == document["options"]["threads"][0]:
-            cases.setdefault(record["case"], {})[record["provider"]] = record["pct_copy"]
+    results = document["results"]
+    if any("x_products" in r for r in results):
+        keys, unit = ("x_products", "ratio_to_pyloss"), "times the bare matrix products or pyloss"
+    else:
+        keys, unit = ("pct_copy",), "% of it"
+    lines = [f"{title}: copy bandwidth {copies} GB/s; below, {unit}"]
+    cases: dict[str, dict[str, str]] = {}
+    for record in results:
+        key = next((key for key in keys if key in record), None)
+        if key is None or record["threads"] != document["options"]["threads"][0]:
+            continue
+        text = f"{record[key]:.1f}" if key == "pct_copy" else f"{record[key]:.2f}"
+        if "extra_mb" in record:
+            text += f" (+{record['extra_mb']:.0f} MB)"
+        cases.setdefault(record["case"], {})[record["provider"]] = text
     for case, values in cases.items():
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+        shown = ", ".join(f"{name} {text}" for name, text in values.items())
         lines.append(f"{case:<34} {shown}")
-    for record in document["results"]:
+    for record in results:
         if record["status"] in ("failed", "wrong"):
             where = f"{record['case']}, {record['provider']}"
             lines.append(f"{where}: {record['status']}, {record['reason']}")
@@ -67,14 +80,15 @@ def main(steps_file: str, out: str) -> int:
         tests[f"{name}_again"] = read_junit(work / f"{name}_again.xml")
     failed = [s["step"] for s in steps if s["status"] == "failed"]
     summary = {"ok": not failed, "failed": failed, "steps": steps, "tests": tests}
-    cluster = work / "bench_cluster.json"
-    if cluster.exists():  # in here, because OUT is limited to eight files
-        summary["bench_cluster"] = json.loads(cluster.read_text())
+    others = [work / f"{name}.json" for name in ("bench_linear_cross_entropy", "bench_cluster")]
+    others = [path for path in others if path.exists()]
+    for path in others:  # in here, because OUT is limited to eight files
+        summary[path.stem] = json.loads(path.read_text())
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     print("\n".join(bench_lines(folder / "bench.json", "bench")))
-    if cluster.exists():
-        print("\n".join(bench_lines(cluster, "bench with clusters")))
+    for path in others:
+        print("\n".join(bench_lines(path, path.stem)))
     for name, result in tests.items():
         if result:
             print(f"{name}: {json.dumps({k: v for k, v in result.items() if k != 'failed'})}")

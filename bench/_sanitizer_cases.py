@@ -1,10 +1,11 @@
-"""A short walk through the kernels of row_softmax, to be run under compute-sanitizer.
+"""A short walk through the CUDA kernels, to be run under compute-sanitizer.
 
     compute-sanitizer --tool racecheck python -m bench._sanitizer_cases
 
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
-derivative). Each result is compared with the reference; exit status 1 if one differs.
+derivative), and the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut.
+Each result is compared with the reference; exit status 1 if one differs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench import bench_linear_cross_entropy as linear
 from bench.bench_row_softmax import Problem, all_options, pyloss_provider
 
 # Columns: one warp's row, an odd width (rows not aligned to 16 bytes), rows of one block, rows that
@@ -31,8 +33,36 @@ SHAPES = (
 )
 
 
+# N x V x D, with a last chunk that is shorter than the others, and rows that are not aligned.
+LINEAR_SHAPES = (((33, 999, 24), "fp32"), ((20, 4104, 16), "bf16"))
+LINEAR_CHUNK = 8
+
+
 def errors(device: str) -> Iterator[tuple[str, float]]:
     """Name and error in units of the tolerance of every case."""
+    yield from _row_errors(device)
+    yield from _linear_errors(device)
+
+
+def _linear_errors(device: str) -> Iterator[tuple[str, float]]:
+    ways: dict[str, dict[str, Any]] = {"chunks": {"chunk": LINEAR_CHUNK}}
+    if device == "cuda":  # Triton's
+        ways |= {"tiles": {"strategy": "tiles"}, "filter": {"filter": 1e-6}}
+    for shape, dtype in LINEAR_SHAPES:
+        problem = linear.Problem(shape, dtype, device)
+        for kind, options in {
+            "plain": {},
+            "per row": {"rows": True},
+            "options": {"bias": True, "tau": 1.7, "z_loss": 1e-4, "softcap": 30.0},
+            "smoothing": {"label_smoothing": 0.1},
+        }.items():
+            for way, how in ways.items():
+                for mode in ("fwd", "fwd+bwd"):
+                    provider = linear.pyloss_provider(problem, mode, how=how, **options)
+                    yield f"linear {way} {kind} {mode} {shape} {dtype}", provider.build().check()
+
+
+def _row_errors(device: str) -> Iterator[tuple[str, float]]:
     for shape, dtype in SHAPES:
         problem = Problem(shape, dtype, device, probabilities=False)
         kinds: dict[str, tuple[str, dict[str, Any]]] = {

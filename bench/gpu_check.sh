@@ -4,7 +4,8 @@
 #   bench/gpu_check.sh OUT [WHEELS]
 #
 # OUT     folder for the results, at most 8 files: build.log tests.log tests_gpu.xml tests_cpu.xml
-#         sanitizer.log bench.log bench.json summary.json
+#         sanitizer.log bench.log bench.json summary.json (which also holds the results of
+#         linear_cross_entropy and of the cluster kernel: bench.json is that of row_softmax)
 # WHEELS  folder with wheels of peers (liger-kernel, cut-cross-entropy), optional
 #
 # Needs python3 with torch, pip, pytest, pybind11, cmake, ninja, setuptools; nvcc for the kernels.
@@ -177,13 +178,14 @@ SANITIZER_LOG=$OUT/sanitizer.log
 REFUSED='^=====.*([Nn]ot supported|[Ff]ailed to initialize|[Uu]nable to|[Ii]nternal error)'
 
 # Only our kernels: PyTorch's own are slow to instrument and not ours to judge. The option was
-# renamed between releases, so ask the tool.
+# renamed between releases, so ask the tool. The name is a substring: that of the CUDA kernels and of
+# the Triton kernels with a softmax in them (not of the masked products).
 filter=()
 if [[ -n $SANITIZER ]]; then
   help=$("$SANITIZER" --help 2>&1)
   for option in --kernel-regex --kernel-name --filter; do
     if grep -q -e "$option" <<<"$help"; then
-      filter=("$option" kns=row_softmax)
+      filter=("$option" kns=_softmax_)
       break
     fi
   done
@@ -258,18 +260,26 @@ grep -q '^tests.*failed' "$STEPS" && tail -n 30 "$TEST_LOG"
 BENCH_LOG=$OUT/bench.log
 : >"$BENCH_LOG"
 
-bench() { # SECONDS ARGUMENTS...
-  local seconds=$1
-  shift
+bench() { # OP SECONDS ARGUMENTS...
+  local op=$1 seconds=$2
+  shift 2
   # The budget ends before the limit: a case that has begun may still end, and the file is whole.
-  limited "$seconds" "$BENCH_LOG" "$PYTHON" -m bench.run --op row_softmax \
+  limited "$seconds" "$BENCH_LOG" "$PYTHON" -m bench.run --op "$op" \
     --budget $((seconds > 40 ? seconds - 25 : seconds)) "$@"
+}
+
+judge_bench() { # NAME STATUS SECONDS
+  case $2 in
+    0) note "$1" ok "$3" ;;
+    124 | 137) note "$1" skipped "$3" "out of time; the JSON holds what was done" ;;
+    *) note "$1" failed "$3" "exit status $2, see bench.log" ;;
+  esac
 }
 
 if [[ $GPU == yes ]]; then
   BENCH=(--device cuda)
   begin=$SECONDS
-  if PYLOSS_CUDA_CLUSTER=1 bench "$(allow 40 100)" --device cuda --case 'new buffer' \
+  if PYLOSS_CUDA_CLUSTER=1 bench row_softmax "$(allow 30 150)" --device cuda --case 'new buffer' \
     --providers pyloss --json "$WORK/bench_cluster.json"; then
     note "bench, cluster" ok $((SECONDS - begin))
   else
@@ -279,11 +289,10 @@ else
   BENCH=(--device cpu --quick --threads 1)
 fi
 begin=$SECONDS
-bench "$(allow 600 12)" "${BENCH[@]}" --json "$OUT/bench.json"
-status=$?
-case $status in
-  0) note bench ok $((SECONDS - begin)) ;;
-  124 | 137) note bench skipped $((SECONDS - begin)) "out of time; the JSON holds what was done" ;;
-  *) note bench failed $((SECONDS - begin)) "exit status $status, see bench.log" ;;
-esac
+bench linear_cross_entropy "$(allow 90 70)" "${BENCH[@]}" \
+  --json "$WORK/bench_linear_cross_entropy.json"
+judge_bench "bench, linear" $? $((SECONDS - begin))
+begin=$SECONDS
+bench row_softmax "$(allow 600 12)" "${BENCH[@]}" --json "$OUT/bench.json"
+judge_bench bench $? $((SECONDS - begin))
 finish

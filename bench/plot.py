@@ -1,10 +1,10 @@
 """Turns result files into the tables and figures of the README and the documentation.
 
-    python -m bench.plot bench/results/*.json             # prints the tables
-    python -m bench.plot bench/results/*.json --write     # updates README.md, docs/, docs/img/
+    python -m bench.plot bench/results/<op>_*.json             # prints the tables
+    python -m bench.plot bench/results/<op>_*.json --write     # updates README.md, docs/, docs/img/
 
-The text between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` is replaced: the README gets
-the targets and the main figures, ``docs/<op>.md`` gets every measured line.
+The text between ``<!-- bench:begin <op> -->`` and ``<!-- bench:end <op> -->`` is replaced: the
+README gets the targets and the main figures, ``docs/<op>.md`` gets every measured line.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from bench import _core, _targets
 from bench.run import load_op
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _COLOURS = {
     "pyloss": "#1b6ca8",
     "torch": "#b0b0b0",
     "torch.compile": "#e08e45",
     "liger": "#7a9e4b",
     "quack": "#9467bd",
+    "pyloss accumulate fp32": "#7fb2d9",
+    "pyloss filter": "#0b3c5d",
+    "torch chunked": "#d9c27f",
+    "cce": "#c05299",
+    "cce_exact": "#e3a6cd",
 }
 
 Document = dict[str, Any]
@@ -68,11 +72,17 @@ def _device(document: Document) -> str:
     return document["options"]["device"]
 
 
-def title(document: Document) -> str:
+def markers(op: str) -> tuple[str, str]:
+    """What stands before and after the generated text of an op."""
+    return f"<!-- bench:begin {op} -->", f"<!-- bench:end {op} -->"
+
+
+def title(document: Document, with_op: bool = False) -> str:
     environment = document["environment"]
+    op = f"`{document['op']}`, " if with_op else ""
     if _device(document) == "cuda":
-        return f"GPU: {environment['gpu']['name']}"
-    return f"CPU: {environment['cpu']['model']}"
+        return f"{op}GPU: {environment['gpu']['name']}"
+    return f"{op}CPU: {environment['cpu']['model']}"
 
 
 def machine_text(document: Document) -> str:
@@ -129,8 +139,21 @@ def targets_table(document: Document) -> str:
     return markdown_table(["what", "asked", *names, "met"], rows)
 
 
+_COLUMNS = {
+    "% of copy": "pct_copy",
+    "x bare products": "x_products",
+    "x torch": "speedup",
+    "extra memory (tensors)": "peak_tensors",
+    "extra memory (MB)": "extra_mb",
+}
+
+
 def results_table(document: Document) -> str:
     """Every measured line of a run."""
+    measured = {key for r in document["results"] for key in r}
+    if "extra_mb" in measured:
+        measured.discard("peak_tensors")
+    columns = {name: key for name, key in _COLUMNS.items() if key in measured}
     rows = []
     for r in document["results"]:
         if "median_ms" not in r:
@@ -146,21 +169,18 @@ def results_table(document: Document) -> str:
                 f"{_number(scale * r['min_ms'])}",
                 spread,
                 str(r["rounds"]),
-                _number(r.get("pct_copy")),
-                _number(r.get("speedup")),
-                _number(r.get("peak_tensors")),
+                *(_number(r.get(key)) for key in columns.values()),
             ]
         )
-    head = ["case", "threads", "provider", "median", "min", "p20-p80", "rounds"]
-    head += ["% of copy", "x torch", "extra memory (tensors)"]
+    head = ["case", "threads", "provider", "median", "min", "p20-p80", "rounds", *columns]
     table = markdown_table(head, rows)
     probes = [
-        [r["case"], r.get("what", ""), f"{r['value']:.3g} {r['unit']}"]
+        [r["case"], r["provider"], r.get("what", ""), f"{r['value']:.3g} {r['unit']}"]
         for r in document["results"]
         if "value" in r
     ]
     if probes:
-        table += "\n\n" + markdown_table(["probe", "what", "value"], probes)
+        table += "\n\n" + markdown_table(["probe", "provider", "what", "value"], probes)
     skipped: dict[str, set[str]] = {}
     for r in document["results"]:
         if r["status"] != "ok":
@@ -174,12 +194,13 @@ def results_table(document: Document) -> str:
     return table
 
 
-def replace_block(text: str, block: str) -> str:
-    """The text with what stands between the markers replaced."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+def replace_block(text: str, block: str, op: str) -> str:
+    """The text with what stands between the markers of ``op`` replaced."""
+    begin, end = markers(op)
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"expected exactly one pair of {BEGIN} and {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", text)
+        raise ValueError(f"expected exactly one pair of {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n{block}\n{end}", text)
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -201,15 +222,24 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def cpu_figure(document: Document, path: Path) -> Path | None:
-    """Time over the copy floor, per case, at the largest thread count."""
+def bar_figure(document: Document, path: Path) -> Path | None:
+    """Time over the yardstick of each case, at the largest thread count.
+
+    The yardstick is the bare matrix products where a case has them, otherwise the copy.
+    """
     threads = max(document["options"]["threads"])
+    by_products = any("x_products" in r for r in document["results"])
+    key, yardstick = (
+        ("x_products", "the bare matrix products")
+        if by_products
+        else ("x_floor", "floor at the measured copy bandwidth")
+    )
     shown = [
         r
         for r in document["results"]
-        if "x_floor" in r
+        if key in r
         and r["threads"] == threads
-        and r["provider"] in ("pyloss", "torch", "torch.compile")
+        and r["provider"] in _COLOURS
         and r["group"] not in ("options", "inplace")
     ]
     if not shown:
@@ -220,14 +250,15 @@ def cpu_figure(document: Document, path: Path) -> Path | None:
     figure, axes = pyplot.subplots(figsize=(7.5, 1.0 + 0.42 * len(cases)), layout="constrained")
     height = 0.8 / len(providers)
     for offset, provider in enumerate(providers):
-        values = {r["case"]: r["x_floor"] for r in shown if r["provider"] == provider}
+        values = {r["case"]: r[key] for r in shown if r["provider"] == provider}
         places = [cases.index(case) + (offset + 0.5) * height - 0.4 for case in values]
         axes.barh(places, list(values.values()), height, color=_COLOURS[provider], label=provider)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel(f"time / floor at the measured copy bandwidth, {_threads(threads)}")
+    where = f", {_threads(threads)}" if _device(document) == "cpu" else ""
+    axes.set_xlabel(f"time / {yardstick}{where}")
     axes.legend(fontsize=8)
     _save(figure, path)
     pyplot.close(figure)
@@ -283,7 +314,8 @@ def make_figures(documents: list[Document], folder: Path) -> dict[int, Path]:
     made = {}
     for position, document in enumerate(documents):
         device = _device(document)
-        draw = gpu_figure if device == "cuda" else cpu_figure
+        by_columns = device == "cuda" and any("pct_copy" in r for r in document["results"])
+        draw = gpu_figure if by_columns else bar_figure
         path = draw(document, folder / f"{document['op']}_{device}.png")
         if path:
             made[position] = path
@@ -297,7 +329,7 @@ def block(documents: list[Document], figures: dict[int, str], full: bool) -> str
     """The markdown between the markers; ``full`` adds every measured line."""
     parts = []
     for position, document in enumerate(documents):
-        parts.append(f"### {title(document)}")
+        parts.append(f"### {title(document, with_op=not full)}")
         parts.append(machine_text(document))
         table = targets_table(document)
         if table:
@@ -322,7 +354,7 @@ def write(documents: list[Document], root: Path) -> list[Path]:
         (root / "docs" / f"{op}.md", "img/", True),
     ):
         links = {i: prefix + figure.name for i, figure in made.items()}
-        path.write_text(replace_block(path.read_text(), block(documents, links, full)))
+        path.write_text(replace_block(path.read_text(), block(documents, links, full), op))
         changed.append(path)
     return changed
 

@@ -1,6 +1,7 @@
 """Runs the benchmark of one op and writes a JSON file.
 
     python -m bench.run --op row_softmax --json out.json
+    python -m bench.run --op linear_cross_entropy --budget 330 --json out.json
     python -m bench.run --op row_softmax --quick --case 'fwd 4096' --threads 1
     python -m bench.run --op row_softmax --json new.json --compare old.json [--shared]
 
@@ -26,7 +27,10 @@ import torch
 
 from bench import _core, _env, _targets
 
-OPS = {"row_softmax": "bench.bench_row_softmax"}
+OPS = {
+    "row_softmax": "bench.bench_row_softmax",
+    "linear_cross_entropy": "bench.bench_linear_cross_entropy",
+}
 
 MAX_SLOWDOWN = 0.10
 # Page-table rounding and allocator slack: below this a growth of memory is not a finding.
@@ -113,8 +117,10 @@ def _run_case(
     records = []
     providers = [p for p in case.open() if re.search(ctx.providers, p.name)]
     for count in threads:
-        torch.set_num_threads(count)
         largest = count == max(threads)
+        if case.once and not largest:
+            continue
+        torch.set_num_threads(count)
         records += _core.run_case(case, providers, ctx, count, copy_gbs[count], largest)
     del providers
     if ctx.device == "cuda":
@@ -143,9 +149,15 @@ def _print_records(records: list[dict[str, Any]]) -> None:
         head = f"{r['case']:<42} {r['threads']:>2} thr  {r['provider']:<22}"
         if "median_ms" in r:
             text = f"{r['median_ms']:>10.4f} ms"
-            for key, form in (("pct_copy", "{:6.1f} % of copy"), ("speedup", "{:6.2f}x torch")):
+            for key, form in (
+                ("pct_copy", "{:6.1f} % of copy"),
+                ("x_products", "{:5.2f}x products"),
+                ("speedup", "{:6.2f}x torch"),
+            ):
                 text += "  " + form.format(r[key]) if key in r else ""
-            if r.get("peak_bytes") is not None:
+            if "extra_mb" in r:
+                text += f"  +{r['extra_mb']:.1f} MB"
+            elif r.get("peak_bytes") is not None:
                 text += f"  +{r['peak_tensors']:.2f} tensors"
             text += f"  n={r['rounds']}"
         elif "value" in r:

@@ -25,25 +25,41 @@ if _C.version != __version__:
 
 from pyloss import functional, nn
 from pyloss.backends import backend, show_config
-from pyloss.functional import RowStats, comp_sum_loss, focal_loss, fused_cross_entropy
-from pyloss.nn import CompSumLoss, CrossEntropyLoss, FocalLoss, GeneralizedCrossEntropyLoss
+from pyloss.functional import (
+    RowStats,
+    comp_sum_loss,
+    focal_loss,
+    fused_cross_entropy,
+    fused_linear_cross_entropy,
+    token_logprobs,
+)
+from pyloss.nn import (
+    CompSumLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GeneralizedCrossEntropyLoss,
+    LinearCrossEntropyLoss,
+)
 
 __all__ = [
     "CompSumLoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "RowStats",
     "backend",
     "comp_sum_loss",
     "focal_loss",
     "functional",
     "fused_cross_entropy",
+    "fused_linear_cross_entropy",
     "nn",
     "show_config",
+    "token_logprobs",
 ]
 
-_LAZY = ("demo", "reference", "testing")
+_LAZY = ("demo", "distributed", "integrations", "reference", "testing")
 
 
 def __getattr__(name: str):

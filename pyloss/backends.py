@@ -67,6 +67,8 @@ def why_not(name: str, op: str, device_type: str, available: Collection[str]) ->
     if name == "cuda" and not _C.built_with_cuda:
         return "pyloss was built without CUDA; build it where nvcc is on PATH"
     needed = "cpu" if name == "cpu" else "cuda"
+    if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+        needed = device_type if device_type == "cpu" else needed
     if device_type != needed:
         return f"the {name} backend needs {needed} tensors"
     return None
@@ -80,11 +82,12 @@ def choose(op: str, device_type: str, available: Collection[str]) -> str:
         if reason is not None:
             raise RuntimeError(f"pyloss backend {name!r} cannot run {op}: {reason}")
         return name
-    if device_type == "cpu":  # always built, on every path of small calls
+    if device_type == "cpu" and "cpu" in available:  # on every path of small calls
         return device_type
-    reason = why_not(device_type, op, device_type, available)
+    own = device_type if device_type in available or "triton" not in available else "triton"
+    reason = why_not(own, op, device_type, available)
     if reason is None:
-        return device_type
+        return own
     if os.environ.get("PYLOSS_STRICT", "0") not in ("", "0"):
         raise RuntimeError(f"PYLOSS_STRICT is set and {op} would run on the reference: {reason}")
     if (op, device_type) not in _fallbacks_logged:

@@ -124,6 +124,19 @@ def row_softmax_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    total, x = address(buffers["stats"]), address(buffers["x"])
+    first = Field([True, False], [2, -1])
+    floats = code(0, 1, 2, 3)
+    return {
+        "accumulate": [total, x, floats, size(COUNT), first, THREADS],
+        "column_sums": [
+            *[total, x, floats, size(OUTER), size(CLASSES), stride(CLASSES), first, THREADS]
+        ],
+        "advise_huge_pages": [x, size(ROOM)],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (part if isinstance(part, list) else [part])]
 
@@ -161,7 +174,7 @@ def main() -> None:
     names = "x target target2 mix weight token_weight loss stats norm extras index grad"
     names += " grad_loss cotangents cotangents2 v grad_rows factor"
     buffers = {name: Buffer() for name in names.split()}
-    templates = row_softmax_calls(buffers)
+    templates = {**row_softmax_calls(buffers), **linear_cross_entropy_calls(buffers)}
     functions = {name for name in dir(module) if callable(getattr(module, name))}
     unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}
     unknown -= {name for name in functions if name.endswith("_scratch_bytes")}

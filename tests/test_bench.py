@@ -18,22 +18,33 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
+from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def document(tmp_path_factory) -> dict:
+def _quick_run(folder: Path, op: str, cases: str) -> dict:
     """A quick run over a few cases, read back from its file."""
-    path = tmp_path_factory.mktemp("bench") / "out.json"
+    path = folder / "out.json"
     threads = torch.get_num_threads()
-    arguments = ["--op", "row_softmax", "--quick", "--threads", "1", "--json", str(path)]
-    cases = "^fwd.*4096x1000 fp32|^options|^inplace.*fp32|^overhead fwd$|^accuracy|bwd 16x21.*fp32"
+    arguments = ["--op", op, "--quick", "--threads", "1", "--json", str(path)]
     status = run.main([*arguments, "--case", cases])
     assert torch.get_num_threads() == threads
     assert not path.with_name("out.json.part").exists()
     result = json.loads(path.read_text())
     assert status == 0, run.failures(result)
     return result
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory) -> dict:
+    cases = "^fwd.*4096x1000 fp32|^options|^inplace.*fp32|^overhead fwd$|^accuracy|bwd 16x21.*fp32"
+    return _quick_run(tmp_path_factory.mktemp("bench"), "row_softmax", cases)
+
+
+@pytest.fixture(scope="module")
+def linear_document(tmp_path_factory) -> dict:
+    cases = "^fwd\\+bwd 2048|^options.*bf16|^fwd 2048.*fp32|^per row|^accuracy"
+    return _quick_run(tmp_path_factory.mktemp("linear"), "linear_cross_entropy", cases)
 
 
 def test_document_has_the_promised_keys(document):
@@ -66,12 +77,109 @@ def test_records_are_checked_timed_and_complete(document):
     assert all(r["value"] > 0 for r in document["results"] if r["group"] == "accuracy")
 
 
-def test_every_target_has_a_case():
+def test_records_of_the_linear_op(linear_document):
+    records = linear_document["results"]
+    own = [r for r in records if r["provider"].startswith("pyloss")]
+    assert {r["status"] for r in own} == {"ok"}
+    providers = {r["provider"] for r in records if "median_ms" in r}
+    assert providers >= {"pyloss", "torch", linear.PRODUCTS, linear.EXACT, "pyloss smoothing"}
+    for r in records:
+        assert r["status"] == "ok" or r["reason"]
+        if "median_ms" not in r:
+            continue
+        assert r["check_error"] <= 1.0
+        assert "pct_copy" not in r  # time goes into products, not into bytes
+        if r["provider"] == linear.PRODUCTS:
+            assert r["x_products"] == 1.0 and "extra_mb" not in r
+        elif r["group"] != "options":
+            assert r["x_products"] > 0
+        if r["peak_bytes"] is not None and r["provider"] != linear.PRODUCTS:
+            n, v, d = r["shape"]
+            size = {"fp32": 4, "bf16": 2}[r["dtype"]]
+            gradients = (n + v) * d * size if r["mode"] == "fwd+bwd" else 0
+            assert r["extra_mb"] == max(0, r["peak_bytes"] - gradients) / 1e6
+    accuracy = [r for r in records if r["group"] == "accuracy"]
+    what = {r["what"].split(",")[0] for r in accuracy}
+    assert what == {"loss", "dX", "dW", "db"}
+    assert all(0 < r["value"] < 2 for r in accuracy)
+
+
+def test_the_check_of_the_linear_op_notices_small_damage():
+    problem = linear.Problem((24, 50, 8), "fp32", "cpu")
+    loss, grads = linear.make_run(problem, linear._unfused("mean"), "fwd+bwd", {}, bias=True).call()
+
+    def error(change, which: int) -> float:
+        changed = [g.clone() for g in grads]
+        change(changed[which])
+        return problem.error(loss, changed, {}, True)
+
+    assert problem.error(loss, grads, {}, True) <= 1.0
+    for which in range(3):
+        assert error(lambda g: g[7].mul_(1.01), which) > 1.0
+        assert not error(lambda g: g[7].fill_(float("nan")), which) <= 1.0
+        assert error(lambda g: g.zero_(), which) > 1.0
+    assert problem.error(loss * 1.001, grads, {}, True) > 1.0
+    assert problem.error(loss, grads, {"tau": 1.7}, True) > 1.0
+    with pytest.raises(ValueError, match="shorter|longer"):
+        problem.error(loss, grads[:2], {}, True)
+
+
+def test_the_answers_are_those_of_stored_logits():
+    problem = linear.Problem((24, 50, 8), "bf16", "cpu")
+    layer = (problem.hidden, problem.weight, problem.bias)
+    hidden, weight, bias = (t.double().requires_grad_() for t in layer)
+    rows = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, weight, bias), problem.target, reduction="none"
+    )
+    for options, upstream in (({}, torch.full((24,), 1 / 24)), ({"rows": True}, problem.upstream)):
+        expected = torch.autograd.grad(
+            rows, (hidden, weight, bias), upstream.double(), retain_graph=True
+        )
+        found, grads = problem.answer(options, bias=True)
+        torch.testing.assert_close(found, rows.detach())
+        torch.testing.assert_close(grads, [g.float() for g in expected])
+    # Another dtype of the same shape shares them.
+    again = linear.Problem((24, 50, 8), "fp32", "cpu")
+    assert again.answer({}, bias=True) is problem.answer({}, bias=True)
+    assert linear.Problem((24, 51, 8), "fp32", "cpu").answer({}, bias=True)[1][1].shape == (51, 8)
+
+
+def test_derived_columns_of_the_linear_op():
+    case = next(c for c in linear.cases(_core.Context()) if c.name.endswith("256 fp32"))
+    ms = {
+        linear.PRODUCTS: 10.0,
+        "pyloss": 11.0,
+        "pyloss filter": 8.0,
+        "torch": 16.5,
+        linear.CHUNKED: 33.0,
+        "cce": 4.0,
+    }
+    records = [
+        {"provider": name, "median_ms": t, "peak_bytes": case.result_bytes + int(5e7)}
+        for name, t in ms.items()
+    ]
+    for r in records:
+        r["approximate"] = r["provider"] in ("pyloss filter", "cce")
+    _core.derive(records, case, copy_gbs=1.0)
+    by_name = {r["provider"]: r for r in records}
+    own = by_name["pyloss"]
+    assert own["x_products"] == pytest.approx(1.1)
+    assert own["speedup"] == pytest.approx(1.5)
+    assert own["speedup_over_chunked"] == pytest.approx(3.0)
+    assert own["extra_mb"] == pytest.approx(50.0)
+    # The products are no peer, and who leaves work out is one only of its like.
+    assert own["speedup_over_best_peer"] == pytest.approx(1.5)
+    assert by_name["pyloss filter"]["speedup_over_best_peer"] == pytest.approx(0.5)
+    assert "speedup_over_chunked" not in by_name["torch"]
+
+
+@pytest.mark.parametrize("op", [row_softmax, linear])
+def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):
         context = _core.Context(device=device)
-        names = [case.name for case in row_softmax.cases(context)]
+        names = [case.name for case in op.cases(context)]
         assert len(set(names)) == len(names)
-        for target in row_softmax.TARGETS:
+        for target in op.TARGETS:
             if target.device == device:
                 assert any(re.fullmatch(target.case, name) for name in names), target.what
             assert (target.at_least is None) != (target.at_most is None)
@@ -149,6 +257,19 @@ def test_timing_is_interleaved_and_bounded():
     context = _core.Context(rounds=40, seconds=0.0)
     timings, _ = _core.time_interleaved(runs, 1, context)
     assert [len(t.samples) for t in timings.values()] == [2, 2]
+
+
+def test_a_case_may_ask_for_fewer_rounds():
+    runs = {"a": _core.Run(lambda: None)}
+    for most, rounds in ((3, 3), (50, 40), (None, 40)):
+        timings, _ = _core.time_interleaved(runs, 1, _core.Context(rounds=40), most_rounds=most)
+        assert len(timings["a"].samples) == rounds
+
+
+def test_a_case_for_the_largest_thread_count_only():
+    case = next(c for c in linear.cases(_core.Context(quick=True)) if c.once)
+    records = run._run_case(case, _core.Context(quick=True, rounds=2), [2, 1], {1: 1.0, 2: 1.0})
+    assert {r["threads"] for r in records} == {2}
 
 
 def test_setup_runs_before_every_call():
@@ -231,7 +352,8 @@ def gpu_document(document) -> dict:
 
 def test_tables_and_figures(document, gpu_document, tmp_path):
     pytest.importorskip("matplotlib")
-    before = f"# title\n\n{plot.BEGIN}\nold\n{plot.END}\n\nafter\n"
+    begin, end = plot.markers("row_softmax")
+    before = f"# title\n\n{begin}\nold\n{end}\n\nafter\n"
     (tmp_path / "docs").mkdir()
     for name in ("README.md", "docs/row_softmax.md"):
         (tmp_path / name).write_text(before)
@@ -263,13 +385,39 @@ def test_tables_and_figures(document, gpu_document, tmp_path):
     assert (tmp_path / "README.md").read_text() == readme
 
 
+def test_each_op_has_its_own_block(document, linear_document, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    blocks = {op: plot.markers(op) for op in ("row_softmax", "linear_cross_entropy")}
+    for op, (begin, end) in blocks.items():
+        (tmp_path / f"docs/{op}.md").write_text(f"{begin}\n{end}\n")
+    both = "\nbetween\n".join(f"{begin}\nold {op}\n{end}" for op, (begin, end) in blocks.items())
+    (tmp_path / "README.md").write_text(both)
+    plot.write([linear_document], tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "old row_softmax" in readme and "old linear" not in readme
+    assert "### `linear_cross_entropy`, CPU: " in readme
+    assert "time over the three bare products" in readme
+    plot.write([document], tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "old" not in readme and "between" in readme and readme.count("| what | asked |") == 2
+
+    docs = (tmp_path / "docs/linear_cross_entropy.md").read_text()
+    assert "x bare products | x torch | extra memory (MB) |" in docs and "% of copy" not in docs
+    assert "| accuracy bf16 | pyloss accumulate fp32 | dW, 256x262144x64 |" in docs
+    pictures = sorted(p.name for p in (tmp_path / "docs/img").iterdir())
+    assert pictures == ["linear_cross_entropy_cpu.png", "row_softmax_cpu.png"]
+    for name in pictures:
+        assert 1000 < (tmp_path / "docs/img" / name).stat().st_size < 100_000
+
+
 def test_plot_refuses_another_schema_and_missing_markers(document, tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps({**document, "schema": 0}))
     with pytest.raises(ValueError, match="schema"):
         plot.load([path])
     with pytest.raises(ValueError, match="exactly one pair"):
-        plot.replace_block("no markers", "text")
+        plot.replace_block("no markers", "text", "row_softmax")
 
 
 # --- gpu_check.sh -------------------------------------------------------------------------------
@@ -285,8 +433,9 @@ def test_gpu_check_parses_and_explains_its_use():
     assert "OUT [WHEELS]" in done.stderr
 
 
-def test_gpu_summary(tmp_path, capsys, gpu_document):
+def test_gpu_summary(tmp_path, capsys, gpu_document, linear_document):
     (tmp_path / "bench.json").write_text(json.dumps(gpu_document))
+    (tmp_path / "bench_linear_cross_entropy.json").write_text(json.dumps(linear_document))
     (tmp_path / "tests_gpu.xml").write_text(
         '<testsuites><testsuite tests="3" skipped="1" failures="1">'
         '<testcase classname="tests.test_gpu" name="a"/>'
@@ -303,6 +452,8 @@ def test_gpu_summary(tmp_path, capsys, gpu_document):
     assert summary["tests"]["tests_cpu"] is None
     output = capsys.readouterr().out
     assert "pyloss 95.2, pyloss all options" in output
+    assert summary["bench_linear_cross_entropy"]["op"] == "linear_cross_entropy"
+    assert re.search(r"^fwd\+bwd 2048x32000x256 fp32 +bare products 1.00, pyloss ", output, re.M)
     assert output.endswith("result: ok\n")
 
     steps.write_text("tests\tfailed\t12\tsee tests.log\n")

@@ -58,7 +58,11 @@ def test_quick_run(tmp_path, corpus):
     assert [run["name"] for run in report["runs"]] == [run.name for run in language_model.RUNS]
     for run in report["runs"]:
         assert len(run["losses"]) == report["size"]["steps"]
-        assert 0 < run["loss_ms"] < run["step_ms"]
+        assert 0 < run["head_ms"] < run["step_ms"]
+        if run["name"] == language_model.PYLOSS_LINEAR:
+            assert run["loss_ms"] is None  # it has no logits to start from
+        else:
+            assert 0 < run["loss_ms"] < run["head_ms"]
         assert run["peak_mib"] is None or run["peak_mib"] > 0
         assert run["name"] in done.stdout
     assert report["failures"] == []
@@ -72,6 +76,15 @@ def test_full_size_is_what_was_promised():
     full = language_model.FULL
     assert full.vocabulary >= 8192
     assert full.batch * full.context >= 2048
+    # Large enough for the check on the memory to mean something.
+    logits = full.batch * full.context * full.vocabulary * 4 / (1 << 20)
+    assert logits >= 2 * language_model.MEASURABLE_MIB
+    names = [run.name for run in language_model.RUNS if not run.wrong_targets]
+    assert names == [
+        "F.cross_entropy",
+        "pyloss.fused_cross_entropy",
+        "pyloss.fused_linear_cross_entropy",
+    ]
 
 
 def curve(length: int = 60) -> list[float]:
@@ -116,6 +129,63 @@ def test_curves_of_wrong_length_are_noticed(first, second):
     assert len(language_model.compare_curves(curve(first), curve(second))) == 1
 
 
+@pytest.mark.parametrize("run", language_model.RUNS, ids=lambda run: run.name)
+def test_output_step(run):
+    """The cuts of the graph change neither the loss nor a gradient."""
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    wanted = torch.arange(6)
+    loss_fn = language_model.loss_function(run)
+    expected = loss_fn((2 * hidden) @ weight.t(), wanted)
+    gradients = torch.autograd.grad(expected, (hidden, weight))
+    memory = PeakMemory()
+    loss, cost = language_model.output_step(run, 2 * hidden, weight, wanted, memory)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close((hidden.grad, weight.grad), gradients)
+    assert cost.head_seconds > 0
+    assert (cost.head_growth is None) == (not memory.can_reset)
+    if run.linear:
+        assert cost.loss_seconds is None and cost.loss_growth is None
+    else:
+        assert 0 < cost.loss_seconds < cost.head_seconds
+
+
+@pytest.mark.skipif(not PeakMemory().can_reset, reason="this system cannot reset the peak")
+def test_output_step_sees_the_logits():
+    rows, classes = 2048, 8192  # 64 MiB of logits
+    hidden, weight = torch.randn(rows, 4), torch.randn(classes, 4, requires_grad=True)
+    hidden.requires_grad_()
+    growth = {}
+    for run in language_model.RUNS[:3]:
+        step = (hidden * 1, weight, torch.zeros(rows, dtype=torch.int64), PeakMemory())
+        language_model.output_step(run, *step)  # libraries' own buffers come with the first call
+        step = (hidden * 1, *step[1:])
+        growth[run.name] = language_model.output_step(run, *step)[1].head_growth
+    stored = growth[language_model.PYTORCH]
+    assert stored > 3 * 64 - 4
+    assert growth[language_model.PYLOSS] > 2 * 64 - 4
+    assert growth[language_model.PYLOSS_LINEAR] < stored - 64
+
+
+def result(**fields) -> language_model.Result:
+    values = dict(
+        name="name",
+        losses=[9.0, 8.0],
+        validation_steps=[0, 2],
+        curve_accuracies=[0.0, 0.1],
+        validation_loss=9.5,
+        validation_accuracy=0.1,
+        step_ms=2.0,
+        head_ms=1.0,
+        head_mib=None,
+        loss_ms=1.0,
+        loss_mib=None,
+        peak_mib=None,
+        memory_method="none",
+        sample=None,
+    )
+    return language_model.Result(**{**values, **fields})
+
+
 @pytest.mark.parametrize(
     ("losses", "accuracies", "failures"),
     [
@@ -128,21 +198,45 @@ def test_curves_of_wrong_length_are_noticed(first, second):
     ],
 )
 def test_check_learning(losses, accuracies, failures):
-    result = language_model.Result(
-        name="name",
-        losses=losses,
-        validation_steps=[0, 2],
-        curve_accuracies=accuracies,
-        validation_loss=9.5,
-        validation_accuracy=accuracies[-1],
-        step_ms=1.0,
-        loss_ms=1.0,
-        peak_mib=None,
-        loss_mib=None,
-        memory_method="none",
-        sample=None,
-    )
-    assert len(language_model.check_learning(result)) == failures
+    run = result(losses=losses, curve_accuracies=accuracies, validation_accuracy=accuracies[-1])
+    assert len(language_model.check_learning(run)) == failures
+
+
+@pytest.mark.parametrize(
+    ("stored", "fused", "logits", "failures"),
+    [
+        (256.0, 32.0, 64.0, 0),
+        (256.0, 192.0, 64.0, 0),
+        (256.0, 193.0, 64.0, 1),
+        (256.0, 256.0, 64.0, 1),
+        (256.0, float("nan"), 64.0, 1),
+        (4.0, 4.0, 2.0, 0),  # too small to be measured
+        (None, None, 64.0, 0),
+    ],
+)
+def test_check_memory(stored, fused, logits, failures):
+    pair = result(head_mib=stored), result(head_mib=fused)
+    assert len(language_model.check_memory(*pair, logits)) == failures
+
+
+@pytest.mark.parametrize("name", [None, language_model.PYLOSS, language_model.PYLOSS_LINEAR])
+def test_a_run_that_drifts_fails_the_section(monkeypatch, tmp_path, corpus, name):
+    """The runs themselves are replaced; `name` is the one whose losses differ."""
+    steps = language_model.QUICK.steps
+
+    def fake(run, *args):
+        drift = 0.01 if run.name == name else 0.0
+        return result(name=run.name, losses=[9.0 + drift] * steps, curve_accuracies=[0.0, 0.1])
+
+    monkeypatch.setattr(language_model, "in_own_process", fake)
+    monkeypatch.setattr(language_model, "load_corpus", lambda vocabulary: corpus)
+    failures = language_model.language_model(sections.Options(tmp_path, quick=True))
+    assert [failure.split(":")[0] for failure in failures] == ([] if name is None else [name])
+
+
+def test_cost_table_without_memory_or_a_loss_alone():
+    rows = language_model.cost_table([result(loss_ms=None)]).splitlines()
+    assert rows[-1].split() == ["name", "1.0", "ms", "-", "-", "-", "2", "ms", "-"]
 
 
 @pytest.mark.parametrize("methods", [["spawn"], multiprocessing.get_all_start_methods()])
@@ -214,6 +308,9 @@ def test_model_is_causal():
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 30
     torch.testing.assert_close(model(tokens)[:, :5], model(changed)[:, :5])
+    # The output layer alone is left of the hidden states.
+    logits = model.hidden(tokens) @ model.tokens.weight.t()
+    torch.testing.assert_close(logits, model(tokens), rtol=0, atol=0)
     grouped = sum(len(group["params"]) for group in model.parameter_groups(1.0, 1.0))
     assert grouped == len(list(model.parameters()))
 
@@ -293,6 +390,14 @@ def test_no_picture_without_matplotlib(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("memory", [64.0, None])
+def test_picture(tmp_path, memory):
+    pytest.importorskip("matplotlib")
+    runs = [result(name=f"loss {i}", head_mib=memory) for i in range(3)]
+    assert "curves.png" in curves.draw(tmp_path / "curves.png", runs, runs)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_example_lm_cross_entropy():
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "lm_cross_entropy.py"), "--steps", "40"],
@@ -306,3 +411,20 @@ def test_example_lm_cross_entropy():
     assert before == pytest.approx(after, abs=2e-6)
     losses = [float(line.split()[3]) for line in lines[1:]]
     assert losses[-1] < losses[0] - 1
+
+
+def test_example_lm_linear_cross_entropy():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "lm_linear_cross_entropy.py"), "--steps", "40"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *steps, last = done.stdout.splitlines()
+    before, after = (float(part.split()[-1]) for part in first.split(","))
+    assert before == pytest.approx(after, abs=2e-6)
+    losses = [float(line.split()[3]) for line in steps]
+    assert losses[-1] < losses[0] - 1
+    logprob, entropy = (float(part.split()[-1]) for part in last.split(","))
+    assert -losses[0] < logprob < 0 < entropy

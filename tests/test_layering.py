@@ -18,6 +18,8 @@ PYTHON_LAYERS = {
     "pyloss.kernels": {"torch", "triton"},
     "pyloss.ops": {"torch", "pyloss._C", "pyloss.kernels", "pyloss.reference", "pyloss.backends"},
     "pyloss.functional": {"torch", "pyloss.ops"},
+    "pyloss.distributed": {"torch", "pyloss.ops", "pyloss.functional"},
+    "pyloss.integrations": {"torch", "transformers", "pyloss", "pyloss.functional"},
     "pyloss.nn": {"torch", "pyloss.functional"},
     "pyloss.backends": {"torch", "pyloss._C"},
     "pyloss.testing": {"torch", "pyloss", "pyloss.reference", "pyloss.functional"},

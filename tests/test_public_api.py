@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import pyloss
+import pyloss.distributed
 import pyloss.functional
 import pyloss.nn
 import pyloss.testing
 
-MODULES = [pyloss, pyloss.functional, pyloss.nn, pyloss.testing]
+MODULES = [pyloss, pyloss.distributed, pyloss.functional, pyloss.nn, pyloss.testing]
 
 
 def public_objects(*modules: Any) -> list[Any]:

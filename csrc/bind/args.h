@@ -64,6 +64,11 @@ E checked_enum(const char* name, int64_t value, int64_t count) {
   return static_cast<E>(value);
 }
 
+inline int checked_threads(int64_t threads) {
+  if (threads < 1 || threads > 4096) bad_argument("threads", std::to_string(threads));
+  return static_cast<int>(threads);
+}
+
 // Strides, in elements, whose last element is still addressable.
 inline void check_strides(const char* name, std::initializer_list<int64_t> sizes,
                           std::initializer_list<int64_t> strides) {

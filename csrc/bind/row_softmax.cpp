@@ -115,11 +115,6 @@ RowSoftmaxHvp decode_hvp(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b
   return h;
 }
 
-int checked_threads(int64_t threads) {
-  if (threads < 1 || threads > 4096) bad_argument("threads", std::to_string(threads));
-  return static_cast<int>(threads);
-}
-
 }  // namespace
 
 void register_row_softmax(py::module_& m) {

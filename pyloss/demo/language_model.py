@@ -1,8 +1,9 @@
 """Section "language-model": a small GPT on the library's documentation, one loss after the other.
 
-Two trainings that differ in nothing but the loss function, `F.cross_entropy` and
-`pyloss.fused_cross_entropy`, must stay together; then the comp-sum losses with tau = 0.7, 1 and 1.7
-learn from targets of which 20 % are wrong, and are judged on right ones.
+Three trainings that differ in nothing but the loss function, `F.cross_entropy`,
+`pyloss.fused_cross_entropy` and `pyloss.fused_linear_cross_entropy` (the output layer and the loss
+in one, without stored logits), must stay together; then the comp-sum losses with tau = 0.7, 1 and
+1.7 learn from targets of which 20 % are wrong, and are judged on right ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 
@@ -31,9 +32,12 @@ from pyloss.demo.sections import Options, section
 from pyloss.demo.text import END, UNKNOWN, Corpus, load_corpus
 
 PYTORCH, PYLOSS = "F.cross_entropy", "pyloss.fused_cross_entropy"
+PYLOSS_LINEAR = "pyloss.fused_linear_cross_entropy"
 WRONG_SHARE = 0.2
 FIRST_STEPS, FIRST_TOLERANCE = 20, 1e-4
 LAST_STEPS, LAST_TOLERANCE = 10, 0.02
+# Logits smaller than this drown in what the allocator keeps anyway.
+MEASURABLE_MIB = 16.0
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,11 @@ QUICK = Size(8192, width=16, layers=1, heads=2, context=32, batch=2, steps=24, s
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `tau` None is F.cross_entropy."""
+    """One training. `tau` None is F.cross_entropy; `linear` takes the output layer along."""
 
     name: str
     tau: float | None = None
+    linear: bool = False
     wrong_targets: bool = False
     sample: bool = False
 
@@ -71,6 +76,7 @@ class Run:
 RUNS = (
     Run(PYTORCH),
     Run(PYLOSS, tau=1.0, sample=True),
+    Run(PYLOSS_LINEAR, tau=1.0, linear=True),
     Run("tau = 0.7", tau=0.7, wrong_targets=True),
     Run("tau = 1", tau=1.0, wrong_targets=True),
     Run("tau = 1.7", tau=1.7, wrong_targets=True),
@@ -96,10 +102,12 @@ class Result:
     curve_accuracies: list[float]  # on one batch of right targets, at validation_steps
     validation_loss: float  # cross-entropy on right targets, whatever the training loss
     validation_accuracy: float
-    step_ms: float  # median
-    loss_ms: float  # median; forward and backward of the loss alone
+    step_ms: float  # median, like all times and growths of the process below
+    head_ms: float  # forward and backward of the output layer and the loss
+    head_mib: float | None  # growth of the process meanwhile
+    loss_ms: float | None  # forward and backward of the loss alone, where it is one
+    loss_mib: float | None
     peak_mib: float | None  # largest size of the process in a training step
-    loss_mib: float | None  # growth of the process during the loss, median
     memory_method: str
     sample: list[int] | None
 
@@ -132,6 +140,58 @@ def loss_function(run: Run) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
     return lambda logits, target: pyloss.fused_cross_entropy(logits, target, tau=run.tau)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one forward and backward took. Memory is None where it cannot be measured."""
+
+    head_seconds: float  # the output layer and the loss
+    head_growth: float | None
+    loss_seconds: float | None  # the loss alone; None where it has no logits to start from
+    loss_growth: float | None
+    peak: float | None
+
+
+def output_step(
+    run: Run, hidden: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor, memory: PeakMemory
+) -> tuple[float, Cost]:
+    """Loss of `hidden @ weight.T`, forward and backward, with its cost.
+
+    The graph is cut at the hidden states, and again at the logits where there are any, so that the
+    clock and the memory reading see one part alone; the gradient that each part leaves is then sent
+    on through the part before. The numbers are the same as without the cuts.
+    """
+    leaf = hidden.detach().requires_grad_()
+    loss_seconds = loss_growth = peak = None
+    memory.reset()
+    before = memory.peak()
+    begin = time.perf_counter()
+    if run.linear:
+        loss = pyloss.fused_linear_cross_entropy(leaf, weight, wanted, tau=run.tau)
+        loss.backward()
+    else:
+        loss_fn = loss_function(run)
+        logits = leaf @ weight.t()
+        logits_leaf = logits.detach().requires_grad_()
+        peak = memory.peak()
+        memory.reset()
+        loss_before = memory.peak()
+        loss_begin = time.perf_counter()
+        loss = loss_fn(logits_leaf, wanted)
+        loss.backward()
+        loss_seconds = time.perf_counter() - loss_begin
+        loss_growth = _growth(memory, loss_before)
+        logits.backward(logits_leaf.grad)
+    head_seconds = time.perf_counter() - begin
+    peak = _larger(peak, memory.peak())
+    head_growth = peak - before if memory.can_reset else None
+    hidden.backward(leaf.grad)
+    return loss.item(), Cost(head_seconds, head_growth, loss_seconds, loss_growth, peak)
+
+
+def _growth(memory: PeakMemory, before: float | None) -> float | None:
+    return memory.peak() - before if memory.can_reset else None
+
+
 def train(
     run: Run,
     size: Size,
@@ -148,14 +208,15 @@ def train(
     model = GPT(size.vocabulary, size.context, size.width, size.layers, size.heads)
     groups = model.parameter_groups(size.embedding_rate, size.rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
-    loss_fn = loss_function(run)
     inputs = torch.from_numpy(data.inputs)
     targets = torch.from_numpy(data.wrong_targets if run.wrong_targets else data.targets)
     rng = np.random.default_rng(options.seed)
     window = torch.arange(size.context)
     evaluate_at = {round(size.steps * k / size.evaluations) for k in range(size.evaluations + 1)}
 
-    losses, step_seconds, loss_seconds, loss_growth = [], [], [], []
+    losses: list[float] = []
+    step_seconds: list[float] = []
+    costs: list[Cost] = []
     validation_steps, curve_accuracies = [], []
     memory = PeakMemory()
     peak: float | None = None
@@ -173,30 +234,15 @@ def train(
 
         memory.reset()
         begin = time.perf_counter()
-        logits = model(batch).flatten(0, 1)
-        # The graph is cut at the logits, so that the clock and the memory reading see the loss
-        # alone; the gradient that it leaves there is then sent through the model. The numbers are
-        # the same as without the cut.
-        leaf = logits.detach().requires_grad_()
+        hidden = model.hidden(batch).flatten(0, 1)
         peak = _larger(peak, memory.peak())
-        memory.reset()
-        before = memory.peak()
-        loss_begin = time.perf_counter()
-        loss = loss_fn(leaf, wanted)
-        loss.backward()
-        loss_end = time.perf_counter()
-        after = memory.peak()
-        logits.backward(leaf.grad)
+        loss, cost = output_step(run, hidden, model.tokens.weight, wanted, memory)
         optimizer.step()
         optimizer.zero_grad()
-        end = time.perf_counter()
-        peak = _larger(peak, memory.peak())
-        losses.append(loss.item())
-        del logits, leaf, loss  # `loss` leads to the logits and their gradient
-        step_seconds.append(end - begin)
-        loss_seconds.append(loss_end - loss_begin)
-        if memory.can_reset and before is not None and after is not None:
-            loss_growth.append(after - before)
+        step_seconds.append(time.perf_counter() - begin)
+        peak = _larger(_larger(peak, cost.peak), memory.peak())
+        losses.append(loss)
+        costs.append(cost)
         report(step + 1, losses[-1])
 
     validation_loss, validation_accuracy = evaluate(model, size, data, 8 * size.batch)
@@ -212,9 +258,11 @@ def train(
         validation_loss=validation_loss,
         validation_accuracy=validation_accuracy,
         step_ms=1e3 * statistics.median(step_seconds),
-        loss_ms=1e3 * statistics.median(loss_seconds),
+        head_ms=1e3 * statistics.median(cost.head_seconds for cost in costs),
+        head_mib=_median(cost.head_growth for cost in costs),
+        loss_ms=_median(cost.loss_seconds and 1e3 * cost.loss_seconds for cost in costs),
+        loss_mib=_median(cost.loss_growth for cost in costs),
         peak_mib=peak,
-        loss_mib=statistics.median(loss_growth) if loss_growth else None,
         memory_method=memory.method,
         sample=sample,
     )
@@ -222,6 +270,11 @@ def train(
 
 def _larger(a: float | None, b: float | None) -> float | None:
     return a if b is None else b if a is None else max(a, b)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def schedule(step: int, steps: int) -> float:
@@ -270,7 +323,7 @@ def in_own_process(run: Run, size: Size, *args) -> Result:
     process = context.Process(target=_worker, args=(theirs, run, size, *args), daemon=True)
     process.start()
     theirs.close()
-    progress = Progress(run.name.ljust(len(PYLOSS)), size.steps)
+    progress = Progress(run.name.ljust(len(PYLOSS_LINEAR)), size.steps)
     try:
         while True:
             message = ours.recv()
@@ -335,23 +388,37 @@ def check_learning(result: Result) -> list[str]:
     return failures
 
 
-def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f} MiB"
+def check_memory(stored: Result, fused: Result, logits_mib: float) -> list[str]:
+    """Without stored logits at least their size must be saved, where that can be measured."""
+    if stored.head_mib is None or fused.head_mib is None or logits_mib < MEASURABLE_MIB:
+        return []
+    saved = stored.head_mib - fused.head_mib
+    if saved >= logits_mib:
+        return []
+    return [
+        f"{fused.name} needs {fused.head_mib:.0f} MiB, {stored.name} {stored.head_mib:.0f} MiB: "
+        f"the {logits_mib:.0f} MiB of logits are not saved"
+    ]
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def cost_table(results: list[Result]) -> str:
     rows = [
         [
             r.name,
-            f"{r.loss_ms:.1f} ms",
+            f"{r.head_ms:.1f} ms",
+            _show(r.head_mib, "{:.0f} MiB"),
+            _show(r.loss_ms, "{:.1f} ms"),
+            _show(r.loss_mib, "{:.0f} MiB"),
             f"{r.step_ms:.0f} ms",
-            f"{r.loss_ms / r.step_ms:.0%}",
-            _mib(r.loss_mib),
-            _mib(r.peak_mib),
+            _show(r.peak_mib, "{:.0f} MiB"),
         ]
         for r in results
     ]
-    header = ["loss", "loss time", "step", "share", "memory of the loss", "peak of the process"]
+    header = ["loss", "output + loss", "memory", "loss alone", "memory", "step", "process peak"]
     return table(header, rows)
 
 
@@ -376,21 +443,31 @@ def language_model(options: Options) -> list[str]:
 
     clean = [r for r, run in zip(results, RUNS, strict=True) if not run.wrong_targets]
     wrong = [r for r, run in zip(results, RUNS, strict=True) if run.wrong_targets]
-    failures = compare_curves(clean[0].losses, clean[1].losses)
+    failures = []
+    for other in clean[1:]:
+        differences = compare_curves(clean[0].losses, other.losses)
+        failures += [f"{other.name}: {difference}" for difference in differences]
+    fused = next(r for r in clean if r.name == PYLOSS_LINEAR)
+    failures += check_memory(clean[0], fused, tokens * size.vocabulary * 4 / (1 << 20))
     for result in results:
         failures += check_learning(result)
 
-    print("\nMedians per step; loss time and memory: forward and backward of the loss alone")
+    print(
+        "\nMedians per step, forward and backward: the output layer and the loss, the loss alone, "
+        "all"
+    )
     print(cost_table(results))
     print(f"Peak memory: {results[0].memory_method}.")
     print("\nRight targets: validation loss (cross-entropy) and accuracy after training")
     print(quality_table(clean))
-    gaps = [abs(a - b) for a, b in zip(clean[0].losses, clean[1].losses, strict=True)]
     print(
-        f"Largest difference of the two training losses: {max(gaps[:FIRST_STEPS]):.1e} in the "
-        f"first {FIRST_STEPS} steps ({FIRST_TOLERANCE:g} allowed), {max(gaps[-LAST_STEPS:]):.1e} "
-        f"in the last {LAST_STEPS} ({LAST_TOLERANCE:g} allowed)."
+        f"Largest difference from the training losses of {clean[0].name}, in the first "
+        f"{FIRST_STEPS} steps ({FIRST_TOLERANCE:g} allowed)\nand in the last {LAST_STEPS} "
+        f"({LAST_TOLERANCE:g} allowed):"
     )
+    for other in clean[1:]:
+        gaps = [abs(a - b) for a, b in zip(clean[0].losses, other.losses, strict=True)]
+        print(f"  {other.name}: {max(gaps[:FIRST_STEPS]):.1e}, {max(gaps[-LAST_STEPS:]):.1e}")
     print(f"\n{WRONG_SHARE:.0%} wrong targets in training; judged on right targets")
     print(quality_table(wrong))
     print(

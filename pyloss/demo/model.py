@@ -55,10 +55,14 @@ class GPT(nn.Module):
         nn.init.normal_(self.tokens.weight, std=_EMBEDDING_STD)
         nn.init.normal_(self.positions.weight, std=_EMBEDDING_STD)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the output layer, `self.tokens.weight`, is applied to: (B, T, width)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) / _EMBEDDING_STD + self.positions(positions)
-        return self.turn(self.norm(self.blocks(x))) @ self.tokens.weight.t()
+        return self.turn(self.norm(self.blocks(x)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.hidden(tokens) @ self.tokens.weight.t()
 
     def parameter_groups(self, embedding_rate: float, rate: float) -> list[dict[str, Any]]:
         """Optimizer groups: the embeddings take larger steps, each row gets few gradients."""

@@ -6,5 +6,29 @@ from pyloss.functional.classification import (
     focal_loss,
     fused_cross_entropy,
 )
+from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
+from pyloss.functional.preference import (
+    DPOMetrics,
+    GRPOMetrics,
+    dpo_loss,
+    group_advantages,
+    grpo_loss,
+    sequence_logprobs,
+)
 
-__all__ = ["RowStats", "comp_sum_loss", "focal_loss", "fused_cross_entropy"]
+__all__ = [
+    "DPOMetrics",
+    "GRPOMetrics",
+    "RowStats",
+    "comp_sum_loss",
+    "dpo_loss",
+    "focal_loss",
+    "fused_cross_entropy",
+    "fused_linear_cross_entropy",
+    "group_advantages",
+    "grpo_loss",
+    "linear_distillation_loss",
+    "sequence_logprobs",
+    "token_logprobs",
+]

@@ -162,24 +162,22 @@ def fused_cross_entropy(
     return _row_loss(
         input,
         target,
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        op.COMP_SUM,
-        tau,
-        0.0,
-        truncate,
-        z_loss,
-        softcap,
-        logit_scale,
-        temperature,
-        token_weight,
-        return_stats,
         inplace,
-        empty,
-        loss_dtype,
-        num_items,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        tau=tau,
+        truncate=truncate,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        token_weight=token_weight,
+        return_stats=return_stats,
+        empty=empty,
+        loss_dtype=loss_dtype,
+        num_items=num_items,
     )
 
 
@@ -267,55 +265,72 @@ def focal_loss(
     _check_range("gamma", gamma, 0.0)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError("focal_loss takes class indices or a MixUp tuple, not probabilities")
-    # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
-    loss = op.FOCAL if gamma != 0 else op.COMP_SUM
     return _row_loss(
         input,
         target,
-        weight,
-        ignore_index,
-        reduction,
-        0.0,
-        loss,
-        1.0,
-        gamma,
-        None,
-        z_loss,
-        softcap,
-        logit_scale,
-        temperature,
-        token_weight,
-        return_stats,
         inplace,
-        empty,
-        loss_dtype,
-        num_items,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        gamma=gamma,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        token_weight=token_weight,
+        return_stats=return_stats,
+        empty=empty,
+        loss_dtype=loss_dtype,
+        num_items=num_items,
     )
 
 
-def _row_loss(
+class Prepared(NamedTuple):
+    """The checked arguments of a row loss as the op takes them, and what its result still needs."""
+
+    labels: tuple[Tensor | None, ...]  # target, target2, mix, weight, token_weight
+    options: op.Options | None
+    codes: op.Codes
+    loss_dtype: torch.dtype
+    wants: int
+    return_stats: tuple[str, ...]
+    divisor: Tensor | None  # of the sum; a number is in the options
+    empty: str
+
+    @property
+    def op_dtype(self) -> torch.dtype:
+        """Of the op's loss: divided before it is rounded to its dtype."""
+        if self.divisor is None:
+            return self.loss_dtype
+        return torch.float64 if self.loss_dtype == torch.float64 else torch.float32
+
+
+def prepare(
     input,
     target,
-    weight,
-    ignore_index,
-    reduction,
-    label_smoothing,
-    loss,
-    tau,
-    gamma,
-    truncate,
-    z_loss,
-    softcap,
-    logit_scale,
-    temperature,
-    token_weight,
-    return_stats,
-    inplace,
-    empty,
-    loss_dtype,
-    num_items,
-):
-    """Checks the arguments in torch's order, packs them, calls the op, names the statistics."""
+    *,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    tau=1.0,
+    gamma=None,
+    truncate=None,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    temperature=1.0,
+    token_weight=None,
+    return_stats=(),
+    empty="nan",
+    loss_dtype=None,
+    num_items=None,
+) -> tuple[Tensor, Prepared]:
+    """Checks the arguments of a row loss in torch's order and packs them.
+
+    Of `input`, the logits, only shape, dtype and device are looked at. Returns them, as float64
+    where the probabilities are. `gamma` selects the focal loss.
+    """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if reduction not in op.REDUCTIONS:
@@ -363,8 +378,18 @@ def _row_loss(
     if token_weight is not None:
         token_weight = _checked_token_weight(token_weight, input, target, kind, acc)
 
+    # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
+    loss = op.FOCAL if gamma else op.COMP_SUM
     options = _packed_options(
-        label_smoothing, tau, gamma, truncate, z_loss, softcap, logit_scale, temperature, kind
+        label_smoothing,
+        tau,
+        gamma or 0.0,
+        truncate,
+        z_loss,
+        softcap,
+        logit_scale,
+        temperature,
+        kind,
     )
     divisor = None
     if num_items is not None:
@@ -375,35 +400,29 @@ def _row_loss(
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
-    if inplace:
-        inplace = _checked_inplace(input)
-
     return_stats = return_stats if isinstance(return_stats, str) else tuple(return_stats)
     wants = _checked_stats(return_stats, kind) if return_stats else 0
-    # Divided before it is rounded to its dtype.
-    op_dtype = loss_dtype if divisor is None else acc
+    labels = (target, target2, mix, weight, token_weight)
+    return input, Prepared(labels, options, codes, loss_dtype, wants, return_stats, divisor, empty)
+
+
+def _row_loss(input, target, inplace, **arguments):
+    """Checks and packs the arguments, calls the op, names the statistics."""
+    input, p = prepare(input, target, **arguments)
+    if inplace:
+        inplace = _checked_inplace(input)
     value, extras, index = op.row_softmax(
-        input,
-        target,
-        target2,
-        mix,
-        weight,
-        token_weight,
-        options,
-        codes,
-        op_dtype,
-        wants,
-        inplace,
+        input, *p.labels, p.options, p.codes, p.op_dtype, p.wants, inplace
     )
-    if divisor is not None:
-        divisor = divisor.to(acc)
+    if p.divisor is not None:
+        divisor = p.divisor.to(p.op_dtype)
         value = value / divisor
-        if empty == "zero":
+        if p.empty == "zero":
             value = torch.where(divisor == 0, 0.0, value)
-        value = value.to(loss_dtype)
-    if not return_stats:
+        value = value.to(p.loss_dtype)
+    if not p.return_stats:
         return value
-    return value, _named_stats(return_stats, extras, index, input, target, kind)
+    return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))
 
 
 def _autocast(input: Tensor) -> bool:
@@ -647,17 +666,22 @@ def _checked_stats(return_stats, kind):
     )
 
 
-def _named_stats(return_stats, extras, index, input, target, kind):
-    shape = target.shape if kind != op.DENSE else (*input.shape[:1], *input.shape[2:])
-    shape = () if input.dim() == 1 else tuple(shape)
+def _row_shape(input, target) -> tuple[int, ...]:
+    shape = (*input.shape[:1], *input.shape[2:]) if target.is_floating_point() else target.shape
+    return () if input.dim() == 1 else tuple(shape)
+
+
+def named_stats(p: Prepared, extras, index, shape) -> RowStats:
+    """The statistics that were asked for, each of the given shape."""
     found = {}
-    for name in return_stats:
+    for name in p.return_stats:
         if name in _FLOAT_STATS:
             row = extras[_FLOAT_STATS.index(name)].view(shape)
             found[name] = row.detach() if name == "z_loss" else row
         elif name == "correct":
             argmax = index[0].view(shape)
-            found[name] = (argmax == target) & (argmax >= 0)  # -1 may be the ignored label
+            # -1 may be the ignored label
+            found[name] = (argmax == p.labels[0].reshape(shape)) & (argmax >= 0)
         else:
             found[name] = index[("argmax", "rank").index(name)].view(shape)
     return RowStats(**found)

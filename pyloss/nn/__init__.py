@@ -6,5 +6,12 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.linear import LinearCrossEntropyLoss
 
-__all__ = ["CompSumLoss", "CrossEntropyLoss", "FocalLoss", "GeneralizedCrossEntropyLoss"]
+__all__ = [
+    "CompSumLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+]

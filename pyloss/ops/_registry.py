@@ -77,6 +77,8 @@ def saved_tensor_hooks_active() -> bool:
 
 def is_batched(t: torch.Tensor) -> bool:
     """Whether a tensor stands for a batch (vmap, is_grads_batched)."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the checks, and hands over no such one
+        return False
     return _is_batched(t) or _is_legacy_batched(t)
 
 

@@ -212,38 +212,53 @@ def _forward_fake(
     return _listed(*outputs, torch.empty_like(input) if wants & WANT_GRAD else None)
 
 
+def launch_forward(cuda, tensors, options, codes, loss, saved, index, with_extras, buffer, strides):
+    """Runs the kernel on checked tensors into the given buffers.
+
+    Args:
+        tensors: (input, target, target2, mix, weight, token_weight).
+        saved: laid out as described above, for as many rows as `tensors` have.
+        buffer, strides: where the gradient for an upstream 1 goes, or None; may be the input, whose
+            rows are read before they are overwritten.
+    """
+    options = options or PLAIN
+    problem, alive = _problem(*tensors, codes)
+    stats, norm, extras = _parts(saved, problem[0] * problem[2], codes, options, with_extras)
+    args = (
+        problem,
+        options,
+        loss.data_ptr(),
+        DTYPE_CODES[loss.dtype],
+        stats,
+        norm,
+        extras,
+        address(index),
+        address(buffer),
+        strides,
+    )
+    if cuda:
+        input = tensors[0]
+        with torch.cuda.device_of(input):
+            nbytes = _C.cuda_row_softmax_scratch_bytes(problem, options)
+            scratch = input.new_empty((nbytes,), dtype=torch.uint8)
+            _C.cuda_row_softmax_fwd(*args, scratch.data_ptr(), nbytes, _stream(input))
+    else:
+        _C.row_softmax_fwd(*args, torch.get_num_threads())
+    del alive
+
+
 def _forward_kernel(cuda: bool):
     def forward(
         input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants
     ):
-        options = options or PLAIN
-        problem, alive = _problem(input, target, target2, mix, weight, token_weight, codes)
-        loss, saved, index = _outputs(input, options, codes, loss_dtype, wants)
-        rows = problem[0] * problem[2]
-        stats, norm, extras = _parts(saved, rows, codes, options, wants & WANT_EXTRAS)
+        loss, saved, index = _outputs(input, options or PLAIN, codes, loss_dtype, wants)
         result, buffer, strides = None, None, (0, 0, 0)
         if wants & WANT_GRAD:
             result, buffer, strides = _gradient_buffer(input)
-        args = (
-            problem,
-            options,
-            loss.data_ptr(),
-            DTYPE_CODES[loss_dtype],
-            stats,
-            norm,
-            extras,
-            address(index),
-            address(buffer),
-            strides,
+        tensors = (input, target, target2, mix, weight, token_weight)
+        launch_forward(
+            cuda, tensors, options, codes, loss, saved, index, wants & WANT_EXTRAS, buffer, strides
         )
-        if cuda:
-            with torch.cuda.device_of(input):
-                nbytes = _C.cuda_row_softmax_scratch_bytes(problem, options)
-                scratch = input.new_empty((nbytes,), dtype=torch.uint8)
-                _C.cuda_row_softmax_fwd(*args, scratch.data_ptr(), nbytes, _stream(input))
-        else:
-            _C.row_softmax_fwd(*args, torch.get_num_threads())
-        del alive
         if buffer is not result:
             result.copy_(buffer)
         return _listed(loss, saved, index, result)
@@ -389,20 +404,22 @@ def _backward_arguments(
     return args, (alive, grad_loss, grad_extras)
 
 
-def _run_backward(cuda, input, args):
+def launch_backward(cuda, *arguments):
+    """Runs the kernel; the arguments are those of _backward_arguments."""
+    args, alive = _backward_arguments(*arguments)
     if cuda:
+        input = arguments[2]
         with torch.cuda.device_of(input):
             _C.cuda_row_softmax_bwd(*args, _stream(input))
     else:
         _C.row_softmax_bwd(*args, torch.get_num_threads())
+    del alive
 
 
 def _backward_kernel(cuda: bool):
     def backward(grad_loss, grad_extras, input, *rest):
         result, buffer, strides = _gradient_buffer(input)
-        args, alive = _backward_arguments(grad_loss, grad_extras, input, *rest, buffer, strides)
-        _run_backward(cuda, input, args)
-        del alive
+        launch_backward(cuda, grad_loss, grad_extras, input, *rest, buffer, strides)
         if buffer is not result:
             result.copy_(buffer)
         return result
@@ -418,9 +435,7 @@ def _backward_reference(grad_loss, grad_extras, input, *rest):
 def _backward_inplace_kernel(cuda: bool):
     def backward(grad_loss, grad_extras, input, *rest):
         buffer, _, strides = _layout(input)
-        args, alive = _backward_arguments(grad_loss, grad_extras, input, *rest, buffer, strides)
-        _run_backward(cuda, input, args)
-        del alive
+        launch_backward(cuda, grad_loss, grad_extras, input, *rest, buffer, strides)
         if buffer is not input:
             input.copy_(buffer)
 
@@ -663,25 +678,26 @@ class _RowSoftmax(torch.autograd.Function):
         arguments = (grad_loss, grad_extras, input, target, *rest, options, codes)
         need_input, need_target = ctx.needs_input_grad[:2]
 
-        # Probabilities that want a gradient are rare, so there is no kernel for it; tangents flow
-        # through torch operations only; and so do second derivatives of soft targets.
-        composed = need_target or forward_ad_active()
-        if composed or (create_graph and is_soft(codes.kind, options or PLAIN)):
-            if not ctx.inplace:
-                found = _reference_gradient(
-                    grad_loss, grad_extras, *tensors, options, codes, (need_input, need_target),
-                    create_graph=create_graph or forward_ad_active(),
-                )  # fmt: skip
-                return *found, *none
         if ctx.inplace:
             if create_graph:
                 raise RuntimeError("inplace=True cannot be used with create_graph=True")
             target_grad = None
-            if need_target:
+            if need_target:  # before the logits are gone
                 target_grad = _target_gradient(grad_loss, tensors, options, codes)
             return _inplace_gradient(arguments), target_grad, *none
-        run = _RowSoftmaxGrad.apply if create_graph else _ops.row_softmax_bwd
-        return run(*arguments), None, *none
+        # Tangents flow through torch operations only, as do second derivatives of soft targets.
+        if forward_ad_active() or (create_graph and is_soft(codes.kind, options or PLAIN)):
+            found = _reference_gradient(
+                grad_loss, grad_extras, *tensors, options, codes, (need_input, need_target),
+                create_graph=True,
+            )  # fmt: skip
+            return *found, *none
+        dx = target_grad = None
+        if need_input:
+            dx = (_RowSoftmaxGrad.apply if create_graph else _ops.row_softmax_bwd)(*arguments)
+        if need_target:  # rare, so there is no kernel for it
+            target_grad = _target_gradient(grad_loss, tensors, options, codes)
+        return dx, target_grad, *none
 
 
 class _DualRowSoftmax(_RowSoftmax):

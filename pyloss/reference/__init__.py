@@ -1,5 +1,6 @@
 """Plain PyTorch versions of every op: slow, on any device, and the definition of what is right."""
 
+from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from pyloss.reference.row_softmax import row_softmax
 
-__all__ = ["row_softmax"]
+__all__ = ["linear_cross_entropy", "row_softmax", "token_logprobs"]

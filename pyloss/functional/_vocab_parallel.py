@@ -1,0 +1,337 @@
+"""Checks of losses whose classes are split over processes: DTensors, who holds what, options."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from pyloss.functional import classification as rows
+from pyloss.functional import linear as layers
+from pyloss.functional.classification import RowStats
+from pyloss.ops import _vocab_parallel as op
+
+# --------------------------------------------------------------------------------------------------
+# DTensors
+
+
+def is_dtensor(t) -> bool:
+    """Whether t is a DTensor; nobody has one before the module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def _split_dim(name: str, t, dim: int) -> int | None:
+    """The mesh dimension that splits dimension `dim` of a DTensor; None: nothing splits it."""
+    found = None
+    for at, placement in enumerate(t.placements):
+        if placement.is_replicate():
+            continue
+        splits = placement.is_shard() and placement.dim in (dim, dim - t.dim())
+        # A strided shard, what FSDP makes of a split weight, is not a contiguous range of classes.
+        if not splits or type(placement).__name__ != "Shard":
+            raise RuntimeError(
+                f"{name} must be placed as Replicate, or as Shard({dim}) on one mesh dimension; "
+                f"got {t.placements}"
+            )
+        if found is not None:
+            raise RuntimeError(
+                f"{name} is split over two dimensions of its mesh, {t.placements}; gather one of "
+                "them first, as fully_shard does inside a forward"
+            )
+        found = at
+    return found
+
+
+def local(name: str, t):
+    """The tensor of a DTensor that is the same everywhere; other things as they are."""
+    if isinstance(t, tuple):
+        return tuple(local(name, x) for x in t)
+    if not is_dtensor(t):
+        return t
+    if not all(p.is_replicate() for p in t.placements):
+        raise RuntimeError(f"{name} must be placed as Replicate, got {t.placements}")
+    return t.to_local()
+
+
+def _same_group(a, b) -> bool:
+    ranks = torch.distributed.get_process_group_ranks
+    return a is b or ranks(a) == ranks(b)
+
+
+def _mesh_group(t, mesh_dim: int, group):
+    """The group of a split DTensor."""
+    own = t.device_mesh.get_group(mesh_dim)
+    if group is not None and not _same_group(own, group):
+        raise ValueError("group is not the group of the mesh over which the DTensor is split")
+    return own
+
+
+def localize(tensors, group):
+    """(tensors, group, classes) of a call whose tensors may be DTensors.
+
+    `group` stays None where the layer is whole on each rank; `classes` is the number of classes of
+    a DTensor that is split, None without one.
+
+    Args:
+        tensors: (input, linear_weight, target, linear_bias, token_weight, class weight).
+    """
+    input, weight, target, bias, token_weight, class_weight = tensors
+    split = _split_dim("linear_weight", weight, 0) if is_dtensor(weight) else None
+    bias_split = _split_dim("linear_bias", bias, 0) if is_dtensor(bias) else None
+    differ = split != bias_split or split is not None and weight.device_mesh != bias.device_mesh
+    if bias is not None and differ:
+        raise RuntimeError(
+            "linear_weight and linear_bias must be split in the same way, got "
+            f"{_placed(weight)} and {_placed(bias)}"
+        )
+    if split is None and group is not None and (is_dtensor(weight) or is_dtensor(bias)):
+        raise RuntimeError(
+            "with a group, linear_weight and linear_bias are this rank's shards or split DTensors, "
+            f"got {_placed(weight)} and {_placed(bias)}"
+        )
+    classes = None
+    if split is not None:
+        group, classes = _mesh_group(weight, split, group), weight.shape[0]
+        weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
+    tensors = (
+        local("input", input),
+        local("linear_weight", weight),
+        local("target", target),
+        local("linear_bias", bias),
+        local("token_weight", token_weight),
+        local("weight", class_weight),
+    )
+    return tensors, group, classes
+
+
+def _placed(t) -> str:
+    return str(t.placements) if is_dtensor(t) else "a plain tensor"
+
+
+# --------------------------------------------------------------------------------------------------
+# Who holds what
+
+
+def checked_group(group):
+    dist = torch.distributed
+    if not dist.is_available():
+        raise RuntimeError("vocab-parallel losses need a PyTorch with torch.distributed")
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "vocab-parallel losses need torch.distributed: call init_process_group first"
+        )
+    if group is None:
+        return dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError("this process is not in the group")
+    return group
+
+
+def _evenly(size: int, classes: int, group) -> list[int]:
+    """The first class of each rank of a DTensor, without asking: DTensor splits as torch.chunk."""
+    world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    step = -(-classes // world)
+    first = [min(r * step, classes) for r in range(world)]
+    expected = min(first[rank] + step, classes) - first[rank]
+    if size != expected:
+        raise RuntimeError(
+            f"rank {rank} holds {size} classes of a DTensor of {classes}, expected {expected}"
+        )
+    return first
+
+
+def shard_of(size: int, device, group, num_classes, first_class, dtensor_classes) -> op.Shard:
+    """The classes of this rank, of which the last ones of all may be padding.
+
+    Sizes are exchanged anew in each call that does not say them. A rank that remembered them could
+    not tell that another rank's have changed, and the two would wait for each other.
+    """
+    world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if dtensor_classes is not None and first_class is None:
+        num_classes = dtensor_classes if num_classes is None else num_classes
+        first_class = [min(c, num_classes) for c in _evenly(size, dtensor_classes, group)]
+    if first_class is None:
+        sizes = op.exchange_sizes(size, device, group)
+        bounds = (0, *itertools.accumulate(sizes))
+        if num_classes is not None:
+            if num_classes > bounds[-1]:
+                raise ValueError(
+                    f"num_classes is {num_classes}, but the ranks hold {list(sizes)} classes"
+                )
+            bounds = tuple(min(b, num_classes) for b in bounds)
+        return op.Shard(group, rank, bounds)
+
+    if num_classes is None:
+        raise ValueError("first_class needs num_classes")
+    first = [int(c) for c in first_class]
+    if len(first) != world or first[0] != 0 or first != sorted(first) or first[-1] > num_classes:
+        raise ValueError(
+            f"first_class must have the first class of each of {world} ranks, ascending from 0 to "
+            f"at most {num_classes}, got {first}"
+        )
+    shard = op.Shard(group, rank, (*first, num_classes))
+    if shard.width > size:
+        raise ValueError(f"first_class gives rank {rank} {shard.width} classes, but it has {size}")
+    return shard
+
+
+# --------------------------------------------------------------------------------------------------
+# Calls
+
+
+def _check_labels_kind(target) -> None:
+    if isinstance(target, tuple):
+        raise ValueError("vocab-parallel losses take class indices, not a MixUp tuple")
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError("vocab-parallel losses take class indices, not probabilities")
+
+
+def _prepared(like, target, shard, smoothing_formula, arguments):
+    """The checked arguments, with the smoothing that the formula means."""
+    p = rows.prepare(like, target, **arguments)[1]
+    if "rank" in p.return_stats:
+        raise ValueError(
+            "return_stats: 'rank' counts logits above the target's, which no shard knows in time"
+        )
+    if smoothing_formula not in ("torch", "megatron"):
+        raise ValueError(
+            f"smoothing_formula must be 'torch' or 'megatron', got {smoothing_formula!r}"
+        )
+    smoothing = 0.0 if p.options is None else p.options.smoothing
+    if smoothing == 0.0:
+        return p
+    if p.options.tau != 1.0:
+        raise ValueError("vocab-parallel label_smoothing needs tau=1: it takes one sum per row")
+    if smoothing_formula == "torch":
+        return p
+    classes = shard.bounds[-1]
+    if smoothing * classes > classes - 1:
+        raise ValueError(
+            f"smoothing_formula='megatron' needs label_smoothing <= (V - 1)/V, got {smoothing} "
+            f"for {classes} classes"
+        )
+    smoothing *= classes / (classes - 1)
+    return p._replace(options=p.options._replace(smoothing=smoothing))
+
+
+def _run(input, weight, bias, shard, p, shape, chunk, exact):
+    if (
+        input.dtype != torch.float64
+        and max(map(_difference, shard.bounds, shard.bounds[1:])) > 2**24
+    ):
+        raise ValueError("more than 2**24 classes on one rank")  # argmax travels as a float32
+    target, _, _, class_weight, token_weight = p.labels
+    value, found = op.vocab_parallel(
+        input, weight, bias, (target, token_weight, class_weight), shard, p.options, p.codes,
+        p.loss_dtype, tuple(p.return_stats), p.divisor, chunk, exact,
+    )  # fmt: skip
+    value = value.view(shape) if p.codes.reduction == 0 else value
+    if not p.return_stats:
+        return value, None
+    return value, RowStats(**{name: s.view(shape) for name, s in found.items()})
+
+
+def _difference(a: int, b: int) -> int:
+    return b - a
+
+
+def cross_entropy(
+    logits, target, token_weight, group, arguments, *, num_classes, first_class, smoothing_formula
+):
+    """The loss of logits whose last dimension is split."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits_shard must be a Tensor, got {type(logits).__name__}")
+    if logits.dim() < 1:
+        raise RuntimeError("logits_shard must have a dimension of classes, got a 0-d tensor")
+    dtensor_classes = None
+    if is_dtensor(logits):
+        split = _split_dim("logits_shard", logits, logits.dim() - 1)
+        if split is None:
+            raise RuntimeError(
+                f"logits_shard must be split in its last dimension, got {_placed(logits)}"
+            )
+        group = _mesh_group(logits, split, group)
+        dtensor_classes, logits = logits.shape[-1], logits.to_local()
+    group = checked_group(group)
+    target, token_weight = local("target", target), local("token_weight", token_weight)
+    _check_labels_kind(target)
+    if logits.dtype not in rows._INPUT_DTYPES:
+        raise NotImplementedError(
+            '"vocab_parallel_cross_entropy" not implemented for '
+            f"'{rows._scalar_name(logits.dtype)}'"
+        )
+    lead = tuple(logits.shape[:-1])
+    shard = shard_of(
+        logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes
+    )
+    target, token_weight = _flat_rows(target, token_weight, lead, shard.bounds[-1])
+    flat = logits.reshape(math.prod(lead), logits.shape[-1])[:, : shard.width]
+    like = logits.new_empty(()).expand(flat.shape[0], shard.bounds[-1])
+    arguments = dict(arguments, token_weight=token_weight)
+    p = _prepared(like, target, shard, smoothing_formula, arguments)
+    value, stats = _run(flat, None, None, shard, p, lead, 0, False)
+    return value if stats is None else (value, stats)
+
+
+def _flat_rows(target, token_weight, lead, classes):
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    layers._check_target_shape(target, lead, classes)
+    if token_weight is None:
+        return target.reshape(-1), None
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"token_weight must be a Tensor, got {type(token_weight).__name__}")
+    if tuple(token_weight.shape) != lead:
+        raise RuntimeError(
+            f"token_weight must have the targets' shape {list(lead)}, "
+            f"got {list(token_weight.shape)}"
+        )
+    return target.reshape(-1), token_weight.reshape(-1)
+
+
+def linear_cross_entropy(
+    input, weight, target, bias, token_weight, group, settings, arguments, *, shift, filter=None,
+    num_classes=None, first_class=None, dtensor_classes=None, smoothing_formula="torch",
+):  # fmt: skip
+    """The loss of a layer whose rows of weight and bias, local already, are split."""
+    group = checked_group(group)
+    _check_labels_kind(target)
+    input, weight, bias = layers._checked_layer(input, weight, bias)
+    if weight.dim() > 2:
+        raise ValueError(f"a split weight must have two dimensions, got {weight.dim()}")
+    if settings.strategy == "forward":
+        raise ValueError("strategy='forward' needs all classes: no gradient before the gather")
+    if filter is not None:
+        raise ValueError("filter is not available for classes that are split over processes")
+    lead = tuple(input.shape[:-1])
+    shift = layers._checked_shift(shift, lead)
+    shard = shard_of(
+        weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes
+    )
+    _flat_rows(target, token_weight, lead, shard.bounds[-1])
+    target = layers._flat_labels(target, lead, shift, arguments["ignore_index"])
+    if token_weight is not None:
+        token_weight = layers._shifted(token_weight, shift, 0.0).reshape(-1)
+    flat = input.reshape(math.prod(lead), input.shape[-1])
+    like = input.new_empty(()).expand(flat.shape[0], shard.bounds[-1])
+    arguments = dict(arguments, token_weight=token_weight)
+    p = _prepared(like, target, shard, smoothing_formula, arguments)
+    if shard.width < weight.shape[0]:
+        weight, bias = weight[: shard.width], bias if bias is None else bias[: shard.width]
+    value, stats = _run(flat, weight, bias, shard, p, lead, settings.chunk, settings.exact)
+    if arguments["reduction"] == "none":
+        value = layers._unshifted(value, shift)
+    if stats is None:
+        return value
+    return value, RowStats(*(s if s is None else layers._unshifted(s, shift) for s in stats))

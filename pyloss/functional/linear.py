@@ -1,0 +1,503 @@
+"""Losses of a linear layer's output whose logits are never stored whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyloss.functional import _vocab_parallel as split
+from pyloss.functional import classification as rows
+from pyloss.functional.classification import MixUpTarget, RowStats
+from pyloss.ops import linear_cross_entropy as op
+from pyloss.ops._registry import forward_ad_active, functorch_active
+
+_STRATEGIES = ("auto", "forward", "recompute", "tiles")
+
+
+def fused_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | MixUpTarget,
+    linear_bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    tau: float = 1.0,
+    truncate: float | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    return_stats: Sequence[str] = (),
+    empty: str = "nan",
+    loss_dtype: torch.dtype | None = None,
+    num_items: float | Tensor | None = None,
+    shift: int = 0,
+    chunk: int | str = "auto",
+    strategy: str = "auto",
+    accumulate_dtype: torch.dtype | None = None,
+    filter: float | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    options: object | None = None,
+) -> Tensor | tuple[Tensor, RowStats]:
+    r"""Cross entropy (comp-sum family) of ``input @ linear_weight.T + linear_bias``, by chunks.
+
+    Equal to ``fused_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`` with
+    the same options, but the logits exist only for some hundred rows at a time. Stands in for
+    :func:`torch.nn.functional.linear_cross_entropy`, whose arguments it all accepts. Per row, with
+    :math:`x = W h + b` and :math:`z = \mathrm{transform}(x)`:
+
+    .. math::
+        \ell = k \Big( w_y\, \frac{e^{(1-\tau) L_y} - 1}{1-\tau}
+               + \mathrm{z\_loss} \cdot \mathrm{lse}(z)^2 \Big),
+        \qquad L_y = -\log \mathrm{softmax}(z)_y
+
+    Args:
+        input: hidden states ``(D)`` or ``(..., D)``; float32, bfloat16, float16 or float64. Rows
+            whose target is ``ignore_index`` are never read.
+        linear_weight: ``(V, D)``, dtype of ``input``. A K-dimensional ``(V, d1, ..., dk, D)``, as
+            torch has it, runs unfused. A ``DTensor`` with ``Shard(0)`` selects the vocab-parallel
+            loss of its mesh.
+        target: one of
+
+            - class indices of shape ``input.shape[:-1]``; int64, uint8 or int32
+            - class probabilities ``(*input.shape[:-1], V)``, floating; differentiable, unfused then
+            - MixUp: ``(y, y2, lam)``, as in :func:`fused_cross_entropy`
+        linear_bias: ``(V)``, dtype of ``input``.
+        weight: weight of each class, ``(V)``.
+        ignore_index: target value of rows that are left out; None means -100.
+        reduction: ``"none" | "mean" | "sum"``, as in :func:`fused_cross_entropy`.
+        label_smoothing, tau, truncate, z_loss, softcap, logit_scale, temperature, token_weight,
+            return_stats, empty, loss_dtype, num_items: as in :func:`fused_cross_entropy`.
+        shift: score position t of the sequence dimension (the last but one of ``input``) against
+            ``target[..., t + shift]``; 1 is next-token prediction. ``target`` and ``token_weight``
+            keep the full length T, results per row have length ``T - shift``. Nothing is copied.
+        chunk: rows of logits that exist at a time, or ``"auto"``.
+        strategy: ``"forward"`` forms the gradients in the forward pass, 3 products in all, for
+            scalar losses; ``"recompute"`` forms the logits again in the backward, 4 products;
+            ``"auto"`` takes the first where it can: a scalar loss without differentiable
+            statistics, float32 or bfloat16, no saved-tensor hooks (checkpointing). ``"tiles"``
+            recomputes in Triton kernels that never store a tile of logits, on CUDA only;
+            ``"auto"`` takes it with ``filter``.
+        accumulate_dtype: None: products in the dtype of ``input``, added up over the chunks in
+            float32; ``torch.float32``: the product that gives the weight's gradient in float32 too.
+        filter: None: exact. A number > 0 allows the backward to leave out tiles of the logits'
+            gradient that hold no label and in which every entry is below ``filter`` times the
+            largest entry of its row. Selects ``strategy="tiles"`` on CUDA; on the CPU and on the
+            reference backend nothing is left out. Neither goes with probabilities, MixUp, a
+            K-dimensional weight, float64, ``label_smoothing`` with ``tau != 1``, ``chunk``,
+            ``group`` or the statistics ``argmax``, ``correct`` and ``rank``; ``filter`` also not
+            with ``label_smoothing`` and ``softcap`` together.
+        group: ``torch.distributed`` process group over which the classes are split;
+            ``linear_weight`` and ``linear_bias`` are then this rank's shard, see
+            :func:`pyloss.distributed.vocab_parallel_linear_cross_entropy`.
+        options: accepted for torch's signature and ignored.
+
+    Returns:
+        The loss: 0-d, or of the targets' shape with ``reduction="none"``; with ``return_stats`` the
+        pair ``(loss, RowStats)``.
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: an option out of its range or unknown.
+        RuntimeError: shapes or dtypes of ``input``, ``linear_weight``, ``linear_bias``, ``target``,
+            ``weight`` or ``token_weight`` that do not fit; ``strategy="tiles"`` without CUDA
+            tensors or without Triton.
+        IndexError: a class index out of range (CPU). On CUDA loss and gradient of that row are NaN.
+        NotImplementedError: integer ``input``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> hidden = torch.randn(2, 16, 32, requires_grad=True)  # batch, tokens, features
+        >>> head = torch.nn.Linear(32, 1000, bias=False)
+        >>> tokens = torch.randint(1000, (2, 16))
+        >>> loss = pyloss.fused_linear_cross_entropy(hidden, head.weight, tokens, shift=1)
+        >>> loss.backward()
+
+    Reference:
+        Mao, Mohri, Zhong. arXiv 2304.07288. Wijmans et al. Cut Your Losses in Large-Vocabulary
+        Language Models. arXiv 2411.09009.
+    """
+    y = target[0] if isinstance(target, tuple) and target else target
+    if isinstance(y, Tensor) and y.is_floating_point() and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    arguments = dict(
+        weight=weight,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        tau=tau,
+        truncate=truncate,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        return_stats=return_stats,
+        empty=empty,
+        loss_dtype=loss_dtype,
+        num_items=num_items,
+    )
+    settings = _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats)
+    if group is not None or split.is_dtensor(linear_weight) or split.is_dtensor(linear_bias):
+        tensors = (input, linear_weight, target, linear_bias, token_weight, weight)
+        tensors, group, classes = split.localize(tensors, group)
+        input, linear_weight, target, linear_bias, token_weight, arguments["weight"] = tensors
+        if group is not None:
+            return split.linear_cross_entropy(
+                input, linear_weight, target, linear_bias, token_weight, group, settings, arguments,
+                shift=shift, filter=filter, dtensor_classes=classes,
+            )  # fmt: skip
+    layer = _checked_layer(input, linear_weight, linear_bias)
+    if settings.tiles is not None:
+        _check_tiles(layer, target, settings, chunk, group, arguments)
+    if layer[1].dim() > 2:
+        return _k_dimensional(*layer, target, token_weight, shift, arguments)
+    return _by_rows(*layer, target, token_weight, shift, settings, arguments)
+
+
+def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, settings, arguments):
+    """The checked layer, its rows flattened and its labels shifted, through the op."""
+    lead, classes = tuple(input.shape[:-1]), linear_weight.shape[0]
+    shift = _checked_shift(shift, lead)
+    _check_target_shape(target, lead, classes)
+    if token_weight is not None and not isinstance(token_weight, Tensor):
+        raise TypeError(f"token_weight must be a Tensor, got {type(token_weight).__name__}")
+    if token_weight is not None and tuple(token_weight.shape) != lead:
+        raise RuntimeError(
+            f"token_weight must have the targets' shape {list(lead)}, "
+            f"got {list(token_weight.shape)}"
+        )
+    dense = isinstance(target, Tensor) and target.is_floating_point()
+    if shift and dense:  # probabilities have no value that says "ignored"
+        input, target = input[..., : lead[-1] - shift, :], target[..., shift:, :]
+        token_weight = token_weight if token_weight is None else token_weight[..., shift:]
+        lead, shift = tuple(input.shape[:-1]), 0
+    ignore = arguments["ignore_index"]
+    flat = input.reshape(math.prod(lead), input.shape[-1])  # -1 is ambiguous without features
+    if dense:
+        target = target.reshape(-1, classes)
+    else:
+        target = _flat_labels(target, lead, shift, ignore)
+    if token_weight is not None:
+        token_weight = _shifted(token_weight, shift, 0.0).reshape(-1)
+
+    # Stands for the logits, whose shape, dtype and device the checks look at; takes no memory.
+    like = input.new_empty(()).expand(flat.shape[0], classes)
+    like, p = rows.prepare(like, target, token_weight=token_weight, **arguments)
+    flat = flat.to(like.dtype)  # float64 probabilities make all of it float64
+    labels, codes = _with_divisor(p, flat)
+    tensors = op.Tensors(flat, linear_weight, linear_bias, *labels)
+    # Transforms must see into the op; a gradient of the probabilities needs all logits.
+    unfused = functorch_active() or forward_ad_active() or (dense and target.requires_grad)
+    if unfused:
+        found = op.composed(tensors, p.options, codes, p.loss_dtype, p.wants)
+    else:
+        found = op.linear_cross_entropy(tensors, p.options, codes, p.loss_dtype, p.wants, settings)
+    value, extras, index = found
+    if p.divisor is not None and p.empty == "nan":
+        value = value * torch.where(p.divisor == 0, torch.nan, 1.0).to(value.dtype)
+    if arguments["reduction"] == "none":
+        value = _unshifted(value.view(lead), shift)
+    if not p.return_stats:
+        return value
+    stats = rows.named_stats(p, extras, index, lead)
+    return value, RowStats(*(s if s is None else _unshifted(s, shift) for s in stats))
+
+
+def _with_divisor(p, input):
+    """The labels with a tensor `num_items` divided into the token weights, so that the gradients
+    need no second pass; and the codes."""
+    if p.divisor is None:
+        return p.labels, p.codes
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    divisor = p.divisor.detach().to(input.device, acc)
+    factor = 1 / divisor
+    if p.empty == "zero":
+        factor = torch.where(divisor == 0, 0.0, factor)
+    *labels, token_weight = p.labels
+    token_weight = factor.expand(input.shape[0]) if token_weight is None else token_weight * factor
+    return (*labels, token_weight), p.codes
+
+
+def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shift, arguments):
+    """A layer with several outputs per class, through stored logits."""
+    if shift:
+        raise ValueError(f"shift needs a weight of two dimensions, got {linear_weight.dim()}")
+    classes, *outputs, features = linear_weight.shape
+    if input.dim() != 2:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} "
+            f"requires batched input, (N, {features}), got unbatched input with shape "
+            f"{tuple(input.shape)}"
+            if input.dim() < 2
+            else f"expected input with dimensionality 1 or 2, got {input.dim()}"
+        )
+    weight = linear_weight.reshape(-1, features).to(input.dtype)
+    bias = None if linear_bias is None else linear_bias.reshape(-1).to(input.dtype)
+    logits = F.linear(input, weight, bias).view(input.shape[0], classes, *outputs)
+    return rows.fused_cross_entropy(logits, target, token_weight=token_weight, **arguments)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats):
+    if chunk != "auto":
+        if isinstance(chunk, (bool, str)) or not isinstance(chunk, int):
+            raise TypeError(f"chunk must be 'auto' or a number of rows, got {chunk!r}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(_STRATEGIES)}, got {strategy!r}")
+    if strategy == "forward" and reduction == "none":
+        raise ValueError("strategy='forward' needs a scalar reduction, got 'none'")
+    if strategy == "forward" and any(s in rows._FLOAT_STATS for s in return_stats):
+        raise ValueError("strategy='forward' cannot return differentiable statistics")
+    if accumulate_dtype not in (None, torch.float32):
+        raise ValueError(f"accumulate_dtype must be None or torch.float32, got {accumulate_dtype}")
+    if filter is not None:
+        rows._check_range("filter", filter, 0.0, open_low=True)
+    if filter is not None and strategy not in ("auto", "tiles"):
+        raise ValueError(f"filter needs strategy 'auto' or 'tiles', got {strategy!r}")
+    tiles = filter if filter is not None else 0.0 if strategy == "tiles" else None
+    exact = accumulate_dtype is not None
+    return op.Settings(0 if chunk == "auto" else chunk, strategy, exact, tiles)
+
+
+def _check_tiles(layer, target, settings, chunk, group, arguments) -> None:
+    """What the tile kernels do not have. The same on every device, so that a call is portable."""
+    input, weight, _ = layer
+    y = target[0] if isinstance(target, tuple) and target else target
+    smoothing, tau = arguments["label_smoothing"], arguments["tau"]
+    stats = [s for s in arguments["return_stats"] if s in ("argmax", "correct", "rank")]
+    refused = {
+        "a target of class probabilities": isinstance(y, Tensor) and y.is_floating_point(),
+        "a MixUp target": isinstance(target, tuple),
+        "a linear_weight of more than two dimensions": weight.dim() > 2,
+        "float64": input.dtype == torch.float64,
+        "label_smoothing with tau other than 1": smoothing and tau != 1,
+        f"return_stats {', '.join(map(repr, stats))}": stats,
+        f"chunk={chunk}": chunk != "auto",
+        "group": group is not None,
+        "label_smoothing with softcap": settings.tiles > 0 and smoothing and arguments["softcap"],
+    }
+    name = "filter" if settings.tiles > 0 else "strategy='tiles'"
+    for what, found in refused.items():
+        if found:
+            raise ValueError(f"{name} cannot be used with {what}")
+    if settings.strategy == "tiles" and not op.tiles.runs_on(input):
+        raise RuntimeError(f"strategy='tiles' needs CUDA tensors, got {input.device.type}")
+
+
+def _checked_layer(input, weight, bias):
+    """(input, linear_weight, linear_bias) of shapes and dtypes that fit, cast under autocast."""
+    for name, t in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if not isinstance(t, Tensor) and not (t is None and name == "linear_bias"):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if weight.dim() < 2:
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {weight.dim()}"
+        )
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {weight.shape[-1]}, respectively"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}"
+        )
+    if input.dtype not in rows._INPUT_DTYPES:
+        raise NotImplementedError(
+            f"\"fused_linear_cross_entropy\" not implemented for '{rows._scalar_name(input.dtype)}'"
+        )
+    for name, t in (("linear_weight", weight), ("linear_bias", bias)):
+        if t is not None:
+            rows._check_device(name, t, input)
+    if rows._autocast(input) and input.dtype != torch.float64:
+        # The weight stays as it is: the op casts it, and gives its gradient in its own dtype.
+        return input.to(torch.get_autocast_dtype(input.device.type)), weight, bias
+    for name, t in (("linear_weight", weight), ("linear_bias", bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise RuntimeError(
+                f"expected input and {name} to have the same dtype, but got: "
+                f"{rows._scalar_name(input.dtype)} and {rows._scalar_name(t.dtype)}"
+            )
+    return input, weight, bias
+
+
+def _checked_shift(shift, lead) -> int:
+    if isinstance(shift, bool) or not isinstance(shift, int):
+        raise TypeError(f"shift must be an integer, got {type(shift).__name__}")
+    shift = int(shift)
+    if shift < 0:
+        raise ValueError(f"shift must be at least 0, got {shift}")
+    if shift and not lead:
+        raise ValueError("shift needs a sequence dimension, (..., T, D), but input has 1 dimension")
+    if shift and shift >= lead[-1]:
+        raise ValueError(f"shift must be less than the sequence length {lead[-1]}, got {shift}")
+    return shift
+
+
+def _check_target_shape(target, lead, classes) -> None:
+    """What the check of the flattened target could not name."""
+    tensors = [target] if isinstance(target, Tensor) else []
+    if isinstance(target, tuple):
+        tensors = [t for t in target[:2] if isinstance(t, Tensor)]
+    for t in tensors:
+        expected = (*lead, classes) if t.is_floating_point() else lead
+        if tuple(t.shape) == expected:
+            continue
+        if t.is_floating_point() and len(lead) < 2:
+            raise RuntimeError(
+                "Expected floating point type for target with class probabilities to have the "
+                f"shape {list(expected)}, got {list(t.shape)}"
+            )
+        if len(lead) > 1:
+            raise RuntimeError(
+                f"expected input with dimensionality 1 or 2, got {len(lead) + 1}, or a target of "
+                f"shape {list(expected)} to go with it, got {list(t.shape)}"
+            )
+        if tuple(t.shape) == (*lead, classes):
+            raise RuntimeError(
+                "Expected floating point type for target with class probabilities, got "
+                f"{rows._scalar_name(t.dtype)}"
+            )
+        if len(lead) == 1 and t.dim() and t.shape[0] == lead[0]:
+            raise RuntimeError(f"Expected target size {list(expected)}, got {list(t.shape)}")
+        size = t.shape[0] if t.dim() else 1
+        batch = lead[0] if lead else 1
+        raise ValueError(
+            f"Expected input batch_size ({batch}) to match target batch_size ({size})."
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Shifted labels
+
+
+def _shifted(x: Tensor, shift: int, fill) -> Tensor:
+    """x[..., t + shift] at t, and `fill` at the end: the hidden states need no slice, no copy."""
+    if not shift:
+        return x
+    moved = torch.full_like(x, fill)
+    moved[..., : x.shape[-1] - shift] = x[..., shift:]
+    return moved
+
+
+def _unshifted(x: Tensor, shift: int) -> Tensor:
+    return x[..., : x.shape[-1] - shift] if shift else x
+
+
+def _flat_labels(target, lead, shift, ignore_index):
+    """Labels, or a MixUp tuple, one entry for each row."""
+
+    def flat(labels):
+        if not isinstance(labels, Tensor):
+            return labels  # to be refused by name
+        if shift and labels.dtype == torch.uint8:  # has no room for -100
+            labels = labels.long()
+        return _shifted(labels, shift, ignore_index).reshape(-1)
+
+    if not isinstance(target, tuple) or len(target) != 3:
+        return flat(target) if isinstance(target, Tensor) else target
+    y, y2, lam = target
+    if isinstance(lam, Tensor) and lam.dim():
+        try:
+            lam = lam.expand(lead)
+        except RuntimeError:
+            raise RuntimeError(
+                f"lam of shape {list(lam.shape)} does not broadcast to the labels' {list(lead)}"
+            ) from None
+        lam = _shifted(lam, shift, 0.0).reshape(-1)
+    return flat(y), flat(y2), lam
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    chunk: int | str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probability of each token under ``softmax(hidden @ weight.T + bias)``, by chunks.
+
+    What preference and reinforcement-learning trainers need of a language model, without its
+    logits; differentiable, as is the entropy of each distribution.
+
+    .. math::
+        \log p_t = z_{t, y_t} - \mathrm{lse}(z_t), \qquad H_t = -\sum_j p_{tj} \log p_{tj},
+        \qquad z_t = (W h_t + b) / \mathrm{temperature}
+
+    Args:
+        hidden: hidden states ``(..., D)``; float32, bfloat16, float16 or float64.
+        weight: ``(V, D)``, dtype of ``hidden``.
+        tokens: class indices, ``(...)``; int64, uint8 or int32.
+        bias: ``(V)``.
+        temperature: divides the logits, > 0.
+        return_entropy: also return the entropies.
+        softcap, logit_scale: as in :func:`fused_cross_entropy`.
+        ignore_index: tokens with this value get 0, and their hidden states are not read.
+        shift: 1 scores position t against ``tokens[..., t + 1]``; the result then has one position
+            less. As in :func:`fused_linear_cross_entropy`.
+        chunk, group: as there.
+
+    Returns:
+        Log-probabilities of the shape of ``tokens`` (the last dimension shorter by ``shift``), in
+        float32, float64 for float64 input; with ``return_entropy`` the pair of them and the
+        entropies.
+
+    Raises:
+        As :func:`fused_linear_cross_entropy`, where ``hidden`` is ``input``, ``weight``
+        ``linear_weight``, and ``tokens`` ``target``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> hidden = torch.randn(2, 16, 32, requires_grad=True)
+        >>> head, tokens = torch.randn(1000, 32), torch.randint(1000, (2, 16))
+        >>> logprobs, entropy = pyloss.token_logprobs(
+        ...     hidden, head, tokens, shift=1, return_entropy=True
+        ... )
+        >>> logprobs.shape
+        torch.Size([2, 15])
+        >>> (-logprobs.mean() - 0.01 * entropy.mean()).backward()
+
+    Reference:
+        Wijmans et al. Cut Your Losses in Large-Vocabulary Language Models. arXiv 2411.09009.
+    """
+    wide = isinstance(hidden, Tensor) and hidden.dtype == torch.float64
+    found = fused_linear_cross_entropy(
+        hidden,
+        weight,
+        tokens,
+        bias,
+        ignore_index=ignore_index,
+        reduction="none",
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        return_stats=("logprob", "entropy") if return_entropy else (),
+        loss_dtype=torch.float64 if wide else torch.float32,
+        shift=shift,
+        chunk=chunk,
+        group=group,
+    )
+    return (found[1].logprob, found[1].entropy) if return_entropy else -found

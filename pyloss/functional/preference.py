@@ -1,0 +1,547 @@
+"""Preference and policy-gradient losses on log-probabilities of tokens.
+
+They take what :func:`pyloss.token_logprobs` returns, so that a trainer never stores logits, and
+are plain torch operations on ``(B, T)`` numbers: any device, ``torch.compile``, higher derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyloss.functional.classification import _check_number, _check_range
+
+_DPO_LOSSES = ("sigmoid", "ipo", "hinge")
+_GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo")
+_LEVELS = ("token", "sequence")
+
+
+class DPOMetrics(NamedTuple):
+    """What :func:`dpo_loss` returns beside the loss with ``return_metrics=True``, detached.
+
+    Every field has one entry per pair.
+
+    Example:
+        >>> import torch, pyloss
+        >>> chosen, rejected, reference = torch.tensor([-4.0]), torch.tensor([-6.0]), torch.zeros(1)
+        >>> _, metrics = pyloss.functional.dpo_loss(
+        ...     chosen, rejected, reference, reference, beta=0.5, return_metrics=True
+        ... )
+        >>> metrics.margins, metrics.accuracies
+        (tensor([1.]), tensor([1.]))
+    """
+
+    chosen_rewards: Tensor  # beta * (policy - reference) of the chosen answer
+    rejected_rewards: Tensor
+    margins: Tensor  # chosen_rewards - rejected_rewards
+    accuracies: Tensor  # 1 where the margin is positive, else 0
+
+
+class GRPOMetrics(NamedTuple):
+    """What :func:`grpo_loss` returns beside the loss with ``return_metrics=True``, detached.
+
+    Every field is 0-d, a mean over the tokens that count (0 without any). None: not asked for.
+
+    Example:
+        >>> import torch, pyloss
+        >>> logprobs = torch.tensor([[-1.0, -2.0]])
+        >>> old = logprobs - torch.tensor([[0.5, 0.0]])  # the first is now 1.6 times as likely
+        >>> _, metrics = pyloss.functional.grpo_loss(
+        ...     logprobs, old, torch.ones(1), return_metrics=True
+        ... )
+        >>> metrics.clip_high_fraction, metrics.clip_low_fraction
+        (tensor(0.5000), tensor(0.))
+    """
+
+    policy_loss: Tensor  # the clipped term alone, averaged over tokens whatever the loss_type
+    clip_low_fraction: Tensor  # tokens with negative advantage whose ratio fell below 1 - clip_low
+    clip_high_fraction: Tensor  # ... positive advantage, ratio above 1 + clip_high
+    kl: Tensor | None  # estimate of KL(policy || reference)
+    entropy: Tensor | None
+
+
+# --------------------------------------------------------------------------------------------------
+# Sequences
+
+
+def sequence_logprobs(
+    token_logps: Tensor, mask: Tensor | None = None, average: bool = False
+) -> Tensor:
+    r"""Log-probability of whole sequences from those of their tokens.
+
+    .. math:: \log \pi(y) = \sum_t m_t \log \pi(y_t), \qquad
+              \text{average: divided by } \max(1, \textstyle\sum_t m_t)
+
+    Args:
+        token_logps: ``(..., T)``, floating.
+        mask: True (or nonzero) where a token counts, shape of ``token_logps``; bool or integer.
+            What stands at other positions changes nothing, NaN and infinities included, and gets
+            gradient 0. None: every token counts.
+        average: the mean over the tokens that count instead of the sum.
+
+    Returns:
+        ``(...)``; float32 for half types, else the dtype of ``token_logps``. 0 for a sequence
+        without tokens.
+
+    Raises:
+        TypeError: an argument of the wrong Python type, a floating mask.
+        ValueError: a mask of another shape, a 0-d ``token_logps``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> logps = torch.tensor([[-1.0, -2.0, float("nan")]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> pyloss.functional.sequence_logprobs(logps, mask)
+        tensor([-3.])
+
+    Reference:
+        Rafailov et al. Direct Preference Optimization. arXiv 2305.18290 (the sum); Meng, Xia, Chen.
+        SimPO. arXiv 2405.14734 (the average).
+    """
+    _check_floating("token_logps", token_logps)
+    if token_logps.dim() == 0:
+        raise ValueError("token_logps must have at least one dimension, got a 0-d tensor")
+    logps = token_logps.to(_accumulator(token_logps))
+    mask = _checked_mask(mask, "token_logps", token_logps)
+    if mask is None:
+        count = logps.new_full((), logps.shape[-1])
+    else:
+        logps, count = _kept(logps, mask), mask.sum(-1).to(logps.dtype)
+    total = logps.sum(-1)
+    return total / count.clamp(min=1) if average else total
+
+
+# --------------------------------------------------------------------------------------------------
+# DPO
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor | None,
+    reference_rejected_logps: Tensor | None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, DPOMetrics]:
+    r"""Direct preference optimization on log-probabilities of chosen and rejected sequences.
+
+    With :math:`h = \log\frac{\pi(y_w)}{\pi_\mathrm{ref}(y_w)}
+    - \log\frac{\pi(y_l)}{\pi_\mathrm{ref}(y_l)}`:
+
+    .. math::
+        f(h) = \begin{cases}
+            -\log \sigma(\beta h) & \text{sigmoid} \\
+            (h - 1/(2\beta))^2 & \text{ipo} \\
+            \max(0, 1 - \beta h) & \text{hinge}
+        \end{cases}
+        \qquad \ell = (1 - \epsilon) f(h) + \epsilon f(-h)
+
+    Args:
+        policy_chosen_logps: of the preferred answers under the policy, any shape, one entry per
+            pair; see :func:`sequence_logprobs`. float32, float64 or half (computed in float32).
+        policy_rejected_logps: of the other answers, same shape.
+        reference_chosen_logps: the same under the reference model; constants, no gradient flows
+            into them. None (both): a reference that rates all answers the same.
+        reference_rejected_logps: likewise.
+        beta: strength of the pull to the reference, > 0.
+        label_smoothing: probability epsilon that the two answers of a pair were swapped, in
+            [0, 0.5]; with ``"sigmoid"`` this is conservative DPO.
+        loss_type: ``"sigmoid" | "ipo" | "hinge"``. IPO is meant for the ``average=True`` of
+            :func:`sequence_logprobs` when lengths differ: its target 1/(2 beta) has no length.
+        reduction: ``"mean" | "sum" | "none"`` over the pairs.
+        return_metrics: also return the implicit rewards.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs): 0-d, or of the inputs' shape with
+        ``reduction="none"``; with ``return_metrics`` the pair ``(loss, DPOMetrics)``. The mean over
+        no pairs is NaN.
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: shapes that differ, one reference without the other, an unknown ``loss_type`` or
+            ``reduction``, a number out of its range.
+
+    Example:
+        >>> import torch, pyloss
+        >>> policy = torch.tensor([[-5.0, -6.0], [-7.0, -7.0]], requires_grad=True)
+        >>> reference = torch.tensor([[-5.5, -6.0], [-6.5, -7.0]])
+        >>> loss, metrics = pyloss.functional.dpo_loss(*policy, *reference, return_metrics=True)
+        >>> loss.backward()
+        >>> metrics.margins
+        tensor([0.1000, 0.0000])
+
+    Reference:
+        Rafailov et al. Direct Preference Optimization. arXiv 2305.18290. IPO: Azar et al.
+        arXiv 2310.12036. Hinge: Zhao et al. SLiC-HF. arXiv 2305.10425.
+    """
+    named = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+    }
+    if (reference_chosen_logps is None) != (reference_rejected_logps is None):
+        raise ValueError(
+            "reference_chosen_logps and reference_rejected_logps: give both or neither (None)"
+        )
+    if reference_chosen_logps is not None:
+        named["reference_chosen_logps"] = reference_chosen_logps
+        named["reference_rejected_logps"] = reference_rejected_logps
+    for name, t in named.items():
+        _check_floating(name, t)
+        if t.shape != policy_chosen_logps.shape:
+            raise ValueError(
+                f"{name} must have the shape of policy_chosen_logps, "
+                f"{list(policy_chosen_logps.shape)}, got {list(t.shape)}"
+            )
+    _check_choice("loss_type", loss_type, _DPO_LOSSES)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    _check_range("beta", beta, 0.0, open_low=True)
+    _check_number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5], got {label_smoothing}")
+
+    dtype = _accumulator(*named.values())
+    # The reference is subtracted first: answers of very different lengths have log-probabilities of
+    # very different sizes, and the small ratios would be lost in their difference.
+    chosen, rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
+    if reference_chosen_logps is not None:
+        chosen = chosen - reference_chosen_logps.detach().to(dtype)
+        rejected = rejected - reference_rejected_logps.detach().to(dtype)
+    h = chosen - rejected
+
+    def loss_of(h):
+        if loss_type == "sigmoid":
+            return -torch.nn.functional.logsigmoid(beta * h)
+        if loss_type == "ipo":
+            return (h - 1 / (2 * beta)).square()
+        return torch.relu(1 - beta * h)
+
+    # Without smoothing the second term is left out: 0 * inf where the policy excludes an answer.
+    loss = loss_of(h)
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss + label_smoothing * loss_of(-h)
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    if not return_metrics:
+        return loss
+    chosen, rejected = beta * chosen.detach(), beta * rejected.detach()
+    margins = beta * h.detach()
+    return loss, DPOMetrics(chosen, rejected, margins, (margins > 0).to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------
+# GRPO
+
+
+def group_advantages(
+    rewards: Tensor, group_size: int, normalise: bool = True, eps: float = 1e-4
+) -> Tensor:
+    r"""Advantages of answers against the other answers to the same prompt.
+
+    .. math:: A_i = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r) + \epsilon}, \qquad
+              \text{not normalised: } A_i = r_i - \mathrm{mean}(r)
+
+    Args:
+        rewards: ``(B,)``; each ``group_size`` consecutive entries belong to one prompt. Floating,
+            integer or bool.
+        group_size: answers per prompt; divides B.
+        normalise: divide by the standard deviation of the group (with Bessel's correction). Dr.
+            GRPO does not, since it makes easy and hard prompts weigh more.
+        eps: added to the standard deviation, >= 0.
+
+    Returns:
+        ``(B,)``, float32 (float64 for float64 rewards), no gradient. Exactly 0 in a group whose
+        rewards are all equal. A NaN stays in its group.
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: ``rewards`` not 1-D, ``group_size`` that does not divide B, ``eps`` out of its
+            range.
+
+    Example:
+        >>> import torch, pyloss
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0, 5.0, 5.0, 5.0, 5.0])
+        >>> pyloss.functional.group_advantages(rewards, 4, normalise=False)
+        tensor([ 0.5000, -0.5000,  0.5000, -0.5000,  0.0000,  0.0000,  0.0000,  0.0000])
+
+    Reference:
+        Shao et al. DeepSeekMath. arXiv 2402.03300. Without the division: Liu et al.
+        Understanding R1-Zero-Like Training (Dr. GRPO). arXiv 2503.20783.
+    """
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a Tensor, got {type(rewards).__name__}")
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must have shape (B,), got {list(rewards.shape)}")
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+    if group_size < 1 or rewards.shape[0] % group_size:
+        raise ValueError(
+            f"group_size must be positive and divide the number of rewards, {rewards.shape[0]}, "
+            f"got {group_size}"
+        )
+    _check_range("eps", eps, 0.0)
+    groups = rewards.detach().to(_accumulator(rewards)).view(-1, group_size)
+    # Relative to the first one: equal rewards then give exact zeros, not rounding errors of the
+    # mean that the division would make large.
+    groups = groups - groups[:, :1]
+    centred = groups - groups.mean(1, keepdim=True)
+    if normalise and group_size > 1:
+        std = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
+        # A NaN is not 0 and stays.
+        centred = torch.where(centred == 0, 0.0, centred / (std + eps))
+    return centred.reshape(-1)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    loss_type: str = "grpo",
+    max_length: int | None = None,
+    num_items: float | Tensor | None = None,
+    importance_sampling_level: str = "token",
+    reduction: str = "mean",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, GRPOMetrics]:
+    r"""Clipped policy-gradient loss of GRPO and its relatives, with KL and entropy terms.
+
+    With the ratio :math:`\rho_t = \pi(y_t) / \pi_\mathrm{old}(y_t)` and
+    :math:`d_t = \log\pi_\mathrm{ref}(y_t) - \log\pi(y_t)`, per token:
+
+    .. math::
+        \ell_t = -\min\big(\rho_t A,\
+                 \mathrm{clip}(\rho_t, 1 - \epsilon_\mathrm{low}, 1 + \epsilon_\mathrm{high}) A\big)
+               + \mathrm{kl\_coef}\, (e^{d_t} - d_t - 1) - \mathrm{entropy\_coef}\, H_t
+
+    Args:
+        logprobs: of the sampled tokens under the policy, ``(B, T)``; see
+            :func:`pyloss.token_logprobs`. Half types are computed in float32.
+        old_logprobs: the same when they were sampled; a constant. None: the policy has not changed
+            since, the ratio is 1 with the gradient of ``logprobs``.
+        advantages: one per sequence, ``(B,)`` or ``(B, 1)``, or one per token, ``(B, T)``; a
+            constant. See :func:`group_advantages`.
+        mask: True (or nonzero) where a token counts, ``(B, T)``; bool or integer. What stands at
+            other positions in any of the tensors changes nothing, NaN and infinities included.
+        clip_low: how far below 1 the ratio still has a gradient, >= 0.
+        clip_high: how far above 1; None: as ``clip_low``. DAPO takes 0.28.
+        ref_logprobs: under the reference model, ``(B, T)``; a constant.
+        kl_coef: weight of the estimated KL divergence from the reference, >= 0. The estimate is
+            never negative and has the right mean ("k3").
+        entropy: of the policy at each token, ``(B, T)``; differentiable.
+        entropy_coef: weight of the entropy bonus.
+        loss_type: how tokens are averaged, with m the mask:
+
+            - ``"grpo"``: the mean of each sequence, then the mean over the B sequences
+            - ``"dapo"``, ``"bnpo"``: sum over all tokens / number of tokens
+            - ``"dr_grpo"``: sum over all tokens / (B * ``max_length``)
+
+            A sequence without tokens adds 0 (it does count in B); a batch without tokens gives 0.
+        max_length: the length that ``"dr_grpo"`` divides by, a constant of the training run (the
+            limit of the generation); only read there.
+        num_items: a number or a 0-d tensor that replaces the count in the denominator: of sequences
+            for ``"grpo"`` and ``"dr_grpo"``, of tokens for ``"dapo"`` and ``"bnpo"``. For gradient
+            accumulation and several processes.
+        importance_sampling_level: ``"token"``, or ``"sequence"``: all tokens of a sequence share
+            the geometric mean of their ratios (GSPO; its clipping range is about 3e-4).
+        reduction: ``"mean"``: by ``loss_type``; ``"none"``: the loss of each token, ``(B, T)``, 0
+            where masked.
+        return_metrics: also return KL, entropy and the share of clipped tokens.
+
+    Returns:
+        The loss, float32 (float64 for float64 ``logprobs``); with ``return_metrics`` the pair
+        ``(loss, GRPOMetrics)``.
+
+    Raises:
+        TypeError: an argument of the wrong Python type, a floating mask.
+        ValueError: shapes that do not fit, a coefficient without its tensor, ``"dr_grpo"`` without
+            ``max_length``, an unknown choice, a number out of its range.
+
+    Example:
+        >>> import torch, pyloss
+        >>> logprobs = torch.randn(4, 7, requires_grad=True)
+        >>> advantages = pyloss.functional.group_advantages(torch.tensor([1, 0, 0, 1]), 4)
+        >>> mask = torch.arange(7) < torch.tensor([7, 3, 5, 0])[:, None]
+        >>> loss = pyloss.functional.grpo_loss(logprobs, logprobs.detach(), advantages, mask=mask)
+        >>> loss.backward()
+
+    Reference:
+        GRPO: Shao et al. arXiv 2402.03300. DAPO: Yu et al. arXiv 2503.14476. Dr. GRPO: Liu et al.
+        arXiv 2503.20783. Sequence level: Zheng et al. GSPO. arXiv 2507.18071.
+    """
+    _check_floating("logprobs", logprobs)
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must have shape (B, T), got {list(logprobs.shape)}")
+    shape, dtype = logprobs.shape, _accumulator(logprobs)
+    for name, t in (
+        ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy)
+    ):  # fmt: skip
+        if t is not None:
+            _check_floating(name, t)
+            _check_same_shape(name, t, "logprobs", logprobs)
+    mask = _checked_mask(mask, "logprobs", logprobs)
+    advantages = _checked_advantages(advantages, shape).to(dtype)
+    _check_choice("loss_type", loss_type, _GRPO_LOSSES)
+    _check_choice("importance_sampling_level", importance_sampling_level, _LEVELS)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    clip_high = clip_low if clip_high is None else clip_high
+    _check_range("clip_low", clip_low, 0.0)
+    _check_range("clip_high", clip_high, 0.0)
+    _check_range("kl_coef", kl_coef, 0.0)
+    _check_range("entropy_coef", entropy_coef, -math.inf)
+    if kl_coef and ref_logprobs is None:
+        raise ValueError("kl_coef needs ref_logprobs")
+    if entropy_coef and entropy is None:
+        raise ValueError("entropy_coef needs entropy")
+    if loss_type == "dr_grpo":
+        _check_max_length(max_length)
+
+    def kept(t):
+        return _kept(t.to(dtype), mask)
+
+    # Zeros instead of the masked values before any arithmetic: neither a value nor, through
+    # 0 * inf, a gradient can come from them.
+    logps, advantages = kept(logprobs), kept(advantages)
+    old = logps.detach() if old_logprobs is None else kept(old_logprobs.detach())
+    log_ratio = logps - old
+    count = logps.new_full((shape[0],), shape[1]) if mask is None else mask.sum(1).to(dtype)
+    if importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / count.clamp(min=1)[:, None]
+        log_ratio = _kept(log_ratio.expand(shape), mask)
+
+    # min(rho A, clip(rho) A) bounds the ratio from above where A >= 0 and from below where A < 0.
+    # Bounding its logarithm keeps exp, and its gradient, finite where the ratio is clipped.
+    top = math.log1p(clip_high)
+    bottom = math.log1p(-clip_low) if clip_low < 1 else -math.inf
+    positive = advantages >= 0
+    bounded = torch.where(positive, log_ratio.clamp(max=top), log_ratio.clamp(min=bottom))
+    policy = -advantages * bounded.exp()
+
+    loss, kl = policy, None
+    if ref_logprobs is not None and (kl_coef or return_metrics):
+        d = kept(ref_logprobs.detach()) - logps
+        kl = torch.expm1(d) - d
+        if kl_coef:
+            loss = loss + kl_coef * kl
+    if entropy is not None:
+        entropy = kept(entropy)
+        if entropy_coef:
+            loss = loss - entropy_coef * entropy
+
+    if reduction == "mean":
+        reduced = _averaged(loss, count, loss_type, max_length, num_items)
+    else:
+        reduced = _kept(loss, mask)
+    if not return_metrics:
+        return reduced
+
+    def mean(t):
+        return None if t is None else t.detach().to(dtype).sum() / count.sum().clamp(min=1)
+
+    real = True if mask is None else mask
+    clip_below = (log_ratio < bottom) & ~positive & real
+    clip_above = (log_ratio > top) & (advantages > 0) & real
+    return reduced, GRPOMetrics(*map(mean, (policy, clip_below, clip_above, kl, entropy)))
+
+
+def _averaged(loss, count, loss_type, max_length, num_items):
+    if loss_type == "grpo":
+        items, total = loss.shape[0], (loss.sum(1) / count.clamp(min=1)).sum()
+    elif loss_type == "dr_grpo":
+        items, total = loss.shape[0], loss.sum() / max_length
+    else:
+        items, total = count.sum(), loss.sum()
+    if num_items is not None:
+        items = num_items
+        if isinstance(items, Tensor):
+            if items.numel() != 1:
+                raise ValueError(f"num_items must be one number, got shape {list(items.shape)}")
+            items = items.detach().reshape(())
+        else:
+            _check_range("num_items", items, 0.0, open_low=True)
+    if isinstance(items, Tensor):
+        items = items.to(loss.dtype)
+        return total / torch.where(items == 0, 1.0, items)
+    return total / (items or 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _kept(t: Tensor, mask: Tensor | None) -> Tensor:
+    return t if mask is None else torch.where(mask, t, 0.0)
+
+
+def _accumulator(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _check_floating(name, t):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {t.dtype}")
+
+
+def _check_same_shape(name, t, other_name, other):
+    if t.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(t.shape)}"
+        )
+
+
+def _checked_mask(mask, other_name, other):
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or integer (weights are not meant), got {mask.dtype}")
+    _check_same_shape("mask", mask, other_name, other)
+    return mask.bool()
+
+
+def _checked_advantages(advantages, shape):
+    _check_floating("advantages", advantages)
+    rows, tokens = shape
+    if advantages.shape == (rows,):
+        advantages = advantages[:, None]
+    if advantages.shape not in ((rows, 1), (rows, tokens)):
+        raise ValueError(
+            f"advantages must have shape ({rows},), ({rows}, 1) or ({rows}, {tokens}) for logprobs "
+            f"of shape {list(shape)}, got {list(advantages.shape)}"
+        )
+    return advantages.detach().expand(rows, tokens)
+
+
+def _check_choice(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _check_max_length(max_length):
+    if max_length is None:
+        raise ValueError(
+            "loss_type 'dr_grpo' needs max_length: it divides by a constant, not by the length of "
+            "the batch"
+        )
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
+    if max_length < 1:
+        raise ValueError(f"max_length must be positive, got {max_length}")

@@ -1,0 +1,563 @@
+"""One rank of test_vocab_parallel.py.
+
+python vocab_parallel_worker.py RANK WORLD RENDEZVOUS_FILE
+
+Exit status 0: all cases agree with one process. 3: one does not, or raised. Anything else: the
+processes did not get that far.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+
+import pyloss
+from pyloss.distributed import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from pyloss.ops import _vocab_parallel as op
+
+N, D, V = 13, 6, 23
+SIZES = {2: (9, 14), 3: (9, 4, 10)}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+EVERY_STAT = ("lse", "logprob", "entropy", "argmax", "correct", "z_loss")
+
+COUNT: dict[str, int] = {}
+
+
+def counted(name: str, function: Callable) -> Callable:
+    def call(*args, **kwargs):
+        COUNT[name] = COUNT.get(name, 0) + 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+op._gather_single = counted("all_gather", op._gather_single)
+dist.all_reduce = counted("all_reduce", dist.all_reduce)
+
+
+def random(*shape: int, seed: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def labels(ignore: int = -100, lead: tuple[int, ...] = (N,)) -> torch.Tensor:
+    y = torch.randint(V, lead, generator=torch.Generator().manual_seed(5))
+    y.view(-1)[[2, 7]] = ignore
+    y.view(-1)[0], y.view(-1)[1] = 0, V - 1
+    return y
+
+
+def piece(x: torch.Tensor | None, sizes: tuple[int, ...], dim: int = 0) -> torch.Tensor | None:
+    """This rank's part, filled up with rows that must not count where x is too short."""
+    if x is None:
+        return None
+    begin = sum(sizes[: dist.get_rank()])
+    found = x.narrow(
+        dim, min(begin, x.shape[dim]), max(0, min(sizes[dist.get_rank()], x.shape[dim] - begin))
+    )
+    missing = list(found.shape)
+    missing[dim] = sizes[dist.get_rank()] - found.shape[dim]
+    return torch.cat([found, found.new_full(missing, 1e4)], dim).detach().requires_grad_()
+
+
+def same_bits(x: torch.Tensor) -> None:
+    bits = x.detach().contiguous().double()
+    found = [torch.empty_like(bits) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, bits)
+    assert all(torch.equal(f.view(torch.int64), bits.view(torch.int64)) for f in found)
+
+
+def total(result) -> torch.Tensor:
+    """A scalar that depends on the loss and on each differentiable statistic, row by row."""
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    value = (loss.double() * torch.arange(1, loss.numel() + 1).view(loss.shape)).sum()
+    for i, name in enumerate(("lse", "logprob", "entropy")):
+        s = getattr(stats, name, None)
+        if s is not None:
+            weights = torch.arange(s.numel()).view(s.shape) * 0.1 + i
+            value = value + (s.double() * weights).sum()
+    return value
+
+
+def close(actual, expected, dtype, what: str) -> None:
+    bound = TOLERANCE[dtype]
+    size = (
+        max(float(expected.detach().double().abs().nan_to_num(0, 0, 0).max()), 1e-30)
+        if expected.numel()
+        else 1
+    )
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=bound, atol=bound * size, equal_nan=True,
+        msg=lambda m: f"{what}: {m}",
+    )  # fmt: skip
+
+
+def compare(result, expected, pairs, dtype) -> None:
+    """Loss, statistics, gradients; pairs are (leaf, this rank's part of the full leaf)."""
+    results = [r if isinstance(r, tuple) else (r, None) for r in (result, expected)]
+    close(results[0][0], results[1][0], dtype, "loss")
+    assert results[0][0].dtype == results[1][0].dtype
+    same_bits(results[0][0])
+    if results[0][1] is not None:
+        for name, a, b in zip(results[0][1]._fields, results[0][1], results[1][1]):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                assert a.dtype == b.dtype and a.shape == b.shape
+                close(a, b, dtype, name)
+    total(result).backward()
+    total(expected).backward()
+    for name, leaf, full, sizes, dim in pairs:
+        if leaf is None:
+            continue
+        want = full.grad
+        if sizes is not None:
+            begin, size = sum(sizes[: dist.get_rank()]), sizes[dist.get_rank()]
+            padded = torch.zeros([*want.shape[:dim], sum(sizes), *want.shape[dim + 1 :]]).to(want)
+            padded.narrow(dim, 0, want.shape[dim]).copy_(want)
+            want = padded.narrow(dim, begin, size)
+        close(leaf.grad, want, dtype, name)
+
+
+def logits_case(
+    dtype=torch.float64, sizes=None, target=None, edit=None, scale=3.0, **options
+) -> None:
+    given = {k: options.pop(k) for k in ("num_classes", "first_class") if k in options}
+    sizes = sizes or SIZES[dist.get_world_size()]
+    target = labels() if target is None else target
+    full = random(*target.shape, V, seed=1, dtype=dtype) * scale
+    if edit is not None:
+        edit(full)
+    full.requires_grad_()
+    shard = piece(full, sizes, full.dim() - 1)
+    result = vocab_parallel_cross_entropy(shard, target, **given, **options)
+    flat = full.reshape(-1, V)
+    k = options.pop("token_weight", None)
+    k = k if k is None else k.reshape(-1)
+    expected = pyloss.fused_cross_entropy(flat, target.reshape(-1), token_weight=k, **options)
+    if target.dim() > 1 and options.get("reduction") == "none":
+        expected = expected.view(target.shape)
+    compare(result, expected, [("dz", shard, full, sizes, full.dim() - 1)], dtype)
+
+
+def linear_case(
+    dtype=torch.float64,
+    sizes=None,
+    target=None,
+    bias=True,
+    edit=None,
+    frozen=(),
+    call=None,
+    **options,
+) -> None:
+    given = {k: options.pop(k) for k in ("num_classes", "first_class") if k in options}
+    sizes = sizes or SIZES[dist.get_world_size()]
+    target = labels() if target is None else target
+    h, w = random(*target.shape, D, seed=2, dtype=dtype), random(V, D, seed=3, dtype=dtype)
+    b = random(V, seed=4, dtype=dtype) if bias else None
+    if edit is not None:
+        edit(h)
+    leaves = [h.clone(), piece(w, sizes), piece(b, sizes)]
+    whole = [h.clone(), w.clone(), b if b is None else b.clone()]
+    for i, name in enumerate(("input", "weight", "bias")):
+        for t in (leaves[i], whole[i]):
+            if t is not None:
+                t.requires_grad_(name not in frozen)
+    call = call or vocab_parallel_linear_cross_entropy
+    result = call(leaves[0], leaves[1], target, leaves[2], **given, **options)
+    options.setdefault("strategy", "recompute")
+    expected = pyloss.fused_linear_cross_entropy(whole[0], whole[1], target, whole[2], **options)
+    parts = [("dX", None), ("dW", sizes), ("db", sizes)]
+    pairs = [
+        (name, None if leaf is None or not leaf.requires_grad else leaf, full, s, 0)
+        for (name, s), leaf, full in zip(parts, leaves, whole)
+    ]
+    compare(result, expected, pairs, dtype)
+    for leaf in leaves:
+        assert leaf is None or leaf.requires_grad or leaf.grad is None
+
+
+def positive(n: int, seed: int) -> torch.Tensor:
+    return random(n, seed=seed).abs() + 0.1
+
+
+OPTIONS = {
+    "plain": {},
+    "sum": dict(reduction="sum"),
+    "none": dict(reduction="none"),
+    "tau 0": dict(tau=0.0),
+    "tau 1.7 truncated": dict(tau=1.7, truncate=0.05),
+    "tau 2": dict(tau=2.0, reduction="none"),
+    "z-loss, transform": dict(z_loss=0.1, softcap=2.0, logit_scale=0.7, temperature=1.3),
+    "smoothing": dict(label_smoothing=0.1),
+    "smoothing 1": dict(label_smoothing=1.0, softcap=3.0),
+    "class weights": dict(weight=positive(V, 8)),
+    "class weights, smoothing, softcap": dict(
+        weight=positive(V, 8), label_smoothing=0.3, softcap=4.0, reduction="none"
+    ),
+    "token weights": dict(token_weight=positive(N, 9), z_loss=0.01),
+    "both weights": dict(token_weight=positive(N, 9), weight=positive(V, 8), z_loss=0.1),
+    "num_items": dict(num_items=7),
+    "num_items tensor": dict(num_items=torch.tensor(5.0)),
+    "statistics": dict(return_stats=EVERY_STAT, z_loss=0.1),
+    "statistics, none": dict(
+        return_stats=EVERY_STAT, reduction="none", label_smoothing=0.1, softcap=5.0, z_loss=0.1
+    ),
+    "ignore index": dict(ignore_index=3),
+}  # fmt: skip
+
+
+def options_of(name: str, dtype: torch.dtype) -> dict:
+    acc = torch.float32 if dtype == torch.bfloat16 else dtype
+    return {
+        k: v.to(acc) if isinstance(v, torch.Tensor) and v.dim() else v
+        for k, v in OPTIONS[name].items()
+    }
+
+
+def raises(kind, word: str, function: Callable) -> None:
+    try:
+        function()
+    except kind as error:
+        assert word in str(error), error
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def confident_rows() -> None:
+    """Losses of 1e-8 keep their digits, wherever the target is."""
+    y = torch.tensor([0, V - 1, 12, 5])
+    full = torch.zeros(4, V)
+    full[range(4), y] = 22.0
+    shard = piece(full, SIZES[dist.get_world_size()], 1)
+    loss, stats = vocab_parallel_cross_entropy(
+        shard, y, reduction="none", return_stats=("entropy",)
+    )
+    exact = pyloss.fused_cross_entropy(
+        full.double(), y, reduction="none", return_stats=("entropy",)
+    )
+    torch.testing.assert_close(loss.double(), exact[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(stats.entropy.double(), exact[1].entropy, rtol=2e-6, atol=0)
+    loss.sum().backward()
+    want = full.double().requires_grad_()
+    pyloss.fused_cross_entropy(want, y, reduction="sum").backward()
+    begin = sum(SIZES[dist.get_world_size()][: dist.get_rank()])
+    torch.testing.assert_close(
+        shard.grad.double(), want.grad[:, begin : begin + shard.shape[1]], rtol=2e-6, atol=0
+    )
+
+
+def nan_row(x: torch.Tensor) -> None:
+    x[2] = float("nan")
+    x[7] = float("inf")
+
+
+def masked_classes(x: torch.Tensor) -> None:
+    x[3, :9] = -float("inf")  # all that rank 0 has
+    x[4, 10:12] = -float("inf")
+    labels_here = labels()
+    x[range(3, 5), labels_here[3:5]] = 1.0
+
+
+def bad_label() -> None:
+    for bad in (V, -1, 10**6):
+        y = labels()
+        y[4] = bad
+        word = f"Target {bad} is out of bounds"
+        raises(IndexError, word, lambda y=y: logits_case(target=y))
+    y = labels()
+    if dist.get_rank() == 0:  # and the others must not wait for it
+        y[4] = V
+    shard = piece(random(N, V, seed=1), SIZES[dist.get_world_size()], 1)
+    raises(IndexError, "out of bounds", lambda: vocab_parallel_cross_entropy(shard, y))
+
+
+def collectives() -> None:
+    sizes = SIZES[dist.get_world_size()]
+    h = random(N, D, seed=2).requires_grad_()
+    w, b = piece(random(V, D, seed=3), sizes), piece(random(V, seed=4), sizes)
+    bounds = [sum(sizes[:r]) for r in range(len(sizes))]
+    for given, gathers in ((dict(first_class=bounds), 1), ({}, 2)):  # the second: of the sizes
+        COUNT.clear()
+        loss = vocab_parallel_linear_cross_entropy(
+            h, w, labels(), b, num_classes=V, chunk=4, **given
+        )
+        assert COUNT == {"all_gather": gathers}, COUNT
+        loss.backward()
+        assert COUNT == {"all_gather": gathers, "all_reduce": 1}, COUNT
+    COUNT.clear()
+    x = piece(random(N, V, seed=1), sizes, 1)
+    vocab_parallel_cross_entropy(x, labels(), num_classes=V, first_class=bounds).backward()
+    assert COUNT == {"all_gather": 1}, COUNT
+    COUNT.clear()
+    frozen = dict(num_classes=V, first_class=bounds)
+    vocab_parallel_linear_cross_entropy(h.detach(), w, labels(), **frozen).backward()
+    assert COUNT == {"all_gather": 1}, COUNT
+
+
+def sizes_change() -> None:
+    """Each call asks: here only the last rank's size is another one."""
+    world = dist.get_world_size()
+    for extra in (0, 1, 0):
+        sizes = [4] * (world - 1) + [3 + extra]
+        full = random(5, sum(sizes), seed=1)
+        y = torch.tensor([0, 1, 2, 3, sum(sizes) - 1])
+        loss = vocab_parallel_cross_entropy(piece(full, tuple(sizes), 1), y)
+        torch.testing.assert_close(loss, pyloss.fused_cross_entropy(full, y), rtol=1e-12, atol=0)
+
+
+def megatron_smoothing() -> None:
+    full = random(N, V, seed=1).requires_grad_()
+    shard = piece(full, SIZES[dist.get_world_size()], 1)
+    loss = vocab_parallel_cross_entropy(
+        shard, labels(), label_smoothing=0.2, smoothing_formula="megatron", reduction="none"
+    )
+    logp = full.log_softmax(1)
+    smoothing = 0.2 * V / (V - 1)
+    y = labels().clamp(min=0)
+    want = -(1 - smoothing) * logp.gather(1, y[:, None])[:, 0] - smoothing * logp.mean(1)
+    torch.testing.assert_close(loss, torch.where(labels() < 0, 0.0, want), rtol=1e-12, atol=0)
+    raises(ValueError, "megatron", lambda: vocab_parallel_cross_entropy(
+        shard, labels(), label_smoothing=0.99, smoothing_formula="megatron"))  # fmt: skip
+
+
+def empty_batches() -> None:
+    sizes = SIZES[dist.get_world_size()]
+    w = piece(random(V, D, seed=3), sizes)
+    for rows in (0, 4):
+        y = torch.full((rows,), -100)
+        for options in ({}, dict(empty="zero"), dict(reduction="sum")):
+            h = torch.randn(rows, D, dtype=torch.float64, requires_grad=True)
+            h.data.fill_(float("nan"))
+            w.grad = None
+            loss = vocab_parallel_linear_cross_entropy(h, w, y, **options)
+            want = float("nan") if not options else 0.0
+            torch.testing.assert_close(loss, torch.tensor(want).double(), equal_nan=True)
+            loss.backward()
+            assert not h.grad.any() and not w.grad.any()
+            x = torch.full((rows, sizes[dist.get_rank()]), float("nan"), requires_grad=True)
+            vocab_parallel_cross_entropy(x, y, **options).backward()
+            assert not x.grad.any()
+
+
+def dtensors() -> None:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    full_w, full_b, h = random(V, D, seed=3), random(V, seed=4), random(N, D, seed=2)
+    y = labels()
+    wide = [t.clone().requires_grad_() for t in (h, full_w, full_b)]
+    want = pyloss.fused_linear_cross_entropy(wide[0], wide[1], y, wide[2], z_loss=0.1)
+    want.backward()
+
+    def placed(t, placement=None):
+        return distribute_tensor(t.clone(), mesh, [placement or Shard(0)]).requires_grad_()
+
+    calls = {
+        "functional": pyloss.fused_linear_cross_entropy,
+        "distributed": vocab_parallel_linear_cross_entropy,
+    }
+    for name, call in calls.items():
+        for as_dtensor in (False, True):
+            w, b = placed(full_w), placed(full_b)
+            x = placed(h, Replicate()) if as_dtensor else h.clone().requires_grad_()
+            loss = call(x, w, y, b, z_loss=0.1)
+            close(loss, want, torch.float64, name)
+            loss.backward()
+            for got, ref in zip((x, w, b), wide):
+                grad = got.grad
+                if got is not x:
+                    assert grad.placements == got.placements
+                full = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                close(full, ref.grad, torch.float64, name)
+    # A module whose parameters are split.
+    module = pyloss.nn.LinearCrossEntropyLoss(D, V, bias=True, dtype=torch.float64, z_loss=0.1)
+    module.linear.weight = torch.nn.Parameter(placed(full_w).detach())
+    module.linear.bias = torch.nn.Parameter(placed(full_b).detach())
+    loss = module(h, y)
+    close(loss, want, torch.float64, "module")
+    loss.backward()
+    close(module.linear.weight.grad.full_tensor(), wide[1].grad, torch.float64, "module")
+    logp, entropy = pyloss.token_logprobs(h, placed(full_w), y, placed(full_b), return_entropy=True)
+    ref = pyloss.token_logprobs(h, full_w, y, full_b, return_entropy=True)
+    close(logp, ref[0], torch.float64, "logprobs")
+    close(entropy, ref[1], torch.float64, "entropy")
+    # Logits as a column-parallel layer leaves them.
+    logits = random(N, V, seed=1)
+    x = distribute_tensor(logits.clone(), mesh, [Shard(1)]).requires_grad_()
+    loss = vocab_parallel_cross_entropy(x, y)
+    wide = logits.clone().requires_grad_()
+    want = pyloss.fused_cross_entropy(wide, y)
+    close(loss, want, torch.float64, "logits")
+    loss.backward(), want.backward()
+    close(x.grad.full_tensor(), wide.grad, torch.float64, "logits")
+    # Whole on each rank: the plain loss, and no collective.
+    COUNT.clear()
+    loss = pyloss.fused_linear_cross_entropy(h, placed(full_w, Replicate()), y, full_b)
+    close(loss, pyloss.fused_linear_cross_entropy(h, full_w, y, full_b), torch.float64, "whole")
+    assert not COUNT
+    # Another dimension of the mesh replicates.
+    both = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
+    w = distribute_tensor(full_w.clone(), both, [Replicate(), Shard(0)])
+    close(
+        pyloss.fused_linear_cross_entropy(h, w, y),
+        pyloss.fused_linear_cross_entropy(h, full_w, y), torch.float64, "2-D",
+    )  # fmt: skip
+
+    linear = pyloss.fused_linear_cross_entropy
+    shard_w = placed(full_w)
+    raises(RuntimeError, "split in the same way", lambda: linear(h, shard_w, y, full_b))
+    mixed = placed(full_b, Replicate())
+    raises(RuntimeError, "split in the same way", lambda: linear(h, shard_w, y, mixed))
+    raises(RuntimeError, "split in the same way", lambda: linear(h, full_w, y, placed(full_b)))
+    raises(RuntimeError, "Shard(0)", lambda: linear(h, placed(full_w, Shard(1)), y))
+    partial = DTensor.from_local(full_w, mesh, [Partial()], run_check=False)
+    raises(RuntimeError, "Shard(0)", lambda: linear(h, partial, y))
+    twice = distribute_tensor(full_w.clone(), both, [Shard(0), Shard(0)])
+    raises(RuntimeError, "two dimensions", lambda: linear(h, twice, y))
+    split_input = distribute_tensor(h.clone(), mesh, [Shard(0)])
+    raises(RuntimeError, "input must be placed", lambda: linear(split_input, shard_w, y))
+    whole = placed(full_w, Replicate())
+    raises(
+        RuntimeError, "split by Shard(0)", lambda: vocab_parallel_linear_cross_entropy(h, whole, y)
+    )
+    raises(RuntimeError, "last dimension", lambda: vocab_parallel_cross_entropy(
+        distribute_tensor(logits.clone(), mesh, [Replicate()]), y))  # fmt: skip
+
+
+def refusals() -> None:
+    sizes = SIZES[dist.get_world_size()]
+    x, y = piece(random(N, V, seed=1), sizes, 1), labels()
+    h, w = random(N, D, seed=2).requires_grad_(), piece(random(V, D, seed=3), sizes)
+    vp, group = vocab_parallel_cross_entropy, dist.group.WORLD
+    linear = pyloss.fused_linear_cross_entropy
+    raises(ValueError, "MixUp", lambda: vp(x, (y, y, 0.5)))
+    raises(ValueError, "probabilities", lambda: vp(x, x.detach().softmax(1)))
+    raises(ValueError, "rank", lambda: vp(x, y, return_stats=("rank",)))
+    raises(ValueError, "tau=1", lambda: vp(x, y, label_smoothing=0.1, tau=1.5))
+    raises(ValueError, "smoothing_formula", lambda: vp(x, y, smoothing_formula="liger"))
+    raises(ValueError, "num_classes", lambda: vp(x, y, num_classes=V + 1))
+    raises(ValueError, "first_class", lambda: vp(x, y, first_class=[0]))
+    raises(ValueError, "first_class", lambda: vp(x, y, num_classes=V, first_class=[1, 2, 3]))
+    raises(RuntimeError, "23 classes", lambda: vp(x, y, weight=torch.ones(V - 1).double()))
+    raises(NotImplementedError, "Long", lambda: vp(x.detach().long(), y))
+    raises(TypeError, "group", lambda: vp(x, y, group="tp"))
+    raises(ValueError, "strategy", lambda: linear(h, w, y, group=group, strategy="forward"))
+    raises(ValueError, "filter", lambda: linear(h, w, y, group=group, filter=0.1))
+    raises(RuntimeError, "same dtype", lambda: linear(h.float(), w, y, group=group))
+    loss = linear(h, w, y, group=group)
+    raises(RuntimeError, "create_graph", lambda: torch.autograd.grad(loss, h, create_graph=True))
+
+
+def one_process_group() -> None:
+    """A group of its own for each rank: the plain function."""
+    own = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
+    h, w, y = random(N, D, seed=2), random(V, D, seed=3), labels()
+    loss = vocab_parallel_linear_cross_entropy(h, w, y, group=own)
+    torch.testing.assert_close(loss, pyloss.fused_linear_cross_entropy(h, w, y), rtol=1e-12, atol=0)
+    other = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank() - 1]
+    assert dist.get_world_size() == 1 or other is not own
+    raises((RuntimeError, TypeError), "group", lambda: vocab_parallel_cross_entropy(w, y, other))
+
+
+def reference_backend() -> None:
+    with pyloss.backend("reference"):
+        for options in (OPTIONS["statistics, none"], OPTIONS["class weights, smoothing, softcap"]):
+            logits_case(**options)
+            linear_case(**options, chunk=5)
+        logits_case(edit=masked_classes, return_stats=("entropy",))
+
+
+def by_group(*args, **kwargs):
+    return pyloss.fused_linear_cross_entropy(*args, group=dist.group.WORLD, **kwargs)
+
+
+def cases() -> dict[str, Callable]:
+    world = dist.get_world_size()
+    padded = tuple([9] * (world - 1) + [V + 9 - 9 * (world - 1)])  # 9 entries of padding
+    found: dict[str, Callable] = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for name in OPTIONS:
+            o = options_of(name, dtype)
+            y = labels(3) if "ignore_index" in o else None
+            key = f"{name}, {dtype}"
+            found[f"logits, {key}"] = lambda o=o, d=dtype, y=y: logits_case(d, target=y, **o)
+            found[f"linear, {key}"] = lambda o=o, d=dtype, y=y: linear_case(
+                d, target=y, chunk=5, **o
+            )
+    whole_sizes = (V, *[0] * (world - 1))
+    found |= {
+        "three dimensions": lambda: logits_case(target=labels(lead=(2, 7)), reduction="none"),
+        "shift": lambda: linear_case(target=labels(lead=(2, 7)), shift=1, reduction="none"),
+        "padding": lambda: logits_case(sizes=padded, num_classes=V, label_smoothing=0.1),
+        "padding, linear": lambda: linear_case(sizes=padded, num_classes=V, label_smoothing=0.1),
+        "a rank of padding": lambda: linear_case(
+            sizes=(V, *[4] * (world - 1)), num_classes=V, return_stats=EVERY_STAT
+        ),
+        "a rank without classes": lambda: linear_case(sizes=whole_sizes, label_smoothing=0.1),
+        "no classes, logits": lambda: logits_case(sizes=whole_sizes, return_stats=EVERY_STAT),
+        "labels in one shard": lambda: linear_case(target=torch.arange(N) % 3),
+        "uint8 labels": lambda: linear_case(target=torch.arange(N).to(torch.uint8)),
+        "NaN in ignored rows": lambda: logits_case(edit=nan_row),
+        "NaN in ignored rows, linear": lambda: linear_case(edit=nan_row),
+        "classes of -inf": lambda: logits_case(edit=masked_classes, return_stats=("entropy",)),
+        "logits of 1e4": lambda: logits_case(edit=lambda x: x.add_(1e4), dtype=torch.float64),
+        "without bias": lambda: linear_case(bias=False),
+        "one chunk": lambda: linear_case(chunk=64),
+        "wide products": lambda: linear_case(
+            torch.bfloat16, accumulate_dtype=torch.float32, chunk=5
+        ),
+        "frozen input": lambda: linear_case(frozen=("input",)),
+        "frozen weight": lambda: linear_case(frozen=("weight", "bias")),
+        "frozen bias": lambda: linear_case(frozen=("bias",)),
+        "group argument": lambda: linear_case(call=by_group, z_loss=0.1),
+        "confident rows": confident_rows,
+        "bad label": bad_label,
+        "collectives": collectives,
+        "sizes change": sizes_change,
+        "megatron": megatron_smoothing,
+        "empty": empty_batches,
+        "DTensor": dtensors,
+        "refusals": refusals,
+        "group of one": one_process_group,
+        "reference backend": reference_backend,
+    }
+    return found
+
+
+def main() -> None:
+    rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    store = dist.FileStore(rendezvous, world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    for name, run in cases().items():
+        try:
+            run()
+        except Exception:
+            print(f"rank {rank}, {name}:", file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(3)  # the other ranks may wait in a collective: no orderly shutdown
+        print(f"rank {rank}, {name}: ok", flush=True)
+    print("all cases done", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
