@@ -1041,6 +1041,43 @@ def test_memory_of_the_issue(dtype, limit):
     assert memory.peak - kept <= limit * 1_000_000
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("features, chunks", [(192, 1), (191, 2)])
+def test_one_chunk_where_it_saves_the_float32_gradient(features, chunks, reduction):
+    """384 rows: their bfloat16 logits take as much as 192 features of the float32 gradient."""
+    rows, classes = 384, 80000
+    layer = make_layer(rows, features, classes, BF16)
+    y = make_target((rows, classes))
+    up = torch.ones((rows,) if reduction == "none" else (), dtype=BF16)
+    with Memory() as memory:
+        grads = torch.autograd.grad(fused(layer, y, reduction=reduction), layer, up)
+    chunk = 256 if chunks > 1 else rows
+    kept = sum(g.numel() * g.element_size() for g in grads)
+    wide = 4 * classes * features if chunks > 1 else 0
+    expected = 2 * chunk * classes + wide
+    assert abs(memory.peak - kept - expected) <= 0.1 * expected
+
+
+@pytest.mark.parametrize("kind", ["index", "mixup"])
+def test_chunks_cost_no_accuracy_in_bfloat16(kind):
+    """Each chunk's product is rounded; the labels' part, the largest, is not."""
+    rows, classes, features = 512, 4000, 64
+    layer = make_layer(rows, features, classes, BF16)
+    y = make_target((rows, classes))
+    if kind == "mixup":
+        y = (y, y.roll(1), 0.3)
+        y[1][:9] = y[0][:9]  # both labels the same
+    exact = fresh(layer, F64)
+    want = torch.autograd.grad(referenced(exact, y), exact)
+
+    def errors(chunk):
+        got = torch.autograd.grad(fused(layer, y, chunk=chunk), layer)
+        return [(g.double() - w).norm().item() for g, w in zip(got, want)]
+
+    for several, one in zip(errors(64), errors(rows)):
+        assert several <= 1.05 * one
+
+
 def test_forward_without_grad_allocates_no_gradient():
     layer = make_layer(256, 512, 4000, F32, bias=False)
     y = make_target((256, 4000))

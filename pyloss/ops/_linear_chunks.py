@@ -27,8 +27,20 @@ _CHUNK_ROWS = (256, 4096)  # fewer rows make products slow, more bring nothing
 _PART_COLUMNS = 4096
 
 
+_ALL_ROWS = -1  # as a chunk
+
+
+def chunk_for_gradients(input: Tensor, wants_weight: bool) -> int:
+    """_ALL_ROWS where their logits take less than the weight's gradient in float32, which a single
+    chunk does without; else 0, for chunk_rows."""
+    n, features = input.shape
+    acc = accumulator_dtype(input.dtype)
+    one = wants_weight and n * input.dtype.itemsize <= features * acc.itemsize
+    return _ALL_ROWS if one and acc != input.dtype else 0
+
+
 def chunk_rows(classes: int, dtype: torch.dtype, device_type: str) -> int:
-    """Rows per chunk that `chunk="auto"` stands for."""
+    """Rows per chunk that `chunk="auto"` otherwise stands for."""
     budget = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cpu"])
     wanted = budget // (max(classes, 1) * dtype.itemsize) // 64 * 64
     return max(_CHUNK_ROWS[0], min(_CHUNK_ROWS[1], wanted))
@@ -141,6 +153,8 @@ class Chunks:
             self.kept = (~call.ignored).nonzero().squeeze(1)
             self.rows = self.kept.shape[0]
         wanted = chunk or chunk_rows(call.classes, t.input.dtype, t.input.device.type)
+        if chunk == _ALL_ROWS:
+            wanted = self.rows
         self.step = max(1, min(wanted, self.rows))
         self.height = rows._stat_rows(call.codes, call.options)
 
@@ -242,12 +256,17 @@ class Linear:
             else:
                 self.chunks.put(dx, part, torch.mm(dz, self.weight))
         if dw is not None and self._by_parts(dw, dz):
+            labels = [] if self.exact else self._without_labels(dz, part)
             x = x.to(dw.dtype) if self.exact else x
             for at in range(0, dw.shape[0], _PART_COLUMNS):
-                part = slice(at, at + _PART_COLUMNS)
+                columns = slice(at, at + _PART_COLUMNS)
                 if db is not None:  # here the product finds the part in cache
-                    self._add_columns(db[part], dz[:, part])
-                self._add_part(dw[part], dz[:, part], x)
+                    self._add_columns(db[columns], dz[:, columns])
+                self._add_part(dw[columns], dz[:, columns], x)
+            for y, value in labels:
+                dw.index_add_(0, y, value.unsqueeze(1) * x)
+                if db is not None:
+                    db.index_add_(0, y, value)
         else:
             if db is not None:
                 self._add_columns(db, dz)
@@ -258,6 +277,24 @@ class Linear:
     def _by_parts(self, dw, dz) -> bool:
         """Whether the weight's gradient is wider than the products that torch has."""
         return dw.dtype != dz.dtype and (self.exact or dz.is_cpu or not _WIDE_PRODUCTS)
+
+    def _without_labels(self, dz, part) -> list[tuple[Tensor, Tensor]]:
+        """Takes the labels' entries out of dz: (label, entry in float32) of each row.
+
+        They are most of a class's gradient. Added on their own they are not rounded to the half
+        type with their chunk's product.
+        """
+        t, call = self.chunks.t, self.chunks.call
+        if not dz.is_cpu or call.codes[0] == DENSE:  # index_add_ on CUDA has no fixed order
+            return []
+        found = []
+        at = torch.arange(dz.shape[0], device=dz.device)
+        for y in (t.target, t.target2):
+            if y is not None:
+                y = self.chunks.take(y, part).long()
+                found.append((y, dz[at, y].float()))
+                dz[at, y] = 0.0  # scatter_ would go through a float32 copy of dz
+        return found
 
     def _add_columns(self, db, dz):
         if dz.is_cpu:

@@ -26,7 +26,14 @@ from torch import Tensor
 
 from pyloss.ops import _linear_tiles as tiles
 from pyloss.ops import row_softmax as rows
-from pyloss.ops._linear_chunks import Call, Chunks, Linear, Tensors, ignored_rows
+from pyloss.ops._linear_chunks import (
+    Call,
+    Chunks,
+    Linear,
+    Tensors,
+    chunk_for_gradients,
+    ignored_rows,
+)
 from pyloss.ops._registry import (
     accumulator_dtype,
     define_op,
@@ -345,7 +352,7 @@ _ops = torch.ops.pyloss
 class Settings(NamedTuple):
     """How a call is carried out; the loss does not depend on it."""
 
-    chunk: int  # 0: chunk_rows
+    chunk: int  # 0: automatic
     strategy: str
     exact: bool  # the weight's gradient from float32 products
     tiles: float | None = None  # by tiles, leaving out what this filter allows; None: by chunks
@@ -358,6 +365,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, *args):
         t, (options, codes, loss_dtype, wants, settings) = Tensors(*args[:8]), args[8]
         needed = sum(bit for bit, yes in zip(WANT_GRADS, ctx.needs_input_grad) if yes)
+        if not (settings.chunk or settings.exact):
+            chunk = chunk_for_gradients(t.input, bool(needed & WANT_GRADS[1]))
+            settings = settings._replace(chunk=chunk)
         ctx.compiling = torch.compiler.is_compiling()
         ctx.early = _may_be_early(t, codes, wants, settings)
         flags = wants | (needed if ctx.early else 0)
