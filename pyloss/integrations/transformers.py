@@ -1,0 +1,538 @@
+"""Losses of pyloss in Hugging Face transformers models.
+
+How `patch_loss` works. The model gets a subclass of its own class with another `forward`. In a
+training step with labels that runs the model's original `forward` with two things exchanged: the
+output layer returns a `_Deferred`, which stands for the logits and notes what the model does to
+them (soft capping, scaling); and the loss function, when it is handed the `_Deferred`, computes the
+loss from the hidden states. So the model's own code decides which options reach the loss, what the
+output holds and what is added to the loss (router losses), and a step on the logits that pyloss
+does not know is an error, never a wrong number.
+
+The loss itself runs inside a call of the output layer with another `forward`, so that the layer's
+hooks run: under FSDP2 they gather its weight before and free it after, and again in the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyloss.functional import fused_linear_cross_entropy
+
+__all__ = ["patch_loss", "unpatch_loss"]
+
+# Arguments of fused_linear_cross_entropy that are not the user's to choose, and why.
+_BY_THE_MODEL = "comes from the model"
+_SCALAR = "must stay as it is: a model's loss is one number"
+_RESERVED = {
+    "input": _BY_THE_MODEL,
+    "linear_weight": _BY_THE_MODEL,
+    "target": _BY_THE_MODEL,
+    "linear_bias": _BY_THE_MODEL,
+    "softcap": _BY_THE_MODEL,
+    "logit_scale": _BY_THE_MODEL,
+    "shift": _BY_THE_MODEL,
+    "num_items": "comes from the trainer, as num_items_in_batch",
+    "reduction": _SCALAR,
+    "return_stats": _SCALAR,
+    "token_weight": "is one tensor per batch, which an option of the model cannot be",
+    "group": "is not supported: the output layer must hold all classes",
+}
+
+_STATE = "_pyloss_loss"
+
+
+class _LossPatch(NamedTuple):
+    """What patch_loss leaves on a model."""
+
+    head: str  # path of the output layer
+    options: dict[str, Any]
+
+
+def patch_loss(model: Any, **loss_options: Any) -> Any:
+    r"""Give a causal language model of transformers a training loss without stored logits.
+
+    .. math::
+        \ell = \frac{1}{n} \sum_t \ell_\mathrm{fused}(\mathrm{transform}(W h_t + b),\; y_{t+1})
+
+    with the output layer W, b and the transform (soft capping, scale) of the model, and n the
+    number of labels that are not ``ignore_index``, or ``num_items_in_batch``. Without options the
+    loss and its gradients are those of transformers' own ``ForCausalLMLoss``. The model is changed
+    in place. The loss is used in training mode, when ``labels`` are given; the output then holds no
+    logits. In eval mode, without ``labels``, with ``logits_to_keep``, or with another
+    ``loss_function``, the original forward runs. Patching twice is patching once, with the options
+    of the second call.
+
+    Args:
+        model: a ``transformers`` model for causal language modelling, such as
+            ``LlamaForCausalLM``, before ``torch.compile`` or ``DistributedDataParallel`` wrap it;
+            before or after ``fully_shard``.
+        loss_options: options of :func:`pyloss.fused_linear_cross_entropy`: ``z_loss``,
+            ``label_smoothing``, ``tau``, ``truncate``, ``temperature``, ``weight``,
+            ``ignore_index`` (for calls that name none), ``empty``, ``loss_dtype``, ``chunk``,
+            ``strategy``, ``accumulate_dtype``, ``filter``. The other arguments come from the model.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model, or not one whose output layer and
+            ``forward`` are of the kind described in docs/transformers.md; an unknown option. In the
+            first training step: the model does something to its logits that is not known here.
+        ValueError: the model's loss function is not ``ForCausalLMLoss``.
+
+    Example:
+        >>> import torch
+        >>> from pyloss.integrations.transformers import patch_loss
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> model = patch_loss(LlamaForCausalLM(config), z_loss=1e-4).train()
+        >>> tokens = torch.randint(128, (2, 16))
+        >>> output = model(input_ids=tokens, labels=tokens)
+        >>> output.loss.backward()
+        >>> output.logits is None
+        True
+
+    Reference:
+        Wijmans et al. Cut Your Losses in Large-Vocabulary Language Models. arXiv 2411.09009.
+    """
+    _check_options(loss_options)
+    head = _check_model(model)
+    if not hasattr(type(model), "_pyloss_original"):
+        _change_class(model, _patched_class(type(model)))
+    model.__dict__[_STATE] = _LossPatch(head, loss_options)
+    return model
+
+
+def unpatch_loss(model: Any) -> Any:
+    """Undo `patch_loss`: the model's own forward, class and loss again.
+
+    Args:
+        model: a model; one that is not patched stays as it is.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> from pyloss.integrations.transformers import patch_loss, unpatch_loss
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+        >>> model = unpatch_loss(patch_loss(GPT2LMHeadModel(config)))
+        >>> type(model) is GPT2LMHeadModel
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model.__dict__.pop(_STATE, None)
+    # fully_shard puts a class of its own over the patched one. That stays: without the state the
+    # patched forward is the original one.
+    if "_pyloss_original" in vars(type(model)):
+        model.__class__ = type(model)._pyloss_original
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = inspect.signature(fused_linear_cross_entropy).parameters
+    for name in options:
+        if name in _RESERVED:
+            raise TypeError(f"patch_loss: {name} {_RESERVED[name]}")
+        if name not in known:
+            choice = ", ".join(sorted(set(known) - set(_RESERVED)))
+            raise TypeError(f"patch_loss got an unknown option {name!r}; there are {choice}")
+
+
+def _check_model(model: Any) -> str:
+    """The path of the output layer of a model that can be patched."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, got {name}; patch a model before "
+            "torch.compile, DistributedDataParallel or PEFT wrap it"
+        )
+    parameters = inspect.signature(type(model).forward).parameters
+    if "labels" not in parameters or not _forward_names(type(model), "loss_function"):
+        raise TypeError(
+            f"patch_loss needs a causal language model whose forward takes labels and calls "
+            f"self.loss_function; {name}.forward does not"
+        )
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if model.loss_function is not ForCausalLMLoss:
+        found = getattr(model.loss_function, "__name__", model.loss_function)
+        raise ValueError(
+            f"patch_loss stands in for transformers' ForCausalLMLoss, but {name} has the loss "
+            f"function {found}"
+        )
+    head = model.get_output_embeddings()
+    # Subclasses with the same forward are fine: that is what fully_shard makes.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"patch_loss needs an output layer (get_output_embeddings(), usually lm_head) of type "
+            f"torch.nn.Linear; {name} has {_full_name(head)}"
+        )
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if path is None:
+        raise TypeError(
+            f"patch_loss found an output layer in {name}.get_output_embeddings(), but not among "
+            "the model's submodules"
+        )
+    return path
+
+
+def _full_name(module: nn.Module) -> str:
+    """With its package, since adapters and quantised layers are called Linear too."""
+    cls = type(module)
+    ours = cls.__module__.startswith("torch.nn.")
+    return cls.__qualname__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _forward_names(cls: type, name: str) -> bool:
+    """Whether the code of cls.forward, below its decorators, mentions a name."""
+    for base in cls.__mro__:
+        if "forward" in vars(base):
+            code = getattr(inspect.unwrap(vars(base)["forward"]), "__code__", None)
+            if code is None or name in code.co_names:
+                return code is not None
+            if "super" not in code.co_names:
+                return False
+    return False
+
+
+def _has_another_loss(model: Any) -> bool:
+    """Whether the user has set model.loss_function since the patch."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    # Not model.loss_function itself, which may log, and torch.compile cannot trace that.
+    return model.__dict__.get("_loss_function", ForCausalLMLoss) is not ForCausalLMLoss
+
+
+def _linear_of(head: nn.Module) -> nn.Linear:
+    """The output layer below the wrappers that it may have got since the patch."""
+    wrapped = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    inner = head
+    while name := next((name for name in wrapped if name in inner._modules), None):
+        inner = inner._modules[name]
+    # accelerate's hooks (offloading) are a forward of their own, which calls _old_forward.
+    forward = inner.__dict__.get("_old_forward" if hasattr(inner, "_hf_hook") else "forward")
+    function = type(inner).forward if forward is None else getattr(forward, "__func__", forward)
+    if function is not nn.Linear.forward:
+        raise TypeError(
+            f"patch_loss needs an output layer with the forward of torch.nn.Linear, but since the "
+            f"patch it has become {_full_name(head)} with another one"
+        )
+    return inner
+
+
+# --------------------------------------------------------------------------------------------------
+# The patched class
+
+
+@functools.cache
+def _patched_class(cls: type) -> type:
+    """A subclass of cls that looks the same from outside and uses the loss.
+
+    A class, and not an attribute `forward` on the model, since copies of the model (deepcopy,
+    pickle, the replicas of DataParallel) then run their own forward and not that of the original.
+    """
+    parameters = inspect.signature(cls.forward).parameters
+    position = {name: i - 1 for i, name in enumerate(parameters)}  # less self
+
+    @functools.wraps(cls.forward)  # trainers look at the signature
+    def forward(self, *args, **kwargs):
+        def given(name):
+            i = position.get(name, -1)
+            return args[i] if 0 <= i < len(args) else kwargs.get(name)
+
+        patch = self.__dict__.get(_STATE)
+        if patch is None or not self.training or given("labels") is None:
+            return cls.forward(self, *args, **kwargs)
+        keep = given("logits_to_keep")
+        if isinstance(keep, Tensor) or keep or _has_another_loss(self):
+            return cls.forward(self, *args, **kwargs)
+        with _exchanged(self, patch):
+            output = cls.forward(self, *args, **kwargs)
+        return _without_logits(output)
+
+    def reduce_ex(self, protocol):
+        _, _, *rest = super(patched, self).__reduce_ex__(max(protocol, 2))
+        return (_new_patched, (cls,), *rest)
+
+    # Same name and module: save_pretrained writes the name into the configuration.
+    patched = type(
+        cls.__name__,
+        (cls,),
+        {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "__reduce_ex__": reduce_ex,
+            "_pyloss_original": cls,
+            "forward": forward,
+        },
+    )
+    return patched
+
+
+def _change_class(model: Any, patched: type) -> None:
+    # accelerate's hooks keep a bound forward on the model itself, where it hides that of the class.
+    slots = [slot for slot in ("forward", "_old_forward") if slot in model.__dict__]
+    original = patched._pyloss_original.forward
+    bound = [s for s in slots if getattr(model.__dict__[s], "__func__", None) is original]
+    if slots and not bound:
+        raise TypeError(
+            f"the forward of this {type(model).__name__} has been replaced by "
+            f"{model.__dict__[slots[0]]!r}; call patch_loss before what replaced it"
+        )
+    model.__class__ = patched
+    for slot in bound:
+        model.__dict__[slot] = types.MethodType(patched.forward, model)
+
+
+def _new_patched(cls: type) -> Any:
+    """An empty instance, for copy and pickle, which fill in the state."""
+    patched = _patched_class(cls)
+    return patched.__new__(patched)
+
+
+@contextmanager
+def _exchanged(model: Any, patch: _LossPatch) -> Iterator[None]:
+    """The model with a deferred output layer and the loss function for it."""
+    parent, _, name = patch.head.rpartition(".")
+    owner = model.get_submodule(parent)
+    head = owner._modules[name]
+    before = model.__dict__.get("_loss_function")
+    linear = _linear_of(head)
+    loss = functools.partial(_deferred_loss, head, linear, patch.options)
+    owner._modules[name] = _DeferredHead(linear)
+    model.__dict__["_loss_function"] = loss
+    try:
+        yield
+    finally:
+        owner._modules[name] = head
+        if before is None:
+            del model.__dict__["_loss_function"]
+        else:
+            model.__dict__["_loss_function"] = before
+
+
+def _without_logits(output: Any) -> Any:
+    """The output with None for the logits; in a tuple the other entries keep their places."""
+    if isinstance(output, tuple):
+        return tuple(None if isinstance(entry, _Deferred) else entry for entry in output)
+    entries = {k: v for k, v in output.items() if not isinstance(v, _Deferred)}
+    return type(output)(**entries)
+
+
+# --------------------------------------------------------------------------------------------------
+# Logits that are not there
+
+
+class _DeferredHead(nn.Module):
+    """Takes the output layer's place during a forward."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.__dict__["linear"] = linear  # not as a submodule
+
+    def __getattr__(self, name: str) -> Any:  # some models look at the weight's dtype
+        return getattr(self.__dict__["linear"], name)
+
+    def forward(self, hidden: Tensor) -> _Deferred:
+        return _Deferred(hidden)
+
+
+class _Deferred:
+    """Stands for `outer * tanh(inner * logits)`, or `inner * logits` without a tanh, of the hidden
+    states; grows with the model's own steps on its logits."""
+
+    def __init__(self, hidden: Tensor, inner: float = 1.0, outer: float | None = None) -> None:
+        self.hidden, self.inner, self.outer = hidden, inner, outer
+
+    def transform(self) -> tuple[float | None, float]:
+        """(softcap, logit_scale), for softcap * tanh(logit_scale * logits / softcap)."""
+        if self.outer is None:
+            return None, self.inner
+        scale = self.inner * self.outer
+        # x / cap, then tanh, then * cap: no scale, though 1 / cap * cap is not always 1.
+        return self.outer, 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else scale
+
+    def _times(self, factor: float) -> _Deferred:
+        if self.outer is None:
+            return _Deferred(self.hidden, self.inner * factor)
+        return _Deferred(self.hidden, self.inner, self.outer * factor)
+
+    def __mul__(self, factor: Any) -> _Deferred:
+        return self._times(_number(factor, "multiplies its logits by"))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> _Deferred:
+        return self._times(1.0 / _number(divisor, "divides its logits by"))
+
+    def tanh(self) -> _Deferred:
+        if self.outer is not None:
+            raise _unknown("applies tanh to its logits twice")
+        return _Deferred(self.hidden, self.inner, 1.0)
+
+    # The loss works in float32 and has its own layout: these change nothing.
+    def float(self) -> _Deferred:
+        return self
+
+    def contiguous(self) -> _Deferred:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> _Deferred:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, classes: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> _Deferred:
+        one_argument = len(args) == 1 and isinstance(args[0], cls) and not kwargs
+        if one_argument and function in (torch.tanh, torch.Tensor.tanh):
+            return args[0].tanh()
+        name = getattr(function, "__name__", str(function))
+        raise _unknown(f"calls {name} on its logits")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _unknown("takes a part of its logits")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _unknown(f"uses .{name} of its logits")
+
+
+def _number(value: Any, does: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _unknown(f"{does} a {type(value).__name__}")
+    return value
+
+
+def _unknown(what: str) -> TypeError:
+    return TypeError(
+        f"patch_loss cannot follow this model: it {what}. Known are a number as factor or divisor "
+        "and soft capping by tanh; unpatch_loss(model) brings the original loss back"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+
+def _deferred_loss(
+    head: nn.Module,
+    linear: nn.Linear,
+    options: dict[str, Any],
+    logits: Any,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    ignore_index: int | None = None,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """ForCausalLMLoss of a _Deferred: the same arguments after the first three."""
+    if not isinstance(logits, _Deferred):
+        raise TypeError(
+            "patch_loss cannot follow this model: its loss is not computed from the output of "
+            f"get_output_embeddings(), but from a {type(logits).__name__}"
+        )
+    if vocab_size is not None and vocab_size != linear.out_features:
+        raise ValueError(
+            f"the model's vocab_size is {vocab_size}, but its output layer has "
+            f"{linear.out_features} classes"
+        )
+    options = dict(options)
+    ignore = options.pop("ignore_index", None) if ignore_index is None else ignore_index
+    options["ignore_index"] = -100 if ignore is None else ignore
+    options["softcap"], options["logit_scale"] = logits.transform()
+    if isinstance(options.get("weight"), Tensor):
+        options["weight"] = options["weight"].to(logits.hidden.device)
+    if logits.hidden.dtype != torch.float64:  # as ForCausalLMLoss, which converts the logits
+        options.setdefault("loss_dtype", torch.float32)
+    divisor = _set_denominator(options, num_items_in_batch)
+
+    def loss(hidden: Tensor) -> Tensor:
+        weight, bias = linear.weight, linear.bias
+        if hasattr(weight, "placements"):
+            raise RuntimeError(
+                f"the weight of the output layer is a DTensor ({weight.placements}) inside its own "
+                "forward. Under FSDP2 put the output layer into a call of fully_shard, and a layer "
+                "that shares its weight into the same one: fully_shard([embedding, lm_head]). "
+                "Tensor parallelism of the output layer is not supported by patch_loss"
+            )
+        if shift_labels is not None:
+            target, hidden, shift = shift_labels.reshape(-1), hidden.flatten(0, -2), 0
+        elif labels.shape[-1] > 1:
+            target, shift = labels, 1
+        else:  # nothing follows a single token
+            target, shift = torch.full_like(labels, options["ignore_index"]), 0
+        target = target.to(hidden.device)
+        return fused_linear_cross_entropy(hidden, weight, target, bias, shift=shift, **options)
+
+    with _forward_replaced(linear, loss), _no_checkpoint(head):
+        value = head(logits.hidden)  # all hooks and the other wrappers run
+    return value if divisor is None else value / divisor
+
+
+def _set_denominator(options: dict[str, Any], num_items: Any) -> Any:
+    """Put num_items_in_batch into the options. Returns what is left to divide the loss by."""
+    if num_items is None:
+        options["reduction"] = "mean"
+        return None
+    single = num_items.dim() == 0 if isinstance(num_items, Tensor) else num_items > 0
+    if single:
+        options["reduction"], options["num_items"] = "mean", num_items
+        return None
+    # One entry per device, under DataParallel; or a batch without labels, 0 / 0.
+    options["reduction"] = "sum"
+    return num_items
+
+
+@contextmanager
+def _forward_replaced(linear: nn.Linear, function: Callable) -> Iterator[None]:
+    slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+    before = linear.__dict__.get(slot)
+    linear.__dict__[slot] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del linear.__dict__[slot]
+        else:
+            linear.__dict__[slot] = before
+
+
+@contextmanager
+def _no_checkpoint(head: nn.Module) -> Iterator[None]:
+    """The output layer without its checkpoint_wrapper, which would call it again in the backward:
+    then with its own forward. Nothing is lost, since there are no logits to save the memory of."""
+    inner = head._modules.get("_fsdp_wrapped_module", head)
+    layer = inner._modules.get("_checkpoint_wrapped_module")
+    if layer is None:
+        yield
+        return
+    inner.__dict__["forward"] = layer
+    try:
+        yield
+    finally:
+        del inner.__dict__["forward"]

@@ -1,0 +1,217 @@
+"""One rank of the FSDP2 test of test_integration_transformers.py.
+
+python fsdp2_worker.py RANK WORLD RENDEZVOUS_FILE
+
+Exit status 0: all cases agree with the model in one process. 3: one does not, or raised. Anything
+else: the processes did not get that far.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from pyloss.integrations.transformers import patch_loss, unpatch_loss
+
+VOCABULARY = 97
+SMALL = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    sizes = dict(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=1, eos_token_id=2))
+
+
+def shard_head_alone(model: LlamaForCausalLM, **kwargs: object) -> None:
+    """The output layer is a group of its own: sharded before and after its forward."""
+    for layer in model.model.layers:
+        fully_shard(layer, **kwargs)
+    fully_shard(model.lm_head, **kwargs)
+    fully_shard(model, **kwargs)
+
+
+def shard_layers(model: LlamaForCausalLM | GPT2LMHeadModel, **kwargs: object) -> None:
+    """Output layer and embedding belong to the root."""
+    for layer in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
+        fully_shard(layer, **kwargs)
+    fully_shard(model, **kwargs)
+
+
+def shard_embedding_with_head(model: LlamaForCausalLM, **kwargs: object) -> None:
+    """A tied weight: both of its layers in one group."""
+    for layer in model.model.layers:
+        fully_shard(layer, **kwargs)
+    fully_shard([model.model.embed_tokens, model.model.norm, model.lm_head], **kwargs)
+    fully_shard(model, **kwargs)
+
+
+def batch(rank: int, step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    tokens = torch.randint(3, VOCABULARY, (2, 10), generator=generator)
+    labels = tokens.clone()
+    labels[0, : 2 + rank] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def case(
+    make: Callable,
+    shard: Callable,
+    *,
+    patch_first: bool = True,
+    checkpointing: bool = False,
+    num_items: float | None = None,
+    tolerance: float = 1e-6,
+    half: bool = False,
+    **options: object,
+) -> None:
+    """Two steps of SGD: losses, gradients and weights against one process with all batches."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(7)
+    model = make().train()
+    reference = make().train()
+    reference.load_state_dict(model.state_dict())
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    if patch_first:
+        patch_loss(model, **options)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, **({"mp_policy": bf16} if half else {}))
+    if not patch_first:
+        patch_loss(model, **options)
+    kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+    for step in range(2):
+        output = model(**batch(rank, step), **kwargs)
+        assert output.logits is None
+        losses = [reference(**batch(r, step), **kwargs).loss for r in range(world)]
+        torch.testing.assert_close(
+            output.loss.float(), losses[rank], atol=tolerance, rtol=10 * tolerance
+        )
+        output.loss.backward()
+        torch.stack(losses).mean().backward()
+        pairs = zip(model.named_parameters(), reference.parameters(), strict=True)
+        for (name, got), want in pairs:
+            full = got.grad.full_tensor()
+            scale = want.grad.abs().max().item()
+            torch.testing.assert_close(
+                full, want.grad, atol=tolerance * scale, rtol=tolerance, msg=lambda m, n=name: n + m
+            )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    if half:
+        return
+    for got, want in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(got.full_tensor(), want, atol=1e-6, rtol=1e-5)
+    model.eval(), reference.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**batch(rank, 9)).logits, reference(**batch(rank, 9)).logits, atol=1e-5, rtol=1e-4
+        )
+    unpatch_loss(model).train()
+    assert model(**batch(rank, 9)).logits.shape == (2, 10, VOCABULARY)
+
+
+def separate_embedding() -> None:
+    """A tied weight that two groups manage: an error, from PyTorch or from pyloss, no number."""
+    model = patch_loss(llama(tied=True).train())
+    try:
+        fully_shard(model.model.embed_tokens)
+        shard_layers(model)
+        model(**batch(dist.get_rank(), 0))
+    except (RuntimeError, ValueError) as error:
+        assert "fully_shard([" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+def weight_left_sharded() -> None:
+    """Each rank has rows of its own: the loss over split classes would be wrong, not only slow."""
+    model = patch_loss(llama().train())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
+    model.lm_head.weight = torch.nn.Parameter(sharded)
+    try:
+        model(**batch(dist.get_rank(), 0))
+    except RuntimeError as error:
+        assert "DTensor" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+CASES = {
+    "head in a group of its own": lambda: case(llama, shard_head_alone),
+    "patched after sharding": lambda: case(llama, shard_head_alone, patch_first=False),
+    "gradients formed again": lambda: case(llama, shard_head_alone, strategy="recompute"),
+    "checkpointing, chunks": lambda: case(llama, shard_head_alone, checkpointing=True, chunk=4),
+    "number of items": lambda: case(llama, shard_head_alone, num_items=13),
+    "soft capping, tied in the root": lambda: case(gemma2, shard_layers),
+    "tied in the root": lambda: case(gpt2, shard_layers),
+    "tied in one group": lambda: case(lambda: llama(tied=True), shard_embedding_with_head),
+    "bfloat16 parameters": lambda: case(llama, shard_head_alone, half=True, tolerance=0.03),
+    "tied in two groups": separate_embedding,
+    "weight left sharded": weight_left_sharded,
+}
+
+
+def main() -> None:
+    rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    store = dist.FileStore(rendezvous, world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    for name, run in CASES.items():
+        try:
+            run()
+        except Exception:
+            print(f"rank {rank}, {name}:", file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(3)  # the other rank may wait in a collective: no orderly shutdown
+        print(f"rank {rank}, {name}: ok", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
