@@ -82,6 +82,7 @@ class Case:
     result_bytes: int | None = None  # gradients, which are not memory beyond the result
     rounds: int | None = None  # fewer than the command line says, for calls of a second
     once: bool = False  # only at the largest thread count
+    flop: int = 0  # useful floating-point operations, where a rate says more than a time
 
 
 @dataclass
@@ -379,8 +380,13 @@ def derive(records: list[dict[str, Any]], case: Case, copy_gbs: float) -> None:
             record["gbs"] = case.useful_bytes / ms / 1e6
             record["pct_copy"] = 100.0 * floor_ms / ms
             record["x_floor"] = ms / floor_ms
+        if case.flop:
+            record["gflops"] = case.flop / ms / 1e6
+            record["tflops"] = record["gflops"] / 1e3
         if case.products in median:
             record["x_products"] = ms / median[case.products]
+            if case.flop:
+                record["pct_products"] = 100.0 / record["x_products"]
         if case.baseline in median:
             record["speedup"] = median[case.baseline] / ms
         if is_own(name):

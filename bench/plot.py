@@ -32,6 +32,10 @@ _COLOURS = {
     "torch chunked": "#d9c27f",
     "cce": "#c05299",
     "cce_exact": "#e3a6cd",
+    "torch blocked": "#8f8f8f",
+    "torch windows": "#d9c27f",
+    "flash over pairs": "#7a9e4b",
+    "flex over pairs": "#9467bd",
 }
 
 Document = dict[str, Any]
@@ -140,6 +144,7 @@ def targets_table(document: Document) -> str:
 
 
 _COLUMNS = {
+    "GFLOP/s": "gflops",
     "% of copy": "pct_copy",
     "x bare products": "x_products",
     "x torch": "speedup",

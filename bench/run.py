@@ -30,6 +30,7 @@ from bench import _core, _env, _targets
 OPS = {
     "row_softmax": "bench.bench_row_softmax",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
+    "tensor_attention": "bench.bench_tensor_attention",
 }
 
 MAX_SLOWDOWN = 0.10

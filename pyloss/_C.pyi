@@ -61,6 +61,36 @@ def column_sums(
 ) -> None: ...  # fmt: skip
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 
+# `problem`: see csrc/bind/tensor_attention.cpp; `floats`: scale, bias_k, bias_v.
+def tensor_attention_scratch_bytes(
+    problem: Sequence[int], floats: Sequence[float], backward: bool, mask_gradients: bool,
+    threads: int, /,
+) -> int: ...  # fmt: skip
+def tensor_attention_fwd(
+    problem: Sequence[int],
+    floats: Sequence[float],
+    out: int,
+    lse: int,
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+def tensor_attention_bwd(
+    problem: Sequence[int],
+    floats: Sequence[float],
+    dout: int,
+    dout_strides: Sequence[int],
+    dlse: int,
+    out: int,
+    lse: int,
+    grads: Sequence[int],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+
 # Present when built_with_cuda.
 def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
 def cuda_row_softmax_fwd(

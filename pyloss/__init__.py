@@ -31,6 +31,7 @@ from pyloss.functional import (
     focal_loss,
     fused_cross_entropy,
     fused_linear_cross_entropy,
+    tensor_attention,
     token_logprobs,
 )
 from pyloss.nn import (
@@ -56,6 +57,7 @@ __all__ = [
     "fused_linear_cross_entropy",
     "nn",
     "show_config",
+    "tensor_attention",
     "token_logprobs",
 ]
 

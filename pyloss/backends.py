@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -58,6 +60,12 @@ def backend(name: str | None) -> Iterator[None]:
         _override.reset(token)
 
 
+@functools.cache
+def _has_triton() -> bool:
+    # Looked up, not imported: importing triton takes longer than everything else here.
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not(name: str, op: str, device_type: str, available: Collection[str]) -> str | None:
     """The reason why a backend cannot run an op on a device, in words; None when it can."""
     if name not in available:
@@ -66,6 +74,8 @@ def why_not(name: str, op: str, device_type: str, available: Collection[str]) ->
         return None
     if name == "cuda" and not _C.built_with_cuda:
         return "pyloss was built without CUDA; build it where nvcc is on PATH"
+    if name == "triton" and not _has_triton():
+        return "Triton is not installed"
     needed = "cpu" if name == "cpu" else "cuda"
     if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1":
         needed = device_type if device_type == "cpu" else needed
@@ -107,10 +117,6 @@ def show_config() -> str:
         >>> text = pyloss.show_config()  # doctest: +ELLIPSIS
         pyloss ...
     """
-    import importlib.util
-
-    # Looked up, not imported: importing triton takes longer than everything else here.
-    triton = importlib.util.find_spec("triton") is not None
     if _C.built_with_cuda:
         cuda = f"built in, architectures {_C.cuda_archs}, {_C.cuda_device_count()} device(s)"
     else:
@@ -120,7 +126,7 @@ def show_config() -> str:
             f"pyloss {_C.version}, torch {torch.__version__}",
             f"cpu: {_C.simd_level()}, {torch.get_num_threads()} thread(s)",
             f"cuda: {cuda}",
-            f"triton: {'installed' if triton else 'not installed'}",
+            f"triton: {'installed' if _has_triton() else 'not installed'}",
             f"backend: {forced() or 'automatic'}",
         ]
     )

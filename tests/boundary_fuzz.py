@@ -22,16 +22,17 @@ OUTER, CLASSES, INNER = 3, 19, 2
 COUNT = OUTER * CLASSES * INNER
 GUARD, ROOM = 4096, 8 * COUNT
 FILL = 0xA5
+SCRATCH = 4 << 20
 
 
 class Buffer:
     """Large enough for every dtype, between two guard areas."""
 
-    def __init__(self) -> None:
-        self.data = (ctypes.c_ubyte * (GUARD + ROOM + GUARD))()
+    def __init__(self, room: int = ROOM) -> None:
+        self.data = (ctypes.c_ubyte * (GUARD + room + GUARD))()
         ctypes.memset(self.data, FILL, len(self.data))
         self.address = ctypes.addressof(self.data) + GUARD
-        ctypes.memset(self.address, 0, ROOM)
+        ctypes.memset(self.address, 0, room)
 
     def guards_intact(self) -> bool:
         guard = bytes([FILL]) * GUARD
@@ -137,6 +138,38 @@ def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any
     }
 
 
+def tensor_attention_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    lengths, features, heads, dv = (3, 4, 5), 3, 2, 2
+
+    def rows(name: str, count: int, width: int) -> list[Field]:
+        return [b[name], stride(count * width * heads), stride(count * width), stride(width)]
+
+    def mask(name: str, count: int) -> list[Field]:
+        maybe = Field([0, buffers[name].address], [0])
+        # Broadcast, too: the strides of a mask may be 0.
+        strides = [heads * lengths[0] * count, lengths[0] * count, count]
+        return [maybe, *(Field([0, s], stride(s).hostile) for s in strides)]
+
+    n_q, n_1, n_2 = lengths
+    problem = [size(1), size(heads), size(1), *map(size, lengths), size(features), size(dv)]
+    problem += [code(0, 1, 2, 3), *rows("x", n_q, features), integer(0, 1), integer(0, 2)]
+    problem += [integer(0, 3), integer(0, 1, -2)]
+    problem += [*rows("v", n_1, features), *rows("grad", n_1, dv), *mask("target", n_1)]
+    problem += [*rows("target2", n_2, features), *rows("mix", n_2, dv), *mask("weight", n_2)]
+    floats = [number(1.0, 0.5), number(0.0, 0.5), number(0.0, 1.0)]
+    results = [b["stats"], b["extras"]]
+    scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
+    names = "index loss norm grad_loss cotangents cotangents2 grad_rows".split()
+    gradients = [Field([0, buffers[name].address], [0]) for name in names]
+    dout = [b["token_weight"], [stride(n_q * dv * heads), stride(n_q * dv), stride(dv)]]
+    dlse = Field([0, buffers["factor"].address], [0])
+    return {
+        "tensor_attention_fwd": [problem, floats, *results, *scratch],
+        "tensor_attention_bwd": [problem, floats, *dout, dlse, *results, gradients, *scratch],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (part if isinstance(part, list) else [part])]
 
@@ -174,7 +207,9 @@ def main() -> None:
     names = "x target target2 mix weight token_weight loss stats norm extras index grad"
     names += " grad_loss cotangents cotangents2 v grad_rows factor"
     buffers = {name: Buffer() for name in names.split()}
+    buffers["scratch"] = Buffer(SCRATCH)
     templates = {**row_softmax_calls(buffers), **linear_cross_entropy_calls(buffers)}
+    templates |= tensor_attention_calls(buffers)
     functions = {name for name in dir(module) if callable(getattr(module, name))}
     unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}
     unknown -= {name for name in functions if name.endswith("_scratch_bytes")}

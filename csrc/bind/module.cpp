@@ -50,4 +50,5 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("simd_level", &simd_level);
   pyloss::register_linear_cross_entropy(m);
   pyloss::register_row_softmax(m);
+  pyloss::register_tensor_attention(m);
 }

@@ -18,3 +18,12 @@
 #define PYLOSS_HAS_MULTIVERSION 0
 #define PYLOSS_MULTIVERSION
 #endif
+
+// Explicit vector types are lowered before clones are made, so code on them is compiled once per
+// instruction set, in `#pragma GCC target` regions (csrc/cpu/tensor_attention.cpp).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(PYLOSS_NO_MULTIVERSION)
+#define PYLOSS_HAS_TARGET_PRAGMA 1
+#else
+#define PYLOSS_HAS_TARGET_PRAGMA 0
+#endif

@@ -1,5 +1,11 @@
 """Every differentiable function of pyloss, flat."""
 
+from pyloss.functional.attention import (
+    TensorAttentionCost,
+    tensor_attention,
+    tensor_attention_cost,
+    tensor_attention_n,
+)
 from pyloss.functional.classification import (
     RowStats,
     comp_sum_loss,
@@ -21,6 +27,7 @@ __all__ = [
     "DPOMetrics",
     "GRPOMetrics",
     "RowStats",
+    "TensorAttentionCost",
     "comp_sum_loss",
     "dpo_loss",
     "focal_loss",
@@ -30,5 +37,8 @@ __all__ = [
     "grpo_loss",
     "linear_distillation_loss",
     "sequence_logprobs",
+    "tensor_attention",
+    "tensor_attention_cost",
+    "tensor_attention_n",
     "token_logprobs",
 ]

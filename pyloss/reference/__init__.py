@@ -2,5 +2,6 @@
 
 from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from pyloss.reference.row_softmax import row_softmax
+from pyloss.reference.tensor_attention import tensor_attention
 
-__all__ = ["linear_cross_entropy", "row_softmax", "token_logprobs"]
+__all__ = ["linear_cross_entropy", "row_softmax", "tensor_attention", "token_logprobs"]
