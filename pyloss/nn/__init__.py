@@ -1,5 +1,6 @@
 """Every module of pyloss, flat."""
 
+from pyloss.nn.attention import TensorAttention
 from pyloss.nn.classification import (
     CompSumLoss,
     CrossEntropyLoss,
@@ -14,4 +15,5 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "TensorAttention",
 ]
