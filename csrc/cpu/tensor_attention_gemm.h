@@ -69,14 +69,21 @@ PYLOSS_INLINE Vec<double>::V exp_of(Vec<double>::V x) {
   return x;
 }
 
-// What happens to the finished tile: c = tile; c += tile; c[n] += sum_r tile[r][n] w[r][n].
-enum class End { kStore, kAdd, kWeigh };
+// What happens to the finished tile: c = tile; c += tile; c[n] += sum_r tile[r][n] w[r][n]; or
+// c += tile factor[n] and own[n] += sum_r tile[r][n] w[r][n].
+enum class End { kStore, kAdd, kWeigh, kSpread };
+
+template <class R>
+struct Extra {
+  const R *w = nullptr, *factor = nullptr;  // w has the row stride of c
+  R* own = nullptr;
+};
 
 // A tile of kRows x (kVectors whole vectors) in registers over k steps. `a` is (rows x k) with row
 // stride lda, or, transposed, (k x rows).
 template <class R, int kRows, int kVectors, bool kTransposed, End kEnd>
 void tile(const R* a, int64_t lda, const R* b, int64_t ldb, R* c, int64_t ldc, int64_t k,
-          const R* w) {
+          const Extra<R>& extra) {
   using V = typename Vec<R>::V;
   constexpr int kLanes = Vec<R>::kLanes;
   V acc[kRows][kVectors];
@@ -99,19 +106,29 @@ void tile(const R* a, int64_t lda, const R* b, int64_t ldb, R* c, int64_t ldc, i
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     R* at = c + v * kLanes;
-    V total = kEnd == End::kWeigh ? load(at) : V{};
+    V total{}, factor{};
+    if (kEnd == End::kWeigh) total = load(at);
+    if (kEnd == End::kSpread) {
+      total = load(extra.own + v * kLanes);
+      factor = load(extra.factor + v * kLanes);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      if (kEnd == End::kStore) store(at + r * ldc, acc[r][v]);
-      if (kEnd == End::kAdd) store(at + r * ldc, load(at + r * ldc) + acc[r][v]);
-      if (kEnd == End::kWeigh) total += acc[r][v] * load(w + r * ldc + v * kLanes);
+      const V x = acc[r][v];
+      if (kEnd == End::kStore) store(at + r * ldc, x);
+      if (kEnd == End::kAdd) store(at + r * ldc, load(at + r * ldc) + x);
+      if (kEnd == End::kSpread) store(at + r * ldc, load(at + r * ldc) + x * factor);
+      if (kEnd == End::kWeigh || kEnd == End::kSpread) {
+        total += x * load(extra.w + r * ldc + v * kLanes);
+      }
     }
     if (kEnd == End::kWeigh) store(at, total);
+    if (kEnd == End::kSpread) store(extra.own + v * kLanes, total);
   }
 }
 
 template <class R>
-using Tile = void (*)(const R*, int64_t, const R*, int64_t, R*, int64_t, int64_t, const R*);
+using Tile = void (*)(const R*, int64_t, const R*, int64_t, R*, int64_t, int64_t, const Extra<R>&);
 
 template <class R, bool kTransposed, End kEnd, int... kIndex>
 constexpr Tile<R> tile_of(int rows, int vectors, std::integer_sequence<int, kIndex...>) {
@@ -122,7 +139,7 @@ constexpr Tile<R> tile_of(int rows, int vectors, std::integer_sequence<int, kInd
 // (rows x k) times (k x columns), columns rounded up to whole vectors.
 template <class R, bool kTransposed, End kEnd>
 void product(int64_t rows, int64_t columns, int64_t k, const R* a, int64_t lda, const R* b,
-             int64_t ldb, R* c, int64_t ldc, const R* w = nullptr) {
+             int64_t ldb, R* c, int64_t ldc, const Extra<R>& extra = {}) {
   constexpr int kLanes = Vec<R>::kLanes;
   const int64_t tiles = (rows + PYLOSS_TILE_ROWS - 1) / PYLOSS_TILE_ROWS;
   for (int64_t n = 0; n < columns; n += 2 * kLanes) {
@@ -132,9 +149,12 @@ void product(int64_t rows, int64_t columns, int64_t k, const R* a, int64_t lda, 
       const Tile<R> run =
           tile_of<R, kTransposed, kEnd>(static_cast<int>(r1 - r0), vectors,
                                         std::make_integer_sequence<int, 2 * PYLOSS_TILE_ROWS>{});
+      constexpr bool kHasW = kEnd == End::kWeigh || kEnd == End::kSpread;
+      constexpr bool kHasOwn = kEnd == End::kSpread;
       run(kTransposed ? a + r0 : a + r0 * lda, lda, b + n, ldb,
           kEnd == End::kWeigh ? c + n : c + r0 * ldc + n, ldc, k,
-          kEnd == End::kWeigh ? w + r0 * ldc + n : nullptr);
+          {kHasW ? extra.w + r0 * ldc + n : nullptr, kHasOwn ? extra.factor + n : nullptr,
+           kHasOwn ? extra.own + n : nullptr});
     }
   }
 }

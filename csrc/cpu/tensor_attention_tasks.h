@@ -134,7 +134,7 @@ void forward_task(const TensorAttentionProblem& p, const TensorAttentionForward&
         for (int64_t j = r0; j < r1; ++j)
           sum = exp_row(w.s + (j - r0) * s_stride, width, shift, sum);
         product<R, false, End::kWeigh>(r1 - r0, p.dv, width, w.s, s_stride, w.v2 + (k0 - c0) * dvp,
-                                       dvp, acc, dvp, w.v1 + (r0 - j_begin) * dvp);
+                                       dvp, acc, dvp, {w.v1 + (r0 - j_begin) * dvp});
       }
       w.sum[i - i0] += lane_sum<R>(sum);
     }
@@ -258,6 +258,7 @@ void backward_task(const TensorAttentionProblem& p, const TensorAttentionBackwar
     for (int64_t l = 0; l < p.d; ++l) w.kf[l] *= R(p.scale);
 
     const int64_t row_blocks = (i_end - i_begin + kQueryRows - 1) / kQueryRows;
+    const bool at_once = row_blocks == 1;  // W and G are whole after one block of rows
     for (int64_t rb = 0; rb < row_blocks; ++rb) {
       const int64_t r0 = i_begin + (i_end - i_begin) * rb / row_blocks;
       const int64_t r1 = i_begin + (i_end - i_begin) * (rb + 1) / row_blocks, rows = r1 - r0;
@@ -325,15 +326,28 @@ void backward_task(const TensorAttentionProblem& p, const TensorAttentionBackwar
           const int64_t rz = std::min(r1, second.band.last_query(cz - 1, p.n_q)) - r0;
           const int64_t corner = ra * s_stride + (ca - c0);
           if (ra >= rz) continue;
-          const auto add =
-              row_blocks == 1 ? &product<R, true, End::kStore> : &product<R, true, End::kAdd>;
+          const int64_t at_v = (ca - range.c0) * dvp, at_k = (ca - range.c0) * dp;
           if (want_v) {
-            add(cz - ca, p.dv, rz - ra, w.s + corner, s_stride, dout + ra * dvp, dvp,
-                w.w + (ca - range.c0) * dvp, dvp, nullptr);
+            const R *a = w.s + corner, *rows_of = dout + ra * dvp;
+            if (at_once) {
+              product<R, true, End::kSpread>(cz - ca, p.dv, rz - ra, a, s_stride, rows_of, dvp,
+                                             dv_second + at_v, dvp,
+                                             {w.vc + at_v, w.vf, dv_first + f * dvp});
+            } else {
+              product<R, true, End::kAdd>(cz - ca, p.dv, rz - ra, a, s_stride, rows_of, dvp,
+                                          w.w + at_v, dvp);
+            }
           }
           if (want_k) {
-            add(cz - ca, p.d, rz - ra, w.dp + corner, s_stride, q + ra * dp, dp,
-                w.g + (ca - range.c0) * dp, dp, nullptr);
+            const R *a = w.dp + corner, *rows_of = q + ra * dp;
+            if (at_once) {
+              product<R, true, End::kSpread>(cz - ca, p.d, rz - ra, a, s_stride, rows_of, dp,
+                                             dk_second + at_k, dp,
+                                             {w.kc + at_k, w.kf, dk_first + f * dp});
+            } else {
+              product<R, true, End::kAdd>(cz - ca, p.d, rz - ra, a, s_stride, rows_of, dp,
+                                          w.g + at_k, dp);
+            }
           }
         }
       }
@@ -345,11 +359,11 @@ void backward_task(const TensorAttentionProblem& p, const TensorAttentionBackwar
       }
     }
     const int64_t c = c_begin - range.c0, seen = c_end - c_begin;
-    if (want_v) {
+    if (want_v && !at_once) {
       flush_rows(w.w + c * dvp, seen, dvp, dv_second + c * dvp, w.vf, w.vc + c * dvp,
                  dv_first + f * dvp);
     }
-    if (want_k) {
+    if (want_k && !at_once) {
       flush_rows(w.g + c * dp, seen, dp, dk_second + c * dp, w.kf, w.kc + c * dp,
                  dk_first + f * dp);
     }
