@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))
 from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
+from bench import bench_tensor_attention as attention  # noqa: E402
 
 
 def _quick_run(folder: Path, op: str, cases: str) -> dict:
@@ -173,7 +174,7 @@ def test_derived_columns_of_the_linear_op():
     assert "speedup_over_chunked" not in by_name["torch"]
 
 
-@pytest.mark.parametrize("op", [row_softmax, linear])
+@pytest.mark.parametrize("op", [row_softmax, linear, attention])
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):
         context = _core.Context(device=device)
@@ -199,6 +200,50 @@ def test_targets_take_the_worst_value_per_thread_count():
     assert outcomes[2].value == 1.5 and outcomes[2].where == "a2, pyloss"
     assert not target.met(outcomes[2].value)
     assert outcomes[1].value == 2.5 and target.met(outcomes[1].value)
+
+
+@pytest.fixture(scope="module")
+def attention_document(tmp_path_factory) -> dict:
+    return _quick_run(tmp_path_factory.mktemp("attention"), "tensor_attention", "fp32|windows")
+
+
+def test_records_of_tensor_attention(attention_document):
+    records = attention_document["results"]
+    assert not run.failures(attention_document)
+    measured = [r for r in records if r["provider"] == "pyloss" and "median_ms" in r]
+    assert {r["mode"] for r in measured} == {"fwd", "bwd", "fwd+bwd"}
+    for r in measured:
+        assert r["check_error"] <= 1
+        assert r["gflops"] > 0 and r["pct_products"] == pytest.approx(100 / r["x_products"])
+    peers = {r["provider"] for r in records if r["status"] == "ok"}
+    assert {attention.NAIVE, attention.BLOCKED, attention.WINDOWS, attention.PRODUCTS} <= peers
+    ratios = [r for r in records if r["case"].startswith("rate of windows")]
+    assert len(ratios) == 2 and all(r["value"] > 0 for r in ratios)
+
+
+@pytest.mark.parametrize("window", [None, (3, 5)])
+def test_the_answer_of_tensor_attention(window):
+    """What providers are checked with, against the library's own reference."""
+    from pyloss.reference import tensor_attention
+
+    problem = attention.Problem(2, 20, 8, window, "fp32", "cpu")
+    leaves = [t.double().requires_grad_() for t in problem.tensors]
+    out, _ = tensor_attention(
+        leaves[0], leaves[1:3], leaves[3:], causal=window is not None, windows=window
+    )
+    grads = torch.autograd.grad(out, leaves, problem.upstream.double())
+    found, found_grads = problem.answer()
+    torch.testing.assert_close(found, out[0, 0])
+    for a, b in zip(found_grads, grads):
+        torch.testing.assert_close(a, b[0, 0])
+    assert problem.error(out, list(grads)) < 0.1
+    damaged = [g.clone() for g in grads]
+    damaged[2][0, 0, 3, 1] += 1e-3 * damaged[2].abs().max()
+    assert problem.error(None, damaged) > 1
+    assert problem.error(out * (1 + 1e-4), None) > 1
+    count = attention.triples(2, 20, window)
+    assert count == 2 * sum(min(i + 1, 3) * min(i + 1, 5) for i in range(20)) or window is None
+    assert attention.useful_flop("fwd+bwd", 2, 20, 8, window) == 14 * 8 * count
 
 
 def _tiny_case(providers: list[_core.Provider]) -> _core.Case:
