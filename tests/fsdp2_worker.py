@@ -211,6 +211,8 @@ def main() -> None:
             os._exit(3)  # the other rank may wait in a collective: no orderly shutdown
         print(f"rank {rank}, {name}: ok", flush=True)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may end a process that shuts down in order
 
 
 if __name__ == "__main__":

@@ -1476,6 +1476,13 @@ def test_module_checks_as_torch_does():
         _module(no_such_option=1)(make_logits((N, D)), _target())
 
 
+def test_module_refuses_unknown_options():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'z_los'"):
+        pyloss.nn.LinearCrossEntropyLoss(D, V, z_los=1e-4)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'z_los'"):
+        pyloss.nn.LinearCrossEntropyLoss.borrow(torch.nn.Linear(D, V), z_los=1e-4)
+
+
 def test_module_prints_its_options():
     text = repr(_module(bias=True, tau=1.5, reduction="sum"))
     for part in ("in_features=6", "num_classes=13", "tau=1.5", "sum", "bias=True"):

@@ -12,6 +12,7 @@ from linear_cross_entropy_cases import (
     ROW_WAYS,
     SCALAR_WAYS,
     Layer,
+    Memory,
     Recorder,
     assert_close,
     fresh,
@@ -502,6 +503,22 @@ def test_autocast(dtype, options):
         assert error <= 1.1 * theirs + 1e-3 * c.norm()
 
 
+def test_autocast_sums_into_the_float32_gradient():
+    """Its gradient is float32 anyway: no rounding of the sum, and no reason for one large chunk."""
+    layer, y = make_layer(384, 256, 40000, F32, bias=False), make_target((384, 40000))
+    exact = fresh(layer, F64)
+    (want,) = torch.autograd.grad(referenced(exact, y), exact.weight)
+    with Memory() as memory:
+        with torch.autocast("cpu", dtype=BF16):
+            loss = fused(layer, y, chunk="auto")
+        (found,) = torch.autograd.grad(loss, layer.weight)
+    assert memory.peak <= 4 * found.numel() + 2 * layer.weight.numel() + (36 << 20)
+    with torch.autocast("cpu", dtype=BF16):
+        (plain,) = torch.autograd.grad(unfused(layer, y), layer.weight)
+    errors = [(g.double() - want).norm() for g in (found, plain)]
+    assert errors[0] <= 0.9 * errors[1]
+
+
 def test_autocast_of_other_dtypes():
     y = _target()
     with torch.autocast("cpu", dtype=BF16):
@@ -806,15 +823,21 @@ def test_compile_with_inductor(options, fresh_dynamo):
     _check_compiled("everything", backend="inductor", chunk=3, **options)
 
 
-def test_export():
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_export(dtype):
+    """The number of rows stays open, also where it decides how many chunks there are."""
+
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.head = torch.nn.Linear(D, V)
+            self.head = torch.nn.Linear(D, V, dtype=dtype)
 
         def forward(self, h, y):
             return pyloss.fused_linear_cross_entropy(h * 2, self.head.weight, y, self.head.bias)
 
-    model, h, y = Model(), make_logits((N, D)), _target()
-    program = torch.export.export(model, (h, y))
-    torch.testing.assert_close(program.module()(h, y), model(h, y))
+    model, h, y = Model(), make_logits((N, D)).to(dtype), _target()
+    rows = {0: torch.export.Dim("rows", min=2, max=1000)}
+    program = torch.export.export(model, (h, y), dynamic_shapes=(rows, rows))
+    for times in (1, 5):
+        h, y = h.repeat(times, 1), y.repeat(times)
+        torch.testing.assert_close(program.module()(h, y), model(h, y))

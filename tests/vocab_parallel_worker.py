@@ -410,6 +410,12 @@ def dtensors() -> None:
     loss = pyloss.fused_linear_cross_entropy(h, placed(full_w, Replicate()), y, full_b)
     close(loss, pyloss.fused_linear_cross_entropy(h, full_w, y, full_b), torch.float64, "whole")
     assert not COUNT
+    # Anything may come as a DTensor that is the same everywhere.
+    tensors = [distribute_tensor(t.detach().clone(), mesh, [Replicate()]) for t in (h, full_w, y)]
+    whole_bias = placed(full_b, Replicate())
+    close(pyloss.fused_linear_cross_entropy(*tensors, whole_bias), loss, torch.float64, "all whole")
+    only_input = pyloss.fused_linear_cross_entropy(placed(h, Replicate()), full_w, y, full_b)
+    close(only_input, loss, torch.float64, "only the input")
     # Another dimension of the mesh replicates.
     both = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
     w = distribute_tensor(full_w.clone(), both, [Replicate(), Shard(0)])
@@ -431,6 +437,7 @@ def dtensors() -> None:
     raises(RuntimeError, "two dimensions", lambda: linear(h, twice, y))
     split_input = distribute_tensor(h.clone(), mesh, [Shard(0)])
     raises(RuntimeError, "input must be placed", lambda: linear(split_input, shard_w, y))
+    raises(RuntimeError, "input must be placed", lambda: linear(split_input, full_w, y))
     whole = placed(full_w, Replicate())
     raises(
         RuntimeError, "split by Shard(0)", lambda: vocab_parallel_linear_cross_entropy(h, whole, y)
@@ -458,6 +465,7 @@ def refusals() -> None:
     raises(TypeError, "group", lambda: vp(x, y, group="tp"))
     raises(ValueError, "strategy", lambda: linear(h, w, y, group=group, strategy="forward"))
     raises(ValueError, "filter", lambda: linear(h, w, y, group=group, filter=0.1))
+    raises(ValueError, "tiles", lambda: linear(h, w, y, group=group, strategy="tiles"))
     raises(RuntimeError, "same dtype", lambda: linear(h.float(), w, y, group=group))
     loss = linear(h, w, y, group=group)
     raises(RuntimeError, "create_graph", lambda: torch.autograd.grad(loss, h, create_graph=True))
@@ -557,6 +565,8 @@ def main() -> None:
         print(f"rank {rank}, {name}: ok", flush=True)
     print("all cases done", flush=True)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may end a process that shuts down in order
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def _flat_rows(target, token_weight, lead, classes):
 
 
 def linear_cross_entropy(
-    input, weight, target, bias, token_weight, group, settings, arguments, *, shift, filter=None,
+    input, weight, target, bias, token_weight, group, settings, arguments, *, shift,
     num_classes=None, first_class=None, dtensor_classes=None, smoothing_formula="torch",
 ):  # fmt: skip
     """The loss of a layer whose rows of weight and bias, local already, are split."""
@@ -312,8 +312,9 @@ def linear_cross_entropy(
         raise ValueError(f"a split weight must have two dimensions, got {weight.dim()}")
     if settings.strategy == "forward":
         raise ValueError("strategy='forward' needs all classes: no gradient before the gather")
-    if filter is not None:
-        raise ValueError("filter is not available for classes that are split over processes")
+    if settings.tiles is not None:
+        name = "filter" if settings.tiles > 0 else "strategy='tiles'"
+        raise ValueError(f"{name} is not available for classes that are split over processes")
     lead = tuple(input.shape[:-1])
     shift = layers._checked_shift(shift, lead)
     shard = shard_of(

@@ -473,7 +473,7 @@ def _broadcast_mix(lam, target, dtype):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(lam, Tensor):
         if lam.requires_grad:
-            raise RuntimeError("fused_cross_entropy is not differentiable with respect to lam")
+            raise RuntimeError("the loss is not differentiable with respect to lam")
     else:
         _check_number("lam", lam)
         if not 0.0 <= lam <= 1.0:
@@ -584,7 +584,7 @@ def _check_device(name, t, input):
 
 def _check_constant(name, t):
     if t.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"fused_cross_entropy is not differentiable with respect to {name}")
+        raise RuntimeError(f"the loss is not differentiable with respect to {name}")
 
 
 def _packed_options(

@@ -145,18 +145,18 @@ def fused_linear_cross_entropy(
         num_items=num_items,
     )
     settings = _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats)
-    if group is not None or split.is_dtensor(linear_weight) or split.is_dtensor(linear_bias):
-        tensors = (input, linear_weight, target, linear_bias, token_weight, weight)
+    tensors = (input, linear_weight, target, linear_bias, token_weight, weight)
+    if group is not None or any(map(split.is_dtensor, tensors)):
         tensors, group, classes = split.localize(tensors, group)
         input, linear_weight, target, linear_bias, token_weight, arguments["weight"] = tensors
         if group is not None:
             return split.linear_cross_entropy(
                 input, linear_weight, target, linear_bias, token_weight, group, settings, arguments,
-                shift=shift, filter=filter, dtensor_classes=classes,
+                shift=shift, dtensor_classes=classes,
             )  # fmt: skip
     layer = _checked_layer(input, linear_weight, linear_bias)
     if settings.tiles is not None:
-        _check_tiles(layer, target, settings, chunk, group, arguments)
+        _check_tiles(layer, target, settings, chunk, arguments)
     if layer[1].dim() > 2:
         return _k_dimensional(*layer, target, token_weight, shift, arguments)
     return _by_rows(*layer, target, token_weight, shift, settings, arguments)
@@ -272,7 +272,7 @@ def _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, retu
     return op.Settings(0 if chunk == "auto" else chunk, strategy, exact, tiles)
 
 
-def _check_tiles(layer, target, settings, chunk, group, arguments) -> None:
+def _check_tiles(layer, target, settings, chunk, arguments) -> None:
     """What the tile kernels do not have. The same on every device, so that a call is portable."""
     input, weight, _ = layer
     y = target[0] if isinstance(target, tuple) and target else target
@@ -286,7 +286,6 @@ def _check_tiles(layer, target, settings, chunk, group, arguments) -> None:
         "label_smoothing with tau other than 1": smoothing and tau != 1,
         f"return_stats {', '.join(map(repr, stats))}": stats,
         f"chunk={chunk}": chunk != "auto",
-        "group": group is not None,
         "label_smoothing with softcap": settings.tiles > 0 and smoothing and arguments["softcap"],
     }
     name = "filter" if settings.tiles > 0 else "strategy='tiles'"
@@ -500,4 +499,4 @@ def token_logprobs(
         chunk=chunk,
         group=group,
     )
-    return (found[1].logprob, found[1].entropy) if return_entropy else -found
+    return (found[1].logprob, found[1].entropy) if return_entropy else 0.0 - found  # not -0.0

@@ -45,6 +45,7 @@ _RESERVED = {
     "return_stats": _SCALAR,
     "token_weight": "is one tensor per batch, which an option of the model cannot be",
     "group": "is not supported: the output layer must hold all classes",
+    "options": "is there for torch's signature only",
 }
 
 _STATE = "_pyloss_loss"

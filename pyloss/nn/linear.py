@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 from torch import Tensor, nn
@@ -126,6 +127,12 @@ class LinearCrossEntropyLoss(nn.Module):
         self.out_features = tuple(out_features)
         self.reduction = reduction
         self.ignore_index = ignore_index
+        known = inspect.signature(F.fused_linear_cross_entropy).parameters
+        for name in loss_options:
+            if name not in known:
+                raise TypeError(
+                    f"LinearCrossEntropyLoss got an unexpected keyword argument {name!r}"
+                )
         self.loss_options = dict(loss_options)
 
     @property

@@ -27,16 +27,9 @@ _CHUNK_ROWS = (256, 4096)  # fewer rows make products slow, more bring nothing
 _PART_COLUMNS = 4096
 
 
-_ALL_ROWS = -1  # as a chunk
-
-
-def chunk_for_gradients(input: Tensor, wants_weight: bool) -> int:
-    """_ALL_ROWS where their logits take less than the weight's gradient in float32, which a single
-    chunk does without; else 0, for chunk_rows."""
-    n, features = input.shape
-    acc = accumulator_dtype(input.dtype)
-    one = wants_weight and n * input.dtype.itemsize <= features * acc.itemsize
-    return _ALL_ROWS if one and acc != input.dtype else 0
+# A chunk's length, where no number is given: by chunk_rows; or, where the weight's gradient is
+# wanted and its product comes in its own dtype, all rows if that takes less memory.
+AUTO, AUTO_FOR_WEIGHT = 0, -1
 
 
 def chunk_rows(classes: int, dtype: torch.dtype, device_type: str) -> int:
@@ -152,11 +145,20 @@ class Chunks:
         if call.ignored is not None and t.input.is_cpu and bool(call.ignored.any()):
             self.kept = (~call.ignored).nonzero().squeeze(1)
             self.rows = self.kept.shape[0]
-        wanted = chunk or chunk_rows(call.classes, t.input.dtype, t.input.device.type)
-        if chunk == _ALL_ROWS:
+        wanted = chunk
+        if chunk in (AUTO, AUTO_FOR_WEIGHT):
+            wanted = chunk_rows(call.classes, t.input.dtype, t.input.device.type)
+        if chunk == AUTO_FOR_WEIGHT and self._one_is_smaller():
             wanted = self.rows
         self.step = max(1, min(wanted, self.rows))
         self.height = rows._stat_rows(call.codes, call.options)
+
+    def _one_is_smaller(self) -> bool:
+        """Whether all logits take no more than the weight's gradient in float32, which one chunk
+        does without. (A float32 weight needs it in any case.)"""
+        x, acc = self.t.input, accumulator_dtype(self.t.input.dtype)
+        narrow = x.dtype != acc and self.t.linear_weight.dtype == x.dtype
+        return narrow and self.rows * x.dtype.itemsize <= x.shape[1] * acc.itemsize
 
     def __iter__(self):
         for begin in range(0, self.rows, self.step):
@@ -232,7 +234,8 @@ class Linear:
             fresh = torch.zeros_like if chunks.kept is not None else torch.empty_like
             self.results[0] = fresh(x, memory_format=torch.contiguous_format)
         # Where one chunk is all, its product is the result and needs no wider sum.
-        self.whole = chunks.rows <= chunks.step and not exact
+        narrow = t.linear_weight.dtype == x.dtype
+        self.whole = chunks.rows <= chunks.step and narrow and not exact
         if grads[1]:
             dtype = x.dtype if self.whole else acc
             self.results[1] = _advised(x.new_empty((classes, features), dtype=dtype))

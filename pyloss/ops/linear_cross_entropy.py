@@ -27,11 +27,12 @@ from torch import Tensor
 from pyloss.ops import _linear_tiles as tiles
 from pyloss.ops import row_softmax as rows
 from pyloss.ops._linear_chunks import (
+    AUTO,
+    AUTO_FOR_WEIGHT,
     Call,
     Chunks,
     Linear,
     Tensors,
-    chunk_for_gradients,
     ignored_rows,
 )
 from pyloss.ops._registry import (
@@ -170,10 +171,9 @@ def _reference_found(t: Tensors, options, codes, loss_dtype, wants):
     logits = _logits(t, codes)
     acc = accumulator_dtype(t.input.dtype)
     kwargs = rows._reference_kwargs(*t[3:], options, codes)
-    found = rows._reference(
+    return rows._reference(
         logits.to(acc), dict(kwargs, loss_dtype=loss_dtype), wants, codes[0] != DENSE
     )
-    return found
 
 
 def _logits(t: Tensors, codes) -> Tensor:
@@ -352,7 +352,7 @@ _ops = torch.ops.pyloss
 class Settings(NamedTuple):
     """How a call is carried out; the loss does not depend on it."""
 
-    chunk: int  # 0: automatic
+    chunk: int  # rows, or AUTO
     strategy: str
     exact: bool  # the weight's gradient from float32 products
     tiles: float | None = None  # by tiles, leaving out what this filter allows; None: by chunks
@@ -365,9 +365,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, *args):
         t, (options, codes, loss_dtype, wants, settings) = Tensors(*args[:8]), args[8]
         needed = sum(bit for bit, yes in zip(WANT_GRADS, ctx.needs_input_grad) if yes)
-        if not (settings.chunk or settings.exact):
-            chunk = chunk_for_gradients(t.input, bool(needed & WANT_GRADS[1]))
-            settings = settings._replace(chunk=chunk)
+        if settings.chunk == AUTO and needed & WANT_GRADS[1] and not settings.exact:
+            settings = settings._replace(chunk=AUTO_FOR_WEIGHT)
         ctx.compiling = torch.compiler.is_compiling()
         ctx.early = _may_be_early(t, codes, wants, settings)
         flags = wants | (needed if ctx.early else 0)
