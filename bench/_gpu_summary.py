@@ -80,8 +80,7 @@ def main(steps_file: str, out: str) -> int:
         tests[f"{name}_again"] = read_junit(work / f"{name}_again.xml")
     failed = [s["step"] for s in steps if s["status"] == "failed"]
     summary = {"ok": not failed, "failed": failed, "steps": steps, "tests": tests}
-    others = [work / f"{name}.json" for name in ("bench_linear_cross_entropy", "bench_cluster")]
-    others = [path for path in others if path.exists()]
+    others = sorted(work.glob("bench_*.json"))
     for path in others:  # in here, because OUT is limited to eight files
         summary[path.stem] = json.loads(path.read_text())
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -4,8 +4,8 @@
 #   bench/gpu_check.sh OUT [WHEELS]
 #
 # OUT     folder for the results, at most 8 files: build.log tests.log tests_gpu.xml tests_cpu.xml
-#         sanitizer.log bench.log bench.json summary.json (which also holds the results of
-#         linear_cross_entropy and of the cluster kernel: bench.json is that of row_softmax)
+#         sanitizer.log bench.log bench.json summary.json (which also holds the results of the other
+#         ops and of the cluster kernel: bench.json is that of row_softmax)
 # WHEELS  folder with wheels of peers (liger-kernel, cut-cross-entropy), optional
 #
 # Needs python3 with torch, pip, pytest, pybind11, cmake, ninja, setuptools; nvcc for the kernels.
@@ -288,10 +288,11 @@ if [[ $GPU == yes ]]; then
 else
   BENCH=(--device cpu --quick --threads 1)
 fi
-begin=$SECONDS
-bench linear_cross_entropy "$(allow 90 70)" "${BENCH[@]}" \
-  --json "$WORK/bench_linear_cross_entropy.json"
-judge_bench "bench, linear" $? $((SECONDS - begin))
+for op in linear_cross_entropy tensor_attention betti_matching; do
+  begin=$SECONDS
+  bench "$op" "$(allow 60 70)" "${BENCH[@]}" --json "$WORK/bench_$op.json"
+  judge_bench "bench, $op" $? $((SECONDS - begin))
+done
 begin=$SECONDS
 bench row_softmax "$(allow 600 12)" "${BENCH[@]}" --json "$OUT/bench.json"
 judge_bench bench $? $((SECONDS - begin))
