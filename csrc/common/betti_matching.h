@@ -1,0 +1,165 @@
+// Cubical persistence and Betti matching in 1D and 2D: what CPU and CUDA share.
+//
+// Image: rows x cols voxels, flat index p = row * cols + col; a signal of n values is n x 1. Cells:
+//
+//     vertex   p                  the voxel itself
+//     edge     2 p + axis         voxels p and p + cols (axis 0) or p + 1 (axis 1)
+//     square   p                  voxels p, p + 1, p + cols, p + cols + 1
+//
+// A cell's value is the largest of its voxels (sublevel filtration; superlevel negates the image).
+// Cells of one dimension are ordered by (value, id): a total order, so that every correct algorithm
+// finds the same pairs. Bars: dim 0 (vertex, edge), dim 1 (edge, square), without those of length
+// 0.
+//
+// Loss of one item and dimension, values b, d taken from the image at the voxels of the cells:
+//     matched              2 ((b - b')^2 + (d - d')^2)
+//     unmatched            (b - d)^2, or "extreme": 2 ((f_b - 1)^2 + f_d^2)
+// Papers: arXiv 2211.15272, 2407.04683.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/math.h"
+
+namespace pyloss {
+namespace betti {
+
+// --------------------------------------------------------------------------------------------------
+// Keys: unsigned integers in the order of the values, -0 and +0 equal.
+
+template <class R>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = uint64_t;
+};
+
+PYLOSS_HD inline uint32_t order_key(float x) {
+  x += 0.0f;  // -0 becomes +0
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u ^ (uint32_t(int32_t(u) >> 31) | 0x80000000u);
+}
+PYLOSS_HD inline uint64_t order_key(double x) {
+  x += 0.0;
+  uint64_t u;
+  memcpy(&u, &x, sizeof u);
+  return u ^ (uint64_t(int64_t(u) >> 63) | 0x8000000000000000u);
+}
+// The key of the filtration value: of x for sublevel sets, of -x for superlevel sets.
+template <class R>
+PYLOSS_HD inline typename KeyOf<R>::type filtration_key(R x, bool superlevel) {
+  return order_key(superlevel ? -x : x);
+}
+
+// --------------------------------------------------------------------------------------------------
+// Cells
+
+inline constexpr uint32_t kNone = 0xffffffffu;
+
+struct Grid {
+  uint32_t rows, cols;
+
+  PYLOSS_HD uint32_t voxels() const { return rows * cols; }
+  PYLOSS_HD uint32_t edges() const { return rows * cols * 2; }  // ids, not all of them cells
+  PYLOSS_HD bool is_edge(uint32_t e) const {
+    const uint32_t p = e >> 1;
+    return (e & 1) ? p % cols + 1 < cols : p / cols + 1 < rows;
+  }
+  PYLOSS_HD uint32_t second_end(uint32_t e) const { return (e >> 1) + ((e & 1) ? 1 : cols); }
+  // The squares on the two sides of an edge; kNone where the image ends.
+  PYLOSS_HD void sides(uint32_t e, uint32_t& before, uint32_t& after) const {
+    const uint32_t p = e >> 1, row = p / cols, col = p % cols;
+    if (e & 1) {
+      before = row > 0 ? p - cols : kNone;
+      after = row + 1 < rows ? p : kNone;
+    } else {
+      before = col > 0 ? p - 1 : kNone;
+      after = col + 1 < cols ? p : kNone;
+    }
+  }
+  PYLOSS_HD bool is_square(uint32_t p) const { return p / cols + 1 < rows && p % cols + 1 < cols; }
+};
+
+// The voxel that carries a cell's value, among equals the one with the largest index. `key` is
+// anything with operator[] that orders voxels by value.
+template <class Keys>
+PYLOSS_HD inline uint32_t edge_voxel(const Grid& g, const Keys& key, uint32_t e) {
+  const uint32_t p = e >> 1, q = g.second_end(e);
+  return key[p] > key[q] ? p : q;
+}
+template <class Keys>
+PYLOSS_HD inline uint32_t square_voxel(const Grid& g, const Keys& key, uint32_t p) {
+  uint32_t best = p;
+  if (key[p + 1] >= key[best]) best = p + 1;
+  if (key[p + g.cols] >= key[best]) best = p + g.cols;
+  if (key[p + g.cols + 1] >= key[best]) best = p + g.cols + 1;
+  return best;
+}
+
+// --------------------------------------------------------------------------------------------------
+// Loss
+
+struct Options {
+  bool superlevel;
+  bool extreme;            // cost of an unmatched bar: pushes its birth to the background, 0 in f
+  bool essential;          // dim 0 also matches the two oldest vertices, deaths equal
+  double min_persistence;  // unmatched bars of the input up to this length are left out
+  double matched_weight, unmatched_weight;  // in the gradient; the loss is reported per term
+  double dim_weight[2];  // likewise; negative: the dimension is not wanted at all
+};
+
+// Terms of the loss, in this order in the last axis of the result.
+enum Term { kMatched = 0, kUnmatchedInput = 1, kUnmatchedTarget = 2, kTerms = 3 };
+
+// a - b, 0 for equal infinities.
+template <class R>
+PYLOSS_HD inline R difference(R a, R b) {
+  return a == b ? R(0) : a - b;
+}
+
+template <class R>
+PYLOSS_HD inline R matched_term(R b, R d, R target_b, R target_d) {
+  const R x = difference(b, target_b), y = difference(d, target_d);
+  return 2 * (x * x + y * y);
+}
+// Half the derivative's chain: d matched_term / d b = 4 (b - b').
+template <class R>
+PYLOSS_HD inline R matched_slope(R value, R target_value) {
+  return 4 * difference(value, target_value);
+}
+
+template <class R>
+PYLOSS_HD inline R unmatched_term(R b, R d, bool extreme, bool superlevel) {
+  if (!extreme) {
+    const R x = difference(b, d);
+    return x * x;
+  }
+  const R from_one = superlevel ? b : b - 1, from_zero = superlevel ? 1 - d : d;
+  return 2 * (from_one * from_one + from_zero * from_zero);
+}
+template <class R>
+PYLOSS_HD inline void unmatched_slopes(R b, R d, bool extreme, bool superlevel, R& slope_b,
+                                       R& slope_d) {
+  if (!extreme) {
+    slope_b = 2 * difference(b, d);
+    slope_d = -slope_b;
+  } else {
+    slope_b = 4 * (superlevel ? b : b - 1);
+    slope_d = 4 * (superlevel ? d - 1 : d);
+  }
+}
+// Whether an unmatched bar of the input counts.
+template <class R>
+PYLOSS_HD inline bool counts(R b, R d, double min_persistence) {
+  const R length = difference(b, d);
+  return (length < 0 ? -length : length) > R(min_persistence);
+}
+
+}  // namespace betti
+}  // namespace pyloss
