@@ -7,6 +7,24 @@ cuda_archs: str
 def cuda_device_count() -> int: ...
 def simd_level() -> str: ...
 
+# `problem`, `options`: see csrc/bind/betti_matching.cpp.
+def betti_loss(
+    problem: Sequence[int],
+    options: Sequence[float],
+    input: int,
+    target: int,
+    loss: int,
+    grad: int,
+    threads: int,
+    /,
+) -> None: ...
+def betti_matching(
+    problem: Sequence[int], input: int, target: int, threads: int, /
+) -> tuple[bytearray, bytearray, bytearray]: ...
+def persistence_pairs(
+    problem: Sequence[int], input: int, essential: bool, threads: int, /
+) -> bytearray: ...
+
 # `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
 # a dtype code, a count, or a stream handle.
 def row_softmax_fwd(

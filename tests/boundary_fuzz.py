@@ -170,6 +170,19 @@ def tensor_attention_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    x, target = address(buffers["x"]), address(buffers["target"])
+    flag = Field([0, 1], [2, -1, *HUGE])
+    problem = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), code(0, 1), *[flag] * 3]
+    options = [number(0.0, 1.0), number(0.0, 1.0), number(0.0), *[number(1.0)] * 4]
+    grad = Field([0, buffers["grad"].address], [0])
+    return {
+        "betti_loss": [problem, options, x, target, address(buffers["loss"]), grad, THREADS],
+        "betti_matching": [problem, x, target, THREADS],
+        "persistence_pairs": [problem, x, Field([True, False], [2, -1]), THREADS],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (part if isinstance(part, list) else [part])]
 
@@ -208,8 +221,12 @@ def main() -> None:
     names += " grad_loss cotangents cotangents2 v grad_rows factor"
     buffers = {name: Buffer() for name in names.split()}
     buffers["scratch"] = Buffer(SCRATCH)
-    templates = {**row_softmax_calls(buffers), **linear_cross_entropy_calls(buffers)}
-    templates |= tensor_attention_calls(buffers)
+    templates = {
+        **row_softmax_calls(buffers),
+        **linear_cross_entropy_calls(buffers),
+        **betti_matching_calls(buffers),
+        **tensor_attention_calls(buffers),
+    }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
     unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}
     unknown -= {name for name in functions if name.endswith("_scratch_bytes")}

@@ -111,7 +111,7 @@ struct Options {
   bool essential;          // dim 0 also matches the two oldest vertices, deaths equal
   double min_persistence;  // unmatched bars of the input up to this length are left out
   double matched_weight, unmatched_weight;  // in the gradient; the loss is reported per term
-  double dim_weight[2];  // likewise; negative: the dimension is not wanted at all
+  double dim_weight[2];  // likewise
 };
 
 // Terms of the loss, in this order in the last axis of the result.
@@ -128,7 +128,7 @@ PYLOSS_HD inline R matched_term(R b, R d, R target_b, R target_d) {
   const R x = difference(b, target_b), y = difference(d, target_d);
   return 2 * (x * x + y * y);
 }
-// Half the derivative's chain: d matched_term / d b = 4 (b - b').
+// Derivative of matched_term by b; by d likewise.
 template <class R>
 PYLOSS_HD inline R matched_slope(R value, R target_value) {
   return 4 * difference(value, target_value);

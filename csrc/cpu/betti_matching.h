@@ -1,0 +1,39 @@
+// Persistence pairs, Betti matching and its loss, of batches of images of one or two dimensions.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/betti_matching.h"
+#include "common/dtype.h"
+
+namespace pyloss {
+namespace cpu {
+
+struct BettiBatch {
+  const void* input;   // [items][rows][cols], float32 or float64
+  const void* target;  // likewise; null where only bars are asked for
+  DType dtype;
+  int64_t items, rows, cols;
+  int dims;  // dimensions that a result tells apart: 1 or 2
+  bool superlevel, wanted[2];
+};
+
+// Throws std::invalid_argument where an image holds NaN.
+void betti_loss(const BettiBatch& batch, const betti::Options& options,
+                void* loss,  // [items][dims][kTerms]
+                void* grad,  // [items][rows][cols] or null
+                int threads);
+
+// Rows of int64, sorted.
+struct BettiRows {
+  std::vector<int64_t> matched;           // item, dim, 4 voxels, 6 cells
+  std::vector<int64_t> unmatched_input;   // item, dim, 2 voxels, 2 cells
+  std::vector<int64_t> unmatched_target;  // likewise
+};
+BettiRows betti_matching(const BettiBatch& batch, int threads);
+// Rows as the unmatched ones above; the essential class has death -1.
+std::vector<int64_t> persistence_pairs(const BettiBatch& batch, bool essential, int threads);
+
+}  // namespace cpu
+}  // namespace pyloss

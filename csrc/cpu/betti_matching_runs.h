@@ -1,0 +1,123 @@
+// The parts of Betti matching on one image of up to two dimensions: sorting voxels, and the two
+// union-find runs over its edges. betti_matching.cpp puts them together.
+//
+// Inside, voxels have padded indices: a frame of one row above and below and one column shared by
+// the left and the right, so that no neighbour needs a test of its coordinates. The order of
+// indices, and with it every tie, is that of the unpadded ones. An edge is 2 v + axis, a square its
+// corner v, as in common/betti_matching.h with `stride` in place of `cols`.
+//
+// Sorting. LSD radix sort of the voxels' keys (11 bits a pass, passes in which all digits agree are
+// skipped), two buckets for an image of two values. Edges are not sorted: taken voxel by voxel in
+// ascending order, each with its edges to smaller neighbours, they come out ascending already;
+// among equal voxels two streams are merged.
+//
+// Memory traffic: about 40 bytes per voxel and run, in random order, hence the prefetches. All
+// integer work; results do not depend on threads.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/betti_matching.h"
+
+namespace pyloss {
+namespace cpu {
+namespace betti_runs {
+
+using betti::kNone;
+
+struct Frame {
+  uint32_t rows, cols, stride;
+  double inverse;
+
+  Frame(uint32_t r, uint32_t c) : rows(r), cols(c), stride(c + 1), inverse(1.0 / stride) {}
+  uint32_t voxels() const { return rows * cols; }
+  uint32_t size() const { return (rows + 2) * stride + 1; }
+  uint32_t padded(uint32_t row, uint32_t col) const { return (row + 1) * stride + col; }
+  // Without a division: exact, since (v + 1/2) / stride is at least 1 / (2 stride) from any
+  // integer.
+  uint32_t flat(uint32_t v) const {
+    const uint32_t row = uint32_t((v + 0.5) * inverse);
+    return v - row - cols;
+  }
+  uint32_t flat_edge(uint32_t e) const { return 2 * flat(e >> 1) + (e & 1); }
+  uint32_t second_end(uint32_t e) const { return (e >> 1) + ((e & 1) ? 1 : stride); }
+};
+
+// Uninitialised array; one per buffer, because malloc keeps freed ones for the next image.
+template <class T>
+class Array {
+ public:
+  Array() = default;
+  explicit Array(size_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T) + 1))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](size_t i) const { return data_.get()[i]; }
+  explicit operator bool() const { return bool(data_); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Set in Order::voxel where the next voxel has the same value.
+inline constexpr uint32_t kTie = 0x80000000u;
+
+struct Order {
+  Array<uint32_t> voxel;     // [voxels] ascending in (value, index)
+  Array<uint32_t> position;  // [size] of each voxel therein; kNone in the frame
+  bool ties = false;
+
+  uint32_t at(uint32_t position) const { return voxel[position] & ~kTie; }
+};
+
+// Keys in padded places. False if there is a NaN.
+template <class R>
+bool make_keys(const R* image, const Frame& f, bool superlevel,
+               typename betti::KeyOf<R>::type* keys);
+template <class K>
+Order sort_voxels(const K* keys, const Frame& f);
+// The order of min(a, b), from the orders of a and b.
+template <class K>
+Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_b, const Frame& f);
+
+struct Bar {
+  uint32_t birth, death;              // cells
+  uint32_t birth_voxel, death_voxel;  // all four padded
+};
+// A bar of the comparison image, and the births that die with it in the two images; in dimension 1
+// these are looked up later, by `death`.
+struct ComparisonBar {
+  uint32_t birth, death;
+  uint32_t in_input, in_target;
+};
+
+// Dimension 0: Kruskal with the elder rule. `cycles` receives, ascending, the edges that join
+// nothing: exactly the edges of the dual spanning tree. [voxels]
+void run_dim0(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_count,
+              std::vector<Bar>& bars);
+// The same for the comparison image, with the oldest vertices of input and target beside its own.
+void run_dim0_comparison(const Order& o, const Order& input, const Order& target, const Frame& f,
+                         uint32_t* cycles, uint32_t& cycle_count, std::vector<ComparisonBar>& bars);
+
+// positions -> position of the first voxel of the same value.
+void positions_to_ranks(Order& o, const Frame& f);
+// Per square the rank of its value. [size]
+void square_ranks(const Order& o, const Frame& f, uint32_t* ranks);
+
+// Dimension 1: the dual run over `cycles`, descending. `o` holds ranks. With `comparison` (ranks of
+// the squares of the comparison image), `bar_of` [size, kNone] receives the number of the bar by
+// the square that dies with it in the comparison image.
+void run_dim1(const Order& o, const uint32_t* squares, const Frame& f, const uint32_t* cycles,
+              uint32_t cycle_count, std::vector<Bar>& bars, const uint32_t* comparison,
+              uint32_t* bar_of);
+
+}  // namespace betti_runs
+}  // namespace cpu
+}  // namespace pyloss
