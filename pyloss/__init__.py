@@ -23,18 +23,25 @@ if _C.version != __version__:
         "pyloss so that both are built together"
     )
 
-from pyloss import functional, nn
+from pyloss import functional, metrics, nn
 from pyloss.backends import backend, show_config
 from pyloss.functional import (
+    BettiMatching,
+    PersistencePairs,
     RowStats,
+    betti_matching,
+    betti_matching_loss,
     comp_sum_loss,
     focal_loss,
     fused_cross_entropy,
     fused_linear_cross_entropy,
     tensor_attention,
+    persistence_pairs,
     token_logprobs,
 )
+from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
 from pyloss.nn import (
+    BettiMatchingLoss,
     CompSumLoss,
     CrossEntropyLoss,
     FocalLoss,
@@ -43,19 +50,29 @@ from pyloss.nn import (
 )
 
 __all__ = [
+    "BettiMatching",
+    "BettiMatchingLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "PersistencePairs",
     "RowStats",
     "backend",
+    "betti_matching",
+    "betti_matching_error",
+    "betti_matching_loss",
+    "betti_number_error",
+    "betti_numbers",
     "comp_sum_loss",
     "focal_loss",
     "functional",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
+    "metrics",
     "nn",
+    "persistence_pairs",
     "show_config",
     "tensor_attention",
     "token_logprobs",

@@ -12,10 +12,12 @@ import torch
 import pyloss
 import pyloss.distributed
 import pyloss.functional
+import pyloss.metrics
 import pyloss.nn
 import pyloss.testing
 
 MODULES = [pyloss, pyloss.distributed, pyloss.functional, pyloss.nn, pyloss.testing]
+MODULES = [pyloss, pyloss.functional, pyloss.metrics, pyloss.nn, pyloss.testing]
 
 
 def public_objects(*modules: Any) -> list[Any]:
@@ -41,7 +43,7 @@ def test_headline_names() -> None:
         assert name in pyloss.__all__
 
 
-@pytest.mark.parametrize("obj", public_objects(pyloss, pyloss.functional, pyloss.nn))
+@pytest.mark.parametrize("obj", public_objects(*MODULES[:-1]))
 def test_docstring_example(obj: Any) -> None:
     text = inspect.getdoc(obj)
     assert text, "no docstring"

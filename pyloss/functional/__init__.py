@@ -22,13 +22,26 @@ from pyloss.functional.preference import (
     grpo_loss,
     sequence_logprobs,
 )
+from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.topology import (
+    BettiMatching,
+    PersistencePairs,
+    betti_matching,
+    betti_matching_loss,
+    persistence_pairs,
+)
 
 __all__ = [
+    "BettiMatching",
     "DPOMetrics",
     "GRPOMetrics",
+    "PersistencePairs",
     "RowStats",
     "TensorAttentionCost",
+    "betti_matching",
+    "betti_matching_loss",
     "comp_sum_loss",
+    "dice_cross_entropy_loss",
     "dpo_loss",
     "focal_loss",
     "fused_cross_entropy",
@@ -36,9 +49,11 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_distillation_loss",
+    "persistence_pairs",
     "sequence_logprobs",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_n",
+    "soft_dice_loss",
     "token_logprobs",
 ]

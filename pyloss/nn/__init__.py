@@ -8,12 +8,17 @@ from pyloss.nn.classification import (
     GeneralizedCrossEntropyLoss,
 )
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
+    "BettiMatchingLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
+    "DiceCELoss",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "TensorAttention",
+    "SoftDiceLoss",
 ]

@@ -1,0 +1,17 @@
+"""Metrics: functions without a gradient, and accumulators over batches."""
+
+from pyloss.metrics.topology import (
+    BettiMatchingError,
+    BettiNumberError,
+    betti_matching_error,
+    betti_number_error,
+    betti_numbers,
+)
+
+__all__ = [
+    "BettiMatchingError",
+    "BettiNumberError",
+    "betti_matching_error",
+    "betti_number_error",
+    "betti_numbers",
+]

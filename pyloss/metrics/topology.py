@@ -1,0 +1,260 @@
+"""Topology metrics: Betti numbers of masks, and errors of segmentations by feature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss.functional import topology as F
+
+
+@torch.no_grad()
+def betti_numbers(mask: Tensor, spatial_dims: int | None = None) -> Tensor:
+    r"""Betti numbers of masks: components :math:`b_0` and, in 2D, holes :math:`b_1`.
+
+    The foreground is 4-connected, the background 8-connected.
+
+    Args:
+        mask: ``(*batch, *spatial)``, any real dtype; what is not 0 is foreground.
+        spatial_dims: number of trailing spatial dimensions, 1 or 2; default: ``mask.dim() - 2``.
+
+    Returns:
+        int64 ``(*batch, spatial_dims)``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`pyloss.persistence_pairs`.
+
+    Example:
+        >>> import torch, pyloss
+        >>> ring = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]])
+        >>> pyloss.betti_numbers(ring, spatial_dims=2)
+        tensor([1, 1])
+
+    Reference:
+        Stucki et al. arXiv 2211.15272.
+    """
+    F._check_tensor("mask", mask)
+    mask = mask != 0
+    pairs = F.persistence_pairs(mask, spatial_dims, filtration="superlevel")
+    # Every bar of a mask is born in the foreground and dies in the background; the component that
+    # never dies is missing, and is one of the foreground if there is any.
+    counts = pairs.counts
+    spatial = counts.shape[1]
+    batch = tuple(mask.shape[: mask.dim() - spatial])
+    counts[:, 0] += mask.reshape(counts.shape[0], -1).any(1) if counts.shape[0] else 0
+    return counts.view(*batch, spatial)
+
+
+@torch.no_grad()
+def betti_number_error(
+    input: Tensor,
+    target: Tensor,
+    threshold: float = 0.5,
+    *,
+    include_background: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Difference of Betti numbers, :math:`|b_d(x \ge t) - b_d(y \ge t)|`.
+
+    Args:
+        input: ``(N, C, *spatial)`` probabilities.
+        target: of the same shape, or class indices ``(N, *spatial)``.
+        threshold: values from here on are foreground.
+        include_background: False leaves out channel 0 if there are others.
+        reduction: ``"mean"`` or ``"sum"`` over items and channels, ``"none"``.
+
+    Returns:
+        Per dimension ``(D)``; ``(N, C, D)`` with ``reduction="none"``. float32.
+
+    Raises:
+        TypeError, ValueError, IndexError, NotImplementedError: as
+            :func:`pyloss.betti_matching_loss`.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.zeros(1, 1, 5, 5), torch.zeros(1, 1, 5, 5)
+        >>> x[..., 1:4, 1:4], y[..., 0, 0] = 0.9, 1
+        >>> x[..., 2, 2] = 0.2
+        >>> pyloss.betti_number_error(x, y)  # one component each, one hole too many
+        tensor([0., 1.])
+
+    Reference:
+        Stucki et al. arXiv 2211.15272.
+    """
+    x, y = _masks(input, target, threshold, include_background)
+    return _reduced((betti_numbers(x) - betti_numbers(y)).abs().float(), reduction)
+
+
+@torch.no_grad()
+def betti_matching_error(
+    input: Tensor,
+    target: Tensor,
+    threshold: float = 0.5,
+    *,
+    normalize: bool = False,
+    binarize: bool = True,
+    include_background: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Number of features of either mask that the other does not have in the same place.
+
+    Args:
+        input: ``(N, C, *spatial)`` probabilities.
+        target: of the same shape, or class indices ``(N, *spatial)``.
+        threshold: values from here on are foreground.
+        normalize: the sum over the dimensions, divided by the number of features of the target and
+            at most 1; a target without features gives 0, or 1 if there is any error.
+        binarize: False: the Betti matching loss of each dimension instead, ``threshold`` unused.
+        include_background: False leaves out channel 0 if there are others.
+        reduction: ``"mean"`` or ``"sum"`` over items and channels, ``"none"``.
+
+    Returns:
+        Per dimension ``(D)``, with ``normalize`` 0-d; with ``reduction="none"`` ``(N, C, D)`` or
+        ``(N, C)``. float32.
+
+    Raises:
+        TypeError, ValueError, IndexError, NotImplementedError: as
+            :func:`pyloss.betti_matching_loss`.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.zeros(1, 1, 5, 5), torch.zeros(1, 1, 5, 5)
+        >>> x[..., 0, 0], y[..., 4, 4], y[..., 0, 0] = 1, 1, 1
+        >>> pyloss.betti_matching_error(x, y)  # a component of the target has no counterpart
+        tensor([1., 0.])
+
+    Reference:
+        Stucki et al. arXiv 2211.15272. Normalised: Berger et al. arXiv 2403.11001.
+    """
+    if not binarize:
+        if normalize:
+            raise ValueError("normalize needs binarize=True")
+        dims = range(input.dim() - 2)
+        options = dict(include_background=include_background, reduction="none")
+        per_dim = [F.betti_matching_loss(input, target, dims=[d], **options) for d in dims]
+        return _reduced(torch.stack(per_dim, -1).float(), reduction)
+    x, y = _masks(input, target, threshold, include_background)
+    counts = F.betti_matching(x, y).counts
+    error = (counts[..., 1] + counts[..., 2]).view(*x.shape[:2], -1).float()
+    if not normalize:
+        return _reduced(error, reduction)
+    features = betti_numbers(y).sum(-1)
+    error = error.sum(-1)
+    share = (error / features.clamp(min=1)).clamp(max=1.0)
+    return _reduced(torch.where(features == 0, (error > 0).float(), share), reduction)
+
+
+def _masks(input, target, threshold, include_background):
+    F._check_tensor("input", input)
+    F._check_tensor("target", target)
+    F._checked_spatial_dims(input, None)
+    target = F._expanded(target, input)
+    F._check_same_shape(input, target)
+    if not include_background and input.shape[1] > 1:
+        input, target = input[:, 1:], target[:, 1:]
+    for name, x in (("input", input), ("target", target)):
+        if x.is_floating_point() and bool(x.isnan().any()):
+            raise ValueError(f"{name} must not contain NaN")
+    return input >= threshold, target >= threshold
+
+
+def _reduced(x: Tensor, reduction: str) -> Tensor:
+    F._one_of("reduction", reduction, ("none", "mean", "sum"))
+    if reduction == "none":
+        return x
+    total = x.sum((0, 1))
+    return total if reduction == "sum" else total / max(x.shape[0] * x.shape[1], 1)
+
+
+class _Mean:
+    """Mean of a metric over all items and channels seen since the last reset."""
+
+    def __init__(self, **options) -> None:
+        self.options = options
+        self.reset()
+
+    def _measure(self, input: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def update(self, input: Tensor, target: Tensor) -> None:
+        """Adds a batch; arguments as for the function."""
+        found = self._measure(input, target).double()
+        total = found.sum((0, 1))
+        self._total = total if self._total is None else self._total + total
+        self._count += found.shape[0] * found.shape[1]
+
+    def compute(self) -> Tensor:
+        """The mean so far; RuntimeError before the first update."""
+        if self._total is None:
+            raise RuntimeError(f"{type(self).__name__}.compute() before update()")
+        return (self._total / max(self._count, 1)).float()
+
+
+class BettiNumberError(_Mean):
+    r"""Mean over batches of :func:`pyloss.betti_number_error`, :math:`|b_d(x) - b_d(y)|`.
+
+    Args:
+        threshold: values from here on are foreground.
+        **options: the other keyword arguments of the function, except ``reduction``.
+
+    Shape:
+        - input: ``(N, C, *spatial)``; target: the same, or ``(N, *spatial)``
+        - compute: ``(D)``
+
+    Raises:
+        As :func:`pyloss.betti_number_error`; RuntimeError: ``compute`` before ``update``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> metric = pyloss.metrics.BettiNumberError()
+        >>> for _ in range(3):
+        ...     metric.update(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16) > 0.5)
+        >>> metric.compute().shape
+        torch.Size([2])
+
+    Reference:
+        Stucki et al. arXiv 2211.15272.
+    """
+
+    def __init__(self, threshold: float = 0.5, **options) -> None:
+        super().__init__(threshold=threshold, **options)
+
+    def _measure(self, input, target):
+        return betti_number_error(input, target, **self.options, reduction="none")
+
+
+class BettiMatchingError(_Mean):
+    r"""Mean over batches of :func:`pyloss.betti_matching_error`, the number of unmatched features.
+
+    Args:
+        threshold: values from here on are foreground.
+        **options: the other keyword arguments of the function, except ``reduction``.
+
+    Shape:
+        - input: ``(N, C, *spatial)``; target: the same, or ``(N, *spatial)``
+        - compute: ``(D)``; 0-d with ``normalize=True``
+
+    Raises:
+        As :func:`pyloss.betti_matching_error`; RuntimeError: ``compute`` before ``update``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> metric = pyloss.metrics.BettiMatchingError(normalize=True)
+        >>> metric.update(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16) > 0.5)
+        >>> metric.compute().shape
+        torch.Size([])
+
+    Reference:
+        Stucki et al. arXiv 2211.15272.
+    """
+
+    def __init__(self, threshold: float = 0.5, **options) -> None:
+        super().__init__(threshold=threshold, **options)
+
+    def _measure(self, input, target):
+        return betti_matching_error(input, target, **self.options, reduction="none")
