@@ -78,7 +78,7 @@ __all__ = [
     "token_logprobs",
 ]
 
-_LAZY = ("demo", "distributed", "integrations", "reference", "testing")
+_LAZY = ("demo", "distributed", "integrations", "reference", "testing", "visualize")
 
 
 def __getattr__(name: str):

@@ -24,7 +24,11 @@ PYTHON_LAYERS = {
     "pyloss.nn": {"torch", "pyloss.functional"},
     "pyloss.backends": {"torch", "pyloss._C"},
     "pyloss.testing": {"torch", "pyloss", "pyloss.reference", "pyloss.functional"},
-    "pyloss.demo": {"torch", "numpy", "matplotlib", "pyloss", "pyloss.functional", "pyloss.nn"},
+    "pyloss.visualize": {"torch", "matplotlib"},
+    "pyloss.demo": {
+        *{"torch", "numpy", "matplotlib", "skimage"},
+        *{"pyloss", "pyloss.functional", "pyloss.nn", "pyloss.metrics", "pyloss.visualize"},
+    },
     "pyloss": {
         *{"torch", "pyloss._C", "pyloss.backends"},
         *{"pyloss.functional", "pyloss.metrics", "pyloss.nn"},

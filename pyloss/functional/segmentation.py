@@ -1,0 +1,431 @@
+"""Region losses of segmentation: soft Dice, soft Jaccard, and their sums with cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyloss.functional import classification as rows
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def soft_dice_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool | None = None,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: float | Sequence[float] | Tensor | None = None,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Soft Dice loss, or soft Jaccard, of each item and class; MONAI's argument names.
+
+    With p the prediction, t the target, and sums over the voxels of one channel of one item:
+
+    .. math::
+        \ell = 1 - \frac{2\,I + \mathrm{nr}}{P + T + \mathrm{dr}}, \qquad
+        \mathrm{jaccard}:\ \ell = 1 - \frac{2\,I + \mathrm{nr}}{2 (P + T - I) + \mathrm{dr}}, \qquad
+        I = \sum p\,t,\quad P = \sum p^k,\quad T = \sum t^k
+
+    with k = 2 for ``squared_pred``, else 1.
+
+    Args:
+        input: ``(N, C, *)`` with any number of spatial axes; probabilities, or logits together with
+            ``sigmoid``, ``softmax`` or ``other_act``. float32, bfloat16, float16 or float64; half
+            types are computed in float32.
+        target: one of
+
+            - one-hot or soft, ``(N, C, *)``: floating, bool or integer
+            - class indices ``(N, *)`` or ``(N, 1, *)``, C > 1: int64, int32, int16, int8 or uint8
+            - a mask ``(N, *)`` or ``(N, 1, *)``, C = 1
+        include_background: False leaves channel 0 out, where C > 1.
+        to_onehot_y: True: ``target`` holds class indices; False: it has the shape of ``input``;
+            None: its shape says which.
+        sigmoid, softmax, other_act: applied to ``input``, at most one of them.
+        squared_pred: squares in the denominator.
+        jaccard: Jaccard index in place of Dice.
+        reduction: ``"none" | "mean" | "sum"`` over items and classes.
+        smooth_nr, smooth_dr: added to numerator and denominator, >= 0. A class that is neither in
+            the target nor predicted has loss ``1 - smooth_nr / smooth_dr``.
+        batch: sums run over the items too, so that there is one value per class.
+        weight: factor of each class that counts (without the background where it is left out), or
+            one number, >= 0. The mean does not divide by it.
+        soft_label: ``I = (P + T - sum |p - t|) / 2``, which is smallest at p = t for soft targets
+            too; the same for hard targets, and where ``squared_pred`` is set.
+        ignore_index: voxels of this class add nothing. Class indices and masks only.
+
+    Returns:
+        The loss: 0-d, or ``(N, C')`` with ``reduction="none"``, ``(C')`` with ``batch``; C' classes
+        count. Of the dtype of ``input``; float32 for half types under autocast.
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: shapes that do not fit, an unknown ``reduction``, more than one activation,
+            softmax of one channel, a negative weight or smoothing.
+        RuntimeError: class indices or weights of the wrong dtype; different devices.
+        IndexError: a class index out of range (CPU). On CUDA and in compiled code, where raising
+            would need a synchronisation, loss and gradient of that item are NaN.
+        NotImplementedError: integer ``input``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+        >>> target = torch.randint(3, (2, 8, 8))
+        >>> loss = pyloss.functional.soft_dice_loss(logits, target, softmax=True)
+        >>> loss.backward()
+
+    Reference:
+        Milletari, Navab, Ahmadi. V-Net. arXiv 1606.04797 (``squared_pred``). Soft labels: Wang,
+        Ning, Blaschko. Jaccard Metric Losses. arXiv 2302.05666.
+    """
+    value = _dice(
+        input,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        squared_pred=squared_pred,
+        jaccard=jaccard,
+        reduction=reduction,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        batch=batch,
+        weight=weight,
+        soft_label=soft_label,
+        ignore_index=ignore_index,
+    )
+    return value.to(_result_dtype(input))
+
+
+def dice_cross_entropy_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool | None = None,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: Tensor | None = None,
+    lambda_dice: float = 1.0,
+    lambda_ce: float = 1.0,
+    label_smoothing: float = 0.0,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Soft Dice plus cross entropy of the same logits; MONAI's argument names.
+
+    .. math:: \ell = \lambda_\mathrm{dice}\, \ell_\mathrm{dice}(\mathrm{act}(x), t)
+              + \lambda_\mathrm{ce}\, \ell_\mathrm{ce}(x, t)
+
+    The cross entropy is :func:`pyloss.fused_cross_entropy` over the C channels, background
+    included; with one channel it is the binary cross entropy of logits.
+
+    Args:
+        input: logits ``(N, C, *)``.
+        target: as in :func:`soft_dice_loss`.
+        include_background, to_onehot_y, other_act, squared_pred, jaccard, smooth_nr, smooth_dr,
+            batch, soft_label: as there; the Dice part only.
+        sigmoid, softmax: activation of the Dice part.
+        reduction: ``"mean" | "sum"``.
+        weight: weight of each class ``(C)`` in both parts; with one channel the weight of the
+            positive voxels ``(1)``, in the cross entropy alone.
+        lambda_dice, lambda_ce: factors of the parts, >= 0.
+        label_smoothing: of the cross entropy, in [0, 1]; C > 1 only.
+        ignore_index: voxels of this class add nothing to either part. Class indices and masks only.
+
+    Returns:
+        The loss, 0-d, of the dtype of ``input``; float32 for half types under autocast.
+
+    Raises:
+        ValueError: ``reduction="none"``: the parts have different shapes; a negative factor; label
+            smoothing with one channel.
+        Otherwise as :func:`soft_dice_loss` and :func:`pyloss.fused_cross_entropy`.
+
+    Example:
+        >>> import torch, pyloss
+        >>> logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+        >>> target = torch.randint(3, (2, 8, 8))
+        >>> loss = pyloss.functional.dice_cross_entropy_loss(logits, target, softmax=True)
+        >>> loss.backward()
+
+    Reference:
+        Isensee et al. nnU-Net. arXiv 1809.10486. Cross entropy: see
+        :func:`pyloss.fused_cross_entropy`.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
+        rows._check_range(name, value, 0.0)
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    # What is wrong with the tensors is found here, before they are indexed below.
+    channels = _checked_channels(input)
+    dice_weight = weight if channels > 1 else None
+    if dice_weight is not None and not include_background:
+        dice_weight = dice_weight[1:]
+    dice = _dice(
+        input,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        squared_pred=squared_pred,
+        jaccard=jaccard,
+        reduction=reduction,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        batch=batch,
+        weight=dice_weight,
+        soft_label=soft_label,
+        ignore_index=ignore_index,
+    )
+    labels, is_index = _split_target(input, target, to_onehot_y)
+    if channels == 1:
+        if label_smoothing:
+            raise ValueError("label_smoothing needs at least 2 channels, input has 1")
+        ce = _binary_cross_entropy(input, labels, weight, reduction, ignore_index)
+    else:
+        if is_index:
+            # The class numbers were checked above; the op takes three of the integer dtypes.
+            labels = labels if labels.dtype in rows._INDEX_DTYPES else labels.long()
+            # Without an ignored class nothing may be: a negative label is an error above.
+            ignored = -100 if ignore_index is None else ignore_index
+        else:
+            labels = labels if labels.is_floating_point() else labels.to(input.dtype)
+            ignored = -100
+        ce = rows.fused_cross_entropy(
+            input,
+            labels,
+            weight,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            ignore_index=ignored,
+            loss_dtype=_acc_dtype(input),
+        )
+    return (lambda_dice * dice + lambda_ce * ce).to(_result_dtype(input))
+
+
+def _dice(
+    input,
+    target,
+    *,
+    include_background,
+    to_onehot_y,
+    sigmoid,
+    softmax,
+    other_act,
+    squared_pred,
+    jaccard,
+    reduction,
+    smooth_nr,
+    smooth_dr,
+    batch,
+    weight,
+    soft_label,
+    ignore_index,
+) -> Tensor:
+    """The Dice loss in the dtype of the sums."""
+    channels = _checked_channels(input)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
+        raise ValueError("at most one of sigmoid, softmax and other_act may be set")
+    if other_act is not None and not callable(other_act):
+        raise TypeError(f"other_act must be callable, got {type(other_act).__name__}")
+    if softmax and channels == 1:
+        raise ValueError("softmax over one channel is 1 everywhere: use sigmoid=True")
+    for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
+        rows._check_range(name, value, 0.0)
+
+    labels, is_index = _split_target(input, target, to_onehot_y)
+    if ignore_index is not None and not is_index and channels > 1:
+        raise ValueError("ignore_index needs class indices, target is one-hot")
+    first = 0 if include_background or channels == 1 else 1
+    weight = _checked_weight(weight, channels - first, input)
+
+    p = _activated(input, sigmoid, softmax, other_act)[:, first:]
+    ignored = None if ignore_index is None else _as_channel(labels, input) == ignore_index
+    poison = None
+    if is_index:
+        poison = _checked_classes(labels, channels, ignore_index)
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        classes = torch.arange(first, channels, device=labels.device).view(shape)
+        t = labels.unsqueeze(1) == classes  # one byte per voxel and class
+    else:
+        t = labels[:, first:]
+    if ignored is not None:
+        p = p.masked_fill(ignored, 0)
+        t = t.masked_fill(ignored, 0)
+
+    dims = [*([0] if batch else []), *range(2, input.dim())]
+    total_p = _sum(p.square() if squared_pred else p, dims, p.dtype)
+    # The squares of a bool are itself, and so is what a byte would overflow in.
+    total_t = _sum(t.to(p.dtype).square() if squared_pred and t.dtype != torch.bool else t, dims,
+                   p.dtype)  # fmt: skip
+    if soft_label and not squared_pred:
+        inside = 0.5 * (total_p + total_t - _sum((p - t.to(p.dtype)).abs(), dims, p.dtype))
+    else:
+        inside = _sum(p * t, dims, p.dtype)
+    outside = 2 * (total_p + total_t - inside) if jaccard else total_p + total_t
+    value = 1 - (2 * inside + smooth_nr) / (outside + smooth_dr)
+    if poison is not None:
+        value = value * (poison.amax(0) if batch else poison)
+    if weight is not None:
+        value = value * weight.to(value.dtype)
+    if reduction == "mean":
+        return value.mean()
+    return value.sum() if reduction == "sum" else value
+
+
+def _sum(values, dims, dtype):
+    # sum(dim=[]) would be the sum over everything.
+    return values.sum(dims, dtype=dtype) if dims else values.to(dtype)
+
+
+def _acc_dtype(input):
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _result_dtype(input):
+    if input.dtype in (torch.bfloat16, torch.float16) and rows._autocast(input):
+        return torch.float32
+    return input.dtype
+
+
+def _activated(input, sigmoid, softmax, other_act):
+    if softmax:
+        return torch.softmax(input, 1, dtype=_acc_dtype(input))
+    input = input.to(_acc_dtype(input))
+    if sigmoid:
+        return torch.sigmoid(input)
+    return input if other_act is None else other_act(input)
+
+
+def _checked_channels(input) -> int:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if input.dim() < 2:
+        raise ValueError(f"input must have shape (N, C, *), got {list(input.shape)}")
+    if input.dtype not in rows._INPUT_DTYPES:
+        raise NotImplementedError(
+            f"\"soft_dice_loss\" not implemented for '{rows._scalar_name(input.dtype)}'"
+        )
+    if input.shape[1] == 0:
+        raise ValueError(f"input has no channels: shape {list(input.shape)}")
+    return input.shape[1]
+
+
+def _split_target(input, target, to_onehot_y) -> tuple[Tensor, bool]:
+    """(labels, whether they are class indices): indices as (N, *), the rest as (N, C, *)."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    rows._check_device("target", target, input)
+    one = (input.shape[0], 1, *input.shape[2:])
+    flat = (input.shape[0], *input.shape[2:])
+    if input.shape[1] == 1:  # a mask, whatever to_onehot_y says
+        if target.shape not in (one, flat):
+            raise ValueError(_shape_message(input, target))
+        return target.view(one) if target.shape == one else target.unsqueeze(1), False
+    if target.shape == input.shape and not to_onehot_y:
+        return target, False
+    if target.shape not in (one, flat) or to_onehot_y is False:
+        raise ValueError(_shape_message(input, target))
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise RuntimeError(
+            "expected target with class indices to have an integer dtype such as Long, but got "
+            f"{rows._scalar_name(target.dtype)}"
+        )
+    return target.squeeze(1) if target.shape == one else target, True
+
+
+def _shape_message(input, target) -> str:
+    return (
+        "target must have the shape of input, or hold class indices of shape (N, *) or (N, 1, *); "
+        f"got input {list(input.shape)} and target {list(target.shape)}"
+    )
+
+
+def _as_channel(labels, input):
+    return labels if labels.dim() == input.dim() else labels.unsqueeze(1)
+
+
+def _checked_classes(labels, channels, ignore_index) -> Tensor | None:
+    """Raises on the CPU; where that would need a synchronisation, NaN for the items at fault."""
+    raises = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if raises and ignore_index is None and labels.numel():
+        low, high = torch.aminmax(labels)  # one pass and no mask, the usual way out
+        if low >= 0 and high < channels:
+            return None
+    bad = (labels < 0) | (labels >= channels)
+    if ignore_index is not None:
+        bad &= labels != ignore_index
+    if raises:
+        if bad.any():
+            raise IndexError(f"Target {int(labels[bad][0])} is out of bounds.")
+        return None
+    poison = torch.full((), torch.nan, device=labels.device)
+    return torch.where(bad.flatten(1).any(1), poison, 1.0).unsqueeze(1)
+
+
+def _checked_weight(weight, classes, input) -> Tensor | None:
+    if weight is None:
+        return None
+    given = isinstance(weight, Tensor)
+    if not given:
+        for value in weight if isinstance(weight, Sequence) else (weight,):
+            rows._check_range("weight", value, 0.0)
+        weight = torch.tensor(weight, dtype=_acc_dtype(input), device=input.device)
+    rows._check_device("weight", weight, input)
+    if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != classes):
+        raise ValueError(
+            f"weight must be one number or one for each of the {classes} classes that count, got "
+            f"shape {list(weight.shape)}"
+        )
+    # A tensor on another device, or in compiled code, is not looked into: that would synchronise.
+    if given and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (weight < 0).any():
+            raise ValueError(f"weight must be >= 0, got {weight.min().item()}")
+    return weight
+
+
+def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
+    dtype = _acc_dtype(input)
+    if pos_weight is not None:
+        pos_weight = pos_weight.to(dtype).view([-1] + [1] * (input.dim() - 2))
+    counted = None
+    if ignore_index is not None:
+        counted = mask != ignore_index
+        mask = mask.masked_fill(~counted, 0)
+    value = F.binary_cross_entropy_with_logits(
+        input.to(dtype),
+        mask.to(dtype),
+        weight=None if counted is None else counted.to(dtype),
+        pos_weight=pos_weight,
+        reduction="sum" if counted is not None else reduction,
+    )
+    return value / counted.sum() if counted is not None and reduction == "mean" else value

@@ -1,0 +1,234 @@
+"""Barcodes, and matched and unmatched features over an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KINDS = ("both", "matched", "unmatched")
+_DIM_COLORS = ("tab:blue", "tab:orange", "tab:green")
+_BIRTH_MARKERS = ("o", "s", "D")  # by dimension
+_MATCHED_COLORS = ("#0072b2", "#009e73", "#56b4e9", "#e69f00", "#f0e442", "#cc79a7")
+_UNMATCHED_COLOR = "#ff2020"
+_SHADE = 0.4  # opacity of the voxels of a cycle
+
+
+def draw_barcode(pairs: Any, ax: Any = None, *, item: int = 0, dims: Sequence[int] = ()) -> Any:
+    r"""Draws the bars of one image, one line from birth to death each, by dimension and length.
+
+    .. math:: [b, d) \text{ at height } 0, 1, 2, \dots
+
+    Args:
+        pairs: :class:`pyloss.PersistencePairs`, or values ``(P, 2)``, drawn as dimension 0.
+        ax: matplotlib axes; None makes a figure.
+        item: item of the batch; values have none.
+        dims: only these dimensions; empty: all.
+
+    Returns:
+        The axes. A bar that never dies ends in an arrow at the edge.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: values that are not ``(P, 2)``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> pairs = pyloss.persistence_pairs(torch.rand(1, 16, 16), spatial_dims=2)
+        >>> ax = pyloss.visualize.draw_barcode(pairs)
+
+    Reference:
+        Stucki et al. arXiv 2211.15272.
+    """
+    pyplot = _pyplot()
+    if isinstance(pairs, Tensor):
+        values, dim_of = pairs, torch.zeros(len(pairs), dtype=torch.int64)
+    else:
+        mine = pairs.index[:, 0] == item
+        values, dim_of = pairs.values[mine], pairs.index[mine, 1]
+    if values.dim() != 2 or values.shape[1] != 2:
+        raise ValueError(f"values must have shape (P, 2), got {list(values.shape)}")
+    bars = [
+        (dim, birth, death)
+        for dim, (birth, death) in zip(dim_of.tolist(), values.detach().double().tolist())
+        if not dims or dim in dims
+    ]
+    # The longest on top of each dimension.
+    bars.sort(key=lambda bar: (bar[0], abs(bar[2] - bar[1])))
+    ends = [end for _, *pair in bars for end in pair if math.isfinite(end)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    margin = 0.05 * (high - low) or 0.5
+
+    if ax is None:
+        ax = pyplot.subplots(layout="constrained")[1]
+    for height, (dim, birth, death) in enumerate(bars):
+        color = _DIM_COLORS[dim]
+        if math.isfinite(death):
+            ax.plot([birth, death], [height, height], color=color, linewidth=1.5)
+        else:
+            edge = high + margin if death > 0 else low - margin
+            style = dict(arrowstyle="->", color=color, linewidth=1.5)
+            ax.annotate("", (edge, height), (birth, height), arrowprops=style)
+    ax.set(xlim=(low - margin, high + margin), ylim=(-1, max(len(bars), 1)), yticks=[])
+    ax.set(xlabel="value", ylabel="bars")
+    shown = sorted({bar[0] for bar in bars})
+    handles = [
+        ax.plot([], [], color=_DIM_COLORS[d], label=f"dimension {d}: {_count(bars, d)}")[0]
+        for d in shown
+    ]
+    if handles:
+        ax.legend(handles=handles, fontsize=8)
+    return ax
+
+
+def draw_matching(
+    image: Tensor,
+    target: Tensor,
+    matching: Any,
+    ax: Any = None,
+    dim: int | None = None,
+    kind: str = "both",
+    *,
+    item: int = 0,
+    cycles: bool = True,
+    min_persistence: float = 0.0,
+    cmap: str = "gray",
+) -> Any:
+    r"""Draws matched and unmatched features over an image and its target.
+
+    A feature is drawn by the voxels of its birth b (circle: dimension 0; square: dimension 1) and
+    its death d (cross), and by the voxels of a cycle that stands for it. Matched features have the
+    same colour on both sides, unmatched ones are red:
+
+    .. math:: (b, d) \leftrightarrow (b', d')
+
+    Args:
+        image, target: ``(H, W)``, the pair that was matched.
+        matching: :class:`pyloss.BettiMatching`, or what has its ``coordinates`` and, for the
+            cycles, its ``representative_cycles``.
+        ax: two matplotlib axes, for image and target, or one, for the image alone; None makes a
+            figure of two.
+        dim: only this dimension.
+        kind: ``"both" | "matched" | "unmatched"``.
+        item: item of the batch that ``matching`` is of.
+        cycles: shade the cycles. They cost time: about a pass over the image for each feature.
+        min_persistence: only features with ``|b - d|`` above this, a matched one on either side.
+        cmap: colour map of the images.
+
+    Returns:
+        The axes, as given or made.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: an image that is not 2D, a target of another shape, unknown ``kind`` or ``dim``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.rand(1, 16, 16), torch.rand(1, 16, 16) > 0.5
+        >>> matching = pyloss.betti_matching(x, y, spatial_dims=2)
+        >>> left, right = pyloss.visualize.draw_matching(x[0], y[0], matching, dim=1)
+
+    Reference:
+        Stucki et al. arXiv 2211.15272.
+    """
+    pyplot = _pyplot()
+    if image.dim() != 2 or target.shape != image.shape:
+        raise ValueError(
+            f"image and target must be 2D and of one shape, got {list(image.shape)} and "
+            f"{list(target.shape)}"
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
+    if dim not in (None, 0, 1):
+        raise ValueError(f"dim must be 0, 1 or None, got {dim!r}")
+    if ax is None:
+        ax = pyplot.subplots(1, 2, figsize=(9, 4.5), layout="constrained")[1]
+    sides = [("input", image)]
+    axes = [ax]
+    if hasattr(ax, "__len__"):
+        sides, axes = [*sides, ("target", target)], list(ax)
+        if len(axes) != 2:
+            raise ValueError(f"ax must be one axes or two, got {len(axes)}")
+    cycles = cycles and hasattr(matching, "representative_cycles")
+    images = [x.detach().double().cpu() for x in (image, target)]
+
+    for number, (axis, (which, picture)) in enumerate(zip(axes, sides)):
+        axis.imshow(picture.detach().double().cpu().numpy(), cmap=cmap, interpolation="nearest")
+        shade = torch.zeros(*picture.shape, 4, dtype=torch.float64)
+        drawn = {"matched": 0, "unmatched": 0}
+        for d in (0, 1) if dim is None else (dim,):
+            for group in ("unmatched", "matched"):  # the matched stay on top
+                if kind not in ("both", group):
+                    continue
+                rows = _rows(matching, group, which, item, d)
+                for k, row in enumerate(rows.tolist()):
+                    # The target's voxels of a matched feature are the second pair.
+                    pairs = [(0, row[:2]), (1, row[2:])] if len(row) == 4 else [(number, row)]
+                    if not any(_length(images[i], pair) > min_persistence for i, pair in pairs):
+                        continue
+                    color = _UNMATCHED_COLOR
+                    if group == "matched":
+                        color = _MATCHED_COLORS[drawn[group] % len(_MATCHED_COLORS)]
+                    drawn[group] += 1
+                    if cycles:
+                        (cycle,) = matching.representative_cycles(
+                            item, which=which, dim=d, kind=group, index=k
+                        )
+                        _paint(shade, cycle, color)
+                    _mark(axis, dict(pairs)[number], d, color)
+        axis.imshow(shade.numpy(), interpolation="nearest")
+        counts = ", ".join(f"{n} {group}" for group, n in drawn.items() if kind in ("both", group))
+        axis.set(title=f"{which}: {counts}", xticks=[], yticks=[])
+    return ax
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "pyloss.visualize needs matplotlib: pip install 'pyloss[visualize]'"
+        ) from error
+    return pyplot
+
+
+def _count(bars, dim: int) -> int:
+    return sum(bar[0] == dim for bar in bars)
+
+
+def _rows(matching, group: str, which: str, item: int, dim: int) -> Tensor:
+    """(bars, 2 or 4, 2) coordinates."""
+    name = group if group == "matched" else f"unmatched_{which}"
+    return matching.coordinates(name, item, dim).cpu()
+
+
+def _inside(voxel: Sequence[int], shape: Sequence[int]) -> bool:
+    """False for a voxel of the padding."""
+    return all(0 <= x < size for x, size in zip(voxel, shape))
+
+
+def _length(image: Tensor, pair: Sequence[Sequence[int]]) -> float:
+    """|b - d|; a voxel of the padding has no value here, and its feature counts as long."""
+    if not all(_inside(voxel, image.shape) for voxel in pair):
+        return math.inf
+    birth, death = (float(image[tuple(voxel)]) for voxel in pair)
+    return abs(birth - death)
+
+
+def _paint(shade: Tensor, cycle: Tensor, color: str) -> None:
+    from matplotlib.colors import to_rgba
+
+    places = [voxel for voxel in cycle.tolist() if _inside(voxel, shade.shape[:2])]
+    for row, col in places:
+        shade[row, col] = torch.tensor(to_rgba(color, _SHADE), dtype=torch.float64)
+
+
+def _mark(axis, pair, dim: int, color: str) -> None:
+    shape = axis.images[0].get_array().shape
+    for voxel, marker in zip(pair, (_BIRTH_MARKERS[dim], "X")):
+        if _inside(voxel, shape):
+            style = dict(markersize=7, markeredgecolor="white", markeredgewidth=0.6)
+            axis.plot(voxel[1], voxel[0], marker, color=color, **style)
