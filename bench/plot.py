@@ -36,6 +36,10 @@ _COLOURS = {
     "torch windows": "#d9c27f",
     "flash over pairs": "#7a9e4b",
     "flex over pairs": "#9467bd",
+    "Betti-Matching-3D": "#e08e45",
+    "topolosses": "#b0b0b0",
+    "gudhi": "#d9c27f",
+    "cripser": "#7a9e4b",
 }
 
 Document = dict[str, Any]

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
+from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
@@ -175,6 +176,7 @@ def test_derived_columns_of_the_linear_op():
 
 
 @pytest.mark.parametrize("op", [row_softmax, linear, attention])
+@pytest.mark.parametrize("op", [row_softmax, linear, betti])
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):
         context = _core.Context(device=device)

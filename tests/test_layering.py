@@ -52,6 +52,8 @@ PYTHON_LAYERS = {
         "cripser",
         "gudhi",
         "topolosses",
+        "betti_matching",
+        "skimage",
         "numpy",
     },
 }

@@ -1,0 +1,415 @@
+"""Cases, providers and targets of ``betti_matching``: loss, gradient and barcodes of images.
+
+Superlevel sets of a prediction against a binary target, in three kinds of prediction:
+
+    smooth   a blurred target plus smooth noise
+    natural  a blurred target, from a photograph (scikit-image's, resampled), plus white noise
+    noise    independent uniform values: the most bars that an image can have
+
+"Betti-Matching-3D" does the matching alone, without loss and gradient; it counts where its module
+can be imported (put the folder of its build on PYTHONPATH). Its results are compared bar by bar.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench._core import Case, Context, Probe, Provider, Run, Skip
+from bench._targets import Target
+
+BM3D = "Betti-Matching-3D"
+SIZES = (64, 256, 512)
+KINDS = ("smooth", "natural", "noise")
+BATCH = 8
+
+TARGETS = [
+    *(
+        Target(
+            f"matching + loss + gradient 512^2 {kind}, speed-up over {BM3D}'s matching alone",
+            "speedup_over_bm3d",
+            f"fwd\\+bwd 1x512x512 {kind}",
+            at_least=least,
+        )
+        for kind, least in (("smooth", 5.0), ("natural", 5.0), ("noise", 7.0))
+    ),
+    Target(
+        f"the same at 64^2 and 256^2 (worst), speed-up over {BM3D}'s matching alone",
+        "speedup_over_bm3d",
+        "fwd\\+bwd 1x(64x64|256x256) .*",
+        at_least=5.0,
+    ),
+    Target(
+        "the same, batch 8 of 512^2 (worst), speed-up over topolosses",
+        "speedup",
+        "fwd\\+bwd 8x512x512 .*",
+        at_least=7.0,
+    ),
+    Target(
+        "batch 8 of 512^2: time of one thread over 8 single images",
+        "value",
+        "batch",
+        provider="pyloss batch",
+        at_most=1.0,
+    ),
+    Target(
+        "batch 8 of 512^2: speed-up by the second thread (on idle cores)",
+        "value",
+        "batch",
+        provider="pyloss threads",
+        at_least=1.7,
+    ),
+    Target(
+        "barcode 512^2 (worst), speed-up over gudhi",
+        "speedup_over_gudhi",
+        "barcode 512x512 .*",
+        at_least=10.0,
+    ),
+    Target(
+        "barcode 512^2 (worst), speed-up over cripser",
+        "speedup_over_cripser",
+        "barcode 512x512 .*",
+        at_least=1.0,
+    ),
+    Target(
+        "peak memory of loss and gradient, 512^2 (worst), beyond the gradient",
+        "extra_mb",
+        "fwd\\+bwd 1x512x512 .*",
+        at_most=24.0,
+        unit="MB",
+    ),
+    Target(
+        "GPU, loss and gradient of a batch of 8 of 512^2 (worst)",
+        "median_ms",
+        "fwd\\+bwd 8x512x512 .*",
+        at_most=5.0,
+        unit="ms",
+        device="cuda",
+    ),
+]
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def _blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter of (n, n), repeating at the borders."""
+    reach = int(4 * sigma + 0.5)
+    weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2).to(x.dtype)
+    weight = weight / weight.sum()
+    y = F.pad(x[None, None], [min(reach, x.shape[0])] * 4, mode="circular")
+    y = F.conv2d(F.conv2d(y, weight.view(1, 1, 1, -1)), weight.view(1, 1, -1, 1))
+    return y[0, 0]
+
+
+def make_pair(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(prediction, target) of n x n in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "natural":
+        try:
+            from skimage import data
+        except ImportError as error:
+            raise Skip(f"not installed: {error}") from error
+        photo = torch.from_numpy(data.camera()).float()[None, None] / 255
+        photo = F.interpolate(photo, (n, n), mode="area")[0, 0].rot90(seed % 4)
+        target = (photo > photo.mean()).float()
+    else:
+        field = _blur(torch.randn(n, n, generator=generator), 3.0)
+        target = (field > field.median()).float()
+    if kind == "noise":
+        return torch.rand(n, n, generator=generator), target
+    noise = 0.08 * torch.randn(n, n, generator=generator)
+    if kind == "smooth":
+        noise = 6 * _blur(noise, 1.5)
+    prediction = (6 * (_blur(target, 1.5) - 0.5)).sigmoid() + noise
+    return prediction.clamp(0, 1).contiguous(), target.contiguous()
+
+
+class Problem:
+    def __init__(self, kind: str, batch: int, n: int, device: str):
+        pairs = [make_pair(kind, n, seed) for seed in range(batch)]
+        self.input, self.target = (torch.stack(t)[:, None].to(device) for t in zip(*pairs))
+
+    @functools.cached_property
+    def expected(self) -> tuple[float, Tensor]:
+        """Mean loss and gradient, from the rows of the matching and torch operations, in float64.
+
+        The rows themselves are compared with other programs: see bm3d_provider, barcode_error.
+        """
+        import pyloss
+
+        x, y = (t.cpu().double() for t in (self.input, self.target))
+        x.requires_grad_()
+        loss = pyloss.betti_matching(x, y).loss().mean()
+        (grad,) = torch.autograd.grad(loss, x)
+        return loss.item(), grad
+
+
+# --- providers of the loss ----------------------------------------------------------------------
+
+
+def loss_run(problem: Problem, loss_fn: Callable[[Tensor, Tensor], Tensor], scale: float) -> Run:
+    def call() -> tuple[Tensor, Tensor]:
+        x = problem.input.detach().requires_grad_()
+        loss = loss_fn(x, problem.target)
+        loss.backward()
+        return loss.detach(), x.grad
+
+    def check() -> float:
+        loss, grad = call()
+        exact, exact_grad = problem.expected
+        loss_error = abs(loss.item() * scale - exact) / abs(exact)
+        grad_error = (grad.cpu().double() * scale - exact_grad).norm() / exact_grad.norm()
+        return max(loss_error, grad_error.item()) / 1e-5
+
+    return Run(call=call, check=check)
+
+
+def pyloss_provider(problem: Problem) -> Provider:
+    def build() -> Run:
+        import pyloss
+
+        return loss_run(problem, pyloss.betti_matching_loss, 1.0)
+
+    return Provider("pyloss", build)
+
+
+def topolosses_provider(problem: Problem) -> Provider:
+    def build() -> Run:
+        if problem.input.is_cuda:
+            raise Skip("topolosses computes on the CPU")
+        try:
+            from topolosses.losses import BettiMatchingLoss
+        except Exception as error:  # torchvision, which it imports, may not fit torch
+            raise Skip(f"cannot be imported: {type(error).__name__}: {error}") from error
+
+        module = BettiMatchingLoss(
+            use_base_loss=False, alpha=1.0, include_background=True,
+            num_processes=torch.get_num_threads(),
+        )  # fmt: skip
+        # Its filtration is 1 - p, rounded, which ties values that differ here: no exact check.
+        run = loss_run(problem, module, 1.0)
+        return Run(call=run.call)
+
+    return Provider("topolosses", build)
+
+
+def bm3d_provider(problem: Problem) -> Provider:
+    def build() -> Run:
+        if problem.input.is_cuda:
+            raise Skip(f"{BM3D} computes on the CPU")
+        try:
+            import betti_matching
+        except ImportError as error:
+            raise Skip(f"not importable: {error}") from error
+        # Superlevel sets by exact negation, as pyloss does.
+        x = [(-t[0]).double().numpy() for t in problem.input]
+        y = [(-t[0]).double().numpy() for t in problem.target]
+
+        def call() -> Any:
+            return betti_matching.compute_matching(x, y)
+
+        return Run(call=call, check=lambda: _rows_differ(problem, call()))
+
+    return Provider(BM3D, build)
+
+
+def _rows_differ(problem: Problem, theirs: Any) -> float:
+    """0 if all coordinates are the same, inf if any is not."""
+    import pyloss
+
+    ours = pyloss.betti_matching(problem.input, problem.target)
+    for item, found in enumerate(theirs):
+        sides = (
+            ("matched", "input1_matched_birth_coordinates", "input1_matched_death_coordinates"),
+            ("unmatched_input", "input1_unmatched_birth_coordinates",
+             "input1_unmatched_death_coordinates"),
+        )  # fmt: skip
+        for kind, births, deaths in sides:
+            for dim in (0, 1):
+                mine = ours.coordinates(kind, item, dim)[:, :2].flatten(1).tolist()
+                pairs = zip(getattr(found, births)[dim], getattr(found, deaths)[dim])
+                if sorted(mine) != sorted([*map(int, b), *map(int, d)] for b, d in pairs):
+                    return math.inf
+    return 0.0
+
+
+# --- providers of barcodes ----------------------------------------------------------------------
+
+
+def _multiset(dims: Any, births: Any, deaths: Any) -> Tensor:
+    rows = torch.stack([torch.as_tensor(t).double() for t in (dims, births, deaths)], 1)
+    rows = rows[(rows[:, 1] != rows[:, 2]) & rows.isfinite().all(1)]
+    order = rows[:, 2].sort(stable=True).indices
+    for column in (1, 0):
+        rows = rows[order]
+        order = rows[:, column].sort(stable=True).indices
+    return rows[order]
+
+
+def barcode_error(problem: Problem, theirs: Tensor) -> float:
+    """Bars as values, which do not depend on how ties are broken."""
+    import pyloss
+
+    pairs = pyloss.persistence_pairs(problem.input)
+    ours = _multiset(pairs.index[:, 1], *pairs.values.unbind(1))
+    if ours.shape != theirs.shape:
+        return math.inf
+    return (ours - theirs).abs().max().item() / 1e-7
+
+
+def barcode_providers(problem: Problem) -> list[Provider]:
+    image = problem.input[0, 0]
+
+    def ours() -> Run:
+        import pyloss
+
+        return Run(call=lambda: pyloss.persistence_pairs(problem.input))
+
+    def gudhi_run() -> Run:
+        try:
+            import gudhi
+        except ImportError as error:
+            raise Skip(f"not installed: {error}") from error
+        array = image.double().numpy()
+
+        def call() -> Any:
+            found = gudhi.CubicalComplex(vertices=array)
+            found.compute_persistence(homology_coeff_field=2, min_persistence=0.0)
+            found.vertices_of_persistence_pairs()
+            return found
+
+        def check() -> float:
+            rows = []
+            for dim in (0, 1):
+                intervals = torch.from_numpy(call().persistence_intervals_in_dimension(dim))
+                intervals = intervals.view(-1, 2)
+                rows.append(torch.cat([intervals.new_full((len(intervals), 1), dim), intervals], 1))
+            return barcode_error(problem, _multiset(*torch.cat(rows).unbind(1)))
+
+        return Run(call=call, check=check)
+
+    def cripser_run() -> Run:
+        try:
+            import cripser
+        except ImportError as error:
+            raise Skip(f"not installed: {error}") from error
+        array = image.double().numpy()
+
+        def check() -> float:
+            rows = torch.from_numpy(cripser.computePH(array, maxdim=1))
+            rows = rows[rows[:, 2] < 1e30]  # its infinity
+            return barcode_error(problem, _multiset(rows[:, 0], rows[:, 1], rows[:, 2]))
+
+        return Run(call=lambda: cripser.computePH(array, maxdim=1), check=check)
+
+    return [
+        Provider("pyloss", ours),
+        Provider("gudhi", gudhi_run),
+        Provider("cripser", cripser_run),
+    ]
+
+
+# --- cases --------------------------------------------------------------------------------------
+
+
+def _loss_case(kind: str, batch: int, n: int, ctx: Context) -> Case:
+    name = f"fwd+bwd {batch}x{n}x{n} {kind}"
+    n = min(n, 32) if ctx.quick else n
+
+    def providers() -> list[Provider]:
+        p = Problem(kind, batch, n, ctx.device)
+        return [pyloss_provider(p), bm3d_provider(p), topolosses_provider(p)]
+
+    return Case(
+        name=name,
+        group="fwd+bwd",
+        mode="fwd+bwd",
+        shape=(batch, 1, n, n),
+        dtype="fp32",
+        useful_bytes=0,  # random access to a few arrays, not a stream
+        tensor_bytes=4 * batch * n * n,
+        open=providers,
+        baseline="topolosses",
+        against={"speedup_over_bm3d": BM3D},
+        result_bytes=4 * batch * n * n,
+        rounds=7,
+    )
+
+
+def _barcode_case(kind: str, n: int, ctx: Context) -> Case:
+    name = f"barcode {n}x{n} {kind}"
+    n = min(n, 32) if ctx.quick else n
+    return Case(
+        name=name,
+        group="barcode",
+        mode="fwd",
+        shape=(1, 1, n, n),
+        dtype="fp32",
+        useful_bytes=0,
+        tensor_bytes=4 * n * n,
+        open=lambda: barcode_providers(Problem(kind, 1, n, ctx.device)),
+        baseline="cripser",
+        against={"speedup_over_gudhi": "gudhi", "speedup_over_cripser": "cripser"},
+        rounds=5,
+        once=True,
+    )
+
+
+def measure_batch(ctx: Context) -> list[dict[str, Any]]:
+    """What a batch costs against its images one by one, and what a second thread gains."""
+    import time
+
+    import pyloss
+
+    n = 32 if ctx.quick else 512
+    problem = Problem("smooth", BATCH, n, ctx.device)
+
+    def seconds(x: Tensor, y: Tensor, threads: int) -> float:
+        torch.set_num_threads(threads)
+        x = x.detach().requires_grad_()
+        best = math.inf
+        for _ in range(2 if ctx.quick else 5):
+            start = time.perf_counter()
+            pyloss.betti_matching_loss(x, y).backward()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    before = torch.get_num_threads()
+    try:
+        singles = sum(
+            seconds(problem.input[i : i + 1], problem.target[i : i + 1], 1) for i in range(BATCH)
+        )
+        one = seconds(problem.input, problem.target, 1)
+        two = seconds(problem.input, problem.target, 2)
+    finally:
+        torch.set_num_threads(before)
+    records = [("pyloss batch", one / singles, "x 8 single images")]
+    if before > 1:
+        records.append(("pyloss threads", one / two, "x by 2 threads"))
+    return [
+        {"provider": name, "what": "batch 8 of 512^2 smooth", "value": value, "unit": unit}
+        for name, value, unit in records
+    ]
+
+
+def cases(ctx: Context) -> Iterator[Case | Probe]:
+    """The largest first, for short budgets."""
+    cuda = ctx.device == "cuda"
+    for kind in KINDS:
+        yield _loss_case(kind, 1, 512, ctx)
+    for kind in KINDS:
+        yield _loss_case(kind, BATCH, 512, ctx)
+    if not cuda:
+        yield Probe("batch", "batch", lambda: measure_batch(ctx))
+        for kind in KINDS:
+            yield _barcode_case(kind, 512, ctx)
+    for n in SIZES[:-1]:
+        for kind in KINDS:
+            yield _loss_case(kind, 1, n, ctx)
