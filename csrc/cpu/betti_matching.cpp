@@ -12,11 +12,13 @@
 // within an item. Every bar list has one writer, and sums follow the list: no result depends on the
 // number of threads. Sums in double.
 //
-// Memory at a time per item: 14 words per voxel (float32), plus 16 bytes per bar.
+// Memory at a time per item: 17 words per voxel (float32), plus 16 bytes per bar.
 #include "cpu/betti_matching.h"
 
 #include <algorithm>
 #include <array>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -63,15 +65,15 @@ void link(const std::vector<ComparisonBar>& comparison, DimResult& r) {
 }
 
 // Vertex of birth -> number of the bar.
-Array<uint32_t> by_birth(const std::vector<Bar>& bars, const Frame& f) {
-  Array<uint32_t> number(f.size());
+Array<uint32_t> by_birth(const std::vector<Bar>& bars, const Frame& f, Slab& slab) {
+  Array<uint32_t> number(slab, f.size());
   std::fill(number.get(), number.get() + f.size(), kNone);
   for (uint32_t i = 0; i < bars.size(); ++i) number[bars[i].birth] = i;
   return number;
 }
 
 template <class R>
-ItemResult match_item(const BettiBatch& batch, int64_t item, int threads) {
+ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& slab) {
   using K = typename betti::KeyOf<R>::type;
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   const int64_t n = batch.rows * batch.cols;
@@ -81,35 +83,36 @@ ItemResult match_item(const BettiBatch& batch, int64_t item, int threads) {
   enum { kInput, kTarget, kComparison };
   Order order[3];
   {
-    Array<K> keys[2] = {Array<K>(f.size()), Array<K>(f.size())};
+    Array<K> keys[2] = {Array<K>(slab, f.size()), Array<K>(slab, f.size())};
     parallel_for(2, 1, threads, [&](int64_t i, int64_t) {
       if (!make_keys(image[i], f, batch.superlevel, keys[i].get())) {
         found_nan(i == kInput ? "input" : "target", item);
       }
-      order[i] = sort_voxels(keys[i].get(), f);
+      order[i] = sort_voxels(keys[i].get(), f, slab);
     });
     order[kComparison] =
-        merge_orders(order[kInput], order[kTarget], keys[0].get(), keys[1].get(), f);
+        merge_orders(order[kInput], order[kTarget], keys[0].get(), keys[1].get(), f, slab);
   }
   result.oldest_input = order[kInput].at(0);
   result.oldest_target = order[kTarget].at(0);
 
-  Array<uint32_t> cycles[3];
+  Array<Cycle> cycles[3];
   uint32_t cycle_count[3];
   std::vector<ComparisonBar> comparison;
   DimResult& zero = result.dim[0];
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
-    cycles[i] = Array<uint32_t>(f.voxels());
+    cycles[i] = Array<Cycle>(slab, f.voxels());
     if (i == kComparison) {
       run_dim0_comparison(order[i], order[kInput], order[kTarget], f, cycles[i].get(),
-                          cycle_count[i], comparison);
+                          cycle_count[i], comparison, slab);
     } else {
-      run_dim0(order[i], f, cycles[i].get(), cycle_count[i],
-               i == kInput ? zero.input : zero.target);
+      run_dim0(order[i], f, cycles[i].get(), cycle_count[i], i == kInput ? zero.input : zero.target,
+               slab);
     }
   });
   if (batch.wanted[0]) {
-    const Array<uint32_t> of_input = by_birth(zero.input, f), of_target = by_birth(zero.target, f);
+    const Array<uint32_t> of_input = by_birth(zero.input, f, slab),
+                          of_target = by_birth(zero.target, f, slab);
     for (ComparisonBar& m : comparison) {
       m.in_input = of_input[m.in_input];
       m.in_target = of_target[m.in_target];
@@ -125,20 +128,21 @@ ItemResult match_item(const BettiBatch& batch, int64_t item, int threads) {
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     positions_to_ranks(order[i], f);
     order[i].voxel = Array<uint32_t>();
-    squares[i] = Array<uint32_t>(f.size());
+    squares[i] = Array<uint32_t>(slab, f.size());
     square_ranks(order[i], f, squares[i].get());
   });
   std::vector<Bar> of_comparison;
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     if (i == kComparison) {
       run_dim1(order[i], squares[i].get(), f, cycles[i].get(), cycle_count[i], of_comparison,
-               nullptr, nullptr);
+               nullptr, nullptr, slab);
       return;
     }
-    bar_of[i] = Array<uint32_t>(f.size());
+    bar_of[i] = Array<uint32_t>(slab, f.size());
     std::fill(bar_of[i].get(), bar_of[i].get() + f.size(), kNone);
     run_dim1(order[i], squares[i].get(), f, cycles[i].get(), cycle_count[i],
-             i == kInput ? one.input : one.target, squares[kComparison].get(), bar_of[i].get());
+             i == kInput ? one.input : one.target, squares[kComparison].get(), bar_of[i].get(),
+             slab);
   });
   comparison.clear();
   for (const Bar& m : of_comparison) {
@@ -149,37 +153,52 @@ ItemResult match_item(const BettiBatch& batch, int64_t item, int threads) {
 }
 
 template <class R>
-ItemResult bars_of_item(const BettiBatch& batch, int64_t item) {
+ItemResult bars_of_item(const BettiBatch& batch, int64_t item, Slab& slab) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   const R* image = static_cast<const R*>(batch.input) + item * batch.rows * batch.cols;
   ItemResult result;
   Order order;
   {
-    Array<typename betti::KeyOf<R>::type> keys(f.size());
+    Array<typename betti::KeyOf<R>::type> keys(slab, f.size());
     if (!make_keys(image, f, batch.superlevel, keys.get())) found_nan("input", item);
-    order = sort_voxels(keys.get(), f);
+    order = sort_voxels(keys.get(), f, slab);
   }
   result.oldest_input = result.oldest_target = order.at(0);
-  Array<uint32_t> cycles(f.voxels());
+  Array<Cycle> cycles(slab, f.voxels());
   uint32_t cycle_count;
-  run_dim0(order, f, cycles.get(), cycle_count, result.dim[0].input);
+  run_dim0(order, f, cycles.get(), cycle_count, result.dim[0].input, slab);
   if (!batch.wanted[0]) result.dim[0] = DimResult();
   if (!batch.wanted[1] || f.rows < 2 || f.cols < 2) return result;
   positions_to_ranks(order, f);
   order.voxel = Array<uint32_t>();
-  Array<uint32_t> squares(f.size());
+  Array<uint32_t> squares(slab, f.size());
   square_ranks(order, f, squares.get());
   run_dim1(order, squares.get(), f, cycles.get(), cycle_count, result.dim[1].input, nullptr,
-           nullptr);
+           nullptr, slab);
   return result;
 }
 
-// fn(item, threads within it)
+// fn(item, threads within it, slab). A slab serves one item after the other.
 template <class Fn>
 void over_items(const BettiBatch& batch, int threads, Fn&& fn) {
   const bool outer = batch.items >= threads;
+  const size_t size = Frame(uint32_t(batch.rows), uint32_t(batch.cols)).size();
+  const size_t bytes = size * (batch.dtype == DType::kF64 ? 104 : 80);
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) fn(item, outer ? 1 : threads);
+    std::unique_ptr<Slab> slab;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!idle.empty()) {
+        slab = std::move(idle.back());
+        idle.pop_back();
+      }
+    }
+    if (!slab) slab.reset(new Slab(bytes));
+    for (int64_t item = begin; item < end; ++item) fn(item, outer ? 1 : threads, *slab);
+    std::lock_guard<std::mutex> lock(mutex);
+    idle.push_back(std::move(slab));
   });
 }
 
@@ -239,8 +258,8 @@ void loss_of_item(const BettiBatch& batch, const Options& o, int64_t item, const
 template <class R>
 void loss_of_batch(const BettiBatch& batch, const Options& options, R* loss, R* grad, int threads) {
   const int64_t n = batch.rows * batch.cols, terms = batch.dims * betti::kTerms;
-  over_items(batch, threads, [&](int64_t item, int within) {
-    const ItemResult found = match_item<R>(batch, item, within);
+  over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
+    const ItemResult found = match_item<R>(batch, item, within, slab);
     loss_of_item(batch, options, item, found, loss + item * terms,
                  grad ? grad + item * n : nullptr);
   });
@@ -293,9 +312,9 @@ std::vector<T> joined(const std::vector<std::vector<T>>& parts) {
   return all;
 }
 
-ItemResult match_item(const BettiBatch& batch, int64_t item, int threads) {
-  return batch.dtype == DType::kF64 ? match_item<double>(batch, item, threads)
-                                    : match_item<float>(batch, item, threads);
+ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& slab) {
+  return batch.dtype == DType::kF64 ? match_item<double>(batch, item, threads, slab)
+                                    : match_item<float>(batch, item, threads, slab);
 }
 
 }  // namespace
@@ -312,8 +331,8 @@ void betti_loss(const BettiBatch& batch, const Options& options, void* loss, voi
 BettiRows betti_matching(const BettiBatch& batch, int threads) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   std::vector<std::vector<int64_t>> matched(batch.items), input(batch.items), target(batch.items);
-  over_items(batch, threads, [&](int64_t item, int within) {
-    const ItemResult found = match_item(batch, item, within);
+  over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
+    const ItemResult found = match_item(batch, item, within, slab);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const Numbers numbers{f, d};
@@ -335,9 +354,9 @@ BettiRows betti_matching(const BettiBatch& batch, int threads) {
 std::vector<int64_t> persistence_pairs(const BettiBatch& batch, bool essential, int threads) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   std::vector<std::vector<int64_t>> pairs(batch.items);
-  over_items(batch, threads, [&](int64_t item, int) {
-    const ItemResult found = batch.dtype == DType::kF64 ? bars_of_item<double>(batch, item)
-                                                        : bars_of_item<float>(batch, item);
+  over_items(batch, threads, [&](int64_t item, int, Slab& slab) {
+    const ItemResult found = batch.dtype == DType::kF64 ? bars_of_item<double>(batch, item, slab)
+                                                        : bars_of_item<float>(batch, item, slab);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const Numbers numbers{f, d};

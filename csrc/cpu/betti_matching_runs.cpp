@@ -99,13 +99,13 @@ bool make_keys(const R* image, const Frame& f, bool superlevel,
 }
 
 template <class K>
-Order sort_voxels(const K* keys, const Frame& f) {
+Order sort_voxels(const K* keys, const Frame& f, Slab& slab) {
   constexpr int kBits = 11, kPasses = (8 * sizeof(K) + kBits - 1) / kBits;
   constexpr uint32_t kBuckets = 1u << kBits;
   const uint32_t n = f.voxels();
   Order o;
-  o.voxel = Array<uint32_t>(n);
-  o.position = Array<uint32_t>(f.size());
+  o.voxel = Array<uint32_t>(slab, n);
+  o.position = Array<uint32_t>(slab, f.size());
   frame_positions(f, o.position.get());
   if (sort_two_values(keys, f, o)) return o;
 
@@ -118,7 +118,7 @@ Order sort_voxels(const K* keys, const Frame& f) {
       }
     }
   }
-  Array<Keyed<K>> from(n), to(n);
+  Array<Keyed<K>> from(slab, n), to(slab, n);
   for (uint32_t row = 0, i = 0; row < f.rows; ++row) {
     const uint32_t begin = f.padded(row, 0);
     for (uint32_t v = begin; v < begin + f.cols; ++v) from[i++] = {keys[v], v};
@@ -150,11 +150,12 @@ Order sort_voxels(const K* keys, const Frame& f) {
 }
 
 template <class K>
-Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_b, const Frame& f) {
+Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_b, const Frame& f,
+                   Slab& slab) {
   const uint32_t n = f.voxels();
   Order o;
-  o.voxel = Array<uint32_t>(n);
-  o.position = Array<uint32_t>(f.size());
+  o.voxel = Array<uint32_t>(slab, n);
+  o.position = Array<uint32_t>(slab, f.size());
   frame_positions(f, o.position.get());
   // Voxels whose value comes from a, in a's order, and the others in b's: each ascending.
   uint32_t i = 0, j = 0, v = 0, w = 0;
@@ -211,12 +212,12 @@ Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_
 
 template bool make_keys<float>(const float*, const Frame&, bool, uint32_t*);
 template bool make_keys<double>(const double*, const Frame&, bool, uint64_t*);
-template Order sort_voxels<uint32_t>(const uint32_t*, const Frame&);
-template Order sort_voxels<uint64_t>(const uint64_t*, const Frame&);
+template Order sort_voxels<uint32_t>(const uint32_t*, const Frame&, Slab&);
+template Order sort_voxels<uint64_t>(const uint64_t*, const Frame&, Slab&);
 template Order merge_orders<uint32_t>(const Order&, const Order&, const uint32_t*, const uint32_t*,
-                                      const Frame&);
+                                      const Frame&, Slab&);
 template Order merge_orders<uint64_t>(const Order&, const Order&, const uint64_t*, const uint64_t*,
-                                      const Frame&);
+                                      const Frame&, Slab&);
 
 // --------------------------------------------------------------------------------------------------
 // Dimension 0. Nodes are positions, so that the elder of two roots is the smaller number.
@@ -261,11 +262,11 @@ struct ComparisonBars {
 };
 
 template <class Deaths>
-void kruskal(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_count,
-             Deaths deaths) {
+void kruskal(const Order& o, const Frame& f, Cycle* cycles, uint32_t& cycle_count, Deaths deaths,
+             Slab& slab) {
   const uint32_t n = f.voxels(), stride = f.stride;
   const uint32_t* position = o.position.get();
-  Array<uint32_t> parents(n);
+  Array<uint32_t> parents(slab, n);
   uint32_t* parent = parents.get();
   uint32_t cycle = 0;
 
@@ -279,33 +280,42 @@ void kruskal(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_c
     }
     if (begin + kAhead / 2 < n) {
       const uint32_t near = o.at(begin + kAhead / 2);
+      // Without branches, which would be mispredicted every other time.
       const uint32_t up = position[near - stride], down = position[near + stride];
-      if (up < begin) touch(parent + up);
-      if (down < begin) touch(parent + down);
+      touch(parent + (up < begin ? up : begin));
+      touch(parent + (down < begin ? down : begin));
     }
     const uint32_t v = o.voxel[begin];
     if (!(v & kTie)) {
-      // One voxel of this value: at first alone, then part of what it joins.
-      uint32_t root = begin;
+      // One voxel of this value, and its edges to smaller neighbours, ascending. Collected without
+      // branches: which neighbours are smaller cannot be predicted.
+      uint32_t at[5], edge[5], count = 0;
+      auto collect = [&](uint32_t neighbour, uint32_t e) {
+        at[count] = position[neighbour];
+        edge[count] = e;
+        count += at[count] < begin;
+      };
+      collect(v - stride, 2 * (v - stride));
+      collect(v - 1, 2 * (v - 1) + 1);
+      collect(v + stride, 2 * v);
+      collect(v + 1, 2 * v + 1);
       parent[begin] = begin;
       deaths.appear(begin, v);
-      auto join = [&](uint32_t neighbour, uint32_t e) {
-        const uint32_t at = position[neighbour];
-        if (at >= begin) return;
-        const uint32_t other = find(parent, at);
-        if (other == root) {
-          cycles[cycle++] = e;
-          return;
+      if (count > 0) {  // the first edge joins it to what is there: a bar of length 0
+        uint32_t root = find(parent, at[0]);
+        parent[begin] = root;
+        deaths.die(begin, root, false, edge[0], v);
+        for (uint32_t i = 1; i < count; ++i) {
+          const uint32_t other = find(parent, at[i]);
+          cycles[cycle] = {edge[i], begin};
+          cycle += other == root;
+          if (other == root) continue;
+          const uint32_t dead = std::max(root, other), live = std::min(root, other);
+          parent[dead] = live;
+          deaths.die(dead, live, true, edge[i], v);
+          root = live;
         }
-        const uint32_t dead = std::max(root, other), live = std::min(root, other);
-        parent[dead] = live;
-        deaths.die(dead, live, dead < begin, e, v);
-        root = live;
-      };
-      join(v - stride, 2 * (v - stride));
-      join(v - 1, 2 * (v - 1) + 1);
-      join(v + stride, 2 * v);
-      join(v + 1, 2 * v + 1);
+      }
       ++begin;
       continue;
     }
@@ -318,7 +328,7 @@ void kruskal(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_c
     auto edge = [&](uint32_t p, uint32_t q, uint32_t e) {
       const uint32_t a = find(parent, position[p]), b = find(parent, position[q]);
       if (a == b) {
-        cycles[cycle++] = e;
+        cycles[cycle++] = {e, begin};
         return;
       }
       const uint32_t dead = std::max(a, b), live = std::min(a, b);
@@ -348,17 +358,17 @@ void kruskal(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_c
 
 }  // namespace
 
-void run_dim0(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_count,
-              std::vector<Bar>& bars) {
-  kruskal(o, f, cycles, cycle_count, OwnBars{o, bars});
+void run_dim0(const Order& o, const Frame& f, Cycle* cycles, uint32_t& cycle_count,
+              std::vector<Bar>& bars, Slab& slab) {
+  kruskal(o, f, cycles, cycle_count, OwnBars{o, bars}, slab);
 }
 
 void run_dim0_comparison(const Order& o, const Order& input, const Order& target, const Frame& f,
-                         uint32_t* cycles, uint32_t& cycle_count,
-                         std::vector<ComparisonBar>& bars) {
-  Array<uint32_t> oldest_input(f.voxels()), oldest_target(f.voxels());
+                         Cycle* cycles, uint32_t& cycle_count, std::vector<ComparisonBar>& bars,
+                         Slab& slab) {
+  Array<uint32_t> oldest_input(slab, f.voxels()), oldest_target(slab, f.voxels());
   kruskal(o, f, cycles, cycle_count,
-          ComparisonBars{o, input, target, bars, oldest_input.get(), oldest_target.get()});
+          ComparisonBars{o, input, target, bars, oldest_input.get(), oldest_target.get()}, slab);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -393,12 +403,12 @@ inline uint64_t priority(const uint32_t* ranks, uint32_t square) {
 }
 
 template <bool kImage>
-void dual(const Order& o, const uint32_t* squares, const Frame& f, const uint32_t* cycles,
+void dual(const Order& o, const uint32_t* squares, const Frame& f, const Cycle* cycles,
           uint32_t cycle_count, std::vector<Bar>& bars, const uint32_t* comparison,
-          uint32_t* bar_of) {
+          uint32_t* bar_of, Slab& slab) {
   const uint32_t* rank = o.position.get();
   const uint32_t stride = f.stride;
-  Array<uint32_t> parents(f.size());
+  Array<uint32_t> parents(slab, f.size());
   uint32_t* parent = parents.get();
   std::memset(parent, 0, f.size() * sizeof(uint32_t));
   for (uint32_t row = 0; row + 1 < f.rows; ++row) {
@@ -407,7 +417,7 @@ void dual(const Order& o, const uint32_t* squares, const Frame& f, const uint32_
   }
   Array<uint64_t> longest;  // of the component of each root, in the comparison image
   if (kImage) {
-    longest = Array<uint64_t>(f.size());
+    longest = Array<uint64_t>(slab, f.size());
     longest[0] = uint64_t(kNone) << 32;
     for (uint32_t row = 0; row + 1 < f.rows; ++row) {
       const uint32_t begin = f.padded(row, 0);
@@ -416,27 +426,26 @@ void dual(const Order& o, const uint32_t* squares, const Frame& f, const uint32_
   }
   for (uint32_t i = cycle_count; i-- > 0;) {
     if (i >= kAhead) {
-      const uint32_t far = cycles[i - kAhead] >> 1;
+      const uint32_t far = cycles[i - kAhead].edge >> 1;
       touch(parent + far);
       touch(parent + far - stride);
-      touch(rank + far);
       touch(squares + far);
       if (kImage) touch(longest.get() + far);
     }
-    const uint32_t e = cycles[i], p = e >> 1;
+    const uint32_t e = cycles[i].edge, p = e >> 1;
     const uint32_t a = find(parent, (e & 1) ? p - stride : p - 1), b = find(parent, p);
     const uint64_t pa = priority(squares, a), pb = priority(squares, b);
     const bool a_dies = pa < pb;
     const uint32_t dead = a_dies ? a : b, live = a_dies ? b : a;
     parent[dead] = live;
-    const uint32_t q = f.second_end(e);
-    const bool is_bar = (a_dies ? pa : pb) >> 32 > std::max(rank[p], rank[q]);
+    const bool is_bar = (a_dies ? pa : pb) >> 32 > cycles[i].rank;
     if (kImage) {
       const uint64_t x = longest[dead], y = longest[live];
       longest[live] = std::max(x, y);
       if (is_bar) bar_of[uint32_t(std::min(x, y))] = uint32_t(bars.size());
     }
     if (is_bar) {
+      const uint32_t q = f.second_end(e);
       uint32_t top = dead;
       for (uint32_t v : {dead + 1, dead + stride, dead + stride + 1}) {
         if (rank[v] >= rank[top]) top = v;
@@ -448,13 +457,13 @@ void dual(const Order& o, const uint32_t* squares, const Frame& f, const uint32_
 
 }  // namespace
 
-void run_dim1(const Order& o, const uint32_t* squares, const Frame& f, const uint32_t* cycles,
+void run_dim1(const Order& o, const uint32_t* squares, const Frame& f, const Cycle* cycles,
               uint32_t cycle_count, std::vector<Bar>& bars, const uint32_t* comparison,
-              uint32_t* bar_of) {
+              uint32_t* bar_of, Slab& slab) {
   if (comparison) {
-    dual<true>(o, squares, f, cycles, cycle_count, bars, comparison, bar_of);
+    dual<true>(o, squares, f, cycles, cycle_count, bars, comparison, bar_of, slab);
   } else {
-    dual<false>(o, squares, f, cycles, cycle_count, bars, comparison, bar_of);
+    dual<false>(o, squares, f, cycles, cycle_count, bars, comparison, bar_of, slab);
   }
 }
 

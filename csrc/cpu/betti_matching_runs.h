@@ -16,12 +16,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/betti_matching.h"
+#include "cpu/slab.h"
 
 namespace pyloss {
 namespace cpu {
@@ -47,24 +45,8 @@ struct Frame {
   uint32_t second_end(uint32_t e) const { return (e >> 1) + ((e & 1) ? 1 : stride); }
 };
 
-// Uninitialised array; one per buffer, because malloc keeps freed ones for the next image.
 template <class T>
-class Array {
- public:
-  Array() = default;
-  explicit Array(size_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T) + 1))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](size_t i) const { return data_.get()[i]; }
-  explicit operator bool() const { return bool(data_); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
+using Array = SlabArray<T>;
 
 // Set in Order::voxel where the next voxel has the same value.
 inline constexpr uint32_t kTie = 0x80000000u;
@@ -82,10 +64,11 @@ template <class R>
 bool make_keys(const R* image, const Frame& f, bool superlevel,
                typename betti::KeyOf<R>::type* keys);
 template <class K>
-Order sort_voxels(const K* keys, const Frame& f);
+Order sort_voxels(const K* keys, const Frame& f, Slab& slab);
 // The order of min(a, b), from the orders of a and b.
 template <class K>
-Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_b, const Frame& f);
+Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_b, const Frame& f,
+                   Slab& slab);
 
 struct Bar {
   uint32_t birth, death;              // cells
@@ -98,13 +81,19 @@ struct ComparisonBar {
   uint32_t in_input, in_target;
 };
 
+// An edge that joins nothing, and the rank of its value.
+struct Cycle {
+  uint32_t edge, rank;
+};
+
 // Dimension 0: Kruskal with the elder rule. `cycles` receives, ascending, the edges that join
 // nothing: exactly the edges of the dual spanning tree. [voxels]
-void run_dim0(const Order& o, const Frame& f, uint32_t* cycles, uint32_t& cycle_count,
-              std::vector<Bar>& bars);
+void run_dim0(const Order& o, const Frame& f, Cycle* cycles, uint32_t& cycle_count,
+              std::vector<Bar>& bars, Slab& slab);
 // The same for the comparison image, with the oldest vertices of input and target beside its own.
 void run_dim0_comparison(const Order& o, const Order& input, const Order& target, const Frame& f,
-                         uint32_t* cycles, uint32_t& cycle_count, std::vector<ComparisonBar>& bars);
+                         Cycle* cycles, uint32_t& cycle_count, std::vector<ComparisonBar>& bars,
+                         Slab& slab);
 
 // positions -> position of the first voxel of the same value.
 void positions_to_ranks(Order& o, const Frame& f);
@@ -114,9 +103,9 @@ void square_ranks(const Order& o, const Frame& f, uint32_t* ranks);
 // Dimension 1: the dual run over `cycles`, descending. `o` holds ranks. With `comparison` (ranks of
 // the squares of the comparison image), `bar_of` [size, kNone] receives the number of the bar by
 // the square that dies with it in the comparison image.
-void run_dim1(const Order& o, const uint32_t* squares, const Frame& f, const uint32_t* cycles,
+void run_dim1(const Order& o, const uint32_t* squares, const Frame& f, const Cycle* cycles,
               uint32_t cycle_count, std::vector<Bar>& bars, const uint32_t* comparison,
-              uint32_t* bar_of);
+              uint32_t* bar_of, Slab& slab);
 
 }  // namespace betti_runs
 }  // namespace cpu
