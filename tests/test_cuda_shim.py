@@ -1,6 +1,6 @@
 """The CUDA kernels compiled as C++ and run on the CPU, one fiber per thread (tests/cpp/cuda_shim).
 
-The program compares random problems with plain loops in double, in four thread orders.
+Each program compares random problems with plain loops in double, in four thread orders.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    *sorted((ROOT / "csrc/cuda").glob("*.cu")),
-    ROOT / "tests/cpp/cuda_shim/test_row_softmax.cpp",
-]
+PROBLEMS = {"row_softmax": 120, "betti_matching": 40}  # by op
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 FLAGS = [
     "-std=c++17",
@@ -36,7 +33,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _build(folder: Path, *flags: str) -> Path:
+def _build(folder: Path, op: str, *flags: str) -> Path:
+    sources = [
+        *sorted((ROOT / "csrc/cuda").glob(f"{op}*.cu")),
+        ROOT / f"tests/cpp/cuda_shim/test_{op}.cpp",
+    ]
+
     def compile_one(source: Path) -> Path:
         out = folder / (source.name + ".o")
         command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(out)]
@@ -45,8 +47,8 @@ def _build(folder: Path, *flags: str) -> Path:
         return out
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    program = folder / "test_row_softmax"
+        objects = list(pool.map(compile_one, sources))
+    program = folder / f"test_{op}"
     subprocess.run([COMPILER, *flags, *map(str, objects), "-o", str(program)], check=True)
     return program
 
@@ -64,11 +66,13 @@ def _run(program: Path, problems: int, seed: int) -> None:
     assert f"{problems} problems" in done.stdout
 
 
-def test_kernels_match_plain_loops_in_every_thread_order(tmp_path: Path) -> None:
-    _run(_build(tmp_path, "-O1"), problems=120, seed=0)
+@pytest.mark.parametrize("op", PROBLEMS)
+def test_kernels_match_plain_loops_in_every_thread_order(op: str, tmp_path: Path) -> None:
+    _run(_build(tmp_path, op, "-O1"), problems=PROBLEMS[op], seed=0)
 
 
 @pytest.mark.slow
-def test_kernels_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", PROBLEMS)
+def test_kernels_under_sanitizers(op: str, tmp_path: Path) -> None:
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-    _run(_build(tmp_path, *flags), problems=40, seed=1)
+    _run(_build(tmp_path, op, *flags), problems=PROBLEMS[op] // 3, seed=1)

@@ -65,9 +65,8 @@ void register_betti_matching_cuda(py::module_& m) {
   m.def("cuda_betti_matching_scratch_bytes",
         [](const ProblemInts& problem) { return cuda::betti_scratch_bytes(decode(problem)); });
   m.def("cuda_betti_loss", [](const ProblemInts& problem, const LossFloats& numbers, bool extreme,
-                              bool essential, int64_t loss, int64_t grad_input,
-                              int64_t grad_target, int64_t scratch, int64_t scratch_bytes,
-                              int64_t stream) {
+                              bool essential, int64_t loss, int64_t grad_input, int64_t grad_target,
+                              int64_t scratch, int64_t scratch_bytes, int64_t stream) {
     const cuda::BettiProblem p = decode(problem);
     checked_pointer("target", problem[9], p.items);
     cuda::BettiLoss l{};

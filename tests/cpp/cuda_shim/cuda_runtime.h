@@ -231,6 +231,61 @@ T __shfl_down_sync(unsigned mask, T v, unsigned delta) {
   return shim::exchange(v, from < shim::kLanes ? from : shim::lane());
 }
 
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, unsigned delta) {
+  shim_need_full_mask(mask);
+  const int from = shim::lane() - int(delta);
+  return shim::exchange(v, from >= 0 ? from : shim::lane());
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  shim_need_full_mask(mask);
+  shim::exchange(0, 0);
+}
+// What the lanes of the warp passed to one exchange.
+template <class T>
+std::vector<T> shim_all_lanes(unsigned mask, T v) {
+  shim_need_full_mask(mask);
+  auto& lanes = shim::machine.lanes[shim::machine.fibers[shim::machine.current].shuffles % 2];
+  shim::exchange(v, 0);
+  std::vector<T> all(shim::kLanes);
+  const size_t warp = shim::machine.current / shim::kLanes * shim::kLanes;
+  for (size_t i = 0; i < all.size(); ++i) std::memcpy(&all[i], &lanes[warp + i], sizeof(T));
+  return all;
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto all = shim_all_lanes(mask, predicate);
+  unsigned votes = 0;
+  for (size_t i = 0; i < all.size(); ++i) votes |= unsigned(all[i] != 0) << i;
+  return votes;
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T v) {
+  const auto all = shim_all_lanes(mask, v);
+  unsigned equal = 0;
+  for (size_t i = 0; i < all.size(); ++i) equal |= unsigned(all[i] == v) << i;
+  return equal;
+}
+
+// Fibers change places at barriers only, so every read-modify-write is atomic.
+template <class T>
+T atomicAdd(T* p, T v) {
+  const T old = *p;
+  *p += v;
+  return old;
+}
+template <class T>
+T atomicMin(T* p, T v) {
+  const T old = *p;
+  if (v < old) *p = v;
+  return old;
+}
+inline int __popc(unsigned v) {
+  return __builtin_popcount(v);
+}
+inline int __ffs(int v) {
+  return __builtin_ffs(v);
+}
+
 using cudaStream_t = void*;
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;

@@ -1,0 +1,634 @@
+// Runs the CUDA Betti matching on the CPU shim, over random small images, and compares it with the
+// definition: boundary matrices reduced column by column. Nothing here knows how the kernels work.
+// Every problem runs in four thread orders, whose outputs must be equal to the last bit.
+// Arguments: number of problems, seed, and optionally the only problem to run.
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <numeric>
+
+#include "cuda/betti_matching.h"
+#include "cuda_runtime.h"
+
+namespace {
+
+using namespace pyloss;
+
+const double kNan = std::nan("");
+int64_t checked = 0, failed = 0;
+
+void require(bool ok, const std::string& what) {
+  ++checked;
+  if (!ok && ++failed <= 20) std::printf("FAILED %s\n", what.c_str());
+}
+
+// ---- The definition ----------------------------------------------------------------------------
+
+struct Cell {
+  int row, col, type;       // of the lowest corner; an edge's type is its axis
+  std::vector<int> voxels;  // ascending
+  std::vector<int> faces;   // cells of one dimension less
+};
+
+struct Complex {
+  int rows, cols;
+  std::vector<Cell> cells[3];  // by dimension, in the order of (row, col, type)
+
+  Complex(int r, int c) : rows(r), cols(c) {
+    const auto v = [&](int i, int j) { return i * cols + j; };
+    std::map<std::array<int, 3>, int> edge;
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < cols; ++j) {
+        cells[0].push_back({i, j, 0, {v(i, j)}, {}});
+        if (i + 1 < rows) {
+          edge[{i, j, 0}] = int(cells[1].size());
+          cells[1].push_back({i, j, 0, {v(i, j), v(i + 1, j)}, {v(i, j), v(i + 1, j)}});
+        }
+        if (j + 1 < cols) {
+          edge[{i, j, 1}] = int(cells[1].size());
+          cells[1].push_back({i, j, 1, {v(i, j), v(i, j + 1)}, {v(i, j), v(i, j + 1)}});
+        }
+      }
+    }
+    for (int i = 0; i + 1 < rows; ++i) {
+      for (int j = 0; j + 1 < cols; ++j) {
+        cells[2].push_back(
+            {i,
+             j,
+             0,
+             {v(i, j), v(i, j + 1), v(i + 1, j), v(i + 1, j + 1)},
+             {edge[{i, j, 0}], edge[{i, j, 1}], edge[{i, j + 1, 0}], edge[{i + 1, j, 1}]}});
+      }
+    }
+  }
+};
+
+// A filtration: the values of all cells, and every dimension's cells in order.
+struct Filtration {
+  std::vector<double> value[3];
+  std::vector<int> order[3], place[3];
+  std::vector<int> voxel[3];  // that carries the value
+
+  Filtration(const Complex& x, const std::vector<double>& f) {
+    for (int k = 0; k < 3; ++k) {
+      const size_t n = x.cells[k].size();
+      for (const Cell& c : x.cells[k]) {
+        double top = f[size_t(c.voxels[0])];
+        for (int v : c.voxels) top = std::max(top, f[size_t(v)]);
+        int at = -1;
+        for (int v : c.voxels) at = f[size_t(v)] == top ? v : at;  // the last one
+        value[k].push_back(top);
+        voxel[k].push_back(at);
+      }
+      order[k].resize(n);
+      place[k].resize(n);
+      std::iota(order[k].begin(), order[k].end(), 0);
+      std::stable_sort(order[k].begin(), order[k].end(),
+                       [&](int a, int b) { return value[k][size_t(a)] < value[k][size_t(b)]; });
+      for (size_t i = 0; i < n; ++i) place[k][size_t(order[k][i])] = int(i);
+    }
+  }
+};
+
+// Persistence pairs in dimension d, rows ordered by one filtration and columns by another:
+// partner of every (d+1)-cell, -1 where its column vanishes.
+std::vector<int> reduce(const Complex& x, int d, const Filtration& rows,
+                        const Filtration& columns) {
+  std::vector<int> partner(x.cells[d + 1].size(), -1);
+  std::map<int, std::vector<int>> by_pivot;
+  for (int c : columns.order[d + 1]) {
+    std::vector<int> column;
+    for (int face : x.cells[d + 1][size_t(c)].faces) {
+      column.push_back(rows.place[d][size_t(face)]);
+    }
+    std::sort(column.begin(), column.end());
+    while (!column.empty()) {
+      const auto other = by_pivot.find(column.back());
+      if (other == by_pivot.end()) break;
+      std::vector<int> sum;
+      std::set_symmetric_difference(column.begin(), column.end(), other->second.begin(),
+                                    other->second.end(), std::back_inserter(sum));
+      column.swap(sum);
+    }
+    if (column.empty()) continue;
+    partner[size_t(c)] = rows.order[d][size_t(column.back())];
+    by_pivot[column.back()] = column;
+  }
+  return partner;
+}
+
+struct RefBar {
+  int birth = -1, death = -1;  // cells
+  int birth_voxel = -1, death_voxel = -1;
+  int slot = -1, mate = -1;  // as the kernels' tables name them
+};
+
+struct Reference {
+  std::vector<RefBar> bars[2][2];  // (image, dimension)
+  int essential[2] = {-1, -1};
+};
+
+Reference reference(int rows, int cols, const std::vector<double>& input,
+                    const std::vector<double>* target) {
+  const Complex x(rows, cols);
+  std::vector<double> both = input;
+  for (size_t i = 0; target && i < both.size(); ++i) both[i] = std::min(both[i], (*target)[i]);
+  const Filtration f[3] = {{x, input}, {x, target ? *target : input}, {x, both}};
+  Reference r;
+  for (int image = 0; image < 2; ++image) r.essential[image] = f[image].order[0][0];
+  for (int d = 0; d < 2; ++d) {
+    std::map<int, int> bar_of[2];  // by birth cell
+    for (int image = 0; image < (target ? 2 : 1); ++image) {
+      const auto partner = reduce(x, d, f[image], f[image]);
+      for (size_t c = 0; c < partner.size(); ++c) {
+        const int b = partner[c];
+        if (b < 0 || f[image].value[d][size_t(b)] == f[image].value[d + 1][c]) continue;
+        const Cell& at = d == 0 ? x.cells[0][size_t(b)] : x.cells[2][c];
+        bar_of[image][b] = int(r.bars[image][d].size());
+        r.bars[image][d].push_back({b, int(c), f[image].voxel[d][size_t(b)],
+                                    f[image].voxel[d + 1][c], at.row * cols + at.col, -1});
+      }
+    }
+    if (!target) continue;
+    const auto of_both = reduce(x, d, f[2], f[2]);
+    const auto of_input = reduce(x, d, f[0], f[2]), of_target = reduce(x, d, f[1], f[2]);
+    for (size_t c = 0; c < of_both.size(); ++c) {
+      const int b = of_both[c];
+      if (b < 0 || f[2].value[d][size_t(b)] == f[2].value[d + 1][c]) continue;
+      const auto i = bar_of[0].find(of_input[c]), t = bar_of[1].find(of_target[c]);
+      if (i == bar_of[0].end() || t == bar_of[1].end()) continue;
+      RefBar &bi = r.bars[0][d][size_t(i->second)], &bt = r.bars[1][d][size_t(t->second)];
+      require(bi.mate < 0 && bt.mate < 0, "the definition matches a bar once");
+      bi.mate = bt.slot;
+      bt.mate = bi.slot;
+    }
+  }
+  return r;
+}
+
+// ---- Problems ----------------------------------------------------------------------------------
+
+struct Random {
+  std::mt19937_64 engine;
+  int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine); }
+  double uniform() { return std::uniform_real_distribution<double>(0, 1)(engine); }
+  bool chance(double p) { return uniform() < p; }
+  template <class T>
+  T pick(std::initializer_list<T> l) {
+    return *(l.begin() + below(int64_t(l.size())));
+  }
+};
+
+struct Case {
+  cuda::BettiProblem p{};
+  cuda::BettiLoss l{};
+  std::vector<double> image[2];  // as the kernels see them, rounded to the dtypes
+  std::vector<char> bytes[2];
+  bool pairs = false;  // tables without a target
+  int multiprocessors = 4;
+  std::string text;
+};
+
+double round_to(DType t, double v) {
+  switch (t) {
+    case DType::kF64:
+      return v;
+    case DType::kF32:
+      return float(v);
+    case DType::kBF16:
+      return to_float(float_to_bf16(float(v)));
+    case DType::kF16:
+      return to_float(float_to_f16(float(v)));
+    default:
+      return std::floor(v * 3);
+  }
+}
+void put(void* p, DType t, size_t i, double v) {
+  switch (t) {
+    case DType::kF64:
+      static_cast<double*>(p)[i] = v;
+      break;
+    case DType::kF32:
+      static_cast<float*>(p)[i] = float(v);
+      break;
+    case DType::kBF16:
+      static_cast<BF16*>(p)[i] = float_to_bf16(float(v));
+      break;
+    case DType::kF16:
+      static_cast<F16*>(p)[i] = float_to_f16(float(v));
+      break;
+    case DType::kI64:
+      static_cast<int64_t*>(p)[i] = int64_t(v);
+      break;
+    case DType::kI32:
+      static_cast<int32_t*>(p)[i] = int32_t(v);
+      break;
+    case DType::kU8:
+      static_cast<uint8_t*>(p)[i] = uint8_t(v);
+  }
+}
+double get(const std::vector<char>& bytes, DType t, size_t i) {
+  double v = 0;
+  dispatch_float(t, [&](auto tag) {
+    using T = decltype(tag);
+    T x;
+    std::memcpy(&x, bytes.data() + i * sizeof x, sizeof x);
+    v = double(to_float(x));
+  });
+  return v;
+}
+
+enum Pattern { kNoise, kGrey, kBinary, kConstant, kRamp, kSmooth, kPatterns };
+
+double sample(Random& rnd, int pattern, int64_t levels, double slope, int64_t i, int64_t j) {
+  switch (pattern) {
+    case kNoise:
+      return rnd.uniform() * 2 - 1;
+    case kGrey:
+      return double(rnd.below(levels)) / double(levels) * rnd.pick({1.0, -1.0});  // -0 as well
+    case kBinary:
+      return double(rnd.below(2));
+    case kConstant:
+      return 0.5;
+    case kRamp:
+      return slope * double(i) + double(j) / 64;
+    default:
+      return std::sin(double(i) * slope * 3) + std::cos(double(j) * 0.9) + rnd.uniform() * 0.05;
+  }
+}
+
+void fill_images(Random& rnd, Case& c) {
+  const size_t n = size_t(c.p.rows * c.p.cols), size = n * size_t(c.p.items);
+  const DType dtypes[2] = {c.p.input_dtype, c.p.target_dtype};
+  for (int k = 0; k < 2; ++k) {
+    c.image[k].resize(size);
+    c.bytes[k].assign(size * size_t(dtype_size(dtypes[k])), 0);
+    int pattern = 0;
+    int64_t levels = 2;
+    double slope = 0;
+    for (size_t i = 0; i < size; ++i) {
+      if (i % n == 0) {
+        pattern = int(rnd.below(kPatterns));
+        levels = 2 + rnd.below(4);
+        slope = rnd.pick({0.25, -0.25, 0.0, 0.01});
+      }
+      double v =
+          sample(rnd, pattern, levels, slope, int64_t(i % n) / c.p.cols, int64_t(i % n) % c.p.cols);
+      if (dtypes[k] == DType::kU8 && v < 0) v = -v;
+      c.image[k][i] = round_to(dtypes[k], v);
+      put(c.bytes[k].data(), dtypes[k], i, c.image[k][i]);
+    }
+  }
+  c.p.input = c.bytes[0].data();
+  c.p.target = c.pairs ? nullptr : c.bytes[1].data();
+}
+
+void make_case(Random& rnd, Case& c) {
+  cuda::BettiProblem& p = c.p;
+  p.dims = rnd.chance(0.2) ? 1 : 2;
+  p.items = 1 + rnd.below(3);
+  p.rows = p.dims == 1 ? 1 + rnd.below(24) : 1 + rnd.below(7);
+  p.cols = p.dims == 1 ? 1 : 1 + rnd.below(7);
+  p.want[0] = p.dims == 1 || rnd.chance(0.85);
+  p.want[1] = p.dims == 2 && (!p.want[0] || rnd.chance(0.85));
+  p.superlevel = rnd.chance(0.5);
+  p.input_dtype = rnd.pick({DType::kF32, DType::kF32, DType::kF64, DType::kBF16, DType::kF16});
+  p.target_dtype = rnd.pick(
+      {DType::kF32, DType::kF64, DType::kU8, DType::kI64, DType::kI32, DType::kF16, p.input_dtype});
+  betti::Options& o = c.l.options;
+  o.superlevel = p.superlevel;
+  o.extreme = rnd.chance(0.3);
+  o.essential = rnd.chance(0.3);
+  o.min_persistence = rnd.pick({0.0, 0.0, 0.25});
+  o.matched_weight = rnd.pick({1.0, 0.5});
+  o.unmatched_weight = rnd.pick({1.0, 2.0});
+  o.dim_weight[0] = rnd.pick({1.0, 0.25});
+  o.dim_weight[1] = rnd.pick({1.0, 3.0});
+  c.l.target_weight = rnd.pick({1.0, 0.75});
+  c.pairs = rnd.chance(0.15);
+  c.multiprocessors = rnd.pick({1, 4, 64});
+  p.scratch_limit = rnd.pick({0, 0, 1, 200000});  // groups of all, all, one and some items
+  fill_images(rnd, c);
+}
+
+// ---- Runs --------------------------------------------------------------------------------------
+
+struct Outputs {
+  std::vector<int32_t> birth, death, mate, essential;
+  std::vector<char> loss, grad[2];
+  bool operator==(const Outputs& o) const {
+    return birth == o.birth && death == o.death && mate == o.mate && essential == o.essential &&
+           loss == o.loss && grad[0] == o.grad[0] && grad[1] == o.grad[1];
+  }
+};
+
+bool float_dtype(DType t) {
+  return t <= DType::kF16;
+}
+DType real_of(const Case& c) {
+  return cuda::betti_in_double(c.p) ? DType::kF64 : DType::kF32;
+}
+
+Outputs run(Case& c, shim::Order order, unsigned seed) {
+  shim::settings.order = order;
+  shim::settings.seed = seed;
+  shim::settings.multiprocessors = c.multiprocessors;
+  const size_t n = size_t(c.p.rows * c.p.cols), items = size_t(c.p.items);
+  const size_t images = c.pairs ? 1 : 2, dims = size_t(c.p.dims);
+  const int64_t bytes = cuda::betti_scratch_bytes(c.p);
+  std::vector<char> scratch(size_t(bytes) + 256, char(0xa5));  // never zeros
+  char* at = scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
+  Outputs r;
+  for (auto* table : {&r.birth, &r.death, &r.mate}) table->assign(images * items * dims * n, -7);
+  r.essential.assign(images * items, -7);
+  cuda::BettiTables t{r.birth.data(), r.death.data(), c.pairs ? nullptr : r.mate.data(),
+                      r.essential.data()};
+  cuda::betti_pairs(c.p, t, at, bytes, nullptr);
+  if (c.pairs) return r;
+  r.loss.assign(items * dims * 3 * size_t(dtype_size(real_of(c))), char(0xff));
+  r.grad[0].assign(items * n * size_t(dtype_size(c.p.input_dtype)), char(0xff));
+  c.l.loss = r.loss.data();
+  c.l.grad_input = r.grad[0].data();
+  c.l.grad_target = nullptr;
+  if (float_dtype(c.p.target_dtype)) {
+    r.grad[1].assign(items * n * size_t(dtype_size(c.p.target_dtype)), char(0xff));
+    c.l.grad_target = r.grad[1].data();
+  }
+  scratch.assign(scratch.size(), char(0x5a));
+  cuda::betti_loss(c.p, c.l, at, bytes, nullptr);
+  return r;
+}
+
+void expect(const Case& c, const char* what, int64_t item, double got, double want,
+            double tolerance) {
+  ++checked;
+  if (std::isnan(want) ? std::isnan(got)
+                       : std::fabs(got - want) <= tolerance * (1 + std::fabs(want))) {
+    return;
+  }
+  if (++failed <= 20) {
+    std::printf("FAILED %s of item %lld: %.9g, should be %.9g\n  %s\n", what, (long long)item, got,
+                want, c.text.c_str());
+  }
+}
+
+void check_item(Case& c, const Outputs& r, size_t item, bool nan) {
+  const size_t n = size_t(c.p.rows * c.p.cols), items = size_t(c.p.items);
+  const size_t images = c.pairs ? 1 : 2, dims = size_t(c.p.dims);
+  std::vector<double> value[2], f[2];
+  for (size_t k = 0; k < images; ++k) {
+    value[k].assign(c.image[k].begin() + long(item * n), c.image[k].begin() + long(item * n + n));
+    for (double v : value[k]) f[k].push_back(c.p.superlevel ? -v : v);
+  }
+  const betti::Options& o = c.l.options;
+  std::vector<double> grad[2] = {std::vector<double>(n), std::vector<double>(n)};
+  std::vector<double> loss(dims * 3);
+  if (!nan) {
+    const Reference ref = reference(int(c.p.rows), int(c.p.cols), f[0], c.pairs ? nullptr : &f[1]);
+    for (size_t k = 0; k < images; ++k) {
+      require(r.essential[k * items + item] == (c.p.want[0] ? ref.essential[k] : -1),
+              "essential vertex, " + c.text);
+      for (size_t d = 0; d < dims; ++d) {
+        std::vector<int> birth(n, -1), death(n, -1), mate(n, -1);
+        for (const RefBar& b : ref.bars[k][d]) {
+          if (!c.p.want[d]) break;
+          birth[size_t(b.slot)] = b.birth_voxel;
+          death[size_t(b.slot)] = b.death_voxel;
+          mate[size_t(b.slot)] = b.mate;
+        }
+        const size_t row = ((k * items + item) * dims + d) * n;
+        bool same = true;
+        for (size_t s = 0; s < n; ++s) {
+          same = same && r.birth[row + s] == birth[s] && r.death[row + s] == death[s] &&
+                 (c.pairs || r.mate[row + s] == mate[s]);
+        }
+        require(same, "table of item " + std::to_string(item) + " image " + std::to_string(k) +
+                          " dim " + std::to_string(d) + ", " + c.text);
+      }
+    }
+    if (c.pairs) return;
+    // Values and derivatives by the formulas of the loss.
+    const auto at = [&](int k, int voxel) { return value[k][size_t(voxel)]; };
+    for (int d = 0; d < int(dims); ++d) {
+      if (!c.p.want[d]) continue;
+      const double w = o.dim_weight[d];
+      const auto match = [&](int va, int vb) {
+        const double x = at(0, va) - at(1, vb);
+        loss[size_t(d) * 3] += 2 * x * x;
+        grad[0][size_t(va)] += w * o.matched_weight * 4 * x;
+        grad[1][size_t(vb)] -= w * o.matched_weight * 4 * x;
+      };
+      for (int k = 0; k < 2; ++k) {
+        for (const RefBar& bar : ref.bars[k][d]) {
+          const double b = at(k, bar.birth_voxel), e = at(k, bar.death_voxel);
+          if (bar.mate >= 0) {
+            for (const RefBar& other : ref.bars[1][d]) {
+              if (k == 1 || other.slot != bar.mate) continue;
+              match(bar.birth_voxel, other.birth_voxel);
+              match(bar.death_voxel, other.death_voxel);
+            }
+            continue;
+          }
+          if (k == 0 && std::fabs(b - e) <= o.min_persistence) continue;
+          double term = (b - e) * (b - e), db = 2 * (b - e), de = -db;
+          if (o.extreme) {
+            const double sign = c.p.superlevel ? -1 : 1, shift = c.p.superlevel ? 1 : 0;
+            const double fb = shift + sign * b - 1, fe = shift + sign * e;
+            term = 2 * (fb * fb + fe * fe);
+            db = 4 * fb * sign;
+            de = 4 * fe * sign;
+          }
+          const double scale = w * (k == 0 ? o.unmatched_weight : c.l.target_weight);
+          loss[size_t(d) * 3 + (k == 0 ? 1 : 2)] += term;
+          grad[k][size_t(bar.birth_voxel)] += scale * db;
+          grad[k][size_t(bar.death_voxel)] += scale * de;
+        }
+      }
+      if (o.essential && d == 0) match(ref.essential[0], ref.essential[1]);
+    }
+  } else {
+    loss.assign(loss.size(), kNan);
+    for (auto& g : grad) g.assign(n, kNan);
+  }
+  for (size_t i = 0; i < loss.size(); ++i) {
+    expect(c, "loss", int64_t(item), get(r.loss, real_of(c), item * dims * 3 + i), loss[i], 1e-6);
+  }
+  for (int k = 0; k < 2; ++k) {
+    const DType t = k == 0 ? c.p.input_dtype : c.p.target_dtype;
+    if (r.grad[k].empty()) continue;
+    const double tolerance = t == DType::kBF16 ? 0x1p-8 : t == DType::kF16 ? 0x1p-11 : 2e-6;
+    for (size_t v = 0; v < n; ++v) {
+      expect(c, "gradient", int64_t(item), get(r.grad[k], t, item * n + v), grad[k][v], tolerance);
+    }
+  }
+}
+
+// `sick`: the item with a NaN, or -1.
+void check(Case& c, int orders, int64_t sick = -1) {
+  using shim::Order;
+  const std::pair<Order, unsigned> all[] = {
+      {Order::kForward, 0}, {Order::kRandom, 1}, {Order::kReverse, 0}, {Order::kRandom, 2}};
+  Outputs first;
+  for (int k = 0; k < orders; ++k) {
+    try {
+      Outputs o = run(c, all[k].first, all[k].second);
+      if (k == 0) {
+        first = o;
+        for (int64_t i = 0; i < c.p.items; ++i) check_item(c, o, size_t(i), i == sick);
+      } else {
+        require(o == first, "thread order changes the result, " + c.text);
+      }
+    } catch (const std::exception& e) {
+      require(false, std::string(e.what()) + ", " + c.text);
+    }
+  }
+}
+
+std::string describe(const Case& c, const std::string& name) {
+  const cuda::BettiProblem& p = c.p;
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "%s: items %lld rows %lld cols %lld dims %d want %d%d superlevel %d dtypes %d %d "
+                "extreme %d essential %d pairs %d",
+                name.c_str(), (long long)p.items, (long long)p.rows, (long long)p.cols, p.dims,
+                p.want[0], p.want[1], p.superlevel, int(p.input_dtype), int(p.target_dtype),
+                c.l.options.extreme, c.l.options.essential, c.pairs);
+  return text;
+}
+
+Case plain_case(int64_t items, int64_t rows, int64_t cols) {
+  Case c;
+  c.p.items = items;
+  c.p.rows = rows;
+  c.p.cols = cols;
+  c.p.dims = 2;
+  c.p.want[0] = c.p.want[1] = true;
+  c.p.input_dtype = c.p.target_dtype = DType::kF32;
+  c.l.options.matched_weight = c.l.options.unmatched_weight = c.l.target_weight = 1;
+  c.l.options.dim_weight[0] = c.l.options.dim_weight[1] = 1;
+  return c;
+}
+
+// Chains of more than one warp, and in the first case tiles of the sort of more than one warp.
+void check_large(Random& rnd) {
+  const struct {
+    const char* name;
+    int64_t rows, cols;
+    int input, target;
+  } cases[] = {{"ramp and noise", 37, 41, kRamp, kNoise},
+               {"constant and ramp", 25, 23, kConstant, kRamp},
+               {"smooth and binary", 23, 25, kSmooth, kBinary}};
+  for (const auto& k : cases) {
+    Case c = plain_case(1, k.rows, k.cols);
+    c.p.superlevel = k.input == kConstant;
+    if (k.input == kSmooth) c.p.input_dtype = DType::kF64;
+    c.text = describe(c, k.name);
+    fill_images(rnd, c);
+    for (size_t i = 0; i < c.image[0].size(); ++i) {
+      for (int m = 0; m < 2; ++m) {
+        const DType t = m == 0 ? c.p.input_dtype : c.p.target_dtype;
+        const double v = sample(rnd, m == 0 ? k.input : k.target, 3, 0.25, int64_t(i) / k.cols,
+                                int64_t(i) % k.cols);
+        c.image[m][i] = round_to(t, v);
+        put(c.bytes[m].data(), t, i, c.image[m][i]);
+      }
+    }
+    check(c, k.rows < 30 ? 2 : 1);
+  }
+}
+
+// Few grey levels: chains whose edges tie, where the order of the ids decides who dies first.
+void check_ties(Random& rnd) {
+  for (int k = 0; k < 4; ++k) {
+    Case c = plain_case(8, 9, 8);
+    c.p.superlevel = k % 2 == 1;
+    c.text = describe(c, "ties");
+    fill_images(rnd, c);
+    for (int m = 0; m < 2; ++m) {
+      for (size_t i = 0; i < c.image[m].size(); ++i) {
+        c.image[m][i] = double(rnd.below(3 + 2 * k));
+        put(c.bytes[m].data(), DType::kF32, i, c.image[m][i]);
+      }
+    }
+    check(c, 1);
+  }
+}
+
+void check_nan(Random& rnd) {
+  for (int k = 0; k < 4; ++k) {
+    Case c = plain_case(3, 4, 5);
+    c.p.input_dtype = k % 2 == 0 ? DType::kF32 : DType::kF64;
+    c.p.superlevel = k >= 2;
+    c.text = describe(c, "NaN");
+    fill_images(rnd, c);
+    const int64_t sick = rnd.below(3);
+    const int image = int(rnd.below(2));
+    const double nan = rnd.chance(0.5) ? kNan : -kNan;
+    put(c.bytes[image].data(), image == 0 ? c.p.input_dtype : c.p.target_dtype,
+        size_t(sick * 20 + rnd.below(20)), nan);
+    check(c, 2, sick);
+  }
+}
+
+void check_refusals() {
+  const auto refused = [](const cuda::BettiProblem& p) {
+    try {
+      cuda::betti_scratch_bytes(p);
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  Case c = plain_case(1, 4, 4);
+  char image[64] = {};
+  c.p.input = c.p.target = image;
+  require(!refused(c.p), "an ordinary image is accepted");
+  cuda::BettiProblem p = c.p;
+  p.cols = 0;
+  require(refused(p), "no columns");
+  p = c.p;
+  p.dims = 1;
+  require(refused(p), "1D with columns");
+  p = c.p;
+  p.want[0] = p.want[1] = false;
+  require(refused(p), "no dimension");
+  p = c.p;
+  p.rows = p.cols = int64_t{1} << 15;
+  require(refused(p), "too large an image");
+  bool caught = false;
+  try {
+    cuda::betti_loss(c.p, c.l, image, 64, nullptr);
+  } catch (const std::invalid_argument&) {
+    caught = true;
+  }
+  require(caught, "too little scratch memory");
+  c.p.items = 0;
+  cuda::betti_loss(c.p, c.l, nullptr, 0, nullptr);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 100;
+  const uint64_t seed = argc > 2 ? uint64_t(std::atoll(argv[2])) : 0;
+  const int64_t only = argc > 3 ? std::atoll(argv[3]) : -1;
+  for (int64_t i = 0; i < cases; ++i) {
+    if (only >= 0 && i != only) continue;
+    Random rnd{std::mt19937_64(seed * 1000003 + uint64_t(i))};
+    Case c;
+    make_case(rnd, c);
+    c.text = describe(c, "problem " + std::to_string(i));
+    check(c, 4);
+  }
+  if (only < 0) {
+    Random rnd{std::mt19937_64(seed)};
+    check_nan(rnd);
+    check_ties(rnd);
+    check_large(rnd);
+    check_refusals();
+  }
+  std::printf("%lld problems, %lld checks, %lld failed\n", (long long)cases, (long long)checked,
+              (long long)failed);
+  return failed != 0;
+}
