@@ -42,7 +42,7 @@ cuda::BettiProblem decode(const ProblemInts& a) {
   if (a[3] < 1 || a[3] > 2) bad_argument("dims", std::to_string(a[3]));
   p.dims = int(a[3]);
   p.want[0] = a[4] != 0;
-  p.want[1] = a[5] != 0;
+  p.want[1] = p.dims == 2 && a[5] != 0;
   p.superlevel = a[6] != 0;
   p.input = checked_pointer("input", a[7], voxels);
   p.input_dtype = checked_dtype("input", a[8]);
