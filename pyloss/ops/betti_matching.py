@@ -247,6 +247,9 @@ def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Te
 
 def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:
     """(N, C) from (N, C, D, 3)."""
+    if o.matched_weight == o.unmatched_weight == target_weight == 1:
+        if all(w == 1 for w in o[8:][: terms.shape[2]]):
+            return terms.sum((2, 3))
     if target_weight == 0:  # an infinite term that is left out
         terms = terms[..., :2]
     weights = _weights(o, target_weight, terms, terms.shape[2])[:, : terms.shape[3]]
