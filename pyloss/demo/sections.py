@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODULES = ("language_model", "match3")
+MODULES = ("language_model", "segmentation")
 
 
 @dataclass(frozen=True)

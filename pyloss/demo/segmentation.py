@@ -354,17 +354,17 @@ def draw(path: Path, x: torch.Tensor, y: torch.Tensor, models: dict[str, nn.Modu
 
     with torch.no_grad():
         masks = {name: model(x) >= 0 for name, model in list(models.items())[:2]}
-    # The patch where the first loss is wrong most often.
-    errors = pyloss.betti_matching_error(masks[DICE].float(), y, reduction="none").sum((1, 2))
-    worst = int(errors.argmax())
+    # The patch with the most to see: features of the first model's mask and of the target.
+    counts = pyloss.betti_matching(masks[DICE][:, 0], y[:, 0], spatial_dims=2).counts
+    busiest = int(counts.sum((1, 2)).argmax())
     figure = Figure(figsize=(12, 8.6), layout="constrained")
     FigureCanvasAgg(figure)  # no display and no global state of pyplot
     grid = figure.subplots(len(masks), 3, squeeze=False)
     for line, (name, mask) in zip(grid, masks.items()):
-        image, target = mask[worst, 0].float(), y[worst, 0].float()
+        image, target = mask[busiest, 0].float(), y[busiest, 0].float()
         matching = pyloss.betti_matching(image[None], target[None], spatial_dims=2)
-        line[0].imshow(x[worst, 0].numpy(), cmap="gray", interpolation="nearest")
-        line[0].set(title=f"input; below the loss:\n{name}", xticks=[], yticks=[])
+        line[0].imshow(x[busiest, 0].numpy(), cmap="gray", interpolation="nearest")
+        line[0].set(title="input", ylabel=name, xticks=[], yticks=[])
         draw_matching(image, target, matching, line[1:])
         line[1].set_title(f"prediction\n{line[1].get_title()}")
         line[2].set_title(f"vessels\n{line[2].get_title()}")
