@@ -1,6 +1,6 @@
 """Soft Dice with and without Betti matching on the vessels of a retina image, at any size.
 
-The demo section "segmentation" with arguments; the defaults here train about eight times longer.
+The demo section "segmentation" with arguments; the defaults here are larger and take minutes.
 Run: python examples/segment_vessels.py [--seeds 3] [--alphas 0.02 0.5] [--help]
 Needs scikit-image, whose wheel brings the image along; matplotlib for the picture.
 """
