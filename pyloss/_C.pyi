@@ -110,6 +110,33 @@ def tensor_attention_bwd(
 ) -> None: ...
 
 # Present when built_with_cuda.
+# `problem`, `numbers`: see csrc/bind/betti_matching_cuda.cpp.
+def cuda_betti_in_double(problem: Sequence[int], /) -> bool: ...
+def cuda_betti_matching_scratch_bytes(problem: Sequence[int], /) -> int: ...
+def cuda_betti_loss(
+    problem: Sequence[int],
+    numbers: Sequence[float],
+    extreme: bool,
+    essential: bool,
+    loss: int,
+    grad_input: int,
+    grad_target: int,
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_betti_pairs(
+    problem: Sequence[int],
+    birth: int,
+    death: int,
+    mate: int,
+    essential: int,
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...
 def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
 def cuda_row_softmax_fwd(
     problem: Sequence[int],

@@ -176,7 +176,14 @@ def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     problem = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), code(0, 1), *[flag] * 3]
     options = [number(0.0, 1.0), number(0.0, 1.0), number(0.0), *[number(1.0)] * 4]
     grad = Field([0, buffers["grad"].address], [0])
+    none, flags = address(None), Field([True, False], [2, -1])
+    # As above: a host address would be a valid number on a device.
+    on_device = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), *[flag] * 3]
+    on_device += [none, code(0, 1), none, code(0, 1, 6)]
     return {
+        "cuda_betti_in_double": [on_device],
+        "cuda_betti_loss": [on_device, options[1:], flags, flags, *[none] * 6],
+        "cuda_betti_pairs": [on_device, *[none] * 7],
         "betti_loss": [problem, options, x, target, address(buffers["loss"]), grad, THREADS],
         "betti_matching": [problem, x, target, THREADS],
         "persistence_pairs": [problem, x, Field([True, False], [2, -1]), THREADS],

@@ -49,6 +49,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("cuda_device_count", &cuda_device_count);
   m.def("simd_level", &simd_level);
   pyloss::register_betti_matching(m);
+  pyloss::register_betti_matching_cuda(m);
   pyloss::register_linear_cross_entropy(m);
   pyloss::register_row_softmax(m);
   pyloss::register_tensor_attention(m);

@@ -111,7 +111,7 @@ struct Options {
   bool essential;          // dim 0 also matches the two oldest vertices, deaths equal
   double min_persistence;  // unmatched bars of the input up to this length are left out
   double matched_weight, unmatched_weight;  // in the gradient; the loss is reported per term
-  double dim_weight[2];  // likewise
+  double dim_weight[2];                     // likewise
 };
 
 // Terms of the loss, in this order in the last axis of the result.
