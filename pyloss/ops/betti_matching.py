@@ -101,8 +101,9 @@ def _loss_cuda(input, target, options):
     grad = torch.empty_like(x) if o.want_grad else None
     with torch.cuda.device_of(x):
         scratch = _scratch(x, problem)
+        numbers = (o.matched_weight, o.unmatched_weight, 1.0, o.min_persistence, *o[8:])
         _C.cuda_betti_loss(
-            problem, (*o[6:8], 1.0, o.min_persistence, *o[8:]), bool(o.extreme), bool(o.essential), loss.data_ptr(),
+            problem, numbers, bool(o.extreme), bool(o.essential), loss.data_ptr(),
             0 if grad is None else grad.data_ptr(), 0, scratch.data_ptr(), scratch.numel(),
             _stream(x),
         )  # fmt: skip
