@@ -35,8 +35,8 @@ from pyloss.functional import (
     focal_loss,
     fused_cross_entropy,
     fused_linear_cross_entropy,
-    tensor_attention,
     persistence_pairs,
+    tensor_attention,
     token_logprobs,
 )
 from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers

@@ -175,8 +175,7 @@ def test_derived_columns_of_the_linear_op():
     assert "speedup_over_chunked" not in by_name["torch"]
 
 
-@pytest.mark.parametrize("op", [row_softmax, linear, attention])
-@pytest.mark.parametrize("op", [row_softmax, linear, betti])
+@pytest.mark.parametrize("op", [row_softmax, linear, attention, betti])
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):
         context = _core.Context(device=device)

@@ -16,8 +16,14 @@ import pyloss.metrics
 import pyloss.nn
 import pyloss.testing
 
-MODULES = [pyloss, pyloss.distributed, pyloss.functional, pyloss.nn, pyloss.testing]
-MODULES = [pyloss, pyloss.functional, pyloss.metrics, pyloss.nn, pyloss.testing]
+MODULES = [
+    pyloss,
+    pyloss.distributed,
+    pyloss.functional,
+    pyloss.metrics,
+    pyloss.nn,
+    pyloss.testing,
+]
 
 
 def public_objects(*modules: Any) -> list[Any]:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MODULES = ("language_model", "match3")
-MODULES = ("language_model", "segmentation")
+MODULES = ("language_model", "match3", "segmentation")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,6 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
-    "TensorAttention",
     "SoftDiceLoss",
+    "TensorAttention",
 ]

@@ -5,5 +5,10 @@ from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_lo
 from pyloss.reference.row_softmax import row_softmax
 from pyloss.reference.tensor_attention import tensor_attention
 
-__all__ = ["linear_cross_entropy", "row_softmax", "tensor_attention", "token_logprobs"]
-__all__ = ["betti_matching_loss", "linear_cross_entropy", "row_softmax", "token_logprobs"]
+__all__ = [
+    "betti_matching_loss",
+    "linear_cross_entropy",
+    "row_softmax",
+    "tensor_attention",
+    "token_logprobs",
+]
