@@ -27,6 +27,7 @@ from pyloss import functional, metrics, nn
 from pyloss.backends import backend, show_config
 from pyloss.functional import (
     BettiMatching,
+    BettiTarget,
     PersistencePairs,
     RowStats,
     betti_matching,
@@ -52,6 +53,7 @@ from pyloss.nn import (
 __all__ = [
     "BettiMatching",
     "BettiMatchingLoss",
+    "BettiTarget",
     "CompSumLoss",
     "CrossEntropyLoss",
     "FocalLoss",

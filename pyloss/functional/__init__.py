@@ -25,6 +25,7 @@ from pyloss.functional.preference import (
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
 from pyloss.functional.topology import (
     BettiMatching,
+    BettiTarget,
     PersistencePairs,
     betti_matching,
     betti_matching_loss,
@@ -33,6 +34,7 @@ from pyloss.functional.topology import (
 
 __all__ = [
     "BettiMatching",
+    "BettiTarget",
     "DPOMetrics",
     "GRPOMetrics",
     "PersistencePairs",
@@ -51,9 +53,9 @@ __all__ = [
     "linear_distillation_loss",
     "persistence_pairs",
     "sequence_logprobs",
+    "soft_dice_loss",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_n",
-    "soft_dice_loss",
     "token_logprobs",
 ]

@@ -24,7 +24,8 @@ class BettiMatchingLoss(nn.Module):
 
     Shape:
         - input: ``(N, C, *spatial)``, 1 or 2 spatial dimensions
-        - target: the same, or class indices ``(N, *spatial)``
+        - target: the same, or class indices ``(N, *spatial)``; or a :class:`pyloss.BettiTarget`,
+          of which ``base_loss`` gets the tensor that it was made of
         - output: scalar, or ``(N, C)`` with ``reduction="none"``
 
     Raises:
@@ -83,10 +84,12 @@ class BettiMatchingLoss(nn.Module):
         self.base_loss = base_loss
         self.alpha = alpha
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor | F.BettiTarget) -> Tensor:
         betti = F.betti_matching_loss(input, target, **self.options)
         if self.base_loss is None:
             return betti
+        if isinstance(target, F.BettiTarget):
+            target = target.target
         return self.base_loss(input, target) + self.alpha * betti
 
     def extra_repr(self) -> str:
