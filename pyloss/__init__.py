@@ -38,6 +38,8 @@ from pyloss.functional import (
     fused_linear_cross_entropy,
     persistence_pairs,
     tensor_attention,
+    tensor_attention_cost,
+    tensor_attention_n,
     token_logprobs,
 )
 from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
@@ -77,6 +79,8 @@ __all__ = [
     "persistence_pairs",
     "show_config",
     "tensor_attention",
+    "tensor_attention_cost",
+    "tensor_attention_n",
     "token_logprobs",
 ]
 

@@ -233,3 +233,34 @@ def test_windows_are_causal():
     other, _ = layer(changed, changed, changed, need_weights=False)
     torch.testing.assert_close(out[:, :4], other[:, :4])
     assert not torch.allclose(out[:, 4:], other[:, 4:])
+
+
+def test_inside_an_encoder_layer():
+    """In eval, where torch's fast path would not call the layer at all."""
+    plain = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    swapped = copy.deepcopy(plain)
+    swapped.self_attn = TensorAttention.from_multihead(swapped.self_attn)
+    x = torch.randn(3, 7, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(swapped(x), plain(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        swapped.self_attn.more_k_proj[0].weight.normal_()
+        assert not torch.allclose(swapped(x), plain(x))
+
+
+def test_compiles_with_the_default_arguments():
+    layer, x = TensorAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="need_weights"):
+        want = layer(x, x, x)[0]
+    torch.testing.assert_close(compiled(x, x, x)[0], want)
+
+
+def test_causal_over_other_lengths_starts_at_the_first_key():
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    ours = TensorAttention.from_multihead(layer)
+    q, k = torch.randn(2, 4, 8), torch.randn(2, 6, 8)
+    hidden = torch.ones(4, 6, dtype=torch.bool).triu(1)
+    want = layer(q, k, k, attn_mask=hidden, need_weights=False)[0]
+    got = ours(q, k, k, attn_mask=hidden, is_causal=True, need_weights=False)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -457,3 +457,34 @@ def test_infinite_lse_of_a_query_outside(keep_num_threads):
     out, lse = pyloss.tensor_attention(*tensors, is_causal=True, q_offset=-2, return_lse=True)
     assert bool((lse[:, :, :2] == -math.inf).all()) and bool((out[:, :, :2] == 0).all())
     assert lse[:, :, 2:].isfinite().all()
+
+
+def test_autocast_of_mixed_inputs():
+    q, *rest = torch.randn(5, 1, 2, 6, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = pyloss.tensor_attention(q.bfloat16(), *rest)
+        same = pyloss.tensor_attention(q, *rest)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed, same)
+
+
+def test_window_of_a_wrong_type():
+    with pytest.raises(TypeError, match="window must be an integer or a sequence.*1.5"):
+        pyloss.tensor_attention(*torch.randn(5, 1, 1, 3, 2), window=1.5)
+
+
+def test_transforms_of_order_three():
+    q, *rest = torch.randn(7, 1, 1, 4, 3, dtype=F64)
+    keys, values = rest[:3], rest[3:]
+
+    def f(q):
+        return tensor_attention_n(q, keys, values, is_causal=True)
+
+    direction = torch.randn_like(q)
+    out, tangent = torch.func.jvp(f, (q,), (direction,))
+    torch.testing.assert_close(out, f(q))
+    q.requires_grad_()
+    (grad,) = torch.autograd.grad(f(q).square().sum(), q)
+    (want,) = torch.func.vmap(torch.func.grad(lambda q: f(q).square().sum()))(q.detach()[None])
+    torch.testing.assert_close(grad, want)
+    torch.testing.assert_close((2 * out * tangent).sum(), (grad * direction).sum())

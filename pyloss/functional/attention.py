@@ -375,6 +375,15 @@ def _checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
     for name, t in named.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    kind = q.device.type
+    if not q.is_meta and torch.is_autocast_enabled(kind):
+        to = torch.get_autocast_dtype(kind)
+        named = {
+            name: t.to(to) if t.is_floating_point() and t.dtype != torch.float64 else t
+            for name, t in named.items()
+        }
+        q, *rest = named.values()
+        keys, values = rest[: len(keys)], rest[len(keys) :]
     for name, t in named.items():
         if t.dim() != 4:
             raise ValueError(
@@ -423,10 +432,6 @@ def _checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
                 f"{value_names[0]} and {v_name} must have as many features, got "
                 f"{_shape(values[0])} and {_shape(v)}"
             )
-    kind = q.device.type
-    if not q.is_meta and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     return q, tuple(keys), tuple(values)
 
 
@@ -473,7 +478,12 @@ def _checked_band(q, keys, is_causal, window, q_offset):
     """(causal, a window per axis with 0 for none, offset)."""
     if is_causal is not None and not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool or None, got {type(is_causal).__name__}")
-    given = [window] * len(keys) if window is None or _is_int(window) else list(window)
+    if window is None or _is_int(window):
+        given = [window] * len(keys)
+    elif isinstance(window, Sequence):
+        given = list(window)
+    else:
+        raise TypeError(f"window must be an integer or a sequence of them, got {window!r}")
     if len(given) != len(keys):
         raise ValueError(f"window must be one number or {len(keys)}, got {window!r}")
     windows = []

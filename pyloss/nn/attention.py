@@ -61,6 +61,9 @@ class TensorAttention(nn.Module):
         Alman, Song. arXiv 2310.04064. Clift et al. arXiv 1909.00668. Roy et al. arXiv 2507.02754.
     """
 
+    # TransformerEncoderLayer looks at this before its fast path, which would bypass forward.
+    _qkv_same_embed_dim = False
+
     def __init__(
         self,
         embed_dim: int,
@@ -162,6 +165,10 @@ class TensorAttention(nn.Module):
         Args:
             layer: its parameters are shared, not copied.
             options: the keyword-only arguments of the constructor.
+
+        Raises:
+            NotImplementedError: ``layer`` has ``dropout`` > 0 (set it to 0 first), ``add_bias_kv``
+                or ``add_zero_attn``.
         """
         if layer.bias_k is not None or layer.add_zero_attn:
             raise NotImplementedError("TensorAttention has neither add_bias_kv nor add_zero_attn")
@@ -199,7 +206,7 @@ class TensorAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        if need_weights:
+        if need_weights and not torch.compiler.is_compiling():
             warnings.warn(
                 "TensorAttention never forms its weights and returns None for them; pass "
                 "need_weights=False",
@@ -226,6 +233,8 @@ class TensorAttention(nn.Module):
             values,
             attn_mask=mask,
             is_causal=True if is_causal else None,  # None: a window is causal
+            # As in torch, the first query sees the first key, whatever the lengths.
+            q_offset=0 if is_causal else None,
             window=self.window,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._registry import accumulator_dtype
+from pyloss.ops._registry import accumulator_dtype, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import WANT, Settings, _FirstOrderOnly
+from pyloss.reference.tensor_attention import tensor_attention as _reference
 
 _ops = torch.ops.pyloss
 
@@ -169,4 +170,15 @@ def tensor_attention_order(
     settings: OrderSettings,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked arguments; masks are additive and get no gradient."""
+    if functorch_active() or forward_ad_active():  # transforms must see into the op
+        return _reference(
+            q,
+            keys,
+            values,
+            masks=masks,
+            scale=settings.scale,
+            causal=settings.causal,
+            windows=[w or None for w in settings.windows],
+            q_offset=settings.q_offset,
+        )
     return _TensorAttentionOrder.apply(settings, len(keys), q, *keys, *values, *masks)
