@@ -603,3 +603,59 @@ NAN = torch.where(torch.arange(16).view(1, 1, 4, 4) == 3, torch.nan, X)
 def test_errors(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- after review ---------------------------------------------------------------------------------
+
+
+def test_float16_mean_does_not_overflow():
+    x, y = torch.rand(96, 1, 100, 100), torch.rand(96, 1, 100, 100) > 0.5
+    half = pyloss.betti_matching_loss(x.half(), y)
+    total = pyloss.betti_matching_loss(x.half().float(), y, reduction="sum")
+    assert total > 65504 and half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), total / 96, rtol=1e-3, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pyloss.betti_matching_loss(x.bfloat16(), y).dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_metrics_of_an_empty_batch(normalize):
+    empty = torch.rand(0, 2, 4, 4)
+    error = pyloss.betti_matching_error(empty, empty, normalize=normalize)
+    assert (error == 0).all()
+
+
+def test_targets_that_dice_takes():
+    x, labels = torch.rand(2, 3, 8, 8).softmax(1), torch.randint(3, (2, 8, 8))
+    want = pyloss.betti_matching_loss(x, labels)
+    torch.testing.assert_close(pyloss.betti_matching_loss(x, labels.unsqueeze(1)), want)
+    one, mask = torch.rand(2, 1, 8, 8), torch.rand(2, 8, 8) > 0.5
+    want = pyloss.betti_matching_loss(one, mask.unsqueeze(1))
+    for target in (mask, mask.long(), mask.to(torch.uint8)):
+        torch.testing.assert_close(pyloss.betti_matching_loss(one, target), want)
+
+
+def test_loss_of_a_matching_checks_its_numbers():
+    x = torch.rand(1, 5, 5)
+    matching = pyloss.betti_matching(x, x > 0.5, 2)
+    for name in ("matched_weight", "unmatched_weight", "target_weight", "min_persistence"):
+        with pytest.raises(ValueError, match=name):
+            matching.loss(**{name: -1.0})
+    infinite = torch.tensor([[1.0, -torch.inf, 1, 1, 1]])
+    assert pyloss.betti_matching(torch.ones(1, 5), infinite, 1).loss(target_weight=0.0) == 0
+
+
+def test_metrics_refuse_nan():
+    nan, x = torch.full((1, 1, 3, 3), torch.nan), torch.rand(1, 1, 3, 3)
+    with pytest.raises(ValueError, match="mask must not contain NaN"):
+        pyloss.betti_numbers(nan)
+    with pytest.raises(ValueError, match="threshold"):
+        pyloss.betti_number_error(x, x, threshold=float("nan"))
+
+
+def test_base_loss_of_another_shape():
+    criterion = pyloss.BettiMatchingLoss(
+        base_loss=torch.nn.MSELoss(reduction="none"), reduction="none"
+    )
+    with pytest.raises(ValueError, match="base_loss gives the shape"):
+        criterion(torch.rand(2, 2, 4, 4), torch.rand(2, 2, 4, 4))

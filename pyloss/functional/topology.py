@@ -137,13 +137,19 @@ class BettiMatching:
         """Loss of each item ``(N)``, differentiable by both images; arguments of the loss."""
         _one_of("unmatched", unmatched, _UNMATCHED)
         spatial = len(self._shape)
+        for name, x in (
+            ("matched_weight", matched_weight), ("unmatched_weight", unmatched_weight),
+            ("target_weight", target_weight), ("min_persistence", min_persistence),
+        ):  # fmt: skip
+            _check_number(name, x)
         terms = op.loss_terms(
             self._input.flatten(1), self._target.flatten(1), *self._tables, dim_count=spatial,
             superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
         )  # fmt: skip
         factors = terms.new_tensor([matched_weight, unmatched_weight, target_weight])
         by_dim = terms.new_tensor(_checked_weight(weight, list(range(spatial)), spatial))
-        return (terms * factors * by_dim[:, None]).sum((1, 2))
+        factors = factors * by_dim[:, None]
+        return torch.where(factors == 0, 0.0, terms * factors).sum((1, 2))  # 0 times infinity
 
     def representative_cycles(
         self,
@@ -549,8 +555,9 @@ def betti_matching_loss(
         reduction: ``"mean"`` over items and channels (0 for none), ``"sum"``, ``"none"``.
 
     Returns:
-        0-d, or ``(N, C)`` with ``reduction="none"``; of the dtype of ``input``. Differentiable,
-        twice too; by the target as well if it requires a gradient.
+        0-d, or ``(N, C)`` with ``reduction="none"``; of the dtype of ``input``, or the wider one of
+        it and a floating ``target``; float32 under autocast. Differentiable, twice too; by the
+        target as well if it requires a gradient.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -625,12 +632,14 @@ def betti_matching_loss(
         )
         part = op.betti_loss(a, b, options, target_weight if include_target_unmatched else 0.0)
         total = part if total is None else total + part
-    total = total.to(dtype)
-    if reduction == "none":
-        return total
-    if reduction == "sum":
-        return total.sum()
-    return total.sum() / max(total.numel(), 1)
+    if torch.is_autocast_enabled(total.device.type) and dtype != torch.float64:
+        dtype = torch.float32
+    if (
+        reduction != "none"
+    ):  # before it is rounded: a float16 sum may overflow where the mean does not
+        items = max(total.numel(), 1) if reduction == "mean" else 1
+        total = total.sum() / items
+    return total.to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -721,14 +730,16 @@ def _common(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _expanded(target: Tensor, input: Tensor) -> Tensor:
-    """Class indices (N, *spatial) as one channel per class."""
-    if target.dim() != input.dim() - 1:
-        return target
-    if target.is_floating_point() or target.dtype == torch.bool:
-        return target
-    if target.shape != (input.shape[0], *input.shape[2:]):
+    """Class indices (N, *spatial) or (N, 1, *spatial) as one channel per class; with one channel
+    they are a mask."""
+    labels, classes = target, input.shape[1]
+    if target.dim() == input.dim() and target.shape[1] == 1 < classes:
+        labels = target.squeeze(1)
+    if labels.shape != (input.shape[0], *input.shape[2:]) or labels.is_floating_point():
         return target  # the check of shapes says so
-    return _one_hot(target, input.shape[1])
+    if classes == 1:
+        return labels.unsqueeze(1)
+    return target if labels.dtype == torch.bool else _one_hot(labels, classes)
 
 
 def _one_hot(target: Tensor, classes: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def betti_numbers(mask: Tensor, spatial_dims: int | None = None) -> Tensor:
         Stucki et al. arXiv 2211.15272.
     """
     F._check_tensor("mask", mask)
+    _check_no_nan("mask", mask)
     mask = mask != 0
     pairs = F.persistence_pairs(mask, spatial_dims, filtration="superlevel")
     # Every bar of a mask is born in the foreground and dies in the background; the component that
@@ -135,7 +138,7 @@ def betti_matching_error(
         return _reduced(torch.stack(per_dim, -1).float(), reduction)
     x, y = _masks(input, target, threshold, include_background)
     counts = F.betti_matching(x, y).counts
-    error = (counts[..., 1] + counts[..., 2]).view(*x.shape[:2], -1).float()
+    error = (counts[..., 1] + counts[..., 2]).view(*x.shape[:2], counts.shape[1]).float()
     if not normalize:
         return _reduced(error, reduction)
     features = betti_numbers(y).sum(-1)
@@ -152,10 +155,16 @@ def _masks(input, target, threshold, include_background):
     F._check_same_shape(input, target)
     if not include_background and input.shape[1] > 1:
         input, target = input[:, 1:], target[:, 1:]
-    for name, x in (("input", input), ("target", target)):
-        if x.is_floating_point() and bool(x.isnan().any()):
-            raise ValueError(f"{name} must not contain NaN")
+    if math.isnan(threshold):
+        raise ValueError("threshold must be a number, got nan")
+    _check_no_nan("input", input)
+    _check_no_nan("target", target)
     return input >= threshold, target >= threshold
+
+
+def _check_no_nan(name, x):
+    if x.is_floating_point() and bool(x.isnan().any()):
+        raise ValueError(f"{name} must not contain NaN")
 
 
 def _reduced(x: Tensor, reduction: str) -> Tensor:

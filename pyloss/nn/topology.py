@@ -90,7 +90,13 @@ class BettiMatchingLoss(nn.Module):
             return betti
         if isinstance(target, F.BettiTarget):
             target = target.target
-        return self.base_loss(input, target) + self.alpha * betti
+        base = self.base_loss(input, target)
+        if base.dim() and betti.dim() and base.shape != betti.shape:
+            raise ValueError(
+                f"base_loss gives the shape {list(base.shape)}, which does not go with "
+                f"{list(betti.shape)} of the Betti matching loss; give both reduction='mean'"
+            )
+        return base + self.alpha * betti
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
