@@ -137,11 +137,10 @@ class BettiMatching:
         """Loss of each item ``(N)``, differentiable by both images; arguments of the loss."""
         _one_of("unmatched", unmatched, _UNMATCHED)
         spatial = len(self._shape)
-        for name, x in (
-            ("matched_weight", matched_weight), ("unmatched_weight", unmatched_weight),
-            ("target_weight", target_weight), ("min_persistence", min_persistence),
-        ):  # fmt: skip
-            _check_number(name, x)
+        _check_numbers(
+            matched_weight=matched_weight, unmatched_weight=unmatched_weight,
+            target_weight=target_weight, min_persistence=min_persistence,
+        )  # fmt: skip
         terms = op.loss_terms(
             self._input.flatten(1), self._target.flatten(1), *self._tables, dim_count=spatial,
             superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
@@ -586,11 +585,10 @@ def betti_matching_loss(
     _one_of("filtration", filtration, (*_FILTRATIONS, "both"))
     _one_of("unmatched", unmatched, _UNMATCHED)
     _one_of("reduction", reduction, _REDUCTIONS)
-    for name, x in (
-        ("matched_weight", matched_weight), ("unmatched_weight", unmatched_weight),
-        ("target_weight", target_weight), ("min_persistence", min_persistence),
-    ):  # fmt: skip
-        _check_number(name, x)
+    _check_numbers(
+        matched_weight=matched_weight, unmatched_weight=unmatched_weight,
+        target_weight=target_weight, min_persistence=min_persistence,
+    )  # fmt: skip
     dim_weight = _checked_weight(weight, dims, spatial)
 
     if prepared is None:
@@ -839,6 +837,11 @@ def _checked_weight(weight, dims, spatial: int) -> list[float]:
         _check_number("weight", w)
         found[d] = w
     return found
+
+
+def _check_numbers(**numbers) -> None:
+    for name, x in numbers.items():
+        _check_number(name, x)
 
 
 def _check_number(name: str, x) -> None:
