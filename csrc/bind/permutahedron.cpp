@@ -91,17 +91,16 @@ void register_permutahedron(py::module_& m) {
           cuda::permutahedron_forward(p, in, index, out, marks, optional_pointer(scratch),
                                       scratch_bytes, optional_pointer(stream));
         });
-  m.def("cuda_permutahedron_bwd",
-        [](const ProblemInts& problem, double strength, int64_t g, int64_t x, int64_t packed,
-           int64_t dx, int64_t stream) {
-          const auto p = decode(problem, strength);
-          const void* up = rows("g", g, p);
-          const void* in = values(x, p);
-          const int32_t* marks = rows<const int32_t>("packed", packed, p);
-          void* out = rows("dx", dx, p);
-          py::gil_scoped_release nogil;
-          cuda::permutahedron_backward(p, up, in, marks, out, optional_pointer(stream));
-        });
+  m.def("cuda_permutahedron_bwd", [](const ProblemInts& problem, double strength, int64_t g,
+                                     int64_t x, int64_t packed, int64_t dx, int64_t stream) {
+    const auto p = decode(problem, strength);
+    const void* up = rows("g", g, p);
+    const void* in = values(x, p);
+    const int32_t* marks = rows<const int32_t>("packed", packed, p);
+    void* out = rows("dx", dx, p);
+    py::gil_scoped_release nogil;
+    cuda::permutahedron_backward(p, up, in, marks, out, optional_pointer(stream));
+  });
 #endif
 }
 

@@ -10,8 +10,8 @@
 //
 // Means of w and sums of w and exp(w/e) are closed formulas of a and b, so a block carries one sum:
 // of s (l2), or of exp(s - s_a) (kl; s_a is its largest). All in double: a float row then has the
-// accuracy of its rounding to float. Outputs are written so that no large numbers cancel: s - mean s
-// before mean w is added, differences of w before they are divided.
+// accuracy of its rounding to float. Outputs are written so that no large numbers cancel: s - mean
+// s before mean w is added, differences of w before they are divided.
 //
 // Blondel, Teboul, Berthet, Djolonga, arXiv 2002.08871.
 #pragma once
@@ -46,7 +46,7 @@ PYLOSS_HD inline bool is_infinite(double s) {
   return s == HUGE_VAL || s == -HUGE_VAL;
 }
 
-// s at a sorted position, from the value there. Adding 0 makes -0 a 0, which the sort relies on.
+// s at a sorted position, from the value there.
 PYLOSS_HD inline double scaled(const Problem& p, double x) {
   return p.rank ? x * (1 / p.strength) : 0.0 - x;
 }
@@ -188,7 +188,8 @@ PYLOSS_HD void backward_row(const Problem& p, const Packed& packed, const G& g, 
     for (int64_t i = a; i < b; ++i) {
       const int32_t element = packed(i) & kElement;
       const double share = p.kl && !fixed ? exp_(scaled(p, x(element)) - top) : 1.0;
-      double dx = p.rank ? w * (p.kl ? share : 1.0) * (g(element) - sum / mass) : sum * share / mass;
+      double dx =
+          p.rank ? w * (p.kl ? share : 1.0) * (g(element) - sum / mass) : sum * share / mass;
       put(element, fixed ? 0.0 : dx);
     }
   }

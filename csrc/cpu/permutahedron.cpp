@@ -160,8 +160,7 @@ void for_rows(const Problem& p, int threads, const Fn& fn) {
 
 }  // namespace
 
-void permutahedron_forward(const Problem& p, const void* x, void* y, int32_t* packed,
-                           int threads) {
+void permutahedron_forward(const Problem& p, const void* x, void* y, int32_t* packed, int threads) {
   for_rows(p, threads, [&](auto zero, int64_t begin, int64_t end) {
     using R = decltype(zero);
     Scratch<R> scratch(p.n);

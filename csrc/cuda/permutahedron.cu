@@ -1,10 +1,10 @@
 // Soft rank and soft sort on the GPU: formulas in common/permutahedron.h.
 //
-// Decomposition: one thread owns one row, since pooling is a sequential pass; the sort, which is the
-// larger part of the work, is torch's. The stacks of neighbouring threads interleave, so that a warp
-// touches neighbouring addresses as long as its rows are pooled alike. No atomics.
-// Memory: 12 + 8 bytes per float read and written once, 20 bytes of stack per element. Sums and
-// block values are double.
+// Decomposition: one thread owns one row, since pooling is a sequential pass; the sort, which is
+// the larger part of the work, is torch's. The stacks of neighbouring threads interleave, so that a
+// warp touches neighbouring addresses as long as its rows are pooled alike. No atomics. Memory: 12
+// + 8 bytes per float read and written once, 20 bytes of stack per element. Sums and block values
+// are double.
 #include "cuda/permutahedron.h"
 
 #include <stdexcept>
@@ -77,9 +77,8 @@ void permutahedron_forward(const Problem& p, const void* sorted, const int64_t* 
                                    p.rows};
   for_dtype(p, [&](auto zero) {
     using R = decltype(zero);
-    launch(permutahedron_fwd_kernel<R>, dim3(grid_size(ceil_div(p.rows, kThreads))),
-           dim3(kThreads), 0, stream, p, static_cast<const R*>(sorted), order, static_cast<R*>(y),
-           packed, stack);
+    launch(permutahedron_fwd_kernel<R>, dim3(grid_size(ceil_div(p.rows, kThreads))), dim3(kThreads),
+           0, stream, p, static_cast<const R*>(sorted), order, static_cast<R*>(y), packed, stack);
   });
 }
 
@@ -87,9 +86,9 @@ void permutahedron_backward(const Problem& p, const void* g, const void* x, cons
                             void* dx, void* stream) {
   for_dtype(p, [&](auto zero) {
     using R = decltype(zero);
-    launch(permutahedron_bwd_kernel<R>, dim3(grid_size(ceil_div(p.rows, kThreads))),
-           dim3(kThreads), 0, stream, p, static_cast<const R*>(g), static_cast<const R*>(x),
-           packed, static_cast<R*>(dx));
+    launch(permutahedron_bwd_kernel<R>, dim3(grid_size(ceil_div(p.rows, kThreads))), dim3(kThreads),
+           0, stream, p, static_cast<const R*>(g), static_cast<const R*>(x), packed,
+           static_cast<R*>(dx));
   });
 }
 

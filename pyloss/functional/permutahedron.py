@@ -21,8 +21,8 @@ def permutahedron_rank(
 ) -> Tensor:
     r"""Soft ranks, the smallest near 1, by projection onto the permutahedron, in O(n log n).
 
-    With z = values / e, e the regularization strength, and P(w) the convex hull of the permutations
-    of w = (n, ..., 1):
+    With z = values / e, e the regularization strength, and P(w) the convex hull of the
+    permutations of w = (n, ..., 1):
 
     .. math::
         \mathrm{l2}:\ \arg\min_{y \in P(w)} \tfrac12 \|y - z\|^2, \qquad
@@ -74,8 +74,8 @@ def permutahedron_sort(
 ) -> Tensor:
     r"""Softly sorted values, ascending, by projection onto the permutahedron, in O(n log n).
 
-    With w = (n, ..., 1), e the regularization strength, and P(u) the convex hull of the permutations
-    of u:
+    With w = (n, ..., 1), e the regularization strength, and P(u) the convex hull of the
+    permutations of u:
 
     .. math::
         \mathrm{l2}:\ -\arg\min_{y \in P(-\mathrm{values})} \tfrac12 \|y - w / e\|^2, \qquad
@@ -92,7 +92,8 @@ def permutahedron_sort(
 
     Returns:
         Values of the shape of ``values`` and its dtype; float32 for half types under autocast.
-        Infinite values stay at the ends, without gradient. A NaN makes its row NaN.
+        Infinite values stay at the ends, without gradient and without an effect on the others. A
+        NaN makes its row NaN.
 
     Raises:
         As :func:`permutahedron_rank`.
@@ -134,10 +135,13 @@ def _rows(values, regularization, strength, dim):
         raise ValueError(f"values must not be empty along dim {dim}, got {list(values.shape)}")
     dtype = values.dtype if values.dtype == torch.float64 else torch.float32
     result = dtype if _autocast(values) else values.dtype
-    moved = values.movedim(dim, -1)
-    rows = moved.reshape(-1, moved.shape[-1]).to(dtype)
+    last = dim in (-1, values.dim() - 1)
+    moved = values if last else values.movedim(dim, -1)
+    rows = (moved if moved.dim() == 2 else moved.reshape(-1, moved.shape[-1])).to(dtype)
 
     def restore(y: Tensor) -> Tensor:
-        return y.view(moved.shape).movedim(-1, dim).to(result)
+        y = y.to(result)
+        y = y if moved.dim() == 2 else y.view(moved.shape)
+        return y if last else y.movedim(-1, dim)
 
     return rows, restore, regularization == "kl"

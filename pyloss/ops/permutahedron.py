@@ -149,7 +149,7 @@ def _composed_gradient(g, x, packed, rank, kl, strength):
     """The same in torch operations, with gradients of its own to g and, with kl, x."""
     with torch.enable_grad():
         # Given the blocks, l2 is linear: any point has the same gradient.
-        at = torch.zeros_like(g) if x is None else x
+        at = torch.zeros(packed.shape, dtype=g.dtype, device=g.device) if x is None else x
         at = at if at.requires_grad else at.detach().requires_grad_()
         y = reference.from_blocks(at, _blocks(packed), rank=rank, kl=kl, strength=strength)
         (dx,) = torch.autograd.grad(y, at, g, create_graph=True)
@@ -188,7 +188,7 @@ class _Permutahedron(torch.autograd.Function):
 def permutahedron(x: Tensor, rank: bool, kl: bool, strength: float) -> Tensor:
     """Soft ranks, else softly sorted values, of checked float32 or float64 rows (b, n)."""
     if functorch_active() or forward_ad_active():
-        # Transforms see torch operations; only the blocks, which have no gradient, come from the op.
+        # Transforms see torch operations; only the blocks, without gradient, come from the op.
         packed = _ops.permutahedron_fwd(x.detach(), rank, kl, strength)[1]
         return reference.from_blocks(x, _blocks(packed), rank=rank, kl=kl, strength=strength)
     if torch.is_grad_enabled() and x.requires_grad:
