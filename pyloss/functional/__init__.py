@@ -14,6 +14,7 @@ from pyloss.functional.classification import (
 )
 from pyloss.functional.distillation import linear_distillation_loss
 from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
+from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
 from pyloss.functional.preference import (
     DPOMetrics,
     GRPOMetrics,
@@ -61,6 +62,8 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_distillation_loss",
+    "permutahedron_rank",
+    "permutahedron_sort",
     "persistence_pairs",
     "sequence_logprobs",
     "soft_argsort",
