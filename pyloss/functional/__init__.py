@@ -23,6 +23,7 @@ from pyloss.functional.preference import (
     grpo_loss,
     sequence_logprobs,
 )
+from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
 from pyloss.functional.topology import (
     BettiMatching,
@@ -52,11 +53,13 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_distillation_loss",
+    "neural_sort",
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
     "sequence_logprobs",
     "soft_dice_loss",
+    "soft_sort_matrix",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_n",

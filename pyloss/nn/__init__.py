@@ -8,6 +8,7 @@ from pyloss.nn.classification import (
     GeneralizedCrossEntropyLoss,
 )
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
@@ -19,6 +20,8 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "NeuralSort",
     "SoftDiceLoss",
+    "SoftSort",
     "TensorAttention",
 ]
