@@ -25,6 +25,16 @@ from pyloss.functional.preference import (
 )
 from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.sorting import (
+    soft_argsort,
+    soft_permutation,
+    soft_permute,
+    soft_rank,
+    soft_sort,
+    soft_topk,
+    sorting_cross_entropy,
+    spearman_loss,
+)
 from pyloss.functional.topology import (
     BettiMatching,
     BettiTarget,
@@ -58,8 +68,16 @@ __all__ = [
     "permutahedron_sort",
     "persistence_pairs",
     "sequence_logprobs",
+    "soft_argsort",
     "soft_dice_loss",
+    "soft_permutation",
+    "soft_permute",
+    "soft_rank",
+    "soft_sort",
     "soft_sort_matrix",
+    "soft_topk",
+    "sorting_cross_entropy",
+    "spearman_loss",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_n",
