@@ -25,6 +25,14 @@ def persistence_pairs(
     problem: Sequence[int], input: int, essential: bool, threads: int, /
 ) -> bytearray: ...
 
+# `problem`: see csrc/bind/permutahedron.cpp; `strength`: of the regularization.
+def permutahedron_fwd(
+    problem: Sequence[int], strength: float, x: int, y: int, packed: int, threads: int, /
+) -> None: ...
+def permutahedron_bwd(
+    problem: Sequence[int], strength: float, g: int, x: int, packed: int, dx: int, threads: int, /
+) -> None: ...
+
 # `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
 # a dtype code, a count, or a stream handle.
 def row_softmax_fwd(
@@ -136,6 +144,22 @@ def cuda_betti_pairs(
     scratch_bytes: int,
     stream: int,
     /,
+) -> None: ...
+def cuda_permutahedron_scratch_bytes(problem: Sequence[int], strength: float, /) -> int: ...
+def cuda_permutahedron_fwd(
+    problem: Sequence[int],
+    strength: float,
+    sorted: int,
+    order: int,
+    y: int,
+    packed: int,
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_permutahedron_bwd(
+    problem: Sequence[int], strength: float, g: int, x: int, packed: int, dx: int, stream: int, /
 ) -> None: ...
 def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
 def cuda_row_softmax_fwd(

@@ -190,6 +190,18 @@ def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def permutahedron_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none, flag = address(None), Field([0, 1], [2, -1, *HUGE])
+    head = [[size(OUTER), size(CLASSES), code(0, 1), flag, flag], number(1.0, 0.1)]
+    return {
+        "permutahedron_fwd": [*head, b["x"], b["grad"], b["index"], THREADS],
+        "permutahedron_bwd": [*head, b["cotangents"], b["x"], b["index"], b["v"], THREADS],
+        "cuda_permutahedron_fwd": [*head, *[none] * 4, none, integer(0), none],
+        "cuda_permutahedron_bwd": [*head, *[none] * 5],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (part if isinstance(part, list) else [part])]
 
@@ -232,6 +244,7 @@ def main() -> None:
         **row_softmax_calls(buffers),
         **linear_cross_entropy_calls(buffers),
         **betti_matching_calls(buffers),
+        **permutahedron_calls(buffers),
         **tensor_attention_calls(buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}

@@ -9,6 +9,12 @@ from pyloss.nn.classification import (
 )
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.sorting import (
+    DiffSortNet,
+    DiffTopkNet,
+    SortingCrossEntropyLoss,
+    SpearmanLoss,
+)
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
@@ -16,9 +22,13 @@ __all__ = [
     "CompSumLoss",
     "CrossEntropyLoss",
     "DiceCELoss",
+    "DiffSortNet",
+    "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "SoftDiceLoss",
+    "SortingCrossEntropyLoss",
+    "SpearmanLoss",
     "TensorAttention",
 ]
