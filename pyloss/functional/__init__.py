@@ -23,6 +23,7 @@ from pyloss.functional.preference import (
     grpo_loss,
     sequence_logprobs,
 )
+from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
 from pyloss.functional.sorting import (
     soft_argsort,
@@ -62,6 +63,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_distillation_loss",
+    "neural_sort",
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
@@ -72,6 +74,7 @@ __all__ = [
     "soft_permute",
     "soft_rank",
     "soft_sort",
+    "soft_sort_matrix",
     "soft_topk",
     "sorting_cross_entropy",
     "spearman_loss",

@@ -275,7 +275,9 @@ def soft_sort(
     if method == "permutahedron":
         if return_permutation or hard:
             raise ValueError("method='permutahedron' has no permutation matrix and no hard=True")
-        return _permutahedron(permutahedron_sort, x, dim, descending, regularization, regularization_strength)
+        return _permutahedron(
+            permutahedron_sort, x, dim, descending, regularization, regularization_strength
+        )
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, descending, settings)
     p = None
@@ -339,7 +341,9 @@ def soft_rank(
     if method == "permutahedron":
         if hard:
             raise ValueError("method='permutahedron' has no hard=True")
-        found = _permutahedron(permutahedron_rank, x, dim, descending, regularization, regularization_strength)
+        found = _permutahedron(
+            permutahedron_rank, x, dim, descending, regularization, regularization_strength
+        )
         return found if base == 1 else found + (base - 1)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, descending, settings)

@@ -8,6 +8,7 @@ from pyloss.nn.classification import (
     GeneralizedCrossEntropyLoss,
 )
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
 from pyloss.nn.sorting import (
     DiffSortNet,
@@ -27,7 +28,9 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "NeuralSort",
     "SoftDiceLoss",
+    "SoftSort",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
     "TensorAttention",
