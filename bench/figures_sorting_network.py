@@ -65,8 +65,8 @@ def relaxations(folder: Path) -> Path:
         options = dict(distribution=distribution, steepness=2.0)
         weight = PF.soft_permutation(pair, **options)[:, 0, 0]
         low = PF.soft_sort(pair, **options)[:, 0]
-        left.plot(d, weight, linewidth=1.2, label=distribution)
-        right.plot(d, low - pair.min(-1).values, linewidth=1.2)
+        left.plot(d.numpy(), weight.numpy(), linewidth=1.2, label=distribution)
+        right.plot(d.numpy(), (low - pair.min(-1).values).numpy(), linewidth=1.2)
     left.set(xlabel="b - a", title="weight of a as the minimum of a and b")
     right.set(xlabel="b - a", title="softmin(a, b) - min(a, b)")
     left.legend(fontsize=7)
@@ -81,7 +81,7 @@ def permutation(folder: Path) -> Path:
     figure, axes = _figure(len(shown), (9.0, 2.6))
     for axis, steepness in zip(axes, shown):
         matrix = PF.soft_permutation(x[order], network="odd_even", steepness=steepness)
-        axis.imshow(matrix[order.argsort()], cmap="viridis", vmin=0, vmax=1)
+        axis.imshow(matrix[order.argsort()].numpy(), cmap="viridis", vmin=0, vmax=1)
         axis.set(title=f"steepness {steepness:g}", xticks=[], yticks=[], xlabel="rank")
     axes[0].set_ylabel("element")
     return plot._save(figure, folder / "sorting_network_permutation.png")
