@@ -87,6 +87,56 @@ def column_sums(
 ) -> None: ...  # fmt: skip
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 
+# `problem`: see csrc/bind/sorting_network.cpp; `options`: steepness, art_lambda.
+def sorting_network_sort(
+    problem: Sequence[int], options: Sequence[float], y: int, threads: int, /
+) -> None: ...
+def sorting_network_sort_bwd(
+    problem: Sequence[int], options: Sequence[float], gy: int, gx: int, threads: int, /
+) -> None: ...
+# `features`: f, whether all rows of the batch share it, transpose, d.
+def sorting_network_apply(
+    problem: Sequence[int],
+    options: Sequence[float],
+    features: Sequence[int],
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def sorting_network_apply_bwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    features: Sequence[int],
+    g: int,
+    gx: int,
+    gf: int,
+    threads: int,
+    /,
+) -> None: ...
+def sorting_network_permutation(
+    problem: Sequence[int], options: Sequence[float], y: int, permutation: int, threads: int, /
+) -> None: ...
+def sorting_network_permutation_bwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    gy: int,
+    gp: int,
+    gx: int,
+    threads: int,
+    /,
+) -> None: ...
+def sorting_network_loss(
+    problem: Sequence[int],
+    options: Sequence[float],
+    first: int,
+    count: int,
+    kind: int,
+    loss: int,
+    gx: int,
+    threads: int,
+    /,
+) -> None: ...
+
 # `problem`: see csrc/bind/tensor_attention.cpp; `floats`: scale, bias_k, bias_v.
 def tensor_attention_scratch_bytes(
     problem: Sequence[int], floats: Sequence[float], backward: bool, mask_gradients: bool,

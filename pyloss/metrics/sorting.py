@@ -72,4 +72,4 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
 
 
 def _ranks(x: Tensor) -> Tensor:
-    return x.argsort(-1, stable=True).argsort(-1)
+    return torch.argsort(x, dim=-1, stable=True).argsort(-1)
