@@ -53,6 +53,8 @@ PYTHON_LAYERS = {
         "gudhi",
         "topolosses",
         "betti_matching",
+        "diffsort",
+        "difftopk",
         "torchsort",
         "skimage",
         "numpy",
