@@ -40,6 +40,7 @@ _COLOURS = {
     "topolosses": "#b0b0b0",
     "gudhi": "#d9c27f",
     "cripser": "#7a9e4b",
+    "torchsort": "#9467bd",
 }
 
 Document = dict[str, Any]

@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))
 from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
+from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
 
@@ -175,7 +176,7 @@ def test_derived_columns_of_the_linear_op():
     assert "speedup_over_chunked" not in by_name["torch"]
 
 
-@pytest.mark.parametrize("op", [row_softmax, linear, attention, betti])
+@pytest.mark.parametrize("op", [row_softmax, linear, attention, betti, permutahedron])
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):
         context = _core.Context(device=device)

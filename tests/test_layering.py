@@ -53,6 +53,7 @@ PYTHON_LAYERS = {
         "gudhi",
         "topolosses",
         "betti_matching",
+        "torchsort",
         "skimage",
         "numpy",
     },

@@ -20,6 +20,7 @@
 
 #include "common/dtype.h"
 #include "common/math.h"
+#include "common/multiversion.h"
 
 namespace pyloss {
 namespace sorting {
@@ -120,9 +121,8 @@ inline constexpr float kC[] = {
     -0.00022559170611202717f, -6.201571522979066e-05f};
 }
 
-// T: float or a vector of floats.
 template <class T>
-PYLOSS_HD inline T atan_over_pi(const T& z) {
+PYLOSS_HD PYLOSS_INLINE T atan_over_pi(const T& z) {
   using namespace atan_poly;
   const T s = z * z;
   return z * (kC[0] +
@@ -133,7 +133,7 @@ PYLOSS_HD inline T atan_over_pi(const T& z) {
 }
 // From e = e^(-u^2/2).
 template <class T>
-PYLOSS_HD inline T normal_tail(const T& u, const T& e) {
+PYLOSS_HD PYLOSS_INLINE T normal_tail(const T& u, const T& e) {
   using namespace tail_poly;
   const T q = (u - 2.5f) / (u + 2.5f);
   const T p =
@@ -150,8 +150,18 @@ PYLOSS_HD inline T normal_tail(const T& u, const T& e) {
 // The second factor of e^(-u^2/2) = e^(-h^2/2) e^(-x), where h is the upper half of the digits of
 // u, so that h^2 is exact, and x = (u - h)(u + h)/2 <= 0.05.
 template <class T>
-PYLOSS_HD inline T exp_of_small(const T& x) {
+PYLOSS_HD PYLOSS_INLINE T exp_of_small(const T& x) {
   return 1.0f - x * (1.0f - x * (0.5f - x * (0.16666667f - x * 0.041666668f)));
+}
+
+// e^(-u^2/2) and erfc(u / sqrt 2) / 2, u >= 0.
+template <class M>
+PYLOSS_HD PYLOSS_INLINE void float_normal(float u, float* density, float* tail) {
+  const float v = u > 15.0f ? 15.0f : u;
+  const float h = bits_to_float(float_to_bits(v) & 0xfffff000u);  // 12 digits
+  const float e = M::exp(-0.5f * h * h) * exp_of_small(0.5f * (v - h) * (v + h));
+  *density = u > 15.0f ? 0.0f : e;
+  *tail = u > 15.0f ? 0.0f : normal_tail(v, e);
 }
 
 template <class R>
@@ -165,13 +175,8 @@ struct ScalarMath<float> {
   PYLOSS_HD static float sqrt(float x) { return ::sqrtf(x); }
   PYLOSS_HD static float power(float x, float y) { return ::powf(x, y); }
   PYLOSS_HD static float atan_pi(float z) { return atan_over_pi(z); }
-  // e^(-u^2/2) and erfc(u / sqrt 2) / 2, u >= 0.
   PYLOSS_HD static void normal(float u, float* density, float* tail) {
-    const float v = u > 15.0f ? 15.0f : u;
-    const float h = bits_to_float(float_to_bits(v) & 0xfffff000u);  // 12 digits
-    const float e = ::expf(-0.5f * h * h) * exp_of_small(0.5f * (v - h) * (v + h));
-    *density = u > 15.0f ? 0.0f : e;
-    *tail = u > 15.0f ? 0.0f : normal_tail(v, e);
+    float_normal<ScalarMath<float>>(u, density, tail);
   }
 };
 
@@ -220,8 +225,8 @@ struct WrongSide {
 };
 
 template <Distribution kKind, class M>
-PYLOSS_HD inline WrongSide<typename M::T> wrong_side(const typename M::T& ad,
-                                                     const Relaxation<typename M::R>& relaxation) {
+PYLOSS_HD PYLOSS_INLINE WrongSide<typename M::T> wrong_side(
+    const typename M::T& ad, const Relaxation<typename M::R>& relaxation) {
   using T = typename M::T;
   using R = typename M::R;
   const R s = relaxation.steepness;
@@ -268,9 +273,9 @@ struct Mixed {
 };
 
 template <Distribution kKind, class M>
-PYLOSS_HD inline Mixed<typename M::T> mix_values(const typename M::T& x_lo,
-                                                 const typename M::T& x_hi,
-                                                 const Relaxation<typename M::R>& relaxation) {
+PYLOSS_HD PYLOSS_INLINE Mixed<typename M::T> mix_values(
+    const typename M::T& x_lo, const typename M::T& x_hi,
+    const Relaxation<typename M::R>& relaxation) {
   using T = typename M::T;
   using R = typename M::R;
   const R most = Limits<R>::kMax;
@@ -283,7 +288,7 @@ PYLOSS_HD inline Mixed<typename M::T> mix_values(const typename M::T& x_lo,
   const T finite_ad = ad > most ? zero : ad;
   const T size = x_lo < zero ? -x_lo : x_lo;
   const T right = R(1) - tau, shift = tau * finite_ad;
-  Mixed<T> m;
+  Mixed<T> m{};
   m.alpha = d < zero ? tau : right;
   m.beta = d < zero ? right : tau;
   m.lo = (d < zero ? x_hi : x_lo) + shift;
@@ -297,8 +302,8 @@ PYLOSS_HD inline Mixed<typename M::T> mix_values(const typename M::T& x_lo,
 // The value sweep backwards: from g of the wires behind a comparator to g of those before it.
 // `dp` is dL / d alpha by way of P or of features.
 template <class T>
-PYLOSS_HD inline void mix_gradients(T* g_lo, T* g_hi, const T& alpha, const T& beta, const T& slope,
-                                    const T& d, const T& dp) {
+PYLOSS_HD PYLOSS_INLINE void mix_gradients(T* g_lo, T* g_hi, const T& alpha, const T& beta,
+                                           const T& slope, const T& d, const T& dp) {
   const T lo = *g_lo, hi = *g_hi;
   const T e = (dp - (lo - hi) * d) * slope;
   *g_lo = alpha * lo + beta * hi - e;

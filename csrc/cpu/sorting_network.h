@@ -1,0 +1,60 @@
+// Differentiable sorting networks on batches of rows: values, features, permutation, fused loss.
+// Formulas: common/sorting_network.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/sorting_network.h"
+
+namespace pyloss {
+namespace cpu {
+
+struct SortingProblem {
+  const void* x;  // [items][n], float32 or float64, as are all arrays without a type here
+  DType dtype;
+  int64_t items;
+  int32_t n;
+  sorting::Network network;
+  sorting::Distribution distribution;
+  double steepness, art_lambda;
+  // Of a network without a formula: pairs (lo, hi) of wires, and where each layer starts.
+  const int32_t* table;    // [first[layers]][2]
+  const int32_t* offsets;  // [layers + 1]
+  int32_t layers;
+};
+
+void sorting_sort(const SortingProblem& p, void* y, int threads);
+void sorting_sort_backward(const SortingProblem& p, const void* gy, void* gx, int threads);
+
+// out = P^T f (transpose) or P f. f is [items][n][d], or [n][d] where it is shared.
+struct SortingFeatures {
+  const void* f;
+  bool shared, transpose;
+  int64_t d;
+};
+void sorting_apply(const SortingProblem& p, const SortingFeatures& f,
+                   void* out,  // [items][n][d]
+                   int threads);
+void sorting_apply_backward(const SortingProblem& p, const SortingFeatures& f,
+                            const void* g,       // [items][n][d]
+                            void* gx, void* gf,  // gf: of f's shape, or null
+                            int threads);
+
+void sorting_permutation(const SortingProblem& p, void* y, void* permutation, int threads);
+void sorting_permutation_backward(const SortingProblem& p, const void* gy,  // or null
+                                  const void* gp, void* gx, int threads);
+
+enum class SortingLoss : int32_t { kBce = 0, kRowCe = 1, kColCe = 2 };
+// The target of element i is uniform over the ranks first[i] <= r < first[i] + count[i].
+struct SortingTargets {
+  const int32_t *first, *count;  // [items][n]
+  SortingLoss kind;
+};
+void sorting_loss(const SortingProblem& p, const SortingTargets& targets,
+                  void* loss,  // [items]
+                  void* gx,    // d loss[b] / d x[b], or null
+                  int threads);
+
+}  // namespace cpu
+}  // namespace pyloss
