@@ -309,9 +309,8 @@ void check(const SortingProblem& p, const SortingCall& c) {
     throw std::invalid_argument("width: " + std::to_string(c.width));
   }
   if (p.network == Network::kSplitter) {
-    if (p.table_layers < 0 || p.table_layers > INT32_MAX || !p.offsets ||
-        (p.table_layers > 0 && !p.table)) {
-      throw std::invalid_argument("table: missing");
+    if (p.table_layers < 0 || p.table_layers > INT32_MAX || !p.offsets) {
+      throw std::invalid_argument("offsets: missing");
     }
   }
 }

@@ -126,7 +126,7 @@ __device__ inline int place_of(int wire, int shift) {
   return i ^ ((i & 32) ? 31 : 0);
 }
 __host__ __device__ inline int place_shift(const Net& net) {
-  return net.absent & 63;
+  return net.n > 32 ? net.absent & 63 : 0;
 }
 __host__ __device__ inline int place_count(const Net& net) {
   return (net.n + place_shift(net) + 31) / 32 * 32;

@@ -50,7 +50,7 @@ struct SortingCall {
   const void* g;         // gradient of out: (items, n, width), or of P: (items, n, n)
   const void* gy;        // (items, n); may be null
   const int32_t* first;  // kLoss, (items, n): the target of element i is uniform over the ranks
-  const int32_t* count;  // first[i] <= r < first[i] + count[i]
+  const int32_t* count;  // first[i] <= r < first[i] + count[i]; null: one rank
   void* y;               // (items, n)
   void* out;
   void* loss;  // (items,)

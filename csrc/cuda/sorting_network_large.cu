@@ -73,7 +73,7 @@ __device__ void compare(const Large<R>& a, Sweep sweep, R& lo, R& hi, int64_t at
 
 // `from` and `to` may be one array, but for odd_even.
 template <class R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sorting_window_kernel(Large<R> a, Sweep sweep, Pass pass, const R* from, R* to) {
   __shared__ R v[kWindow];
   __shared__ Layer layers[kLayers];

@@ -222,7 +222,7 @@ struct Tile {
         return;
       }
       const int64_t i = item * n + row_of(r);
-      const R q = target_weight<R>(wire, a.first[i], a.count[i]);
+      const R q = target_weight<R>(wire, a.first[i], a.count ? a.count[i] : 1);
       const LossTerm<R> term = loss_term(a.loss_kind, bad ? nan_<R>() : entry, q);
       sum += double(term.value);
       entry = term.slope * scale;
@@ -232,7 +232,7 @@ struct Tile {
 };
 
 template <class R, int kRows, bool kSharedT>
-__global__ void __launch_bounds__(kThreads) sorting_tile_kernel(TileCall<R> a) {
+__global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a) {
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
   __shared__ Layer layers[kLayers];
   __shared__ int starts[kMaxSegments + 1];

@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kWarp) sorting_tiny_kernel(TinyCall<R> a) {
   if (with_loss) {
     double sum = 0;
     const R scale = R(1) / R(a.loss_kind == SortingLoss::kBce ? n * n : n);
-    const int first = real ? a.first[item * n + row] : 0, count = real ? a.count[item * n + row] : 0;
+    const int first = real ? a.first[item * n + row] : 0;
+    const int count = real && a.count ? a.count[item * n + row] : 1;
 #pragma unroll
     for (int k = 0; k < kWires; ++k) {
       const int rank = k - absent;

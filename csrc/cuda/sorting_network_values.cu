@@ -19,13 +19,14 @@
 namespace pyloss::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+template <class R>
+constexpr int kMaxThreads = sizeof(R) == 8 ? 512 : 1024;
 constexpr int kBlockThreads = 128;  // that several small items share
 constexpr int kMaxItems = kBlockThreads;
 constexpr int kLayers = 80;  // of n = 4096: 78
 
 template <class R>
-__global__ void __launch_bounds__(kMaxThreads) sorting_values_kernel(ValuesCall<R> a, int length) {
+__global__ void __launch_bounds__(kMaxThreads<R>, 1) sorting_values_kernel(ValuesCall<R> a, int length) {
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
   __shared__ Layer layers[kLayers];
   __shared__ int bad[kMaxItems];
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads) sorting_values_kernel(ValuesCall<
 }
 
 template <class R>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads<R>, 1)
     sorting_values_backward_kernel(ValuesBackward<R> a, int length) {
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
   __shared__ Layer layers[kLayers];
@@ -126,9 +127,10 @@ struct Shape {
 template <class R>
 Shape shape_of(const Net& net, int64_t items) {
   int threads = 1;
-  while (threads < net.slots && threads < kMaxThreads) threads *= 2;
+  while (threads < net.slots && threads < kMaxThreads<R>) threads *= 2;
   const int together = std::max(1, kBlockThreads / threads);
-  const int length = place_count(net);
+  // Odd, so that small items side by side lie in different banks.
+  const int length = net.n <= 32 ? net.n | 1 : place_count(net);
   return {dim3(grid_size(ceil_div(items, together))), dim3(unsigned(threads), unsigned(together)),
           length, size_t(length) * size_t(together) * sizeof(R)};
 }
