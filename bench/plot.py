@@ -41,6 +41,10 @@ _COLOURS = {
     "gudhi": "#d9c27f",
     "cripser": "#7a9e4b",
     "torchsort": "#9467bd",
+    "diffsort": "#e08e45",
+    "difftopk": "#c05299",
+    "pyloss permutahedron": "#7fb2d9",
+    "pyloss unfused": "#0b3c5d",
 }
 
 Document = dict[str, Any]

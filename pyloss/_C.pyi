@@ -94,6 +94,7 @@ def sorting_network_sort(
 def sorting_network_sort_bwd(
     problem: Sequence[int], options: Sequence[float], gy: int, gx: int, threads: int, /
 ) -> None: ...
+
 # `features`: f, whether all rows of the batch share it, transpose, d.
 def sorting_network_apply(
     problem: Sequence[int],

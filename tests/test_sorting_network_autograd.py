@@ -370,12 +370,13 @@ from datetime import timedelta
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 rank, path = int(sys.argv[1]), sys.argv[2]
 store = dist.FileStore(path, 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+limit = timedelta(seconds=120)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
 torch.manual_seed(0)
 x, target = torch.randn(8, 5, 3), torch.randn(8, 5)
 def loss_of(model, part):
-    scores = model(x[part]).squeeze(-1)
-    return pyloss.sorting_cross_entropy(scores, target[part]) + pyloss.spearman_loss(scores, target[part])
+    scores, truth = model(x[part]).squeeze(-1), target[part]
+    return pyloss.sorting_cross_entropy(scores, truth) + pyloss.spearman_loss(scores, truth)
 model = torch.nn.Linear(3, 1)
 loss_of(model, slice(None)).backward()
 want = model.weight.grad.clone()

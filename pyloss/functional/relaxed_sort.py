@@ -107,17 +107,17 @@ def soft_sort_matrix(
     """
     s, result = _checked(scores, tau, dim)
     _check_range("pow", pow, 0.0, open_low=True)
+    # A large number in place of an infinite one: inf - inf is no distance.
+    s = torch.where(s.isinf(), s.sign() * (torch.finfo(s.dtype).max / 4), s)
     ordered = s.sort(dim=-1, descending=descending).values
-    equal = ordered.unsqueeze(-1) == s.unsqueeze(-2)
-    distance = ordered.unsqueeze(-1) - s.unsqueeze(-2)
-    far = distance.isinf()
-    # Filled in before the power: inf - inf is no distance, inf^p and 0^p below p = 1 have no slope.
-    distance = distance.masked_fill(equal | far, 1.0).abs()
+    distance = (ordered.unsqueeze(-1) - s.unsqueeze(-2)).abs()
     if pow != 1:
-        distance = distance**pow
-    logits = (distance / -tau).masked_fill(equal, 0.0).masked_fill(far, -torch.inf)
-    spoil = torch.where(s.isnan().any(-1), torch.nan, 1.0).to(s.dtype)
-    return (_rows(logits, hard) * spoil[..., None, None]).to(result)
+        if pow < 2:  # 0^p has a derivative without a bound, first or second
+            equal = distance == 0
+            distance = (distance.masked_fill(equal, 1.0) ** pow).masked_fill(equal, 0.0)
+        else:
+            distance = distance**pow
+    return _rows(distance * (-1 / tau), hard).to(result)
 
 
 def _rows(logits: Tensor, hard: bool) -> Tensor:

@@ -112,13 +112,14 @@ def permutation_bwd(
 def loss(
     x: Tensor,
     first: Tensor,
-    count: Tensor,
+    count: Tensor | None,
     kind: int,
     net: list[int],
     options: list[float],
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    first, count = first.contiguous(), count.contiguous()
+    first = first.contiguous()
+    count = torch.ones_like(first) if count is None else count.contiguous()
     loss = x.new_empty((x.shape[0],))
     gx = torch.empty_like(x) if need_grad else x.new_empty((0,))
     _C.sorting_network_loss(
