@@ -17,7 +17,7 @@ from pyloss.reference import sorting_network as reference
 _SPLITTER = 3
 
 
-@functools.lru_cache(maxsize=None)  # never dropped: kernels read the tables by address
+@functools.cache  # never dropped: kernels read the tables by address
 def splitter_table(n: int, k: int) -> tuple[Tensor, Tensor]:
     """(pairs (C, 2), offsets of the layers (L + 1)), int32, of splitter selection."""
     layers = reference.network("splitter_selection", n, k)

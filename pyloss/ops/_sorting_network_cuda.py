@@ -22,7 +22,7 @@ _SORT, _SORT_BWD, _APPLY, _APPLY_BWD, _PERMUTATION, _PERMUTATION_BWD, _LOSS = ra
 _LONGEST_ROW = 4096  # of the kernels of P and of the losses
 
 
-@functools.lru_cache(maxsize=None)  # never dropped: kernels read the tables by address
+@functools.cache  # never dropped: kernels read the tables by address
 def _table_on(device: torch.device, n: int, k: int) -> tuple[Tensor, Tensor]:
     table, offsets = splitter_table(n, k)
     return table.to(device), offsets.to(device)
