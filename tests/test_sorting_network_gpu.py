@@ -71,7 +71,11 @@ def check(b: int, n: int, dtype: torch.dtype, net: list[int], options, matrix: b
     for name, value in want.items():
         atol = RTOL[dtype] * value.abs().max().item()
         torch.testing.assert_close(
-            found[name].cpu(), value, rtol=RTOL[dtype], atol=atol, msg=lambda m: f"{name}: {m}"
+            found[name].cpu(),
+            value,
+            rtol=RTOL[dtype],
+            atol=atol,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
