@@ -260,3 +260,17 @@ def cuda_row_softmax_hvp(
     /,
 ) -> None: ...
 def cuda_scale_inplace(data: int, dtype: int, n: int, factor: int, stream: int, /) -> None: ...
+
+# `problem`, `options`, `call`: see csrc/bind/sorting_network_cuda.cpp.
+def cuda_sorting_network_scratch_bytes(
+    problem: Sequence[int], options: Sequence[float], call: Sequence[int], /
+) -> int: ...
+def cuda_sorting_network(
+    problem: Sequence[int],
+    options: Sequence[float],
+    call: Sequence[int],
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -204,7 +204,13 @@ def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     gx = Field([0, buffers["grad"].address], [0])
     matrix = b["scratch"]
     targets = [b["target2"], b["mix"], code(0, 1, 2)]
+    # As above: a host address would be a valid number on a device.
+    none = address(None)
+    on_device = [*problem[:5], none, none, *problem[7:8], none, *problem[9:]]
+    call = [code(0, 1, 2, 3, 4, 5, 6), size(INNER), flag, Field(flag.good, flag.hostile)]
+    call += [code(0, 1, 2), *[none] * 10]
     return {
+        "cuda_sorting_network": [on_device, options, call, none, integer(0), none],
         "sorting_network_sort": [*head, b["loss"], THREADS],
         "sorting_network_sort_bwd": [*head, b["grad_loss"], b["grad"], THREADS],
         "sorting_network_apply": [*head, features, b["stats"], THREADS],

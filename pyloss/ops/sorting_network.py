@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops import _sorting_network_cpu as cpu
+from pyloss.ops import _sorting_network_cuda as cuda
 from pyloss.ops._registry import (
     define_op,
     forward_ad_active,
@@ -93,12 +94,12 @@ def _sort_bwd_reference(gy, x, net, options):
 define_op(
     "sorting_network_sort(Tensor x, int[] net, float[] options) -> Tensor",
     fake=lambda x, net, options: torch.empty_like(x),
-    impls={"cpu": cpu.sort, "reference": _sort_reference},
+    impls={"cpu": cpu.sort, "cuda": cuda.sort, "reference": _sort_reference},
 )
 define_op(
     "sorting_network_sort_bwd(Tensor gy, Tensor x, int[] net, float[] options) -> Tensor",
     fake=lambda gy, x, net, options: torch.empty_like(x),
-    impls={"cpu": cpu.sort_bwd, "reference": _sort_bwd_reference},
+    impls={"cpu": cpu.sort_bwd, "cuda": cuda.sort_bwd, "reference": _sort_bwd_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ define_op(
     "sorting_network_apply(Tensor x, Tensor f, bool transpose, int[] net, float[] options) "
     "-> Tensor",
     fake=lambda x, f, transpose, net, options: x.new_empty((*x.shape, f.shape[2])),
-    impls={"cpu": cpu.apply, "reference": _apply_reference},
+    impls={"cpu": cpu.apply, "cuda": cuda.apply, "reference": _apply_reference},
 )
 define_op(
     "sorting_network_apply_bwd(Tensor g, Tensor x, Tensor f, bool transpose, int[] net, "
@@ -131,7 +132,7 @@ define_op(
         torch.empty_like(x),
         torch.empty_like(f) if need_f else f.new_empty((0,)),
     ),
-    impls={"cpu": cpu.apply_bwd, "reference": _apply_bwd_reference},
+    impls={"cpu": cpu.apply_bwd, "cuda": cuda.apply_bwd, "reference": _apply_bwd_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -153,13 +154,17 @@ def _permutation_bwd_reference(gy, gp, x, net, options):
 define_op(
     "sorting_network_permutation(Tensor x, int[] net, float[] options) -> (Tensor, Tensor)",
     fake=lambda x, net, options: (torch.empty_like(x), x.new_empty((*x.shape, x.shape[1]))),
-    impls={"cpu": cpu.permutation, "reference": _permutation_reference},
+    impls={"cpu": cpu.permutation, "cuda": cuda.permutation, "reference": _permutation_reference},
 )
 define_op(
     "sorting_network_permutation_bwd(Tensor? gy, Tensor gp, Tensor x, int[] net, float[] options) "
     "-> Tensor",
     fake=lambda gy, gp, x, net, options: torch.empty_like(x),
-    impls={"cpu": cpu.permutation_bwd, "reference": _permutation_bwd_reference},
+    impls={
+        "cpu": cpu.permutation_bwd,
+        "cuda": cuda.permutation_bwd,
+        "reference": _permutation_bwd_reference,
+    },
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ define_op(
     "sorting_network_loss(Tensor x, Tensor first, Tensor? count, int kind, int[] net, "
     "float[] options, bool need_grad) -> (Tensor, Tensor)",
     fake=_loss_fake,
-    impls={"cpu": cpu.loss, "reference": _loss_reference},
+    impls={"cpu": cpu.loss, "cuda": cuda.loss, "reference": _loss_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
