@@ -1,6 +1,7 @@
 // Values through a sorting network, n <= 4096: soft sort and its gradient.
 //
-//     lo' = alpha lo + beta hi, hi' = beta lo + alpha hi      alpha = f(s (hi - lo)), beta = 1 - alpha
+//     lo' = alpha lo + beta hi, hi' = beta lo + alpha hi      alpha = f(s (hi - lo)), beta = 1 -
+//     alpha
 //
 // Decomposition: one item per block, several where n is small (threadIdx.y); its values stay in
 // shared memory, a thread takes every blockDim.x-th comparator of a layer, one barrier per layer.
@@ -26,7 +27,8 @@ constexpr int kMaxItems = kBlockThreads;
 constexpr int kLayers = 80;  // of n = 4096: 78
 
 template <class R>
-__global__ void __launch_bounds__(kMaxThreads<R>, 1) sorting_values_kernel(ValuesCall<R> a, int length) {
+__global__ void __launch_bounds__(kMaxThreads<R>, 1)
+    sorting_values_kernel(ValuesCall<R> a, int length) {
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
   __shared__ Layer layers[kLayers];
   __shared__ int bad[kMaxItems];
