@@ -40,7 +40,7 @@ def gradients(outputs, sources, seed: int = 3):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
     g = [torch.randn(o.shape, generator=generator, dtype=F64).to(o.dtype) for o in outputs]
-    return torch.autograd.grad(outputs, sources, g)
+    return torch.autograd.grad(outputs, sources, g, retain_graph=True)
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_sizes_of_networks():
     assert found == SELECTORS
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 10])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
 def test_splitter_selection_selects(n):
     for k in range(1, n + 1):
         bits = torch.tensor(list(itertools.product([0, 1], repeat=n)))
@@ -254,63 +254,70 @@ def test_reference_is_the_product_of_its_layers(name, distribution):
 
 
 def cases():
-    """Every n up to 33 with each network; every combination at a few of them."""
+    """Every n up to 33 with each network; every combination at two of them."""
     sizes = (*range(1, 34), 64, 100, 128)
     for i, n in enumerate(sizes):
         for j, name in enumerate(SORTERS):
             yield n, name, DISTRIBUTIONS[(i + 2 * j) % 6], (1.0, 10.0)[(i + j) % 2]
-    for n, name, distribution in itertools.product((2, 5, 16, 21), SORTERS, DISTRIBUTIONS):
+    for n, name, distribution in itertools.product((5, 16), SORTERS, DISTRIBUTIONS):
         yield n, name, distribution, 4.0
 
 
-def compare(x, f, shared, first, count, settings, rtol, atol=None):
-    """All ops with their gradients; x and f may be float32, the reference runs in float64."""
-    atol = rtol if atol is None else atol
-    named = settings.for_reference
-    exact, exact_f, exact_shared = x.double(), f.double(), shared.double()
-
-    def both(ours, theirs, sources, exact_sources, what):
-        sources = [s.detach().requires_grad_() for s in sources]
-        exact_sources = [s.detach().requires_grad_() for s in exact_sources]
-        found, want = ours(*sources), theirs(*exact_sources)
-        found = found if isinstance(found, tuple) else (found,)
-        want = want if isinstance(want, tuple) else (want,)
-        found += gradients(found, sources)
-        if want[0].requires_grad and x.shape[1] > 1:
-            want += gradients(want, exact_sources)
-        for i, (a, b) in enumerate(zip(found, want)):
-            size = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-            torch.testing.assert_close(
-                a.double(), b, rtol=rtol, atol=atol * size, msg=lambda m, i=i: f"{what} {i}: {m}"
-            )
-
-    both(
+def pairs(f, shared, first, count, settings):
+    """(name, op, reference, sources beside x) of everything that an op computes."""
+    named, ones = settings.for_reference, torch.ones_like(first)
+    yield (
+        "sort",
         lambda x: op.sort(x, settings),
         lambda x: reference.sorting_network_sort(x, *named),
-        [x], [exact], "sort",
-    )  # fmt: skip
-    both(
+        [],
+    )
+    yield (
+        "permutation",
         lambda x: op.permutation(x, settings),
         lambda x: reference.sorting_network_permutation(x, *named),
-        [x], [exact], "permutation",
-    )  # fmt: skip
-    for transpose, (ours, theirs) in itertools.product(
-        (True, False), ((f, exact_f), (shared, exact_shared))
-    ):
-        both(
+        [],
+    )
+    for transpose, feats in itertools.product((True, False), (f, shared)):
+        yield (
+            f"apply {transpose} {tuple(feats.shape)}",
             lambda x, f, t=transpose: op.apply(x, f, t, settings),
             lambda x, f, t=transpose: reference.sorting_network_apply(x, f, t, *named),
-            [x, ours], [exact, theirs], f"apply {transpose} {tuple(ours.shape)}",
-        )  # fmt: skip
-    ones = torch.ones_like(first)
+            [feats],
+        )
     for kind, c in (("bce", None), ("bce", count), ("row_ce", None), ("col_ce", count)):
-        both(
+        yield (
+            f"{kind} {c is not None}",
             lambda x, kind=kind, c=c: op.loss(x, first, c, kind, settings),
             lambda x, kind=kind, c=c: reference.sorting_network_loss(
                 x, first, ones if c is None else c, kind, *named
             ),
-            [x], [exact], f"{kind} {c is not None}",
-        )  # fmt: skip
+            [],
+        )
+
+
+def compare(x, *rest, rtol, part=None):
+    """Values and gradients; x may be float32, the reference runs in float64.
+
+    Args:
+        part: 0 .. 3: one of the four products and one of the four losses, not all.
+    """
+    for i, (what, ours, theirs, more) in enumerate(pairs(*rest)):
+        if part is not None and i >= 2 and (i - 2) % 4 != part:
+            continue
+        sources = [s.detach().requires_grad_() for s in (x, *more)]
+        exact = [s.detach().double().requires_grad_() for s in (x, *more)]
+        found, want = ours(*sources), theirs(*exact)
+        found = found if isinstance(found, tuple) else (found,)
+        want = want if isinstance(want, tuple) else (want,)
+        found += gradients(found, sources)
+        if x.shape[1] > 1:  # else the reference's results do not depend on x
+            want += gradients(want, exact)
+        for j, (a, b) in enumerate(zip(found, want)):
+            atol = rtol * max(1.0, b.abs().max().item())
+            torch.testing.assert_close(
+                a.double(), b, rtol=rtol, atol=atol, msg=lambda m, at=(what, j): f"{at}: {m}"
+            )
 
 
 def problem(n, name, distribution, s, dtype, b=2):
@@ -324,26 +331,31 @@ def problem(n, name, distribution, s, dtype, b=2):
 
 @pytest.mark.parametrize("chunk", range(6))
 def test_ops_equal_the_reference(chunk):
-    """float64, all n and combinations; the reduced precision follows below."""
-    for n, name, distribution, s in list(cases())[chunk::6]:
+    """float64, all n and combinations; float32 follows."""
+    for i, (n, name, distribution, s) in enumerate(list(cases())[chunk::6]):
         if n > 40 and name == "odd_even":
             continue  # the reference takes seconds; see the next test
         # A small P times a slope of up to 1e12 is known to fewer digits.
-        compare(*problem(n, name, distribution, min(s, 4.0) if n > 8 else s, F64), rtol=2e-9)
+        s = min(s, 4.0) if n > 8 else s
+        compare(*problem(n, name, distribution, s, F64), rtol=2e-9, part=i % 4)
 
 
 def test_ops_equal_the_reference_at_larger_sizes():
-    for n, name, distribution in ((64, "odd_even", "cauchy"), (100, "odd_even", "optimal")):
-        compare(*problem(n, name, distribution, 2.0, F64, b=1), rtol=1e-9)
+    for i, (n, distribution) in enumerate(((64, "cauchy"), (100, "optimal"))):
+        compare(*problem(n, "odd_even", distribution, 2.0, F64, b=1), rtol=1e-9, part=i)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_float32(distribution):
-    """Of unsaturated comparators: a slope of logistic_phi near a tie is 300 times the others."""
+    """A slope of logistic_phi near a tie is 300 times the others. Nothing is saturated: where P
+    rounds to 1 off its target, its cross entropy is torch's of that, 100."""
     rtol = 2e-3 if distribution == "logistic_phi" else 1e-4
-    for n, name in ((1, "bitonic"), (2, "odd_even"), (7, "bitonic"), (16, "batcher"),
-                    (19, "odd_even"), (33, "bitonic"), (64, "batcher")):  # fmt: skip
-        compare(*problem(n, name, distribution, 2.0, F32), rtol=rtol)
+    compare(*problem(13, "odd_even", distribution, 1.0, F32), rtol=rtol)
+    for i, (n, name) in enumerate(
+        ((1, "bitonic"), (2, "odd_even"), (7, "bitonic"), (16, "batcher"), (19, "odd_even"),
+         (33, "bitonic"), (64, "batcher"))
+    ):  # fmt: skip
+        compare(*problem(n, name, distribution, 1.0, F32), rtol=rtol, part=i % 4)
 
 
 @pytest.mark.parametrize("k", [1, 3, 9])
@@ -739,6 +751,5 @@ def peak_megabytes(batch: int) -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kilobytes of ru_maxrss")
 def test_peak_memory_of_the_fused_loss():
-    """n = 1024: no permutation of 4 MB per item, whatever the batch; a batch of 64 takes longer
-    and no more (see the bench)."""
-    assert peak_megabytes(8) < 100
+    """n = 1024, a batch of 64: no permutation of 4 MB per item."""
+    assert peak_megabytes(64) < 100

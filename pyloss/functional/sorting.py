@@ -500,7 +500,7 @@ def soft_permute(
     if math.prod(feats.shape[:-2]) == 1:
         f = feats.reshape(1, *feats.shape[-2:])
     else:
-        f = feats.expand(*lead, *feats.shape[-2:]).reshape(-1, *feats.shape[-2:])
+        f = feats.expand(*lead, *feats.shape[-2:]).reshape(math.prod(lead), *feats.shape[-2:])
     f = f.to(work).contiguous()
     found = _applied(rows, f, True)
     if hard:
@@ -514,7 +514,12 @@ def _expanded(rows: _Rows, lead: tuple[int, ...], dtype: torch.dtype) -> _Rows:
     settings, count = rows.settings, math.prod(lead)
 
     def wide(t: Tensor) -> Tensor:
-        return t.to(dtype).view(*rows.lead, t.shape[1]).expand(*lead, -1).reshape(count, -1)
+        return (
+            t.to(dtype)
+            .view(*rows.lead, t.shape[1])
+            .expand(*lead, t.shape[1])
+            .reshape(count, t.shape[1])
+        )
 
     if isinstance(settings.steepness, Tensor):
         settings = settings._replace(steepness=wide(settings.steepness))
@@ -652,12 +657,19 @@ def sorting_cross_entropy(
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, descending, settings)
     first, count, nan = _target_ranks(x, rows, target, target_is, ties, validate)
+    rows = _poisoned(rows, nan)
     scaled, settings = _scaled(rows)
     each = op.loss(scaled, first, count, kind, settings)
-    if nan is not None:
-        each = torch.where(nan, math.nan, each)
     each = each.view(rows.lead).to(rows.dtype) if reduction == "none" else each
     return each if reduction == "none" else _reduced(each, reduction).to(rows.dtype)
+
+
+def _poisoned(rows: _Rows, nan: Tensor | None) -> _Rows:
+    """x with NaN in the rows whose target has one."""
+    if nan is None:
+        return rows
+    # A sum: of its backward nothing needs to be kept.
+    return rows._replace(x=rows.x + torch.where(nan, math.nan, 0.0).to(rows.x.dtype).unsqueeze(1))
 
 
 def _reduced(each: Tensor, reduction: str) -> Tensor:
@@ -665,7 +677,7 @@ def _reduced(each: Tensor, reduction: str) -> Tensor:
 
 
 def _target_ranks(x, rows: _Rows, target, target_is, ties, validate):
-    """(first int32 (b, n), count or None, rows with NaN or None) of a target."""
+    """(first int32 (b, n), count or None, which rows hold a NaN or None) of a target."""
     _check_tensor("target", target)
     n = rows.n
     if target.device != x.device:
@@ -783,6 +795,7 @@ def spearman_loss(
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, False, settings)
     first, count, nan = _target_ranks(x, rows, target, "values", "share", False)
+    rows = _poisoned(rows, nan)
     t = first.to(rows.x.dtype) + 0.5 * count
     if method == "network":
         r = _applied(rows, _places(rows), False).squeeze(-1)
@@ -798,8 +811,6 @@ def spearman_loss(
     flat = size == 0
     correlation = torch.where(flat, 0.0, (a * b).sum(1) / torch.where(flat, 1.0, size).sqrt())
     each = 1 - correlation
-    if nan is not None:
-        each = torch.where(nan, math.nan, each)
     if reduction == "none":
         return each.view(rows.lead).to(rows.dtype)
     return _reduced(each, reduction).to(rows.dtype)
