@@ -1,10 +1,9 @@
 // Differentiable sorting networks on the device: which kernel does what.
 //
-//     n           values                 features (P^T f, P f)   P and fused losses
-//     <= 32       _values                _tiles                  _tiny: one launch for all (double:
-//     16)
-//     <= 4096     _values                _tiles                  _tiles
-//     <= 2^24     _large                 _large                  not here
+//     n        values    features (P^T f, P f)   P and fused losses
+//     <= 32    _values   _tiles                  _tiny (double: <= 16), one launch for all
+//     <= 4096  _values   _tiles                  _tiles
+//     <= 2^24  _large    _large                  not here
 //
 // With _tiles: values_forward leaves the weights of all comparators, _tiles pushes rows through
 // them and back, sum_groups_kernel adds the partial dL/dalpha of its blocks, values_backward ends
