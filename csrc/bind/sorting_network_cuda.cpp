@@ -106,15 +106,13 @@ void register_sorting_network_cuda(py::module_& m) {
           const cuda::SortingProblem p = decode(problem, options);
           return cuda::sorting_scratch_bytes(p, decode_call(p, call));
         });
-  m.def("cuda_sorting_network",
-        [](const Problem& problem, const Options& options, const Call& call, int64_t scratch,
-           int64_t scratch_bytes, int64_t stream) {
-          const cuda::SortingProblem p = decode(problem, options);
-          const cuda::SortingCall c = decode_call(p, call);
-          py::gil_scoped_release nogil;
-          cuda::sorting_run(p, c, optional_pointer(scratch), scratch_bytes,
-                            optional_pointer(stream));
-        });
+  m.def("cuda_sorting_network", [](const Problem& problem, const Options& options, const Call& call,
+                                   int64_t scratch, int64_t scratch_bytes, int64_t stream) {
+    const cuda::SortingProblem p = decode(problem, options);
+    const cuda::SortingCall c = decode_call(p, call);
+    py::gil_scoped_release nogil;
+    cuda::sorting_run(p, c, optional_pointer(scratch), scratch_bytes, optional_pointer(stream));
+  });
 }
 #else
 void register_sorting_network_cuda(pybind11::module_&) {}

@@ -1,23 +1,24 @@
 // Differentiable sorting networks on the device: which kernel does what.
 //
-//     n           values                 features (P^T f, P f)   P and fused losses
-//     <= 32       _values                _tiles                  _tiny: one launch for all
-//     <= 4096     _values                _tiles                  _tiles
-//     <= 2^24     _large                 _large                  not here
+//     n        values    features (P^T f, P f)   P and fused losses
+//     <= 32    _values   _tiles                  _tiny (double: <= 16), one launch for all
+//     <= 4096  _values   _tiles                  _tiles
+//     <= 2^24  _large    _large                  not here
 //
 // With _tiles: values_forward leaves the weights of all comparators, _tiles pushes rows through
 // them and back, sum_groups_kernel adds the partial dL/dalpha of its blocks, values_backward ends
-// at dL/dx. A fused loss is the same with the loss between forward and reverse of a tile: P is never
-// in global memory. Items are worked off in groups where the scratch memory would pass a limit.
+// at dL/dx. A fused loss is the same with the loss between forward and reverse of a tile: P is
+// never in global memory. Items are worked off in groups where the scratch memory would pass a
+// limit.
 //
-// Expected time, by formula, of the fused loss at (64, 1024), bitonic, float32, on an H200 (132 SMs,
-// 1.755 GHz, 128 bytes of shared memory a clock and SM); not measured, written without a GPU. Mixes:
-// 64 * 1024 rows * 9217 (light cone; 28160 without) = 6.0e8. A mix moves 2 * 20 bytes of shared
-// memory: 24 GB at 29.6 TB/s, 0.82 ms, which bounds it. Beside that: about 30 instructions a mix,
-// 0.6 ms at the full rate, in the same time; weights and dL/dalpha, 16 bytes per comparator and tile
-// of 4 rows, 2.4 GB through the second-level cache, 0.5 ms at 5 TB/s; the loss, 6.7e7 entries of
-// about 60 instructions, 0.14 ms; the two value sweeps, 110 layers of 0.5 us with 64 blocks,
-// 0.06 ms. With half of the rate for barriers and latency, at 16 warps an SM: about 2 ms.
+// Expected time, by formula, of the fused loss at (64, 1024), bitonic, float32, on an H200 (132
+// SMs, 1.755 GHz, 128 bytes of shared memory a clock and SM); not measured, written without a GPU.
+// Mixes: 64 * 1024 rows * 9217 (light cone; 28160 without) = 6.0e8. A mix moves 2 * 20 bytes of
+// shared memory: 24 GB at 29.6 TB/s, 0.82 ms, which bounds it. Beside that: about 30 instructions a
+// mix, 0.6 ms at the full rate, in the same time; weights and dL/dalpha, 16 bytes per comparator
+// and tile of 4 rows, 2.4 GB through the second-level cache, 0.5 ms at 5 TB/s; the loss, 6.7e7
+// entries of about 60 instructions, 0.14 ms; the two value sweeps, 110 layers of 0.5 us with 64
+// blocks, 0.06 ms. With half of the rate for barriers and latency, at 16 warps an SM: about 2 ms.
 //
 // Accumulators: as _values and _tiles say; losses in double.
 #include <algorithm>
@@ -81,7 +82,8 @@ class Room {
   template <class T>
   T* take(int64_t count) {
     int64_t bytes;
-    if (__builtin_mul_overflow(count, int64_t(sizeof(T)), &bytes) || bytes > INT64_MAX / 4 - used_) {
+    if (__builtin_mul_overflow(count, int64_t(sizeof(T)), &bytes) ||
+        bytes > INT64_MAX / 4 - used_) {
       throw std::invalid_argument("n: too much scratch memory");
     }
     T* at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
@@ -169,8 +171,8 @@ class Group {
     const bool backward = is_backward(task) || (loss && c_.gx);
     const int64_t all = items_ * net_.comparators();
 
-    ValuesCall<R> v{net_, p_.distribution, relaxation_, items_, x(), nullptr, nullptr, nullptr,
-                    room.take<int32_t>(items_)};
+    ValuesCall<R> v{net_,    p_.distribution,           relaxation_, items_, x(), nullptr, nullptr,
+                    nullptr, room.take<int32_t>(items_)};
     v.y = at_item<R>(c_.y, first_, p_.n);
     if (!sort) v.weights = room.take<R>(all);
     if (backward) v.difference = room.take<R>(all);
@@ -181,9 +183,7 @@ class Group {
       t.net = net_;
       t.identity = !is_apply(task);
       t.reversed = is_apply(task) && !c_.transpose;
-      t.mode = loss       ? TileMode::kLoss
-               : backward ? TileMode::kBackward
-                          : TileMode::kForward;
+      t.mode = loss ? TileMode::kLoss : backward ? TileMode::kBackward : TileMode::kForward;
       t.one_f = c_.one_f;
       t.want_t = backward;
       t.loss_kind = c_.loss_kind;

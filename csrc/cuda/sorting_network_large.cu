@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     end = inner_end = int(blockIdx.x + 1) * kWindow - net.absent;  // none where it is below 0
   }
   fill_layers(net, layers, pass.first, pass.last, int(threadIdx.x), kThreads);
-  for (int i = begin + int(threadIdx.x); i < end; i += kThreads) v[i - begin] = from[item * net.n + i];
+  for (int i = begin + int(threadIdx.x); i < end; i += kThreads)
+    v[i - begin] = from[item * net.n + i];
   __syncthreads();
   for (int step = 0; step < pass.last - pass.first; ++step) {
     const int l = pass.reversed ? pass.last - 1 - step : pass.first + step;
@@ -106,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (c += int(threadIdx.x); c < c_end; c += kThreads) {
       const Comparator p = comparator_at(net, layer, c);
       const int low = std::min(p.lo, p.hi);
-      compare(a, sweep, v[p.lo - begin], v[p.hi - begin],
-              (item * net.layers + l) * net.slots + c, low >= inner && low < inner_end);
+      compare(a, sweep, v[p.lo - begin], v[p.hi - begin], (item * net.layers + l) * net.slots + c,
+              low >= inner && low < inner_end);
     }
     __syncthreads();
   }
@@ -133,8 +134,7 @@ __global__ void __launch_bounds__(kSingleThreads)
 }
 
 template <class R>
-__global__ void __launch_bounds__(kSingleThreads)
-    sorting_fill_kernel(R* values, int64_t count) {
+__global__ void __launch_bounds__(kSingleThreads) sorting_fill_kernel(R* values, int64_t count) {
   const int64_t step = int64_t(gridDim.x) * kSingleThreads;
   for (int64_t i = int64_t(blockIdx.x) * kSingleThreads + threadIdx.x; i < count; i += step) {
     values[i] = R(0);
@@ -315,10 +315,10 @@ void large_apply_backward(const LargeCall<R>& call, void* stream) {
   run.backward(nullptr, call.alpha_grad);
 }
 
-#define PYLOSS_INSTANTIATE(R)                                          \
-  template void large_sort<R>(const LargeCall<R>&, void*);             \
-  template void large_sort_backward<R>(const LargeCall<R>&, void*);    \
-  template void large_apply<R>(const LargeCall<R>&, void*);            \
+#define PYLOSS_INSTANTIATE(R)                                       \
+  template void large_sort<R>(const LargeCall<R>&, void*);          \
+  template void large_sort_backward<R>(const LargeCall<R>&, void*); \
+  template void large_apply<R>(const LargeCall<R>&, void*);         \
   template void large_apply_backward<R>(const LargeCall<R>&, void*);
 PYLOSS_INSTANTIATE(float)
 PYLOSS_INSTANTIATE(double)

@@ -194,8 +194,7 @@ struct Tile {
       return;
     }
     for_entries(false, [&](int r, int wire) {
-      w[r * length + place_of(wire, shift)] =
-          has_row(r) ? a.f[feature(a.one_f, wire, r)] : R(0);
+      w[r * length + place_of(wire, shift)] = has_row(r) ? a.f[feature(a.one_f, wire, r)] : R(0);
     });
   }
   __device__ void store_forward(const R* w, bool bad) const {

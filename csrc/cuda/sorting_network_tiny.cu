@@ -1,11 +1,12 @@
-// Permutation matrices and fused losses of n <= 32 wires: everything about an item in one launch.
+// Permutation matrices and fused losses of n <= 32 wires (double: 16): everything about an item in
+// one launch.
 // Formulas: sorting_network_tiles.cu.
 //
-// Decomposition: a warp takes 32 / N items, N the next power of two, a thread one row of P, whole in
-// registers; the network is unrolled at compile time, so every register has a fixed name. One block
-// is one warp, so there are no block barriers. First the values of an item go through the
-// network, a lane per comparator, and leave weights and differences in shared memory, where the rows
-// read them by broadcast. Comparators that n < N wires do not have get the weights 1 and 0.
+// Decomposition: a warp takes 32 / N items, N the next power of two, a thread one row of P, whole
+// in registers; the network is unrolled at compile time, so every register has a fixed name. One
+// block is one warp, so there are no block barriers. First the values of an item go through the
+// network, a lane per comparator, and leave weights and differences in shared memory, where the
+// rows read them by broadcast. Comparators that n < N wires do not have get the weights 1 and 0.
 //
 // Backward: t of every comparator and row in shared memory, 33 places a comparator (N = 32 bitonic,
 // float: 32 KB a warp, 7 warps an SM). The reverse sweep multiplies it by the gradients in place,
@@ -39,21 +40,37 @@ struct Shape {
   static constexpr int kSlots = kLayers * kHalf;
 };
 
-// fn(l, lo, hi, slot), all but l constants of the compiler: layers in order or in reverse.
+// fn(lo, hi, slot) of the comparators of layer kLayer; `first` is the slot of its first. The wires
+// are constants of the compiler.
+template <Network kNet, int kWires, int kLayer, class Fn>
+__device__ __forceinline__ void for_comparators(int first, Fn&& fn) {
+  constexpr Layer layer = sorting::layer_of(kNet, kWires, kLayer);
+  static_for<0, layer.count>([&](auto number) {
+    constexpr int c = decltype(number)::value;
+    constexpr Comparator p = sorting::comparator(layer, c);
+    fn(std::integral_constant<int, p.lo>{}, std::integral_constant<int, p.hi>{}, first + c);
+  });
+}
+
+// Of all layers, in order or in reverse. The two kinds of layers of odd_even take turns, as many as
+// there are wires: a loop of two layers.
 template <Network kNet, int kWires, bool kReverse, class Fn>
 __device__ __forceinline__ void for_all_comparators(int layers, Fn&& fn) {
   using S = Shape<kNet, kWires>;
-  static_for<0, S::kLayers>([&](auto step) {
-    constexpr int l = kReverse ? S::kLayers - 1 - decltype(step)::value : decltype(step)::value;
-    constexpr Layer layer = sorting::layer_of(kNet, kWires, l);
-    if (l >= layers) return;  // odd_even: as many layers as wires
-    static_for<0, layer.count>([&](auto number) {
-      constexpr int c = decltype(number)::value;
-      constexpr Comparator p = sorting::comparator(layer, c);
-      fn(std::integral_constant<int, p.lo>{}, std::integral_constant<int, p.hi>{},
-         std::integral_constant<int, l * S::kHalf + c>{});
+  if constexpr (kNet == Network::kOddEven) {
+    const int last = (layers - 1) / 2 * 2;  // -2 or 0 where there is no layer
+    for (int l = kReverse ? last : 0; kReverse ? l >= 0 : l < layers; l += kReverse ? -2 : 2) {
+      if (!kReverse && l < layers) for_comparators<kNet, kWires, 0>(l * S::kHalf, fn);
+      if (l + 1 < layers) for_comparators<kNet, kWires, 1>((l + 1) * S::kHalf, fn);
+      if (kReverse && l < layers) for_comparators<kNet, kWires, 0>(l * S::kHalf, fn);
+    }
+  } else {
+    if (layers == 0) return;  // n = 1
+    static_for<0, S::kLayers>([&](auto step) {
+      constexpr int l = kReverse ? S::kLayers - 1 - decltype(step)::value : decltype(step)::value;
+      for_comparators<kNet, kWires, l>(l * S::kHalf, fn);
     });
-  });
+  }
 }
 
 template <Network kNet, int kWires, class R>
@@ -110,8 +127,8 @@ __global__ void __launch_bounds__(kWarp) sorting_tiny_kernel(TinyCall<R> a) {
   R w[kWires];
 #pragma unroll
   for (int k = 0; k < kWires; ++k) w[k] = k == i ? R(1) : R(0);
-  for_all_comparators<kNet, kWires, false>(layers, [&](auto lo, auto hi, auto slot) {
-    constexpr int kLo = decltype(lo)::value, kHi = decltype(hi)::value, c = decltype(slot)::value;
+  for_all_comparators<kNet, kWires, false>(layers, [&](auto lo, auto hi, int c) {
+    constexpr int kLo = decltype(lo)::value, kHi = decltype(hi)::value;
     const Weights<R> m = unpack_weight(weights[c * S::kItems + mine]);
     const R p = w[kLo], q = w[kHi];
     if (backward) t[c * kPitch + lane] = p - q;
@@ -163,8 +180,8 @@ __global__ void __launch_bounds__(kWarp) sorting_tiny_kernel(TinyCall<R> a) {
     }
   }
 
-  for_all_comparators<kNet, kWires, true>(layers, [&](auto lo, auto hi, auto slot) {
-    constexpr int kLo = decltype(lo)::value, kHi = decltype(hi)::value, c = decltype(slot)::value;
+  for_all_comparators<kNet, kWires, true>(layers, [&](auto lo, auto hi, int c) {
+    constexpr int kLo = decltype(lo)::value, kHi = decltype(hi)::value;
     const Weights<R> m = unpack_weight(weights[c * S::kItems + mine]);
     const R p = w[kLo], q = w[kHi];
     t[c * kPitch + lane] *= p - q;
@@ -201,8 +218,12 @@ struct Launch {
   size_t bytes;
 };
 
+// double, for gradient checks, is compiled for fewer wires.
+template <class R>
+constexpr int kMostWires = sizeof(R) == 8 ? 16 : 32;
+
 // fn(integral constants of the network and the wires).
-template <class Fn>
+template <class R, class Fn>
 auto with_shape(const Net& net, Fn&& fn) {
   const auto sized = [&](auto network) {
     switch (std::max(1, sorting::ceil_log2(net.n))) {
@@ -215,7 +236,7 @@ auto with_shape(const Net& net, Fn&& fn) {
       case 4:
         return fn(network, std::integral_constant<int, 16>{});
       default:
-        return fn(network, std::integral_constant<int, 32>{});
+        return fn(network, std::integral_constant<int, kMostWires<R>>{});
     }
   };
   switch (net.network) {
@@ -232,7 +253,7 @@ template <class R>
 Launch launch_of(const TinyCall<R>& call) {
   const bool loss = call.task == SortingTask::kLoss;
   const bool backward = call.task == SortingTask::kPermutationBackward || (loss && call.gx);
-  return with_shape(call.net, [&](auto network, auto wires) {
+  return with_shape<R>(call.net, [&](auto network, auto wires) {
     using S = Shape<decltype(network)::value, decltype(wires)::value>;
     int64_t count = kWarp + 2 * S::kSlots * S::kItems;
     if (!loss) count += decltype(wires)::value * kPitch;
@@ -246,7 +267,7 @@ Launch launch_of(const TinyCall<R>& call) {
 template <class R>
 bool tiny_fits(const TinyCall<R>& call) {
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) - 1024;
-  return launch_of(call).bytes <= size_t(most);
+  return call.net.n <= kMostWires<R> && launch_of(call).bytes <= size_t(most);
 }
 template bool tiny_fits<float>(const TinyCall<float>&);
 template bool tiny_fits<double>(const TinyCall<double>&);
@@ -254,7 +275,7 @@ template bool tiny_fits<double>(const TinyCall<double>&);
 template <class R>
 void run_tiny(const TinyCall<R>& call, void* stream) {
   const Launch shape = launch_of(call);
-  with_shape(call.net, [&](auto network, auto wires) {
+  with_shape<R>(call.net, [&](auto network, auto wires) {
     launch(sorting_tiny_kernel<decltype(network)::value, decltype(wires)::value, R>,
            dim3(grid_size(ceil_div(call.items, shape.items))), dim3(kWarp), shape.bytes, stream,
            call);

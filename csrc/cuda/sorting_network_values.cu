@@ -1,6 +1,7 @@
 // Values through a sorting network, n <= 4096: soft sort and its gradient.
 //
-//     lo' = alpha lo + beta hi, hi' = beta lo + alpha hi      alpha = f(s (hi - lo)), beta = 1 - alpha
+//     lo' = alpha lo + beta hi, hi' = beta lo + alpha hi      alpha = f(s (hi - lo)), beta = 1 -
+//     alpha
 //
 // Decomposition: one item per block, several where n is small (threadIdx.y); its values stay in
 // shared memory, a thread takes every blockDim.x-th comparator of a layer, one barrier per layer.
@@ -22,14 +23,14 @@ namespace {
 template <class R>
 constexpr int kMaxThreads = sizeof(R) == 8 ? 512 : 1024;
 constexpr int kBlockThreads = 128;  // that several small items share
-constexpr int kMaxItems = kBlockThreads;
-constexpr int kLayers = 80;  // of n = 4096: 78
+constexpr int kLayers = 80;         // of n = 4096: 78
 
 template <class R>
-__global__ void __launch_bounds__(kMaxThreads<R>, 1) sorting_values_kernel(ValuesCall<R> a, int length) {
+__global__ void __launch_bounds__(kMaxThreads<R>, 1)
+    sorting_values_kernel(ValuesCall<R> a, int length) {
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
   __shared__ Layer layers[kLayers];
-  __shared__ int bad[kMaxItems];
+  __shared__ unsigned nans[kMaxWarps];  // by warp, a bit for each lane
   const Net& net = a.net;
   const int64_t item = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool real = item < a.items;
@@ -37,13 +38,15 @@ __global__ void __launch_bounds__(kMaxThreads<R>, 1) sorting_values_kernel(Value
   const int shift = place_shift(net);
   fill_layers(net, layers, 0, net.layers, int(threadIdx.y * blockDim.x + threadIdx.x),
               int(blockDim.x * blockDim.y));
-  if (threadIdx.x == 0) bad[threadIdx.y] = 0;
-  __syncthreads();
+  bool sick = false;
   for (int i = int(threadIdx.x); i < net.n && real; i += int(blockDim.x)) {
     const R x = a.x[item * net.n + i];
     v[place_of(i, shift)] = x;
-    if (x != x) bad[threadIdx.y] = 1;
+    sick |= x != x;
   }
+  const unsigned votes = __ballot_sync(kFullMask, sick);
+  const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
+  if (thread % kWarp == 0) nans[thread / kWarp] = votes;
   __syncthreads();
   for (int l = 0; l < net.layers; ++l) {
     const Layer layer = layer_at(net, layers, l);
@@ -60,7 +63,14 @@ __global__ void __launch_bounds__(kMaxThreads<R>, 1) sorting_values_kernel(Value
     __syncthreads();
   }
   if (!real) return;
-  const bool nan = bad[threadIdx.y] != 0;
+  // The item's lanes are part of one warp, or whole warps.
+  const int first = int(threadIdx.y * blockDim.x), width = int(blockDim.x);
+  bool nan = false;
+  if (width < kWarp) {
+    nan = ((nans[first / kWarp] >> (first % kWarp)) & ((1u << width) - 1)) != 0;
+  } else {
+    for (int k = 0; k < width / kWarp; ++k) nan |= nans[first / kWarp + k] != 0;
+  }
   if (a.bad && threadIdx.x == 0) a.bad[item] = nan;
   for (int i = int(threadIdx.x); i < net.n && a.y; i += int(blockDim.x)) {
     a.y[item * net.n + i] = nan ? nan_<R>() : v[place_of(i, shift)];

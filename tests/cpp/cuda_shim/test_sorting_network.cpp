@@ -340,7 +340,8 @@ Results expected(const Case& c) {
   for (size_t item = 0; item < items; ++item) {
     Reference ref(c.layers, p.distribution, p.steepness, p.art_lambda, &c.xs[item * n], int(n));
     Doubles gy(n, 0.0);
-    if (task == SortingTask::kSortBackward || (task == SortingTask::kPermutationBackward && c.c.gy)) {
+    if (task == SortingTask::kSortBackward ||
+        (task == SortingTask::kPermutationBackward && c.c.gy)) {
       gy.assign(c.gys.begin() + long(item * n), c.gys.begin() + long(item * n + n));
     }
     r.y.insert(r.y.end(), ref.y.begin(), ref.y.end());
@@ -445,8 +446,8 @@ void check(Case& c) {
     if (call.count) call.count = c.count.data();
     const bool forward = task == SortingTask::kSort || task == SortingTask::kPermutation;
     call.y = forward ? o.y.data() : nullptr;
-    call.out = task == SortingTask::kApply || task == SortingTask::kPermutation ? o.out.data()
-                                                                                : nullptr;
+    call.out =
+        task == SortingTask::kApply || task == SortingTask::kPermutation ? o.out.data() : nullptr;
     call.loss = task == SortingTask::kLoss ? o.loss.data() : nullptr;
     if (call.gx || task == SortingTask::kSortBackward || task == SortingTask::kApplyBackward ||
         task == SortingTask::kPermutationBackward) {
@@ -457,8 +458,8 @@ void check(Case& c) {
       const int64_t bytes = cuda::sorting_scratch_bytes(p, call);
       // Never zeros, and something else each time.
       std::vector<unsigned char> scratch(size_t(bytes) + 512, (unsigned char)(0x41 + 3 * order));
-      void* start = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 255) /
-                                            256 * 256);
+      void* start =
+          reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 255) / 256 * 256);
       cuda::sorting_run(p, call, bytes ? start : nullptr, bytes, nullptr);
       require(scratch.back() == (unsigned char)(0x41 + 3 * order), c.text + ": past the scratch");
     } catch (const std::exception& e) {
@@ -531,8 +532,8 @@ void random_case(Random& rnd, int64_t number) {
 }
 
 // Chosen sizes, without what is odd about values.
-void sized(SortingTask task, Network network, int64_t items, int64_t n, int64_t width,
-           DType dtype, int shared_kib, int orders, uint64_t seed = 1) {
+void sized(SortingTask task, Network network, int64_t items, int64_t n, int64_t width, DType dtype,
+           int shared_kib, int orders, uint64_t seed = 1) {
   Random rnd{std::mt19937_64(seed + uint64_t(n))};
   Case c;
   c.p.network = network;
