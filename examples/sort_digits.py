@@ -2,7 +2,7 @@
 
 The training of `pyloss.demo.sorting`, with pyloss or with diffsort (`pip install diffsort
 --no-deps`), over several seeds. For every n: exact match, element-wise accuracy and the sorter's
-processor time per step, forward and backward from the scores to the loss.
+processor time per step, forward and backward from the scores to the loss (median).
 Run: python examples/sort_digits.py [--n 5 9] [--impl diffsort] [--distribution logistic] [--help]
 Needs scikit-learn.
 """
@@ -109,11 +109,13 @@ def main() -> None:
             values = [100 * getattr(run, name) for run in mine]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.fmean(values):.1f} +- {deviation:.1f} %")
-        sorter_ms = 1e3 * statistics.fmean(run.sorter_cpu_seconds for run in mine) / size.steps
-        step_ms = 1e3 * statistics.fmean(run.cpu_seconds for run in mine) / size.steps
+        sorter_ms, step_ms = (
+            statistics.fmean(getattr(run, name) for run in mine)
+            for name in ("sorter_ms", "step_ms")
+        )
         rows.append([str(n), *cells, f"{sorter_ms:.2f} ms", f"{step_ms:.1f} ms"])
     header = ["n", "exact match", "element-wise", "exact match of 5", "sorter", "step"]
-    print(f"mean +- standard deviation over {args.seeds} seeds; processor time")
+    print(f"mean +- standard deviation over {args.seeds} seeds; processor time, median")
     print(table(header, rows))
     options = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     report = {"options": options, "torch": torch.__version__}
