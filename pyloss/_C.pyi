@@ -129,9 +129,7 @@ def sorting_network_permutation_bwd(
 def sorting_network_loss(
     problem: Sequence[int],
     options: Sequence[float],
-    first: int,
-    count: int,
-    kind: int,
+    targets: Sequence[int],
     loss: int,
     gx: int,
     threads: int,

@@ -203,7 +203,9 @@ def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     gy = Field([0, buffers["grad_loss"].address], [0])
     gx = Field([0, buffers["grad"].address], [0])
     matrix = b["scratch"]
-    targets = [b["target2"], b["mix"], code(0, 1, 2)]
+    # Of values any bits will do, and all of them are ordered.
+    targets = [code(0, 1, 2, 3, 4), b["target2"], Field([5], [-1, 2, 3, 6, 7, *HUGE])]
+    targets += [Field([0, buffers["mix"].address], [0]), code(0, 1, 2)]
     # As above: a host address would be a valid number on a device.
     none = address(None)
     on_device = [*problem[:5], none, none, *problem[7:8], none, *problem[9:]]
@@ -217,7 +219,7 @@ def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
         "sorting_network_apply_bwd": [*head, features, b["stats"], b["grad"], gf, THREADS],
         "sorting_network_permutation": [*head, b["loss"], matrix, THREADS],
         "sorting_network_permutation_bwd": [*head, gy, matrix, b["grad"], THREADS],
-        "sorting_network_loss": [*head, *targets, b["loss"], gx, THREADS],
+        "sorting_network_loss": [*head, targets, b["loss"], gx, THREADS],
     }
 
 

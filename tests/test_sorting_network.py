@@ -265,7 +265,7 @@ def cases():
 
 def pairs(f, shared, first, count, settings):
     """(name, op, reference, sources beside x) of everything that an op computes."""
-    named, ones = settings.for_reference, torch.ones_like(first)
+    named = settings.for_reference
     yield (
         "sort",
         lambda x: op.sort(x, settings),
@@ -288,9 +288,9 @@ def pairs(f, shared, first, count, settings):
     for kind, c in (("bce", None), ("bce", count), ("row_ce", None), ("col_ce", count)):
         yield (
             f"{kind} {c is not None}",
-            lambda x, kind=kind, c=c: op.loss(x, first, c, kind, settings),
+            lambda x, kind=kind, c=c: op.loss(x, first, c, "ranks", kind, settings),
             lambda x, kind=kind, c=c: reference.sorting_network_loss(
-                x, first, ones if c is None else c, kind, *named
+                x, first, c, "ranks", kind, *named
             ),
             [],
         )

@@ -5,6 +5,7 @@
 //               each layer starts)
 //     options   steepness, art_lambda
 //     features  f, shared by the batch, transpose, d
+//     targets   order, target, its dtype, count or 0, kind
 #include "cpu/sorting_network.h"
 
 #include <pybind11/pybind11.h>
@@ -24,6 +25,7 @@ namespace {
 using Problem = std::array<int64_t, 10>;
 using Options = std::array<double, 2>;
 using Features = std::array<int64_t, 4>;
+using Targets = std::array<int64_t, 5>;
 
 void check_table(const cpu::SortingProblem& p, int64_t comparators) {
   if (p.offsets[0] != 0 || p.offsets[p.layers] != comparators) {
@@ -92,6 +94,23 @@ cpu::SortingFeatures decode_features(const cpu::SortingProblem& p, const Feature
   return f;
 }
 
+cpu::SortingTargets decode_targets(const cpu::SortingProblem& p, const Targets& a) {
+  cpu::SortingTargets t{};
+  t.order = checked_enum<cpu::TargetOrder>("order", a[0], 5);
+  t.dtype = checked_dtype("target", a[2]);
+  if (t.dtype != DType::kF64 && t.dtype != DType::kF32 && t.dtype != DType::kI64 &&
+      t.dtype != DType::kI32) {
+    bad_argument("target", "must be float64, float32, int64 or int32");
+  }
+  if (t.order == cpu::TargetOrder::kRanks && t.dtype != DType::kI32) {
+    bad_argument("target", "ranks must be int32");
+  }
+  t.target = checked_pointer("target", a[1], values(p));
+  t.count = optional_pointer<const int32_t>(a[3]);
+  t.kind = checked_enum<cpu::SortingLoss>("kind", a[4], 3);
+  return t;
+}
+
 }  // namespace
 
 void register_sorting_network(py::module_& m) {
@@ -155,13 +174,10 @@ void register_sorting_network(py::module_& m) {
     cpu::sorting_permutation_backward(p, from, matrix, to, width);
   });
   m.def("sorting_network_loss",
-        [](const Problem& problem, const Options& options, int64_t first, int64_t count,
-           int64_t kind, int64_t loss, int64_t gx, int64_t threads) {
+        [](const Problem& problem, const Options& options, const Targets& target, int64_t loss,
+           int64_t gx, int64_t threads) {
           const cpu::SortingProblem p = decode(problem, options);
-          cpu::SortingTargets targets{};
-          targets.first = checked_pointer<const int32_t>("first", first, values(p));
-          targets.count = checked_pointer<const int32_t>("count", count, values(p));
-          targets.kind = checked_enum<cpu::SortingLoss>("kind", kind, 3);
+          const cpu::SortingTargets targets = decode_targets(p, target);
           void* to = checked_pointer("loss", loss, p.items);
           void* to_x = optional_pointer(gx);
           const int width = checked_threads(threads);

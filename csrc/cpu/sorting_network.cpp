@@ -32,9 +32,16 @@
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/sorting_network_plan.h"
+#include "cpu/sorting_network_ranks.h"
 
 namespace pyloss::cpu {
 namespace {
+
+struct RankTargets {
+  const int32_t *first, *count;  // [items][n]; count: null for one rank each
+  SortingLoss kind;
+  int32_t width(int64_t at) const { return count ? count[at] : 1; }
+};
 
 struct SortingOps {
   void (*sort)(const SortingProblem&, const Net&, void*, int);
@@ -45,7 +52,7 @@ struct SortingOps {
   void (*permutation)(const SortingProblem&, const Net&, void*, void*, int);
   void (*permutation_backward)(const SortingProblem&, const Net&, const void*, const void*, void*,
                                int);
-  void (*loss)(const SortingProblem&, const Net&, const SortingTargets&, void*, void*, int);
+  void (*loss)(const SortingProblem&, const Net&, const RankTargets&, void*, void*, int);
 };
 
 // fn(next) once per thread; next() gives the number of a task that is still to be done, or -1.
@@ -106,6 +113,14 @@ SortingOps ops_for(DType t) {
   return base::ops_of(t);
 }
 
+void fill_nan(DType t, void* to, int64_t begin, int64_t count) {
+  if (t == DType::kF64) {
+    std::fill_n(static_cast<double*>(to) + begin, count, std::nan(""));
+  } else {
+    std::fill_n(static_cast<float*>(to) + begin, count, std::nanf(""));
+  }
+}
+
 }  // namespace
 
 void sorting_sort(const SortingProblem& p, void* y, int threads) {
@@ -130,7 +145,20 @@ void sorting_permutation_backward(const SortingProblem& p, const void* gy, const
 }
 void sorting_loss(const SortingProblem& p, const SortingTargets& targets, void* loss, void* gx,
                   int threads) {
-  ops_for(p.dtype).loss(p, Net(p), targets, loss, gx, threads);
+  const auto run = ops_for(p.dtype).loss;
+  if (targets.order == TargetOrder::kRanks) {
+    run(p, Net(p), {static_cast<const int32_t*>(targets.target), targets.count, targets.kind}, loss,
+        gx, threads);
+    return;
+  }
+  const SortingRanks ranks =
+      target_ranks(targets.target, targets.dtype, p.items, p.n, targets.order, threads);
+  const int32_t* count = ranks.count.empty() ? nullptr : ranks.count.data();
+  run(p, Net(p), {ranks.first.data(), count, targets.kind}, loss, gx, threads);
+  for (int64_t item : ranks.nan_rows) {
+    fill_nan(p.dtype, loss, item, 1);
+    if (gx) fill_nan(p.dtype, gx, item * p.n, p.n);
+  }
 }
 
 }  // namespace pyloss::cpu

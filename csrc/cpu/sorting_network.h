@@ -46,9 +46,20 @@ void sorting_permutation_backward(const SortingProblem& p, const void* gy,  // o
                                   const void* gp, void* gx, int threads);
 
 enum class SortingLoss : int32_t { kBce = 0, kRowCe = 1, kColCe = 2 };
-// The target of element i is uniform over the ranks first[i] <= r < first[i] + count[i].
+enum class TargetOrder : int32_t {
+  kRanks = 0,
+  kValues = 1,
+  kDescending = 2,
+  kShared = 3,
+  kSharedDescending = 4
+};
+// The target of element i is uniform over the ranks first[i] <= r < first[i] + count[i]. They are
+// given, or those of values; a row of values with a NaN has the loss and the gradient NaN.
 struct SortingTargets {
-  const int32_t *first, *count;  // [items][n]
+  TargetOrder order;
+  const void* target;    // [items][n]: first, or values of float64, float32, int64 or int32
+  DType dtype;           // of values
+  const int32_t* count;  // [items][n], null for one rank each; of no meaning for values
   SortingLoss kind;
 };
 void sorting_loss(const SortingProblem& p, const SortingTargets& targets,

@@ -140,7 +140,7 @@ class Lanes {
     back_to_x(gy, gx);
   }
 
-  void loss(int64_t item, int64_t end, const SortingTargets& targets, R* loss, R* gx) {
+  void loss(int64_t item, int64_t end, const RankTargets& targets, R* loss, R* gx) {
     load_items(item, end);
     sweep<Keep::kAll, true>(net_, s_.relaxation, 0, net_.layers, x_.get(), trace(true));
     if (gx) std::fill_n(dp_.get(), net_.comparators() * kLanes, R(0));
@@ -155,7 +155,7 @@ class Lanes {
           LaneTargets<R> t;
           for (int lane = 0; lane < count_; ++lane) {
             const int64_t at = (item_ + lane) * n_ + row;
-            t.set(lane, targets.first[at], targets.count[at]);
+            t.set(lane, targets.first[at], targets.width(at));
           }
           const auto terms = loss_lanes(targets.kind, w + v * kLanes,
                                         int64_t(tile.vectors) * kLanes, n_, t, gx != nullptr);
@@ -403,7 +403,7 @@ class Single {
     back_to_x(item, gy, gx);
   }
 
-  void loss(int64_t item, const SortingTargets& targets, R* loss, R* gx) {
+  void loss(int64_t item, const RankTargets& targets, R* loss, R* gx) {
     if (gx) gx += item * n_;
     if (!start(item)) {
       loss[item] = nan_<R>();
@@ -411,7 +411,6 @@ class Single {
       return;
     }
     const Order order{net_, false};
-    const int32_t *first = targets.first + item * n_, *count = targets.count + item * n_;
     double sum = 0;
     for (size_t i = 0; i < plan_->tiles.size(); ++i) {
       const RowTile& tile = plan_->tiles[i];
@@ -421,7 +420,8 @@ class Single {
           LaneTargets<R> t;
           for (int lane = 0; lane < kLanes; ++lane) {
             if (row + lane < 0 || row + lane >= n_) continue;
-            t.set(lane, first[row + lane], count[row + lane]);
+            const int64_t at = item * n_ + row + lane;
+            t.set(lane, targets.first[at], targets.width(at));
           }
           const auto terms = loss_lanes(targets.kind, w + v * kLanes,
                                         int64_t(tile.vectors) * kLanes, n_, t, gx != nullptr);
@@ -719,7 +719,7 @@ struct Batch {
                 [&](Single<R>& w, int64_t i) { w.permutation_backward(i, g, g_p, to); });
     }
   }
-  static void loss(const SortingProblem& p, const Net& net, const SortingTargets& targets,
+  static void loss(const SortingProblem& p, const Net& net, const RankTargets& targets,
                    void* loss, void* gx, int threads) {
     const Shared<R> s(p, net);
     R *to = static_cast<R*>(loss), *to_x = static_cast<R*>(gx);

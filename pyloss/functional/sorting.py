@@ -58,12 +58,7 @@ class _Rows(NamedTuple):
 
     def ranks(self) -> Tensor:
         """Which rank each element has, (b, n)."""
-        return _inverse(self.order())
-
-
-def _inverse(order: Tensor) -> Tensor:
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.zeros_like(order).scatter(1, order, place)
+        return op.inverse(self.order())
 
 
 def _one_of(name: str, value, allowed) -> None:
@@ -86,7 +81,9 @@ def _check_floating(name: str, x) -> None:
 
 
 def _check_number(name: str, value) -> None:
-    if torch.compiler.is_compiling():  # a changing number is a symbol there, of no Python type
+    # The common types first: asking an abstract class is slow. While compiling, a changing number
+    # is a symbol, of no Python type.
+    if type(value) in (float, int) or torch.compiler.is_compiling():
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -130,17 +127,26 @@ def _rows(name, x, dim, descending, settings) -> _Rows:
             f"{name} has nothing to sort along dim {dim}: its shape is {list(x.shape)}"
         )
     dim %= x.dim()
-    moved = x.movedim(dim, -1)
-    lead = tuple(moved.shape[:-1])
     half = x.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and _autocast(x) else x.dtype
-    rows = moved.to(torch.float32 if half else x.dtype).reshape(math.prod(lead), n)
+    rows, lead = _folded(x, dim)
+    if half:
+        rows = rows.float()
     if descending:
         rows = -rows
     steepness = settings.steepness
     if isinstance(steepness, Tensor):
         settings = settings._replace(steepness=_rowwise(steepness, lead, rows))
     return _Rows(rows.contiguous(), settings, lead, dim, dtype, -1 if descending else 1)
+
+
+def _folded(x: Tensor, dim: int) -> tuple[Tensor, tuple[int, ...]]:
+    """(x as (b, n) of what stands along dim, the shape without dim)."""
+    if x.dim() == 2 and dim == 1:  # small problems are bound by the number of calls
+        return x, (x.shape[0],)
+    moved = x.movedim(dim, -1)
+    lead = tuple(moved.shape[:-1])
+    return moved.reshape(math.prod(lead), moved.shape[-1]), lead
 
 
 def _autocast(x: Tensor) -> bool:
@@ -656,28 +662,20 @@ def sorting_cross_entropy(
     _one_of("ties", ties, _TIES)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, descending, settings)
-    first, count, nan = _target_ranks(x, rows, target, target_is, ties, validate)
-    rows = _poisoned(rows, nan)
+    ranked, order = _target(x, rows, target, target_is, ties, validate)
     scaled, settings = _scaled(rows)
-    each = op.loss(scaled, first, count, kind, settings)
-    each = each.view(rows.lead).to(rows.dtype) if reduction == "none" else each
-    return each if reduction == "none" else _reduced(each, reduction).to(rows.dtype)
-
-
-def _poisoned(rows: _Rows, nan: Tensor | None) -> _Rows:
-    """x with NaN in the rows whose target has one."""
-    if nan is None:
-        return rows
-    # A sum: of its backward nothing needs to be kept.
-    return rows._replace(x=rows.x + torch.where(nan, math.nan, 0.0).to(rows.x.dtype).unsqueeze(1))
+    each = op.loss(scaled, ranked, None, order, kind, settings)
+    if reduction == "none":
+        return each.view(rows.lead).to(rows.dtype)
+    return _reduced(each, reduction).to(rows.dtype)
 
 
 def _reduced(each: Tensor, reduction: str) -> Tensor:
     return each.mean() if reduction == "mean" else each.sum()
 
 
-def _target_ranks(x, rows: _Rows, target, target_is, ties, validate):
-    """(first int32 (b, n), count or None, which rows hold a NaN or None) of a target."""
+def _target(x, rows: _Rows, target, target_is, ties, validate) -> tuple[Tensor, str]:
+    """(target (b, n), order) of the op's loss."""
     _check_tensor("target", target)
     n = rows.n
     if target.device != x.device:
@@ -688,11 +686,10 @@ def _target_ranks(x, rows: _Rows, target, target_is, ties, validate):
             f"target must have the shape {list(expected)} with target_is={target_is!r}, got "
             f"{list(target.shape)}"
         )
-    target = target.detach()
     if target_is == "permutation":
         if target.is_complex():
             raise ValueError(f"target must be real, got {target.dtype}")
-        target = target.reshape(-1, n, n)
+        target = target.detach().reshape(-1, n, n)
         if validate:
             # A device without an answer yet is waited for, which is what was asked for.
             ones = (target == 1).sum(1, dtype=torch.int64), (target == 1).sum(2, dtype=torch.int64)
@@ -700,27 +697,27 @@ def _target_ranks(x, rows: _Rows, target, target_is, ties, validate):
                 (ones[1] != 1).any()
             ):
                 raise ValueError("target is not a permutation: its rows or columns are not one-hot")
-        return target.to(torch.int8).argmax(-1).to(torch.int32), None, None
-    folded = target.movedim(rows.dim, -1).reshape(-1, n)
+        return target.to(torch.int8).argmax(-1).to(torch.int32), "ranks"
+    folded, _ = _folded(target.detach(), rows.dim)
     if target_is == "ranks":
         if target.dtype not in _INTS and target.dtype not in _FLOATS:
             raise ValueError(f"target must hold ranks, got {target.dtype}")
         if validate:
             _check_ranks(folded, n, ties)
         if ties == "stable":
-            return folded.to(torch.int32).contiguous(), None, None
-        first, count = _shared(folded)
-        return first, count, None
+            return folded.to(torch.int32), "ranks"
+        return _comparable(folded), "shared"
     if target.dtype not in _INTS and target.dtype not in _FLOATS and target.dtype != torch.bool:
         raise ValueError(f"target must hold real values, got {target.dtype}")
-    if target.dtype == torch.bool:
-        folded = folded.to(torch.uint8)
-    nan = folded.isnan().any(-1) if folded.is_floating_point() else None
-    if ties == "share":
-        first, count = _shared(folded, descending=rows.sign < 0)
-        return first, count, nan
-    order = torch.argsort(folded, dim=-1, descending=rows.sign < 0, stable=True)
-    return _inverse(order).to(torch.int32), None, nan
+    order = "shared" if ties == "share" else "values"
+    return _comparable(folded), order + "_descending" * (rows.sign < 0)
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """In a dtype that the op compares in, of the same order."""
+    if values.dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
+        return values
+    return values.to(torch.float32 if values.is_floating_point() else torch.int32)
 
 
 def _check_ranks(ranks: Tensor, n: int, ties: str) -> None:
@@ -735,15 +732,6 @@ def _check_ranks(ranks: Tensor, n: int, ties: str) -> None:
         raise ValueError(
             "target ranks must be one of each 0 .. n - 1; for equal ranks use ties='share'"
         )
-
-
-def _shared(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """(number of smaller values, number of equal values) of each, int32."""
-    ordered = values.contiguous().sort(-1).values
-    below = torch.searchsorted(ordered, values.contiguous(), out_int32=True)
-    up_to = torch.searchsorted(ordered, values.contiguous(), right=True, out_int32=True)
-    first = values.shape[-1] - up_to if descending else below
-    return first, up_to - below
 
 
 def spearman_loss(
@@ -794,8 +782,10 @@ def spearman_loss(
     _one_of("reduction", reduction, _REDUCTIONS)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, False, settings)
-    first, count, nan = _target_ranks(x, rows, target, "values", "share", False)
-    rows = _poisoned(rows, nan)
+    first, count, nan = op.target_ranks(*_target(x, rows, target, "values", "share", False))
+    if nan is not None:  # a sum: of its backward nothing needs to be kept
+        poison = torch.where(nan, math.nan, 0.0).to(rows.x.dtype)
+        rows = rows._replace(x=rows.x + poison.unsqueeze(1))
     t = first.to(rows.x.dtype) + 0.5 * count
     if method == "network":
         r = _applied(rows, _places(rows), False).squeeze(-1)

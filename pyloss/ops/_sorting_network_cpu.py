@@ -111,19 +111,20 @@ def permutation_bwd(
 
 def loss(
     x: Tensor,
-    first: Tensor,
+    target: Tensor,
     count: Tensor | None,
+    order: int,
     kind: int,
     net: list[int],
     options: list[float],
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    first = first.contiguous()
-    count = torch.ones_like(first) if count is None else count.contiguous()
+    target, count = target.contiguous(), count if count is None else count.contiguous()
+    targets = (order, target.data_ptr(), DTYPE_CODES[target.dtype], address(count), kind)
     loss = x.new_empty((x.shape[0],))
     gx = torch.empty_like(x) if need_grad else x.new_empty((0,))
     _C.sorting_network_loss(
-        _problem(x, net), options, first.data_ptr(), count.data_ptr(), kind, loss.data_ptr(),
-        address(gx) if need_grad else 0, torch.get_num_threads(),
+        _problem(x, net), options, targets, loss.data_ptr(), address(gx) if need_grad else 0,
+        torch.get_num_threads(),
     )  # fmt: skip
     return loss, gx

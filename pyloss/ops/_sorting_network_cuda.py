@@ -132,13 +132,26 @@ def permutation_bwd(
 
 def loss(
     x: Tensor,
-    first: Tensor,
+    target: Tensor,
     count: Tensor | None,
+    order: int,
     kind: int,
     net: list[int],
     options: list[float],
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    nan = None
+    if reference.ORDERS[order] != "ranks":
+        target, count, nan = reference.target_ranks(target, reference.ORDERS[order])
+    loss, gx = _rank_loss(x, target, count, kind, net, options, need_grad)
+    if nan is not None:
+        loss.masked_fill_(nan, torch.nan)
+        if need_grad:
+            gx.masked_fill_(nan.unsqueeze(1), torch.nan)
+    return loss, gx
+
+
+def _rank_loss(x, first, count, kind, net, options, need_grad) -> tuple[Tensor, Tensor]:
     if x.shape[1] > _LONGEST_ROW:
         return _long_loss(x, first, count, kind, net, options, need_grad)
     first = first.contiguous()
@@ -155,7 +168,6 @@ def loss(
 def _long_loss(x, first, count, kind, net, options, need_grad):
     """By way of P: where n is this large, P is at least half a hundred megabytes an item."""
     _, p = permutation(x, net, options)
-    count = torch.ones_like(first) if count is None else count
     with torch.enable_grad():
         p.requires_grad_(need_grad)
         loss = reference.permutation_loss(p, first, count, reference.KINDS[kind])

@@ -29,7 +29,9 @@ from pyloss.ops._registry import (
 )
 from pyloss.reference import sorting_network as reference
 
-NETWORKS, DISTRIBUTIONS, KINDS = reference.NETWORKS, reference.DISTRIBUTIONS, reference.KINDS
+NETWORKS, DISTRIBUTIONS = reference.NETWORKS, reference.DISTRIBUTIONS
+KINDS, ORDERS = reference.KINDS, reference.ORDERS
+inverse, target_ranks = reference.inverse, reference.target_ranks
 
 
 class Settings(NamedTuple):
@@ -171,16 +173,17 @@ define_op(
 # Loss
 
 
-def _loss_fake(x, first, count, kind, net, options, need_grad):
+def _loss_fake(x, target, count, order, kind, net, options, need_grad):
     return x.new_empty((x.shape[0],)), torch.empty_like(x) if need_grad else x.new_empty((0,))
 
 
-def _loss_reference(x, first, count, kind, net, options, need_grad):
-    count = torch.ones_like(first) if count is None else count
+def _loss_reference(x, target, count, order, kind, net, options, need_grad):
     named = _named(net, options)
 
     def function(x):
-        return reference.sorting_network_loss(x, first, count, KINDS[kind], *named)
+        return reference.sorting_network_loss(
+            x, target, count, ORDERS[order], KINDS[kind], *named
+        )
 
     loss = function(x).contiguous()
     if not need_grad:
@@ -189,7 +192,7 @@ def _loss_reference(x, first, count, kind, net, options, need_grad):
 
 
 define_op(
-    "sorting_network_loss(Tensor x, Tensor first, Tensor? count, int kind, int[] net, "
+    "sorting_network_loss(Tensor x, Tensor target, Tensor? count, int order, int kind, int[] net, "
     "float[] options, bool need_grad) -> (Tensor, Tensor)",
     fake=_loss_fake,
     impls={"cpu": cpu.loss, "cuda": cuda.loss, "reference": _loss_reference},
@@ -298,37 +301,38 @@ class _Loss(torch.autograd.Function):
     """The forward finds the gradient too, and the backward multiplies it."""
 
     @staticmethod
-    def forward(ctx, x, first, count, kind, settings):
+    def forward(ctx, x, target, count, order, kind, settings):
         compiling = torch.compiler.is_compiling()
         # Checkpointing and offloading hook what is saved, and would not see this tensor.
         early = compiling or not saved_tensor_hooks_active()
-        loss, gx = _ops.sorting_network_loss(x, first, count, kind, *settings.packed, early)
+        loss, gx = _ops.sorting_network_loss(
+            x, target, count, order, kind, *settings.packed, early
+        )
         # Handed over, not kept: a second backward computes it anew. A compiled graph keeps of the
         # saved tensors what its backward needs.
-        ctx.save_for_backward(x, first, count, gx if compiling else None)
+        ctx.save_for_backward(x, target, count, gx if compiling else None)
         ctx.early = gx if early and not compiling else None
-        ctx.kind, ctx.settings = kind, settings
+        ctx.order, ctx.kind, ctx.settings = order, kind, settings
         return loss
 
     @staticmethod
     def backward(ctx, g):
-        x, first, count, gx = ctx.saved_tensors
+        x, target, count, gx = ctx.saved_tensors
         early, ctx.early = ctx.early, None
         if _by_reference(g):
-            ones = torch.ones_like(first) if count is None else count
-            named = ctx.settings.for_reference
+            named = (ORDERS[ctx.order], KINDS[ctx.kind], *ctx.settings.for_reference)
             gx = _differentiable(
-                lambda x: reference.sorting_network_loss(x, first, ones, KINDS[ctx.kind], *named),
+                lambda x: reference.sorting_network_loss(x, target, count, *named),
                 [x], [True], [g],
             )[0]  # fmt: skip
-            return gx, None, None, None, None
+            return gx, None, None, None, None, None
         if gx is not None:
-            return gx * g.unsqueeze(1), None, None, None, None
+            return gx * g.unsqueeze(1), None, None, None, None, None
         if early is None:
             _, early = _ops.sorting_network_loss(
-                x, first, count, ctx.kind, *ctx.settings.packed, True
+                x, target, count, ctx.order, ctx.kind, *ctx.settings.packed, True
             )
-        return early.mul_(g.unsqueeze(1)), None, None, None, None
+        return early.mul_(g.unsqueeze(1)), None, None, None, None, None
 
 
 def sort(x: Tensor, settings: Settings) -> Tensor:
@@ -358,16 +362,19 @@ def permutation(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     return _ops.sorting_network_permutation(x, *settings.packed)
 
 
-def loss(x: Tensor, first: Tensor, count: Tensor | None, kind: str, settings: Settings) -> Tensor:
+def loss(
+    x: Tensor, target: Tensor, count: Tensor | None, order: str, kind: str, settings: Settings
+) -> Tensor:
     """(b,) cross entropy of P against the uniform distribution over the given ranks.
 
     Args:
-        first, count: int32 (b, n), see the reference; count None: one rank each.
+        target: (b, n): of ``order="ranks"`` int32; else values of float64, float32, int64, int32.
+        count: int32 (b, n) with ranks, None: one rank each.
     """
     if _reference_needed(settings):
-        ones = torch.ones_like(first) if count is None else count
-        return reference.sorting_network_loss(x, first, ones, kind, *settings.for_reference)
+        named = (order, kind, *settings.for_reference)
+        return reference.sorting_network_loss(x, target, count, *named)
+    codes = ORDERS.index(order), KINDS.index(kind)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Loss.apply(x, first, count, KINDS.index(kind), settings)
-    code = KINDS.index(kind)
-    return _ops.sorting_network_loss(x, first, count, code, *settings.packed, False)[0]
+        return _Loss.apply(x, target, count, *codes, settings)
+    return _ops.sorting_network_loss(x, target, count, *codes, *settings.packed, False)[0]

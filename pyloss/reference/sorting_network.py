@@ -25,6 +25,8 @@ from torch import Tensor
 NETWORKS = ("bitonic", "odd_even", "batcher", "splitter_selection")
 DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal", "optimal")
 KINDS = ("bce", "row_ce", "col_ce")
+# What a loss's target holds: the ranks, or values whose equal ones keep their order or share ranks.
+ORDERS = ("ranks", "values", "values_descending", "shared", "shared_descending")
 SMALLEST_P = 1e-30  # below it, -log P of row_ce and col_ce is constant
 
 # --------------------------------------------------------------------------------------------------
@@ -270,20 +272,53 @@ def sorting_network_permutation(x: Tensor, *network_args) -> tuple[Tensor, Tenso
 
 
 def sorting_network_loss(
-    x: Tensor, first: Tensor, count: Tensor, kind: str, *network_args
+    x: Tensor, target: Tensor, count: Tensor | None, order: str, kind: str, *network_args
 ) -> Tensor:
     """Cross entropy of P against the uniform distribution over ``first <= r < first + count``.
+
+    Args:
+        target, count: of ``order="ranks"`` first and count, None for one rank each; else values,
+            see :func:`target_ranks`.
 
     Returns:
         ``(...)``: the mean over the n^2 terms of ``"bce"``, over the n rows of the others.
     """
+    first, count, nan = target_ranks(target, order, count)
     _, p = sorting_network_permutation(x, *network_args)
-    return permutation_loss(p, first, count, kind)
+    loss = permutation_loss(p, first, count, kind)
+    return loss if nan is None else loss * torch.where(nan, torch.nan, 1.0).to(loss.dtype)
 
 
-def permutation_loss(p: Tensor, first: Tensor, count: Tensor, kind: str) -> Tensor:
+def target_ranks(
+    target: Tensor, order: str, count: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(first, count, int32, which rows hold a NaN and so have no order, or None).
+
+    A count of None is one rank each.
+    """
+    if order == "ranks":
+        return target, count, None
+    values, descending = target.contiguous(), order.endswith("descending")
+    nan = values.isnan().any(-1) if values.is_floating_point() else None
+    if order.startswith("shared"):
+        ordered = values.sort(-1).values
+        below = torch.searchsorted(ordered, values, out_int32=True)
+        up_to = torch.searchsorted(ordered, values, right=True, out_int32=True)
+        return values.shape[-1] - up_to if descending else below, up_to - below, nan
+    places = values.argsort(dim=-1, descending=descending, stable=True)
+    return inverse(places).to(torch.int32), None, nan
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of permutations along the last dimension."""
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, place)
+
+
+def permutation_loss(p: Tensor, first: Tensor, count: Tensor | None, kind: str) -> Tensor:
     """The loss of :func:`sorting_network_loss` of a P that is there already."""
     n = p.shape[-1]
+    count = torch.ones_like(first) if count is None else count
     rank = torch.arange(n, device=p.device)
     first, count = first.unsqueeze(-1), count.unsqueeze(-1)
     inside = (rank >= first) & (rank < first + count)
