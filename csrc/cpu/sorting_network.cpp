@@ -15,8 +15,8 @@
 // entries are accurate. Parts of a tile that are known to be zero are left out
 // (sorting_network_plan.h).
 //
-// Memory: P is never formed for the loss. Per thread O(n L) for the trace, and at most about half
-// of the second-level cache for the differences X_lo - X_hi; beyond it they are computed twice.
+// Memory: P is never formed for the loss. Per thread O(n L) for the trace, and at most one and
+// a half second-level caches for the differences X_lo - X_hi; beyond it they are computed twice.
 // Nothing depends on the number of threads.
 #include "cpu/sorting_network.h"
 

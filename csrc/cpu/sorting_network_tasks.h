@@ -554,9 +554,11 @@ template <class R>
 bool rows_in_lanes(const SortingProblem& p) {
   return p.items >= Vec<R>::kLanes / 2 && p.n <= 15;
 }
+// Room for a tile's differences. Somewhat more than the cache: what a segment does not have to
+// compute again outweighs what it fetches from the next level; twice the cache no longer does.
 template <class R>
 int64_t vectors_in_cache() {
-  return l2_cache_bytes() / 2 / int64_t(sizeof(typename Vec<R>::V));
+  return 3 * l2_cache_bytes() / 2 / int64_t(sizeof(typename Vec<R>::V));
 }
 template <class R>
 int64_t groups_of(int64_t items) {

@@ -106,8 +106,8 @@ template <class R>
 struct Broadcast {
   const R *alpha, *beta;
   static constexpr bool kPerLane = false;
-  PYLOSS_INLINE typename Vec<R>::V a(int64_t c) const { return typename Vec<R>::V{} + alpha[c]; }
-  PYLOSS_INLINE typename Vec<R>::V b(int64_t c) const { return typename Vec<R>::V{} + beta[c]; }
+  PYLOSS_INLINE typename Vec<R>::V a(int64_t c) const { return alpha[c] - typename Vec<R>::V{}; }
+  PYLOSS_INLINE typename Vec<R>::V b(int64_t c) const { return beta[c] - typename Vec<R>::V{}; }
   PYLOSS_INLINE void add(R* dp, int64_t c, typename Vec<R>::V v) const { dp[c] += lane_sum<R>(v); }
 };
 template <class R>
@@ -154,11 +154,12 @@ const R* mix_span_back(const Net& net, int l, const Span& span, const W& weights
   const sorting::Layer layer = net.layer[l];
   const int64_t first = net.first[l];
   w += span.vector * kLanes;
-  for (int32_t c = span.end - 1; c >= span.begin; --c) {
+  t -= int64_t(span.end - span.begin) * kVectors * kLanes;
+  const R* start = t;
+  for (int32_t c = span.begin; c < span.end; ++c) {
     const sorting::Comparator pair = kTable ? net.at(l, c) : sorting::comparator(layer, c);
     R *lo = w + pair.lo * stride, *hi = w + pair.hi * stride;
     const V a = weights.a(first + c), b = weights.b(first + c);
-    t -= kVectors * kLanes;
     V sum{};
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -168,8 +169,9 @@ const R* mix_span_back(const Net& net, int l, const Span& span, const W& weights
       store(hi + v * kLanes, b * x + a * y);
     }
     weights.add(dp, first + c, sum);
+    t += kVectors * kLanes;
   }
-  return t;
+  return start;
 }
 
 // Steps begin .. end - 1.
