@@ -721,8 +721,8 @@ struct Batch {
                 [&](Single<R>& w, int64_t i) { w.permutation_backward(i, g, g_p, to); });
     }
   }
-  static void loss(const SortingProblem& p, const Net& net, const RankTargets& targets,
-                   void* loss, void* gx, int threads) {
+  static void loss(const SortingProblem& p, const Net& net, const RankTargets& targets, void* loss,
+                   void* gx, int threads) {
     const Shared<R> s(p, net);
     R *to = static_cast<R*>(loss), *to_x = static_cast<R*>(gx);
     const Order order{net, false};
