@@ -85,7 +85,7 @@ def _sorting_results(device: str, n: int, network: int) -> dict[str, torch.Tenso
         return out
     _, p = ops.sorting_network_permutation(x, net, options)
     gp = p.cos()
-    loss, gx = ops.sorting_network_loss(x, first, None, 0, 0, net, options, True)
+    loss, gx = ops.sorting_network_loss(x, first, None, [0, 0, 0], net, options, True)
     gp_x = ops.sorting_network_permutation_bwd(gy, gp, x, net, options)
     return out | {"P": p, "P_bwd": gp_x, "loss": loss, "loss_bwd": gx}
 

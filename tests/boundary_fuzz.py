@@ -205,7 +205,7 @@ def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     matrix = b["scratch"]
     # Of values any bits will do, and all of them are ordered.
     targets = [code(0, 1, 2, 3, 4), b["target2"], Field([5], [-1, 2, 3, 6, 7, *HUGE])]
-    targets += [Field([0, buffers["mix"].address], [0]), code(0, 1, 2)]
+    targets += [Field([0, buffers["mix"].address], [0]), code(0, 1, 2), code(0, 1, 2)]
     # As above: a host address would be a valid number on a device.
     none = address(None)
     on_device = [*problem[:5], none, none, *problem[7:8], none, *problem[9:]]

@@ -288,7 +288,9 @@ def pairs(f, shared, first, count, settings):
     for kind, c in (("bce", None), ("bce", count), ("row_ce", None), ("col_ce", count)):
         yield (
             f"{kind} {c is not None}",
-            lambda x, kind=kind, c=c: op.loss(x, first, c, "ranks", kind, settings),
+            lambda x, kind=kind, c=c: op.loss(
+                x, first, c, settings, order="ranks", kind=kind, reduction="none"
+            ),
             lambda x, kind=kind, c=c: reference.sorting_network_loss(
                 x, first, c, "ranks", kind, *named
             ),

@@ -253,9 +253,9 @@ def test_opcheck():
     check(ops.sorting_network_permutation_bwd, (x, p, x, net, options))
     check(ops.sorting_network_permutation_bwd, (None, p, x, [3, 1, 2], options))
     for kind, c, need in ((0, None, True), (1, count, False), (2, count, True)):
-        check(ops.sorting_network_loss, (x, first, c, 0, kind, net, options, need))
+        check(ops.sorting_network_loss, (x, first, c, [0, kind, kind], net, options, need))
     for order in range(1, 5):
-        check(ops.sorting_network_loss, (x, draw(3, 6), None, order, 0, net, options, True))
+        check(ops.sorting_network_loss, (x, draw(3, 6), None, [order, 0, 1], net, options, True))
 
 
 @pytest.mark.parametrize("key", functions())

@@ -5,7 +5,7 @@
 //               each layer starts)
 //     options   steepness, art_lambda
 //     features  f, shared by the batch, transpose, d
-//     targets   order, target, its dtype, count or 0, kind
+//     targets   order, target, its dtype, count or 0, kind, reduction
 #include "cpu/sorting_network.h"
 
 #include <pybind11/pybind11.h>
@@ -25,7 +25,7 @@ namespace {
 using Problem = std::array<int64_t, 10>;
 using Options = std::array<double, 2>;
 using Features = std::array<int64_t, 4>;
-using Targets = std::array<int64_t, 5>;
+using Targets = std::array<int64_t, 6>;
 
 void check_table(const cpu::SortingProblem& p, int64_t comparators) {
   if (p.offsets[0] != 0 || p.offsets[p.layers] != comparators) {
@@ -178,11 +178,13 @@ void register_sorting_network(py::module_& m) {
            int64_t gx, int64_t threads) {
           const cpu::SortingProblem p = decode(problem, options);
           const cpu::SortingTargets targets = decode_targets(p, target);
-          void* to = checked_pointer("loss", loss, p.items);
+          const auto reduction = checked_enum<cpu::Reduction>("reduction", target[5], 3);
+          const bool each = reduction == cpu::Reduction::kNone;
+          void* to = checked_pointer("loss", loss, each ? p.items : 1);
           void* to_x = optional_pointer(gx);
           const int width = checked_threads(threads);
           py::gil_scoped_release nogil;
-          cpu::sorting_loss(p, targets, to, to_x, width);
+          cpu::sorting_loss(p, targets, reduction, to, to_x, width);
         });
 }
 

@@ -121,6 +121,37 @@ void fill_nan(DType t, void* to, int64_t begin, int64_t count) {
   }
 }
 
+void loss_of_items(const SortingProblem& p, const SortingTargets& targets, void* loss, void* gx,
+                   int threads) {
+  const auto run = ops_for(p.dtype).loss;
+  if (targets.order == TargetOrder::kRanks) {
+    run(p, Net(p), {static_cast<const int32_t*>(targets.target), targets.count, targets.kind}, loss,
+        gx, threads);
+    return;
+  }
+  const SortingRanks ranks =
+      target_ranks(targets.target, targets.dtype, p.items, p.n, targets.order, threads);
+  const int32_t* count = ranks.count.empty() ? nullptr : ranks.count.data();
+  run(p, Net(p), {ranks.first.data(), count, targets.kind}, loss, gx, threads);
+  for (int64_t item : ranks.nan_rows) {
+    fill_nan(p.dtype, loss, item, 1);
+    if (gx) fill_nan(p.dtype, gx, item * p.n, p.n);
+  }
+}
+
+template <class R>
+void reduced_loss(const SortingProblem& p, const SortingTargets& targets, bool mean, R* loss, R* gx,
+                  int threads) {
+  const Array<R> each(p.items);
+  loss_of_items(p, targets, each.get(), gx, threads);
+  double sum = 0;
+  for (int64_t b = 0; b < p.items; ++b) sum += each[b];
+  *loss = R(mean ? sum / double(p.items) : sum);
+  if (!gx || !mean) return;
+  const R scale = R(1) / R(p.items);
+  for (int64_t i = 0; i < p.items * p.n; ++i) gx[i] *= scale;
+}
+
 }  // namespace
 
 void sorting_sort(const SortingProblem& p, void* y, int threads) {
@@ -143,21 +174,15 @@ void sorting_permutation_backward(const SortingProblem& p, const void* gy, const
                                   int threads) {
   ops_for(p.dtype).permutation_backward(p, Net(p), gy, gp, gx, threads);
 }
-void sorting_loss(const SortingProblem& p, const SortingTargets& targets, void* loss, void* gx,
-                  int threads) {
-  const auto run = ops_for(p.dtype).loss;
-  if (targets.order == TargetOrder::kRanks) {
-    run(p, Net(p), {static_cast<const int32_t*>(targets.target), targets.count, targets.kind}, loss,
-        gx, threads);
-    return;
-  }
-  const SortingRanks ranks =
-      target_ranks(targets.target, targets.dtype, p.items, p.n, targets.order, threads);
-  const int32_t* count = ranks.count.empty() ? nullptr : ranks.count.data();
-  run(p, Net(p), {ranks.first.data(), count, targets.kind}, loss, gx, threads);
-  for (int64_t item : ranks.nan_rows) {
-    fill_nan(p.dtype, loss, item, 1);
-    if (gx) fill_nan(p.dtype, gx, item * p.n, p.n);
+void sorting_loss(const SortingProblem& p, const SortingTargets& targets, Reduction reduction,
+                  void* loss, void* gx, int threads) {
+  const bool mean = reduction == Reduction::kMean;
+  if (reduction == Reduction::kNone) {
+    loss_of_items(p, targets, loss, gx, threads);
+  } else if (p.dtype == DType::kF64) {
+    reduced_loss(p, targets, mean, static_cast<double*>(loss), static_cast<double*>(gx), threads);
+  } else {
+    reduced_loss(p, targets, mean, static_cast<float*>(loss), static_cast<float*>(gx), threads);
   }
 }
 

@@ -62,9 +62,10 @@ struct SortingTargets {
   const int32_t* count;  // [items][n], null for one rank each; of no meaning for values
   SortingLoss kind;
 };
-void sorting_loss(const SortingProblem& p, const SortingTargets& targets,
-                  void* loss,  // [items]
-                  void* gx,    // d loss[b] / d x[b], or null
+enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
+void sorting_loss(const SortingProblem& p, const SortingTargets& targets, Reduction reduction,
+                  void* loss,  // [items], or one reduced over the items
+                  void* gx,    // [items][n], the gradient of the loss (of each item of its own)
                   int threads);
 
 }  // namespace cpu

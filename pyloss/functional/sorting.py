@@ -17,7 +17,6 @@ SELECTORS = op.NETWORKS  # the last one selects, and does not sort
 _METHODS = ("network", "permutahedron")
 _TARGETS = ("values", "ranks", "permutation")
 _TIES = ("stable", "share")
-_REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -658,20 +657,14 @@ def sorting_cross_entropy(
     """
     _one_of("kind", kind, op.KINDS)
     _one_of("target_is", target_is, _TARGETS)
-    _one_of("reduction", reduction, _REDUCTIONS)
+    _one_of("reduction", reduction, op.REDUCTIONS)
     _one_of("ties", ties, _TIES)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, descending, settings)
     ranked, order = _target(x, rows, target, target_is, ties, validate)
     scaled, settings = _scaled(rows)
-    each = op.loss(scaled, ranked, None, order, kind, settings)
-    if reduction == "none":
-        return each.view(rows.lead).to(rows.dtype)
-    return _reduced(each, reduction).to(rows.dtype)
-
-
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    return each.mean() if reduction == "mean" else each.sum()
+    loss = op.loss(scaled, ranked, None, settings, order=order, kind=kind, reduction=reduction)
+    return (loss.view(rows.lead) if reduction == "none" else loss).to(rows.dtype)
 
 
 def _target(x, rows: _Rows, target, target_is, ties, validate) -> tuple[Tensor, str]:
@@ -779,7 +772,7 @@ def spearman_loss(
     Reference:
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
-    _one_of("reduction", reduction, _REDUCTIONS)
+    _one_of("reduction", reduction, op.REDUCTIONS)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, False, settings)
     first, count, nan = op.target_ranks(*_target(x, rows, target, "values", "share", False))
@@ -800,7 +793,5 @@ def spearman_loss(
     size = (a * a).sum(1) * (b * b).sum(1)
     flat = size == 0
     correlation = torch.where(flat, 0.0, (a * b).sum(1) / torch.where(flat, 1.0, size).sqrt())
-    each = 1 - correlation
-    if reduction == "none":
-        return each.view(rows.lead).to(rows.dtype)
-    return _reduced(each, reduction).to(rows.dtype)
+    each = (1 - correlation).view(rows.lead)
+    return op.reduced(each, reduction).to(rows.dtype)

@@ -113,15 +113,15 @@ def loss(
     x: Tensor,
     target: Tensor,
     count: Tensor | None,
-    order: int,
-    kind: int,
+    codes: list[int],  # order, kind, reduction
     net: list[int],
     options: list[float],
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     target, count = target.contiguous(), count if count is None else count.contiguous()
-    targets = (order, target.data_ptr(), DTYPE_CODES[target.dtype], address(count), kind)
-    loss = x.new_empty((x.shape[0],))
+    order, *others = codes
+    targets = (order, target.data_ptr(), DTYPE_CODES[target.dtype], address(count), *others)
+    loss = x.new_empty(() if codes[2] else (x.shape[0],))
     gx = torch.empty_like(x) if need_grad else x.new_empty((0,))
     _C.sorting_network_loss(
         _problem(x, net), options, targets, loss.data_ptr(), address(gx) if need_grad else 0,

@@ -134,21 +134,22 @@ def loss(
     x: Tensor,
     target: Tensor,
     count: Tensor | None,
-    order: int,
-    kind: int,
+    codes: list[int],  # order, kind, reduction
     net: list[int],
     options: list[float],
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    nan = None
-    if reference.ORDERS[order] != "ranks":
-        target, count, nan = reference.target_ranks(target, reference.ORDERS[order])
-    loss, gx = _rank_loss(x, target, count, kind, net, options, need_grad)
+    order, kind, reduction = codes
+    first, count, nan = reference.target_ranks(target, reference.ORDERS[order], count)
+    loss, gx = _rank_loss(x, first, count, kind, net, options, need_grad)
     if nan is not None:
         loss.masked_fill_(nan, torch.nan)
         if need_grad:
             gx.masked_fill_(nan.unsqueeze(1), torch.nan)
-    return loss, gx
+    reduction = reference.REDUCTIONS[reduction]
+    if need_grad and reduction == "mean":
+        gx.div_(max(len(x), 1))
+    return reference.reduced(loss, reduction), gx
 
 
 def _rank_loss(x, first, count, kind, net, options, need_grad) -> tuple[Tensor, Tensor]:

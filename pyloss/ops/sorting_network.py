@@ -30,8 +30,8 @@ from pyloss.ops._registry import (
 from pyloss.reference import sorting_network as reference
 
 NETWORKS, DISTRIBUTIONS = reference.NETWORKS, reference.DISTRIBUTIONS
-KINDS, ORDERS = reference.KINDS, reference.ORDERS
-inverse, target_ranks = reference.inverse, reference.target_ranks
+KINDS, ORDERS, REDUCTIONS = reference.KINDS, reference.ORDERS, reference.REDUCTIONS
+inverse, reduced, target_ranks = reference.inverse, reference.reduced, reference.target_ranks
 
 
 class Settings(NamedTuple):
@@ -173,17 +173,22 @@ define_op(
 # Loss
 
 
-def _loss_fake(x, target, count, order, kind, net, options, need_grad):
-    return x.new_empty((x.shape[0],)), torch.empty_like(x) if need_grad else x.new_empty((0,))
+def _loss_fake(x, target, count, codes, net, options, need_grad):
+    loss = x.new_empty(() if codes[2] else (x.shape[0],))
+    return loss, torch.empty_like(x) if need_grad else x.new_empty((0,))
 
 
-def _loss_reference(x, target, count, order, kind, net, options, need_grad):
-    named = _named(net, options)
+def _loss_by_reference(x, target, count, codes, *network_args):
+    order, kind, reduction = codes
+    each = reference.sorting_network_loss(
+        x, target, count, ORDERS[order], KINDS[kind], *network_args
+    )
+    return reduced(each, REDUCTIONS[reduction])
 
+
+def _loss_reference(x, target, count, codes, net, options, need_grad):
     def function(x):
-        return reference.sorting_network_loss(
-            x, target, count, ORDERS[order], KINDS[kind], *named
-        )
+        return _loss_by_reference(x, target, count, codes, *_named(net, options))
 
     loss = function(x).contiguous()
     if not need_grad:
@@ -192,7 +197,8 @@ def _loss_reference(x, target, count, order, kind, net, options, need_grad):
 
 
 define_op(
-    "sorting_network_loss(Tensor x, Tensor target, Tensor? count, int order, int kind, int[] net, "
+    # codes: order, kind, reduction
+    "sorting_network_loss(Tensor x, Tensor target, Tensor? count, int[] codes, int[] net, "
     "float[] options, bool need_grad) -> (Tensor, Tensor)",
     fake=_loss_fake,
     impls={"cpu": cpu.loss, "cuda": cuda.loss, "reference": _loss_reference},
@@ -301,18 +307,16 @@ class _Loss(torch.autograd.Function):
     """The forward finds the gradient too, and the backward multiplies it."""
 
     @staticmethod
-    def forward(ctx, x, target, count, order, kind, settings):
+    def forward(ctx, x, target, count, codes, settings):
         compiling = torch.compiler.is_compiling()
         # Checkpointing and offloading hook what is saved, and would not see this tensor.
         early = compiling or not saved_tensor_hooks_active()
-        loss, gx = _ops.sorting_network_loss(
-            x, target, count, order, kind, *settings.packed, early
-        )
+        loss, gx = _ops.sorting_network_loss(x, target, count, codes, *settings.packed, early)
         # Handed over, not kept: a second backward computes it anew. A compiled graph keeps of the
         # saved tensors what its backward needs.
         ctx.save_for_backward(x, target, count, gx if compiling else None)
         ctx.early = gx if early and not compiling else None
-        ctx.order, ctx.kind, ctx.settings = order, kind, settings
+        ctx.codes, ctx.settings = codes, settings
         return loss
 
     @staticmethod
@@ -320,19 +324,19 @@ class _Loss(torch.autograd.Function):
         x, target, count, gx = ctx.saved_tensors
         early, ctx.early = ctx.early, None
         if _by_reference(g):
-            named = (ORDERS[ctx.order], KINDS[ctx.kind], *ctx.settings.for_reference)
+            named = ctx.settings.for_reference
             gx = _differentiable(
-                lambda x: reference.sorting_network_loss(x, target, count, *named),
-                [x], [True], [g],
-            )[0]  # fmt: skip
-            return gx, None, None, None, None, None
+                lambda x: _loss_by_reference(x, target, count, ctx.codes, *named), [x], [True], [g]
+            )[0]
+            return gx, None, None, None, None
+        g = g.unsqueeze(1) if g.dim() else g
         if gx is not None:
-            return gx * g.unsqueeze(1), None, None, None, None, None
+            return gx * g, None, None, None, None
         if early is None:
             _, early = _ops.sorting_network_loss(
-                x, target, count, ctx.order, ctx.kind, *ctx.settings.packed, True
+                x, target, count, ctx.codes, *ctx.settings.packed, True
             )
-        return early.mul_(g.unsqueeze(1)), None, None, None, None, None
+        return early.mul_(g), None, None, None, None
 
 
 def sort(x: Tensor, settings: Settings) -> Tensor:
@@ -363,18 +367,24 @@ def permutation(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def loss(
-    x: Tensor, target: Tensor, count: Tensor | None, order: str, kind: str, settings: Settings
+    x: Tensor,
+    target: Tensor,
+    count: Tensor | None,
+    settings: Settings,
+    *,
+    order: str,
+    kind: str,
+    reduction: str,
 ) -> Tensor:
-    """(b,) cross entropy of P against the uniform distribution over the given ranks.
+    """Cross entropy of P against the uniform distribution over the given ranks; (b,), or reduced.
 
     Args:
         target: (b, n): of ``order="ranks"`` int32; else values of float64, float32, int64, int32.
         count: int32 (b, n) with ranks, None: one rank each.
     """
+    codes = [ORDERS.index(order), KINDS.index(kind), REDUCTIONS.index(reduction)]
     if _reference_needed(settings):
-        named = (order, kind, *settings.for_reference)
-        return reference.sorting_network_loss(x, target, count, *named)
-    codes = ORDERS.index(order), KINDS.index(kind)
+        return _loss_by_reference(x, target, count, codes, *settings.for_reference)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Loss.apply(x, target, count, *codes, settings)
-    return _ops.sorting_network_loss(x, target, count, *codes, *settings.packed, False)[0]
+        return _Loss.apply(x, target, count, codes, settings)
+    return _ops.sorting_network_loss(x, target, count, codes, *settings.packed, False)[0]

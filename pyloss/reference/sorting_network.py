@@ -27,6 +27,7 @@ DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal",
 KINDS = ("bce", "row_ce", "col_ce")
 # What a loss's target holds: the ranks, or values whose equal ones keep their order or share ranks.
 ORDERS = ("ranks", "values", "values_descending", "shared", "shared_descending")
+REDUCTIONS = ("none", "mean", "sum")
 SMALLEST_P = 1e-30  # below it, -log P of row_ce and col_ce is constant
 
 # --------------------------------------------------------------------------------------------------
@@ -287,6 +288,11 @@ def sorting_network_loss(
     _, p = sorting_network_permutation(x, *network_args)
     loss = permutation_loss(p, first, count, kind)
     return loss if nan is None else loss * torch.where(nan, torch.nan, 1.0).to(loss.dtype)
+
+
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    """The losses of the items as one."""
+    return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
 
 
 def target_ranks(
