@@ -46,18 +46,52 @@ def gradients(outputs, sources, seed: int = 3):
 # --- networks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SORTERS)
+def sorts(name, rows):
+    """Whether the hard network sorts every row; its comparators are disjoint."""
+    rows = rows.clone()
+    for layer in reference.network(name, rows.shape[1]):
+        used = (*layer.lo, *layer.hi)
+        assert len(set(used)) == len(used)
+        lo, hi = list(layer.lo), list(layer.hi)
+        a, b = torch.minimum(rows[:, lo], rows[:, hi]), torch.maximum(rows[:, lo], rows[:, hi])
+        rows[:, lo], rows[:, hi] = a, b
+    return bool((rows.diff(dim=1) >= 0).all())
+
+
+@pytest.mark.parametrize("name", [*SORTERS, "auto"])
 def test_networks_sort(name):
-    """By the 0-1 principle: every sequence of zeros and ones; and comparators are disjoint."""
+    """By the 0-1 principle: every sequence of zeros and ones."""
     for n in range(1, 12):
-        bits = torch.tensor(list(itertools.product([0, 1], repeat=n)))
-        for layer in reference.network(name, n):
-            used = (*layer.lo, *layer.hi)
-            assert len(set(used)) == len(used)
-            lo, hi = list(layer.lo), list(layer.hi)
-            a, b = torch.minimum(bits[:, lo], bits[:, hi]), torch.maximum(bits[:, lo], bits[:, hi])
-            bits[:, lo], bits[:, hi] = a, b
-        assert bool((bits.diff(dim=1) >= 0).all()), n
+        assert sorts(name, torch.tensor(list(itertools.product([0, 1], repeat=n)))), n
+
+
+def test_long_networks_sort():
+    """Permutations; and the lengths at which bitonic networks with absent wires do not."""
+    unsorted = {name: set() for name in (*SORTERS, "auto")}
+    for n in [*range(12, 66), 100, 127, 128, 129, 300]:
+        rows = torch.rand(500, n).argsort(1)
+        for name, found in unsorted.items():
+            if not sorts(name, rows):
+                found.add(n)
+    bitonic = unsorted.pop("bitonic")
+    assert not any(unsorted.values()), unsorted
+    assert min(bitonic) == 22 and {44, 300} < bitonic and not bitonic & {16, 32, 64, 128}
+
+
+def test_auto_is_bitonic_or_batcher():
+    for n, name in ((8, "bitonic"), (9, "batcher"), (1, "bitonic"), (22, "batcher")):
+        x = draw(2, n)
+        truth = torch.rand(2, n)
+        for f in (
+            pyloss.soft_sort,
+            pyloss.soft_rank,
+            pyloss.soft_permutation,
+            lambda x, **options: pyloss.sorting_cross_entropy(x, truth, **options),
+        ):
+            assert torch.equal(f(x), f(x, network=name))
+    x = torch.randperm(44).double()
+    found = pyloss.soft_sort(x, steepness=1e9, distribution="logistic")
+    assert torch.equal(found, torch.arange(44.0).double())
 
 
 def test_sizes_of_networks():
@@ -627,7 +661,7 @@ def test_dim_and_layout(dim, descending):
         y, p = pyloss.soft_sort(x, dim, descending, return_permutation=True)
         flat = moved.view(-1, moved.shape[-1])
         sign = -1 if descending else 1
-        want, matrix = reference.sorting_network_permutation(sign * flat, "bitonic", "cauchy")
+        want, matrix = reference.sorting_network_permutation(sign * flat, "auto", "cauchy")
         want = (sign * want).view_as(moved).movedim(-1, dim)
         torch.testing.assert_close(y, want)
         torch.testing.assert_close(p, matrix.view(*moved.shape, -1))

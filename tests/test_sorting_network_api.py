@@ -32,7 +32,7 @@ BAD = {
     "network": (
         lambda: pyloss.soft_sort(X, network="bubble"),
         ValueError,
-        "network must be one of bitonic, odd_even, batcher; got 'bubble'",
+        "network must be one of auto, bitonic, odd_even, batcher; got 'bubble'",
     ),
     "selector": (lambda: pyloss.soft_rank(X, network="splitter_selection"), ValueError, "network"),
     "distribution": (

@@ -12,8 +12,8 @@ from torch import Tensor
 from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
 from pyloss.ops import sorting_network as op
 
-SORTERS = op.NETWORKS[:3]
-SELECTORS = op.NETWORKS  # the last one selects, and does not sort
+SORTERS = ("auto", "bitonic", "odd_even", "batcher")
+SELECTORS = (*SORTERS, "splitter_selection")  # the last one selects, and does not sort
 _METHODS = ("network", "permutahedron")
 _TARGETS = ("values", "ranks", "permutation")
 _TIES = ("stable", "share")
@@ -222,7 +222,7 @@ def soft_sort(
     dim: int = -1,
     descending: bool = False,
     *,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -242,7 +242,9 @@ def soft_sort(
             without touching the others.
         dim: the dimension to sort.
         descending: the largest first. Runs on -x; P is not that of the ascending order mirrored.
-        network: ``"bitonic"``, ``"odd_even"`` or ``"batcher"``; any n.
+        network: ``"auto"``: bitonic where n is a power of two, Batcher's elsewhere; or
+            ``"bitonic"``, ``"odd_even"``, ``"batcher"``. For other n, ``"bitonic"`` is that of the
+            diffsort package, which leaves some inputs unsorted (from n = 22 on).
         distribution: f: ``"cauchy"``, ``"reciprocal"`` and ``"optimal"`` (monotonic),
             ``"logistic"``, ``"logistic_phi"``, ``"gaussian"``.
         steepness: s > 0; the larger, the closer to sorting. A tensor of the shape of x without
@@ -303,7 +305,7 @@ def soft_rank(
     descending: bool = False,
     *,
     base: int = 1,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -363,7 +365,7 @@ def soft_argsort(
     dim: int = -1,
     descending: bool = False,
     *,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -403,7 +405,7 @@ def soft_permutation(
     dim: int = -1,
     descending: bool = False,
     *,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -447,7 +449,7 @@ def soft_permute(
     dim: int = -1,
     descending: bool = False,
     *,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -537,7 +539,7 @@ def soft_topk(
     dim: int = -1,
     largest: bool = True,
     *,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -605,7 +607,7 @@ def sorting_cross_entropy(
     dim: int = -1,
     descending: bool = False,
     ties: str = "stable",
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
@@ -733,7 +735,7 @@ def spearman_loss(
     reduction: str = "mean",
     *,
     dim: int = -1,
-    network: str = "bitonic",
+    network: str = "auto",
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,

@@ -64,7 +64,8 @@ class DiffSortNet(_Network):
     .. math:: y = P^\top x
 
     Args:
-        sorting_network_type: ``"bitonic"``, ``"odd_even"`` or ``"batcher"``.
+        sorting_network_type: ``"bitonic"``, ``"odd_even"``, ``"batcher"`` or ``"auto"``, see
+            :func:`pyloss.soft_sort`.
         size: n, any number from 1.
         device: accepted and ignored: the module works where its input is.
         steepness: > 0, of the comparators.
@@ -118,8 +119,7 @@ class DiffTopkNet(_Network):
     r"""Relaxed membership in the top k; stands in for ``difftopk.DiffTopkNet``.
 
     Args:
-        sorting_network_type: ``"bitonic"``, ``"odd_even"``, ``"batcher"`` or
-            ``"splitter_selection"``.
+        sorting_network_type: as in :class:`DiffSortNet`, or ``"splitter_selection"``.
         size: n, any number from 1.
         k: how many, 1 <= k <= size.
         sparse: accepted and ignored: P is never formed.
@@ -228,7 +228,7 @@ class SortingCrossEntropyLoss(_Loss):
         dim: int = -1,
         descending: bool = False,
         ties: str = "stable",
-        network: str = "bitonic",
+        network: str = "auto",
         distribution: str = "cauchy",
         steepness: float = 10.0,
         art_lambda: float = 0.25,
@@ -282,7 +282,7 @@ class SpearmanLoss(_Loss):
         reduction: str = "mean",
         *,
         dim: int = -1,
-        network: str = "bitonic",
+        network: str = "auto",
         distribution: str = "cauchy",
         steepness: float = 10.0,
         art_lambda: float = 0.25,

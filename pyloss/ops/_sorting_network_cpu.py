@@ -17,6 +17,11 @@ from pyloss.reference import sorting_network as reference
 _SPLITTER = 3
 
 
+def network_code(code: int, n: int) -> int:
+    """The code of a network that the kernels know."""
+    return reference.NETWORKS.index(reference.resolved(reference.NETWORKS[code], n))
+
+
 @functools.cache  # never dropped: kernels read the tables by address
 def splitter_table(n: int, k: int) -> tuple[Tensor, Tensor]:
     """(pairs (C, 2), offsets of the layers (L + 1)), int32, of splitter selection."""
@@ -32,6 +37,7 @@ def splitter_table(n: int, k: int) -> tuple[Tensor, Tensor]:
 def _problem(x: Tensor, net: list[int]) -> tuple[int, ...]:
     network, distribution, k = net
     b, n = x.shape
+    network = network_code(network, n)
     head = (b, n, DTYPE_CODES[x.dtype], network, distribution, x.data_ptr())
     if network != _SPLITTER:
         return (*head, 0, 0, 0, 0)

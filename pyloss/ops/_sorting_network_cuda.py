@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops._registry import DTYPE_CODES, address
-from pyloss.ops._sorting_network_cpu import splitter_table
+from pyloss.ops._sorting_network_cpu import network_code, splitter_table
 from pyloss.reference import sorting_network as reference
 
 _SPLITTER = 3
@@ -40,6 +40,7 @@ def _run(
     outputs: tuple[Tensor | None, ...],  # y, out, loss, gx, gf
 ) -> None:
     network, distribution, k = net
+    network = network_code(network, x.shape[1])
     table = offsets = None
     with torch.cuda.device_of(x):
         if network == _SPLITTER:

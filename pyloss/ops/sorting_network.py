@@ -37,7 +37,7 @@ inverse, reduced, target_ranks = reference.inverse, reference.reduced, reference
 class Settings(NamedTuple):
     """Which network. The names' places in NETWORKS and DISTRIBUTIONS are the codes of the op."""
 
-    network: str = "bitonic"
+    network: str = "auto"
     distribution: str = "cauchy"
     steepness: float | Tensor = 10.0  # a tensor broadcasts with (b, C), and takes the reference
     art_lambda: float = 0.25

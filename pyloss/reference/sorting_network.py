@@ -11,6 +11,10 @@ at rank r: y = P^T x.
 
 Networks: bitonic and odd-even (Petersen et al., arXiv 2105.04019), Batcher's odd-even mergesort
 (Knuth, volume 3, 5.2.2 M), splitter selection (arXiv 2206.07290). Relaxations: arXiv 2203.09630.
+
+Of n wires that are no power of two, the bitonic network is what is left of the next power's without
+the first wires, as in the diffsort package. In a block that sorts downwards an absent smallest wire
+would have moved, so that for many n (the least is 22) some inputs are not sorted.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NETWORKS = ("bitonic", "odd_even", "batcher", "splitter_selection")
+NETWORKS = ("bitonic", "odd_even", "batcher", "splitter_selection", "auto")
 DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal", "optimal")
 KINDS = ("bce", "row_ce", "col_ce")
 # What a loss's target holds: the ranks, or values whose equal ones keep their order or share ranks.
@@ -122,9 +126,17 @@ def _splitter_selection(n: int, k: int) -> list[Layer]:
     return [_layer(n, [(n - 1 - b, n - 1 - a) for a, b in pairs]) for pairs in layers]
 
 
+def resolved(name: str, n: int) -> str:
+    """What ``"auto"`` stands for: the bitonic network where it sorts, else Batcher's."""
+    if name != "auto":
+        return name
+    return "batcher" if n & (n - 1) else "bitonic"
+
+
 @functools.lru_cache(maxsize=64)
 def network(name: str, n: int, k: int = 0) -> tuple[Layer, ...]:
     """The layers of a network of n wires; ``k``: of splitter selection, how many of the largest."""
+    name = resolved(name, n)
     if name == "bitonic":
         return tuple(_bitonic(n))
     if name == "odd_even":
