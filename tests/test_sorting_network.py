@@ -734,32 +734,68 @@ def test_thread_count_does_not_matter(keep_num_threads):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
+def kept_bytes(y):
+    """Of the storages that the graph of y keeps for its backward, in nodes or as their attributes."""
+    nodes, storages, seen = [y.grad_fn], {}, set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        kept += [*getattr(node, "__dict__", {}).values(), *getattr(node, "saved_tensors", ())]
+        for t in kept:
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+SAVING = {
+    "sort": pyloss.soft_sort,
+    "descending": lambda x: pyloss.soft_sort(x, descending=True),
+    "hard sort": lambda x: pyloss.soft_sort(x, hard=True),
+    "rank": pyloss.soft_rank,
+    "hard rank": lambda x: pyloss.soft_rank(x, hard=True),
+    "argsort": pyloss.soft_argsort,
+    "permutation": pyloss.soft_permutation,
+    "hard permutation": lambda x: pyloss.soft_permutation(x, hard=True),
+    "both": lambda x: pyloss.soft_sort(x, return_permutation=True)[1],
+    "topk": lambda x: pyloss.soft_topk(x, 3),
+    "hard topk": lambda x: pyloss.soft_topk(x, 3, hard=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, F32, F64])
 def test_saved_bytes(dtype):
     """At most twice the input, of P too; the permutation itself is not kept."""
-    b, n = 4, 24
-    x = draw(b, n, dtype=dtype).requires_grad_()
-    target = torch.rand(b, n)
-    limit = 2 * b * n * dtype.itemsize
-    for f in (
-        pyloss.soft_sort,
-        pyloss.soft_rank,
-        pyloss.soft_argsort,
-        pyloss.soft_permutation,
-        lambda x: pyloss.soft_topk(x, 3),
-        lambda x: pyloss.sorting_cross_entropy(x, target),
-        lambda x: pyloss.sorting_cross_entropy(x, target, "row_ce"),
-    ):
-        saved = []
-
-        def pack(t, saved=saved):
-            saved.append(t.numel() * t.element_size())
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = f(x)
-        assert 0 < sum(saved) <= limit, f
+    x = draw(8, 64, dtype=dtype).requires_grad_()
+    size = x.untyped_storage().nbytes()
+    for name, f in SAVING.items():
+        y = f(x)
+        shared = 64 * 4 * 4  # features that the whole batch shares: places, columns
+        if name == "hard sort" and dtype == torch.float16:
+            shared += size // 2  # the masks of infinite values
+        assert 0 < kept_bytes(y) <= 2 * size + shared, name
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("target_dtype", [F32, F64, torch.int64])
+def test_saved_bytes_of_the_losses(target_dtype):
+    """At most twice the inputs: the inputs themselves, and dL/dx."""
+    x = draw(8, 64, dtype=F32).requires_grad_()
+    target = (100 * torch.rand(8, 64)).to(target_dtype)
+    inputs = x.untyped_storage().nbytes() + target.untyped_storage().nbytes()
+    for options in ({}, {"kind": "row_ce"}, {"ties": "share"}, {"descending": True}):
+        loss = pyloss.sorting_cross_entropy(x, target, **options)
+        assert 0 < kept_bytes(loss) <= inputs + x.untyped_storage().nbytes()
+    loss = pyloss.spearman_loss(x, target)
+    assert 0 < kept_bytes(loss) <= 2 * inputs + 64 * 4
+    feats = draw(8, 64, 3, dtype=F32).requires_grad_()
+    inputs = x.untyped_storage().nbytes() + feats.untyped_storage().nbytes()
+    for hard in (False, True):
+        assert 0 < kept_bytes(pyloss.soft_permute(x, feats, hard=hard)) <= 2 * inputs
 
 
 PEAK = """

@@ -41,6 +41,7 @@ BAD = {
         "distribution must be one of logistic, .*optimal; got 'normal'",
     ),
     "steepness": (lambda: pyloss.soft_sort(X, steepness=0), ValueError, "steepness must be posit"),
+    "steepness_huge": (lambda: ce(steepness=1e31), ValueError, "steepness.*at most 1e\\+30.*1e\\+31"),
     "steepness_nan": (lambda: ce(steepness=math.nan), ValueError, "steepness.*nan"),
     "steepness_inf": (lambda: ce(steepness=math.inf), ValueError, "steepness.*inf"),
     "steepness_type": (lambda: ce(steepness="10"), TypeError, "steepness must be a number.*str"),
@@ -214,6 +215,28 @@ def test_ranks_that_do_not_exist_are_no_target():
     torch.testing.assert_close(row, -(q * p.log()).sum((1, 2)) / 4)
     (g,) = torch.autograd.grad(found.sum() + row.sum(), x)
     assert bool(g.isfinite().all())
+
+
+def test_matrices_as_targets():
+    """A rounded 1 is one, a row without is no target, a NaN is the loss."""
+    x = torch.randn(3, 4)
+    exact = torch.eye(4)[torch.rand(3, 4).argsort(1)]
+
+    def loss(target):
+        return ce(x, target, kind="row_ce", target_is="permutation", reduction="none")
+
+    want = loss(exact)
+    for same in (exact * 0.999, exact + 1e-3, exact.bool(), exact.long(), exact.half()):
+        assert torch.equal(loss(same), want)
+    part = exact.clone()
+    part[1] = 0
+    part[2, 3, 0] = math.nan
+    found = loss(part)
+    assert found[0] == want[0] and found[1] == 0 and bool(found[2].isnan())
+    ranks = exact.argmax(-1).double()
+    ranks[0, 1] = math.nan
+    found = ce(x, ranks, kind="row_ce", target_is="ranks", reduction="none")
+    assert bool(found[0].isnan()) and torch.equal(found[1:], want[1:])
 
 
 def test_nan_in_the_target():

@@ -14,6 +14,7 @@ from pyloss.ops import sorting_network as op
 
 SORTERS = ("auto", "bitonic", "odd_even", "batcher")
 SELECTORS = (*SORTERS, "splitter_selection")  # the last one selects, and does not sort
+STEEPEST = 1e30  # times the slopes of the relaxations, still finite in float32
 _METHODS = ("network", "permutahedron")
 _TARGETS = ("values", "ranks", "permutation")
 _TIES = ("stable", "share")
@@ -53,7 +54,7 @@ class _Rows(NamedTuple):
 
     def order(self) -> Tensor:
         """Which element has each rank, (b, n)."""
-        return torch.argsort(self.x, dim=1, stable=True)
+        return torch.argsort(self.x.detach(), dim=1, stable=True)
 
     def ranks(self) -> Tensor:
         """Which rank each element has, (b, n)."""
@@ -100,8 +101,8 @@ def checked_settings(network, distribution, steepness, art_lambda, k=0, networks
         _check_floating("steepness", steepness)
     else:
         _check_number("steepness", steepness)
-        if not 0 < steepness < math.inf:
-            raise ValueError(f"steepness must be positive and finite, got {steepness}")
+        if not 0 < steepness <= STEEPEST:
+            raise ValueError(f"steepness must be positive and at most {STEEPEST:g}, got {steepness}")
     _check_number("art_lambda", art_lambda)
     if not 0 <= art_lambda < 1:
         raise ValueError(f"art_lambda must be in [0, 1), got {art_lambda}")
@@ -197,9 +198,13 @@ def _applied(rows: _Rows, f: Tensor, transpose: bool) -> Tensor:
 
 
 def _straight_through(soft: Tensor, hard: Tensor) -> Tensor:
-    """The value of `hard` with the gradient of `soft`; NaN where that is NaN."""
-    passed = hard.to(soft.dtype) + (soft - soft.detach())
-    return torch.where(soft.isinf(), soft, passed)
+    """The value of `hard` with the gradient of `soft`, which is finite; NaN where that is NaN."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def _straight_through_values(soft: Tensor, hard: Tensor) -> Tensor:
+    """The same of values, which may be infinite. It keeps a byte for each; weights need none."""
+    return torch.where(soft.isinf(), soft, _straight_through(soft, hard))
 
 
 def _places(rows: _Rows) -> Tensor:
@@ -293,7 +298,7 @@ def soft_sort(
     else:
         y = _sorted_values(rows)
     if hard:
-        y = _straight_through(y, rows.x.detach().sort(1).values)
+        y = _straight_through_values(y, rows.x.detach().sort(1).values)
         p = p if p is None else _straight_through(p, _one_hot(rows))
     y = rows.unfolded(y * rows.sign if rows.sign < 0 else y)
     return y if p is None else (y, rows.matrices(p))
@@ -512,7 +517,8 @@ def soft_permute(
     found = _applied(rows, f, True)
     if hard:
         order = rows.order().unsqueeze(-1).expand(-1, -1, f.shape[2])
-        found = _straight_through(found, f.detach().expand(order.shape[0], -1, -1).gather(1, order))
+        exact = f.detach().expand(order.shape[0], -1, -1).gather(1, order)
+        found = _straight_through_values(found, exact)
     return rows.matrices(found)
 
 
@@ -627,7 +633,8 @@ def sorting_cross_entropy(
             the last two are the same number.
         target_is: ``"values"``: of the shape of x, any real dtype, ordered by a stable sort.
             ``"ranks"``: of the shape of x, integers 0 .. n-1, such as ``v.argsort().argsort()``.
-            ``"permutation"``: ``(..., n, n)``, one-hot, Q[i, rank of i] = 1.
+            ``"permutation"``: ``(..., n, n)``, one-hot, Q[i, rank of i] = 1; a row without an
+            entry above 1/2 is like no target.
         reduction: ``"mean"`` or ``"sum"`` over the items, each the mean over its n^2 or n terms;
             ``"none"``: one loss per item.
         dim, descending: as in :func:`soft_sort`; rank 0 is then that of the largest.
@@ -663,14 +670,14 @@ def sorting_cross_entropy(
     _one_of("ties", ties, _TIES)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, descending, settings)
-    ranked, order = _target(x, rows, target, target_is, ties, validate)
-    scaled, settings = _scaled(rows)
+    ranked, order, nan = _target(x, rows, target, target_is, ties, validate)
+    scaled, settings = _scaled(_poisoned(rows, nan))
     loss = op.loss(scaled, ranked, None, settings, order=order, kind=kind, reduction=reduction)
     return (loss.view(rows.lead) if reduction == "none" else loss).to(rows.dtype)
 
 
-def _target(x, rows: _Rows, target, target_is, ties, validate) -> tuple[Tensor, str]:
-    """(target (b, n), order) of the op's loss."""
+def _target(x, rows: _Rows, target, target_is, ties, validate):
+    """(target (b, n), order, which rows hold a NaN that the op does not see or None)."""
     _check_tensor("target", target)
     n = rows.n
     if target.device != x.device:
@@ -692,7 +699,8 @@ def _target(x, rows: _Rows, target, target_is, ties, validate) -> tuple[Tensor, 
                 (ones[1] != 1).any()
             ):
                 raise ValueError("target is not a permutation: its rows or columns are not one-hot")
-        return target.to(torch.int8).argmax(-1).to(torch.int32), "ranks"
+        nan = target.isnan().any(-1).any(-1) if target.is_floating_point() else None
+        return _ranks_of_matrix(target), "ranks", nan
     folded, _ = _folded(target.detach(), rows.dim)
     if target_is == "ranks":
         if target.dtype not in _INTS and target.dtype not in _FLOATS:
@@ -700,12 +708,27 @@ def _target(x, rows: _Rows, target, target_is, ties, validate) -> tuple[Tensor, 
         if validate:
             _check_ranks(folded, n, ties)
         if ties == "stable":
-            return folded.to(torch.int32), "ranks"
-        return _comparable(folded), "shared"
+            nan = folded.isnan().any(-1) if folded.is_floating_point() else None
+            return folded.to(torch.int32), "ranks", nan
+        return _comparable(folded), "shared", None
     if target.dtype not in _INTS and target.dtype not in _FLOATS and target.dtype != torch.bool:
         raise ValueError(f"target must hold real values, got {target.dtype}")
     order = "shared" if ties == "share" else "values"
-    return _comparable(folded), order + "_descending" * (rows.sign < 0)
+    return _comparable(folded), order + "_descending" * (rows.sign < 0), None
+
+
+def _ranks_of_matrix(target: Tensor) -> Tensor:
+    """Where each row has its 1, give or take its rounding; -1, no target, where it has none."""
+    most, place = (target.to(torch.uint8) if target.dtype == torch.bool else target).max(-1)
+    return torch.where(most > 0.5, place, -1).to(torch.int32)
+
+
+def _poisoned(rows: _Rows, nan: Tensor | None) -> _Rows:
+    """x with NaN in the rows whose target has one."""
+    if nan is None:
+        return rows
+    poison = torch.where(nan, math.nan, 0.0).to(rows.x.dtype)
+    return rows._replace(x=rows.x + poison.unsqueeze(1))  # a sum keeps nothing for its backward
 
 
 def _comparable(values: Tensor) -> Tensor:
@@ -777,10 +800,9 @@ def spearman_loss(
     _one_of("reduction", reduction, op.REDUCTIONS)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = _rows("x", x, dim, False, settings)
-    first, count, nan = op.target_ranks(*_target(x, rows, target, "values", "share", False))
-    if nan is not None:  # a sum: of its backward nothing needs to be kept
-        poison = torch.where(nan, math.nan, 0.0).to(rows.x.dtype)
-        rows = rows._replace(x=rows.x + poison.unsqueeze(1))
+    values, order, _ = _target(x, rows, target, "values", "share", False)
+    first, count, nan = op.target_ranks(values, order)
+    rows = _poisoned(rows, nan)
     t = first.to(rows.x.dtype) + 0.5 * count
     if method == "network":
         r = _applied(rows, _places(rows), False).squeeze(-1)
