@@ -86,7 +86,7 @@ def test_auto_is_bitonic_or_batcher():
             pyloss.soft_sort,
             pyloss.soft_rank,
             pyloss.soft_permutation,
-            lambda x, **options: pyloss.sorting_cross_entropy(x, truth, **options),
+            functools.partial(pyloss.sorting_cross_entropy, target=truth),
         ):
             assert torch.equal(f(x), f(x, network=name))
     x = torch.randperm(44).double()
@@ -735,7 +735,7 @@ def test_thread_count_does_not_matter(keep_num_threads):
 
 
 def kept_bytes(y):
-    """Of the storages that the graph of y keeps for its backward, in nodes or as their attributes."""
+    """Of the storages that the graph of y keeps, saved in its nodes or as their attributes."""
     nodes, storages, seen = [y.grad_fn], {}, set()
     while nodes:
         node = nodes.pop()

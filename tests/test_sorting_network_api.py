@@ -41,7 +41,7 @@ BAD = {
         "distribution must be one of logistic, .*optimal; got 'normal'",
     ),
     "steepness": (lambda: pyloss.soft_sort(X, steepness=0), ValueError, "steepness must be posit"),
-    "steepness_huge": (lambda: ce(steepness=1e31), ValueError, "steepness.*at most 1e\\+30.*1e\\+31"),
+    "steepness_huge": (lambda: ce(steepness=1e31), ValueError, r"at most 1e\+30, got 1e\+31"),
     "steepness_nan": (lambda: ce(steepness=math.nan), ValueError, "steepness.*nan"),
     "steepness_inf": (lambda: ce(steepness=math.inf), ValueError, "steepness.*inf"),
     "steepness_type": (lambda: ce(steepness="10"), TypeError, "steepness must be a number.*str"),

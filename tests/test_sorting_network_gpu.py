@@ -59,7 +59,9 @@ def outputs(t: dict[str, torch.Tensor], net: list[int], options: list[float], ma
             label = "gx of P" if gy is None else "gx of P and y"
             out[label] = _ops.sorting_network_permutation_bwd(gy, gp, x, net, options)
         for kind in range(3):
-            found = _ops.sorting_network_loss(x, t["first"], t["count"], [0, kind, kind], net, options, True)
+            found = _ops.sorting_network_loss(
+                x, t["first"], t["count"], [0, kind, kind], net, options, True
+            )
             out[f"loss {kind}"], out[f"gx of loss {kind}"] = found
     return out
 

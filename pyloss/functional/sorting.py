@@ -102,7 +102,9 @@ def checked_settings(network, distribution, steepness, art_lambda, k=0, networks
     else:
         _check_number("steepness", steepness)
         if not 0 < steepness <= STEEPEST:
-            raise ValueError(f"steepness must be positive and at most {STEEPEST:g}, got {steepness}")
+            raise ValueError(
+                f"steepness must be positive and at most {STEEPEST:g}, got {steepness}"
+            )
     _check_number("art_lambda", art_lambda)
     if not 0 <= art_lambda < 1:
         raise ValueError(f"art_lambda must be in [0, 1), got {art_lambda}")
