@@ -388,6 +388,15 @@ def test_ops_equal_the_reference_at_larger_sizes():
         compare(*problem(n, "odd_even", distribution, 2.0, F64, b=1), rtol=1e-9, part=i)
 
 
+def test_gradient_of_ranks_of_a_long_row():
+    """A layer's differences do not fit into the cache: segments of many layers."""
+    x, w = draw(1, 9001).requires_grad_(), draw(1, 9001)
+    (found,) = torch.autograd.grad((pyloss.soft_rank(x) * w).sum(), x)
+    with pyloss.backend("reference"):
+        (want,) = torch.autograd.grad((pyloss.soft_rank(x) * w).sum(), x)
+    torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-12 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_float32(distribution):
     """A slope of logistic_phi near a tie is 300 times the others. Nothing is saturated: where P
@@ -805,6 +814,18 @@ def test_saved_bytes_of_the_losses(target_dtype):
         assert 0 < kept_bytes(pyloss.soft_permute(x, feats, hard=hard)) <= 2 * inputs
 
 
+LONG_PEAK = """
+import resource, torch, pyloss
+torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step(n):
+    x = torch.randn(1, n, requires_grad=True)
+    pyloss.soft_rank(x).square().sum().backward()
+step(8)
+before = peak()
+step(BATCH)
+print(peak() - before)
+"""
 PEAK = """
 import resource, torch, pyloss
 torch.set_num_threads(2)
@@ -820,9 +841,9 @@ print(peak() - before)
 """
 
 
-def peak_megabytes(batch: int) -> float:
+def peak_megabytes(batch: int, program: str = PEAK) -> float:
     out = subprocess.run(
-        [sys.executable, "-c", PEAK.replace("BATCH", str(batch))],
+        [sys.executable, "-c", program.replace("BATCH", str(batch))],
         check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return float(out.stdout)
@@ -832,3 +853,9 @@ def peak_megabytes(batch: int) -> float:
 def test_peak_memory_of_the_fused_loss():
     """n = 1024, a batch of 64: no permutation of 4 MB per item."""
     assert peak_megabytes(64) < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kilobytes of ru_maxrss")
+def test_peak_memory_of_the_ranks_of_a_long_row():
+    """155 MB measured for n = 65536; a copy of the row for every layer took 634."""
+    assert peak_megabytes(65536, LONG_PEAK) < 250
