@@ -254,8 +254,8 @@ def soft_sort(
             diffsort package, which leaves some inputs unsorted (from n = 22 on).
         distribution: f: ``"cauchy"``, ``"reciprocal"`` and ``"optimal"`` (monotonic),
             ``"logistic"``, ``"logistic_phi"``, ``"gaussian"``.
-        steepness: s > 0; the larger, the closer to sorting. A tensor of the shape of x without
-            ``dim``, or one that broadcasts to it, is differentiable and not checked.
+        steepness: 0 < s <= 1e30; the larger, the closer to sorting. A tensor of the shape of x
+            without ``dim``, or one that broadcasts to it, is differentiable and not checked.
         art_lambda: exponent of ``"logistic_phi"``, in [0, 1).
         hard: the exactly sorted values, with the gradient of the soft ones.
         return_permutation: also P, ``(..., n, n)``, the sorted dimension moved to the end.

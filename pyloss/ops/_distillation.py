@@ -24,7 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._registry import accumulator_dtype, is_batched, lib, saved_tensor_hooks_active
+from pyloss.ops._registry import (
+    accumulator_dtype,
+    is_batched,
+    lib,
+    register_fake,
+    saved_tensor_hooks_active,
+)
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
@@ -232,7 +238,7 @@ lib.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 lib.impl("linear_distillation", _pass, "CompositeExplicitAutograd")
-torch.library.register_fake("pyloss::linear_distillation", _pass_fake, lib=lib)
+register_fake("linear_distillation", _pass_fake)
 
 
 class _Distillation(torch.autograd.Function):
