@@ -4,7 +4,8 @@
 
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
-derivative), and the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut.
+derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, and
+every op of sorting_network, in all its kernels.
 Each result is compared with the reference; exit status 1 if one differs.
 """
 
@@ -42,6 +43,51 @@ def errors(device: str) -> Iterator[tuple[str, float]]:
     """Name and error in units of the tolerance of every case."""
     yield from _row_errors(device)
     yield from _linear_errors(device)
+    yield from _sorting_errors(device)
+
+
+# Wires: registers, a warp and more of comparators, tiles in segments, more than a block holds.
+SORTING_WIRES = (5, 20, 70, 300, 1100, 5000)
+
+
+def _sorting_errors(device: str) -> Iterator[tuple[str, float]]:
+    """The ops against themselves on the CPU, in units of a relative error of 1e-9."""
+    for n in SORTING_WIRES:
+        for network in range(3):
+            if network == 1 and n > 300:  # odd_even: n layers
+                continue
+            host = _sorting_results("cpu", n, network)
+            for name, found in _sorting_results(device, n, network).items():
+                want = host[name]
+                distance = (found.cpu() - want).abs().max() / want.abs().max()
+                yield f"sorting network {network} n {n} {name}", distance.item() / 1e-9
+
+
+def _sorting_results(device: str, n: int, network: int) -> dict[str, torch.Tensor]:
+    import pyloss.functional.sorting  # noqa: F401 (registers the ops)
+
+    ops, net, options = torch.ops.pyloss, [network, 3, 0], [2.0, 0.25]
+    generator = torch.Generator().manual_seed(n)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+    x, gy, f, g = draw(3, n), draw(3, n), draw(1, n, 3), draw(3, n, 3)
+    first = torch.arange(n, dtype=torch.int32, device=device).expand(3, n).contiguous()
+    out = {
+        "sort": ops.sorting_network_sort(x, net, options),
+        "sort_bwd": ops.sorting_network_sort_bwd(gy, x, net, options),
+        "apply": ops.sorting_network_apply(x, f, False, net, options),
+    }
+    gx, gf = ops.sorting_network_apply_bwd(g, x, f, True, net, options, True)
+    out |= {"apply_bwd x": gx, "apply_bwd f": gf}
+    if n > 300:  # the matrices are as large as the problem is slow
+        return out
+    _, p = ops.sorting_network_permutation(x, net, options)
+    gp = p.cos()
+    loss, gx = ops.sorting_network_loss(x, first, None, [0, 0, 0], net, options, True)
+    gp_x = ops.sorting_network_permutation_bwd(gy, gp, x, net, options)
+    return out | {"P": p, "P_bwd": gp_x, "loss": loss, "loss_bwd": gx}
 
 
 def _linear_errors(device: str) -> Iterator[tuple[str, float]]:

@@ -31,6 +31,8 @@ OPS = {
     "row_softmax": "bench.bench_row_softmax",
     "betti_matching": "bench.bench_betti_matching",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
+    "permutahedron": "bench.bench_permutahedron",
+    "sorting_network": "bench.bench_sorting_network",
     "tensor_attention": "bench.bench_tensor_attention",
 }
 

@@ -25,6 +25,14 @@ def persistence_pairs(
     problem: Sequence[int], input: int, essential: bool, threads: int, /
 ) -> bytearray: ...
 
+# `problem`: see csrc/bind/permutahedron.cpp; `strength`: of the regularization.
+def permutahedron_fwd(
+    problem: Sequence[int], strength: float, x: int, y: int, packed: int, threads: int, /
+) -> None: ...
+def permutahedron_bwd(
+    problem: Sequence[int], strength: float, g: int, x: int, packed: int, dx: int, threads: int, /
+) -> None: ...
+
 # `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
 # a dtype code, a count, or a stream handle.
 def row_softmax_fwd(
@@ -78,6 +86,55 @@ def column_sums(
     threads: int, /,
 ) -> None: ...  # fmt: skip
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
+
+# `problem`: see csrc/bind/sorting_network.cpp; `options`: steepness, art_lambda.
+def sorting_network_sort(
+    problem: Sequence[int], options: Sequence[float], y: int, threads: int, /
+) -> None: ...
+def sorting_network_sort_bwd(
+    problem: Sequence[int], options: Sequence[float], gy: int, gx: int, threads: int, /
+) -> None: ...
+
+# `features`: f, whether all rows of the batch share it, transpose, d.
+def sorting_network_apply(
+    problem: Sequence[int],
+    options: Sequence[float],
+    features: Sequence[int],
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def sorting_network_apply_bwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    features: Sequence[int],
+    g: int,
+    gx: int,
+    gf: int,
+    threads: int,
+    /,
+) -> None: ...
+def sorting_network_permutation(
+    problem: Sequence[int], options: Sequence[float], y: int, permutation: int, threads: int, /
+) -> None: ...
+def sorting_network_permutation_bwd(
+    problem: Sequence[int],
+    options: Sequence[float],
+    gy: int,
+    gp: int,
+    gx: int,
+    threads: int,
+    /,
+) -> None: ...
+def sorting_network_loss(
+    problem: Sequence[int],
+    options: Sequence[float],
+    targets: Sequence[int],
+    loss: int,
+    gx: int,
+    threads: int,
+    /,
+) -> None: ...
 
 # `problem`: see csrc/bind/tensor_attention.cpp; `floats`: scale, bias_k, bias_v.
 def tensor_attention_scratch_bytes(
@@ -137,6 +194,22 @@ def cuda_betti_pairs(
     stream: int,
     /,
 ) -> None: ...
+def cuda_permutahedron_scratch_bytes(problem: Sequence[int], strength: float, /) -> int: ...
+def cuda_permutahedron_fwd(
+    problem: Sequence[int],
+    strength: float,
+    sorted: int,
+    order: int,
+    y: int,
+    packed: int,
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_permutahedron_bwd(
+    problem: Sequence[int], strength: float, g: int, x: int, packed: int, dx: int, stream: int, /
+) -> None: ...
 def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
 def cuda_row_softmax_fwd(
     problem: Sequence[int],
@@ -185,3 +258,17 @@ def cuda_row_softmax_hvp(
     /,
 ) -> None: ...
 def cuda_scale_inplace(data: int, dtype: int, n: int, factor: int, stream: int, /) -> None: ...
+
+# `problem`, `options`, `call`: see csrc/bind/sorting_network_cuda.cpp.
+def cuda_sorting_network_scratch_bytes(
+    problem: Sequence[int], options: Sequence[float], call: Sequence[int], /
+) -> int: ...
+def cuda_sorting_network(
+    problem: Sequence[int],
+    options: Sequence[float],
+    call: Sequence[int],
+    scratch: int,
+    scratch_bytes: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -190,6 +190,51 @@ def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    # The buffers hold no table; only splitter selection reads one, here of no comparators.
+    problem = [size(OUTER), size(CLASSES), code(0, 1), code(0, 1, 2, 3), code(0, 1, 2, 3, 4, 5)]
+    problem += [b["x"], b["target"], Field([0], [-1, 1, *HUGE]), b["target"], integer(0, 3)]
+    options = [number(1.0, 10.0), number(0.25, 0.0)]
+    head = [problem, options]
+    flag = Field([0, 1], [2, -1, *HUGE])
+    features = [b["v"], flag, Field(flag.good, flag.hostile), size(INNER)]
+    gf = Field([0, buffers["grad_rows"].address], [0])
+    gy = Field([0, buffers["grad_loss"].address], [0])
+    gx = Field([0, buffers["grad"].address], [0])
+    matrix = b["scratch"]
+    # Of values any bits will do, and all of them are ordered.
+    targets = [code(0, 1, 2, 3, 4), b["target2"], Field([5], [-1, 2, 3, 6, 7, *HUGE])]
+    targets += [Field([0, buffers["mix"].address], [0]), code(0, 1, 2), code(0, 1, 2)]
+    # As above: a host address would be a valid number on a device.
+    none = address(None)
+    on_device = [*problem[:5], none, none, *problem[7:8], none, *problem[9:]]
+    call = [code(0, 1, 2, 3, 4, 5, 6), size(INNER), flag, Field(flag.good, flag.hostile)]
+    call += [code(0, 1, 2), *[none] * 10]
+    return {
+        "cuda_sorting_network": [on_device, options, call, none, integer(0), none],
+        "sorting_network_sort": [*head, b["loss"], THREADS],
+        "sorting_network_sort_bwd": [*head, b["grad_loss"], b["grad"], THREADS],
+        "sorting_network_apply": [*head, features, b["stats"], THREADS],
+        "sorting_network_apply_bwd": [*head, features, b["stats"], b["grad"], gf, THREADS],
+        "sorting_network_permutation": [*head, b["loss"], matrix, THREADS],
+        "sorting_network_permutation_bwd": [*head, gy, matrix, b["grad"], THREADS],
+        "sorting_network_loss": [*head, targets, b["loss"], gx, THREADS],
+    }
+
+
+def permutahedron_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none, flag = address(None), Field([0, 1], [2, -1, *HUGE])
+    head = [[size(OUTER), size(CLASSES), code(0, 1), flag, flag], number(1.0, 0.1)]
+    return {
+        "permutahedron_fwd": [*head, b["x"], b["grad"], b["index"], THREADS],
+        "permutahedron_bwd": [*head, b["cotangents"], b["x"], b["index"], b["v"], THREADS],
+        "cuda_permutahedron_fwd": [*head, *[none] * 4, none, integer(0), none],
+        "cuda_permutahedron_bwd": [*head, *[none] * 5],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (part if isinstance(part, list) else [part])]
 
@@ -232,7 +277,9 @@ def main() -> None:
         **row_softmax_calls(buffers),
         **linear_cross_entropy_calls(buffers),
         **betti_matching_calls(buffers),
+        **permutahedron_calls(buffers),
         **tensor_attention_calls(buffers),
+        **sorting_network_calls(buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
     unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}

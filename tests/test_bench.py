@@ -20,7 +20,9 @@ sys.path.append(str(ROOT))
 from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
+from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
+from bench import bench_sorting_network as sorting_network  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
 
 
@@ -175,7 +177,9 @@ def test_derived_columns_of_the_linear_op():
     assert "speedup_over_chunked" not in by_name["torch"]
 
 
-@pytest.mark.parametrize("op", [row_softmax, linear, attention, betti])
+@pytest.mark.parametrize(
+    "op", [row_softmax, linear, attention, betti, permutahedron, sorting_network]
+)
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):
         context = _core.Context(device=device)
@@ -245,6 +249,51 @@ def test_the_answer_of_tensor_attention(window):
     count = attention.triples(2, 20, window)
     assert count == 2 * sum(min(i + 1, 3) * min(i + 1, 5) for i in range(20)) or window is None
     assert attention.useful_flop("fwd+bwd", 2, 20, 8, window) == 14 * 8 * count
+
+
+@pytest.fixture(scope="module")
+def sorting_document(tmp_path_factory) -> dict:
+    cases = "fused .*(64x32|64x1024)|permutation|values|matrices|soft_rank l2"
+    return _quick_run(tmp_path_factory.mktemp("sorting"), "sorting_network", cases)
+
+
+def test_records_of_the_sorting_network(sorting_document):
+    records = sorting_document["results"]
+    own = [r for r in records if r["provider"].startswith("pyloss")]
+    assert {r["status"] for r in own} == {"ok"}
+    assert {r["group"] for r in own} == {
+        *("fused", "permutation", "values", "matrices"),
+        "fwd+bwd",  # those of the permutahedron
+    }
+    for r in records:
+        assert r["status"] == "ok" or r["reason"]
+        assert r["check_error"] <= 1 if r in own else True
+
+
+def test_the_check_of_the_sorting_network_notices_small_damage():
+    problem = sorting_network.Problem("odd_even", 3, 9, "cpu")
+    (provider, *_) = sorting_network.fused_providers(problem, True)
+    run = provider.build()
+    assert run.check() <= 1
+    (_, dx), exact = run.call(), problem.bce_gradient
+    assert problem.gradient_error(dx * 1.001, exact, 1e-4) > 1
+    assert not problem.gradient_error(dx * float("nan"), exact, 1e-4) <= 1
+    other = sorting_network.Problem("bitonic", 3, 9, "cpu").bce_gradient
+    assert problem.gradient_error(dx, other, 1e-4) > 1
+
+
+def test_a_long_call_of_a_peer_is_not_repeated(monkeypatch):
+    monkeypatch.setattr(_core, "_LONG_CALL_SECONDS", -1.0)
+    calls = []
+    providers = [
+        _core.Provider(name, lambda name=name: _core.Run(call=lambda: calls.append(name)))
+        for name in ("pyloss", "peer")
+    ]
+    case = _tiny_case(providers)
+    records = _core.run_case(case, providers, _core.Context(rounds=3), 1, 1.0)
+    by_name = {r["provider"]: r for r in records}
+    assert by_name["peer"]["rounds"] == 1 and calls.count("peer") == 1
+    assert by_name["pyloss"]["rounds"] == 3
 
 
 def _tiny_case(providers: list[_core.Provider]) -> _core.Case:

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBLEMS = {"row_softmax": 120, "betti_matching": 40}  # by op
+PROBLEMS = {  # by op
+    "row_softmax": 120,
+    "betti_matching": 40,
+    "permutahedron": 200,
+    "sorting_network": 105,
+}
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 FLAGS = [
     "-std=c++17",

@@ -26,7 +26,7 @@ PYTHON_LAYERS = {
     "pyloss.testing": {"torch", "pyloss", "pyloss.reference", "pyloss.functional"},
     "pyloss.visualize": {"torch", "matplotlib"},
     "pyloss.demo": {
-        *{"torch", "numpy", "matplotlib", "skimage"},
+        *{"torch", "numpy", "matplotlib", "skimage", "sklearn"},
         *{"pyloss", "pyloss.functional", "pyloss.nn", "pyloss.metrics", "pyloss.visualize"},
     },
     "pyloss": {
@@ -53,6 +53,9 @@ PYTHON_LAYERS = {
         "gudhi",
         "topolosses",
         "betti_matching",
+        "diffsort",
+        "difftopk",
+        "torchsort",
         "skimage",
         "numpy",
     },

@@ -51,6 +51,9 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_betti_matching(m);
   pyloss::register_betti_matching_cuda(m);
   pyloss::register_linear_cross_entropy(m);
+  pyloss::register_permutahedron(m);
   pyloss::register_row_softmax(m);
+  pyloss::register_sorting_network(m);
+  pyloss::register_sorting_network_cuda(m);
   pyloss::register_tensor_attention(m);
 }

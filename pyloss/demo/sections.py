@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MODULES = ("language_model", "match3", "segmentation")
+MODULES = ("language_model", "match3", "segmentation", "sorting")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pyloss.functional.classification import (
 )
 from pyloss.functional.distillation import linear_distillation_loss
 from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
+from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
 from pyloss.functional.preference import (
     DPOMetrics,
     GRPOMetrics,
@@ -22,7 +23,18 @@ from pyloss.functional.preference import (
     grpo_loss,
     sequence_logprobs,
 )
+from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.sorting import (
+    soft_argsort,
+    soft_permutation,
+    soft_permute,
+    soft_rank,
+    soft_sort,
+    soft_topk,
+    sorting_cross_entropy,
+    spearman_loss,
+)
 from pyloss.functional.topology import (
     BettiMatching,
     BettiTarget,
@@ -51,9 +63,21 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_distillation_loss",
+    "neural_sort",
+    "permutahedron_rank",
+    "permutahedron_sort",
     "persistence_pairs",
     "sequence_logprobs",
+    "soft_argsort",
     "soft_dice_loss",
+    "soft_permutation",
+    "soft_permute",
+    "soft_rank",
+    "soft_sort",
+    "soft_sort_matrix",
+    "soft_topk",
+    "sorting_cross_entropy",
+    "spearman_loss",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_n",

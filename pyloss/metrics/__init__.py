@@ -1,5 +1,6 @@
 """Metrics: functions without a gradient, and accumulators over batches."""
 
+from pyloss.metrics.sorting import RankingAccuracy, ranking_accuracy
 from pyloss.metrics.topology import (
     BettiMatchingError,
     BettiNumberError,
@@ -11,7 +12,9 @@ from pyloss.metrics.topology import (
 __all__ = [
     "BettiMatchingError",
     "BettiNumberError",
+    "RankingAccuracy",
     "betti_matching_error",
     "betti_number_error",
     "betti_numbers",
+    "ranking_accuracy",
 ]

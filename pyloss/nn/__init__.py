@@ -8,7 +8,14 @@ from pyloss.nn.classification import (
     GeneralizedCrossEntropyLoss,
 )
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.sorting import (
+    DiffSortNet,
+    DiffTopkNet,
+    SortingCrossEntropyLoss,
+    SpearmanLoss,
+)
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
@@ -16,9 +23,15 @@ __all__ = [
     "CompSumLoss",
     "CrossEntropyLoss",
     "DiceCELoss",
+    "DiffSortNet",
+    "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "NeuralSort",
     "SoftDiceLoss",
+    "SoftSort",
+    "SortingCrossEntropyLoss",
+    "SpearmanLoss",
     "TensorAttention",
 ]

@@ -28,8 +28,14 @@ LIMITS = (
     (r"row_softmax_(fwd|bwd)_kernel.*ModeE2", 128),  # 2 blocks of 256 threads
     (r"row_softmax_alone", 102),  # 5 blocks of 128 threads
     (r"row_softmax_cluster", 85),
+    (r"sorting_tiny_kernel.*Ed", 255),  # double, as above
+    (r"sorting_tiny", 128),  # one warp a block; shared memory allows 7 an SM
+    (r"sorting_tile", 128),  # a block of 512 threads
+    (r"permutahedron_fwd", 96),  # sums in double; a thread per row never fills the registers
     (r"", 64),
 )
+# Static shared memory in bytes; of sorting_tile what plan_tiles leaves for it (kStaticBytes).
+SHARED_LIMITS = ((r"sorting_tile", 4096), (r"", 48 * 1024))
 
 
 def _nvcc() -> str | None:
@@ -46,6 +52,7 @@ class Kernel(NamedTuple):
     registers: int
     stack: int
     spilled: int
+    shared: int
 
 
 def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
@@ -66,12 +73,14 @@ def _kernels(report: str) -> list[Kernel]:
         memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
         assert registers and memory, part
         stack, stores, loads = map(int, memory.groups())
-        found.append(Kernel(part.split("'")[0], int(registers[1]), stack, stores + loads))
+        shared = re.search(r"(\d+) bytes smem", part)
+        name, bytes_shared = part.split("'")[0], int(shared[1]) if shared else 0
+        found.append(Kernel(name, int(registers[1]), stack, stores + loads, bytes_shared))
     return found
 
 
-def _limit(name: str) -> int:
-    return next(limit for pattern, limit in LIMITS if re.search(pattern, name))
+def _limit(name: str, limits: tuple[tuple[str, int], ...] = LIMITS) -> int:
+    return next(limit for pattern, limit in limits if re.search(pattern, name))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,7 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
         kernels += _kernels(report)
     assert len(kernels) > 30
     bad = [k for k in kernels if k.stack or k.spilled or k.registers > _limit(k.name)]
+    bad += [k for k in kernels if k.shared > _limit(k.name, SHARED_LIMITS)]
     assert not bad, "\n".join(f"{k} (limit {_limit(k.name)})" for k in bad)
 
 

@@ -1,0 +1,147 @@
+"""NeuralSort and SoftSort: row-stochastic relaxations of the permutation matrix of a sort."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss.functional.classification import _autocast, _check_range
+
+
+def neural_sort(
+    scores: Tensor, tau: float = 1.0, *, dim: int = -1, descending: bool = True, hard: bool = False
+) -> Tensor:
+    r"""NeuralSort: row r of the result is a distribution over the elements for rank r.
+
+    For ranks r = 1, ..., n, largest first:
+
+    .. math:: P_{r} = \mathrm{softmax}_j\Big(\frac{(n + 1 - 2 r)\, s_j - \sum_k |s_j - s_k|}
+                                                  {\tau}\Big)
+
+    Args:
+        scores: any shape, floating; n elements along ``dim``.
+        tau: temperature, > 0; towards 0 the rows become one-hot (at distinct scores).
+        dim: the dimension that is sorted.
+        descending: False: smallest first, that is the result of ``-scores``.
+        hard: straight-through: one-hot rows at the largest entry forward, the gradient of the soft
+            ones. Rows may choose the same element.
+
+    Returns:
+        ``(..., n, n)`` with the other dimensions of ``scores`` in front, rows summing to 1, of the
+        dtype of ``scores`` (float32 for half types under autocast). ``P @ scores`` is the relaxed
+        sort. A NaN or an infinity makes the whole matrix of its row NaN: the sum over k has them
+        all. O(n^2) memory.
+
+    Raises:
+        TypeError: ``scores`` not a floating Tensor, or ``tau`` not a number.
+        ValueError: no dimension, or a dimension of size 0; ``tau`` not positive and finite.
+        IndexError: ``dim`` out of range.
+
+    Example:
+        >>> import torch, pyloss
+        >>> P = pyloss.functional.neural_sort(torch.tensor([[1.0, 3.0, 2.0]]), tau=0.1)
+        >>> P.round(decimals=3)[0]
+        tensor([[0., 1., 0.],
+                [0., 0., 1.],
+                [1., 0., 0.]])
+
+    Reference:
+        Grover, Wang, Zweig, Ermon. Stochastic Optimization of Sorting Networks via Continuous
+        Relaxations. ICLR 2019, arXiv 1903.08850.
+    """
+    s, result = _checked(scores, tau, dim)
+    s = s if descending else -s
+    n = s.shape[-1]
+    # By the sorted order, sum_k |s_j - s_k| would need no n x n temporary; but P is one anyway.
+    spread = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
+    factor = n - 1 - 2 * torch.arange(n, dtype=s.dtype, device=s.device)
+    logits = factor.unsqueeze(-1) * s.unsqueeze(-2) - spread.unsqueeze(-2)
+    return _rows(logits / tau, hard).to(result)
+
+
+def soft_sort_matrix(
+    scores: Tensor,
+    tau: float = 1.0,
+    pow: float = 1.0,
+    *,
+    dim: int = -1,
+    descending: bool = True,
+    hard: bool = False,
+) -> Tensor:
+    r"""SoftSort: row r is a distribution over the elements by their distance to the r-th largest.
+
+    .. math:: P_{r} = \mathrm{softmax}_j\Big(-\frac{|\mathrm{sort}(s)_r - s_j|^p}{\tau}\Big)
+
+    Args:
+        scores: any shape, floating; n elements along ``dim``.
+        tau: temperature, > 0; towards 0 the rows become one-hot (at distinct scores).
+        pow: the exponent p, > 0.
+        dim: the dimension that is sorted.
+        descending: False: smallest first.
+        hard: straight-through: one-hot rows at the largest entry forward, the gradient of the soft
+            ones.
+
+    Returns:
+        ``(..., n, n)`` with the other dimensions of ``scores`` in front, rows summing to 1, of the
+        dtype of ``scores`` (float32 for half types under autocast). Infinite scores are masks: they
+        have the rows at their end, shared equally, nothing in other rows, and no gradient. A NaN
+        makes the whole matrix of its row NaN. O(n^2) memory.
+
+    Raises:
+        TypeError: ``scores`` not a floating Tensor, or ``tau``, ``pow`` not numbers.
+        ValueError: no dimension, or a dimension of size 0; ``tau`` or ``pow`` not positive and
+            finite.
+        IndexError: ``dim`` out of range.
+
+    Example:
+        >>> import torch, pyloss
+        >>> P = pyloss.functional.soft_sort_matrix(torch.tensor([[1.0, 3.0, 2.0]]), tau=0.1)
+        >>> P.round(decimals=3)[0]
+        tensor([[0., 1., 0.],
+                [0., 0., 1.],
+                [1., 0., 0.]])
+
+    Reference:
+        Prillo, Eisenschlos. SoftSort: A Continuous Relaxation for the argsort Operator. ICML 2020,
+        arXiv 2006.16038.
+    """
+    s, result = _checked(scores, tau, dim)
+    _check_range("pow", pow, 0.0, open_low=True)
+    # A large number in place of an infinite one: inf - inf is no distance.
+    s = torch.where(s.isinf(), s.sign() * (torch.finfo(s.dtype).max / 4), s)
+    ordered = s.sort(dim=-1, descending=descending).values
+    distance = (ordered.unsqueeze(-1) - s.unsqueeze(-2)).abs()
+    if pow != 1:
+        if pow < 2:  # 0^p has a derivative without a bound, first or second
+            equal = distance == 0
+            distance = (distance.masked_fill(equal, 1.0) ** pow).masked_fill(equal, 0.0)
+        else:
+            distance = distance**pow
+    return _rows(distance * (-1 / tau), hard).to(result)
+
+
+def _rows(logits: Tensor, hard: bool) -> Tensor:
+    soft = logits.softmax(-1)
+    if not hard:
+        return soft
+    one_hot = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
+    one_hot = torch.where(soft.isnan(), soft.detach(), one_hot)
+    return one_hot + (soft - soft.detach())
+
+
+def _checked(scores, tau, dim) -> tuple[Tensor, torch.dtype]:
+    """(scores with `dim` last, in float32 or float64; the dtype of the result)."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a Tensor, got {type(scores).__name__}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating, got {scores.dtype}")
+    if scores.dim() == 0:
+        raise ValueError("scores must have at least one dimension, got a 0-d Tensor")
+    _check_range("tau", tau, 0.0, open_low=True)
+    if not -scores.dim() <= dim < scores.dim():
+        low, high = -scores.dim(), scores.dim() - 1
+        raise IndexError(f"dim must be in [{low}, {high}] for {scores.dim()} dimensions, got {dim}")
+    if scores.shape[dim] == 0:
+        raise ValueError(f"scores must not be empty along dim {dim}, got {list(scores.shape)}")
+    dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    return scores.movedim(dim, -1).to(dtype), dtype if _autocast(scores) else scores.dtype

@@ -1,0 +1,75 @@
+"""Ranking metrics: how much of an order is right."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyloss.functional import sorting as F
+
+
+class RankingAccuracy(NamedTuple):
+    """What :func:`ranking_accuracy` returns: shares in [0, 1], float32 and 0-d.
+
+    Example:
+        >>> import torch, pyloss
+        >>> found = pyloss.metrics.ranking_accuracy(torch.randn(8, 5), torch.randn(8, 5))
+        >>> found._fields
+        ('exact_match', 'element_wise', 'exact_match_5')
+    """
+
+    exact_match: Tensor  # sets whose whole order is right
+    element_wise: Tensor  # elements at their right rank
+    exact_match_5: Tensor  # exact match of the first five elements of each set, taken alone
+
+
+@torch.no_grad()
+def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAccuracy:
+    """Exact match and element-wise accuracy of the order of scores.
+
+    Ranks are those of a stable sort, of the scores and of the target alike.
+
+    Args:
+        input: scores ``(..., n, ...)``, floating.
+        target: values with the true order, of the same shape, any real dtype.
+        dim: the dimension of a set.
+
+    Returns:
+        :class:`RankingAccuracy`; NaN without a set, and ``exact_match_5`` NaN with less than five
+        elements.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`pyloss.sorting_cross_entropy`.
+
+    Example:
+        >>> import torch, pyloss
+        >>> truth = torch.tensor([[10.0, 20.0, 30.0], [1.0, 2.0, 3.0]])
+        >>> scores = torch.tensor([[0.1, 0.2, 0.3], [0.2, 0.1, 0.3]])
+        >>> found = pyloss.metrics.ranking_accuracy(scores, truth)
+        >>> found.exact_match, found.element_wise.round(decimals=2)
+        (tensor(0.5000), tensor(0.6700))
+
+    Reference:
+        Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
+    """
+    F._check_floating("input", input)
+    F._check_tensor("target", target)
+    if input.shape != target.shape:
+        raise ValueError(
+            f"target must have the shape {list(input.shape)} of input, got {list(target.shape)}"
+        )
+    if input.dim() == 0 or input.shape[dim] == 0:
+        raise ValueError(f"input has nothing to rank: its shape is {list(input.shape)}, dim {dim}")
+    x, y = input.movedim(dim, -1), target.movedim(dim, -1)
+    right = _ranks(x) == _ranks(y)
+    first = _ranks(x[..., :5]) == _ranks(y[..., :5])
+    exact5 = first.all(-1).float().mean()
+    if x.shape[-1] < 5:
+        exact5 = torch.full_like(exact5, torch.nan)
+    return RankingAccuracy(right.all(-1).float().mean(), right.float().mean(), exact5)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    return torch.argsort(x, dim=-1, stable=True).argsort(-1)

@@ -1,0 +1,399 @@
+"""Sorting networks as users call them: errors, targets, options, metrics, the peers' modules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pyloss
+from pyloss.metrics import ranking_accuracy
+
+F = pyloss.functional
+X = torch.randn(3, 4)
+RANKS = torch.tensor([[0, 1, 2, 3], [3, 1, 0, 2], [1, 0, 3, 2]])
+Q = torch.nn.functional.one_hot(RANKS, 4).float()
+
+
+def ce(x=X, target=None, **options):
+    return pyloss.sorting_cross_entropy(x, x.detach() if target is None else target, **options)
+
+
+# name -> (call, error, words of the message)
+BAD = {
+    "no_tensor": (lambda: pyloss.soft_sort([1.0]), TypeError, "x must be a Tensor, got list"),
+    "scalar": (lambda: pyloss.soft_sort(torch.tensor(1.0)), ValueError, "one dimension.*0-d"),
+    "integer": (lambda: pyloss.soft_rank(X.long()), TypeError, r"x must be float.*int64.*\[3, 4\]"),
+    "complex": (lambda: pyloss.soft_argsort(X.cfloat()), TypeError, "x must be .*complex64"),
+    "empty": (lambda: pyloss.soft_permutation(X[:, :0]), ValueError, r"nothing to sort.*\[3, 0\]"),
+    "empty_dim": (lambda: pyloss.soft_sort(X[:0], 0), ValueError, "nothing to sort along dim 0"),
+    "dim": (lambda: pyloss.soft_sort(X, 2), IndexError, r"\[-2, 1\], but got 2"),
+    "network": (
+        lambda: pyloss.soft_sort(X, network="bubble"),
+        ValueError,
+        "network must be one of auto, bitonic, odd_even, batcher; got 'bubble'",
+    ),
+    "selector": (lambda: pyloss.soft_rank(X, network="splitter_selection"), ValueError, "network"),
+    "distribution": (
+        lambda: pyloss.soft_topk(X, 1, distribution="normal"),
+        ValueError,
+        "distribution must be one of logistic, .*optimal; got 'normal'",
+    ),
+    "steepness": (lambda: pyloss.soft_sort(X, steepness=0), ValueError, "steepness must be posit"),
+    "steepness_huge": (lambda: ce(steepness=1e31), ValueError, r"at most 1e\+30, got 1e\+31"),
+    "steepness_nan": (lambda: ce(steepness=math.nan), ValueError, "steepness.*nan"),
+    "steepness_inf": (lambda: ce(steepness=math.inf), ValueError, "steepness.*inf"),
+    "steepness_type": (lambda: ce(steepness="10"), TypeError, "steepness must be a number.*str"),
+    "steepness_shape": (
+        lambda: pyloss.soft_sort(X, steepness=torch.ones(4)),
+        ValueError,
+        r"steepness of shape \[4\] does not broadcast to the shape \[3\]",
+    ),
+    "steepness_dtype": (lambda: ce(steepness=torch.tensor(1)), TypeError, "steepness must be"),
+    "art_lambda": (lambda: pyloss.soft_sort(X, art_lambda=1.0), ValueError, r"in \[0, 1\), got 1"),
+    "art_lambda_nan": (lambda: ce(art_lambda=math.nan), ValueError, "art_lambda"),
+    "k_low": (lambda: pyloss.soft_topk(X, 0), ValueError, r"k must be in \[1, 4\].*got 0"),
+    "k_high": (lambda: pyloss.soft_topk(X, 5), ValueError, r"k must be in \[1, 4\].*got 5"),
+    "k_splitter": (
+        lambda: pyloss.soft_topk(X, 5, network="splitter_selection"),
+        ValueError,
+        r"k must be in \[1, 4\]",
+    ),
+    "k_type": (lambda: pyloss.soft_topk(X, 1.0), TypeError, "k must be an integer"),
+    "base": (lambda: pyloss.soft_rank(X, base="1"), TypeError, "base must be a number"),
+    "method": (lambda: pyloss.soft_sort(X, method="optimal"), ValueError, "method must be one of"),
+    "method_hard": (
+        lambda: pyloss.soft_sort(X, method="permutahedron", hard=True), ValueError, "hard"
+    ),
+    "method_matrix": (
+        lambda: pyloss.soft_sort(X, method="permutahedron", return_permutation=True),
+        ValueError,
+        "no permutation matrix",
+    ),
+    "regularization": (
+        lambda: pyloss.soft_rank(X, method="permutahedron", regularization="l1"),
+        ValueError,
+        "regularization",
+    ),
+    "feats": (lambda: pyloss.soft_permute(X, [1]), TypeError, "feats must be a Tensor"),
+    "feats_dtype": (lambda: pyloss.soft_permute(X, X.long()), TypeError, "feats must be float"),
+    "feats_size": (
+        lambda: pyloss.soft_permute(X, torch.ones(3, 5, 2)),
+        ValueError,
+        r"n = 4, .*\[3, 5, 2\]",
+    ),
+    "feats_dim": (lambda: pyloss.soft_permute(X, torch.ones(4)), ValueError, r"\(\.\.\., n, d\)"),
+    "feats_lead": (
+        lambda: pyloss.soft_permute(X, torch.ones(2, 4, 2)), ValueError, r"\[2\].*\[3\]"
+    ),
+    "feats_device": (
+        lambda: pyloss.soft_permute(X, torch.ones(4, 2, device="meta")), ValueError, "meta"
+    ),
+    "kind": (lambda: ce(kind="mse"), ValueError, "kind must be one of bce, row_ce, col_ce"),
+    "target_is": (lambda: ce(target_is="order"), ValueError, "target_is must be one of values"),
+    "reduction": (lambda: ce(reduction="avg"), ValueError, "reduction must be one of none"),
+    "ties": (lambda: ce(ties="mean"), ValueError, "ties must be one of stable, share"),
+    "target": (lambda: ce(target=[1]), TypeError, "target must be a Tensor"),
+    "target_shape": (
+        lambda: ce(target=X[:, :3]),
+        ValueError,
+        r"target must have the shape \[3, 4\] with target_is='values', got \[3, 3\]",
+    ),
+    "target_matrix": (
+        lambda: ce(target=X, target_is="permutation"), ValueError, r"\[3, 4, 4\].*got \[3, 4\]"
+    ),
+    "target_complex": (lambda: ce(target=X.cfloat()), ValueError, "real values.*complex64"),
+    "target_bool_ranks": (lambda: ce(target=X > 0, target_is="ranks"), ValueError, "torch.bool"),
+    "target_device": (lambda: ce(target=X.to("meta")), ValueError, "target is on meta"),
+    "ranks_range": (
+        lambda: ce(target=RANKS + 1, target_is="ranks", validate=True),
+        ValueError,
+        r"ranks must be in \[0, 3\]",
+    ),
+    "ranks_twice": (
+        lambda: ce(target=RANKS.clamp_max(2), target_is="ranks", validate=True),
+        ValueError,
+        "one of each.*ties='share'",
+    ),
+    "ranks_broken": (
+        lambda: ce(target=RANKS * 0.5, target_is="ranks", validate=True), ValueError, "whole"
+    ),
+    "not_a_permutation": (
+        lambda: ce(target=Q.clone().fill_(0.25), target_is="permutation", validate=True),
+        ValueError,
+        "not a permutation",
+    ),
+    "twice_a_column": (
+        lambda: ce(target=Q[:, [0, 0, 1, 2]], target_is="permutation", validate=True),
+        ValueError,
+        "not a permutation",
+    ),
+    "spearman_shape": (lambda: pyloss.spearman_loss(X, X[:2]), ValueError, "target must have"),
+    "spearman_method": (lambda: pyloss.spearman_loss(X, X, method="x"), ValueError, "method"),
+    "net_network": (lambda: pyloss.DiffSortNet("bubble", 4), ValueError, "network must be one"),
+    "net_selector": (lambda: pyloss.DiffSortNet("splitter_selection", 4), ValueError, "network"),
+    "net_size": (lambda: pyloss.DiffSortNet("bitonic", 0), ValueError, "size must be at least 1"),
+    "net_size_type": (lambda: pyloss.DiffSortNet("bitonic", 4.0), TypeError, "size must be an int"),
+    "net_names": (
+        lambda: pyloss.DiffSortNet("bitonic", 4, "cpu", 10.0, 0.25, "optimal", "gaussian"),
+        ValueError,
+        "interpolation_type='optimal'.*'gaussian'",
+    ),
+    "net_shape": (
+        lambda: pyloss.DiffSortNet("bitonic", 5)(X), ValueError, r"\(batch, 5\), got \[3, 4\]"
+    ),
+    "net_dtype": (lambda: pyloss.DiffSortNet("bitonic", 4)(X.long()), TypeError, "int64"),
+    "net_input": (lambda: pyloss.DiffSortNet("bitonic", 4)([X]), TypeError, "vectors must be"),
+    "net_k": (lambda: pyloss.DiffTopkNet("bitonic", 4, 5), ValueError, r"k must be in \[1, 4\]"),
+    "net_k_type": (lambda: pyloss.DiffTopkNet("bitonic", 4, 1.0), TypeError, "k must be an int"),
+    "metric_shape": (lambda: ranking_accuracy(X, X[:2]), ValueError, r"\[3, 4\].*\[2, 4\]"),
+    "metric_dtype": (lambda: ranking_accuracy(X.long(), X), TypeError, "input must be float"),
+    "metric_empty": (lambda: ranking_accuracy(X[:, :0], X[:, :0]), ValueError, "nothing to rank"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors(name):
+    call, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_unknown_names_raise_what_diffsort_raises_too():
+    for call in (BAD["network"][0], BAD["distribution"][0], BAD["net_network"][0]):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bce", "row_ce", "col_ce"])
+@pytest.mark.parametrize("descending", [False, True])
+def test_targets_say_the_same(kind, descending):
+    x = torch.randn(3, 4, dtype=torch.float64)
+    order = torch.argsort(RANKS, 1)
+    values = (RANKS * 2.5 - 1) * (-1 if descending else 1)
+    options = dict(kind=kind, descending=descending, reduction="none", validate=True)
+    p = pyloss.soft_permutation(x, descending=descending)
+    q = Q.double()
+    if kind == "bce":
+        terms = torch.nn.functional.binary_cross_entropy(p, q, reduction="none")
+        want = terms.mean((1, 2))
+    else:
+        want = -p.gather(1, order.unsqueeze(1)).squeeze(1).log().mean(1)
+    for target, target_is in (
+        (values, "values"),
+        (values.float(), "values"),
+        (values.half(), "values"),
+        (RANKS, "ranks"),
+        (RANKS.to(torch.uint8), "ranks"),
+        (RANKS.double(), "ranks"),
+        (Q, "permutation"),
+        (Q.bool(), "permutation"),
+        (Q.long(), "permutation"),
+    ):
+        for ties in ("stable", "share") if target_is != "permutation" else ("stable",):
+            found = ce(x, target, target_is=target_is, ties=ties, **options)
+            torch.testing.assert_close(found, want)
+    for reduction, value in (("mean", want.mean()), ("sum", want.sum())):
+        found = ce(x, RANKS, target_is="ranks", **(options | {"reduction": reduction}))
+        torch.testing.assert_close(found, value)
+
+
+def test_ranks_that_do_not_exist_are_no_target():
+    """Without validation nothing is read out of bounds, on either side."""
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    p = pyloss.soft_permutation(x)
+    ranks = torch.tensor([[0, 7, -3, 2], [2**31 - 1, -(2**31), 1, 3]])
+    q = (ranks.unsqueeze(-1) == torch.arange(4)).double()
+    found = ce(x, ranks, target_is="ranks", reduction="none")
+    terms = torch.nn.functional.binary_cross_entropy(p, q, reduction="none")
+    torch.testing.assert_close(found, terms.mean((1, 2)))
+    row = ce(x, ranks, target_is="ranks", kind="row_ce", reduction="none")
+    torch.testing.assert_close(row, -(q * p.log()).sum((1, 2)) / 4)
+    (g,) = torch.autograd.grad(found.sum() + row.sum(), x)
+    assert bool(g.isfinite().all())
+
+
+def test_matrices_as_targets():
+    """A rounded 1 is one, a row without is no target, a NaN is the loss."""
+    x = torch.randn(3, 4)
+    exact = torch.eye(4)[torch.rand(3, 4).argsort(1)]
+
+    def loss(target):
+        return ce(x, target, kind="row_ce", target_is="permutation", reduction="none")
+
+    want = loss(exact)
+    for same in (exact * 0.999, exact + 1e-3, exact.bool(), exact.long(), exact.half()):
+        assert torch.equal(loss(same), want)
+    part = exact.clone()
+    part[1] = 0
+    part[2, 3, 0] = math.nan
+    found = loss(part)
+    assert found[0] == want[0] and found[1] == 0 and bool(found[2].isnan())
+    ranks = exact.argmax(-1).double()
+    ranks[0, 1] = math.nan
+    found = ce(x, ranks, kind="row_ce", target_is="ranks", reduction="none")
+    assert bool(found[0].isnan()) and torch.equal(found[1:], want[1:])
+
+
+def test_nan_in_the_target():
+    x = torch.randn(3, 4, requires_grad=True)
+    target = torch.randn(3, 4)
+    clean = target.clone()
+    target[1, 2] = math.nan
+    for loss in (ce, pyloss.spearman_loss):
+        found, want = loss(x, target, reduction="none"), loss(x, clean, reduction="none")
+        assert bool(found[1].isnan()) and torch.equal(found[[0, 2]], want[[0, 2]])
+        (g,) = torch.autograd.grad(found.sum(), x)
+        assert bool(g[1].isnan().all()) and bool(g[[0, 2]].isfinite().all())
+
+
+def test_no_gradient_to_the_target_and_no_change_of_it():
+    x, target = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    before = x.detach().clone(), target.detach().clone()
+    ce(x, target).backward()
+    pyloss.spearman_loss(x, target).backward()
+    assert target.grad is None
+    assert torch.equal(x, before[0]) and torch.equal(target, before[1])
+
+
+def test_masked_entries_do_not_change_the_loss_of_the_others():
+    """+inf marks padding: the same gradient for a set and for the padded set."""
+    x = torch.randn(2, 5, dtype=torch.float64)
+    target = torch.randn(2, 5)
+    short = x.clone().requires_grad_()
+    padded = torch.cat([x, torch.full((2, 3), math.inf, dtype=x.dtype)], 1).requires_grad_()
+    truth = torch.cat([target, torch.full((2, 3), math.inf)], 1)
+    options = dict(network="odd_even", reduction="sum")
+    a = 5 * ce(short, target, kind="row_ce", **options)
+    b = 8 * ce(padded, truth, kind="row_ce", ties="share", **options)
+    ga, gb = torch.autograd.grad(a, short)[0], torch.autograd.grad(b, padded)[0]
+    # odd_even meets its wires in another order when there are more of them: near, not equal.
+    assert torch.equal(gb[:, 5:], torch.zeros(2, 3, dtype=x.dtype))
+    assert bool(gb.isfinite().all()) and torch.cosine_similarity(ga, gb[:, :5]).min() > 0.5
+
+
+# --- spearman, metrics ---------------------------------------------------------------------------
+
+
+def pearson(a, b):
+    return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+
+def test_spearman_is_the_correlation_of_ranks():
+    x = torch.randn(6, 9, dtype=torch.float64)
+    y = torch.randint(5, (6, 9))  # ties: mean ranks
+    mean_rank = (y.unsqueeze(2) > y.unsqueeze(1)).sum(2) + (y.unsqueeze(2) >= y.unsqueeze(1)).sum(2)
+    for options in ({}, {"method": "permutahedron", "regularization_strength": 0.3}):
+        r = pyloss.soft_rank(x, **options)
+        found = pyloss.spearman_loss(x, y, "none", **options)
+        want = torch.stack([1 - pearson(a, b.double()) for a, b in zip(r, mean_rank)])
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(pyloss.spearman_loss(x, y, "sum", **options), want.sum())
+    moved = pyloss.spearman_loss(x.t(), y.t(), "none", dim=0)
+    torch.testing.assert_close(moved, pyloss.spearman_loss(x, y, "none"))
+
+
+def test_spearman_of_exact_orders():
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    assert pyloss.spearman_loss(x, x, steepness=1e4).item() == pytest.approx(0, abs=1e-3)
+    assert pyloss.spearman_loss(x, -x, steepness=1e4).item() == pytest.approx(2, abs=1e-3)
+    for a, b in (
+        (torch.ones(1, 4), torch.arange(4.0)[None]),  # four equal scores: equal ranks
+        (x, torch.ones(1, 3)),
+        (torch.ones(2, 1), torch.ones(2, 1)),
+    ):
+        leaf = a.clone().requires_grad_()
+        loss = pyloss.spearman_loss(leaf, b)
+        assert loss.item() == 1
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], torch.zeros_like(a))
+
+
+def test_ranking_accuracy():
+    truth = torch.tensor([[1.0, 2, 3, 4, 5, 6], [6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
+    scores = truth.clone()
+    scores[1] = torch.tensor([6.0, 5, 4, 3, 1, 2])  # the last two swapped
+    scores[2] = torch.tensor([2.0, 1, 3, 4, 5, 6])
+    found = ranking_accuracy(scores, truth)
+    assert [t.item() for t in found] == pytest.approx([1 / 3, 14 / 18, 2 / 3])
+    assert found == ranking_accuracy(scores.t(), truth.t(), dim=0)
+    assert ranking_accuracy(scores[:, :4], truth[:, :4]).exact_match_5.isnan()
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def test_permutahedron_is_a_method():
+    x = torch.randn(3, 4, 5)
+    for dim in (-1, 1):
+        for descending in (False, True):
+            options = dict(regularization="kl", regularization_strength=0.5)
+            found = pyloss.soft_sort(x, dim, descending, method="permutahedron", **options)
+            want = F.permutahedron_sort(x, "kl", 0.5, dim=dim, descending=descending)
+            assert torch.equal(found, want)
+            ranks = pyloss.soft_rank(x, dim, descending, base=0, method="permutahedron", **options)
+            want = F.permutahedron_rank(x, "kl", 0.5, dim=dim, descending=descending)
+            assert torch.equal(ranks, want - 1)
+
+
+def test_topk_columns():
+    x = torch.randn(3, 7, dtype=torch.float64)
+    p = pyloss.soft_permutation(x)
+    torch.testing.assert_close(pyloss.soft_topk(x, 3), p[:, :, [6, 5, 4]])
+    low = pyloss.soft_topk(x, 3, largest=False)
+    torch.testing.assert_close(low, pyloss.soft_permutation(x, descending=True)[:, :, [6, 5, 4]])
+    for network in ("bitonic", "odd_even", "batcher", "splitter_selection"):
+        for largest in (True, False):
+            for k in (1, 3, 7):
+                hot = pyloss.soft_topk(x, k, largest=largest, network=network, steepness=1e7)
+                index = x.topk(k, 1, largest).indices
+                assert torch.equal(hot.argmax(1), index), (network, largest, k)
+                torch.testing.assert_close(hot.sum(1), torch.ones(3, k, dtype=x.dtype))
+    assert pyloss.soft_topk(x.t(), 2, 0).shape == (3, 7, 2)
+
+
+def test_feats_broadcast():
+    x, feats = torch.randn(2, 1, 5), torch.randn(3, 5, 2, requires_grad=True)
+    found = pyloss.soft_permute(x, feats)
+    want = pyloss.soft_permutation(x).mT @ feats
+    torch.testing.assert_close(found, want)
+    one = torch.randn(5, 2, requires_grad=True)
+    found, want = pyloss.soft_permute(x, one), pyloss.soft_permutation(x).mT @ one
+    torch.testing.assert_close(found, want)
+    g = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, one, g), torch.autograd.grad(want, one, g)
+    )
+    each = torch.tensor([1.0, 8.0]).view(2, 1)
+    found = pyloss.soft_permute(x, feats, steepness=each)
+    want = pyloss.soft_permutation(x, steepness=each).mT @ feats
+    torch.testing.assert_close(found, want)
+    assert pyloss.soft_permute(x.half(), feats).dtype == torch.float32
+    assert pyloss.soft_permute(x, feats.double()).dtype == torch.float64
+
+
+def test_old_name_of_distribution():
+    net = pyloss.DiffSortNet("odd_even", 4, interpolation_type="gaussian")
+    assert net.distribution == "gaussian"
+    assert torch.equal(net(X)[0], pyloss.soft_sort(X, network="odd_even", distribution="gaussian"))
+    assert pyloss.DiffSortNet("bitonic", 4, "cuda").size == 4  # the device is ignored
+
+
+def test_training_sorts():
+    """Scores learn an order from ordering supervision alone."""
+    torch.manual_seed(3)
+    weight = torch.randn(6)
+    model = torch.nn.Linear(6, 1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(120):
+        inputs = torch.randn(32, 7, 6)
+        loss = pyloss.sorting_cross_entropy(model(inputs).squeeze(-1), inputs @ weight)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    inputs = torch.randn(200, 7, 6)
+    found = ranking_accuracy(model(inputs).squeeze(-1), inputs @ weight)
+    assert found.exact_match > 0.8 and found.element_wise > 0.95
