@@ -39,6 +39,7 @@ from pyloss.functional import (
     persistence_pairs,
     tensor_attention,
     tensor_attention_cost,
+    tensor_attention_error,
     tensor_attention_n,
     token_logprobs,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "show_config",
     "tensor_attention",
     "tensor_attention_cost",
+    "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
 ]

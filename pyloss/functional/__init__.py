@@ -4,6 +4,7 @@ from pyloss.functional.attention import (
     TensorAttentionCost,
     tensor_attention,
     tensor_attention_cost,
+    tensor_attention_error,
     tensor_attention_n,
 )
 from pyloss.functional.classification import (
@@ -56,6 +57,7 @@ __all__ = [
     "soft_dice_loss",
     "tensor_attention",
     "tensor_attention_cost",
+    "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
 ]

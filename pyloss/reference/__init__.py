@@ -4,11 +4,13 @@ from pyloss.reference.betti_matching import betti_matching_loss
 from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from pyloss.reference.row_softmax import row_softmax
 from pyloss.reference.tensor_attention import tensor_attention
+from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank
 
 __all__ = [
     "betti_matching_loss",
     "linear_cross_entropy",
     "row_softmax",
     "tensor_attention",
+    "tensor_attention_lowrank",
     "token_logprobs",
 ]
