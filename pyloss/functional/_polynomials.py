@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_GRID = 4001  # odd: 0 is one of the points
+_GRID = 4001
 
 
 class Polynomial(NamedTuple):
@@ -42,6 +42,7 @@ class Accuracy(NamedTuple):
     condition: float  # sum_t |p_t| R^t over the least p(x): what rounding errors grow by
 
 
+@functools.lru_cache(maxsize=64)
 def taylor(degree: int) -> Polynomial:
     """The Taylor polynomial at 0."""
     return Polynomial(tuple(1.0 / math.factorial(t) for t in range(degree + 1)))
@@ -103,38 +104,50 @@ def _clustered(x: Tensor, bins: int = 512) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(polynomial: Polynomial, radius: float) -> Accuracy:
-    """What holds for every x in [-radius, radius], from a grid and what can happen between."""
+    """What holds for every x in [-radius, radius]."""
+    radius = max(radius, 0.0)
     if not math.isfinite(radius) or radius > 300.0:
         return Accuracy(math.inf, -math.inf, math.inf, math.inf)
-    return _accuracy(polynomial, max(radius, 0.0))
+    find = _extremes_of_taylor if polynomial == taylor(polynomial.degree) else _extremes_on_grid
+    low, high = find(polynomial, radius)
+    if not (low > 0.0 and math.isfinite(high)):
+        return Accuracy(math.inf, low, high, math.inf)
+    absolute = sum(abs(c) * radius**t for t, c in enumerate(polynomial.coefficients))
+    condition = absolute / low * math.exp(radius + polynomial.centre)  # p >= low exp(-R - centre)
+    return Accuracy((high - low) / (high + low), low, high, condition)
+
+
+def _extremes_of_taylor(polynomial: Polynomial, radius: float) -> tuple[float, float]:
+    """The slope of p / exp is -x^g / g! exp(-x): they are at the ends, and at 0 for odd g."""
+    p = polynomial.coefficients
+    ends = [sum(c * x**t for t, c in enumerate(p)) * math.exp(-x) for x in (-radius, radius)]
+    slack = 4e-16 * (len(p) + 2) * math.exp(2.0 * radius)
+    return min(ends) - slack, max(*ends, 1.0) + slack
 
 
 @functools.lru_cache(maxsize=1024)
-def _accuracy(polynomial: Polynomial, radius: float) -> Accuracy:
+def _extremes_on_grid(polynomial: Polynomial, radius: float) -> tuple[float, float]:
+    """Those on a grid, and as far beyond as can be reached between two of its points."""
     p, centre = polynomial
-    x = torch.linspace(-radius, radius, _GRID, dtype=torch.float64)
-    growth = torch.exp(centre - x)
-    first, second = _derivative(p), _derivative(_derivative(p))
-    f = _value(p, x) * growth
-    # f'' = (p'' - 2 p' + p) e^(c - x). Between two points of distance h, f leaves the line through
-    # them by h^2 / 8 max |f''|, and |f''| what it is at a point by h / 2 max |f'''|.
-    curve = (_value(second, x) - 2.0 * _value(first, x) + _value(p, x)) * growth
-    third = _derivative(second)
+    u = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float64)
+    growth = torch.exp(centre - radius * u)
+    first = _padded(_derivative(p), p)
+    second = _padded(_derivative(first), p)
+    # The second derivative of p / exp, and a bound of the third. Between two points of distance h a
+    # function leaves the line through them by h^2 / 8 times the most of its second derivative.
+    curve = [a - 2.0 * b + c for a, b, c in zip(second, first, p)]
+    rows = [[a * radius**t for t, a in enumerate(q)] for q in (p, curve)]
+    powers = torch.stack([u**t for t in range(len(p))])
+    f, bend = (torch.tensor(rows, dtype=torch.float64) @ powers) * growth
+    absolute = torch.tensor(rows[0], dtype=torch.float64).abs() @ powers.abs() * growth
     rise = sum(
-        c * _value([abs(a) for a in q], torch.tensor(radius, dtype=torch.float64)).item()
-        for c, q in ((1.0, third), (3.0, second), (3.0, first), (1.0, p))
+        factor * sum(abs(a) * radius**t for t, a in enumerate(q))
+        for factor, q in ((1.0, _derivative(second)), (3.0, second), (3.0, first), (1.0, p))
     ) * math.exp(min(centre + radius, 700.0))
     h = 2.0 * radius / (_GRID - 1)
-    slack = h * h / 8.0 * (curve.abs().max().item() + 0.5 * h * rise)
-    # Rounding of the evaluation itself.
-    absolute = _value([abs(a) for a in p], x.abs())
-    slack += 4e-16 * (len(p) + 2) * (absolute * growth).max().item()
-    low, high = f.min().item() - slack, f.max().item() + slack
-    if not (low > 0.0 and math.isfinite(high)):
-        return Accuracy(math.inf, low, high, math.inf)
-    least = ((f - slack) / growth).min().item() * math.exp(-h)
-    condition = absolute.max().item() / least
-    return Accuracy((high - low) / (high + low), low, high, condition)
+    slack = h * h / 8.0 * (bend.abs().max().item() + 0.5 * h * rise)
+    slack += 4e-16 * (len(p) + 2) * absolute.max().item()  # rounding of the evaluation
+    return f.min().item() - slack, f.max().item() + slack
 
 
 def weight_bound(delta: float) -> float:
@@ -149,8 +162,5 @@ def _derivative(p) -> list[float]:
     return [t * a for t, a in enumerate(p)][1:] or [0.0]
 
 
-def _value(p, x: Tensor) -> Tensor:
-    total = torch.zeros_like(x)
-    for a in reversed(p):
-        total = total * x + a
-    return total
+def _padded(q, like) -> list[float]:
+    return [*q, *[0.0] * (len(like) - len(q))]
