@@ -10,5 +10,6 @@ void register_betti_matching_cuda(pybind11::module_& m);  // nothing without CUD
 void register_linear_cross_entropy(pybind11::module_& m);
 void register_row_softmax(pybind11::module_& m);
 void register_tensor_attention(pybind11::module_& m);
+void register_tensor_attention_lowrank(pybind11::module_& m);
 
 }  // namespace pyloss
