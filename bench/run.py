@@ -32,6 +32,7 @@ OPS = {
     "betti_matching": "bench.bench_betti_matching",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "tensor_attention": "bench.bench_tensor_attention",
+    "tensor_attention_lowrank": "bench.bench_tensor_attention_lowrank",
 }
 
 MAX_SLOWDOWN = 0.10

@@ -11,7 +11,8 @@ from tensor_attention_lowrank_cases import F32, F64, PROBLEMS, Problem, masked_e
 import pyloss
 from pyloss.functional import _polynomials as polynomials
 from pyloss.functional import tensor_attention_error, tensor_attention_n
-from pyloss.ops.tensor_attention_lowrank import Settings, rank, tensor_attention_lowrank
+from pyloss.ops._tensor_attention_lowrank_cpu import rank
+from pyloss.ops.tensor_attention_lowrank import Settings, tensor_attention_lowrank
 from pyloss.reference import tensor_attention as exact_reference
 from pyloss.reference import tensor_attention_lowrank as reference
 
@@ -213,13 +214,13 @@ def test_empty_axes(lengths, n_q, batch, causal):
 
 def test_sums_that_vanish_are_an_error():
     q, k = torch.full((1, 1, 3, 2), -3.0), torch.full((1, 1, 3, 2), 1.0)
-    with pytest.raises(RuntimeError, match="negative or not finite"):
+    with pytest.raises(RuntimeError, match="positive"):
         pyloss.tensor_attention(
             q, k, k, k, k, method="lowrank", degree=1, check="none"
         )
     k[0, 0, 1, 0] = math.nan
     for causal in (False, True):
-        with pytest.raises(RuntimeError, match="not finite"):
+        with pytest.raises(RuntimeError, match="finite"):
             pyloss.tensor_attention(
                 k, k, k, k, k, method="lowrank", degree=2, check="none", is_causal=causal
             )
@@ -335,7 +336,7 @@ def _bound_and_error(q, keys, values, dtype, **options):
     q, keys, values = inputs[0], inputs[1 : len(keys) + 1], inputs[len(keys) + 1 :]
     degree, poly, scale = options["degree"], options["poly"], options["scale"]
     found = tensor_attention_error(
-        q, *keys, values=values, degree=degree, poly=poly, scale=scale, samples=1
+        q, *keys, values=values, degree=degree, poly=poly, scale=scale, samples=1, tol=3.0
     )
     out, lse = tensor_attention_n(
         q, keys, values, method="lowrank", check="none", return_lse=True, **options

@@ -19,7 +19,7 @@ from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
 from pyloss.ops._registry import accumulator_dtype, functorch_active
-from pyloss.ops.tensor_attention_lowrank import rank as rank_of
+from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
 
 POLYNOMIALS = ("taylor", "chebyshev", "fit")
 CHECKS = ("warn", "strict", "none")

@@ -4,7 +4,6 @@ buffers. Kernels: csrc/cpu/tensor_attention_lowrank.h.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,14 @@ from pyloss import _C
 from pyloss.ops._registry import DTYPE_CODES, address
 
 NOT_POSITIVE, NOT_FINITE = 1, 2  # LowrankFlag
+
+
+def rank(d: int, degree: int) -> int:
+    """Number of features, C(d + degree, degree); of a symbolic d too."""
+    found = 1
+    for t in range(1, degree + 1):
+        found = found * (d + t) // t
+    return found
 
 
 def scans(causal: bool, windows: Sequence[int]) -> bool:
@@ -27,8 +34,8 @@ def results(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], coeffic
     out, lse = q.new_empty((*q.shape[:3], dv)), q.new_empty(q.shape[:3])
     if scanning:
         return out, lse, torch.empty_like(lse), []
-    rank = math.comb(q.shape[-1] + degree, degree)
-    states = [k.new_empty((*k.shape[:2], rank, dv + 1)) for k in keys]
+    r = rank(q.shape[-1], degree)
+    states = [k.new_empty((*k.shape[:2], r, dv + 1)) for k in keys]
     return out, lse, torch.empty_like(lse), states
 
 
@@ -70,14 +77,16 @@ def _scratch(q: Tensor, problem, floats, *, backward: bool):
     return buffer, start + -start % 64, size, threads
 
 
-def _raise(flags: int, y: Tensor) -> None:
-    if not flags:
+def raise_for_sums(not_positive: bool, not_finite: bool, y: Tensor) -> None:
+    """RuntimeError where the sum of the polynomial over a query's keys means nothing."""
+    if not (not_positive or not_finite):
         return
-    found = "not finite" if flags & NOT_FINITE else f"{y[y < torch.inf].min().item():.3g}"
+    found = "not finite" if not_finite else f"{y[y < torch.inf].min().item():.3g}"
     raise RuntimeError(
         "tensor_attention: with this polynomial the sum of the weights of a query's keys is "
-        f"{found}; it must be positive. The logits are too large for the degree: raise `degree`, "
-        'lower the scale of q and the keys, or use method="exact"'
+        f"{found}; it must be positive and finite. An input is not finite, or the scores are too "
+        "large for the degree: raise it, lower the scale of q and the keys, or use "
+        'method="exact"'
     )
 
 
@@ -101,7 +110,7 @@ def forward(q, keys, values, key_masks, coefficients, centre, causal, windows, q
         threads,
     )
     del kept, buffer
-    _raise(flags, y)
+    raise_for_sums(flags & NOT_POSITIVE, flags & NOT_FINITE, y)
     return out, lse, y, states
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.ops import _tensor_attention_lowrank_cpu as cpu
 from pyloss.ops._registry import define_op, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import _FirstOrderOnly
 from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as _reference
@@ -38,14 +39,6 @@ class Settings(NamedTuple):
         return self.causal or any(self.windows)
 
 
-def rank(d: int, degree: int) -> int:
-    """Number of features, C(d + degree, degree); of a symbolic d too."""
-    found = 1
-    for t in range(1, degree + 1):
-        found = found * (d + t) // t
-    return found
-
-
 def _check_dtype(q: Tensor) -> None:
     if q.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -57,20 +50,10 @@ def _check_dtype(q: Tensor) -> None:
 # Forward
 
 
-def _results(q, keys, values, settings: Settings):
-    """Empty (out, lse, y, states); shared by the kernels and the fake."""
-    width = values[0].shape[3]
-    rows = q.shape[:3]
-    states = []
-    if not settings.banded:
-        r = rank(q.shape[3], len(settings.coefficients) - 1)
-        states = [q.new_empty((*k.shape[:2], r, width + 1)) for k in keys]
-    return q.new_empty((*rows, width)), q.new_empty(rows), q.new_empty(rows), states
-
-
 def _forward_fake(q, keys, values, key_masks, *settings):
     _check_dtype(q)
-    return _results(q, keys, values, Settings(*settings))
+    settings = Settings(*settings)
+    return cpu.results(q, keys, values, settings.coefficients, settings.banded)
 
 
 def _keywords(key_masks, settings: Settings):
@@ -90,18 +73,16 @@ def _forward_reference(q, keys, values, key_masks, *settings):
         q, keys, values, centre=settings.centre, **_keywords(key_masks, settings)
     )
     if not q.is_cuda:  # there it would wait for the device
-        _check_sums(bool(((y > 0) & torch.isfinite(y) | (lse == -torch.inf)).all()))
+        seen = y[lse != -torch.inf]
+        cpu.raise_for_sums(not (seen > 0).all(), not torch.isfinite(seen).all(), y)
     return out.contiguous(), lse.contiguous(), y.contiguous(), [s.contiguous() for s in states]
 
 
-def _check_sums(fine: bool) -> None:
-    if not fine:
-        raise RuntimeError(
-            'tensor_attention, method="lowrank": a sum of the polynomial over all keys is zero, '
-            "negative or not finite, so that its quotient means nothing: the scores leave the "
-            "range in which the polynomial is near exp, or an input is not finite; use a higher "
-            'degree, smaller q and k, or method="exact"'
-        )
+def _forward_cpu(q, keys, values, key_masks, *settings):
+    _check_dtype(q)
+    if Settings(*settings).banded:
+        return _forward_reference(q, keys, values, key_masks, *settings)
+    return cpu.forward(q, keys, values, key_masks, *settings)
 
 
 _TENSORS = "Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] key_masks"
@@ -110,7 +91,7 @@ _SETTINGS = "float[] coefficients, float centre, bool causal, SymInt[] windows, 
 define_op(
     f"tensor_attention_lowrank_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=_forward_fake,
-    impls={"reference": _forward_reference},
+    impls={"cpu": _forward_cpu, "reference": _forward_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -128,6 +109,11 @@ def _backward_fake(dout, dlse, q, keys, values, *rest):
     return _gradients(q, keys, values)
 
 
+def _backward_cpu(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    step = _backward_reference if Settings(*settings).banded else cpu.backward
+    return step(dout, dlse, q, keys, values, key_masks, out, y, states, *settings)
+
+
 def _backward_reference(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
     settings = Settings(*settings)
     dq, dkeys, dvalues = tensor_attention_lowrank_backward(
@@ -140,7 +126,7 @@ define_op(
     f"tensor_attention_lowrank_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor y, "
     f"Tensor[] states, {_SETTINGS}) -> (Tensor, Tensor[], Tensor[])",
     fake=_backward_fake,
-    impls={"reference": _backward_reference},
+    impls={"cpu": _backward_cpu, "reference": _backward_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
