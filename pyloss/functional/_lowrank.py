@@ -140,10 +140,20 @@ def bound_by_features(p: Problem) -> Tensor:
     """max over heads of |s| sum_l max_i |q_il| prod_x max_j |k_x,jl|, a float64 scalar."""
     product = None
     for t in _axes(p):
-        low, high = torch.aminmax(t, dim=2)
-        most = _of_heads(torch.maximum(high, -low).double(), p.q.shape[1])
+        most = _of_heads(_largest_entries(t.abs()).double(), p.q.shape[1])
         product = most if product is None else product * most
     return abs(p.scale) * product.sum(-1).max()
+
+
+def _largest_entries(t: Tensor) -> Tensor:
+    """amax over the tokens, by rows of 64 numbers at least: fewer are reduced one by one on CPUs."""
+    fold = max(1, 64 // t.shape[3])
+    whole = t.shape[2] // fold * fold
+    if fold == 1 or whole == 0:
+        return t.amax(2)
+    found = t[:, :, :whole].reshape(*t.shape[:2], -1, fold * t.shape[3]).amax(2)
+    found = found.unflatten(2, (fold, -1)).amax(2)
+    return found if whole == t.shape[2] else torch.maximum(found, t[:, :, whole:].amax(2))
 
 
 def bound_by_norms(p: Problem) -> Tensor:
@@ -164,12 +174,11 @@ def _finite(radius: float) -> float:
     return math.inf if math.isnan(radius) else radius
 
 
-def measured_bound(p: Problem, enough: float = 0.0) -> float:
-    """The least bound of |S| known, the second one formed only where the first is above enough."""
+def measured_bound(p: Problem) -> float:
+    """The least bound of |S| known."""
     if _empty(p):
         return 0.0
-    first = _finite(bound_by_features(p).item())
-    return first if first <= enough else min(first, _finite(bound_by_norms(p).item()))
+    return min(_finite(bound(p).item()) for bound in (bound_by_norms, bound_by_features))
 
 
 def sampled_scores(p: Problem, count: int, seed: int = 0) -> Tensor:
@@ -293,6 +302,11 @@ def choose(p: Problem, options: Options) -> Polynomial | None:
     return _auto(p, options) if options.method == "auto" else _lowrank(p, options)
 
 
+def _traceable(options: Options) -> bool:
+    """Whether the accuracy is a formula, which torch.compile can follow; others need a grid."""
+    return options.poly == "taylor" or not torch.compiler.is_compiling()
+
+
 def _measurable(p: Problem) -> bool:
     """Whether Python may look at the numbers now."""
     return not (p.q.is_meta or torch.compiler.is_compiling() or functorch_active())
@@ -304,6 +318,8 @@ def _auto(p: Problem, options: Options) -> Polynomial | None:
     )
     least = rank_of(p.features, options.degree or 1)
     if least >= most or p.state_bytes(least) > _MOST_STATE_BYTES:
+        return None
+    if not _traceable(options):
         return None
     radius = options.logit_bound
     if radius is None:
@@ -323,6 +339,10 @@ def _lowrank(p: Problem, options: Options) -> Polynomial:
     radius = options.logit_bound
     needs_radius = options.degree is None or options.poly != "taylor"
     wants_radius = needs_radius or options.check == "strict"
+    if not _traceable(options) and (options.degree is None or options.check == "strict"):
+        raise ValueError(
+            f"poly={options.poly!r} under torch.compile needs a degree, and cannot be checked there"
+        )
     if radius is None and wants_radius:
         if not _measurable(p):
             raise ValueError(
@@ -347,7 +367,7 @@ def _lowrank(p: Problem, options: Options) -> Polynomial:
         raise ValueError(
             f"poly={options.poly!r} needs scores within [-80, 80]: " + _numbers(p, radius)
         )
-    if options.check != "none":
+    if options.check == "strict" or options.check == "warn" and not torch.compiler.is_compiling():
         _check(p, options, polynomial, radius)
     return polynomial
 

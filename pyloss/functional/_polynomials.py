@@ -42,13 +42,11 @@ class Accuracy(NamedTuple):
     condition: float  # sum_t |p_t| R^t over the least p(x): what rounding errors grow by
 
 
-@functools.lru_cache(maxsize=64)
 def taylor(degree: int) -> Polynomial:
     """The Taylor polynomial at 0."""
     return Polynomial(tuple(1.0 / math.factorial(t) for t in range(degree + 1)))
 
 
-@functools.lru_cache(maxsize=256)
 def chebyshev(degree: int, radius: float) -> Polynomial:
     """Interpolates exp on [-radius, radius] at the zeros of a Chebyshev polynomial."""
     count = degree + 1
@@ -108,8 +106,10 @@ def accuracy(polynomial: Polynomial, radius: float) -> Accuracy:
     radius = max(radius, 0.0)
     if not math.isfinite(radius) or radius > 300.0:
         return Accuracy(math.inf, -math.inf, math.inf, math.inf)
-    find = _extremes_of_taylor if polynomial == taylor(polynomial.degree) else _extremes_on_grid
-    low, high = find(polynomial, radius)
+    if polynomial == taylor(polynomial.degree):
+        low, high = _extremes_of_taylor(polynomial, radius)
+    else:
+        low, high = _extremes_on_grid(polynomial, radius)
     if not (low > 0.0 and math.isfinite(high)):
         return Accuracy(math.inf, low, high, math.inf)
     absolute = sum(abs(c) * radius**t for t, c in enumerate(polynomial.coefficients))

@@ -397,55 +397,69 @@ def _scan_backward(dsums, q, keys, values, masks, bands, weights, degree):
         if at % every == 0:
             kept.append(before)
         before = forward(before, at)
-    dq = torch.zeros_like(q)
-    dothers = [torch.zeros_like(t) for t in (*keys, *values)]
-    dbefore = None
+    grads = torch.zeros_like(q), *([torch.zeros_like(t) for t in ts] for ts in (keys, values))
+    dafter = [None] * len(keys)
     for block in reversed(range(len(kept))):
         starts = [kept[block]]
         for at in range(block * every, min((block + 1) * every, len(steps)) - 1):
             starts.append(forward(starts[-1], at))
         for at in reversed(range(len(starts))):
             rows, anew = steps[block * every + at]
-            dbefore = _step_backward(
-                dsums, dbefore, q, *shared, starts[at], rows, anew, dq, dothers
-            )
-    return dq, dothers[: len(keys)], dothers[len(keys) :]
+            dafter = _step_backward(dsums, dafter, q, *shared, starts[at], rows, anew, grads)
+    return grads
 
 
 def _step_backward(
-    dsums, dafter, q, keys, values, masks, bands, weights, degree, before, rows, anew, dq, dothers
+    dsums, dafter, q, keys, values, masks, bands, weights, degree, before, rows, anew, grads
 ):
-    """Adds one block's gradients to dq and dothers; returns those of the states before it."""
+    """Adds one block's gradients to `grads`; returns those of the states before it, per axis."""
+    dq, dkeys, dvalues = grads
+    heads, groups = q.shape[1], keys[0].shape[1]
+    states = [
+        _running(k, v, mask, b, band, rows, degree, new)
+        for k, v, mask, b, band, new in zip(keys, values, masks, before, bands, anew)
+    ]
+    part, dpart = q[:, :, rows], dsums[:, :, rows]
+    du = torch.einsum("bhtc,bhtrc->bhtr", dpart, _repeated(_product(states), heads)) * weights
+    dq[:, :, rows] = _monomials_backward(du, part, degree)
+    u = monomials(part, degree) * weights
+    dproduct = u.unsqueeze(-1) * dpart.unsqueeze(-2)
+    if heads != groups:
+        dproduct = dproduct.unflatten(1, (groups, -1)).sum(2)
+    dbefore = []
     start = max(rows.start - 1, 0)
-    spans, local = [], []
-    for k, band, b, new in zip(keys, bands, before, anew):
-        first, last = (ends[start : rows.stop] for ends in band)
-        # The keys that the block looks at: those that enter or leave, or all where it starts anew.
-        low = first[0] if b is None or new or first[-1] > first[0] else last[0]
-        spans.append(slice(low, max(low, last[-1])))
-        local.append(_Band([j - low for j in first], [j - low for j in last]))
-    with torch.enable_grad():
-        leaves = [q[:, :, rows].detach().requires_grad_()]
-        for t, span in zip((*keys, *values), spans * 2):
-            leaves.append(t[:, :, span].detach().requires_grad_())
-        at = len(keys)
-        firsts = [b if b is None else b.detach().requires_grad_() for b in before]
-        cut = [m if m is None else m[:, :, s] for m, s in zip(masks, spans)]
-        sums, after = _scan_rows(
-            leaves[0], leaves[1 : at + 1], leaves[at + 1 :], cut, local, weights, degree, firsts,
-            slice(rows.start - start, rows.stop - start), anew,
-        )  # fmt: skip
-        asked = [*leaves, *(f for f in firsts if f is not None)]
-        outputs, cotangents = [sums], [dsums[:, :, rows]]
-        if dafter is not None:
-            for a, g in zip(after, dafter):
-                if g is not None and a.requires_grad:
-                    outputs.append(a)
-                    cotangents.append(g)
-        found = list(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
-    dq[:, :, rows] = found.pop(0)
-    for whole, span in zip(dothers, spans * 2):
-        g = found.pop(0)
-        if g is not None:
-            whole[:, :, span] += g
-    return [None if f is None else found.pop(0) for f in firsts]
+    for x, (k, v, mask, band) in enumerate(zip(keys, values, masks, bands)):
+        dstate = _product([dproduct, *(s for at, s in enumerate(states) if at != x)])
+        # A key is in the states from the query on with which it enters.
+        dlater = dstate.flip(2).cumsum(2).flip(2)
+        if dafter[x] is not None:
+            dlater = dlater + dafter[x].unsqueeze(2)
+        for ends, sign in ((band.last, 1), (band.first, -1)):
+            moved = [i for i in range(max(rows.start, 1), rows.stop) if ends[i] > ends[i - 1]]
+            if moved:
+                low = ends[moved[0] - 1]  # a key per query: they follow each other
+                at = torch.tensor([i - rows.start for i in moved], device=k.device)
+                _add_key_gradients(
+                    sign * dlater[:, :, at], k, v, mask, slice(low, low + len(moved)), degree,
+                    dkeys[x], dvalues[x],
+                )  # fmt: skip
+        first = dlater[:, :, 0]
+        if before[x] is None or anew[x]:
+            span = band.first[start], max(band.first[start], band.last[start])
+            for some in _blocks(*span, weights.numel() * groups * q.shape[0]):
+                whole = first.unsqueeze(2).expand(-1, -1, some.stop - some.start, -1, -1)
+                _add_key_gradients(whole, k, v, mask, some, degree, dkeys[x], dvalues[x])
+            first = None
+        dbefore.append(first)
+    return dbefore
+
+
+def _add_key_gradients(dstates, k, v, mask, rows, degree, dk, dv):
+    """Of U (x) [V | 1] per key: dstates (B, G, rows, r, dv + 1)."""
+    local = None if mask is None else mask[:, :, rows]
+    u = _key_features(k, mask, rows, degree)
+    dvalue = torch.einsum("bgtr,bgtrc->bgtc", u, dstates[..., :-1])
+    du = torch.einsum("bgtrc,bgtc->bgtr", dstates, _with_ones(v, mask, rows))
+    dkey = _monomials_backward(du, _kept(k, mask, rows), degree)
+    dv[:, :, rows] += _kept(dvalue, local, slice(None))
+    dk[:, :, rows] += _kept(dkey, local, slice(None))
