@@ -29,6 +29,12 @@ namespace {
 
 using Problem = LowrankProblem;
 
+template <class R>
+PYLOSS_INLINE int flags_of(R y) {
+  if (!(std::fabs(y) < infinity_<R>())) return kNotFinite;
+  return y > R(0) ? 0 : kNotPositive;
+}
+
 struct LowrankTasks {
   void (*key_sums)(const Problem&, const Monomials&, const SumPlan&, int64_t, void*, void*);
   void (*query_sums)(const Problem&, const LowrankBackward&, const Monomials&, const SumPlan&,
@@ -39,7 +45,22 @@ struct LowrankTasks {
                          const void*, void*);
   void (*key_gradient)(const Problem&, const LowrankBackward&, const Monomials&, int64_t, int64_t,
                        const void*, void*);
+  void (*scan)(const Problem&, const Monomials&, const ScanPlan&, int64_t, void*, void*);
+  void (*scan_gradient)(const Problem&, const LowrankBackward&, const Monomials&, const ScanPlan&,
+                        int64_t, void*, void*);
 };
+
+// out, lse and y of a row from [N | y]; returns flags.
+template <class R>
+PYLOSS_INLINE int finish_row(const LowrankForward& f, const Problem& p, int64_t row, bool sees,
+                             const R* sums, R y) {
+  R* out = static_cast<R*>(f.out) + row * p.dv;
+  static_cast<R*>(f.y)[row] = sees ? y : R(0);
+  static_cast<R*>(f.lse)[row] = sees ? log_(y) + R(p.centre) : -infinity_<R>();
+  const R inverse = sees ? R(1) / y : R(0);
+  for (int64_t c = 0; c < p.dv; ++c) out[c] = sees ? sums[c] * inverse : R(0);
+  return sees ? flags_of(y) : 0;
+}
 
 // Tile heights as in tensor_attention.cpp.
 #if PYLOSS_HAS_TARGET_PRAGMA
@@ -49,7 +70,8 @@ namespace v4 {
 #define PYLOSS_VECTOR_BYTES 64
 #define PYLOSS_TILE_ROWS 14
 #include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_lowrank_tasks.h"
+#include "cpu/tensor_attention_lowrank_blocks.h"
+#include "cpu/tensor_attention_lowrank_scan.h"
 #undef PYLOSS_VECTOR_BYTES
 #undef PYLOSS_TILE_ROWS
 }  // namespace v4
@@ -61,7 +83,8 @@ namespace v3 {
 #define PYLOSS_VECTOR_BYTES 32
 #define PYLOSS_TILE_ROWS 6
 #include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_lowrank_tasks.h"
+#include "cpu/tensor_attention_lowrank_blocks.h"
+#include "cpu/tensor_attention_lowrank_scan.h"
 #undef PYLOSS_VECTOR_BYTES
 #undef PYLOSS_TILE_ROWS
 }  // namespace v3
@@ -72,7 +95,8 @@ namespace base {
 #define PYLOSS_VECTOR_BYTES 16
 #define PYLOSS_TILE_ROWS 6
 #include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_lowrank_tasks.h"
+#include "cpu/tensor_attention_lowrank_blocks.h"
+#include "cpu/tensor_attention_lowrank_scan.h"
 #undef PYLOSS_VECTOR_BYTES
 #undef PYLOSS_TILE_ROWS
 }  // namespace base
@@ -190,9 +214,125 @@ void multiply_states(const Problem& p, const Monomials& mono, const States& stat
   });
 }
 
+// ---- causal and windowed
+// ---------------------------------------------------------------------------
+
+template <class R>
+struct ScanLayout {
+  ScanPlan plan;
+  int64_t tasks, slot, total;
+  R* partials;
+  char* slots;
+
+  ScanLayout(const Problem& p, const Monomials& mono, bool backward, int threads, void* base)
+      : plan(p, mono), tasks(p.batch * p.heads * plan.ranges) {
+    Arena count(nullptr), arena(base);
+    ScanBuffers<R>(plan, backward, count);
+    slot = count.used();
+    partials = arena.take<R>(tasks * (backward ? plan.gradients : p.n_q * plan.width));
+    slots = arena.take<char>(slots_for(tasks, threads) * slot);
+    total = arena.used();
+  }
+};
+
+// Whether query i = 0, 1, .. of a head sees a key on every axis: keys in sight, counted.
+class Sight {
+ public:
+  Sight(const Problem& p, int64_t b, int64_t g) : p_(p), b_(b), g_(g), axes_(p.axes.size()) {}
+  bool next(int64_t i) {
+    bool all = true;
+    for (size_t x = 0; x < axes_.size(); ++x) {
+      const LowrankAxis& axis = p_.axes[x];
+      const uint8_t* keep =
+          axis.mask ? axis.mask + b_ * axis.mask_strides[0] + g_ * axis.mask_strides[1] : nullptr;
+      At& at = axes_[x];
+      for (const int64_t end = axis.band.end(i); at.end < end; ++at.end) {
+        at.count += !keep || keep[at.end];
+      }
+      for (const int64_t begin = std::min(at.end, axis.band.begin(i)); at.begin < begin;
+           ++at.begin) {
+        at.count -= !keep || keep[at.begin];
+      }
+      all = all && at.count > 0;
+    }
+    return all;
+  }
+
+ private:
+  struct At {
+    int64_t begin = 0, end = 0, count = 0;
+  };
+  const Problem& p_;
+  int64_t b_, g_;
+  std::vector<At> axes_;
+};
+
+template <class R>
+int scan_forward(const LowrankTasks& run, const Problem& p, const LowrankForward& f, void* scratch,
+                 int threads) {
+  const Monomials mono(p.d, p.coefficients);
+  const ScanLayout<R> layout(p, mono, false, threads, scratch);
+  const ScanPlan& plan = layout.plan;
+  run_tasks(layout.tasks, slots_for(layout.tasks, threads), [&](int64_t slot, int64_t t) {
+    run.scan(p, mono, plan, t, layout.slots + slot * layout.slot, layout.partials);
+  });
+  std::atomic<int> flags{0};
+  parallel_for(p.batch * p.heads, 1, threads, [&](int64_t first, int64_t last) {
+    std::vector<R> sum(plan.width);
+    for (int64_t head = first; head < last; ++head) {
+      Sight sight(p, head / p.heads, head % p.heads / p.group());
+      for (int64_t i = 0; i < p.n_q; ++i) {
+        const int64_t row = head * p.n_q + i;
+        std::fill(sum.begin(), sum.end(), R(0));
+        for (int64_t range = 0; range < plan.ranges; ++range) {
+          const R* part = layout.partials + ((head * plan.ranges + range) * p.n_q + i) * plan.width;
+          for (int64_t c = 0; c < plan.width; ++c) sum[c] += part[c];
+        }
+        flags |= finish_row(f, p, row, sight.next(i), sum.data(), sum[p.dv]);
+      }
+    }
+  });
+  return flags;
+}
+
+template <class R>
+void scan_backward(const LowrankTasks& run, const Problem& p, const LowrankBackward& grads,
+                   void* scratch, int threads) {
+  const Monomials mono(p.d, p.coefficients);
+  const ScanLayout<R> layout(p, mono, true, threads, scratch);
+  const ScanPlan& plan = layout.plan;
+  run_tasks(layout.tasks, slots_for(layout.tasks, threads), [&](int64_t slot, int64_t t) {
+    run.scan_gradient(p, grads, mono, plan, t, layout.slots + slot * layout.slot, layout.partials);
+  });
+  // A head's gradients: `elements` from `start` on in the tasks of its group.
+  const auto add_up = [&](void* result, int64_t heads, int64_t group, int64_t start,
+                          int64_t elements) {
+    if (!result) return;
+    parallel_for(heads * elements, 4096, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end;) {
+        const int64_t head = at / elements, stop = std::min(end, (head + 1) * elements);
+        R* to = static_cast<R*>(result) + at;
+        std::fill(to, to + (stop - at), R(0));
+        for (int64_t t = head * group * plan.ranges; t < (head + 1) * group * plan.ranges; ++t) {
+          const R* part = layout.partials + t * plan.gradients + start + at - head * elements;
+          for (int64_t i = 0; i < stop - at; ++i) to[i] += part[i];
+        }
+        at = stop;
+      }
+    });
+  };
+  add_up(grads.dq, p.batch * p.heads, 1, 0, p.n_q * p.d);
+  for (size_t x = 0; x < p.axes.size(); ++x) {
+    const int64_t n = p.axes[x].band.n, heads = p.batch * p.kv_heads;
+    add_up(grads.dk[x], heads, p.group(), plan.key_partial[x], n * p.d);
+    add_up(grads.dv[x], heads, p.group(), plan.key_partial[x] + n * p.d, n * p.dv);
+  }
+}
+
 template <class R>
 int forward(const LowrankTasks& run, const Problem& p, const LowrankForward& f, void* scratch,
             int threads) {
+  if (p.scans()) return scan_forward<R>(run, p, f, scratch, threads);
   const Monomials mono(p.d, p.coefficients);
   const ForwardLayout<R> layout(p, mono, threads, scratch);
   const SumPlan& sums = layout.sums;
@@ -220,6 +360,7 @@ int forward(const LowrankTasks& run, const Problem& p, const LowrankForward& f, 
 template <class R>
 void backward(const LowrankTasks& run, const Problem& p, const LowrankBackward& grads,
               void* scratch, int threads) {
+  if (p.scans()) return scan_backward<R>(run, p, grads, scratch, threads);
   const Monomials mono(p.d, p.coefficients);
   const BackwardLayout<R> layout(p, mono, threads, scratch);
   const SumPlan& sums = layout.sums;
@@ -281,14 +422,19 @@ int64_t monomial_count(int64_t d, int64_t degree) {
 
 int64_t tensor_attention_lowrank_forward_scratch(const Problem& p, int threads) {
   const Monomials mono(p.d, p.coefficients);
-  return with_type(
-      p.dtype, [&](auto x) { return ForwardLayout<decltype(x)>(p, mono, threads, nullptr).total; });
+  return with_type(p.dtype, [&](auto x) {
+    using R = decltype(x);
+    return p.scans() ? ScanLayout<R>(p, mono, false, threads, nullptr).total
+                     : ForwardLayout<R>(p, mono, threads, nullptr).total;
+  });
 }
 
 int64_t tensor_attention_lowrank_backward_scratch(const Problem& p, int threads) {
   const Monomials mono(p.d, p.coefficients);
   return with_type(p.dtype, [&](auto x) {
-    return BackwardLayout<decltype(x)>(p, mono, threads, nullptr).total;
+    using R = decltype(x);
+    return p.scans() ? ScanLayout<R>(p, mono, true, threads, nullptr).total
+                     : BackwardLayout<R>(p, mono, threads, nullptr).total;
   });
 }
 

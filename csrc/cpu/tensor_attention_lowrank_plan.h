@@ -113,4 +113,138 @@ struct RowBuffers {
   }
 };
 
+// ---- running sums: queries that see different keys
+// -------------------------------------------------
+
+inline constexpr int64_t kScanTile = 128;  // monomials that go through all queries together
+inline constexpr int64_t kColumns = 4;     // columns of [v | 1] in registers
+
+// Query i sees the keys [i + shift - window, i + shift) of an axis, as far as they exist; all keys
+// before i + shift where the window is 0.
+//
+// A chunk of kTokens queries begins where `entered` keys are in sight: its `entering` keys
+// [entered, entered + kTokens) come into sight one by one, its `leaving` keys [entered - window,
+// entered - window + kTokens) go out of sight. What all its queries see is the base of the chunk:
+// for a window of at least kTokens - 1 the entering keys of the `whole` chunks before it, and the
+// last `rest` entering keys of the chunk before those.
+struct ScanAxis {
+  int64_t n, shift, window, whole, rest;
+
+  ScanAxis(const Band& band, int64_t n_q) : n(band.n), whole(0), rest(0) {
+    const int64_t w = band.window;
+    shift = band.causal ? band.offset + 1 : w ? band.offset + w : n;
+    window = band.causal || !w ? w : 2 * w - 1;
+    bool empty = shift <= -n_q;
+    if (shift > n) {  // keys past the end are none: the same interval of keys
+      if (window) {
+        window -= shift - n;
+        empty = empty || window <= 0;
+      }
+      shift = n;
+    }
+    if (empty) {
+      shift = -n_q;
+      window = 0;
+    }
+    if (n_q - 1 + shift - window <= 0) window = 0;  // nothing ever leaves
+    if (window >= kTokens - 1) {
+      whole = (window - kTokens + 1) / kTokens;
+      rest = (window - kTokens + 1) % kTokens;
+    }
+  }
+  int64_t entered(int64_t chunk) const { return chunk * kTokens + shift; }
+  // Leaving keys that its queries add to what they all see.
+  int64_t leaving() const { return std::min(window, kTokens - 1); }
+};
+
+// Siblings: monomials [at, at + n) of a tile or of the low degrees.
+struct Run {
+  int64_t parent, var, n, at;
+};
+
+inline std::vector<Run> runs_of(const Monomials& mono, int64_t begin, int64_t end, int64_t origin) {
+  std::vector<Run> runs;
+  for (int64_t a = begin; a < end;) {
+    const int64_t n = mono.run(a, end);
+    runs.push_back({mono.parent[a], mono.var[a], n, a - origin});
+    a += n;
+  }
+  return runs;
+}
+
+// A task is a range of tiles for one query head; the ranges' results are added up in their order.
+struct ScanPlan {
+  int64_t width, columns, tiles, ranges, chunks, low_stride, row_stride, most_blocks;
+  int64_t value_stride;  // of the gradients of v
+  std::vector<ScanAxis> axes;
+  std::vector<int64_t> key_partial;  // where an axis's gradients start in a task's
+  int64_t gradients;                 // elements of a task's gradients
+
+  ScanPlan(const LowrankProblem& p, const Monomials& mono) {
+    width = p.dv + 1;
+    tiles = (mono.count + kScanTile - 1) / kScanTile;
+    columns = padded((mono.count + tiles - 1) / tiles);
+    tiles = (mono.count + columns - 1) / columns;
+    const int64_t heads = std::max<int64_t>(1, p.batch * p.heads);
+    ranges = std::min(tiles, (16 + heads - 1) / heads);
+    chunks = blocks_of(p.n_q);
+    low_stride = padded(mono.low_rows()) + kLanePad;  // vectors run over the end
+    row_stride = columns + kLanePad;
+    value_stride = padded(width);
+    most_blocks = chunks;
+    gradients = p.n_q * p.d;
+    for (const LowrankAxis& a : p.axes) {
+      axes.emplace_back(a.band, p.n_q);
+      most_blocks = std::max(most_blocks, chunks + axes.back().whole + 1);
+      key_partial.push_back(gradients);
+      gradients += a.band.n * (p.d + p.dv);
+    }
+  }
+  int64_t record() const { return width * columns; }  // of sums: column by monomial
+  int64_t first_tile(int64_t range) const { return tiles * range / ranges; }
+};
+
+// kTokens rows with their monomials of low degree, those of the tile, and [v | 1] or, for queries,
+// [dN | dy]; then the gradients.
+template <class R>
+struct ScanRows {
+  R *low, *u, *v, *du, *dv;
+  ScanRows(const ScanPlan& plan, bool backward, Arena& arena) {
+    low = arena.take<R>(kTokens * plan.low_stride);
+    u = arena.take<R>(kTokens * plan.row_stride);
+    v = arena.take<R>(kTokens * plan.width);
+    du = arena.take<R>(backward ? kTokens * plan.row_stride : 0);
+    dv = arena.take<R>(backward ? kTokens * plan.value_stride : 0);
+  }
+};
+
+template <class R>
+struct ScanBuffers {
+  static constexpr int64_t kTile = kTokens * kColumns * kLanePad;  // rows x columns x lanes
+  ScanRows<R> queries;
+  std::vector<ScanRows<R>> entering, leaving;
+  // Records per chunk; then rows x columns x lanes.
+  std::vector<R*> base, base_gradient, sums, items, lanes, leaving_lanes;
+  R *blocks, *running, *suffix, *low_gradient, *transposed;
+
+  ScanBuffers(const ScanPlan& plan, bool backward, Arena& arena) : queries(plan, backward, arena) {
+    const auto when = [&](int64_t count) { return backward ? count : 0; };
+    for (size_t x = 0; x < plan.axes.size(); ++x) {
+      entering.emplace_back(plan, backward, arena);
+      leaving.emplace_back(plan, backward, arena);
+      base.push_back(arena.take<R>(plan.chunks * plan.record()));
+      base_gradient.push_back(arena.take<R>(when(plan.most_blocks * plan.record())));
+      sums.push_back(arena.take<R>(kTile));
+      items.push_back(arena.take<R>(when(kTile)));
+      lanes.push_back(arena.take<R>(kTile));
+      leaving_lanes.push_back(arena.take<R>(when(kTile)));
+    }
+    blocks = arena.take<R>(plan.most_blocks * plan.record());
+    running = arena.take<R>(plan.record());
+    suffix = arena.take<R>(kTile);
+    low_gradient = arena.take<R>(when(kTokens * plan.low_stride));
+    transposed = arena.take<R>(when(plan.columns * plan.value_stride));
+  }
+};
+
 }  // namespace pyloss::cpu

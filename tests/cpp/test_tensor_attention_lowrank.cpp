@@ -4,6 +4,7 @@
 #include "cpu/tensor_attention_lowrank.cpp"
 
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -221,6 +222,22 @@ void compare(const char* level, const char* name, const std::vector<R>& got, con
   CHECK(same_kind && error <= tolerance * size);
 }
 
+// Exactly so many bytes, which hold NaN before the call.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
+    std::memset(data_, 0xff, bytes);
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* get() const { return data_; }
+
+ private:
+  char* data_;
+};
+
 template <class R>
 void check(const char* level, const LowrankTasks& run, const Data<R>& data, const Results& want,
            int threads, std::vector<R>* all) {
@@ -234,13 +251,8 @@ void check(const char* level, const LowrankTasks& run, const Data<R>& data, cons
     states[x].resize(p.scans() ? 0 : p.batch * p.kv_heads * count * (p.dv + 1));
     f.states.push_back(states[x].data());
   }
-  // The scratch holds anything.
-  const int64_t bytes = std::max(tensor_attention_lowrank_forward_scratch(p, threads),
-                                 tensor_attention_lowrank_backward_scratch(p, threads));
-  std::vector<char> scratch(bytes + 64, char(0xff));
-  char* aligned =
-      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
-  CHECK(forward<R>(run, p, f, aligned, threads) == 0);
+  Scratch forward_scratch(tensor_attention_lowrank_forward_scratch(p, threads));
+  CHECK(forward<R>(run, p, f, forward_scratch.get(), threads) == 0);
   compare(level, "out", out, want.out);
   compare(level, "lse", lse, want.lse);
   compare(level, "y", y, want.y);
@@ -260,8 +272,8 @@ void check(const char* level, const LowrankTasks& run, const Data<R>& data, cons
     b.dk.push_back(dk[x].data());
     b.dv.push_back(dv[x].data());
   }
-  std::fill(scratch.begin(), scratch.end(), char(0xff));
-  backward<R>(run, p, b, aligned, threads);
+  Scratch backward_scratch(tensor_attention_lowrank_backward_scratch(p, threads));
+  backward<R>(run, p, b, backward_scratch.get(), threads);
   compare(level, "dq", dq, want.dq);
   *all = out;
   all->insert(all->end(), dq.begin(), dq.end());
@@ -305,10 +317,8 @@ void check_flags() {
   std::vector<float> out(6), lse(3), y(3), states[2];
   for (auto& s : states) s.resize(9);
   const LowrankForward f{out.data(), lse.data(), y.data(), {states[0].data(), states[1].data()}};
-  std::vector<char> scratch(tensor_attention_lowrank_forward_scratch(p, 1) + 64);
-  char* aligned =
-      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
-  const auto flags = [&] { return tensor_attention_lowrank_forward(p, f, aligned, 1); };
+  Scratch scratch(tensor_attention_lowrank_forward_scratch(p, 1));
+  const auto flags = [&] { return tensor_attention_lowrank_forward(p, f, scratch.get(), 1); };
   CHECK(flags() == 0);
   p.coefficients = {-1.0, 0.0};
   CHECK(flags() == kNotPositive);
@@ -331,6 +341,20 @@ int main() {
   check_all({1, 1, 1, 4, {5, 0}, 3, 2, 1});
   check_all({1, 1, 1, 4, {5, 6}, 3, 2, 0});
   check_all({1, 1, 1, 4, {5, 6}, 1, 2, 4});
+  // .., causal, windows, offset
+  check_all({1, 1, 1, 70, {70, 70}, 3, 2, 2, false, true});
+  check_all({2, 4, 2, 66, {90, 40}, 4, 3, 3, true, true, {}, 20});
+  check_all({1, 1, 1, 150, {150, 150}, 3, 4, 2, false, true, {20, 7}});
+  check_all({1, 1, 1, 200, {200, 200}, 2, 1, 2, true, true, {66, 1}});
+  check_all({1, 1, 1, 400, {400}, 3, 2, 2, true, true, {200}});
+  check_all({1, 1, 1, 300, {300, 40}, 2, 2, 2, false, false, {90, 0}, -8});
+  check_all({1, 1, 1, 30, {300}, 2, 3, 1, false, false, {70}, 150});
+  check_all({1, 1, 1, 5, {40, 30, 9}, 3, 2, 2, true, true, {30, 0, 4}, 10});
+  check_all({1, 1, 1, 40, {30}, 20, 17, 3, false, true});  // tiles
+  check_all({1, 1, 1, 9, {9, 8}, 3, 2, 0, false, true});
+  check_all({1, 1, 1, 9, {9, 0}, 3, 2, 2, false, true});
+  check_all({1, 1, 1, 20, {20, 20}, 3, 2, 2, false, true, {5, 5}, -int64_t(INT32_MAX)});
+  check_all({1, 1, 1, 20, {20, 20}, 3, 2, 2, false, true, {INT32_MAX, 0}, INT32_MAX - 10});
   check_flags();
   CHECK(monomial_count(16, 2) == 153 && monomial_count(64, 2) == 2145);
   CHECK(monomial_count(128, 3) == 366145 && monomial_count(1 << 20, 4) == -1);

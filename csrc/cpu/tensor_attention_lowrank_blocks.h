@@ -340,12 +340,10 @@ int query_task(const LowrankProblem& p, const LowrankForward& f, const Monomials
     const int64_t row = head * p.n_q + block * kTokens;
     R *y = w.result + p.dv * kTokens, inverse[kTokens];
     for (int64_t t = 0; t < n; ++t) {
-      const R value = sees ? y[t] : R(0);
-      static_cast<R*>(f.y)[row + t] = value;
-      static_cast<R*>(f.lse)[row + t] = sees ? log_(value) + R(p.centre) : -infinity_<R>();
-      inverse[t] = sees ? R(1) / value : R(0);
-      if (sees && !(value > R(0))) flags |= value == value ? kNotPositive : kNotFinite;
-      if (sees && !(value < infinity_<R>())) flags |= kNotFinite;
+      static_cast<R*>(f.y)[row + t] = sees ? y[t] : R(0);
+      static_cast<R*>(f.lse)[row + t] = sees ? log_(y[t]) + R(p.centre) : -infinity_<R>();
+      inverse[t] = sees ? R(1) / y[t] : R(0);
+      if (sees) flags |= flags_of(y[t]);
     }
     store_rows(static_cast<R*>(f.out) + row * p.dv, p.dv, w.result, inverse, n, p.dv);
   }
@@ -431,10 +429,4 @@ void key_gradient_task(const LowrankProblem& p, const LowrankBackward& grads, co
                  w.low_gradient + kTokens, all, n, p.d);
     }
   }
-}
-
-template <class R>
-LowrankTasks lowrank_tasks() {
-  return {&key_sums_task<R>, &query_sums_task<R>, &query_task<R>, &query_gradient_task<R>,
-          &key_gradient_task<R>};
 }
