@@ -115,7 +115,7 @@ PROBLEMS = {
     "grouped_padded": Problem(heads=4, kv_heads=2, padded=True),
     "padded": Problem(padded=True, centre=0.5),
     "wide": Problem(d=17, dv=19, lengths=(33, 40), n_q=35, batch=1),
-    "long": Problem((70, 530), n_q=130, d=5, dv=3, batch=1, heads=1, kv_heads=1),
+    "long": Problem((30, 530), n_q=70, d=5, dv=3, batch=1, heads=1, kv_heads=1),
     "causal": Problem((7, 7), causal=True),
     "causal_long": Problem((90, 90), n_q=90, d=4, batch=1, heads=1, kv_heads=1, causal=True),
     "causal_grouped": Problem((7, 7), heads=4, kv_heads=2, causal=True, padded=True),
@@ -128,7 +128,7 @@ PROBLEMS = {
     "one_window": Problem((9, 9), n_q=9, causal=True, windows=(0, 4), padded=True),
     "wide_window": Problem((7, 7), causal=True, windows=(100, 7)),
     "windows_long": Problem(
-        (90, 90), n_q=90, d=4, batch=1, heads=2, kv_heads=1, causal=True, windows=(20, 35)
+        (80, 80), n_q=80, d=3, batch=1, heads=2, kv_heads=1, causal=True, windows=(20, 35)
     ),
     "both_sides": Problem((9, 8), n_q=7, windows=(2, 3), q_offset=1),
     "both_sides_one": Problem((9, 8), n_q=7, windows=(2, 0), padded=True),

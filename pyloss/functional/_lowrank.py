@@ -217,9 +217,15 @@ def rounding_bound(p: Problem, condition: float, rank: int, degree: int) -> floa
     """
     acc = accumulator_dtype(p.q.dtype)
     unit = torch.finfo(acc).eps / 2
-    block = 64 if p.causal or any(p.windows) else 256
-    chain = sum(min(k.shape[2], block + -(-k.shape[2] // block)) for k in p.keys)
-    features = min(rank, 256 + -(-rank // 256))
+    # The longest chains of additions in csrc/cpu/tensor_attention_lowrank.h.
+    if p.causal or any(p.windows):
+        # What leaves a window is subtracted: its terms count once more each way.
+        chain = sum((3 if w else 1) * (128 + -(-k.shape[2] // 64))
+                    for k, w in zip(p.keys, p.windows))  # fmt: skip
+        features = 16 + -(-rank // 16)
+    else:
+        chain = sum(min(k.shape[2], 208 + -(-k.shape[2] // 8192)) for k in p.keys)
+        features = min(rank, 84 + -(-rank // 84))
     operations = chain + features + (p.order + 1) * (degree + 2) + 4
     store = 0.0 if p.q.dtype == acc else torch.finfo(p.q.dtype).eps / 2
     return 2.0 * operations * unit * condition + store
@@ -233,6 +239,7 @@ class Promise(NamedTuple):
     delta: float
     bound: float  # of |out - exact|, in units of the largest |v_1 ... v_m|
     bound_lse: float
+    rounding: float  # the part of both that no degree makes smaller
     rank: int
 
 
@@ -246,7 +253,7 @@ def promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
     lse = math.inf
     if found.low > 0.0 and math.isfinite(found.high):
         lse = max(-math.log(found.low), math.log(found.high), 0.0) + rounding
-    return Promise(polynomial, radius, found.delta, bound, lse, r)
+    return Promise(polynomial, radius, found.delta, bound, lse, rounding, r)
 
 
 def _rounded_up(radius: float) -> float:
@@ -262,7 +269,7 @@ class Family:
 
     def __init__(self, p: Problem, poly: str, radius: float) -> None:
         self.problem, self.poly, self.radius = p, poly, radius
-        self._samples: Tensor | None = None
+        self._samples: tuple[Tensor, Tensor] | None = None
 
     def of(self, degree: int) -> Polynomial | None:
         """None where there is none on such a range."""
@@ -273,7 +280,7 @@ class Family:
         if self.poly == "chebyshev":
             return polynomials.chebyshev(degree, _rounded_up(self.radius))
         if self._samples is None:
-            self._samples = sampled_scores(self.problem, _FIT_SAMPLES)
+            self._samples = polynomials.clustered(sampled_scores(self.problem, _FIT_SAMPLES))
         return polynomials.fit(degree, self._samples)
 
 
@@ -290,6 +297,8 @@ def least_degree(family: Family, tol: float, most_rank: float = math.inf) -> Pro
         found = promise(p, polynomial, family.radius)
         if found.bound <= tol:
             return found
+        if tol < found.rounding < math.inf:
+            return None
     return None
 
 

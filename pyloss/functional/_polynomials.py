@@ -73,9 +73,9 @@ def _powers(series: list[float], radius: float) -> list[float]:
     return [a / radius**t for t, a in enumerate(total)] if radius > 0 else total[:1]
 
 
-def fit(degree: int, samples: Tensor) -> Polynomial:
-    """Least squares of p / exp - 1 over sampled scores, each with the weight exp of the score."""
-    x, count = _clustered(samples.detach().double().cpu().flatten())
+def fit(degree: int, samples: tuple[Tensor, Tensor]) -> Polynomial:
+    """Least squares of p / exp - 1 over :func:`clustered` scores, weighted with exp of the score."""
+    x, count = samples
     centre = x.max().item()
     radius = max(x.abs().max().item(), 1e-6)
     # (p(x) e^(c - x) - 1)^2 e^(x - c): rows divided by e^((x - c) / 2).
@@ -91,8 +91,9 @@ def fit(degree: int, samples: Tensor) -> Polynomial:
     return Polynomial(tuple(_powers(series.tolist(), radius)), centre)
 
 
-def _clustered(x: Tensor, bins: int = 512) -> tuple[Tensor, Tensor]:
+def clustered(samples: Tensor, bins: int = 512) -> tuple[Tensor, Tensor]:
     """The means of at most so many bins, and how many samples each holds."""
+    x = samples.detach().double().cpu().flatten()
     low, high = x.min(), x.max()
     width = (high - low).clamp_min(1e-300) / bins
     at = ((x - low) / width).long().clamp_(0, bins - 1)
@@ -125,6 +126,12 @@ def _extremes_of_taylor(polynomial: Polynomial, radius: float) -> tuple[float, f
     return min(ends) - slack, max(*ends, 1.0) + slack
 
 
+@functools.lru_cache(maxsize=8)
+def _powers_on_grid(count: int) -> Tensor:
+    u = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float64)
+    return torch.stack([u**t for t in range(count)])
+
+
 @functools.lru_cache(maxsize=1024)
 def _extremes_on_grid(polynomial: Polynomial, radius: float) -> tuple[float, float]:
     """Those on a grid, and as far beyond as can be reached between two of its points."""
@@ -137,7 +144,7 @@ def _extremes_on_grid(polynomial: Polynomial, radius: float) -> tuple[float, flo
     # function leaves the line through them by h^2 / 8 times the most of its second derivative.
     curve = [a - 2.0 * b + c for a, b, c in zip(second, first, p)]
     rows = [[a * radius**t for t, a in enumerate(q)] for q in (p, curve)]
-    powers = torch.stack([u**t for t in range(len(p))])
+    powers = _powers_on_grid(len(p))
     f, bend = (torch.tensor(rows, dtype=torch.float64) @ powers) * growth
     absolute = torch.tensor(rows[0], dtype=torch.float64).abs() @ powers.abs() * growth
     rise = sum(

@@ -80,8 +80,6 @@ def _forward_reference(q, keys, values, key_masks, *settings):
 
 def _forward_cpu(q, keys, values, key_masks, *settings):
     _check_dtype(q)
-    if Settings(*settings).banded:
-        return _forward_reference(q, keys, values, key_masks, *settings)
     return cpu.forward(q, keys, values, key_masks, *settings)
 
 
@@ -109,9 +107,8 @@ def _backward_fake(dout, dlse, q, keys, values, *rest):
     return _gradients(q, keys, values)
 
 
-def _backward_cpu(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
-    step = _backward_reference if Settings(*settings).banded else cpu.backward
-    return step(dout, dlse, q, keys, values, key_masks, out, y, states, *settings)
+def _backward_cpu(*args):
+    return cpu.backward(*args)
 
 
 def _backward_reference(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
