@@ -8,7 +8,14 @@
 // m + 1 products of length dv + 1, backward 2 m + 2, and the multiplications that make the
 // monomial. Memory traffic: every row is read once per pass (1 forward, 2 backward) and per range
 // of monomials; monomials live in a tile in the first-level cache, sums in the second-level one.
-// Accumulator: float, with the sums over many rows in two levels; double for fp64.
+// Accumulator: float, double for fp64. Longest chain of additions: into a state 64 rows, 128 blocks,
+// n / 8192 groups of blocks and 16 chunks; over monomials a tile of 84, then r / 84 tiles.
+//
+// With causality or windows a task is one query head and a range of monomials; the ranges are added
+// up in their order. Per row, monomial and column of [v | 1] a few vector operations of 1 / lanes
+// each, forward and backward (tensor_attention_lowrank_scan.h). Longest chain: 64 keys, n / 64
+// blocks, 64 keys inside a chunk. The backward keeps the running sums at every 64th query, for 128
+// monomials at a time: 2 (dv + 1) numbers per query and axis, and as many gradients.
 #include "cpu/tensor_attention_lowrank.h"
 
 #include <atomic>
