@@ -8,8 +8,8 @@
 // m + 1 products of length dv + 1, backward 2 m + 2, and the multiplications that make the
 // monomial. Memory traffic: every row is read once per pass (1 forward, 2 backward) and per range
 // of monomials; monomials live in a tile in the first-level cache, sums in the second-level one.
-// Accumulator: float, double for fp64. Longest chain of additions: into a state 64 rows, 128 blocks,
-// n / 8192 groups of blocks and 16 chunks; over monomials a tile of 84, then r / 84 tiles.
+// Accumulator: float, double for fp64. Longest chain of additions: into a state 64 rows, 128
+// blocks, n / 8192 groups of blocks and 16 chunks; over monomials a tile of 84, then r / 84 tiles.
 //
 // With causality or windows a task is one query head and a range of monomials; the ranges are added
 // up in their order. Per row, monomial and column of [v | 1] a few vector operations of 1 / lanes
