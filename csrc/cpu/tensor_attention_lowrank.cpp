@@ -8,7 +8,14 @@
 // m + 1 products of length dv + 1, backward 2 m + 2, and the multiplications that make the
 // monomial. Memory traffic: every row is read once per pass (1 forward, 2 backward) and per range
 // of monomials; monomials live in a tile in the first-level cache, sums in the second-level one.
-// Accumulator: float, with the sums over many rows in two levels; double for fp64.
+// Accumulator: float, double for fp64. Longest chain of additions: into a state 64 rows, 128
+// blocks, n / 8192 groups of blocks and 16 chunks; over monomials a tile of 84, then r / 84 tiles.
+//
+// With causality or windows a task is one query head and a range of monomials; the ranges are added
+// up in their order. Per row, monomial and column of [v | 1] a few vector operations of 1 / lanes
+// each, forward and backward (tensor_attention_lowrank_scan.h). Longest chain: 64 keys, n / 64
+// blocks, 64 keys inside a chunk. The backward keeps the running sums at every 64th query, for 128
+// monomials at a time: 2 (dv + 1) numbers per query and axis, and as many gradients.
 #include "cpu/tensor_attention_lowrank.h"
 
 #include <atomic>
@@ -20,6 +27,7 @@
 #include "common/math.h"
 #include "common/multiversion.h"
 #include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/tasks.h"
 #include "cpu/tensor_attention_lowrank_plan.h"
@@ -49,6 +57,26 @@ struct LowrankTasks {
   void (*scan_gradient)(const Problem&, const LowrankBackward&, const Monomials&, const ScanPlan&,
                         int64_t, void*, void*);
 };
+
+// to[l][t] = from[t][l], 4 x 4.
+template <class R>
+PYLOSS_INLINE void transpose_4(R* to, int64_t to_stride, const R* from, int64_t from_stride) {
+#if defined(__SSE2__)
+  if constexpr (std::is_same<R, float>::value) {
+    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
+    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(to, a);
+    _mm_storeu_ps(to + to_stride, b);
+    _mm_storeu_ps(to + 2 * to_stride, c);
+    _mm_storeu_ps(to + 3 * to_stride, d);
+    return;
+  }
+#endif
+  for (int l = 0; l < 4; ++l) {
+    for (int t = 0; t < 4; ++t) to[l * to_stride + t] = from[t * from_stride + l];
+  }
+}
 
 // out, lse and y of a row from [N | y]; returns flags.
 template <class R>
@@ -330,11 +358,23 @@ void scan_backward(const LowrankTasks& run, const Problem& p, const LowrankBackw
 }
 
 template <class R>
+void advise_gradients(const Problem& p, const LowrankBackward& grads) {
+  const int64_t size = int64_t(sizeof(R)), heads = p.batch * p.kv_heads;
+  if (grads.dq) advise_huge_pages(grads.dq, p.batch * p.heads * p.n_q * p.d * size);
+  for (size_t x = 0; x < p.axes.size(); ++x) {
+    const int64_t rows = heads * p.axes[x].band.n;
+    if (grads.dk[x]) advise_huge_pages(grads.dk[x], rows * p.d * size);
+    if (grads.dv[x]) advise_huge_pages(grads.dv[x], rows * p.dv * size);
+  }
+}
+
+template <class R>
 int forward(const LowrankTasks& run, const Problem& p, const LowrankForward& f, void* scratch,
             int threads) {
   if (p.scans()) return scan_forward<R>(run, p, f, scratch, threads);
   const Monomials mono(p.d, p.coefficients);
   const ForwardLayout<R> layout(p, mono, threads, scratch);
+  advise_huge_pages(f.out, p.batch * p.heads * p.n_q * p.dv * int64_t(sizeof(R)));
   const SumPlan& sums = layout.sums;
   run_tasks(layout.sum_tasks, slots_for(layout.sum_tasks, threads), [&](int64_t slot, int64_t t) {
     run.key_sums(p, mono, sums, t, layout.slots + slot * layout.sum_slot, layout.partials);
@@ -363,6 +403,7 @@ void backward(const LowrankTasks& run, const Problem& p, const LowrankBackward& 
   if (p.scans()) return scan_backward<R>(run, p, grads, scratch, threads);
   const Monomials mono(p.d, p.coefficients);
   const BackwardLayout<R> layout(p, mono, threads, scratch);
+  advise_gradients<R>(p, grads);
   const SumPlan& sums = layout.sums;
   const int64_t m = int64_t(p.axes.size()), heads = p.batch * p.kv_heads, width = p.dv + 1;
   if (grads.dq) {

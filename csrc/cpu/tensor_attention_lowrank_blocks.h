@@ -21,7 +21,17 @@ void load_columns(R* to, const R* from, int64_t stride, int64_t n, int64_t width
   constexpr int64_t kPart = 16;  // rows whose lines stay in cache while they are read
   for (int64_t t0 = 0; t0 < n; t0 += kPart) {
     const int64_t t1 = std::min(n, t0 + kPart);
-    for (int64_t l = 0; l < width; ++l) {
+    int64_t l = 0;
+    for (; l + 4 <= width; l += 4) {
+      int64_t t = t0;
+      for (; t + 4 <= t1; t += 4) {
+        transpose_4(to + l * kTokens + t, kTokens, from + t * stride + l, stride);
+      }
+      for (; t < t1; ++t) {
+        for (int i = 0; i < 4; ++i) to[(l + i) * kTokens + t] = from[t * stride + l + i];
+      }
+    }
+    for (; l < width; ++l) {
       for (int64_t t = t0; t < t1; ++t) to[l * kTokens + t] = from[t * stride + l];
     }
   }
@@ -31,16 +41,34 @@ void load_columns(R* to, const R* from, int64_t stride, int64_t n, int64_t width
   }
 }
 
-// to[t][l] = from[l][t] factor[t] for n rows.
+// to[t][l] = from[l][t] for n rows.
 template <class R>
-void store_rows(R* to, int64_t stride, const R* from, const R* factor, int64_t n, int64_t width) {
+void store_rows(R* to, int64_t stride, const R* from, int64_t n, int64_t width) {
   constexpr int64_t kPart = 16;
-  for (int64_t l0 = 0; l0 < width; l0 += kPart) {
-    const int64_t l1 = std::min(width, l0 + kPart);
-    for (int64_t t = 0; t < n; ++t) {
-      const R f = factor ? factor[t] : R(1);
-      for (int64_t l = l0; l < l1; ++l) to[t * stride + l] = from[l * kTokens + t] * f;
+  for (int64_t t0 = 0; t0 < n; t0 += kPart) {
+    const int64_t t1 = std::min(n, t0 + kPart);
+    int64_t l = 0;
+    for (; l + 4 <= width; l += 4) {
+      int64_t t = t0;
+      for (; t + 4 <= t1; t += 4) {
+        transpose_4(to + t * stride + l, stride, from + l * kTokens + t, kTokens);
+      }
+      for (; t < t1; ++t) {
+        for (int i = 0; i < 4; ++i) to[t * stride + l + i] = from[(l + i) * kTokens + t];
+      }
     }
+    for (; l < width; ++l) {
+      for (int64_t t = t0; t < t1; ++t) to[t * stride + l] = from[l * kTokens + t];
+    }
+  }
+}
+
+// Asks for rows [begin, begin + kTokens) before `end`: blocks are about a page, where the
+// processor's own prefetching starts again.
+template <class R>
+void prefetch_rows(const R* p, int64_t stride, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t t = begin; t < std::min(end, begin + kTokens); ++t) {
+    prefetch(p + t * stride, width * int64_t(sizeof(R)));
   }
 }
 
@@ -127,7 +155,9 @@ struct Keys {
   template <class R>
   int64_t load(int64_t block, R* low, R* weight) const {
     const int64_t j0 = block * kTokens, n = std::min(kTokens, axis.band.n - j0);
-    load_columns(low + kTokens, at<R>(axis.k, axis.k_strides, b, g, j0), axis.k_strides[2], n, p.d);
+    const R* from = at<R>(axis.k, axis.k_strides, b, g, 0);
+    prefetch_rows(from, axis.k_strides[2], j0 + kTokens, axis.band.n, p.d);
+    load_columns(low + kTokens, from + j0 * axis.k_strides[2], axis.k_strides[2], n, p.d);
     const uint8_t* keep = kept();
     for (int64_t t = 0; t < kTokens; ++t) weight[t] = t < n && !(keep && !keep[j0 + t]) ? 1 : 0;
     if (keep) {
@@ -145,6 +175,7 @@ void load_values(const Keys& keys, int64_t block, const R* weight, R* v, int64_t
   const int64_t j0 = block * kTokens, n = std::min(kTokens, keys.axis.band.n - j0);
   const int64_t stride = keys.axis.v_strides[2];
   const R* from = at<R>(keys.axis.v, keys.axis.v_strides, keys.b, keys.g, j0);
+  prefetch_rows(from, stride, kTokens, keys.axis.band.n - j0, keys.p.dv);
   for (int64_t t = 0; t < kTokens; ++t) {
     const int64_t width = t < n && weight[t] ? keys.p.dv : 0;
     std::copy(from + (width ? t * stride : 0), from + (width ? t * stride : 0) + width,
@@ -156,7 +187,9 @@ void load_values(const Keys& keys, int64_t block, const R* weight, R* v, int64_t
 template <class R>
 int64_t load_queries(const LowrankProblem& p, int64_t b, int64_t h, int64_t block, R* low) {
   const int64_t i0 = block * kTokens, n = std::min(kTokens, p.n_q - i0);
-  load_columns(low + kTokens, at<R>(p.q, p.q_strides, b, h, i0), p.q_strides[2], n, p.d);
+  const R* from = at<R>(p.q, p.q_strides, b, h, 0);
+  prefetch_rows(from, p.q_strides[2], i0 + kTokens, p.n_q, p.d);
+  load_columns(low + kTokens, from + i0 * p.q_strides[2], p.q_strides[2], n, p.d);
   for (int64_t t = 0; t < kTokens; ++t) low[t] = t < n ? 1 : 0;
   return n;
 }
@@ -338,14 +371,17 @@ int query_task(const LowrankProblem& p, const LowrankForward& f, const Monomials
       add_results(of_head, width, a, z, u, w.result, width);
     });
     const int64_t row = head * p.n_q + block * kTokens;
-    R *y = w.result + p.dv * kTokens, inverse[kTokens];
+    R *y = w.result + p.dv * kTokens, inverse[kTokens] = {};
     for (int64_t t = 0; t < n; ++t) {
       static_cast<R*>(f.y)[row + t] = sees ? y[t] : R(0);
       static_cast<R*>(f.lse)[row + t] = sees ? log_(y[t]) + R(p.centre) : -infinity_<R>();
       inverse[t] = sees ? R(1) / y[t] : R(0);
       if (sees) flags |= flags_of(y[t]);
     }
-    store_rows(static_cast<R*>(f.out) + row * p.dv, p.dv, w.result, inverse, n, p.dv);
+    for (int64_t c = 0; c < p.dv; ++c) {
+      for (int64_t t = 0; t < kTokens; ++t) w.result[c * kTokens + t] *= inverse[t];
+    }
+    store_rows(static_cast<R*>(f.out) + row * p.dv, p.dv, w.result, n, p.dv);
   }
   return flags;
 }
@@ -379,7 +415,7 @@ void query_gradient_task(const LowrankProblem& p, const LowrankBackward& grads,
     }
     finish_gradient(mono, w.low, w.low_gradient);
     store_rows(static_cast<R*>(grads.dq) + (head * p.n_q + i0) * p.d, p.d, w.low_gradient + kTokens,
-               static_cast<const R*>(nullptr), n, p.d);
+               n, p.d);
   }
 }
 
@@ -418,15 +454,14 @@ void key_gradient_task(const LowrankProblem& p, const LowrankBackward& grads, co
       if (grads.dv[x]) add_results(of_head, width, a, z, u, w.result, p.dv);
       if (grads.dk[x]) gradient_tile(mono, of_head, width, a, z, w);
     });
-    const R* all = nullptr;
     if (grads.dv[x]) {
-      store_rows(static_cast<R*>(grads.dv[x]) + (head * axis.band.n + j0) * p.dv, p.dv, w.result,
-                 all, n, p.dv);
+      store_rows(static_cast<R*>(grads.dv[x]) + (head * axis.band.n + j0) * p.dv, p.dv, w.result, n,
+                 p.dv);
     }
     if (grads.dk[x]) {
       finish_gradient(mono, w.low, w.low_gradient);
       store_rows(static_cast<R*>(grads.dk[x]) + (head * axis.band.n + j0) * p.d, p.d,
-                 w.low_gradient + kTokens, all, n, p.d);
+                 w.low_gradient + kTokens, n, p.d);
     }
   }
 }

@@ -117,7 +117,7 @@ struct RowBuffers {
 // -------------------------------------------------
 
 inline constexpr int64_t kScanTile = 128;  // monomials that go through all queries together
-inline constexpr int64_t kColumns = 4;     // columns of [v | 1] in registers
+inline constexpr int64_t kColumns = 5;     // columns of [v | 1] in registers, at most
 
 // Query i sees the keys [i + shift - window, i + shift) of an axis, as far as they exist; all keys
 // before i + shift where the window is 0.

@@ -13,17 +13,15 @@
 // into I_x[t,a,c] = w_a U[t,a] dN[t,c] prod_{y != x} H_y, and does to the I_x, from the last query
 // to the first, what the forward did to the keys.
 
-// Sum of the lanes.
+// Sum of the lanes, four at a time.
 template <class R>
 PYLOSS_INLINE R fold_lanes(const R* p) {
-  constexpr int kLanes = Vec<R>::kLanes;
-  R x[kLanes];
-  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  if constexpr (Vec<R>::kLanes < 4) return p[0] + p[1];
+  R sum[4] = {p[0], p[1], p[2], p[3]};
+  for (int i = 4; i < Vec<R>::kLanes; i += 4) {
+    for (int l = 0; l < 4; ++l) sum[l] += p[i + l];
   }
-  return x[0];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 // ---- rows
@@ -73,7 +71,7 @@ void make_rows(const ScanPlan& plan, const std::vector<std::vector<Run>>& levels
     for (const std::vector<Run>& runs : levels) make_runs(runs, low, low);
     std::copy(low + tile.a0, low + tile.a0 + tile.low, u);
     make_runs(tile.runs, low, u);
-    std::fill(u + (tile.a1 - tile.a0), u + plan.row_stride, R(0));
+    for (int64_t a = tile.a1 - tile.a0; a < plan.columns; ++a) u[a] = R(0);
   }
 }
 
@@ -129,7 +127,6 @@ void load_key_rows(const Keys& keys, const ScanPlan& plan, int64_t j0, int64_t e
     const R* from = at<R>(keys.axis.v, keys.axis.v_strides, keys.b, keys.g, j);
     low[0] = R(1);
     std::copy(k, k + d, low + 1);
-    std::fill(low + 1 + d, low + plan.low_stride, R(0));
     std::copy(from, from + dv, v);
     v[dv] = R(1);
   }
@@ -140,8 +137,10 @@ void load_query_rows(const LowrankProblem& p, const ScanPlan& plan, int64_t b, i
                      int64_t i0, int64_t n, const ScanRows<R>& rows) {
   for (int64_t t = 0; t < kTokens; ++t) {
     R* low = rows.low + t * plan.low_stride;
-    std::fill(low, low + plan.low_stride, R(0));
-    if (t >= n) continue;
+    if (t >= n) {
+      std::fill(low, low + plan.low_stride, R(0));
+      continue;
+    }
     const R* q = at<R>(p.q, p.q_strides, b, h, i0 + t);
     low[0] = R(1);
     std::copy(q, q + p.d, low + 1);
@@ -195,7 +194,17 @@ struct Scan {
         w(w),
         b(head / p.heads),
         h(head % p.heads),
-        levels(low_runs(mono)) {}
+        levels(low_runs(mono)) {
+    // Vectors run over the end of a row: what lies there must be finite.
+    const auto clear = [&](const ScanRows<R>& rows) {
+      std::fill(rows.low, rows.low + kTokens * plan.low_stride, R(0));
+    };
+    clear(w.queries);
+    for (size_t x = 0; x < plan.axes.size(); ++x) {
+      clear(w.entering[x]);
+      clear(w.leaving[x]);
+    }
+  }
   Keys keys(size_t x) const { return {p, p.axes[x], b, h / p.group()}; }
 
   // False where none of the rows is a key.
@@ -340,11 +349,12 @@ struct Scan {
                            Use&& use) const {
     using V = typename Vec<R>::V;
     constexpr int kLanes = Vec<R>::kLanes;
-    const ScanRows<R>&in = w.entering[x], &out = w.leaving[x];
-    const int64_t window = plan.axes[x].window;
-    const auto add = [&](V* sum, const ScanRows<R>& rows, int64_t t) {
-      const V u = load(rows.u + t * plan.row_stride + a);
-      const R* v = rows.v + t * plan.width + c;
+    // Copies: stores to vectors may alias everything that lies in memory.
+    const ScanRows<R> in = w.entering[x], out = w.leaving[x];
+    const int64_t window = plan.axes[x].window, row_stride = plan.row_stride, width = plan.width;
+    const auto add = [=](V* sum, const ScanRows<R>& rows, int64_t t) {
+      const V u = load(rows.u + t * row_stride + a);
+      const R* v = rows.v + t * width + c;
 #pragma GCC unroll 4
       for (int i = 0; i < kC; ++i) sum[i] += u * v[i];
     };
@@ -390,19 +400,21 @@ struct Scan {
   PYLOSS_INLINE void sweep_back(size_t x, R* base_gradient, int64_t a, int64_t c, int64_t n) const {
     using V = typename Vec<R>::V;
     constexpr int kLanes = Vec<R>::kLanes;
-    const ScanRows<R>&in = w.entering[x], &out = w.leaving[x];
-    const int64_t window = plan.axes[x].window;
+    const ScanRows<R> in = w.entering[x], out = w.leaving[x];
+    const int64_t window = plan.axes[x].window, row_stride = plan.row_stride, width = plan.width;
+    R *const items = w.items[x], *const in_lanes = w.lanes[x],
+             *const out_lanes = w.leaving_lanes[x];
     V sum[kC];
     const auto clear = [&] {
       for (int i = 0; i < kC; ++i) sum[i] = V{};
     };
     const auto add = [&](int64_t t) {
-      for (int i = 0; i < kC; ++i) sum[i] += load(w.items[x] + (t * kC + i) * kLanes);
+      for (int i = 0; i < kC; ++i) sum[i] += load(items + (t * kC + i) * kLanes);
     };
     const auto give = [&](const ScanRows<R>& rows, R* lanes, int64_t t) {
-      const V u = load(rows.u + t * plan.row_stride + a);
-      const R* v = rows.v + t * plan.width + c;
-      R* du = rows.du + t * plan.row_stride + a;
+      const V u = load(rows.u + t * row_stride + a);
+      const R* v = rows.v + t * width + c;
+      R* du = rows.du + t * row_stride + a;
       V g = load(du);
       for (int i = 0; i < kC; ++i) {
         R* lane = lanes + (t * kC + i) * kLanes;
@@ -417,7 +429,7 @@ struct Scan {
     if (window == 0) {
       clear();
       for (int64_t t = n - 1; t >= 0; --t) {
-        give(in, w.lanes[x], t);
+        give(in, in_lanes, t);
         add(t);
       }
       finish_base();
@@ -429,16 +441,16 @@ struct Scan {
       const int64_t length = first ? plan.axes[x].leaving() : window;
       clear();
       for (int64_t t = end - 1; t >= begin; --t) {
-        give(in, w.lanes[x], t);
+        give(in, in_lanes, t);
         add(t);
       }
       clear();
       for (int64_t t = 0; t < length; ++t) {
         if (begin + t < end) add(begin + t);
         if (first) {
-          give(out, w.leaving_lanes[x], t);
+          give(out, out_lanes, t);
         } else {
-          give(in, w.lanes[x], begin - window + t);
+          give(in, in_lanes, begin - window + t);
         }
       }
       for (int64_t t = begin + length; t < end; ++t) add(t);
@@ -452,22 +464,23 @@ struct Scan {
     using V = typename Vec<R>::V;
     constexpr int kLanes = Vec<R>::kLanes;
     const size_t m = plan.axes.size();
-    R *const lanes = w.lanes[0], *const products = w.sums[0];
+    R *const lanes = w.lanes[0], *const products = w.sums[0], *const of_queries = w.queries.u;
+    const int64_t row_stride = plan.row_stride;
     std::fill(lanes, lanes + n * kC * kLanes, R(0));
     for (int64_t a = 0; a < plan.columns; a += kLanes) {
       const auto base = [&](size_t x) {
         return w.base[x] + chunk * plan.record() + c * plan.columns + a;
       };
       for (size_t x = 0; x + 1 < m; ++x) {
-        sweep<kC>(x, base(x), a, c, n, [&](int64_t t, const V* sum) {
+        sweep<kC>(x, base(x), a, c, n, [=](int64_t t, const V* sum) {
           for (int i = 0; i < kC; ++i) {
             R* to = products + (t * kC + i) * kLanes;
             store(to, x == 0 ? sum[i] : load(to) * sum[i]);
           }
         });
       }
-      sweep<kC>(m - 1, base(m - 1), a, c, n, [&](int64_t t, const V* sum) {
-        const V u = load(w.queries.u + t * plan.row_stride + a);
+      sweep<kC>(m - 1, base(m - 1), a, c, n, [=](int64_t t, const V* sum) {
+        const V u = load(of_queries + t * row_stride + a);
         for (int i = 0; i < kC; ++i) {
           const int64_t at = (t * kC + i) * kLanes;
           const V all = m == 1 ? sum[i] : load(products + at) * sum[i];
@@ -487,6 +500,8 @@ struct Scan {
     using V = typename Vec<R>::V;
     constexpr int kLanes = Vec<R>::kLanes;
     const size_t m = plan.axes.size();
+    R *const sums_0 = w.sums[0], *const sums_1 = w.sums[m == 2];
+    R *const items_0 = w.items[0], *const items_1 = w.items[m == 2];
     for (size_t x = 0; x < m; ++x) {
       std::fill(w.lanes[x], w.lanes[x] + kTokens * kC * kLanes, R(0));
       std::fill(w.leaving_lanes[x], w.leaving_lanes[x] + kTokens * kC * kLanes, R(0));
@@ -495,18 +510,27 @@ struct Scan {
       const int64_t at_base = chunk * plan.record() + c * plan.columns + a;
       for (size_t x = 0; x < m; ++x) {
         R* const sums = w.sums[x];
-        sweep<kC>(x, w.base[x] + at_base, a, c, n, [&](int64_t t, const V* sum) {
+        sweep<kC>(x, w.base[x] + at_base, a, c, n, [=](int64_t t, const V* sum) {
           for (int i = 0; i < kC; ++i) store(sums + (t * kC + i) * kLanes, sum[i]);
         });
       }
+      const ScanRows<R> queries = w.queries;
+      const int64_t row_stride = plan.row_stride, width = plan.width;
       for (int64_t t = 0; t < n; ++t) {
-        const V u = load(w.queries.u + t * plan.row_stride + a);
-        const R* cotangent = w.queries.v + t * plan.width + c;
-        R* du = w.queries.du + t * plan.row_stride + a;
+        const V u = load(queries.u + t * row_stride + a);
+        const R* cotangent = queries.v + t * width + c;
+        R* du = queries.du + t * row_stride + a;
         V g = load(du);
         for (int i = 0; i < kC; ++i) {
           const int64_t at = (t * kC + i) * kLanes;
           const V item = u * cotangent[i];
+          if (m == 2) {
+            const V h0 = load(sums_0 + at), h1 = load(sums_1 + at);
+            store(items_0 + at, item * h1);
+            store(items_1 + at, item * h0);
+            g += cotangent[i] * (h0 * h1);
+            continue;
+          }
           V all = V{} + cotangent[i];
           for (size_t x = 0; x < m; ++x) {
             all *= load(w.sums[x] + at);
@@ -537,6 +561,31 @@ struct Scan {
     }
   }
 
+  // fn(number, first column): groups of 3 to 5 columns, since one alone would wait for latencies.
+  template <class Fn>
+  void each_group(Fn&& fn) const {
+    const int64_t groups = (plan.width + kColumns - 1) / kColumns;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t c = plan.width * i / groups, count = plan.width * (i + 1) / groups - c;
+      switch (count) {
+        case 1:
+          fn(std::integral_constant<int, 1>{}, c);
+          break;
+        case 2:
+          fn(std::integral_constant<int, 2>{}, c);
+          break;
+        case 3:
+          fn(std::integral_constant<int, 3>{}, c);
+          break;
+        case 4:
+          fn(std::integral_constant<int, 4>{}, c);
+          break;
+        default:
+          fn(std::integral_constant<int, kColumns>{}, c);
+      }
+    }
+  }
+
   // The rows of a chunk; a block without a key is zero.
   void load_chunk(const ScanTile<R>& tile, int64_t chunk, int64_t n) const {
     load_query_rows(p, plan, b, h, chunk * kTokens, n, w.queries);
@@ -564,11 +613,9 @@ struct Scan {
       const int64_t n = std::min(kTokens, p.n_q - chunk * kTokens);
       load_chunk(tile, chunk, n);
       R* rows = result + chunk * kTokens * plan.width;
-      int64_t c = 0;
-      for (; c + kColumns <= plan.width; c += kColumns) {
-        forward_columns<kColumns>(chunk, c, n, rows);
-      }
-      for (; c < plan.width; ++c) forward_columns<1>(chunk, c, n, rows);
+      each_group([&](auto columns, int64_t c) {
+        forward_columns<decltype(columns)::value>(chunk, c, n, rows);
+      });
     }
   }
 
@@ -586,9 +633,9 @@ struct Scan {
         std::fill(w.entering[x].du, w.entering[x].du + kTokens * plan.row_stride, R(0));
         std::fill(w.leaving[x].du, w.leaving[x].du + kTokens * plan.row_stride, R(0));
       }
-      int64_t c = 0;
-      for (; c + kColumns <= plan.width; c += kColumns) backward_columns<kColumns>(chunk, c, n);
-      for (; c < plan.width; ++c) backward_columns<1>(chunk, c, n);
+      each_group([&](auto columns, int64_t c) {
+        backward_columns<decltype(columns)::value>(chunk, c, n);
+      });
       for (int64_t t = 0; t < n; ++t) {
         R* du = w.queries.du + t * plan.row_stride;
         for (int64_t a = 0; a < plan.columns; ++a) du[a] *= tile.weights[a];
