@@ -104,6 +104,19 @@ def _check_sums(fine: bool) -> None:
         )
 
 
+def _forward_triton(q, keys, values, key_masks, *settings):
+    _check_dtype(q)
+    from pyloss.kernels import tensor_attention_lowrank as kernels
+
+    found = Settings(*settings)
+    if found.banded or not kernels.takes(q, values):
+        return _forward_reference(q, keys, values, key_masks, *settings)
+    masks = key_masks or [None] * len(keys)
+    return kernels.tensor_attention_lowrank_fwd(
+        q, keys, values, masks, found.coefficients, found.centre
+    )
+
+
 _TENSORS = "Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] key_masks"
 _SETTINGS = "float[] coefficients, float centre, bool causal, SymInt[] windows, SymInt q_offset"
 
@@ -126,6 +139,20 @@ def _gradients(q, keys, values):
 
 def _backward_fake(dout, dlse, q, keys, values, *rest):
     return _gradients(q, keys, values)
+
+
+def _backward_triton(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    from pyloss.kernels import tensor_attention_lowrank as kernels
+
+    found = Settings(*settings)
+    if found.banded or not kernels.takes(q, values):
+        return _backward_reference(
+            dout, dlse, q, keys, values, key_masks, out, y, states, *settings
+        )
+    masks = key_masks or [None] * len(keys)
+    return kernels.tensor_attention_lowrank_bwd(
+        dout, dlse, q, keys, values, masks, out, y, states, found.coefficients
+    )
 
 
 def _backward_reference(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
@@ -153,9 +180,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, order, q, *others):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
-        out, lse, y, states = _ops.tensor_attention_lowrank_fwd(
-            q, keys, values, masks, *settings
-        )
+        out, lse, y, states = _ops.tensor_attention_lowrank_fwd(q, keys, values, masks, *settings)
         ctx.save_for_backward(q, *others, out, y, *states)
         ctx.settings, ctx.order = settings, order
         ctx.set_materialize_grads(False)
