@@ -83,13 +83,26 @@ def _forward_cpu(q, keys, values, key_masks, *settings):
     return cpu.forward(q, keys, values, key_masks, *settings)
 
 
+def _forward_triton(q, keys, values, key_masks, *settings):
+    _check_dtype(q)
+    from pyloss.kernels import tensor_attention_lowrank as kernels
+
+    found = Settings(*settings)
+    if found.banded or not kernels.takes(q, values):
+        return _forward_reference(q, keys, values, key_masks, *settings)
+    masks = key_masks or [None] * len(keys)
+    return kernels.tensor_attention_lowrank_fwd(
+        q, keys, values, masks, found.coefficients, found.centre
+    )
+
+
 _TENSORS = "Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] key_masks"
 _SETTINGS = "float[] coefficients, float centre, bool causal, SymInt[] windows, SymInt q_offset"
 
 define_op(
     f"tensor_attention_lowrank_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=_forward_fake,
-    impls={"cpu": _forward_cpu, "reference": _forward_reference},
+    impls={"cpu": _forward_cpu, "triton": _forward_triton, "reference": _forward_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -107,8 +120,18 @@ def _backward_fake(dout, dlse, q, keys, values, *rest):
     return _gradients(q, keys, values)
 
 
-def _backward_cpu(*args):
-    return cpu.backward(*args)
+def _backward_triton(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    from pyloss.kernels import tensor_attention_lowrank as kernels
+
+    found = Settings(*settings)
+    if found.banded or not kernels.takes(q, values):
+        return _backward_reference(
+            dout, dlse, q, keys, values, key_masks, out, y, states, *settings
+        )
+    masks = key_masks or [None] * len(keys)
+    return kernels.tensor_attention_lowrank_bwd(
+        dout, dlse, q, keys, values, masks, out, y, states, found.coefficients
+    )
 
 
 def _backward_reference(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
@@ -123,7 +146,7 @@ define_op(
     f"tensor_attention_lowrank_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor y, "
     f"Tensor[] states, {_SETTINGS}) -> (Tensor, Tensor[], Tensor[])",
     fake=_backward_fake,
-    impls={"cpu": _backward_cpu, "reference": _backward_reference},
+    impls={"cpu": cpu.backward, "triton": _backward_triton, "reference": _backward_reference},
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -136,9 +159,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, order, q, *others):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
-        out, lse, y, states = _ops.tensor_attention_lowrank_fwd(
-            q, keys, values, masks, *settings
-        )
+        out, lse, y, states = _ops.tensor_attention_lowrank_fwd(q, keys, values, masks, *settings)
         ctx.save_for_backward(q, *others, out, y, *states)
         ctx.settings, ctx.order = settings, order
         ctx.set_materialize_grads(False)
