@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -639,6 +640,20 @@ def test_without_transformers() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
     assert "needs transformers 4.53 or newer" in done.stdout
+
+
+def test_example_file() -> None:
+    script = str(ROOT / "examples" / "transformers_tensor_attention.py")
+    done = subprocess.run(
+        [sys.executable, script, "--quick"], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    number = r"([\d.]+)"
+    at, later = re.findall(rf"plain {number}  converted {number}", done.stdout)
+    assert abs(float(at[0]) - float(at[1])) < 1e-3  # the same model until it is trained
+    assert all(float(after) < float(before) for before, after in zip(at, later))
+    right = re.findall(rf"{number}%", done.stdout)
+    assert len(right) == 6 and right[0] == right[1], done.stdout
 
 
 def test_docstring_examples() -> None:
