@@ -139,27 +139,28 @@ def fit(model: Any, steps: int, generator: torch.Generator) -> float:
 
 def on_triples(seed: int, start: int, steps: int) -> list[tuple[str, int, float, float]]:
     """(name, parameters, accuracy, seconds) of each model."""
+    rows = []
+
+    def note(name: str, model: Any, seconds: float = 0.0) -> None:
+        rows.append((name, sum(p.numel() for p in model.parameters()), accuracy(model), seconds))
+        print(f"  seed {seed}: {name}: {rows[-1][2]:.4f}, {seconds:.0f} s", flush=True)
+
     options = dict(vocab_size=2**BITS, num_labels=2, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(seed)
     plain = LlamaForTokenClassification(config(1, **options))
     generator = torch.Generator().manual_seed(seed)
-    fit(plain, start, generator)
+    note(f"plain, {start} steps", plain, fit(plain, start, generator))
     state = generator.get_state()
     converted = convert(copy.deepcopy(plain), layers="all", window=None)
-    names = [f"at step {start}", "converted at this step"]
-    rows = [
-        (names[0], plain, accuracy(plain), 0.0),
-        (names[1], converted, accuracy(converted), 0.0),
-    ]
+    note("the same, converted", converted)
     for name, model in (("plain", plain), ("converted", converted)):
         generator.set_state(state)
-        seconds = fit(model, steps, generator)
-        rows.append((f"{name}, {steps} more", model, accuracy(model), seconds))
+        note(f"{name}, {steps} more", model, fit(model, steps, generator))
     torch.manual_seed(seed)
     deep = LlamaForTokenClassification(config(2, **options))
     seconds = fit(deep, start + steps, torch.Generator().manual_seed(seed))
-    rows.append((f"plain, two layers, {start + steps}", deep, accuracy(deep), seconds))
-    return [(n, sum(p.numel() for p in m.parameters()), a, s) for n, m, a, s in rows]
+    note(f"plain, two layers, {start + steps}", deep, seconds)
+    return rows
 
 
 def main() -> None:
@@ -177,7 +178,7 @@ def main() -> None:
     on_text(text_steps)
     by_position = TEST[1].float().mean(0)
     guess = torch.maximum(by_position, 1 - by_position).mean()
-    print(f"\nIs it the xor of two before it? {NUMBERS} numbers of {BITS} bits; right answers:")
+    print(f"\nIs it the xor of two before it? {NUMBERS} numbers of {BITS} bits. Right answers:")
     results = [on_triples(seed, start, steps) for seed in range(seeds)]
     heads = "".join(f"{f'seed {seed}':>9}" for seed in range(seeds))
     print(f"  {'model':<26}{'parameters':>11}{heads}{'time':>8}")

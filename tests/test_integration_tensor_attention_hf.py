@@ -243,6 +243,14 @@ def test_left_padding_changes_nothing() -> None:
         close(together[:1, PADDING:], alone)
 
 
+def test_right_padding_changes_nothing() -> None:
+    model = converted(window=(6, 4))
+    inputs = batch()
+    want = logits(model, input_ids=inputs["input_ids"][:, :7])
+    inputs["attention_mask"][:, 7:] = 0
+    close(logits(model, **inputs)[:, :7], want)
+
+
 def test_packed_sequences_by_position() -> None:
     """Two texts in one row, told apart by position_ids: as each alone."""
     model = converted(window=(6, 4))
@@ -486,6 +494,28 @@ def test_loading_errors(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "without", state_dict=weights)
     with pytest.raises(RuntimeError, match="no weights for model.layers.1.self_attn.k2_proj.bias"):
         from_pretrained(tmp_path / "without")
+
+
+def test_accelerate_hooks(tmp_path: Path) -> None:
+    """Converted before and after accelerate has put its hooks on every layer."""
+    accelerate = pytest.importorskip("accelerate")
+    plain = make()
+    want = logits(plain, **batch())
+    for hooks_first in (False, True):
+        model = copy.deepcopy(plain)
+        if hooks_first:
+            model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        model = convert(model, layers=[1], window=None)
+        if not hooks_first:
+            model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        close(logits(model, **batch()), want, 5e-6)
+        with torch.no_grad():
+            attention_of(model, 1).v2_proj.bias.zero_()
+        assert (logits(model, **batch()) - want).abs().max() > 1e-2
+    model = converted(layers=[1])
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(logits(again, **batch()), logits(model, **batch()))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -440,6 +440,11 @@ class _Joined:
 def _beside(first: Tensor, second: Tensor) -> Tensor:
     """[first | second] (B, H, n, 2 d) of (B, H, n, d) and (B, n, H d)."""
     batch, heads, length, d = first.shape
+    if second.shape[-1] != heads * d:
+        raise RuntimeError(
+            f"the keys of a converted layer have {heads} heads of {d} features, but its new "
+            f"projection gives {second.shape[-1]}: tensor parallelism is not supported"
+        )
     return torch.cat([first, second.view(batch, length, heads, d).transpose(1, 2)], -1)
 
 
