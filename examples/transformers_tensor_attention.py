@@ -6,7 +6,7 @@ tokens are numbers of 5 bits, and the label of a token says whether two earlier 
 their exclusive or. Plain and converted model start from the same weights, trained for some steps,
 and get the same batches. A plain model of two layers is trained as long from the start.
 
-Run: python examples/transformers_tensor_attention.py [--seeds 2] [--quick]
+Run: python examples/transformers_tensor_attention.py [--seeds 3] [--quick]
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def on_triples(seed: int, start: int, steps: int) -> list[tuple[str, int, float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="few steps, which teach nothing")
     arguments = parser.parse_args()
     disable_progress_bar()
