@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +119,16 @@ class BettiMatching:
         Returns:
             ``(bars, 2, spatial dims)``; matched ``(bars, 4, spatial dims)``: birth and death in the
             input, then in the target. -1 for a voxel of the padding.
+
+        Raises:
+            ValueError: an unknown ``kind``, a ``dim`` that the image does not have.
+            IndexError: an ``item`` outside the batch.
         """
         table = getattr(self, _one_of("kind", kind, _KINDS))
+        if dim not in range(len(self._shape)):
+            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
+        if item not in range(self._input.shape[0]):
+            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
         rows = table[(table[:, 0] == item) & (table[:, 1] == dim)]
         return _unravelled(rows[:, 2:], self._shape)
 
@@ -693,6 +701,10 @@ def _framed(x: Tensor, spatial: int, padding, superlevel: bool) -> Tensor:
         return padded
     elif isinstance(padding, str) or isinstance(padding, bool):
         raise ValueError(f"padding must be None, one of {_PADDINGS} or a number, got {padding!r}")
+    elif not isinstance(padding, (int, float)):
+        raise TypeError(f"padding must be None, a string or a number, got {padding!r}")
+    elif math.isnan(padding):
+        raise ValueError("padding must not be NaN: it would poison every bar")
     else:
         value = x.new_tensor(float(padding))
     inside = F.pad(torch.ones(x.shape[-spatial:], dtype=torch.bool, device=x.device), sides)
@@ -818,6 +830,8 @@ def _check_same_device(input, target) -> None:
 def _checked_dims(dims, spatial: int) -> list[int]:
     if dims is None:
         return list(range(spatial))
+    if isinstance(dims, (str, int)) or not isinstance(dims, Iterable):
+        raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
     dims = list(dims)
     for d in dims:
         if isinstance(d, bool) or not isinstance(d, int) or d not in range(spatial):
@@ -830,6 +844,8 @@ def _checked_dims(dims, spatial: int) -> list[int]:
 def _checked_weight(weight, dims, spatial: int) -> list[float]:
     """One number per dimension of the image, 0 for those not wanted."""
     found = [0.0] * spatial
+    if isinstance(weight, (str, int, float)):
+        raise TypeError(f"weight must be a sequence of numbers or None, got {weight!r}")
     weight = [1.0] * len(dims) if weight is None else [float(w) for w in weight]
     if len(weight) != len(dims):
         raise ValueError(f"weight must have one entry per entry of dims {dims}, got {weight}")
