@@ -292,6 +292,66 @@ def test_autocast() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# method="auto"
+
+
+@pytest.mark.parametrize("window", [None, (40, 30)])
+def test_auto_is_low_rank_where_it_may_be(window: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask the near-linear form where its bound allows it; a mask of pairs is exact."""
+    from pyloss.functional import _lowrank
+
+    chosen = []
+    choose = _lowrank.choose
+    monkeypatch.setattr(
+        _lowrank, "choose", lambda p, options: chosen.append(choose(p, options)) or chosen[-1]
+    )
+    model = converted(window=window)
+    auto = copy.deepcopy(model)
+    with torch.no_grad():
+        for m in (model, auto):
+            for i in range(4):
+                layer = attention_of(m, i)
+                for name in ("q_proj", "k_proj", "k2_proj"):  # small scores
+                    for p in getattr(layer, name).parameters():
+                        p.mul_(0.1)
+    for i in range(4):
+        layer = attention_of(auto, i)
+        layer._pyloss_settings = layer._pyloss_settings._replace(method="auto")
+    tokens = torch.randint(3, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
+    got, want = (logits(m, input_ids=tokens) for m in (auto, model))
+    assert len(chosen) == 4 and None not in chosen
+    assert 0.0 < (got - want).abs().max() < 1e-2 * want.abs().max()
+    # Padding: transformers joins it with causality to a mask of pairs.
+    chosen.clear()
+    mask = torch.ones_like(tokens)
+    mask[0, :PADDING] = 0
+    got, want = (logits(m, input_ids=tokens, attention_mask=mask) for m in (auto, model))
+    assert not chosen and torch.equal(got, want)
+    # Large scores: no degree keeps the tolerance.
+    for m in (model, auto):
+        with torch.no_grad():
+            attention_of(m, 1).q_proj.weight.mul_(1e3)
+            attention_of(m, 1).k_proj.weight.mul_(1e3)
+    logits(auto, input_ids=tokens)
+    assert [c is None for c in chosen] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_auto_trains_and_generates(family: str) -> None:
+    model = convert(make(family), layers=[1, 3], window=(12, 3), method="auto")
+    plain = convert(make(family), layers=[1, 3], window=(12, 3))
+    inputs = batch(padded=True)
+    inputs["labels"] = inputs["input_ids"]
+    model.train()(**inputs).loss.backward()
+    assert attention_of(model, 1).k2_proj.weight.grad.isfinite().all()
+    inputs = batch(padded=True)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    want = plain.generate(**inputs, **options)
+    for cache in ({}, dict(cache_implementation="static")):
+        assert torch.equal(model.eval().generate(**inputs, **options, **cache), want)
+
+
+# --------------------------------------------------------------------------------------------------
 # Cache and generation
 
 

@@ -31,9 +31,7 @@ def test_identity(d, degree):
     assert u.shape[1] == rank(d, degree) == math.comb(d + degree, degree)
     s = torch.einsum("il,jl,kl->ijk", q, k1, k2) / d
     want = sum(p * s**t for t, p in enumerate(polynomials.taylor(degree).coefficients))
-    torch.testing.assert_close(
-        torch.einsum("ir,jr,kr->ijk", u, u1, u2), want, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(torch.einsum("ir,jr,kr->ijk", u, u1, u2), want, rtol=0, atol=1e-12)
 
 
 def test_products_of_sums():
@@ -215,15 +213,32 @@ def test_empty_axes(lengths, n_q, batch, causal):
 def test_sums_that_vanish_are_an_error():
     q, k = torch.full((1, 1, 3, 2), -3.0), torch.full((1, 1, 3, 2), 1.0)
     with pytest.raises(RuntimeError, match="positive"):
-        pyloss.tensor_attention(
-            q, k, k, k, k, method="lowrank", degree=1, check="none"
-        )
+        pyloss.tensor_attention(q, k, k, k, k, method="lowrank", degree=1, check="none")
     k[0, 0, 1, 0] = math.nan
     for causal in (False, True):
         with pytest.raises(RuntimeError, match="finite"):
             pyloss.tensor_attention(
                 k, k, k, k, k, method="lowrank", degree=2, check="none", is_causal=causal
             )
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sums_that_overflow_are_an_error(causal, backend):
+    """n^m tuples are more than float32 can count, though each axis has few keys."""
+    n, order = 130, 20
+    q = torch.full((1, 1, n, 2), 0.1)
+    options = dict(method="lowrank", degree=1, check="none", is_causal=causal)
+    with pyloss.backend(backend), pytest.raises(RuntimeError, match="not finite"):
+        tensor_attention_n(q, [q] * order, [q] * order, **options)
+    wide = [q.double()] * order  # float64 can: all values are equal
+    out = tensor_attention_n(q.double(), wide, wide, **options)
+    torch.testing.assert_close(out, wide[0] ** order, rtol=1e-9, atol=0)
+    # Features that overflow although the scores are small.
+    big, tiny = torch.full((1, 1, 4, 2), 1e25), torch.full((1, 1, 4, 2), 1e-25)
+    one = torch.ones(1, 1, 4, 2)
+    with pyloss.backend(backend), pytest.raises(RuntimeError, match="finite"):
+        pyloss.tensor_attention(tiny, big, one, one, one, **dict(options, degree=2))
 
 
 def test_long_windows_do_not_drift():
@@ -244,9 +259,7 @@ def test_long_windows_do_not_drift():
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "windows": (40, 90)}])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_thread_count_does_not_matter(options, batch, keep_num_threads):
-    problem = Problem(
-        (700, 700), n_q=700, d=6, dv=5, batch=batch, heads=2, kv_heads=1, **options
-    )
+    problem = Problem((700, 700), n_q=700, d=6, dv=5, batch=batch, heads=2, kv_heads=1, **options)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -350,6 +363,12 @@ def _bound_and_error(q, keys, values, dtype, **options):
     )
 
 
+def _drawn(g, shape, size, normal):
+    if normal:
+        return size * torch.randn(shape, generator=g, dtype=F64)
+    return size * (2 * torch.rand(shape, generator=g, dtype=F64) - 1)
+
+
 def test_bound_on_random_problems():
     g = torch.Generator().manual_seed(0)
     closest, finite = 0.0, 0
@@ -357,15 +376,8 @@ def test_bound_on_random_problems():
         pick = lambda *choices: choices[int(torch.randint(len(choices), (), generator=g))]  # noqa: E731
         order, d, n = pick(1, 2, 2, 3), pick(1, 2, 4, 6), pick(1, 3, 8)
         size, normal = pick(0.3, 0.6, 1.0, 1.4), pick(False, True)
-
-        def draw(width, count):
-            shape = (count, 1, 1, n, width)
-            if normal:
-                return size * torch.randn(shape, generator=g, dtype=F64)
-            return size * (2 * torch.rand(shape, generator=g, dtype=F64) - 1)
-
-        inputs = draw(d, order + 1)
-        values = draw(pick(1, 3), order)
+        inputs = _drawn(g, (order + 1, 1, 1, n, d), size, normal)
+        values = _drawn(g, (order, 1, 1, n, pick(1, 3)), size, normal)
         degree, poly = pick(1, 2, 3, 4, 6), pick("taylor", "chebyshev", "fit")
         dtype = pick(F64, F32, torch.bfloat16)
         try:
@@ -437,6 +449,99 @@ def test_bound_with_many_keys_in_float32():
     )  # fmt: skip
     assert error <= bound < 1e-2
     assert error_lse <= bound_lse
+
+
+def _rounding(device, dtype=F32, n=4096, d=16, degree=2, order=2, causal=False, window=0, dv=None):
+    from pyloss.functional import _lowrank as lowrank
+
+    q = torch.zeros((), dtype=dtype).expand(1, 1, n, d)
+    p = lowrank.Problem(
+        q, [q] * order, dv or d, [None] * order, 1.0, causal, (window,) * order, device
+    )
+    return lowrank.rounding_bound(p, 1.0, rank(d, degree), degree)
+
+
+def test_rounding_of_tensor_cores():
+    """On CUDA factors are split into tf32 and sums are cut off.
+
+    The numbers are those of kernels/tensor_attention_lowrank.py: 256 tokens, n / 256 of them,
+    ranges of 1024, all features in one sum; three products, each off by 3 * 2^-20.
+    """
+    cpu, cuda = _rounding("cpu"), _rounding("cuda")
+    chain = 2 * (256 + 16 + 1 + 4) + rank(16, 2) + 3 * 4 + 4
+    want = 2.0 * (chain * 2.0**-23 + 3 * 3 * 2.0**-20)
+    assert cuda == pytest.approx(want, rel=1e-3)
+    assert cpu < cuda < 1e-3
+    # More rounds: more features, more axes, more keys.
+    assert _rounding("cuda", degree=3) > cuda and _rounding("cuda", order=3) > cuda
+    assert _rounding("cuda", n=65536) > cuda
+    # What the kernels do not take runs on the reference, in float32 sums.
+    for options in (dict(causal=True), dict(window=8), dict(d=129, degree=1), dict(dv=200)):
+        assert 0.0 < _rounding("cuda", **options) < 1e-2
+    assert _rounding("cuda", F64) < 1e-11
+    assert _rounding("cpu") < _rounding("mps") < 1e-2
+    half = _rounding("cuda", torch.bfloat16)
+    assert half == pytest.approx(cuda + 2.0**-8)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_rounding_where_torch_may_use_tf32(tf32):
+    """Causal CUDA tensors run on products of PyTorch, which the user may have set to tf32."""
+    assert _rounding("cuda", causal=True) > 2.0 * 3 * 2.0**-10
+    assert _rounding("cuda", F64, causal=True) < 1e-11
+    assert _rounding("cuda") < 1e-3  # the kernels ask for what they want
+
+
+def test_rounding_has_no_bound_where_it_may_eat_the_sum():
+    from pyloss.functional import _lowrank as lowrank
+
+    q = torch.zeros(()).expand(1, 1, 4096, 16)
+    p = lowrank.Problem(q, [q, q], 16, [None, None], 1.0, False, (0, 0))
+    assert lowrank.rounding_bound(p, 1e5, 153, 2) == math.inf
+    assert lowrank.rounding_bound(p, 1e3, 153, 2) > 1e3 * lowrank.rounding_bound(p, 1.0, 153, 2)
+
+
+def test_problems_know_their_device(monkeypatch):
+    """The bound is that of the device the tensors are on, also when it is judged later."""
+    from pyloss.functional import _lowrank as lowrank
+
+    seen = []
+    kept = lowrank.choose
+    monkeypatch.setattr(lowrank, "choose", lambda p, o: seen.append(p) or kept(p, o))
+    q = torch.rand(1, 1, 4, 2)
+    for t in (q, torch.empty(1, 1, 4, 2, device="meta")):
+        pyloss.tensor_attention(t, t, t, t, t, method="lowrank", degree=2, check="none")
+    assert [p.device for p in seen] == ["cpu", "meta"]
+    assert seen[0]._replace(device="cuda").without_numbers().device == "cuda"
+
+
+def test_split_products_are_as_near_as_the_bound_says():
+    """Three products of factors cut to tf32, the parts cut off too, as the bound has them."""
+    from pyloss.ops._tensor_attention_lowrank_rounding import _TF32, _TF32X3
+
+    def cut(x):  # 10 bits after the point, toward 0: the worse of what hardware does
+        return (x.view(torch.int32) & ~0x1FFF).view(F32)
+
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1 << 20, generator=g) + 0.5 for _ in range(2))
+    large = [cut(x) for x in (a, b)]
+    small = [cut(x - x_large) for x, x_large in zip((a, b), large)]
+    product = a.double() * b.double()
+    split = sum(
+        x.double() * y.double()
+        for x, y in ((large[0], large[1]), (small[0], large[1]), (large[0], small[1]))
+    )
+    error = ((split - product) / product).abs().max().item()
+    assert _TF32X3 / 8 < error <= _TF32X3
+    plain = ((large[0].double() * large[1].double() - product) / product).abs().max().item()
+    assert _TF32 / 4 < plain <= _TF32
 
 
 def test_bounds_of_scores():

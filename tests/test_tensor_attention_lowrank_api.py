@@ -21,7 +21,9 @@ BF16 = torch.bfloat16
 
 
 def attend(*tensors, **options):
-    return pyloss.tensor_attention(*tensors, **{"scale": "kronecker", "method": "lowrank"} | options)
+    return pyloss.tensor_attention(
+        *tensors, **{"scale": "kronecker", "method": "lowrank"} | options
+    )
 
 
 def small(n=12, d=4, dtype=F32, heads=2, size=0.5, batch=1):
@@ -83,6 +85,36 @@ def test_states_that_are_too_large():
     q = torch.empty((), device="meta").expand(1, 1, 8, 128)
     with pytest.raises(ValueError, match="bytes"):
         attend(q, q, q, q, q, degree=6)
+
+
+@pytest.mark.parametrize(
+    "d, degree, order, heads, count",
+    [
+        (128, 6, 2, 1, math.comb(134, 6)),  # more than 2^31 features
+        (128, 3, 4, 8, math.comb(131, 3)),  # few enough features, four states of eight heads
+        (16, 8, 2, 64, math.comb(24, 8)),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_op_refuses_states_that_are_too_large(d, degree, order, heads, count, backend):
+    """Before it asks for the memory; the message has the numbers."""
+    q = torch.zeros(()).expand(1, heads, 2, d)
+    size = order * heads * count * (d + 1) * 4
+    for causal in (False, True):
+        settings = (tuple([1.0] * (degree + 1)), 0.0, causal, (0,) * order, 0)
+        with pyloss.backend(backend), pytest.raises(ValueError, match="too|more than") as error:
+            torch.ops.pyloss.tensor_attention_lowrank_fwd(
+                q, [q] * order, [q] * order, [None] * order, *settings
+            )
+        for part in (f"d = {d}", f"degree {degree}", str(count), f"{size} bytes", str(2 << 30)):
+            assert part in str(error.value)
+    with pytest.raises(ValueError, match=f"{count} features"):
+        tensor_attention_n(q, [q] * order, [q] * order, method="lowrank", degree=degree)
+
+
+def test_auto_leaves_states_that_are_too_large_to_exact_attention():
+    q = torch.zeros(()).expand(1, 1, 8, 128)
+    assert torch.equal(attend(q, q, q, q, q, method="auto", degree=6), q)
 
 
 def test_half_features_are_refused_by_the_op():
@@ -148,6 +180,56 @@ def test_auto():
     want = pyloss.tensor_attention(*long, scale="kronecker", attn_mask=full)
     assert torch.equal(got, want)
     assert attend(*small(n=0), method="auto").shape == (1, 2, 0, 4)
+
+
+def test_auto_counts_the_queries():
+    """One query against all pairs is no more than exact attention can do."""
+    q, *rest = small(n=30, heads=1)
+    for n_q, taken in ((30, True), (1, False)):
+        tensors = [q[:, :, :n_q], *rest]
+        assert _is_lowrank(tensors) is taken
+
+
+AUTO_TO_EXACT = {
+    "mask of pairs": lambda n: dict(attn_mask=torch.ones(1, 1, n, n, dtype=torch.bool).tril()),
+    "mask1 of pairs": lambda n: dict(mask1=torch.ones(n, n, dtype=torch.bool).triu(-3)),
+    "mask of heads": lambda n: dict(
+        mask2=torch.ones(1, 4, 1, n, dtype=torch.bool).index_fill_(1, torch.tensor([2]), False)
+        .index_fill_(3, torch.tensor([0]), True)
+    ),
+    "bias": lambda n: dict(mask1=torch.linspace(0, 1, n).expand(1, 1, n, n)),
+    "bias of keys": lambda n: dict(mask2=torch.linspace(0, 1, n).expand(1, 1, 1, n)),
+    "bias with a gradient": lambda n: dict(mask1=torch.zeros(1, 1, 1, n, requires_grad=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", AUTO_TO_EXACT)
+def test_auto_takes_exact_for_what_low_rank_cannot(name, dtype):
+    q, *_ = small(n=100, heads=4, dtype=dtype)
+    rest = [t[:, :2] for t in small(n=100, heads=4, dtype=dtype)[1:]]
+    given = AUTO_TO_EXACT[name](100)
+    if dtype != F32:
+        given = {k: t if t.dtype == torch.bool else t.to(dtype) for k, t in given.items()}
+    options = dict(enable_gqa=True, return_lse=True, **given)
+    got = attend(q, *rest, method="auto", **options)
+    want = attend(q, *rest, method="exact", **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    plain = attend(q, *rest, method="auto", enable_gqa=True)  # which would be low rank
+    assert not torch.equal(plain, attend(q, *rest, method="exact", enable_gqa=True))
+    with pytest.raises(ValueError, match='method="lowrank" takes'):
+        attend(q, *rest, degree=2, **options)
+
+
+def test_auto_with_numbers_that_are_not():
+    """NaN and infinity go the exact way: NaN in, NaN out."""
+    for value in (math.nan, math.inf):
+        tensors = small(n=100, heads=1)
+        tensors[1][0, 0, 3, 1] = value
+        got = attend(*tensors, method="auto")
+        want = attend(*tensors, method="exact")
+        torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)
+        assert got.isnan().any()
 
 
 def test_auto_with_windows_counts_what_they_leave():
@@ -435,9 +517,7 @@ def test_layer():
         torch.testing.assert_close(near, want, rtol=1e-2, atol=1e-3)
         assert not torch.equal(near, want)
     again = pickle.loads(pickle.dumps(layer))
-    assert torch.equal(
-        again(x, x, x, need_weights=False)[0], layer(x, x, x, need_weights=False)[0]
-    )
+    assert torch.equal(again(x, x, x, need_weights=False)[0], layer(x, x, x, need_weights=False)[0])
 
 
 # --- memory ------------------------------------------------------------------------------------

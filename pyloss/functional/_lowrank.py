@@ -19,13 +19,14 @@ from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
 from pyloss.ops._registry import accumulator_dtype, functorch_active
+from pyloss.ops._tensor_attention_lowrank_cpu import MOST_STATE_BYTES, check_states
 from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
+from pyloss.ops._tensor_attention_lowrank_rounding import sum_error
 
 POLYNOMIALS = ("taylor", "chebyshev", "fit")
 CHECKS = ("warn", "strict", "none")
 
 _MOST_DEGREE = 32
-_MOST_STATE_BYTES = 2 << 30
 _FIT_SAMPLES = 20000
 # Low rank has to save this factor of the operations before "auto" takes it: its rate is lower.
 _GAIN = 5.0
@@ -75,6 +76,7 @@ class Problem(NamedTuple):
     scale: float
     causal: bool
     windows: Sequence[int]
+    device: str = "cpu"  # type of the device that will compute
 
     @property
     def order(self) -> int:
@@ -146,7 +148,7 @@ def bound_by_features(p: Problem) -> Tensor:
 
 
 def _largest_entries(t: Tensor) -> Tensor:
-    """amax over the tokens, by rows of 64 numbers at least: fewer are reduced one by one on CPUs."""
+    """amax over the tokens, by rows of 64 numbers at least: fewer go one by one on CPUs."""
     fold = max(1, 64 // t.shape[3])
     whole = t.shape[2] // fold * fold
     if fold == 1 or whole == 0:
@@ -212,23 +214,18 @@ def sampled_scores(p: Problem, count: int, seed: int = 0) -> Tensor:
 def rounding_bound(p: Problem, condition: float, rank: int, degree: int) -> float:
     """What floating point adds to the bound, in units of the largest |v_1 ... v_m|.
 
-    Numerator and denominator are sums over tokens, then over features, of products; `condition` is
-    the sum of the absolute terms over the denominator at most.
+    Numerator and denominator are sums of products; `condition` is the sum of the absolute terms
+    over the denominator at most.
     """
     acc = accumulator_dtype(p.q.dtype)
-    unit = torch.finfo(acc).eps / 2
-    # The longest chains of additions in csrc/cpu/tensor_attention_lowrank.h.
-    if p.causal or any(p.windows):
-        # What leaves a window is subtracted: its terms count once more each way.
-        chain = sum((3 if w else 1) * (128 + -(-k.shape[2] // 64))
-                    for k, w in zip(p.keys, p.windows))  # fmt: skip
-        features = 16 + -(-rank // 16)
-    else:
-        chain = sum(min(k.shape[2], 208 + -(-k.shape[2] // 8192)) for k in p.keys)
-        features = min(rank, 84 + -(-rank // 84))
-    operations = chain + features + (p.order + 1) * (degree + 2) + 4
+    lengths = [k.shape[2] for k in p.keys]
+    heads, width = p.q.shape[0] * p.q.shape[1], p.value_width
+    found = sum_error(
+        p.device, acc, lengths, p.windows, p.causal, heads, p.features, width, rank, degree
+    )
+    off = found * condition
     store = 0.0 if p.q.dtype == acc else torch.finfo(p.q.dtype).eps / 2
-    return 2.0 * operations * unit * condition + store
+    return 2.0 * off / (1.0 - off) + store if off < 1.0 else math.inf
 
 
 class Promise(NamedTuple):
@@ -289,7 +286,7 @@ def least_degree(family: Family, tol: float, most_rank: float = math.inf) -> Pro
     p = family.problem
     for degree in range(1, _MOST_DEGREE + 1):
         r = rank_of(p.features, degree)
-        if r > most_rank or p.state_bytes(r) > _MOST_STATE_BYTES:
+        if r > most_rank or p.state_bytes(r) > MOST_STATE_BYTES:
             return None
         polynomial = family.of(degree)
         if polynomial is None:
@@ -322,11 +319,12 @@ def _measurable(p: Problem) -> bool:
 
 
 def _auto(p: Problem, options: Options) -> Polynomial | None:
-    most = p.tuples() / _GAIN * (p.features + p.value_width) / (
-        (p.order + 1) * (p.value_width + 1)
-    )
+    n_q = p.q.shape[2]
+    tokens = n_q + sum(k.shape[2] for k in p.keys)
+    most = p.tuples() * n_q * (p.features + p.value_width)
+    most /= _GAIN * max(tokens, 1) * (p.value_width + 1)
     least = rank_of(p.features, options.degree or 1)
-    if least >= most or p.state_bytes(least) > _MOST_STATE_BYTES:
+    if least >= most or p.state_bytes(least) > MOST_STATE_BYTES:
         return None
     if not _traceable(options):
         return None
@@ -370,7 +368,7 @@ def _lowrank(p: Problem, options: Options) -> Polynomial:
                 + '; give a degree to try it all the same, or use method="exact"'
             )
         return found.polynomial
-    _check_state(p, options.degree)
+    check_states(p.features, options.degree, p.state_bytes(rank_of(p.features, options.degree)))
     polynomial = Family(p, options.poly, radius).of(options.degree)
     if polynomial is None:
         raise ValueError(
@@ -379,16 +377,6 @@ def _lowrank(p: Problem, options: Options) -> Polynomial:
     if options.check == "strict" or options.check == "warn" and not torch.compiler.is_compiling():
         _check(p, options, polynomial, radius)
     return polynomial
-
-
-def _check_state(p: Problem, degree: int) -> None:
-    r = rank_of(p.features, degree)
-    size = p.state_bytes(r)
-    if r >= 1 << 31 or size > _MOST_STATE_BYTES:
-        raise ValueError(
-            f"degree {degree} with d = {p.features} has {r} features and states of {size} bytes, "
-            f"more than {_MOST_STATE_BYTES}; use a lower degree"
-        )
 
 
 def _check(p: Problem, options: Options, polynomial: Polynomial, radius: float | None) -> None:

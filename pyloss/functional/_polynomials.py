@@ -1,9 +1,9 @@
 """Polynomials near exp for low-rank tensor attention, and what they cost in accuracy.
 
-With p(x) = exp(x - centre) f(x), the weights of a softmax change from P to P f / sum P f. A constant
-factor of f cancels, so what counts is delta = (max f - min f) / (max f + min f) over the range of
-the scores: the weights then move by at most 2 (1 - sqrt(1 - delta^2)) / delta in the sum of their
-absolute values, and an output by that times the largest |v_1 v_2|. Both are sharp.
+With p(x) = exp(x - centre) f(x), the weights of a softmax change from P to P f / sum P f. A
+constant factor of f cancels, so what counts is delta = (max f - min f) / (max f + min f) over the
+range of the scores: the weights then move by at most 2 (1 - sqrt(1 - delta^2)) / delta in the sum
+of their absolute values, and an output by that times the largest |v_1 v_2|. Both are sharp.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _powers(series: list[float], radius: float) -> list[float]:
 
 
 def fit(degree: int, samples: tuple[Tensor, Tensor]) -> Polynomial:
-    """Least squares of p / exp - 1 over :func:`clustered` scores, weighted with exp of the score."""
+    """Least squares of p / exp - 1 over :func:`clustered` scores, with weights exp(score)."""
     x, count = samples
     centre = x.max().item()
     radius = max(x.abs().max().item(), 1e-6)

@@ -13,6 +13,7 @@ from pyloss import _C
 from pyloss.ops._registry import DTYPE_CODES, address
 
 NOT_POSITIVE, NOT_FINITE = 1, 2  # LowrankFlag
+MOST_STATE_BYTES = 2 << 30
 
 
 def rank(d: int, degree: int) -> int:
@@ -21,6 +22,16 @@ def rank(d: int, degree: int) -> int:
     for t in range(1, degree + 1):
         found = found * (d + t) // t
     return found
+
+
+def check_states(d: int, degree: int, size: int) -> None:
+    """ValueError where the states of all heads and axes, of `size` bytes, are too large."""
+    r = rank(d, degree)
+    if r >= 1 << 31 or size > MOST_STATE_BYTES:
+        raise ValueError(
+            f"degree {degree} with d = {d} has C({d + degree}, {degree}) = {r} features and states "
+            f"of {size} bytes, more than {MOST_STATE_BYTES}; use a lower degree or fewer features"
+        )
 
 
 def scans(causal: bool, windows: Sequence[int]) -> bool:

@@ -46,6 +46,13 @@ def _check_dtype(q: Tensor) -> None:
         )
 
 
+def _check(q: Tensor, keys, values, settings) -> None:
+    _check_dtype(q)
+    d, degree = q.shape[3], len(settings[0]) - 1
+    numbers = sum(k.shape[0] * k.shape[1] for k in keys) * (values[0].shape[3] + 1)
+    cpu.check_states(d, degree, numbers * cpu.rank(d, degree) * q.element_size())
+
+
 # --------------------------------------------------------------------------------------------------
 # Forward
 
@@ -67,7 +74,7 @@ def _keywords(key_masks, settings: Settings):
 
 
 def _forward_reference(q, keys, values, key_masks, *settings):
-    _check_dtype(q)
+    _check(q, keys, values, settings)
     settings = Settings(*settings)
     out, lse, y, states = _reference(
         q, keys, values, centre=settings.centre, **_keywords(key_masks, settings)
@@ -79,12 +86,12 @@ def _forward_reference(q, keys, values, key_masks, *settings):
 
 
 def _forward_cpu(q, keys, values, key_masks, *settings):
-    _check_dtype(q)
+    _check(q, keys, values, settings)
     return cpu.forward(q, keys, values, key_masks, *settings)
 
 
 def _forward_triton(q, keys, values, key_masks, *settings):
-    _check_dtype(q)
+    _check(q, keys, values, settings)
     from pyloss.kernels import tensor_attention_lowrank as kernels
 
     found = Settings(*settings)

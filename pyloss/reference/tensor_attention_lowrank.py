@@ -186,10 +186,8 @@ def tensor_attention_lowrank(
     masks = [None] * len(keys) if key_masks is None else list(key_masks)
     degree = len(coefficients) - 1
     weights = monomial_weights(coefficients, q.shape[3], q)
-    bands = [
-        _Band.of(q.shape[2], k.shape[2], causal, w, q_offset) for k, w in zip(keys, windows)
-    ]
-    empty = _empty(q, keys, masks, bands)
+    bands = [_Band.of(q.shape[2], k.shape[2], causal, w, q_offset) for k, w in zip(keys, windows)]
+    empty = _empty(q, masks, bands)
     states: list[Tensor] = []
     if causal or any(windows):
         sums = _scan(q, keys, values, masks, bands, weights, degree)
@@ -225,10 +223,10 @@ class _Band(NamedTuple):
         return cls(first, last)
 
 
-def _empty(q, keys, masks, bands) -> Tensor:
+def _empty(q, masks, bands) -> Tensor:
     """Which queries see no key on some axis: ``(B, H, n)``."""
     found = torch.zeros(q.shape[:3], dtype=torch.bool, device=q.device)
-    for k, mask, band in zip(keys, masks, bands):
+    for mask, band in zip(masks, bands):
         first, last = (torch.tensor(x, dtype=torch.int64, device=q.device) for x in band)
         if mask is None:
             found = found | (last <= first)
