@@ -320,6 +320,7 @@ def cpu_cases(ctx: Context) -> Iterator[Case | Probe]:
     yield _case(ctx, "fwd", WIDE, rounds=12)
     yield Probe("fwd+bwd over fwd", "ratios", lambda: measure_backward(ctx))
     yield Probe("linearity", "ratios", lambda: measure_linearity(ctx))
+    yield Probe("without check", "ratios", lambda: measure_linearity(ctx, check="none"))
     yield Probe("error over bound", "bound", lambda: measure_bound(ctx))
     yield Probe("causal", "milliseconds", lambda: measure_banded(ctx))
     yield _case(ctx, "fwd+bwd", NARROW, rounds=6)
@@ -371,11 +372,11 @@ def measure_backward(ctx: Context) -> list[dict[str, Any]]:
     return [{"provider": "pyloss", "what": what, "value": both / forward, "unit": "x fwd"}]
 
 
-def measure_linearity(ctx: Context) -> list[dict[str, Any]]:
+def measure_linearity(ctx: Context, **options: Any) -> list[dict[str, Any]]:
     """Time per token of every length, and how far these are apart."""
     heads, _, d, degree = NARROW
     lengths = [n // 64 for n in LENGTHS] if ctx.quick else list(LENGTHS)
-    runs = [own_run(Problem(heads, n, d, degree, ctx.device), "fwd") for n in lengths]
+    runs = [own_run(Problem(heads, n, d, degree, ctx.device), "fwd", **options) for n in lengths]
     work = [max(1, lengths[-1] // 4 // n) for n in lengths]
     times = _one_thread(lambda: _median_seconds(runs, 2 if ctx.quick else 7, work))
     each = [1e9 * t / n for t, n in zip(times, lengths)]

@@ -561,6 +561,7 @@ def test_bounds_of_scores():
             largest = s.abs().max().item()
             for bound in (lowrank.bound_by_features(p), lowrank.bound_by_norms(p)):
                 assert largest <= bound.item()
+            assert largest <= lowrank.bound_by_entries(p)
             assert lowrank.measured_bound(p) == min(
                 lowrank.bound_by_features(p).item(), lowrank.bound_by_norms(p).item()
             )

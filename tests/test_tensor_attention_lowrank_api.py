@@ -271,6 +271,38 @@ def test_silent_where_the_bound_is_kept_or_not_asked_for():
         attend(*small(size=1.0), degree=2, check="strict", logit_bound=0.1)
 
 
+def test_a_look_at_the_largest_entries_is_enough_where_they_are_small(monkeypatch):
+    """Or the features are looked at one by one, as with a mask, which hides large ones."""
+    looked = []
+    real = lowrank.bound_by_features
+    monkeypatch.setattr(lowrank, "bound_by_features", lambda p: looked.append(p) or real(p))
+    attend(*small(), degree=2)
+    assert not looked
+    uneven = small()
+    for t in uneven[:3]:
+        t[..., 1:] *= 0.01  # a bound by features is four times less
+    attend(*uneven, degree=1, tol=1e-3)
+    assert len(looked) == 1
+    hidden = small()
+    hidden[1][:, :, 5:] = 1e6
+    keep = (torch.arange(12) < 5).view(1, 1, 1, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(*hidden, degree=2, mask1=keep)
+    assert len(looked) == 2
+
+
+def test_promises_are_looked_up_again():
+    lowrank._promises.clear()
+    for tensors in (small(), small(), small(n=13), small(dtype=F64)):
+        with pytest.warns(UserWarning, match="tol = 1e-09"):
+            lowrank._warned.clear()
+            attend(*tensors, degree=3, tol=1e-9)
+    report = tensor_attention_error(*tensors[:3], scale="kronecker", degree=3)
+    lowrank._promises.clear()
+    assert report == tensor_attention_error(*tensors[:3], scale="kronecker", degree=3)
+
+
 def test_strict():
     with pytest.raises(ValueError, match="SETH"):
         attend(*small(size=1.0), degree=1, check="strict")

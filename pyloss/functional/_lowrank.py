@@ -21,7 +21,7 @@ from pyloss.ops._deferred import when_known
 from pyloss.ops._registry import accumulator_dtype, functorch_active
 from pyloss.ops._tensor_attention_lowrank_cpu import MOST_STATE_BYTES, check_states
 from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
-from pyloss.ops._tensor_attention_lowrank_rounding import sum_error
+from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
 
 POLYNOMIALS = ("taylor", "chebyshev", "fit")
 CHECKS = ("warn", "strict", "none")
@@ -31,6 +31,9 @@ _FIT_SAMPLES = 20000
 # Low rank has to save this factor of the operations before "auto" takes it: its rate is lower.
 _GAIN = 5.0
 
+_MOST_PROMISES = 1024
+
+_promises: dict[tuple[Any, ...], Promise] = {}
 _warned: set[tuple[Any, ...]] = set()
 
 
@@ -138,6 +141,15 @@ def _empty(p: Problem) -> bool:
     return p.q.numel() == 0 or any(k.numel() == 0 for k in p.keys)
 
 
+def bound_by_entries(p: Problem) -> float:
+    """|s| d max |q| prod_x max |k_x|: coarser than the next two, and a few microseconds."""
+    product = abs(p.scale) * p.features
+    for t in (p.q, *p.keys):
+        t = t.detach()
+        product *= max(t.amax().item(), -t.amin().item())  # both NaN where one is
+    return _finite(product)
+
+
 def bound_by_features(p: Problem) -> Tensor:
     """max over heads of |s| sum_l max_i |q_il| prod_x max_j |k_x,jl|, a float64 scalar."""
     product = None
@@ -241,6 +253,22 @@ class Promise(NamedTuple):
 
 
 def promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
+    if torch.compiler.is_compiling():
+        return _promise(p, polynomial, radius)
+    # The same sizes and nearly the same radius come again, in training above all.
+    key = (
+        p.q.dtype, p.q.shape, *(k.shape[2] for k in p.keys), p.value_width, *p.windows, p.causal,
+        p.device, p.device == "cuda" and allows_tf32(), polynomial, _rounded_up(radius),
+    )  # fmt: skip
+    found = _promises.get(key)
+    if found is None:
+        if len(_promises) >= _MOST_PROMISES:
+            _promises.clear()
+        found = _promises[key] = _promise(p, polynomial, radius)
+    return found._replace(radius=radius)
+
+
+def _promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
     found = polynomials.accuracy(polynomial, _rounded_up(radius))
     r = rank_of(p.features, polynomial.degree)
     rounding = math.inf
@@ -389,9 +417,13 @@ def _check(p: Problem, options: Options, polynomial: Polynomial, radius: float |
                 shape = p.without_numbers()
                 when_known(bound, lambda value: _judge(shape, options, polynomial, _finite(value)))
             return
-        # Where the cheaper bound is good enough, the other one need not be formed.
-        first = 0.0 if _empty(p) else _finite(bound_by_features(p).item())
-        if promise(p, polynomial, first).bound <= options.tol:
+        # Where a cheaper bound is good enough, the others need not be formed.
+        if _empty(p):
+            return
+        if all(mask is None for mask in p.key_masks):
+            if promise(p, polynomial, bound_by_entries(p)).bound <= options.tol:
+                return
+        if promise(p, polynomial, _finite(bound_by_features(p).item())).bound <= options.tol:
             return
         radius = measured_bound(p)
     _judge(p, options, polynomial, radius)
