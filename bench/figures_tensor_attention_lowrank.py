@@ -31,6 +31,7 @@ from pyloss.functional import tensor_attention_error
 SCHEMA = 1
 BLOCK = "tensor_attention_lowrank_experiment"
 FEATURES, TOKENS, SEEDS = 8, 128, 5
+KINDS = ("random", "adversary")
 DEGREES = (1, 2, 3, 4, 5, 6, 8)
 POLYNOMIALS = ("taylor", "chebyshev")
 ENTRIES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -178,21 +179,17 @@ def _text(value: float | None) -> str:
 
 def tables(document: dict[str, Any]) -> str:
     environment = document["environment"]
-    head = ["entries up to B", "poly"] + [f"degree {g}" for g in SHOWN_DEGREES]
+    head = ["problem", "entries up to B", "poly"] + [f"degree {g}" for g in SHOWN_DEGREES]
     rows = []
-    for entry in ENTRIES:
-        for poly in POLYNOMIALS:
-            row = [f"{entry:g}", poly]
-            for degree in SHOWN_DEGREES:
-                chosen = dict(entry_bound=entry, poly=poly, degree=degree)
-                random, adversary = (
-                    _of(document, kind=kind, **chosen)[0] for kind in ("random", "adversary")
-                )
-                row.append(
-                    f"{_text(random['measured'])}, {_text(adversary['measured'])}, "
-                    f"{_text(random['bound'])}"
-                )
-            rows.append(row)
+    for kind in KINDS:
+        for entry in SHOWN_ENTRIES:
+            for poly in POLYNOMIALS:
+                row = [kind, f"{entry:g}", poly]
+                for degree in SHOWN_DEGREES:
+                    chosen = dict(kind=kind, entry_bound=entry, poly=poly, degree=degree)
+                    (found,) = _of(document, **chosen)
+                    row.append(f"{_text(found['measured'])} / {_text(found['bound'])}")
+                rows.append(row)
     errors = plot.markdown_table(head, rows)
     head = ["n", *(f"{name} (ms)" for name in TIMED)]
     rows = []
@@ -202,8 +199,8 @@ def tables(document: dict[str, Any]) -> str:
     return (
         f"Measured {document['created'][:10]} at revision `{environment['revision']}`, "
         f"{environment['cpu']['model']}, one thread.\n\n"
-        f"Error over the largest |v1 v2|: random entries (d = {FEATURES}, n = {TOKENS}), an "
-        f"adversary (d = 1), and the stated bound of the first.\n\n{errors}\n\n"
+        f"Error / stated bound, in units of the largest |v1 v2|: random entries (d = {FEATURES}, "
+        f"n = {TOKENS}) and an adversary (d = 1):\n\n{errors}\n\n"
         f"Forward, one head, d = {WIDTH}:\n\n{plot.markdown_table(head, rows)}"
     )
 
@@ -214,31 +211,27 @@ def _line(axis: Any, records: list[Record], x: str, y: str, **style: Any) -> Non
 
 
 def errors_figure(document: dict[str, Any], folder: Path) -> Path:
-    """Left over the degree, right over the entry bound: dashed the bound, dots the adversary."""
+    """Over the degree and over the entry bound; above random problems, below the adversary's."""
     pyplot = plot._pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(9.0, 6.4), layout="constrained", sharex="col")
     families = (
-        (left, "degree", "entry_bound", SHOWN_ENTRIES, "B = {:g}"),
-        (right, "entry_bound", "degree", SHOWN_DEGREES, "degree {:g}"),
+        ("degree", "entry_bound", SHOWN_ENTRIES, "B = {:g}"),
+        ("entry_bound", "degree", SHOWN_DEGREES, "degree {:g}"),
     )
-    for axis, x, fixed, choices, label in families:
-        for colour, choice in zip(_COLOURS, choices):
-            chosen = {fixed: choice, "poly": "taylor", "kind": "random"}
-            _line(axis, _of(document, **chosen), x, "measured", color=colour, linewidth=1.4,
-                  label=label.format(choice))  # fmt: skip
-            _line(axis, _of(document, **chosen), x, "bound", color=colour, linestyle="--",
-                  linewidth=1.2)  # fmt: skip
-            chosen["kind"] = "adversary"
-            _line(axis, _of(document, **chosen), x, "measured", color=colour, linestyle="",
-                  marker="o", markersize=3.5)  # fmt: skip
-        axis.axhline(1e-2, color="#b0b0b0", linewidth=0.8)
-        axis.set(yscale="log", ylim=(1e-9, 3.0))
-        axis.legend(fontsize=7)
-    left.set(xlabel="degree (Taylor)", ylabel="error / max |v1 v2|",
-             title="dashed: bound, dots: adversary")  # fmt: skip
-    right.axvline(math.log(TOKENS) ** (1 / 3), color="#b0b0b0", linewidth=0.8, linestyle=":")
-    right.set(xlabel="entries of q, k1, k2 up to B (scale 1/d)",
-              title=f"dotted: (ln n)^(1/3), n = {TOKENS}")  # fmt: skip
+    for row, kind in zip(axes, KINDS):
+        for axis, (x, fixed, choices, label) in zip(row, families):
+            for colour, choice in zip(_COLOURS, choices):
+                records = _of(document, **{fixed: choice, "poly": "taylor", "kind": kind})
+                _line(axis, records, x, "measured", color=colour, marker="o", markersize=3,
+                      linewidth=1.2, label=label.format(choice))  # fmt: skip
+                _line(axis, records, x, "bound", color=colour, linestyle="--", linewidth=1.2)
+            axis.axhline(1e-2, color="#b0b0b0", linewidth=0.8)
+            axis.set(yscale="log", ylim=(1e-9, 5.0), title=f"{kind}, Taylor (dashed: bound)")
+            axis.legend(fontsize=7)
+        row[0].set_ylabel("error / max |v1 v2|")
+        row[1].axvline(math.log(TOKENS) ** (1 / 3), color="#b0b0b0", linewidth=0.8, linestyle=":")
+    axes[1][0].set_xlabel("degree")
+    axes[1][1].set_xlabel(f"entries up to B, scale 1/d (dotted: (ln {TOKENS})^(1/3))")
     return plot._save(figure, folder / "tensor_attention_lowrank_error.png")
 
 

@@ -288,7 +288,7 @@ if [[ $GPU == yes ]]; then
 else
   BENCH=(--device cpu --quick --threads 1)
 fi
-for op in linear_cross_entropy tensor_attention betti_matching; do
+for op in linear_cross_entropy tensor_attention tensor_attention_lowrank betti_matching; do
   begin=$SECONDS
   bench "$op" "$(allow 60 70)" "${BENCH[@]}" --json "$WORK/bench_$op.json"
   judge_bench "bench, $op" $? $((SECONDS - begin))

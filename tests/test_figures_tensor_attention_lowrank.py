@@ -57,7 +57,7 @@ def test_measure_and_write(tmp_path, monkeypatch):
     written = figures.write(figures.load(path), tmp_path)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert len([line for line in text.splitlines() if "| taylor |" in line]) == 7
+    assert len([line for line in text.splitlines() if "| taylor |" in line]) == 6
     assert "| 128 |  | " in text  # exact is too long there
     for path in written[1:]:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -71,6 +71,5 @@ def test_the_page_shows_the_committed_results():
     document = figures.load(RESULTS[-1])
     page = (ROOT / "docs" / "tensor_attention_lowrank.md").read_text()
     assert plot.replace_block(page, figures.tables(document), figures.BLOCK) == page
-    for r in document["errors"]:
-        if r["bound"] is not None:
-            assert r["measured"] <= r["bound"]
+    bounded = [r for r in document["errors"] if r["bound"] is not None]
+    assert len(bounded) > 100 and all(r["measured"] <= r["bound"] for r in bounded)
