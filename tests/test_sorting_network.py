@@ -159,10 +159,11 @@ def test_weight_of_the_wrong_side(distribution, dtype):
     from_reference = reference.wrong_side(u, distribution)
     for i, value in enumerate(u.tolist()):
         exact = exact_tau(value, distribution)
-        # The best float64 erfc at hand has a few ulp more in the tail.
+        for found in (p[i, 0, 1], p[i, 1, 0], q[i, 0, 0], q[i, 1, 1]):
+            assert ulps(found.item(), exact, dtype) <= 4, (value, found.item(), float(exact))
+        # torch's erfc, which the reference takes, has more ulp in the tail.
         bound = 4 if distribution != "gaussian" else 4 + value**2 / 2
-        for found in (p[i, 0, 1], p[i, 1, 0], q[i, 0, 0], q[i, 1, 1], from_reference[i]):
-            assert ulps(found.item(), exact, dtype) <= bound, (value, found.item(), float(exact))
+        assert ulps(from_reference[i].item(), exact, dtype) <= bound, value
         assert p[i, 0, 0].item() == pytest.approx(float(1 - exact), rel=4 * torch.finfo(dtype).eps)
 
 
@@ -332,6 +333,9 @@ def pairs(f, shared, first, count, settings):
         )
 
 
+EXACT = ("sort", "permutation")
+
+
 def compare(x, *rest, rtol, part=None):
     """Values and gradients; x may be float32, the reference runs in float64.
 
@@ -346,13 +350,16 @@ def compare(x, *rest, rtol, part=None):
         found, want = ours(*sources), theirs(*exact)
         found = found if isinstance(found, tuple) else (found,)
         want = want if isinstance(want, tuple) else (want,)
+        values = len(found)
         found += gradients(found, sources)
         if x.shape[1] > 1:  # else the reference's results do not depend on x
             want += gradients(want, exact)
         for j, (a, b) in enumerate(zip(found, want)):
-            atol = rtol * max(1.0, b.abs().max().item())
+            # Values agree to 1e-12 in float64; gradients add up slopes of up to 800.
+            at_most = 1e-12 if j < values and x.dtype == F64 and what in EXACT else rtol
+            atol = at_most * max(1.0, b.abs().max().item())
             torch.testing.assert_close(
-                a.double(), b, rtol=rtol, atol=atol, msg=lambda m, at=(what, j): f"{at}: {m}"
+                a.double(), b, rtol=at_most, atol=atol, msg=lambda m, at=(what, j): f"{at}: {m}"
             )
 
 
@@ -379,6 +386,15 @@ def test_ops_equal_the_reference(chunk):
 def test_ops_equal_the_reference_at_larger_sizes():
     for i, (n, distribution) in enumerate(((64, "cauchy"), (100, "optimal"))):
         compare(*problem(n, "odd_even", distribution, 2.0, F64, b=1), rtol=1e-9, part=i)
+
+
+def test_gradient_of_ranks_of_a_long_row():
+    """A layer's differences do not fit into the cache: segments of many layers."""
+    x, w = draw(1, 9001).requires_grad_(), draw(1, 9001)
+    (found,) = torch.autograd.grad((pyloss.soft_rank(x) * w).sum(), x)
+    with pyloss.backend("reference"):
+        (want,) = torch.autograd.grad((pyloss.soft_rank(x) * w).sum(), x)
+    torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-12 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -798,6 +814,18 @@ def test_saved_bytes_of_the_losses(target_dtype):
         assert 0 < kept_bytes(pyloss.soft_permute(x, feats, hard=hard)) <= 2 * inputs
 
 
+LONG_PEAK = """
+import resource, torch, pyloss
+torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step(n):
+    x = torch.randn(1, n, requires_grad=True)
+    pyloss.soft_rank(x).square().sum().backward()
+step(8)
+before = peak()
+step(BATCH)
+print(peak() - before)
+"""
 PEAK = """
 import resource, torch, pyloss
 torch.set_num_threads(2)
@@ -813,9 +841,9 @@ print(peak() - before)
 """
 
 
-def peak_megabytes(batch: int) -> float:
+def peak_megabytes(batch: int, program: str = PEAK) -> float:
     out = subprocess.run(
-        [sys.executable, "-c", PEAK.replace("BATCH", str(batch))],
+        [sys.executable, "-c", program.replace("BATCH", str(batch))],
         check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return float(out.stdout)
@@ -825,3 +853,9 @@ def peak_megabytes(batch: int) -> float:
 def test_peak_memory_of_the_fused_loss():
     """n = 1024, a batch of 64: no permutation of 4 MB per item."""
     assert peak_megabytes(64) < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kilobytes of ru_maxrss")
+def test_peak_memory_of_the_ranks_of_a_long_row():
+    """155 MB measured for n = 65536; a copy of the row for every layer took 634."""
+    assert peak_megabytes(65536, LONG_PEAK) < 250

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,7 @@ BAD = {
     "net_k": (lambda: pyloss.DiffTopkNet("bitonic", 4, 5), ValueError, r"k must be in \[1, 4\]"),
     "net_k_type": (lambda: pyloss.DiffTopkNet("bitonic", 4, 1.0), TypeError, "k must be an int"),
     "metric_shape": (lambda: ranking_accuracy(X, X[:2]), ValueError, r"\[3, 4\].*\[2, 4\]"),
+    "metric_dim": (lambda: ranking_accuracy(X, X, 5), IndexError, r"dim is 5.*\[3, 4\]"),
     "metric_dtype": (lambda: ranking_accuracy(X.long(), X), TypeError, "input must be float"),
     "metric_empty": (lambda: ranking_accuracy(X[:, :0], X[:, :0]), ValueError, "nothing to rank"),
 }  # fmt: skip
@@ -260,8 +262,8 @@ def test_no_gradient_to_the_target_and_no_change_of_it():
     assert torch.equal(x, before[0]) and torch.equal(target, before[1])
 
 
-def test_masked_entries_do_not_change_the_loss_of_the_others():
-    """+inf marks padding: the same gradient for a set and for the padded set."""
+def test_masked_entries_get_no_gradient():
+    """+inf marks padding: the others have nearly the gradient that they have without it."""
     x = torch.randn(2, 5, dtype=torch.float64)
     target = torch.randn(2, 5)
     short = x.clone().requires_grad_()
@@ -310,6 +312,28 @@ def test_spearman_of_exact_orders():
         loss = pyloss.spearman_loss(leaf, b)
         assert loss.item() == 1
         assert torch.equal(torch.autograd.grad(loss, leaf)[0], torch.zeros_like(a))
+
+
+def test_ranking_accuracy_of_nan():
+    """A model that gives NaN has nothing right, whatever order a sort makes of it."""
+    truth = torch.arange(12.0).view(2, 6)
+    scores = truth.clone()
+    scores[0] = math.nan
+    found = ranking_accuracy(scores, truth)
+    assert found.exact_match == found.element_wise == found.exact_match_5 == 0.5
+
+
+def test_sizes_may_be_numpy_integers():
+    n, k = np.int64(5), np.int32(2)
+    assert pyloss.DiffSortNet("odd_even", n)(X[:, :1].expand(3, 5))[1].shape == (3, 5, 5)
+    assert pyloss.DiffTopkNet("odd_even", n, k)(X[:, :1].expand(3, 5))[1].shape == (3, 5, 2)
+
+
+def test_a_rank_beyond_32_bits_is_none():
+    x, ranks = torch.randn(1, 3), torch.tensor([[2**32, 1, 2]])
+    none = torch.tensor([[-1, 1, 2]])
+    found = [ce(x, r, kind="row_ce", target_is="ranks") for r in (ranks, none)]
+    assert found[0] == found[1]
 
 
 def test_ranking_accuracy():

@@ -407,3 +407,17 @@ def test_ddp(tmp_path):
     if any(s not in (0, 3) for s in status):  # the transport, not the numbers
         status = run(1)
     assert status == [0, 0]
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    x, target = draw(4, 9, dtype=torch.float32).requires_grad_(), torch.rand(4, 9)
+
+    def f(x):
+        loss = pyloss.sorting_cross_entropy(x, target, steepness=3.0)
+        return loss + (pyloss.soft_rank(x) * pyloss.soft_sort(x)).sum()
+
+    want, found = f(x), torch.compile(f, fullgraph=True, backend="inductor")(x)
+    torch.testing.assert_close(found, want)
+    a, b = (torch.autograd.grad(y, x)[0] for y in (found, want))
+    torch.testing.assert_close(a, b)

@@ -10,7 +10,7 @@
 // max - tau |d|. Infinite wires compare hard, and no gradient reaches them; NaN stays NaN.
 //
 // The functions are templates over a class of elementary functions: ScalarMath below, or the
-// vectors of csrc/cpu/sorting_network_vector.h. Conditions are selections, so that both serve.
+// vectors of csrc/cpu/sorting_network_tile.h. Conditions are selections, so that both serve.
 //
 // Papers: arXiv 2105.04019, 2203.09630, 2206.07290; Knuth, volume 3, 5.2.2 (algorithm M).
 #pragma once

@@ -17,6 +17,7 @@
 //
 // Memory: P is never formed for the loss. Per thread O(n L) for the trace, and at most one and
 // a half second-level caches for the differences X_lo - X_hi; beyond it they are computed twice.
+// Rows so long that four layers of a tile do not fit: about sqrt(2 L) tiles of n vectors.
 // Nothing depends on the number of threads.
 #include "cpu/sorting_network.h"
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -171,15 +172,20 @@ struct TilePlan {
     for (int step = begin; step < end; ++step) sum += tile.kept(order.net, order.layer(step));
     return sum;
   }
-  // The whole if it fits, else segments of a third of that.
+  // The whole if it fits, else segments of a third of that. Where hardly a layer fits, nothing
+  // stays in the cache, and the sum of the copies (a tile each) and of one segment (half a tile for
+  // each of its layers) is made least.
   static std::vector<int> cuts_of(const Order& order, const RowTile& tile, int64_t room) {
     const int layers = order.net.layers;
-    if (kept_in(order, tile, 0, layers) <= room) return {0, layers};
+    const int64_t whole = kept_in(order, tile, 0, layers);
+    if (whole <= room) return {0, layers};
+    int64_t most = room / 3;
+    if (most < 4 * (whole / layers)) most = int64_t(double(whole) / std::sqrt(0.5 * layers));
     std::vector<int> cuts{0};
     int64_t used = 0;
     for (int step = 0; step < layers; ++step) {
       const int64_t kept = tile.kept(order.net, order.layer(step));
-      if (used > 0 && used + kept > room / 3) {
+      if (used > 0 && used + kept > most) {
         cuts.push_back(step);
         used = 0;
       }

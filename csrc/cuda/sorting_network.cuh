@@ -38,9 +38,6 @@ inline Net make_net(const SortingProblem& p) {
   return {p.network, n, layers, n / 2, absent, p.table, p.offsets};
 }
 
-// Layers of bitonic and batcher up to n = 2^24.
-inline constexpr int kMaxLogLayers = 300;
-
 // A block computes the layers it will visit once, since finding a layer takes a loop.
 __device__ inline void fill_layers(const Net& net, Layer* layers, int first, int last, int thread,
                                    int threads) {

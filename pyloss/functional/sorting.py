@@ -711,6 +711,8 @@ def _target(x, rows: _Rows, target, target_is, ties, validate):
             _check_ranks(folded, n, ties)
         if ties == "stable":
             nan = folded.isnan().any(-1) if folded.is_floating_point() else None
+            if folded.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
+                folded = folded.clamp(-1, n)  # what is not a rank stays none, also beyond 32 bits
             return folded.to(torch.int32), "ranks", nan
         return _comparable(folded), "shared", None
     if target.dtype not in _INTS and target.dtype not in _FLOATS and target.dtype != torch.bool:

@@ -29,7 +29,8 @@ class RankingAccuracy(NamedTuple):
 def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAccuracy:
     """Exact match and element-wise accuracy of the order of scores.
 
-    Ranks are those of a stable sort, of the scores and of the target alike.
+    Ranks are those of a stable sort, of the scores and of the target alike; in a set with a NaN
+    none is right.
 
     Args:
         input: scores ``(..., n, ...)``, floating.
@@ -60,15 +61,22 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
         raise ValueError(
             f"target must have the shape {list(input.shape)} of input, got {list(target.shape)}"
         )
+    if input.dim() > 0 and not -input.dim() <= dim < input.dim():
+        raise IndexError(f"dim is {dim}, out of range for an input of shape {list(input.shape)}")
     if input.dim() == 0 or input.shape[dim] == 0:
         raise ValueError(f"input has nothing to rank: its shape is {list(input.shape)}, dim {dim}")
     x, y = input.movedim(dim, -1), target.movedim(dim, -1)
-    right = _ranks(x) == _ranks(y)
-    first = _ranks(x[..., :5]) == _ranks(y[..., :5])
+    right, first = _right(x, y), _right(x[..., :5], y[..., :5])
     exact5 = first.all(-1).float().mean()
     if x.shape[-1] < 5:
         exact5 = torch.full_like(exact5, torch.nan)
     return RankingAccuracy(right.all(-1).float().mean(), right.float().mean(), exact5)
+
+
+def _right(x: Tensor, y: Tensor) -> Tensor:
+    """Which ranks are right: none of a set that has a NaN, and so no order."""
+    nan = (x.isnan() | y.isnan()).any(-1, keepdim=True)
+    return (_ranks(x) == _ranks(y)) & ~nan
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
 from pyloss.functional import sorting as F
+
+
+def _integer(name: str, value) -> int:
+    """An int, or what stands for one, such as numpy's."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return operator.index(value)
 
 
 class _Network(nn.Module):
@@ -23,8 +32,7 @@ class _Network(nn.Module):
                     f"which is {distribution!r}"
                 )
             distribution = interpolation_type
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"size must be an integer, got {type(size).__name__}")
+        size = _integer("size", size)
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         F.checked_settings(sorting_network_type, distribution, steepness, art_lambda, k, networks)
@@ -161,8 +169,7 @@ class DiffTopkNet(_Network):
             sorting_network_type, size, steepness, art_lambda, interpolation_type, distribution,
             F.SELECTORS, k,
         )  # fmt: skip
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an integer, got {type(k).__name__}")
+        k = _integer("k", k)
         if not 1 <= k <= size:
             raise ValueError(f"k must be in [1, {size}], the size; got {k}")
         self.k = k
