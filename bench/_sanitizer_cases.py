@@ -4,9 +4,9 @@
 
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
-derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, and the gathers of
-low-rank tensor attention.
-Each result is compared with the reference; exit status 1 if one differs.
+derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, and the
+gathers of low-rank tensor attention. Each result is compared with the reference; exit status 1 if
+one differs.
 """
 
 from __future__ import annotations
