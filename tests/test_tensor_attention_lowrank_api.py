@@ -637,6 +637,43 @@ def test_gpu_equals_cpu(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+def test_gpu_repeats_its_bits(options):
+    tensors = [t.cuda().requires_grad_() for t in small(n=3000, d=16)]
+
+    def step():
+        out = attend(*tensors, degree=2, **options)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    for a, b in zip(step(), step()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture():
+    """No synchronisation with the host: a CUDA graph can hold forward and backward."""
+    tensors = [t.cuda().requires_grad_() for t in small(n=64, d=16)]
+
+    def step():
+        out = attend(*tensors, degree=2)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            want = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
 def test_gpu_does_not_wait():
     tensors = [t.cuda().requires_grad_() for t in small(n=64, d=16)]
     attend(*tensors, degree=2).sum().backward()
