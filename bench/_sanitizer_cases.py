@@ -4,8 +4,8 @@
 
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
-derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, and
-every op of sorting_network, in all its kernels.
+derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, the
+gathers of low-rank tensor attention, and every op of sorting_network, in all its kernels.
 Each result is compared with the reference; exit status 1 if one differs.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench import bench_linear_cross_entropy as linear
+from bench import bench_tensor_attention_lowrank as lowrank
 from bench.bench_row_softmax import Problem, all_options, pyloss_provider
 
 # Columns: one warp's row, an odd width (rows not aligned to 16 bytes), rows of one block, rows that
@@ -38,12 +39,17 @@ SHAPES = (
 LINEAR_SHAPES = (((33, 999, 24), "fp32"), ((20, 4104, 16), "bf16"))
 LINEAR_CHUNK = 8
 
+# Heads, n, d, degree of low-rank tensor attention: partial tiles, several ranges of tokens, a wide
+# head with a degree of its own.
+LOWRANK_SIZES = ((2, 65, 5, 3), (1, 2100, 16, 2), (1, 70, 100, 1))
+
 
 def errors(device: str) -> Iterator[tuple[str, float]]:
     """Name and error in units of the tolerance of every case."""
     yield from _row_errors(device)
     yield from _linear_errors(device)
     yield from _sorting_errors(device)
+    yield from _lowrank_errors(device)
 
 
 # Wires: registers, a warp and more of comparators, tiles in segments, more than a block holds.
@@ -106,6 +112,13 @@ def _linear_errors(device: str) -> Iterator[tuple[str, float]]:
                 for mode in ("fwd", "fwd+bwd"):
                     provider = linear.pyloss_provider(problem, mode, how=how, **options)
                     yield f"linear {way} {kind} {mode} {shape} {dtype}", provider.build().check()
+
+
+def _lowrank_errors(device: str) -> Iterator[tuple[str, float]]:
+    for size in LOWRANK_SIZES:
+        problem = lowrank.Problem(*size, device)
+        for mode in ("fwd", "fwd+bwd"):
+            yield f"lowrank {mode} {size}", lowrank.own_run(problem, mode).check()
 
 
 def _row_errors(device: str) -> Iterator[tuple[str, float]]:

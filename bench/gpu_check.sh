@@ -288,8 +288,8 @@ if [[ $GPU == yes ]]; then
 else
   BENCH=(--device cpu --quick --threads 1)
 fi
-for op in linear_cross_entropy tensor_attention betti_matching permutahedron \
-  sorting_network; do
+for op in linear_cross_entropy tensor_attention tensor_attention_lowrank betti_matching \
+  permutahedron sorting_network; do
   begin=$SECONDS
   bench "$op" "$(allow 60 70)" "${BENCH[@]}" --json "$WORK/bench_$op.json"
   judge_bench "bench, $op" $? $((SECONDS - begin))

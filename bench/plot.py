@@ -34,6 +34,7 @@ _COLOURS = {
     "cce_exact": "#e3a6cd",
     "torch blocked": "#8f8f8f",
     "torch windows": "#d9c27f",
+    "torch tiled": "#c9a66b",
     "flash over pairs": "#7a9e4b",
     "flex over pairs": "#9467bd",
     "Betti-Matching-3D": "#e08e45",

@@ -34,6 +34,7 @@ OPS = {
     "permutahedron": "bench.bench_permutahedron",
     "sorting_network": "bench.bench_sorting_network",
     "tensor_attention": "bench.bench_tensor_attention",
+    "tensor_attention_lowrank": "bench.bench_tensor_attention_lowrank",
 }
 
 MAX_SLOWDOWN = 0.10

@@ -166,6 +166,33 @@ def tensor_attention_bwd(
     /,
 ) -> None: ...
 
+# `problem`: see csrc/bind/tensor_attention_lowrank.cpp; `floats`: centre, coefficients.
+def tensor_attention_lowrank_scratch_bytes(
+    problem: Sequence[int], floats: Sequence[float], backward: bool, threads: int, /
+) -> int: ...
+def tensor_attention_lowrank_fwd(
+    problem: Sequence[int],
+    floats: Sequence[float],
+    results: Sequence[int],
+    states: Sequence[int],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> int: ...
+def tensor_attention_lowrank_bwd(
+    problem: Sequence[int],
+    floats: Sequence[float],
+    cotangents: Sequence[int],
+    results: Sequence[int],
+    states: Sequence[int],
+    grads: Sequence[int],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+
 # Present when built_with_cuda.
 # `problem`, `numbers`: see csrc/bind/betti_matching_cuda.cpp.
 def cuda_betti_in_double(problem: Sequence[int], /) -> bool: ...

@@ -47,6 +47,7 @@ from pyloss.functional import (
     spearman_loss,
     tensor_attention,
     tensor_attention_cost,
+    tensor_attention_error,
     tensor_attention_n,
     token_logprobs,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "spearman_loss",
     "tensor_attention",
     "tensor_attention_cost",
+    "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
 ]

@@ -170,6 +170,39 @@ def tensor_attention_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def tensor_attention_lowrank_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    lengths, features, heads, dv = (3, 4, 5), 3, 2, 2
+
+    def rows(name: str, count: int, width: int) -> list[Field]:
+        return [b[name], stride(count * width * heads), stride(count * width), stride(width)]
+
+    def axis(n: int, k: str, v: str, mask: str) -> list[Field]:
+        maybe = Field([0, buffers[mask].address], [0])
+        strides = [Field([0, n], stride(n).hostile) for _ in range(2)]
+        return [size(n), integer(0, 2), *rows(k, n, features), *rows(v, n, dv), maybe, *strides]
+
+    problem = [size(1), size(heads), size(1), size(lengths[0]), size(features), size(dv)]
+    problem += [code(0, 1), *rows("x", lengths[0], features), integer(0, 1), integer(0, 1, -2)]
+    problem += [
+        *axis(lengths[1], "v", "grad", "target"),
+        *axis(lengths[2], "mix", "weight", "norm"),
+    ]
+    floats = [number(0.0, 0.5), number(1.0), number(0.5), number(0.1)]
+    results = [b["stats"], b["extras"], b["index"]]
+    cotangents = [*rows("token_weight", lengths[0], dv), Field([0, buffers["factor"].address], [0])]
+    states = [b["states"], b["target2"]]
+    names = "loss grad_loss cotangents cotangents2 grad_rows".split()
+    gradients = [Field([0, buffers[name].address], [0]) for name in names]
+    scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
+    return {
+        "tensor_attention_lowrank_fwd": [problem, floats, results, states, *scratch],
+        "tensor_attention_lowrank_bwd": [
+            *[problem, floats, cotangents, results, states, gradients, *scratch]
+        ],
+    }
+
+
 def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     x, target = address(buffers["x"]), address(buffers["target"])
     flag = Field([0, 1], [2, -1, *HUGE])
@@ -270,7 +303,7 @@ def main() -> None:
     loader.exec_module(module)
 
     names = "x target target2 mix weight token_weight loss stats norm extras index grad"
-    names += " grad_loss cotangents cotangents2 v grad_rows factor"
+    names += " grad_loss cotangents cotangents2 v grad_rows factor states"
     buffers = {name: Buffer() for name in names.split()}
     buffers["scratch"] = Buffer(SCRATCH)
     templates = {
@@ -280,6 +313,7 @@ def main() -> None:
         **permutahedron_calls(buffers),
         **tensor_attention_calls(buffers),
         **sorting_network_calls(buffers),
+        **tensor_attention_lowrank_calls(buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
     unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}

@@ -24,6 +24,7 @@ from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 from bench import bench_sorting_network as sorting_network  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
+from bench import bench_tensor_attention_lowrank as lowrank  # noqa: E402
 
 
 def _quick_run(folder: Path, op: str, cases: str) -> dict:
@@ -224,6 +225,45 @@ def test_records_of_tensor_attention(attention_document):
     assert {attention.NAIVE, attention.BLOCKED, attention.WINDOWS, attention.PRODUCTS} <= peers
     ratios = [r for r in records if r["case"].startswith("rate of windows")]
     assert len(ratios) == 2 and all(r["value"] > 0 for r in ratios)
+
+
+@pytest.fixture(scope="module")
+def lowrank_document(tmp_path_factory):
+    return _quick_run(tmp_path_factory.mktemp("lowrank"), "tensor_attention_lowrank", "")
+
+
+def test_records_of_lowrank_attention(lowrank_document):
+    records = lowrank_document["results"]
+    assert not run.failures(lowrank_document)
+    measured = [r for r in records if "median_ms" in r]
+    assert {r["mode"] for r in measured} == {"fwd", "fwd+bwd"}
+    assert {r["provider"] for r in measured} == {"pyloss", lowrank.TILED, lowrank.PRODUCTS}
+    for r in measured:
+        assert r.get("check_error", 0) <= 1 and r["gflops"] > 0
+    # Every line of the issue's table that a CPU can tell has its record.
+    found = {o.target.what for o in _targets.evaluate(lowrank.TARGETS, records)}
+    assert found == {t.what for t in lowrank.TARGETS if t.device == "cpu"}
+
+
+def test_the_answer_of_lowrank_attention():
+    """The tiled algorithm in PyTorch, backward by hand, against the library's own reference."""
+    from pyloss.functional._polynomials import taylor
+    from pyloss.reference import tensor_attention_lowrank
+
+    problem = lowrank.Problem(2, 20, 5, 3, "cpu")
+    leaves = [t.double().requires_grad_() for t in problem.tensors]
+    out = tensor_attention_lowrank(
+        leaves[0], leaves[1:3], leaves[3:], coefficients=taylor(3).scaled(0.2)
+    )[0]
+    grads = torch.autograd.grad(out, leaves, problem.upstream.double())
+    found, found_grads = problem.answer()
+    torch.testing.assert_close(found, out[0, 0])
+    for a, b in zip(found_grads, grads):
+        torch.testing.assert_close(a, b[0, 0])
+    damaged = [g[0, 0].clone() for g in grads]
+    assert problem.error(out[0, 0], damaged) < 0.1
+    damaged[2][3, 1] += 1e-3 * damaged[2].abs().max()
+    assert problem.error(None, damaged) > 1
 
 
 @pytest.mark.parametrize("window", [None, (3, 5)])

@@ -75,7 +75,6 @@ BAD = {
     "form": (T, {"form": "cross"}, ValueError, "form must be product or determinant, got 'cross'"),
     "determinant": (T, {"form": "determinant"}, ValueError, "d divisible by 3, got d = 4"),
     "method": (T, {"method": "fast"}, ValueError, "method must be one of exact, lowrank, auto"),
-    "lowrank": (T, {"method": "lowrank"}, NotImplementedError, "lowrank"),
     "dropout": (T, {"dropout_p": 0.1}, NotImplementedError, "dropout"),
     "dropout_range": (T, {"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1"),
     "dropout_type": (T, {"dropout_p": None}, TypeError, "dropout_p must be a number"),

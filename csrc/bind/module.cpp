@@ -56,4 +56,5 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_sorting_network(m);
   pyloss::register_sorting_network_cuda(m);
   pyloss::register_tensor_attention(m);
+  pyloss::register_tensor_attention_lowrank(m);
 }

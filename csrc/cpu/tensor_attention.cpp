@@ -9,7 +9,6 @@
 // tensor_attention_gemm.h.
 #include "cpu/tensor_attention.h"
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -19,6 +18,7 @@
 #include "common/multiversion.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
+#include "cpu/tasks.h"
 #include "cpu/tensor_attention_plan.h"
 
 namespace pyloss::cpu {
@@ -88,22 +88,6 @@ TensorAttentionBackward ordered(TensorAttentionBackward b, const TensorAttention
     std::swap(b.dmask[0], b.dmask[1]);
   }
   return b;
-}
-
-// fn(slot, task) for every task, at most one at a time per slot.
-template <class Fn>
-void run_tasks(int64_t tasks, int64_t slots, Fn&& fn) {
-  std::atomic<int64_t> next{0};
-  parallel_for(slots, 1, static_cast<int>(slots), [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        fn(slot, task);
-      }
-    }
-  });
-}
-int64_t slots_for(int64_t tasks, int threads) {
-  return std::max<int64_t>(1, std::min<int64_t>(tasks, threads));
 }
 
 template <class Fn>

@@ -4,6 +4,7 @@ from pyloss.functional.attention import (
     TensorAttentionCost,
     tensor_attention,
     tensor_attention_cost,
+    tensor_attention_error,
     tensor_attention_n,
 )
 from pyloss.functional.classification import (
@@ -80,6 +81,7 @@ __all__ = [
     "spearman_loss",
     "tensor_attention",
     "tensor_attention_cost",
+    "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
 ]

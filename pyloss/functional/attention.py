@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.functional import _lowrank as lowrank
 from pyloss.ops import _tensor_attention_order as orders
 from pyloss.ops import tensor_attention as op
+from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._registry import accumulator_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,11 +40,16 @@ def tensor_attention(
     form: str = "product",
     enable_gqa: bool = False,
     method: str = "exact",
+    degree: int | None = None,
+    poly: str = "taylor",
+    tol: float = 1e-2,
+    check: str = "warn",
+    logit_bound: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention over all pairs (j, k) of keys, exact, in O(n d) memory.
+    r"""Softmax attention over all pairs (j, k) of keys, in O(n d) memory.
 
     In the layout and manner of :func:`torch.nn.functional.scaled_dot_product_attention`:
 
@@ -52,6 +59,10 @@ def tensor_attention(
 
     Costs 4 n^3 d operations forward and 10 n^3 d backward per head, n w1 w2 for n^3 with windows.
     With ``k2 = v2 = 1`` it is ordinary attention over k1, v1.
+
+    ``method="lowrank"`` puts a polynomial of degree g in the place of exp and costs 6 n r d
+    forward, r = C(d + g, g), linear in n: an approximation, good where the scores are
+    small, with a bound of its error in :func:`tensor_attention_error`.
 
     Args:
         q: queries ``(B, H, n_q, d)``; float32, bfloat16, float16 or float64.
@@ -72,7 +83,20 @@ def tensor_attention(
         form: ``"product"``, or ``"determinant"``: S sums the determinants of (q, k1, k2) over
             triples of features, which rotations of all three leave unchanged; d divisible by 3.
         enable_gqa: query head h uses key head h // (H / G).
-        method: ``"exact"``; ``"auto"``, which is the same at present; ``"lowrank"``: not yet there.
+        method: ``"exact"``; ``"lowrank"``; or ``"auto"``: low rank where it needs less than a fifth
+            of the operations and its error is at most ``tol``, else exact. Low rank takes masks of
+            keys only, equal for all queries, next to causality and windows; ``"auto"`` takes exact
+            for the rest, and where it would have to wait for a GPU: there it needs ``logit_bound``.
+        degree: g of the polynomial; None: the least that keeps ``tol``.
+        poly: ``"taylor"`` (at 0), ``"chebyshev"`` (interpolates on the range of S), or ``"fit"``
+            (least squares over sampled scores; best on the data, for inference). The last two, as
+            ``degree=None``, look at the numbers in q and the keys, and wait for a GPU to have them;
+            Chebyshev does not with ``logit_bound``.
+        tol: error of the output that is fine, in units of the largest \|v1 v2\|.
+        check: where the bound of ``"lowrank"`` exceeds ``tol``: ``"warn"`` once, raise
+            (``"strict"``, waits for a GPU), or do not look (``"none"``). A warning about numbers
+            on a GPU comes with a later call, none comes under torch.compile and transforms.
+        logit_bound: a bound of \|S\| that the caller vouches for, in place of the one measured.
         dropout_p: only 0 at present.
         return_lse: also return ``lse``, the logsumexp of S over (j, k); differentiable.
         deterministic: accepted; the kernels always are.
@@ -84,10 +108,13 @@ def tensor_attention(
 
     Raises:
         ValueError: shapes, heads or lengths that do not fit, d = 0, a window of 0, causality over
-            unequal lengths without ``q_offset``, an unknown option.
+            unequal lengths without ``q_offset``, an unknown option. For ``"lowrank"`` also masks of
+            pairs, biases and dropout, states above 2 GiB, no degree that keeps ``tol``
+            (``degree=None``), a bound above ``tol`` (``check="strict"``).
         TypeError: not a tensor, dtypes that differ, integer inputs.
-        RuntimeError: devices that differ; a second derivative.
-        NotImplementedError: ``method="lowrank"``, ``dropout_p`` > 0.
+        RuntimeError: devices that differ; a second derivative; ``"lowrank"`` on a CPU where the sum
+            of the polynomial over all pairs is not positive and finite for some query.
+        NotImplementedError: ``dropout_p`` > 0.
 
     Example:
         >>> import torch, pyloss
@@ -96,6 +123,12 @@ def tensor_attention(
         >>> out.shape
         torch.Size([2, 4, 50, 16])
         >>> out.sum().backward()
+        >>> q, k1, k2, v1, v2 = torch.rand(5, 1, 2, 300, 8)
+        >>> near = pyloss.tensor_attention(
+        ...     q, k1, k2, v1, v2, scale="kronecker", method="lowrank", degree=3, tol=0.1)
+        >>> exact = pyloss.tensor_attention(q, k1, k2, v1, v2, scale="kronecker")
+        >>> bool((near - exact).abs().max() < 0.01)
+        True
 
     Reference:
         Alman, Song. How to Capture Higher-order Correlations? Generalizing Matrix Softmax Attention
@@ -104,15 +137,25 @@ def tensor_attention(
         arXiv 1909.00668.
     """
     _check_choices(method, form, dropout_p)
+    options = lowrank.checked_options(method, degree, poly, tol, check, logit_bound)
     q, keys, values = _checked_tensors(
         q, (k1, k2), (v1, v2), enable_gqa, ("k1", "k2"), ("v1", "v2")
     )
-    masks = _checked_masks(q, keys, attn_mask, (mask1, mask2), ("mask1", "mask2"))
+    given, names = (mask1, mask2), ("mask1", "mask2")
     causal, windows, offset = _checked_band(q, keys, is_causal, window, q_offset)
     s = _checked_scale(scale, q.shape[3])
     bk, bv = _checked_bias(kv_bias)
     if form == "determinant":
         q, keys, bk = _determinant(q, keys, bk)
+    if method != "exact":
+        shifted, moved = _shifted(keys, values, bk, bv)
+        band = (s, causal, windows, offset)
+        found = _low_rank(
+            q, shifted, moved, (attn_mask, *given), ("attn_mask", *names), band, options
+        )
+        if found is not None:
+            return found if return_lse else found[0]
+    masks = _checked_masks(q, keys, attn_mask, given, names)
     settings = op.Settings(s, causal, *windows, offset, bk, bv)
     out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
     return (out, lse) if return_lse else out
@@ -131,9 +174,15 @@ def tensor_attention_n(
     scale: float | str | None = None,
     kv_bias: tuple[float, float] = (0.0, 0.0),
     enable_gqa: bool = False,
+    method: str = "exact",
+    degree: int | None = None,
+    poly: str = "taylor",
+    tol: float = 1e-2,
+    check: str = "warn",
+    logit_bound: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Tensor attention of any order m: over all m-tuples of keys, exact.
+    r"""Tensor attention of any order m: over all m-tuples of keys.
 
     .. math::
         S_{i j_1 \dots j_m} = s \sum_l q_{il} \prod_x k^x_{j_x l} + \sum_x b^x_{i j_x}, \qquad
@@ -142,7 +191,8 @@ def tensor_attention_n(
 
     m = 1 is ordinary attention (that of torch where it has the case), m = 2 is
     :func:`tensor_attention`, a higher order runs order m - 1 once for each key of the first axis:
-    4 n^(m+1) d operations forward, 14 n^(m+1) d backward, O(m n d) memory.
+    4 n^(m+1) d operations forward, 14 n^(m+1) d backward, O(m n d) memory. Low rank costs
+    2 (m + 1) n r d whatever the order.
 
     Args:
         q: queries ``(B, H, n_q, d)``.
@@ -152,7 +202,8 @@ def tensor_attention_n(
             where m < 3.
         window: one number or m of them.
         kv_bias: added to the last keys and values.
-        is_causal, q_offset, scale, enable_gqa, return_lse: as in :func:`tensor_attention`.
+        is_causal, q_offset, scale, enable_gqa, return_lse, method, degree, poly, tol, check,
+            logit_bound: as in :func:`tensor_attention`.
 
     Returns:
         As :func:`tensor_attention`.
@@ -184,19 +235,26 @@ def tensor_attention_n(
     masks = (None,) * order if masks is None else tuple(masks)
     if len(masks) != order:
         raise ValueError(f"masks must be {order}, one per axis, got {len(masks)}")
+    _check_choices(method, "product", 0.0)
+    options = lowrank.checked_options(method, degree, poly, tol, check, logit_bound)
     q, keys, values = _checked_tensors(q, keys, values, enable_gqa, key_names, value_names)
-    masks = _checked_masks(q, keys, attn_mask, masks, mask_names)
     causal, windows, offset = _checked_band(q, keys, is_causal, window, q_offset)
     s = _checked_scale(scale, q.shape[3])
     bk, bv = _checked_bias(kv_bias)
+    if method != "exact":
+        shifted, moved = _shifted(keys, values, bk, bv)
+        band = (s, causal, windows, offset)
+        given, names = (attn_mask, *masks), ("attn_mask", *mask_names)
+        found = _low_rank(q, shifted, moved, given, names, band, options)
+        if found is not None:
+            return found if return_lse else found[0]
+    masks = _checked_masks(q, keys, attn_mask, masks, mask_names)
     if order == 2:
         settings = op.Settings(s, causal, *windows, offset, bk, bv)
         out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
         return (out, lse) if return_lse else out
 
-    if bk != 0.0 or bv != 0.0:
-        keys = (*keys[:-1], keys[-1] + bk)
-        values = (*values[:-1], values[-1] + bv)
+    keys, values = _shifted(keys, values, bk, bv)
     if order == 1:
         out, lse = _plain(
             q, keys[0], values[0], masks[0], s, causal, windows[0], offset, return_lse
@@ -311,8 +369,126 @@ def tensor_attention_cost(
     )
 
 
+def tensor_attention_error(
+    q: Tensor,
+    *keys: Tensor,
+    values: Sequence[Tensor] | None = None,
+    attn_mask: Tensor | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    is_causal: bool | None = None,
+    window: Window = None,
+    scale: float | str | None = None,
+    enable_gqa: bool = False,
+    degree: int | None = None,
+    poly: str = "taylor",
+    tol: float = 1e-2,
+    logit_bound: float | None = None,
+    samples: int = 10000,
+) -> dict[str, float | int | None]:
+    r"""How far ``method="lowrank"`` can be from exact attention on these queries and keys.
+
+    .. math::
+        |S| \le R = |s| \min\Big(\sum_l \max_i |q_{il}| \prod_x \max_j |k^x_{jl}|,\;
+        \max_i \|q_i\|_{m+1} \prod_x \max_j \|k^x_j\|_{m+1}\Big), \qquad
+        \delta = \frac{\max f - \min f}{\max f + \min f}, \quad f = p / \exp
+        \text{ on } [-R, R]
+
+    and :math:`|\mathrm{out} - \mathrm{exact}| \le 2 (1 - \sqrt{1 - \delta^2}) / \delta \cdot
+    \max |v^1 \cdots v^m|` plus what rounding adds. Looks at every number once; waits for a GPU.
+
+    Args:
+        q: queries ``(B, H, n_q, d)``.
+        keys: k1, k2, or any number m of them, ``(B, G, n_x, d)``.
+        values: v1, v2, ...: adds ``bound_out``, the bound in the units of the output.
+        masks: one per axis or None; masks of keys.
+        samples: number of random tuples for ``R_sampled``.
+        attn_mask, is_causal, window, scale, enable_gqa, degree, poly, tol, logit_bound: as in
+            :func:`tensor_attention`.
+
+    Returns:
+        A dict: ``R_bound`` and ``R_sampled``, the bound of \|S\| and the largest found among random
+        tuples; ``degree``; ``rank``, its number of features; ``delta``; ``bound``, that of the
+        output in units of the largest \|v1 v2\| (inf where a denominator may vanish);
+        ``bound_lse``; ``degree_needed`` for ``tol``, or None; ``flops_ratio``, operations of exact
+        over low-rank attention; ``entry_bound``, the B for which entries of B at scale 1/d give
+        scores of R = B^(m+1), and ``hardness``, (ln n)^(1/(m+1)): once B is of that order, nothing
+        nearly linear exists unless SETH fails.
+
+    Raises:
+        ValueError: as :func:`tensor_attention` with ``method="lowrank"``.
+
+    Example:
+        >>> import torch, pyloss
+        >>> q, k1, k2 = torch.rand(3, 1, 2, 1000, 8)
+        >>> found = pyloss.functional.tensor_attention_error(q, k1, k2, scale="kronecker", degree=2)
+        >>> found["rank"], found["R_bound"] <= 1.0, found["bound"] < 0.2
+        (45, True, True)
+        >>> found["degree_needed"] in (3, 4)  # for a bound of 0.01
+        True
+
+    Reference:
+        Alman, Song. arXiv 2310.04064: the threshold, for m = 2; the exponent 1/(m+1) of other
+        orders is that of the score of entries B.
+    """
+    options = lowrank.checked_options("lowrank", degree, poly, tol, "none", logit_bound)
+    order = len(keys)
+    if order == 0:
+        raise ValueError("tensor_attention_error needs at least one tensor of keys")
+    key_names = tuple(f"k{x + 1}" for x in range(order))
+    value_names = tuple(f"v{x + 1}" for x in range(order))
+    stand_in = keys if values is None else tuple(values)
+    if len(stand_in) != order:
+        raise ValueError(f"values must be {order}, one per axis, got {len(stand_in)}")
+    q, keys, found = _checked_tensors(q, keys, stand_in, enable_gqa, key_names, value_names)
+    masks = (None,) * order if masks is None else tuple(masks)
+    if len(masks) != order:
+        raise ValueError(f"masks must be {order}, one per axis, got {len(masks)}")
+    names = ("attn_mask", *(f"masks[{x}]" for x in range(order)))
+    causal, windows, _ = _checked_band(q, keys, is_causal, window, 0)
+    key_masks = _key_masks(q, keys, (attn_mask, *masks), names)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a positive integer, got {samples!r}")
+    s = _checked_scale(scale, q.shape[3])
+    problem = lowrank.Problem(
+        q, keys, found[0].shape[3], key_masks, s, causal, windows, q.device.type
+    )
+    return lowrank.report(problem, options, None if values is None else found, samples)
+
+
 # --------------------------------------------------------------------------------------------------
 # Parts
+
+
+def _low_rank(q, keys, values, masks, names, band, options):
+    """(out, lse) of the low-rank form, or None where "auto" takes exact attention."""
+    scale, causal, windows, offset = band
+    try:
+        key_masks = _key_masks(q, keys, masks, names)
+    except _NotOfKeys:
+        if options.method == "auto":
+            return None
+        raise
+    problem = lowrank.Problem(
+        q, keys, values[0].shape[3], key_masks, scale, causal, windows, q.device.type
+    )
+    polynomial = lowrank.choose(problem, options)
+    if polynomial is None:
+        return None
+    settings = lowrank_op.Settings(
+        polynomial.scaled(scale), polynomial.centre, causal, windows, offset
+    )
+    acc = accumulator_dtype(q.dtype)
+    out, lse = lowrank_op.tensor_attention_lowrank(
+        q.to(acc), [k.to(acc) for k in keys], [v.to(acc) for v in values], key_masks, settings
+    )
+    return out.to(q.dtype), lse
+
+
+def _shifted(keys, values, bk, bv):
+    """With the biases added to the last keys and values."""
+    if bk == 0.0 and bv == 0.0:
+        return keys, values
+    return (*keys[:-1], keys[-1] + bk), (*values[:-1], values[-1] + bv)
 
 
 def _plain(q, k, v, mask, scale, causal, window, offset, return_lse):
@@ -353,14 +529,14 @@ def _determinant(q, keys, bk):
 def _check_choices(method, form, dropout_p) -> None:
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    if method == "lowrank":
-        raise NotImplementedError('method="lowrank" is not there yet; use "exact" or "auto"')
     if form not in ("product", "determinant"):
         raise ValueError(f"form must be product or determinant, got {form!r}")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if dropout_p > 0.0 and method == "lowrank":
+        raise ValueError('method="lowrank" takes no dropout, dropout_p must be 0')
     if dropout_p > 0.0:
         raise NotImplementedError("tensor_attention has no dropout yet, dropout_p must be 0")
 
@@ -448,7 +624,54 @@ def _checked_masks(q, keys, attn_mask, masks, names):
     return tuple(found)
 
 
+class _NotOfKeys(ValueError):
+    """A mask that low-rank attention cannot take."""
+
+
+def _key_masks(q, keys, masks, names):
+    """Per axis None or bool (B, G or 1, n); the first mask holds for every axis."""
+    found = []
+    for mask, name, k in zip(masks[1:], names[1:], keys):
+        parts = [
+            _key_mask(n, _fitting_mask(n, m, q, k.shape[2]), q, k)
+            for n, m in ((name, mask), (names[0], masks[0]))
+            if m is not None
+        ]
+        parts = [part for part in parts if part is not None]
+        found.append(None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1])
+    return tuple(found)
+
+
+def _key_mask(name, mask, q, k):
+    if mask.dtype != torch.bool:
+        # Floating: nothing but 0 and -inf, which only a look at the numbers tells.
+        plain = not (mask.is_cuda or mask.is_meta or torch.compiler.is_compiling())
+        if mask.requires_grad or not plain or not ((mask == 0) | (mask == -torch.inf)).all():
+            raise _NotOfKeys(
+                f'method="lowrank" takes no bias: {name} must be bool, or on the CPU hold 0 and '
+                f"-inf only, got {mask.dtype}"
+            )
+        if (mask == 0).all():
+            return None
+        mask = mask == 0
+    if mask.shape[2] != 1 and q.shape[2] != 1 or mask.shape[1] not in (1, k.shape[1]):
+        raise _NotOfKeys(
+            f'method="lowrank" takes masks of keys, equal for all queries and query heads of a '
+            f"key head, (batch, 1 or key heads, 1, keys), got {name} of shape {_shape(mask)}"
+        )
+    return mask.expand(q.shape[0], mask.shape[1], 1, k.shape[2]).squeeze(2)
+
+
 def _checked_mask(name, mask, q, n):
+    mask = _fitting_mask(name, mask, q, n)
+    acc = accumulator_dtype(q.dtype)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=acc, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.to(acc)
+
+
+def _fitting_mask(name, mask, q, n):
+    """A mask of four dimensions, bool or floating."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(mask).__name__}")
     if mask.device != q.device:
@@ -461,13 +684,9 @@ def _checked_mask(name, mask, q, n):
             f"{name} must broadcast to (batch, heads, queries, keys) = {list(full)}, got "
             f"{_shape(mask)}"
         )
-    mask = mask[(None,) * (4 - mask.dim())]
-    acc = accumulator_dtype(q.dtype)
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=acc, device=mask.device).masked_fill(~mask, -torch.inf)
-    if not mask.is_floating_point():
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
-    return mask.to(acc)
+    return mask[(None,) * (4 - mask.dim())]
 
 
 def _is_int(value) -> bool:

@@ -1,4 +1,4 @@
-"""Losses of pyloss in Hugging Face transformers models.
+"""Losses and tensor attention of pyloss in Hugging Face transformers models.
 
 How `patch_loss` works. The model gets a subclass of its own class with another `forward`. In a
 training step with labels that runs the model's original `forward` with two things exchanged: the
@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,8 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from pyloss.functional import fused_linear_cross_entropy
+from pyloss.integrations._lookalike import change_class, lookalike
 
-__all__ = ["patch_loss", "unpatch_loss"]
+# Also registers attn_implementation="tensor_attention", where transformers is installed.
+from pyloss.integrations._tensor_attention_hf import convert, from_pretrained
+
+__all__ = ["convert", "from_pretrained", "patch_loss", "unpatch_loss"]
 
 # Arguments of fused_linear_cross_entropy that are not the user's to choose, and why.
 _BY_THE_MODEL = "comes from the model"
@@ -109,7 +112,7 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
     _check_options(loss_options)
     head = _check_model(model)
     if not hasattr(type(model), "_pyloss_original"):
-        _change_class(model, _patched_class(type(model)))
+        change_class(model, _patched_class(type(model)), "patch_loss")
     model.__dict__[_STATE] = _LossPatch(head, loss_options)
     return model
 
@@ -248,11 +251,7 @@ def _linear_of(head: nn.Module) -> nn.Linear:
 
 @functools.cache
 def _patched_class(cls: type) -> type:
-    """A subclass of cls that looks the same from outside and uses the loss.
-
-    A class, and not an attribute `forward` on the model, since copies of the model (deepcopy,
-    pickle, the replicas of DataParallel) then run their own forward and not that of the original.
-    """
+    """A subclass of cls that looks the same from outside and uses the loss."""
     parameters = inspect.signature(cls.forward).parameters
     position = {name: i - 1 for i, name in enumerate(parameters)}  # less self
 
@@ -272,45 +271,7 @@ def _patched_class(cls: type) -> type:
             output = cls.forward(self, *args, **kwargs)
         return _without_logits(output)
 
-    def reduce_ex(self, protocol):
-        _, _, *rest = super(patched, self).__reduce_ex__(max(protocol, 2))
-        return (_new_patched, (cls,), *rest)
-
-    # Same name and module: save_pretrained writes the name into the configuration.
-    patched = type(
-        cls.__name__,
-        (cls,),
-        {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "__reduce_ex__": reduce_ex,
-            "_pyloss_original": cls,
-            "forward": forward,
-        },
-    )
-    return patched
-
-
-def _change_class(model: Any, patched: type) -> None:
-    # accelerate's hooks keep a bound forward on the model itself, where it hides that of the class.
-    slots = [slot for slot in ("forward", "_old_forward") if slot in model.__dict__]
-    original = patched._pyloss_original.forward
-    bound = [s for s in slots if getattr(model.__dict__[s], "__func__", None) is original]
-    if slots and not bound:
-        raise TypeError(
-            f"the forward of this {type(model).__name__} has been replaced by "
-            f"{model.__dict__[slots[0]]!r}; call patch_loss before what replaced it"
-        )
-    model.__class__ = patched
-    for slot in bound:
-        model.__dict__[slot] = types.MethodType(patched.forward, model)
-
-
-def _new_patched(cls: type) -> Any:
-    """An empty instance, for copy and pickle, which fill in the state."""
-    patched = _patched_class(cls)
-    return patched.__new__(patched)
+    return lookalike(cls, forward, _patched_class)
 
 
 @contextmanager

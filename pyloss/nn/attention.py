@@ -33,7 +33,7 @@ class TensorAttention(nn.Module):
         window: causal windows, as in :func:`pyloss.tensor_attention`; one number or ``order`` ones.
         qk_norm: RMS norm with weights over the features of each query and first key.
         init: ``"identity"``, or ``"random"``: the further projections as those of ``Linear``.
-        scale: as in :func:`pyloss.tensor_attention`.
+        scale, method, degree, poly, tol, check, logit_bound: as in :func:`pyloss.tensor_attention`.
 
     Shape:
         As ``MultiheadAttention``: query ``(L, N, E)``, or ``(N, L, E)`` with ``batch_first``, or
@@ -84,6 +84,12 @@ class TensorAttention(nn.Module):
         qk_norm: bool = False,
         init: str = "identity",
         scale: float | str | None = None,
+        method: str = "exact",
+        degree: int | None = None,
+        poly: str = "taylor",
+        tol: float = 1e-2,
+        check: str = "warn",
+        logit_bound: float | None = None,
     ) -> None:
         super().__init__()
         if embed_dim <= 0 or num_heads <= 0:
@@ -113,6 +119,8 @@ class TensorAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
         self.order, self.window, self.init, self.scale = order, window, init, scale
+        self.method, self.degree, self.poly = method, degree, poly
+        self.tol, self.check, self.logit_bound = tol, check, logit_bound
 
         to = dict(device=device, dtype=dtype)
         width = kv_heads * self.head_dim
@@ -238,6 +246,12 @@ class TensorAttention(nn.Module):
             window=self.window,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
+            method=self.method,
+            degree=self.degree,
+            poly=self.poly,
+            tol=self.tol,
+            check=self.check,
+            logit_bound=self.logit_bound,
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
@@ -304,4 +318,6 @@ class TensorAttention(nn.Module):
             text += f", num_kv_heads={self.num_kv_heads}"
         if self.window is not None:
             text += f", window={self.window}"
+        if self.method != "exact":
+            text += f", method={self.method}, degree={self.degree}, poly={self.poly}"
         return text + f", batch_first={self.batch_first}"

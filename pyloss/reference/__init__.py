@@ -11,6 +11,7 @@ from pyloss.reference.sorting_network import (
     sorting_network_sort,
 )
 from pyloss.reference.tensor_attention import tensor_attention
+from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank
 
 __all__ = [
     "betti_matching_loss",
@@ -22,5 +23,6 @@ __all__ = [
     "sorting_network_permutation",
     "sorting_network_sort",
     "tensor_attention",
+    "tensor_attention_lowrank",
     "token_logprobs",
 ]
