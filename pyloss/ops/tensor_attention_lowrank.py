@@ -21,8 +21,13 @@ from torch import Tensor
 from pyloss.ops import _tensor_attention_lowrank_cpu as cpu
 from pyloss.ops._registry import define_op, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import _FirstOrderOnly
-from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as _reference
-from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank_backward
+
+
+def _reference(*args, **options):
+    """The reference, imported with its first use."""
+    from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as found
+
+    return found(*args, **options)
 
 
 class Settings(NamedTuple):
@@ -142,6 +147,8 @@ def _backward_triton(dout, dlse, q, keys, values, key_masks, out, y, states, *se
 
 
 def _backward_reference(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank_backward
+
     settings = Settings(*settings)
     dq, dkeys, dvalues = tensor_attention_lowrank_backward(
         dout, dlse, q, keys, values, out, y, states, **_keywords(key_masks, settings)
