@@ -207,10 +207,11 @@ def rounding_bound(p: Problem, condition: float, rank: int, degree: int) -> floa
     """
     acc = accumulator_dtype(p.q.dtype)
     lengths = [k.shape[2] for k in p.keys]
-    heads, width = p.q.shape[0] * p.q.shape[1], p.value_width
+    batch, heads, queries, _ = p.q.shape
     found = sum_error(
-        p.device, acc, lengths, p.windows, p.causal, heads, p.features, width, rank, degree
-    )
+        p.device, acc, queries, lengths, p.windows, p.causal, batch * heads, p.features,
+        p.value_width, rank, degree,
+    )  # fmt: skip
     off = found * condition
     store = 0.0 if p.q.dtype == acc else torch.finfo(p.q.dtype).eps / 2
     return 2.0 * off / (1.0 - off) + store if off < 1.0 else math.inf
