@@ -1,6 +1,6 @@
 """Near-linear tensor attention without causality or windows: features of a tile, used and dropped.
 
-Causal calls: tensor_attention_lowrank_causal.py. Windows run on the reference.
+Calls with either: tensor_attention_lowrank_scan.py.
 
 With Ux[j, a] = prod_l k_x[j, l]^a_l over the r = C(d + g, g) exponent vectors |a| <= g and the
 weights w_a of the polynomial (reference/tensor_attention_lowrank.py has the algebra):

@@ -51,12 +51,15 @@ def sum_error(
 
     matrix_products = len(lengths) + 1
     single = device == "cuda" and dtype == torch.float32
-    if single and not any(windows) and _HAS_TRITON and max(d, dv) <= plan.WIDEST and dv > 0:
+    if single and _HAS_TRITON and max(d, dv) <= plan.WIDEST and dv > 0:
         chain = _triton(lengths, plan.SUMMED)
-        if causal:
+        if banded:
+            shifts = [plan.shift(n, queries, causal, w, 0) for n, w in zip(lengths, windows)]
             size = 4 * len(lengths) * heads * rank * (dv + 1)
-            length = plan.chunk_length(queries, size)
-            chain += sum(min(n, length) + -(-queries // length) for n in lengths)
+            length = plan.chunk_length(queries, size, max(s.span for s in shifts))
+            # In a chunk a key comes, and with a window one goes; without, chunks are added up.
+            for n, s in zip(lengths, shifts):
+                chain += min(n, length) + (-(-queries // length) if s.leaves is None else length)
         # The sums of tensor cores are cut off, not rounded: a unit of eps.
         return (chain + rank + products) * eps + matrix_products * _TF32X3
     per_row = max(1, heads * rank * ((dv + 1) if banded else 1))

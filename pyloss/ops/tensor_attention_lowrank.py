@@ -100,16 +100,13 @@ def _forward_triton(q, keys, values, key_masks, *settings):
     from pyloss.kernels import tensor_attention_lowrank as kernels
 
     found = Settings(*settings)
-    if any(found.windows) or not kernels.takes(q, values):
+    if not kernels.takes(q, values):
         return _forward_reference(q, keys, values, key_masks, *settings)
     masks = key_masks or [None] * len(keys)
-    if found.causal:
-        from pyloss.kernels import tensor_attention_lowrank_causal as causal
+    if found.banded:
+        from pyloss.kernels import tensor_attention_lowrank_scan as scan
 
-        results = causal.tensor_attention_lowrank_causal_fwd(
-            q, keys, values, masks, found.coefficients, found.centre, found.q_offset
-        )
-        return *results, []
+        return *scan.tensor_attention_lowrank_scan_fwd(q, keys, values, masks, *settings), []
     return kernels.tensor_attention_lowrank_fwd(
         q, keys, values, masks, found.coefficients, found.centre
     )
@@ -143,16 +140,17 @@ def _backward_triton(dout, dlse, q, keys, values, key_masks, out, y, states, *se
     from pyloss.kernels import tensor_attention_lowrank as kernels
 
     found = Settings(*settings)
-    if any(found.windows) or not kernels.takes(q, values):
+    if not kernels.takes(q, values):
         return _backward_reference(
             dout, dlse, q, keys, values, key_masks, out, y, states, *settings
         )
     masks = key_masks or [None] * len(keys)
-    if found.causal:
-        from pyloss.kernels import tensor_attention_lowrank_causal as causal
+    if found.banded:
+        from pyloss.kernels import tensor_attention_lowrank_scan as scan
 
-        return causal.tensor_attention_lowrank_causal_bwd(
-            dout, dlse, q, keys, values, masks, out, y, found.coefficients, found.q_offset
+        _, _, *band = settings
+        return scan.tensor_attention_lowrank_scan_bwd(
+            dout, dlse, q, keys, values, masks, out, y, found.coefficients, *band
         )
     return kernels.tensor_attention_lowrank_bwd(
         dout, dlse, q, keys, values, masks, out, y, states, found.coefficients

@@ -1,4 +1,4 @@
-"""The causal kernels of low-rank tensor attention under Triton's interpreter.
+"""The kernels of causal and windowed low-rank tensor attention under Triton's interpreter.
 
 Chunks, anchors and tiles are small, so that small problems have several of each kind.
 """
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from check_tensor_attention_lowrank import SMALL, close, coefficients, problem
 
 from pyloss.kernels import _tensor_attention_lowrank_plan as plan
-from pyloss.kernels import tensor_attention_lowrank_causal as K
+from pyloss.kernels import tensor_attention_lowrank_scan as K
 from pyloss.ops import tensor_attention_lowrank as op
 from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as reference
 
@@ -28,16 +28,19 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(K, "_PROGRAMS", 4)  # programs with several tiles of features
 
 
-def forward(q, keys, values, masks, c, offset):
-    return K.tensor_attention_lowrank_causal_fwd(
-        q, keys, values, masks, c, 0.25, offset, CONFIG, SMALL
+def forward(q, keys, values, masks, c, offset, windows=None, causal=True):
+    windows = windows or (0,) * len(keys)
+    return K.tensor_attention_lowrank_scan_fwd(
+        q, keys, values, masks, c, 0.25, causal, windows, offset, CONFIG, SMALL
     )
 
 
-def backward(dout, dlse, q, keys, values, masks, out, y, c, offset):
-    return K.tensor_attention_lowrank_causal_bwd(
-        dout, dlse, q, keys, values, masks, out, y, c, offset, CONFIG, CONFIG, SMALL, SMALL
-    )
+def backward(dout, dlse, q, keys, values, masks, out, y, c, offset, windows=None, causal=True):
+    windows = windows or (0,) * len(keys)
+    return K.tensor_attention_lowrank_scan_bwd(
+        dout, dlse, q, keys, values, masks, out, y, c, causal, windows, offset, CONFIG, CONFIG,
+        SMALL, SMALL,
+    )  # fmt: skip
 
 
 def clean(tensors):  # what the reference differentiates must not be NaN
@@ -59,21 +62,45 @@ def clean(tensors):  # what the reference differentiates must not be NaN
         (9, (9, 9), 0, 3, 2, 0, (1, 1), ()),  # means
     ],
 )
-def test_equals_the_reference(n_q, lengths, offset, d, dv, degree, heads, masked):
+def test_causal_equals_the_reference(n_q, lengths, offset, d, dv, degree, heads, masked):
+    check(n_q, lengths, offset, d, dv, degree, heads, masked)
+
+
+@pytest.mark.parametrize(
+    "n_q, lengths, offset, causal, windows, heads, masked",
+    [
+        (21, (21, 21), 0, True, (3, 7), (2, 1), ()),
+        (21, (21, 21), 0, True, (13, 0), (1, 1), (0, 1)),  # one axis without; padded keys
+        (17, (17, 17), 0, False, (4, 0), (2, 2), ()),  # one axis that every query sees
+        (17, (17, 17), 0, False, (2, 5), (1, 1), (1,)),  # chunks of 16: 9 keys in sight
+        (9, (20, 20), 11, True, (4, 12), (1, 1), ()),  # windows that begin before the queries
+        (12, (9, 6), 5, True, (5, 3), (1, 1), (1,)),  # and queries that see nothing at the end
+        (12, (5, 8), -4, False, (6, 3), (1, 1), ()),  # or at the beginning
+        (10, (10, 10), 0, True, (1, 1), (1, 1), ()),
+        (10, (10, 10), 0, True, (100, 10), (1, 1), ()),  # windows without an effect
+        (10, (10,), 0, True, (3,), (1, 1), ()),  # order 1
+    ],
+)
+def test_windows_equal_the_reference(n_q, lengths, offset, causal, windows, heads, masked):
+    check(n_q, lengths, offset, 3, 2, 2, heads, masked, windows, causal)
+
+
+def check(n_q, lengths, offset, d, dv, degree, heads, masked, windows=None, causal=True):
     q, keys, values, masks = problem(n_q, lengths, d, dv, heads, 2 if d < 4 else 1, masked)
     c = coefficients(degree, d)
-    band = {"coefficients": c, "key_masks": masks, "causal": True, "q_offset": offset}
+    band = {"coefficients": c, "key_masks": masks, "causal": causal, "q_offset": offset}
+    band["windows"] = windows
     wide = [q.double(), clean(keys), clean(values)]
     expected = reference(*wide, centre=0.25, **band)
-    out, lse, y = forward(q, keys, values, masks, c, offset)
+    out, lse, y = forward(q, keys, values, masks, c, offset, windows, causal)
     for got, want in zip((out, lse, y), expected[:3]):
         assert torch.equal(got.isfinite(), want.isfinite())
         close(got, want)
     g = torch.Generator().manual_seed(1)
     dout, dlse = torch.randn(out.shape, generator=g), torch.randn(lse.shape, generator=g)
     seen = expected[1].isfinite()
-    for cotangent in (dlse, None) if offset else (dlse,):
-        got = backward(dout, cotangent, q, keys, values, masks, out, y, c, offset)
+    for cotangent in (dlse, None) if offset > 5 else (dlse,):
+        got = backward(dout, cotangent, q, keys, values, masks, out, y, c, offset, windows, causal)
         leaves = [t.requires_grad_() for t in (wide[0].clone(), *wide[1], *wide[2])]
         m = len(keys)
         found = reference(leaves[0], leaves[1 : m + 1], leaves[m + 1 :], **band)[:2]
@@ -99,6 +126,10 @@ def test_longer_chunks_where_states_are_large(monkeypatch):
         close(got, want)
 
 
+def test_chunks_are_as_long_as_windows():
+    assert [plan.chunk_length(100, 1, span) for span in (0, 8, 9, 50)] == [8, 8, 16, 56]
+
+
 def test_repeats_its_bits_and_ignores_later_keys():
     q, keys, values, masks = problem(20, (20, 20), 3, 2)
     c = coefficients(2, 3)
@@ -122,9 +153,10 @@ def test_empty(n_q, lengths):
         assert torch.equal(g, torch.zeros_like(t))
 
 
-def test_the_op_runs_them():
+@pytest.mark.parametrize("causal, windows", [(True, (0, 0)), (False, (2, 3))])
+def test_the_op_runs_them(causal, windows):
     q, keys, values, masks = problem(6, (6, 6), 4, 3)
-    settings = op.Settings(tuple(coefficients(2, 4)), 0.0, True, (0, 0), 0)
+    settings = op.Settings(tuple(coefficients(2, 4)), 0.0, causal, windows, 0)
     arguments = (q, keys, values, masks)
     got, want = (f(*arguments, *settings) for f in (op._forward_triton, op._forward_reference))
     assert got[3] == [] == want[3]

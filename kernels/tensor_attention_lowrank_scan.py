@@ -1,38 +1,44 @@
-"""Causal near-linear tensor attention: query t sees the keys up to its own position.
+"""Near-linear tensor attention with causality or windows: which keys a query sees moves with it.
 
 With the features U of tensor_attention_lowrank.py the states of axis x are running sums,
 
-  S_x[t] = S_x[t - 1] + U_x[t]^T [v_x[t] | 1]                     (r x (dv + 1) per head)
+  S_x[t] = S_x[t - 1] + U(enters)^T [v | 1] - U(leaves)^T [v | 1]   (r x (dv + 1) per head)
   [N | y][t] = sum_a w_a U0[t, a] prod_x S_x[t][a],   out = N / y,   lse = log y + c
 
-and with dS[t] = w U0[t]^T [dN | dy][t] the gradients are
+With a query one key at most comes into sight, and one goes out, per axis: the moves. With
+dS[t] = w U0[t]^T [dN | dy][t] the gradients are
 
   dU0[t] = w <[dN | dy][t], prod_x S_x[t]>                        queries, first token to last
   D_x[t] = D_x[t + 1] + dS[t] * prod_{x' != x} S_x'[t]            keys, last token to first
-  dv_x[t] = U_x[t] D_x[t],   dU_x[t] = <[v_x[t] | 1], D_x[t]>
+  dv = U D_x[t],   dU = <[v | 1], D_x[t]>                         of the key that enters with t;
+                                                                  minus that of the one that leaves
 
 The products over the axes are taken per token, so that none of this is a product of matrices: it
 is multiply-adds on r x (dv + 1) numbers per token and axis.
 
-Who owns what. Tokens are cut into chunks. The sums of a chunk are products of matrices (the state
-kernel); the prefix kernel turns them, in place, into what each chunk starts with. Then a program
-owns a chunk and a share of the features: BLOCK_F features times all value columns per axis stay in
-registers while it walks the chunk's tokens; the next features start over. What sums over the
-features ([N | y], dx, dv) is collected in rows that only this program writes, one copy per share;
-the copies are added up in order. Every sum has a fixed order: the same inputs give the same bits.
+Who owns what. Tokens are cut into chunks. What a chunk starts with is a product of matrices (the
+state kernel): of the keys in its first window, or of each chunk's keys, which the prefix kernel
+adds up in place. Then a program owns a chunk and a share of the features: BLOCK_F features times
+all value columns per axis stay in registers while it walks the chunk's tokens; the next features
+start over. What sums over the features ([N | y], dx, dv) is collected in rows that only this
+program writes, one copy per share; the copies are added up in order. Every sum has a fixed order:
+the same inputs give the same bits.
 
 Features of BLOCK_T tokens are made at a time and staged in scratch of the program, from which every
 thread reads the BLOCK_F of a token in wide loads. dU goes through scratch of [chunk, BLOCK_F] to be
-scattered to dx by a product with zeros and ones. The backward of the keys takes keys out of S as it
-walks back past them; so that rounding does not pile up it starts each BLOCK_T tokens from a state
-that a walk forward has left in scratch.
+scattered to dx by a product with zeros and ones. The backward of the keys undoes the moves as it
+walks back; so that rounding does not pile up it starts each BLOCK_T tokens from a state that a walk
+forward has left in scratch. D of an axis with a window starts at 0 in every chunk, and the keys of
+the chunk's first window get what is then missing as a product of matrices: differences of sums over
+all later tokens would lose digits. A chunk is no shorter than a window.
 
-Operations per token, feature and value column, in multiply-adds or products, m axes: forward 2 m,
-queries 3 m + 1, keys 5 m + 1. For m = g = 2, n = 65536, d = dv = 64: 9.1e9 of these numbers, 37 G
-operations forward and 165 G backward per head.
+Operations per token, feature and value column, in multiply-adds or products, m axes without
+windows: forward 2 m, queries 3 m + 1, keys 5 m + 1; a window adds m, m and 4 m. For m = g = 2,
+n = 65536, d = dv = 64: 9.1e9 of these numbers, causal 37 G operations forward and 165 G backward
+per head.
 Traffic: chunk states r (dv + 1) 4 bytes per axis, chunk and head, written once, scanned, read once
 per walk; above STATE_BYTES of them chunks get longer. Rows of q, x, v once per feature tile, from
-the first-level cache. Copies per share: n (dv + 1) 4 bytes forward, axes n (d + dv) 4 backward.
+the first-level cache. Copies per share: n (dv + 1) 4 bytes forward, moves n (d + dv) 4 backward.
 
 Numerics: float32. Chains of additions: a chunk's tokens, the chunks, 256 tokens in the state
 kernel, whose products are three tf32 products.
@@ -111,13 +117,13 @@ def _stage(
 
 @triton.jit
 def _stage_keys(
-    u_ptr, x_ptr, kept_ptr, row, axis, count, index_ptr, f, rank, d,
-    AXES: tl.constexpr, DEGREE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
+    u_ptr, x_ptr, kept_ptr, row, pitch, count, index_ptr, f, rank, d,
+    MOVES: tl.constexpr, DEGREE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Those of the keys from `row` on, per axis; axis: rows from one axis to the next."""
+    """Those of the keys from `row` on, per move; pitch: rows from one move to the next."""
     ones = tl.full((BLOCK_F,), 1.0, tl.float32)
-    for x in tl.static_range(AXES):
-        at = x * axis + row
+    for x in tl.static_range(MOVES):
+        at = x * pitch + row
         keys_kept = kept_ptr
         if kept_ptr is not None:
             keys_kept = kept_ptr + at
@@ -128,17 +134,28 @@ def _stage_keys(
 
 
 @triton.jit
+def _key(u_ptr, v_ptr, local, c, dv):
+    """(features, values) of a key that has been staged."""
+    return tl.load(u_ptr + local), tl.load(v_ptr + c, mask=c < dv, other=0.0)
+
+
+@triton.jit
 def _advanced(
-    s, z, u_ptr, v_ptr, axis, local, c, dv,
-    AXES: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
+    s, z, u_ptr, v_ptr, pitch, local, c, dv,
+    AXES: tl.constexpr, MOVES: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The states with a key of every axis in them, whose features have been staged."""
+    """The states after the moves of a token."""
     sums, counts = (), ()
     for x in tl.static_range(AXES):
-        u = tl.load(u_ptr + x * BLOCK_T * BLOCK_F + local)
-        v = tl.load(v_ptr + x * axis * dv + c, mask=c < dv, other=0.0)
-        sums = sums + (s[x] + u[:, None] * v[None, :],)
-        counts = counts + (z[x] + u,)
+        u, v = _key(u_ptr + x * BLOCK_T * BLOCK_F, v_ptr + x * pitch * dv, local, c, dv)
+        sx = s[x] + u[:, None] * v[None, :]
+        zx = z[x] + u
+        if MOVES > AXES:
+            move = x + AXES
+            u, v = _key(u_ptr + move * BLOCK_T * BLOCK_F, v_ptr + move * pitch * dv, local, c, dv)
+            sx -= u[:, None] * v[None, :]
+            zx -= u
+        sums, counts = sums + (sx,), counts + (zx,)
     return sums, counts
 
 
@@ -191,6 +208,15 @@ def _add(ptr, value, inside, new):
 
 
 @triton.jit
+def _key_gradients(g, gz, u_ptr, v_ptr, du_ptr, dv_ptr, local, c, dv, new):
+    """Stores those of a staged key, for dS = g of its axis; returns its features and values."""
+    u, v = _key(u_ptr, v_ptr, local, c, dv)
+    tl.store(du_ptr + local, tl.sum(g * v[None, :], 1) + gz)
+    _add(dv_ptr + c, tl.sum(u[:, None] * g, 0), c < dv, new)
+    return u, v
+
+
+@triton.jit
 def _scatter(
     dx_ptr, du_ptr, x_ptr, stride_x, count, new, index_ptr, f, rank, d,
     DEGREE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr,
@@ -219,10 +245,11 @@ def _scatter(
 
 @triton.jit
 def tensor_attention_lowrank_prefix_kernel(
-    parts_ptr,  # [count, size], in place
+    parts_ptr,  # [count, size] with rows apart by stride, in place
     first_ptr,  # [size] or None: zeros
     count,
     size,
+    stride,
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -235,22 +262,22 @@ def tensor_attention_lowrank_prefix_kernel(
         row = i
         if REVERSE:
             row = count - 1 - i
-        ptrs = parts_ptr + tl.cast(row, tl.int64) * size + at
+        ptrs = parts_ptr + tl.cast(row, tl.int64) * stride + at
         part = tl.load(ptrs, mask=at < size, other=0.0)
         tl.store(ptrs, total, mask=at < size)
         total += part
 
 
 @triton.jit
-def tensor_attention_lowrank_causal_kernel(
+def tensor_attention_lowrank_scan_kernel(
     q_ptr,  # [batch, head, n, d]
-    x_ptr,  # [AXES, batch * key head, n, d]: key t enters with query t
-    v_ptr,  # [AXES, batch * key head, n, dv]
-    kept_ptr,  # [AXES, batch * key head, n] of bytes or None
+    x_ptr,  # [MOVES, batch * key head, n, d]: the key that enters, or leaves, with query t
+    v_ptr,  # [MOVES, batch * key head, n, dv]
+    kept_ptr,  # [MOVES, batch * key head, n] of bytes or None
     starts_ptr,  # [chunk, AXES, batch * key head, rank, dv + 1]
     weight_ptr,  # [rank]
     index_ptr,  # [rank, DEGREE]
-    staged_ptr,  # scratch [program, AXES + 1, BLOCK_T, BLOCK_F]
+    staged_ptr,  # scratch [program, MOVES + 1, BLOCK_T, BLOCK_F]
     sums_ptr,  # [share, batch * head, n, dv + 1]
     n,
     d,
@@ -264,6 +291,7 @@ def tensor_attention_lowrank_causal_kernel(
     stride_q_head,
     stride_q_row,
     AXES: tl.constexpr,
+    MOVES: tl.constexpr,  # AXES keys that enter, then none or AXES that leave
     DEGREE: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -276,11 +304,12 @@ def tensor_attention_lowrank_causal_kernel(
     begin = (chunk * length).to(tl.int64)
     count = tl.minimum(length, n - chunk * length)
     q_ptr += head // heads * stride_q_batch + head % heads * stride_q_head + begin * stride_q_row
-    key_row, axis = key_head * n + begin, key_heads * n
+    key_row, pitch = key_head * n + begin, key_heads * n
     u_ptr = (
-        staged_ptr + (tl.program_id(0) * tl.num_programs(1) + head) * (AXES + 1) * BLOCK_T * BLOCK_F
+        staged_ptr
+        + (tl.program_id(0) * tl.num_programs(1) + head) * (MOVES + 1) * BLOCK_T * BLOCK_F
     )
-    u0_ptr = u_ptr + AXES * BLOCK_T * BLOCK_F
+    u0_ptr = u_ptr + MOVES * BLOCK_T * BLOCK_F
     starts_ptr += (chunk * AXES * key_heads + key_head) * rank * (dv + 1)
     sums_ptr += ((share * tl.num_programs(1) + head) * n + begin) * (dv + 1)
     c = tl.arange(0, BLOCK_C)
@@ -294,8 +323,8 @@ def tensor_attention_lowrank_causal_kernel(
             some = tl.minimum(BLOCK_T, count - block)
             row = key_row + block
             _stage_keys(
-                u_ptr, x_ptr, kept_ptr, row, axis, some, index_ptr, f, rank, d,
-                AXES, DEGREE, BLOCK_F, BLOCK_T,
+                u_ptr, x_ptr, kept_ptr, row, pitch, some, index_ptr, f, rank, d,
+                MOVES, DEGREE, BLOCK_F, BLOCK_T,
             )  # fmt: skip
             _stage(
                 u0_ptr, q_ptr + block * stride_q_row, stride_q_row, None, some, weight, index_ptr,
@@ -304,8 +333,8 @@ def tensor_attention_lowrank_causal_kernel(
             tl.debug_barrier()  # other threads read what was staged
             for step in range(some):
                 s, z = _advanced(
-                    s, z, u_ptr + step * BLOCK_F, v_ptr + (row + step) * dv, axis, local, c, dv,
-                    AXES, BLOCK_F, BLOCK_T,
+                    s, z, u_ptr + step * BLOCK_F, v_ptr + (row + step) * dv, pitch, local, c, dv,
+                    AXES, MOVES, BLOCK_F, BLOCK_T,
                 )  # fmt: skip
                 u = tl.load(u0_ptr + step * BLOCK_F + local)
                 sums = tl.sum(u[:, None] * _product(s, s[0], -1, AXES), 0)
@@ -317,7 +346,7 @@ def tensor_attention_lowrank_causal_kernel(
 
 
 @triton.jit
-def tensor_attention_lowrank_causal_query_gradient_kernel(
+def tensor_attention_lowrank_scan_query_gradient_kernel(
     q_ptr,  # as above
     x_ptr,
     v_ptr,
@@ -327,7 +356,7 @@ def tensor_attention_lowrank_causal_query_gradient_kernel(
     starts_ptr,
     weight_ptr,
     index_ptr,
-    staged_ptr,  # scratch [program, AXES + 1, BLOCK_T, BLOCK_F]
+    staged_ptr,  # scratch [program, MOVES + 1, BLOCK_T, BLOCK_F]
     du_ptr,  # scratch [program, length, BLOCK_F]
     dq_ptr,  # [share, batch * head, n, d]
     totals_ptr,  # [chunk, AXES, batch * head, rank, dv + 1]: sums of dS times the other states
@@ -343,6 +372,7 @@ def tensor_attention_lowrank_causal_query_gradient_kernel(
     stride_q_head,
     stride_q_row,
     AXES: tl.constexpr,
+    MOVES: tl.constexpr,
     DEGREE: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -359,11 +389,12 @@ def tensor_attention_lowrank_causal_query_gradient_kernel(
     begin = (chunk * length).to(tl.int64)
     count = tl.minimum(length, n - chunk * length)
     q_ptr += head // heads * stride_q_batch + head % heads * stride_q_head + begin * stride_q_row
-    key_row, axis = key_head * n + begin, key_heads * n
+    key_row, pitch = key_head * n + begin, key_heads * n
     u_ptr = (
-        staged_ptr + (tl.program_id(0) * tl.num_programs(1) + head) * (AXES + 1) * BLOCK_T * BLOCK_F
+        staged_ptr
+        + (tl.program_id(0) * tl.num_programs(1) + head) * (MOVES + 1) * BLOCK_T * BLOCK_F
     )
-    u0_ptr = u_ptr + AXES * BLOCK_T * BLOCK_F
+    u0_ptr = u_ptr + MOVES * BLOCK_T * BLOCK_F
     dsums_ptr += (head * n + begin) * dv
     dy_ptr += head * n + begin
     starts_ptr += (chunk * AXES * key_heads + key_head) * rank * (dv + 1)
@@ -382,8 +413,8 @@ def tensor_attention_lowrank_causal_query_gradient_kernel(
             some = tl.minimum(BLOCK_T, count - block)
             row = key_row + block
             _stage_keys(
-                u_ptr, x_ptr, kept_ptr, row, axis, some, index_ptr, f, rank, d,
-                AXES, DEGREE, BLOCK_F, BLOCK_T,
+                u_ptr, x_ptr, kept_ptr, row, pitch, some, index_ptr, f, rank, d,
+                MOVES, DEGREE, BLOCK_F, BLOCK_T,
             )  # fmt: skip
             _stage(
                 u0_ptr, q_ptr + block * stride_q_row, stride_q_row, None, some, weight, index_ptr,
@@ -392,8 +423,8 @@ def tensor_attention_lowrank_causal_query_gradient_kernel(
             tl.debug_barrier()
             for step in range(some):
                 s, z = _advanced(
-                    s, z, u_ptr + step * BLOCK_F, v_ptr + (row + step) * dv, axis, local, c, dv,
-                    AXES, BLOCK_F, BLOCK_T,
+                    s, z, u_ptr + step * BLOCK_F, v_ptr + (row + step) * dv, pitch, local, c, dv,
+                    AXES, MOVES, BLOCK_F, BLOCK_T,
                 )  # fmt: skip
                 dsums = tl.load(dsums_ptr + (block + step) * dv + c, mask=c < dv, other=0.0)
                 dy = tl.load(dy_ptr + block + step)
@@ -417,7 +448,7 @@ def tensor_attention_lowrank_causal_query_gradient_kernel(
 
 
 @triton.jit
-def tensor_attention_lowrank_causal_key_gradient_kernel(
+def tensor_attention_lowrank_scan_key_gradient_kernel(
     q_ptr,  # as above
     x_ptr,
     v_ptr,
@@ -428,11 +459,11 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
     ends_ptr,  # [chunk, AXES, batch * head, rank, dv + 1]: D after the chunk
     weight_ptr,
     index_ptr,
-    staged_ptr,  # scratch [program, AXES + 1, BLOCK_T, BLOCK_F]
-    du_ptr,  # scratch [program, AXES, length, BLOCK_F]
+    staged_ptr,  # scratch [program, MOVES + 1, BLOCK_T, BLOCK_F]
+    du_ptr,  # scratch [program, MOVES, length, BLOCK_F]
     anchors_ptr,  # scratch [program, length / BLOCK_T, AXES, BLOCK_F, dv + 1]
-    dx_ptr,  # [share, AXES, batch * head, n, d]
-    dv_ptr,  # [share, AXES, batch * head, n, dv]
+    dx_ptr,  # [share, MOVES, batch * head, n, d]
+    dv_ptr,  # [share, MOVES, batch * head, n, dv]
     n,
     d,
     dv,
@@ -445,6 +476,7 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
     stride_q_head,
     stride_q_row,
     AXES: tl.constexpr,
+    MOVES: tl.constexpr,
     DEGREE: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -462,21 +494,22 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
     count = tl.minimum(length, n - chunk * length)
     anchors = tl.cdiv(count, BLOCK_T)
     q_ptr += head // heads * stride_q_batch + head % heads * stride_q_head + begin * stride_q_row
-    key_row, axis = key_head * n + begin, key_heads * n
+    key_row, pitch = key_head * n + begin, key_heads * n
     u_ptr = (
-        staged_ptr + (tl.program_id(0) * tl.num_programs(1) + head) * (AXES + 1) * BLOCK_T * BLOCK_F
+        staged_ptr
+        + (tl.program_id(0) * tl.num_programs(1) + head) * (MOVES + 1) * BLOCK_T * BLOCK_F
     )
-    u0_ptr = u_ptr + AXES * BLOCK_T * BLOCK_F
+    u0_ptr = u_ptr + MOVES * BLOCK_T * BLOCK_F
     dsums_ptr += (head * n + begin) * dv
     dy_ptr += head * n + begin
     starts_ptr += (chunk * AXES * key_heads + key_head) * rank * (dv + 1)
     ends_ptr += (chunk * AXES * all_heads + head) * rank * (dv + 1)
     program = tl.program_id(0) * all_heads + head
-    du_ptr += program * AXES * length * BLOCK_F
+    du_ptr += program * MOVES * length * BLOCK_F
     anchor_stride = BLOCK_F * (dv + 1)
     anchors_ptr += program * tl.cdiv(length, BLOCK_T) * AXES * anchor_stride
-    dx_ptr += ((share * AXES * all_heads + head) * n + begin) * d
-    dv_ptr += ((share * AXES * all_heads + head) * n + begin) * dv
+    dx_ptr += ((share * MOVES * all_heads + head) * n + begin) * d
+    dv_ptr += ((share * MOVES * all_heads + head) * n + begin) * dv
     c = tl.arange(0, BLOCK_C)
     local = tl.arange(0, BLOCK_F)
     for first in range(share * BLOCK_F, rank, shares * BLOCK_F):
@@ -488,14 +521,14 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
             some = tl.minimum(BLOCK_T, count - anchor * BLOCK_T)
             row = key_row + anchor * BLOCK_T
             _stage_keys(
-                u_ptr, x_ptr, kept_ptr, row, axis, some, index_ptr, f, rank, d,
-                AXES, DEGREE, BLOCK_F, BLOCK_T,
+                u_ptr, x_ptr, kept_ptr, row, pitch, some, index_ptr, f, rank, d,
+                MOVES, DEGREE, BLOCK_F, BLOCK_T,
             )  # fmt: skip
             tl.debug_barrier()
             for step in range(some):
                 s, z = _advanced(
-                    s, z, u_ptr + step * BLOCK_F, v_ptr + (row + step) * dv, axis, local, c, dv,
-                    AXES, BLOCK_F, BLOCK_T,
+                    s, z, u_ptr + step * BLOCK_F, v_ptr + (row + step) * dv, pitch, local, c, dv,
+                    AXES, MOVES, BLOCK_F, BLOCK_T,
                 )  # fmt: skip
             saved = anchors_ptr + anchor * AXES * anchor_stride
             _store_states(saved, anchor_stride, s, z, local, c, BLOCK_F, dv, AXES)
@@ -509,8 +542,8 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
             saved = anchors_ptr + anchor * AXES * anchor_stride
             s, z = _load_states(saved, anchor_stride, local, c, BLOCK_F, dv, AXES)
             _stage_keys(
-                u_ptr, x_ptr, kept_ptr, row, axis, some, index_ptr, f, rank, d,
-                AXES, DEGREE, BLOCK_F, BLOCK_T,
+                u_ptr, x_ptr, kept_ptr, row, pitch, some, index_ptr, f, rank, d,
+                MOVES, DEGREE, BLOCK_F, BLOCK_T,
             )  # fmt: skip
             _stage(
                 u0_ptr, q_ptr + block * stride_q_row, stride_q_row, None, some, weight, index_ptr,
@@ -527,21 +560,32 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
                     ds = u0[:, None] * dsums[None, :]
                     gx = g[x] + ds * _product(s, ds, x, AXES)
                     gzx = gz[x] + u0 * dy * _product(z, u0, x, AXES)
-                    u = tl.load(u_ptr + (x * BLOCK_T + step) * BLOCK_F + local)
-                    v = tl.load(v_ptr + (x * axis + row + step) * dv + c, mask=c < dv, other=0.0)
-                    du = tl.sum(gx * v[None, :], 1) + gzx
-                    tl.store(du_ptr + (x * length + block + step) * BLOCK_F + local, du)
-                    at = dv_ptr + (x * all_heads * n + block + step) * dv + c
-                    _add(at, tl.sum(u[:, None] * gx, 0), c < dv, new)
+                    u, v = _key_gradients(
+                        gx, gzx, u_ptr + (x * BLOCK_T + step) * BLOCK_F,
+                        v_ptr + (x * pitch + row + step) * dv,
+                        du_ptr + (x * length + block + step) * BLOCK_F,
+                        dv_ptr + (x * all_heads * n + block + step) * dv, local, c, dv, new,
+                    )  # fmt: skip
+                    sx = s[x] - u[:, None] * v[None, :]
+                    zx = z[x] - u
+                    if MOVES > AXES:
+                        move = x + AXES
+                        u, v = _key_gradients(
+                            gx, gzx, u_ptr + (move * BLOCK_T + step) * BLOCK_F,
+                            v_ptr + (move * pitch + row + step) * dv,
+                            du_ptr + (move * length + block + step) * BLOCK_F,
+                            dv_ptr + (move * all_heads * n + block + step) * dv, local, c, dv, new,
+                        )  # fmt: skip
+                        sx += u[:, None] * v[None, :]
+                        zx += u
                     after, after_z = after + (gx,), after_z + (gzx,)
-                    sums = sums + (s[x] - u[:, None] * v[None, :],)
-                    counts = counts + (z[x] - u,)
+                    sums, counts = sums + (sx,), counts + (zx,)
                 s, z, g, gz = sums, counts, after, after_z
             tl.debug_barrier()
-        for x in tl.static_range(AXES):
+        for x in tl.static_range(MOVES):
             _scatter(
                 dx_ptr + x * all_heads * n * d, du_ptr + x * length * BLOCK_F,
-                x_ptr + (x * axis + key_row) * d, d, count, new,
+                x_ptr + (x * pitch + key_row) * d, d, count, new,
                 index_ptr, f, rank, d, DEGREE, BLOCK_F, BLOCK_R, D, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
@@ -551,11 +595,11 @@ def tensor_attention_lowrank_causal_key_gradient_kernel(
 
 
 class _Scan(NamedTuple):
-    """Keys that enter with a query, one per axis and query, and how the queries are cut up."""
+    """The keys that move, one per move and query, and how the queries are cut up."""
 
-    x: torch.Tensor  # [axes, batch, key heads, n, d], 0 where there is no key or it is padded
-    v: torch.Tensor  # [axes, batch, key heads, n, dv]
-    kept: torch.Tensor | None  # [axes, batch, key heads, n] of bytes; None: all
+    x: torch.Tensor  # [moves, batch, key heads, n, d], 0 where there is no key or it is padded
+    v: torch.Tensor  # [moves, batch, key heads, n, dv]
+    kept: torch.Tensor | None  # [moves, batch, key heads, n] of bytes; None: all
     starts: torch.Tensor  # [chunks, axes, batch, key heads, r, dv + 1]
     index: torch.Tensor
     weights: torch.Tensor
@@ -567,69 +611,121 @@ class _Scan(NamedTuple):
         return self.starts.shape[0] * self.shares
 
 
-def _entering(keys, values, masks, offset: int, n: int):
-    """(x, v, kept) of a _Scan: the keys from `offset` on."""
-    like = keys[0]
-    shape = (len(keys), *like.shape[:2], n)
-    x = like.new_zeros((*shape, like.shape[3]))
-    v = like.new_zeros((*shape, values[0].shape[3]))
-    whole = all(k.shape[2] >= offset + n for k in keys) and all(m is None for m in masks)
-    kept = None if whole else like.new_zeros(shape, dtype=torch.uint8)
-    for a, tensors in enumerate(zip(keys, values, masks)):
-        k, value, mask = (None if t is None else t[:, :, offset : offset + n] for t in tensors)
-        rows = slice(0, k.shape[2])
+def _rows_from(k, v, mask, start: int, count: int):
+    """(k, v, kept) of the keys start, ..., start + count - 1: zeros where there is none.
+
+    kept is of bytes, or None if all are there.
+    """
+    low, high = (min(max(at, 0), k.shape[2]) for at in (start, start + count))
+    if mask is None and high - low == count:
+        return k[:, :, low:high], v[:, :, low:high], None
+    inside, rows = slice(low, high), slice(low - start, high - start)
+    kept = k.new_zeros((*k.shape[:2], count), dtype=torch.uint8)
+    kept[:, :, rows] = True if mask is None else mask[:, :, inside]
+    found = []
+    for t in (k, v):
+        part = t[:, :, inside]
         if mask is not None:  # what stands in padded rows may be NaN
-            k, value = (torch.where(mask.unsqueeze(-1), t, 0.0) for t in (k, value))
-        x[a, :, :, rows], v[a, :, :, rows] = k, value
-        if kept is not None:
-            kept[a, :, :, rows] = True if mask is None else mask
-    return x, v, kept
+            part = torch.where(mask[:, :, inside].unsqueeze(-1), part, 0.0)
+        found.append(t.new_zeros((*t.shape[:2], count, t.shape[3])))
+        found[-1][:, :, rows] = part
+    return *found, kept
+
+
+def _add_rows(target: torch.Tensor, gradients: torch.Tensor, start: int, sign: int) -> None:
+    """Undoes _rows_from, for gradients."""
+    n, count = target.shape[2], gradients.shape[2]
+    low, high = (min(max(at, 0), n) for at in (start, start + count))
+    target[:, :, low:high].add_(gradients[:, :, low - start : high - start], alpha=sign)
+
+
+def _first_windows(k, v, mask, shift: plan.Shift, offset: int, chunks: int, length: int):
+    """(k, v, kept) of the keys in sight before each chunk: (chunks * batch, heads, span, ..)."""
+
+    def cut(t):
+        return t.unflatten(2, (chunks, length))[:, :, :, : shift.span].movedim(2, 0).flatten(0, 1)
+
+    k, v, kept = _rows_from(k, v, mask, offset - shift.leaves, chunks * length)
+    return cut(k), cut(v), None if kept is None else cut(kept)
+
+
+def _moves(keys, values, masks, shifts, offset: int, n: int):
+    """(x, v, kept) of a _Scan."""
+    starts = [None if s.enters is None else offset + s.enters for s in shifts]
+    if any(s.leaves is not None for s in shifts):
+        starts += [None if s.leaves is None else offset - s.leaves for s in shifts]
+    found = []
+    for at, start in enumerate(starts):
+        x = at % len(keys)
+        start = keys[x].shape[2] if start is None else start  # there is no key from there on
+        found.append(_rows_from(keys[x], values[x], masks[x], start, n))
+    x, v = (torch.stack([move[i] for move in found]) for i in (0, 1))
+    if all(move[2] is None for move in found):
+        return x, v, None
+    ones = x.new_ones(x.shape[1:4], dtype=torch.uint8)
+    return x, v, torch.stack([ones if move[2] is None else move[2] for move in found])
 
 
 def _prefix(parts: torch.Tensor, first: torch.Tensor | None, reverse: bool) -> None:
-    size = parts[0].numel()
+    """In place; the parts' own dimensions are contiguous."""
+    count, size = parts.shape[0], parts[0].numel()
     with device_guard(parts):
         tensor_attention_lowrank_prefix_kernel[(cdiv(size, 1024),)](
-            parts, first, parts.shape[0], size, REVERSE=reverse, BLOCK=1024, num_warps=4
+            parts, first, count, size, parts.stride(0), REVERSE=reverse, BLOCK=1024, num_warps=4
         )
 
 
-def _scan(q, keys, values, masks, coefficients, offset, state_config, precision) -> _Scan:
-    """Of queries at positions from offset >= 0 on."""
+def _scan(q, keys, values, masks, coefficients, shifts, offset, state_config, precision) -> _Scan:
     batch, heads, n, d = q.shape
     degree, dv = len(coefficients) - 1, values[0].shape[3]
-    x, v, kept = _entering(keys, values, masks, offset, n)
     rank = math.comb(d + degree, degree)
     # The gradients have a state per query head.
     size = len(keys) * batch * heads * rank * (dv + 1) * 4
-    length = plan.chunk_length(n, size)
-    shares = _PROGRAMS // (cdiv(n, length) * batch * heads)
-    shares = max(1, min(cdiv(rank, BLOCK_F), shares))
-    starts = state_parts(
-        x.flatten(0, 1), v.flatten(0, 1), None, None if kept is None else kept.flatten(0, 1),
-        degree, cdiv(n, length), length, state_config, precision,
-    ).unflatten(1, (len(keys), batch))  # fmt: skip
-    first = None
-    if offset > 0:
-        first = torch.stack([
-            state(k[:, :, :offset], v[:, :, :offset], None,
-                  None if mask is None else mask[:, :, :offset], degree, state_config, precision)
-            for k, v, mask in zip(keys, values, masks)
-        ])  # fmt: skip
-    _prefix(starts, first, False)
+    length = plan.chunk_length(n, size, max(s.span for s in shifts))
+    chunks = cdiv(n, length)
+    shares = max(1, min(cdiv(rank, BLOCK_F), _PROGRAMS // (chunks * batch * heads)))
+    x, v, kept = _moves(keys, values, masks, shifts, offset, n)
+    how = (degree, state_config, precision)
+    starts = q.new_empty((chunks, len(keys), batch, keys[0].shape[1], rank, dv + 1))
+    for a, (shift, key, value, mask) in enumerate(zip(shifts, keys, values, masks)):
+        if shift.leaves is not None:
+            key, value, mask = _first_windows(key, value, mask, shift, offset, chunks, length)
+            starts[:, a] = state(key, value, None, mask, *how).unflatten(0, (chunks, batch))
+        elif shift.enters is None:
+            starts[:, a] = state(key, value, None, mask, *how)
+        else:
+            there = None if kept is None else kept[a]
+            starts[:, a] = state_parts(
+                x[a], v[a], None, there, degree, chunks, length, state_config, precision
+            )
+            first = None
+            if offset > 0:
+                first = state(*_before(offset, key, value), None, *_before(offset, mask), *how)
+            _prefix(starts[:, a], first, False)
     index = _table(d, degree, q.device)[0]
     return _Scan(x, v, kept, starts, index, _weights(coefficients, d, q.device), length, shares)
 
 
-def _sees_nothing(q, keys, masks, offset: int) -> torch.Tensor:
+def _before(offset: int, *tensors: torch.Tensor | None):
+    return [None if t is None else t[:, :, :offset] for t in tensors]
+
+
+def _sees_nothing(q, keys, masks, shifts, offset: int) -> torch.Tensor:
     """Which queries: bool, to broadcast with (B, H, n)."""
     position = torch.arange(offset, offset + q.shape[2], device=q.device)
-    dead = position < 0
-    for k, mask in zip(keys, masks):
-        if mask is not None:
-            places = torch.arange(k.shape[2], device=q.device)
-            first = torch.where(mask, places, k.shape[2]).amin(-1, keepdim=True)
-            none = (first > position) | (first == k.shape[2])
+    dead = torch.zeros_like(position, dtype=torch.bool)
+    for k, mask, shift in zip(keys, masks, shifts):
+        n = k.shape[2]
+        first, last = torch.zeros_like(position), torch.full_like(position, n)
+        if shift.leaves is not None:
+            first = (position - shift.leaves + 1).clamp(0, n)
+        if shift.enters is not None:
+            last = (position + shift.enters + 1).clamp(0, n)
+        if mask is None:
+            dead = dead | (last <= first)
+        else:
+            counts = torch.nn.functional.pad(mask.cumsum(-1), (1, 0))
+            none = counts[..., last] <= counts[..., first]
             group = q.shape[1] // k.shape[1] if none.shape[1] > 1 else 1
             dead = dead | (none if group == 1 else none.repeat_interleave(group, 1))
     return dead
@@ -657,7 +753,8 @@ def _options(config: Config, dv: int) -> dict[str, Any]:
 def _constants(q, scan: _Scan, config: Config, precision: str | None) -> dict[str, Any]:
     """precision: None for the forward, which forms no products of matrices."""
     found = {
-        "AXES": scan.x.shape[0],
+        "AXES": scan.starts.shape[1],
+        "MOVES": scan.x.shape[0],
         "DEGREE": scan.index.shape[1],
         "BLOCK_F": BLOCK_F,
         "BLOCK_T": config.block_t,
@@ -670,46 +767,52 @@ def _constants(q, scan: _Scan, config: Config, precision: str | None) -> dict[st
     return found
 
 
-def tensor_attention_lowrank_causal_fwd(
+def _shifts(q, keys, causal: bool, windows: Sequence[int], q_offset: int) -> list[plan.Shift]:
+    queries = q.shape[2]
+    return [plan.shift(k.shape[2], queries, causal, w, q_offset) for k, w in zip(keys, windows)]
+
+
+def tensor_attention_lowrank_scan_fwd(
     q: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     key_masks: Sequence[torch.Tensor | None],
     coefficients: Sequence[float],
     centre: float,
+    causal: bool,
+    windows: Sequence[int],
     q_offset: int,
     config: Config = FORWARD,
     state_config: Any = STATE,
     precision: str = PRECISION,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, lse, y) of the op with causality and without windows, all float32."""
+    """(out, lse, y) of the op with causality or windows, all float32."""
     batch, heads, n, d = q.shape
     dv = values[0].shape[3]
-    unseen = min(max(-q_offset, 0), n)  # queries before the first key
-    if batch * heads * (n - unseen) == 0 or any(k.shape[2] == 0 for k in keys):
+    if batch * heads * n == 0 or any(k.shape[2] == 0 for k in keys):
         lse = q.new_full((batch, heads, n), -math.inf)
         return q.new_zeros((batch, heads, n, dv)), lse, torch.zeros_like(lse)
-    seeing = _rows(q[:, :, unseen:])
+    q = _rows(q)
+    shifts = _shifts(q, keys, causal, windows, q_offset)
     scan = _scan(
-        seeing, keys, values, key_masks, coefficients, q_offset + unseen, state_config, precision,
-    )  # fmt: skip
-    parts = q.new_empty((scan.shares, batch, heads, n - unseen, dv + 1))
+        q, keys, values, key_masks, coefficients, shifts, q_offset, state_config, precision
+    )
+    parts = q.new_empty((scan.shares, batch, heads, n, dv + 1))
     with device_guard(q):
-        tensor_attention_lowrank_causal_kernel[(scan.grid, batch * heads)](
-            seeing, scan.x, scan.v, scan.kept, scan.starts, scan.weights, scan.index,
+        tensor_attention_lowrank_scan_kernel[(scan.grid, batch * heads)](
+            q, scan.x, scan.v, scan.kept, scan.starts, scan.weights, scan.index,
             _staged(q, scan, config), parts,
-            *_numbers(seeing, scan), **_constants(seeing, scan, config, None),
+            *_numbers(q, scan), **_constants(q, scan, config, None),
         )  # fmt: skip
     sums = parts[0] if scan.shares == 1 else parts.sum(0)
-    sums = torch.nn.functional.pad(sums, (0, 0, unseen, 0))
-    dead = _sees_nothing(q, keys, key_masks, q_offset)
+    dead = _sees_nothing(q, keys, key_masks, shifts, q_offset)
     y = torch.where(dead, 0.0, sums[..., -1])
     divisor = torch.where(dead, 1.0, y)
     out = torch.where(dead.unsqueeze(-1), 0.0, sums[..., :-1] / divisor.unsqueeze(-1))
     return out, torch.where(dead, -math.inf, divisor.log() + centre), y
 
 
-def tensor_attention_lowrank_causal_bwd(
+def tensor_attention_lowrank_scan_bwd(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -719,6 +822,8 @@ def tensor_attention_lowrank_causal_bwd(
     out: torch.Tensor,
     y: torch.Tensor,
     coefficients: Sequence[float],
+    causal: bool,
+    windows: Sequence[int],
     q_offset: int,
     query_config: Config = QUERY,
     key_config: Config = KEY,
@@ -729,68 +834,93 @@ def tensor_attention_lowrank_causal_bwd(
     """(dq, dkeys, dvalues); all contiguous."""
     batch, heads, n, d = q.shape
     axes, groups, dv = len(keys), keys[0].shape[1], values[0].shape[3]
-    dq, *rest = (
-        torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, *keys, *values)
+    dkeys, dvalues = (
+        [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
+        for tensors in (keys, values)
     )
-    dkeys, dvalues = rest[:axes], rest[axes:]
-    unseen = min(max(-q_offset, 0), n)
-    if batch * heads * (n - unseen) == 0 or any(k.shape[2] == 0 for k in keys):
+    if batch * heads * n == 0 or any(k.shape[2] == 0 for k in keys):
+        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         return dq, dkeys, dvalues
-    dsums, dy = (t[:, :, unseen:].contiguous() for t in gradients_of_sums(dout, dlse, out, y))
-    seeing, offset = _rows(q[:, :, unseen:]), q_offset + unseen
-    scan = _scan(seeing, keys, values, key_masks, coefficients, offset, state_config, precision)
-    chunks, rank, degree = scan.starts.shape[0], scan.starts.shape[4], len(coefficients) - 1
-    count = n - unseen
-    totals = q.new_empty((chunks, axes, batch, heads, rank, dv + 1))
+    dsums, dy = (t.contiguous() for t in gradients_of_sums(dout, dlse, out, y))
+    q = _rows(q)
+    shifts = _shifts(q, keys, causal, windows, q_offset)
+    scan = _scan(
+        q, keys, values, key_masks, coefficients, shifts, q_offset, state_config, precision
+    )
+    chunks, rank, moves = scan.starts.shape[0], scan.starts.shape[4], scan.x.shape[0]
     programs = scan.grid * batch * heads
-    du = q.new_empty((programs, axes, scan.length, BLOCK_F))
-    dq_parts = q.new_empty((scan.shares, batch, heads, count, d))
-    tensors = (seeing, scan.x, scan.v, scan.kept, dsums, dy, scan.starts)
-    shared, numbers = (scan.weights, scan.index), _numbers(seeing, scan)
+    du = q.new_empty((programs, moves, scan.length, BLOCK_F))
+    tensors = (q, scan.x, scan.v, scan.kept, dsums, dy, scan.starts)
+    shared, numbers = (scan.weights, scan.index), _numbers(q, scan)
     grid = (scan.grid, batch * heads)
+    totals = q.new_empty((chunks, axes, batch, heads, rank, dv + 1))
+    parts = q.new_empty((scan.shares, batch, heads, n, d))
     with device_guard(q):
-        tensor_attention_lowrank_causal_query_gradient_kernel[grid](
-            *tensors, *shared, _staged(q, scan, query_config), du, dq_parts, totals, *numbers,
-            **_constants(seeing, scan, query_config, precision),
+        tensor_attention_lowrank_scan_query_gradient_kernel[grid](
+            *tensors, *shared, _staged(q, scan, query_config), du, parts, totals, *numbers,
+            **_constants(q, scan, query_config, precision),
         )  # fmt: skip
-    dq[:, :, unseen:] = dq_parts.sum(0)
-    del dq_parts
-    if offset > 0:  # keys that every query sees
-        total = totals.sum(0).unflatten(2, (groups, -1)).sum(3)
-        for x, (k, v, mask) in enumerate(zip(keys, values, key_masks)):
-            mask = None if mask is None else mask[:, :, :offset]
-            dkeys[x][:, :, :offset], dvalues[x][:, :, :offset] = gradient(
-                k[:, :, :offset], v[:, :, :offset], None, mask, total[x], degree, True,
-                gradient_config, precision,
-            )  # fmt: skip
-    _prefix(totals, None, True)
-    dx = q.new_empty((scan.shares, axes, batch, heads, count, d))
-    dvalue = q.new_empty((scan.shares, axes, batch, heads, count, dv))
+    dq = parts.sum(0)
+    del parts
+    for x in range(axes):
+        _standing_gradients(
+            totals[:, x].unflatten(2, (groups, -1)).sum(3), shifts[x], q_offset, scan.length,
+            (keys[x], values[x], key_masks[x]), (dkeys[x], dvalues[x]),
+            len(coefficients) - 1, gradient_config, precision,
+        )  # fmt: skip
+        if shifts[x].leaves is None and shifts[x].enters is not None:
+            _prefix(totals[:, x], None, True)
+        else:
+            totals[:, x] = 0.0
+    dx = q.new_empty((scan.shares, moves, batch, heads, n, d))
+    dvalue = q.new_empty((scan.shares, moves, batch, heads, n, dv))
     anchors = q.new_empty((programs, cdiv(scan.length, key_config.block_t), axes, BLOCK_F, dv + 1))
     with device_guard(q):
-        tensor_attention_lowrank_causal_key_gradient_kernel[grid](
+        tensor_attention_lowrank_scan_key_gradient_kernel[grid](
             *tensors, totals, *shared, _staged(q, scan, key_config), du, anchors, dx, dvalue,
-            *numbers,
-            **_constants(seeing, scan, key_config, precision),
+            *numbers, **_constants(q, scan, key_config, precision),
         )  # fmt: skip
     for parts, found in ((dx, dkeys), (dvalue, dvalues)):
         whole = parts.sum(0).unflatten(2, (groups, -1)).sum(3)
         if scan.kept is not None:
             whole.masked_fill_((scan.kept == 0).unsqueeze(-1), 0.0)
-        for x, t in enumerate(found):
-            rows = slice(offset, min(offset + count, t.shape[2]))
-            t[:, :, rows] = whole[x, :, :, : max(0, rows.stop - rows.start)]
+        for x, (target, shift) in enumerate(zip(found, shifts)):
+            if shift.enters is not None:
+                _add_rows(target, whole[x], q_offset + shift.enters, 1)
+            if shift.leaves is not None:
+                _add_rows(target, whole[x + axes], q_offset - shift.leaves, -1)
     return dq, dkeys, dvalues
+
+
+def _standing_gradients(totals, shift, offset, length, tensors, found, degree, config, precision):
+    """Adds those of the keys that were there before a chunk began, from totals [chunks, ..]."""
+    k, v, mask = tensors
+    chunks, batch = totals.shape[:2]
+    if shift.leaves is not None:
+        k, v, mask = _first_windows(k, v, mask, shift, offset, chunks, length)
+        parts = gradient(k, v, None, mask, totals.flatten(0, 1), degree, True, config, precision)
+        for target, part in zip(found, parts):
+            part = part.unflatten(0, (chunks, batch)).movedim(0, 2)
+            part = torch.nn.functional.pad(part, (0, 0, 0, length - shift.span))
+            _add_rows(target, part.flatten(2, 3), offset - shift.leaves, 1)
+        return
+    last = k.shape[2] if shift.enters is None else min(max(offset, 0), k.shape[2])
+    if last > 0:
+        k, v, mask = _before(last, k, v, mask)
+        parts = gradient(k, v, None, mask, totals.sum(0), degree, True, config, precision)
+        for target, part in zip(found, parts):
+            _add_rows(target, part, 0, 1)
 
 
 # ---------------------------------------------------------------------------------- compile cases
 
 
 def _case(kernel: Any, config: Config, axes: int, degree: int, d: int, plain: bool):
-    """One entry of COMPILE_CASES; plain: no padded keys."""
+    """One entry of COMPILE_CASES; plain: no padded keys, no windows."""
     width = max(16, triton.next_power_of_2(d))
     constexprs: dict[str, Any] = {
         "AXES": axes,
+        "MOVES": axes if plain else 2 * axes,
         "DEGREE": degree,
         "BLOCK_F": BLOCK_F,
         "BLOCK_C": width,
@@ -820,10 +950,10 @@ def _case(kernel: Any, config: Config, axes: int, degree: int, d: int, plain: bo
 
 COMPILE_CASES = [
     _case(tensor_attention_lowrank_prefix_kernel, FORWARD, 2, 2, 64, False),
-    _case(tensor_attention_lowrank_causal_kernel, FORWARD, 2, 2, 64, True),
-    _case(tensor_attention_lowrank_causal_kernel, FORWARD, 3, 4, 16, False),
-    _case(tensor_attention_lowrank_causal_query_gradient_kernel, QUERY, 2, 2, 64, True),
-    _case(tensor_attention_lowrank_causal_query_gradient_kernel, QUERY, 1, 3, 128, False),
-    _case(tensor_attention_lowrank_causal_key_gradient_kernel, KEY, 2, 2, 64, True),
-    _case(tensor_attention_lowrank_causal_key_gradient_kernel, KEY, 3, 2, 128, False),
+    _case(tensor_attention_lowrank_scan_kernel, FORWARD, 2, 2, 64, True),
+    _case(tensor_attention_lowrank_scan_kernel, FORWARD, 3, 4, 16, False),
+    _case(tensor_attention_lowrank_scan_query_gradient_kernel, QUERY, 2, 2, 64, True),
+    _case(tensor_attention_lowrank_scan_query_gradient_kernel, QUERY, 1, 3, 128, False),
+    _case(tensor_attention_lowrank_scan_key_gradient_kernel, KEY, 2, 2, 64, True),
+    _case(tensor_attention_lowrank_scan_key_gradient_kernel, KEY, 3, 2, 128, False),
 ]
