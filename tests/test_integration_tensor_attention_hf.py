@@ -546,6 +546,13 @@ def test_loading_errors(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "converted")
     with pytest.raises(ValueError, match="'tensor_attention', got 'sdpa'"):
         from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    with pytest.raises(TypeError, match="subclass of .*, got AutoModelForCausalLM; without it"):
+        from_pretrained(tmp_path / "converted", transformers.AutoModelForCausalLM)
+    for names in (None, ["OfSomeoneElse"]):
+        config = transformers.AutoConfig.from_pretrained(tmp_path / "converted")
+        config.architectures = names
+        with pytest.raises(ValueError, match="no class for the architectures.*give model_class"):
+            from_pretrained(tmp_path / "converted", config=config)
     # transformers' own function gives a plain model; it is not taken for one never converted.
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "converted")
     with pytest.raises(ValueError, match="converted before.*are lost"):
@@ -615,6 +622,7 @@ def test_layers(layers: Any, want: list[int]) -> None:
         (dict(window=0), ValueError, "window must be positive"),
         (dict(window=(4, 4, 4)), ValueError, "one number, two or None"),
         (dict(window=(4, 2.5)), TypeError, "window must hold integers"),
+        (dict(window=3.5), TypeError, "window must be an integer, a pair or None, got 3.5"),
         (dict(init="zero"), ValueError, "identity or random"),
         (dict(method="lowrank"), ValueError, "exact or auto"),
     ],
