@@ -519,6 +519,19 @@ def test_bound_with_entries_of_very_different_sizes(sizes, scale, degree):
     assert closest > 0.1  # odd degrees are worst elsewhere
 
 
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float16, 3e-4), (torch.bfloat16, 1e-20), (F32, 1e-22)]
+)
+def test_bound_with_outputs_below_the_normal_numbers(dtype, size):
+    g = torch.Generator().manual_seed(0)
+    inputs = _drawn(g, (3, 1, 1, 8, 4), 0.5, False)
+    values = _drawn(g, (2, 1, 1, 8, 3), size, False)
+    (bound, error), _, found = _bound_and_error(
+        inputs[0], list(inputs[1:]), list(values), dtype, degree=6, poly="taylor", scale=0.25
+    )
+    assert found["bound"] * size**2 < error <= bound
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
 def test_features_and_heads_of_very_different_sizes(dtype):
     """Balanced one by one; padding may be of any size, or no number."""

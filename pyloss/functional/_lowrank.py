@@ -557,7 +557,10 @@ def report(p: Problem, options: Options, values: Sequence[Tensor] | None, sample
         "hardness": hardness(p),
     }
     if values is not None:
-        result["bound_out"] = found.bound * _largest_values(p, values)
+        # Below the least normal number roundings are steps of one size.
+        store, acc = (torch.finfo(t) for t in (p.q.dtype, accumulator_dtype(p.q.dtype)))
+        least = store.smallest_normal * store.eps + found.rank * acc.smallest_normal * acc.eps
+        result["bound_out"] = found.bound * _largest_values(p, values) + least
     return result
 
 

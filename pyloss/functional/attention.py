@@ -399,7 +399,8 @@ def tensor_attention_error(
 
     Args:
         q: queries ``(B, H, n_q, d)``.
-        keys: k1, k2, or any number m of them, ``(B, G, n_x, d)``.
+        keys: k1, k2, or any number m of them, ``(B, G, n_x, d)``; with ``kv_bias`` the last as it
+            is used, k + b_k. For ``form="determinant"`` there is no report.
         values: v1, v2, ...: adds ``bound_out``, the bound in the units of the output.
         masks: one per axis or None; masks of keys.
         samples: number of random tuples for ``R_sampled``.
