@@ -401,6 +401,23 @@ def test_static_cache_without_a_mask() -> None:
     close(torch.cat(got, 1), logits(model, input_ids=tokens))
 
 
+def test_cache_by_position() -> None:
+    """A layer takes its cache as the original does, by name or by place."""
+    model = converted(layers=[0], window=(6, 3))
+    layer, hidden = attention_of(model, 0), torch.randn(1, 5, 32)
+    rotary = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    got, lengths = [], []
+    with torch.no_grad():
+        for by_place in (True, False):
+            cache = transformers.DynamicCache(config=model.config)
+            args = (cache,) if by_place else ()
+            options = {} if by_place else dict(past_key_values=cache)
+            got.append(layer(hidden, rotary, None, *args, **options)[0])
+            lengths.append(cache.layers[0].keys.shape[2:])
+    assert torch.equal(*got)
+    assert lengths == [(5, 16), (5, 16)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate(family: str) -> None:
     """Greedy search gives one text with any cache, the text alone or behind padding."""

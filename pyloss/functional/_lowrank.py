@@ -72,11 +72,12 @@ def checked_options(method, degree, poly, tol, check, logit_bound) -> Options:
 
 def constant(value: float) -> float:
     """A number that the degree or the coefficients depend on: no variable of a compiled graph."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or not abs(value) < math.inf:
         return value
-    from torch.fx.experimental.symbolic_shapes import guard_scalar  # costs 0.4 s
-
-    return guard_scalar(value)
+    # A graph has no variables of such integers. (guard_scalar of torch.fx does the same, is
+    # experimental, and costs 0.4 s to import.)
+    numerator, denominator = value.as_integer_ratio()
+    return numerator / denominator
 
 
 class Problem(NamedTuple):
