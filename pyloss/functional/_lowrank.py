@@ -492,7 +492,7 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
         + (
             f"degree {better.polynomial.degree} with {better.rank} features would do, or "
             if better
-            else "no degree that fits into memory would do; "
+            else "no degree would do, as far as memory and rounding go; "
         )
         + 'use smaller q and k, or method="exact"'
     )
