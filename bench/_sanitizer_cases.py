@@ -5,18 +5,21 @@
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
 derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, the
-gathers of low-rank tensor attention, and every op of sorting_network, in all its kernels.
+gathers and scans of low-rank tensor attention, and every op of sorting_network, in all its kernels.
 Each result is compared with the reference; exit status 1 if one differs.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import pyloss
 from bench import bench_linear_cross_entropy as linear
 from bench import bench_tensor_attention_lowrank as lowrank
 from bench.bench_row_softmax import Problem, all_options, pyloss_provider
@@ -119,6 +122,24 @@ def _lowrank_errors(device: str) -> Iterator[tuple[str, float]]:
         problem = lowrank.Problem(*size, device)
         for mode in ("fwd", "fwd+bwd"):
             yield f"lowrank {mode} {size}", lowrank.own_run(problem, mode).check()
+        yield f"lowrank causal {size}", _causal_error(problem)
+
+
+def _causal_error(problem: lowrank.Problem) -> float:
+    """Against the CPU kernels in float64."""
+
+    def run(tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = pyloss.tensor_attention(
+            *leaves, scale="kronecker", method="lowrank", degree=problem.degree, is_causal=True
+        )
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    got = run(problem.tensors, problem.upstream)
+    want = run([t.double().cpu() for t in problem.tensors], problem.upstream.double().cpu())
+    limits = [lowrank.OUT_LIMIT] + [lowrank.GRAD_LIMIT] * 5
+    errors = [lowrank._relative(a.cpu(), b) / most for a, b, most in zip(got, want, limits)]
+    return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
 
 
 def _row_errors(device: str) -> Iterator[tuple[str, float]]:

@@ -1,5 +1,7 @@
 """Near-linear tensor attention without causality or windows: features of a tile, used and dropped.
 
+Causal calls: tensor_attention_lowrank_causal.py. Windows run on the reference.
+
 With Ux[j, a] = prod_l k_x[j, l]^a_l over the r = C(d + g, g) exponent vectors |a| <= g and the
 weights w_a of the polynomial (reference/tensor_attention_lowrank.py has the algebra):
 
@@ -51,10 +53,10 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _tensor_attention_lowrank_plan as plan
 from ._launch import FULL_GRID, cdiv, device_guard
 
-WIDEST = 128  # features of q and of v that the kernels take
-SUMMED = tl.constexpr(256)  # tokens that are summed before they join the running sum
+SUMMED = tl.constexpr(plan.SUMMED)
 PRECISION = "tf32x3"
 
 
@@ -314,7 +316,9 @@ def _options(config: Config) -> dict[str, Any]:
 def takes(q: torch.Tensor, values: Sequence[torch.Tensor]) -> bool:
     """Whether the kernels know the case."""
     width = values[0].shape[3]
-    return q.dtype == torch.float32 and q.shape[3] <= WIDEST and 0 < width <= WIDEST
+    fits = q.shape[3] <= plan.WIDEST and 0 < width <= plan.WIDEST
+    heads = q.shape[0] * q.shape[1] * len(values)
+    return q.dtype == torch.float32 and fits and heads <= plan.MOST_HEADS
 
 
 @functools.lru_cache(maxsize=64)
@@ -359,6 +363,38 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
+def state_parts(
+    x: torch.Tensor,
+    v: torch.Tensor,
+    extra: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    degree: int,
+    splits: int,
+    per_split: int,
+    config: Config = STATE,
+    precision: str = PRECISION,
+) -> torch.Tensor:
+    """U^T [v | extra or 1] of `per_split` tokens each: ``(splits, batch, heads, r, dv + 1)``."""
+    batch, heads, n, d = x.shape
+    dv = v.shape[3]
+    rank = math.comb(d + degree, degree)
+    parts = x.new_empty((splits, batch, heads, rank, dv + 1))
+    if parts.numel() == 0:
+        return parts
+    block_c = _block_c(dv)
+    grid = (cdiv(rank, config.block_f) * max(1, cdiv(dv, block_c)), splits, batch * heads)
+    x, v = _rows(x), _rows(v)
+    mask, stride_batch, stride_head = _mask_arguments(mask, heads)
+    with device_guard(x):
+        tensor_attention_lowrank_state_kernel[grid](
+            x, v, extra, mask, _table(d, degree, x.device)[0], parts, n, d, dv, rank, heads,
+            per_split, *x.stride()[:3], *v.stride()[:3], stride_batch, stride_head,
+            DEGREE=degree, BLOCK_T=config.block_t, BLOCK_F=config.block_f, BLOCK_C=block_c,
+            PRECISION=precision, **_options(config),
+        )  # fmt: skip
+    return parts
+
+
 def state(
     x: torch.Tensor,
     v: torch.Tensor,
@@ -371,24 +407,10 @@ def state(
     """U^T [v | extra or 1]: ``(batch, heads, r, dv + 1)``."""
     batch, heads, n, d = x.shape
     dv = v.shape[3]
-    rank = math.comb(d + degree, degree)
-    index = _table(d, degree, x.device)[0]
-    block_c = _block_c(dv)
-    tiles = cdiv(rank, config.block_f) * max(1, cdiv(dv, block_c))
+    tiles = cdiv(math.comb(d + degree, degree), config.block_f) * max(1, cdiv(dv, _block_c(dv)))
     splits = min(cdiv(FULL_GRID, max(1, tiles * batch * heads)), max(1, n // (4 * SUMMED.value)))
     per_split = cdiv(cdiv(max(n, 1), splits), SUMMED.value) * SUMMED.value
-    parts = x.new_empty((splits, batch, heads, rank, dv + 1))
-    if parts.numel() == 0:
-        return parts[0]
-    x, v = _rows(x), _rows(v)
-    mask, stride_batch, stride_head = _mask_arguments(mask, heads)
-    with device_guard(x):
-        tensor_attention_lowrank_state_kernel[(tiles, splits, batch * heads)](
-            x, v, extra, mask, index, parts, n, d, dv, rank, heads, per_split,
-            *x.stride()[:3], *v.stride()[:3], stride_batch, stride_head,
-            DEGREE=degree, BLOCK_T=config.block_t, BLOCK_F=config.block_f, BLOCK_C=block_c,
-            PRECISION=precision, **_options(config),
-        )  # fmt: skip
+    parts = state_parts(x, v, extra, mask, degree, splits, per_split, config, precision)
     return parts[0] if splits == 1 else parts.sum(0)
 
 
@@ -444,10 +466,12 @@ def tensor_attention_lowrank_fwd(
     return out, lse, y, states
 
 
-def _gradient(x, v, extra, mask, combined, degree, want_dv, config, precision):
+def gradient(x, v, extra, mask, combined, degree, want_dv, config, precision):
     """(dx, dv or None) of the gradient [v | extra] combined^T of x's features."""
     batch, heads, n, d = x.shape
     dv, rank = v.shape[3], combined.shape[2]
+    if config is None:
+        config = GRADIENT_WIDE if max(d, dv) > 64 else GRADIENT
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dvalue = torch.empty_like(v, memory_format=torch.contiguous_format) if want_dv else None
     if dx.numel() == 0:
@@ -464,6 +488,17 @@ def _gradient(x, v, extra, mask, combined, degree, want_dv, config, precision):
             PRECISION=precision, **_options(config),
         )  # fmt: skip
     return dx, dvalue
+
+
+def gradients_of_sums(dout, dlse, out, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dN, dy) of out = N / y and lse = log y + c; 0 for queries that see nothing."""
+    dead = y == 0
+    inverse = torch.where(dead, 0.0, 1.0 / y)
+    dy = -(dout * out).sum(-1)
+    if dlse is not None:
+        dy = dy + torch.where(dead, 0.0, dlse)
+    dsums = torch.where(dead.unsqueeze(-1), 0.0, dout * inverse.unsqueeze(-1))
+    return dsums, (dy * inverse).contiguous()
 
 
 def tensor_attention_lowrank_bwd(
@@ -483,20 +518,11 @@ def tensor_attention_lowrank_bwd(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """(dq, dkeys, dvalues); all contiguous."""
     degree = len(coefficients) - 1
-    if config is None:
-        wide = max(q.shape[3], values[0].shape[3]) > 64
-        config = GRADIENT_WIDE if wide else GRADIENT
     heads, groups = q.shape[1], keys[0].shape[1]
     weights = _weights(coefficients, q.shape[3], q.device)[:, None]
-    dead = y == 0
-    inverse = torch.where(dead, 0.0, 1.0 / y)
-    dy = -(dout * out).sum(-1)
-    if dlse is not None:
-        dy = dy + torch.where(dead, 0.0, dlse)
-    dy = (dy * inverse).contiguous()
-    dsums = torch.where(dead.unsqueeze(-1), 0.0, dout * inverse.unsqueeze(-1))
+    dsums, dy = gradients_of_sums(dout, dlse, out, y)
     combined = _product(states) * weights
-    dq, _ = _gradient(q, dsums, dy, None, combined, degree, False, config, precision)
+    dq, _ = gradient(q, dsums, dy, None, combined, degree, False, config, precision)
     collected = state(q, dsums, dy, None, degree, state_config, precision) * weights
     if heads != groups:
         collected = collected.unflatten(1, (groups, -1)).sum(2)
@@ -504,7 +530,7 @@ def tensor_attention_lowrank_bwd(
     for x, (k, v, mask) in enumerate(zip(keys, values, key_masks)):
         others = [s for at, s in enumerate(states) if at != x]
         dstate = _product([collected, *others])
-        dk, dv = _gradient(k, v, None, mask, dstate, degree, True, config, precision)
+        dk, dv = gradient(k, v, None, mask, dstate, degree, True, config, precision)
         dkeys.append(dk)
         dvalues.append(dv)
     return dq, dkeys, dvalues

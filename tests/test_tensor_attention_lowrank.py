@@ -610,8 +610,12 @@ def test_rounding_of_tensor_cores():
     assert _rounding("cuda", degree=3) > cuda and _rounding("cuda", order=3) > cuda
     assert _rounding("cuda", n=65536) > cuda
     # What the kernels do not take runs on the reference, in float32 sums.
-    for options in (dict(causal=True), dict(window=8), dict(d=129, degree=1), dict(dv=200)):
+    for options in (dict(window=8), dict(d=129, degree=1), dict(dv=200)):
         assert 0.0 < _rounding("cuda", **options) < 1e-2
+    # Causal: chunks of 256 tokens, their states one after the other, then token by token.
+    chain += 2 * (256 + 16)
+    want = 2.0 * (chain * 2.0**-23 + 3 * 3 * 2.0**-20)
+    assert _rounding("cuda", causal=True) == pytest.approx(want, rel=1e-3)
     assert _rounding("cuda", F64) < 1e-11
     assert _rounding("cpu") < _rounding("mps") < 1e-2
     half = _rounding("cuda", torch.bfloat16)
@@ -627,9 +631,10 @@ def tf32():
 
 
 def test_rounding_where_torch_may_use_tf32(tf32):
-    """Causal CUDA tensors run on products of PyTorch, which the user may have set to tf32."""
-    assert _rounding("cuda", causal=True) > 2.0 * 3 * 2.0**-10
-    assert _rounding("cuda", F64, causal=True) < 1e-11
+    """Windows on CUDA run on products of PyTorch, which the user may have set to tf32."""
+    assert _rounding("cuda", window=8) > 2.0 * 3 * 2.0**-10
+    assert _rounding("cuda", F64, window=8) < 1e-11
+    assert _rounding("cuda", causal=True) < 1e-3
     assert _rounding("cuda") < 1e-3  # the kernels ask for what they want
 
 

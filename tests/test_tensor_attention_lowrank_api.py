@@ -663,9 +663,10 @@ def test_deferred(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [70, 700])  # of several chunks
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (9, 20)}])
-def test_gpu_equals_cpu(options):
-    tensors = small(n=70, d=16, batch=2)
+def test_gpu_equals_cpu(options, n):
+    tensors = small(n=n, d=16, batch=2)
     options = dict(options, degree=2, return_lse=True)
     leaves = [t.cuda().requires_grad_() for t in tensors]
     out, lse = attend(*leaves, **options)
@@ -695,12 +696,13 @@ def test_gpu_repeats_its_bits(options):
 
 
 @pytest.mark.gpu
-def test_gpu_graph_capture():
+@pytest.mark.parametrize("causal", [False, True])
+def test_gpu_graph_capture(causal):
     """No synchronisation with the host: a CUDA graph can hold forward and backward."""
     tensors = [t.cuda().requires_grad_() for t in small(n=64, d=16)]
 
     def step():
-        out = attend(*tensors, degree=2)
+        out = attend(*tensors, degree=2, is_causal=causal)
         return out, *torch.autograd.grad(out.square().sum(), tensors)
 
     side = torch.cuda.Stream()
@@ -722,10 +724,12 @@ def test_gpu_graph_capture():
 def test_gpu_does_not_wait():
     tensors = [t.cuda().requires_grad_() for t in small(n=64, d=16)]
     attend(*tensors, degree=2).sum().backward()
+    attend(*tensors, degree=2, is_causal=True).sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         attend(*tensors, degree=2).sum().backward()
+        attend(*tensors, degree=2, is_causal=True).sum().backward()
         attend(*tensors, method="auto")
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -2,12 +2,13 @@
 
 How far the scores can be from 0 follows from the entries, by Hoelder's inequality; how far the
 output is then from exact attention follows from the polynomial (pyloss.functional._polynomials).
+
+Imported with the first call that needs it.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,14 +20,10 @@ from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
 from pyloss.ops._registry import accumulator_dtype, functorch_active
-from pyloss.ops._tensor_attention_lowrank_cpu import MOST_STATE_BYTES, check_states
+from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE, MOST_STATE_BYTES, check_states
 from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
 from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
 
-POLYNOMIALS = ("taylor", "chebyshev", "fit")
-CHECKS = ("warn", "strict", "none")
-
-_MOST_DEGREE = 32
 _FIT_SAMPLES = 20000
 # Low rank has to save this factor of the operations before "auto" takes it: its rate is lower.
 _GAIN = 5.0
@@ -38,7 +35,7 @@ _warned: set[tuple[Any, ...]] = set()
 
 
 class Options(NamedTuple):
-    """The low-rank part of a call's arguments."""
+    """The low-rank part of a call's arguments, checked."""
 
     method: str = "exact"
     degree: int | None = None
@@ -47,27 +44,11 @@ class Options(NamedTuple):
     check: str = "warn"
     logit_bound: float | None = None
 
-
-def checked_options(method, degree, poly, tol, check, logit_bound) -> Options:
-    """Options of right types and ranges."""
-    if degree is not None:
-        if isinstance(degree, bool) or not isinstance(degree, int):
-            raise TypeError(f"degree must be an integer or None, got {type(degree).__name__}")
-        if not 1 <= degree <= _MOST_DEGREE:
-            raise ValueError(f"degree must be between 1 and {_MOST_DEGREE}, got {degree}")
-    if poly not in POLYNOMIALS:
-        raise ValueError(f"poly must be one of {', '.join(POLYNOMIALS)}, got {poly!r}")
-    if check not in CHECKS:
-        raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {check!r}")
-    for name, value in (("tol", tol), ("logit_bound", logit_bound)):
-        if name == "logit_bound" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not value > 0.0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    tol, logit_bound = constant(float(tol)), logit_bound and constant(logit_bound)
-    return Options(method, degree, poly, tol, check, logit_bound)
+    def constants(self) -> Options:
+        if not torch.compiler.is_compiling():
+            return self
+        bound = self.logit_bound
+        return self._replace(tol=constant(self.tol), logit_bound=bound and constant(bound))
 
 
 def constant(value: float) -> float:
@@ -245,10 +226,11 @@ def rounding_bound(p: Problem, condition: float, rank: int, degree: int) -> floa
     """
     acc = accumulator_dtype(p.q.dtype)
     lengths = [k.shape[2] for k in p.keys]
-    heads, width = p.q.shape[0] * p.q.shape[1], p.value_width
+    batch, heads, queries, _ = p.q.shape
     found = sum_error(
-        p.device, acc, lengths, p.windows, p.causal, heads, p.features, width, rank, degree
-    )
+        p.device, acc, queries, lengths, p.windows, p.causal, batch * heads, p.features,
+        p.value_width, rank, degree,
+    )  # fmt: skip
     off = found * condition
     store = 0.0 if p.q.dtype == acc else torch.finfo(p.q.dtype).eps / 2
     return 2.0 * off / (1.0 - off) + store if off < 1.0 else math.inf
@@ -326,7 +308,7 @@ class Family:
 def least_degree(family: Family, tol: float, most_rank: float = math.inf) -> Promise | None:
     """The Promise of the least degree with a bound of at most tol."""
     p = family.problem
-    for degree in range(1, _MOST_DEGREE + 1):
+    for degree in range(1, MOST_DEGREE + 1):
         r = rank_of(p.features, degree)
         if r > most_rank or p.state_bytes(r) > MOST_STATE_BYTES:
             return None

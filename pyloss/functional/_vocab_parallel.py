@@ -1,10 +1,12 @@
-"""Checks of losses whose classes are split over processes: DTensors, who holds what, options."""
+"""Checks of losses whose classes are split over processes: DTensors, who holds what, options.
+
+Imported with the first call that needs it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import torch
 from torch import Tensor
@@ -12,16 +14,11 @@ from torch import Tensor
 from pyloss.functional import classification as rows
 from pyloss.functional import linear as layers
 from pyloss.functional.classification import RowStats
+from pyloss.functional.linear import is_dtensor
 from pyloss.ops import _vocab_parallel as op
 
 # --------------------------------------------------------------------------------------------------
 # DTensors
-
-
-def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def _split_dim(name: str, t, dim: int) -> int | None:

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyloss.functional import _lowrank as lowrank
 from pyloss.ops import _tensor_attention_order as orders
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._registry import accumulator_dtype, functorch_active
+from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _METHODS = ("exact", "lowrank", "auto")
+_POLYNOMIALS = ("taylor", "chebyshev", "fit")
+_CHECKS = ("warn", "strict", "none")
 
 Window = int | None | Sequence[int | None]
 
@@ -138,7 +140,7 @@ def tensor_attention(
         arXiv 1909.00668.
     """
     _check_choices(method, form, dropout_p)
-    options = lowrank.checked_options(method, degree, poly, tol, check, logit_bound)
+    options = _checked_options(method, degree, poly, tol, check, logit_bound)
     q, keys, values = _checked_tensors(
         q, (k1, k2), (v1, v2), enable_gqa, ("k1", "k2"), ("v1", "v2")
     )
@@ -237,7 +239,7 @@ def tensor_attention_n(
     if len(masks) != order:
         raise ValueError(f"masks must be {order}, one per axis, got {len(masks)}")
     _check_choices(method, "product", 0.0)
-    options = lowrank.checked_options(method, degree, poly, tol, check, logit_bound)
+    options = _checked_options(method, degree, poly, tol, check, logit_bound)
     q, keys, values = _checked_tensors(q, keys, values, enable_gqa, key_names, value_names)
     causal, windows, offset = _checked_band(q, keys, is_causal, window, q_offset)
     s = _checked_scale(scale, q.shape[3])
@@ -432,7 +434,9 @@ def tensor_attention_error(
         Alman, Song. arXiv 2310.04064: the threshold, for m = 2; the exponent 1/(m+1) of other
         orders is that of the score of entries B.
     """
-    options = lowrank.checked_options("lowrank", degree, poly, tol, "none", logit_bound)
+    from pyloss.functional import _lowrank as lowrank
+
+    options = _checked_options("lowrank", degree, poly, tol, "none", logit_bound)
     order = len(keys)
     if order == 0:
         raise ValueError("tensor_attention_error needs at least one tensor of keys")
@@ -457,7 +461,8 @@ def tensor_attention_error(
     problem = lowrank.Problem(
         q, keys, found[0].shape[3], key_masks, s, causal, windows, q.device.type
     )
-    return lowrank.report(problem, options, None if values is None else found, samples)
+    checked_values = None if values is None else found
+    return lowrank.report(problem, lowrank.Options(*options), checked_values, samples)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,6 +471,9 @@ def tensor_attention_error(
 
 def _low_rank(q, keys, values, masks, names, band, options):
     """(out, lse) of the low-rank form, or None where "auto" takes exact attention."""
+    from pyloss.functional import _lowrank as lowrank
+
+    options = lowrank.Options(*options).constants()
     scale, causal, windows, offset = band
     try:
         key_masks = _key_masks(q, keys, masks, names)
@@ -548,6 +556,27 @@ def _check_choices(method, form, dropout_p) -> None:
         raise ValueError('method="lowrank" takes no dropout, dropout_p must be 0')
     if dropout_p > 0.0:
         raise NotImplementedError("tensor_attention has no dropout yet, dropout_p must be 0")
+
+
+def _checked_options(method, degree, poly, tol, check, logit_bound) -> tuple:
+    """The fields of _lowrank.Options, of right types and ranges."""
+    if degree is not None:
+        if isinstance(degree, bool) or not isinstance(degree, int):
+            raise TypeError(f"degree must be an integer or None, got {type(degree).__name__}")
+        if not 1 <= degree <= MOST_DEGREE:
+            raise ValueError(f"degree must be between 1 and {MOST_DEGREE}, got {degree}")
+    if poly not in _POLYNOMIALS:
+        raise ValueError(f"poly must be one of {', '.join(_POLYNOMIALS)}, got {poly!r}")
+    if check not in _CHECKS:
+        raise ValueError(f"check must be one of {', '.join(_CHECKS)}, got {check!r}")
+    for name, value in (("tol", tol), ("logit_bound", logit_bound)):
+        if name == "logit_bound" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not value > 0.0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    return method, degree, poly, float(tol), check, logit_bound
 
 
 def _shape(t: Tensor) -> list[int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyloss.functional import _vocab_parallel as split
 from pyloss.functional import classification as rows
 from pyloss.functional.classification import MixUpTarget, RowStats
 from pyloss.ops import linear_cross_entropy as op
@@ -146,7 +146,9 @@ def fused_linear_cross_entropy(
     )
     settings = _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats)
     tensors = (input, linear_weight, target, linear_bias, token_weight, weight)
-    if group is not None or any(map(split.is_dtensor, tensors)):
+    if group is not None or any(map(is_dtensor, tensors)):
+        from pyloss.functional import _vocab_parallel as split
+
         tensors, group, classes = split.localize(tensors, group)
         input, linear_weight, target, linear_bias, token_weight, arguments["weight"] = tensors
         if group is not None:
@@ -160,6 +162,12 @@ def fused_linear_cross_entropy(
     if layer[1].dim() > 2:
         return _k_dimensional(*layer, target, token_weight, shift, arguments)
     return _by_rows(*layer, target, token_weight, shift, settings, arguments)
+
+
+def is_dtensor(t) -> bool:
+    """Whether t is a DTensor; nobody has one before the module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, settings, arguments):
@@ -292,7 +300,7 @@ def _check_tiles(layer, target, settings, chunk, arguments) -> None:
     for what, found in refused.items():
         if found:
             raise ValueError(f"{name} cannot be used with {what}")
-    if settings.strategy == "tiles" and not op.tiles.runs_on(input):
+    if settings.strategy == "tiles" and not op.tiles().runs_on(input):
         raise RuntimeError(f"strategy='tiles' needs CUDA tensors, got {input.device.type}")
 
 

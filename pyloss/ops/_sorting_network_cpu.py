@@ -12,20 +12,31 @@ from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops._registry import DTYPE_CODES, address
-from pyloss.reference import sorting_network as reference
+
+# A name's place is its code in the ops and the kernels.
+NETWORKS = ("bitonic", "odd_even", "batcher", "splitter_selection", "auto")
+DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal", "optimal")
+KINDS = ("bce", "row_ce", "col_ce")
+# What a loss's target holds: the ranks, or values whose equal ones keep their order or share ranks.
+ORDERS = ("ranks", "values", "values_descending", "shared", "shared_descending")
+REDUCTIONS = ("none", "mean", "sum")
 
 _SPLITTER = 3
 
 
 def network_code(code: int, n: int) -> int:
     """The code of a network that the kernels know."""
-    return reference.NETWORKS.index(reference.resolved(reference.NETWORKS[code], n))
+    from pyloss.reference.sorting_network import resolved  # with its first use
+
+    return NETWORKS.index(resolved(NETWORKS[code], n))
 
 
 @functools.cache  # never dropped: kernels read the tables by address
 def splitter_table(n: int, k: int) -> tuple[Tensor, Tensor]:
     """(pairs (C, 2), offsets of the layers (L + 1)), int32, of splitter selection."""
-    layers = reference.network("splitter_selection", n, k)
+    from pyloss.reference.sorting_network import network
+
+    layers = network("splitter_selection", n, k)
     pairs = [pair for layer in layers for pair in zip(layer.lo, layer.hi)]
     offsets = [0]
     for layer in layers:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops._registry import DTYPE_CODES, address
-from pyloss.ops._sorting_network_cpu import network_code, splitter_table
-from pyloss.reference import sorting_network as reference
+from pyloss.ops._sorting_network_cpu import KINDS, ORDERS, REDUCTIONS, network_code, splitter_table
 
 _SPLITTER = 3
 # The codes of csrc/cuda/sorting_network.h.
@@ -141,16 +140,18 @@ def loss(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     order, kind, reduction = codes
-    first, count, nan = reference.target_ranks(target, reference.ORDERS[order], count)
+    from pyloss.reference.sorting_network import reduced, target_ranks  # with the first use
+
+    first, count, nan = target_ranks(target, ORDERS[order], count)
     loss, gx = _rank_loss(x, first, count, kind, net, options, need_grad)
     if nan is not None:
         loss.masked_fill_(nan, torch.nan)
         if need_grad:
             gx.masked_fill_(nan.unsqueeze(1), torch.nan)
-    reduction = reference.REDUCTIONS[reduction]
+    reduction = REDUCTIONS[reduction]
     if need_grad and reduction == "mean":
         gx.div_(max(len(x), 1))
-    return reference.reduced(loss, reduction), gx
+    return reduced(loss, reduction), gx
 
 
 def _rank_loss(x, first, count, kind, net, options, need_grad) -> tuple[Tensor, Tensor]:
@@ -169,10 +170,12 @@ def _rank_loss(x, first, count, kind, net, options, need_grad) -> tuple[Tensor, 
 
 def _long_loss(x, first, count, kind, net, options, need_grad):
     """By way of P: where n is this large, P is at least half a hundred megabytes an item."""
+    from pyloss.reference.sorting_network import permutation_loss
+
     _, p = permutation(x, net, options)
     with torch.enable_grad():
         p.requires_grad_(need_grad)
-        loss = reference.permutation_loss(p, first, count, reference.KINDS[kind])
+        loss = permutation_loss(p, first, count, KINDS[kind])
         if not need_grad:
             return loss, x.new_empty((0,))
         (gp,) = torch.autograd.grad(loss.sum(), p)

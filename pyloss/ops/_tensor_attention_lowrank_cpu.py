@@ -13,6 +13,7 @@ from pyloss import _C
 from pyloss.ops._registry import DTYPE_CODES, address
 
 NOT_POSITIVE, NOT_FINITE = 1, 2  # LowrankFlag
+MOST_DEGREE = 32
 MOST_STATE_BYTES = 2 << 30
 
 

@@ -14,9 +14,6 @@ import torch
 
 from pyloss.reference.tensor_attention_lowrank import _BLOCK_ELEMENTS
 
-# kernels/tensor_attention_lowrank.py: the widest it takes, tokens that are summed before they join
-# the running sum. (It is not imported before its first use.)
-TRITON_WIDEST, TRITON_SUMMED = 128, 256
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _TF32X3 = 3 * 2.0**-20  # both factors split in two tf32, the product of the small parts left out
@@ -26,6 +23,7 @@ _TF32 = 2.0**-9  # two factors of 11 bits, cut off or rounded
 def sum_error(
     device: str,
     dtype: torch.dtype,
+    queries: int,
     lengths: Sequence[int],
     windows: Sequence[int],
     causal: bool,
@@ -40,6 +38,7 @@ def sum_error(
     Args:
         device: type of the device, which decides what runs.
         dtype: float32 or float64.
+        queries: how many there are.
         lengths, windows: of the key axes; a window of 0 is none.
         heads: times the batch.
     """
@@ -48,11 +47,16 @@ def sum_error(
     products = (len(lengths) + 1) * (degree + 2) + 4  # the monomials, their weights, the division
     if device == "cpu":
         return (_cpu(lengths, windows, banded, rank) + products) * eps / 2
+    from pyloss.kernels import _tensor_attention_lowrank_plan as plan
+
     matrix_products = len(lengths) + 1
     single = device == "cuda" and dtype == torch.float32
-    if single and not banded and d <= TRITON_WIDEST and 0 < dv <= TRITON_WIDEST and _HAS_TRITON:
-        chain = sum(min(n, TRITON_SUMMED + -(-n // TRITON_SUMMED)) for n in lengths)
-        chain += sum(1 + n // (4 * TRITON_SUMMED) for n in lengths)  # ranges of tokens
+    if single and not any(windows) and _HAS_TRITON and max(d, dv) <= plan.WIDEST and dv > 0:
+        chain = _triton(lengths, plan.SUMMED)
+        if causal:
+            size = 4 * len(lengths) * heads * rank * (dv + 1)
+            length = plan.chunk_length(queries, size)
+            chain += sum(min(n, length) + -(-queries // length) for n in lengths)
         # The sums of tensor cores are cut off, not rounded: a unit of eps.
         return (chain + rank + products) * eps + matrix_products * _TF32X3
     per_row = max(1, heads * rank * ((dv + 1) if banded else 1))
@@ -68,6 +72,11 @@ def _cpu(lengths, windows, banded: bool, rank: int) -> int:
         return tokens + 16 + -(-rank // 16)
     tokens = sum(min(n, 208 + -(-n // 8192)) for n in lengths)
     return tokens + min(rank, 84 + -(-rank // 84))
+
+
+def _triton(lengths, part: int) -> int:
+    """Chains of the states: in sums of `part` tokens, over those, over ranges of tokens."""
+    return sum(min(n, part + -(-n // part)) + 1 + n // (4 * part) for n in lengths)
 
 
 def _blocks(lengths, windows, per_row: int) -> int:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pyloss.ops._registry import accumulator_dtype, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import WANT, Settings, _FirstOrderOnly
-from pyloss.reference.tensor_attention import tensor_attention as _reference
 
 _ops = torch.ops.pyloss
 
@@ -171,7 +170,9 @@ def tensor_attention_order(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked arguments; masks are additive and get no gradient."""
     if functorch_active() or forward_ad_active():  # transforms must see into the op
-        return _reference(
+        from pyloss.reference.tensor_attention import tensor_attention  # with its first use
+
+        return tensor_attention(
             q,
             keys,
             values,

@@ -19,9 +19,15 @@ from torch import Tensor
 
 from pyloss import _C, backends
 from pyloss.ops._registry import DTYPE_CODES, define_op, functorch_active
-from pyloss.reference import betti_matching as reference
 
-TERMS = len(reference.TERMS)
+TERMS = 3  # the last axis of the loss: csrc/common/betti_matching.h
+
+
+def _reference():
+    """The reference, imported with its first use."""
+    from pyloss.reference import betti_matching
+
+    return betti_matching
 
 
 class Options(NamedTuple):
@@ -119,7 +125,7 @@ def _loss_reference(input, target, options):
     spatial = x.dim() - 2
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        terms = reference.betti_matching_loss(
+        terms = _reference().betti_matching_loss(
             leaf.flatten(0, 1), y.flatten(0, 1), superlevel=bool(o.superlevel),
             dims=[d for d in _dims_of(int(o.dims)) if d < spatial], essential=bool(o.essential),
             unmatched="extreme" if o.extreme else "diagonal", min_persistence=o.min_persistence,
@@ -181,7 +187,7 @@ def _matching_reference(input, target, superlevel, dims):
     if backends.forced() != "reference":
         return _on_cpu(_matching_cpu)(input, target, superlevel, dims)
     x, y = _pair(input, target)
-    found = reference.betti_matching(x, y, superlevel, dims)
+    found = _reference().betti_matching(x, y, superlevel, dims)
     return tuple(t.to(input.device) for t in found)
 
 
@@ -209,7 +215,7 @@ def _pairs_reference(input, superlevel, dims, essential):
     if backends.forced() != "reference":
         return _on_cpu(_pairs_cpu)(input, superlevel, dims, essential)
     x, _ = _pair(input, input)
-    return reference.persistence_pairs(x, superlevel, dims, essential).to(input.device)
+    return _reference().persistence_pairs(x, superlevel, dims, essential).to(input.device)
 
 
 define_op(
@@ -266,9 +272,9 @@ def composed_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
         a, b = x.detach().flatten(0, 1), y.detach().flatten(0, 1)
         matched, left_input, left_target = _ops.betti_matching(a, b, bool(o.superlevel), dims)
         if o.essential and 0 in dims:
-            rows = reference.essential_rows(a, b, bool(o.superlevel))
+            rows = _reference().essential_rows(a, b, bool(o.superlevel))
             matched = torch.cat([matched, rows.to(matched.device)])
-    terms = reference.loss_terms(
+    terms = loss_terms(
         x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), matched, left_input, left_target,
         dim_count=spatial, superlevel=bool(o.superlevel),
         unmatched="extreme" if o.extreme else "diagonal", min_persistence=o.min_persistence,
@@ -319,4 +325,6 @@ def persistence_pairs(input: Tensor, superlevel: bool, dims: list[int], essentia
     return _ops.persistence_pairs(input.detach(), superlevel, dims, essential)
 
 
-loss_terms = reference.loss_terms
+def loss_terms(*args, **options) -> Tensor:
+    """The loss terms of a matching's rows, as torch operations."""
+    return _reference().loss_terms(*args, **options)

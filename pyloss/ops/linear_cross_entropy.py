@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyloss.ops import _linear_tiles as tiles
 from pyloss.ops import row_softmax as rows
 from pyloss.ops._linear_chunks import (
     AUTO,
@@ -295,6 +294,13 @@ _TILE_TENSORS = (
 )
 
 
+def tiles():
+    """What computes by tiles, imported with its first use."""
+    from pyloss.ops import _linear_tiles
+
+    return _linear_tiles
+
+
 def _of_tiles(six) -> Tensors:
     return Tensors(*six[:4], None, None, *six[4:])
 
@@ -302,7 +308,7 @@ def _of_tiles(six) -> Tensors:
 def _tiles_forward_reference(*args):
     options, codes, loss_dtype, wants = args[6:]
     t = _of_tiles(args[:6])
-    results = tiles.forward_fake(t, options, codes, loss_dtype, wants)
+    results = tiles().forward_fake(t, options, codes, loss_dtype, wants)
     with torch.no_grad():
         loss, extras, _ = _reference_found(t, options, codes, loss_dtype, wants)
     results[0].copy_(loss)
@@ -314,7 +320,7 @@ def _tiles_forward_reference(*args):
 
 def _tiles_backward(grad_loss, grad_extras, *args):
     saved, options, codes, wants, filter, exact = args[6:]
-    found = tiles.backward(
+    found = tiles().backward(
         grad_loss, grad_extras, _of_tiles(args[:6]), saved, options, codes, _wanted(wants), filter,
         exact,
     )  # fmt: skip
@@ -330,9 +336,9 @@ def _tiles_backward_reference(grad_loss, grad_extras, *args):
 define_op(
     f"linear_cross_entropy_tiles_fwd({_TILE_TENSORS}, float[]? options, int[] codes, "
     "ScalarType loss_dtype, int wants) -> Tensor[]",
-    fake=lambda *args: tiles.forward_fake(_of_tiles(args[:6]), *args[6:]),
+    fake=lambda *args: tiles().forward_fake(_of_tiles(args[:6]), *args[6:]),
     impls={
-        "triton": lambda *args: tiles.forward(_of_tiles(args[:6]), *args[6:]),
+        "triton": lambda *args: tiles().forward(_of_tiles(args[:6]), *args[6:]),
         "reference": _tiles_forward_reference,
     },
 )
@@ -498,7 +504,7 @@ def linear_cross_entropy(
     settings: Settings,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss, extras, index) of checked arguments; their rows as in row_softmax."""
-    if settings.tiles is not None and not tiles.runs_on(t.input):
+    if settings.tiles is not None and not tiles().runs_on(t.input):
         settings = settings._replace(tiles=None)  # a filter allows to leave out, it does not ask to
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in t[:3]):
         found = _LinearCrossEntropy.apply(*t, (options, codes, loss_dtype, wants, settings))

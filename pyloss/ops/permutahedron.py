@@ -23,7 +23,6 @@ from pyloss.ops._registry import (
     is_batched,
     lib,
 )
-from pyloss.reference import permutahedron as reference
 
 # The flags of csrc/common/permutahedron.h.
 _START = -(2**31)
@@ -31,18 +30,25 @@ _FIXED = 2**30
 _ELEMENT = _FIXED - 1  # mask; as an element: the row holds a NaN
 
 
-def _packed(blocks: reference.Blocks) -> Tensor:
+def _reference():
+    """The reference, imported with its first use."""
+    from pyloss.reference import permutahedron
+
+    return permutahedron
+
+
+def _packed(blocks) -> Tensor:
     element = torch.where(blocks.nan, _ELEMENT, blocks.order)
     starts = blocks.starts | blocks.nan
     fixed = blocks.fixed & ~blocks.nan
     return (element + fixed * _FIXED + starts * _START).to(torch.int32)
 
 
-def _blocks(packed: Tensor) -> reference.Blocks:
+def _blocks(packed: Tensor):
     element = packed & _ELEMENT
     nan = element[:, :1] == _ELEMENT
     order = torch.where(nan, torch.arange(packed.shape[1], device=packed.device), element.long())
-    return reference.Blocks(order, packed < 0, (packed & _FIXED) != 0, nan)
+    return _reference().Blocks(order, packed < 0, (packed & _FIXED) != 0, nan)
 
 
 def _problem(x: Tensor, rank: bool, kl: bool) -> tuple[int, ...]:
@@ -90,8 +96,8 @@ def _forward_cuda(x, rank, kl, strength):
 
 def _forward_reference(x, rank, kl, strength):
     options = dict(rank=rank, kl=kl, strength=strength)
-    blocks = reference.find_blocks(x, **options)
-    return reference.from_blocks(x, blocks, **options).contiguous(), _packed(blocks)
+    blocks = _reference().find_blocks(x, **options)
+    return _reference().from_blocks(x, blocks, **options).contiguous(), _packed(blocks)
 
 
 define_op(
@@ -151,7 +157,7 @@ def _composed_gradient(g, x, packed, rank, kl, strength):
         # Given the blocks, l2 is linear: any point has the same gradient.
         at = torch.zeros(packed.shape, dtype=g.dtype, device=g.device) if x is None else x
         at = at if at.requires_grad else at.detach().requires_grad_()
-        y = reference.from_blocks(at, _blocks(packed), rank=rank, kl=kl, strength=strength)
+        y = _reference().from_blocks(at, _blocks(packed), rank=rank, kl=kl, strength=strength)
         (dx,) = torch.autograd.grad(y, at, g, create_graph=True)
     return dx
 
@@ -190,7 +196,7 @@ def permutahedron(x: Tensor, rank: bool, kl: bool, strength: float) -> Tensor:
     if functorch_active() or forward_ad_active():
         # Transforms see torch operations; only the blocks, without gradient, come from the op.
         packed = _ops.permutahedron_fwd(x.detach(), rank, kl, strength)[1]
-        return reference.from_blocks(x, _blocks(packed), rank=rank, kl=kl, strength=strength)
+        return _reference().from_blocks(x, _blocks(packed), rank=rank, kl=kl, strength=strength)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Permutahedron.apply(x, rank, kl, strength)
     return _ops.permutahedron_fwd(x, rank, kl, strength)[0]

@@ -22,7 +22,6 @@ from pyloss.ops._registry import (
     is_batched,
     saved_tensor_hooks_active,
 )
-from pyloss.reference.row_softmax import row_softmax as reference_row_softmax
 
 INDEX, MIX, DENSE = 0, 1, 2
 COMP_SUM, FOCAL = 0, 1
@@ -297,7 +296,9 @@ def _reference(input, kwargs, wants, labels):
     extra_names = ("lse", "logprob", "entropy", "z_loss") if wants & WANT_EXTRAS else ()
     index_names = ("argmax", "rank") if wants & WANT_INDEX else ()
     names = [n for n in (*extra_names, *index_names) if labels or n not in LABEL_STATS]
-    found = reference_row_softmax(input, **kwargs, return_stats=names)
+    from pyloss.reference.row_softmax import row_softmax  # with its first use
+
+    found = row_softmax(input, **kwargs, return_stats=names)
     if not names:  # then it returns the loss alone
         return found, None, None
     loss, stats = found

@@ -27,11 +27,14 @@ from pyloss.ops._registry import (
     is_batched,
     saved_tensor_hooks_active,
 )
-from pyloss.reference import sorting_network as reference
+from pyloss.ops._sorting_network_cpu import DISTRIBUTIONS, KINDS, NETWORKS, ORDERS, REDUCTIONS
 
-NETWORKS, DISTRIBUTIONS = reference.NETWORKS, reference.DISTRIBUTIONS
-KINDS, ORDERS, REDUCTIONS = reference.KINDS, reference.ORDERS, reference.REDUCTIONS
-inverse, reduced, target_ranks = reference.inverse, reference.reduced, reference.target_ranks
+
+def _reference():
+    """The reference, imported with its first use."""
+    from pyloss.reference import sorting_network
+
+    return sorting_network
 
 
 class Settings(NamedTuple):
@@ -59,6 +62,21 @@ def _named(net, options) -> tuple:
     return NETWORKS[net[0]], DISTRIBUTIONS[net[1]], options[0], options[1], net[2]
 
 
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of permutations along the last dimension."""
+    return _reference().inverse(order)
+
+
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    """The losses of the items as one."""
+    return _reference().reduced(each, reduction)
+
+
+def target_ranks(target: Tensor, order: str, count: Tensor | None = None):
+    """(first, count, which rows hold a NaN) of a loss's target."""
+    return _reference().target_ranks(target, order, count)
+
+
 def _gradients(function, sources, cotangents):
     """Gradients of a function's outputs, 0 where one does not depend on a source."""
     with torch.enable_grad():
@@ -83,12 +101,12 @@ def _rowwise(gx: Tensor, x: Tensor) -> Tensor:
 
 
 def _sort_reference(x, net, options):
-    return reference.sorting_network_sort(x, *_named(net, options)).contiguous()
+    return _reference().sorting_network_sort(x, *_named(net, options)).contiguous()
 
 
 def _sort_bwd_reference(gy, x, net, options):
     def function(x):
-        return reference.sorting_network_sort(x, *_named(net, options))
+        return _reference().sorting_network_sort(x, *_named(net, options))
 
     return _rowwise(_gradients(function, [x], [gy])[0], x)
 
@@ -109,13 +127,13 @@ define_op(
 
 
 def _apply_reference(x, f, transpose, net, options):
-    found = reference.sorting_network_apply(x, f, transpose, *_named(net, options))
+    found = _reference().sorting_network_apply(x, f, transpose, *_named(net, options))
     return found.contiguous()
 
 
 def _apply_bwd_reference(g, x, f, transpose, net, options, need_f):
     def function(x, f):
-        return reference.sorting_network_apply(x, f, transpose, *_named(net, options))
+        return _reference().sorting_network_apply(x, f, transpose, *_named(net, options))
 
     gx, gf = _gradients(function, [x, f], [g])
     return _rowwise(gx, x), gf if need_f else f.new_empty((0,))
@@ -142,13 +160,13 @@ define_op(
 
 
 def _permutation_reference(x, net, options):
-    y, p = reference.sorting_network_permutation(x, *_named(net, options))
+    y, p = _reference().sorting_network_permutation(x, *_named(net, options))
     return y.contiguous(), p.contiguous()
 
 
 def _permutation_bwd_reference(gy, gp, x, net, options):
     def function(x):
-        return reference.sorting_network_permutation(x, *_named(net, options))
+        return _reference().sorting_network_permutation(x, *_named(net, options))
 
     return _rowwise(_gradients(function, [x], [gy, gp])[0], x)
 
@@ -180,7 +198,7 @@ def _loss_fake(x, target, count, codes, net, options, need_grad):
 
 def _loss_by_reference(x, target, count, codes, *network_args):
     order, kind, reduction = codes
-    each = reference.sorting_network_loss(
+    each = _reference().sorting_network_loss(
         x, target, count, ORDERS[order], KINDS[kind], *network_args
     )
     return reduced(each, REDUCTIONS[reduction])
@@ -247,7 +265,7 @@ class _Sort(torch.autograd.Function):
         if _by_reference(gy):
             named = ctx.settings.for_reference
             gx = _differentiable(
-                lambda x: reference.sorting_network_sort(x, *named), [x], [True], [gy]
+                lambda x: _reference().sorting_network_sort(x, *named), [x], [True], [gy]
             )[0]
             return gx, None
         return _ops.sorting_network_sort_bwd(gy.contiguous(), x, *ctx.settings.packed), None
@@ -267,7 +285,7 @@ class _Apply(torch.autograd.Function):
         if _by_reference(g):
             named = ctx.settings.for_reference
             found = _differentiable(
-                lambda x, f: reference.sorting_network_apply(x, f, ctx.transpose, *named),
+                lambda x, f: _reference().sorting_network_apply(x, f, ctx.transpose, *named),
                 [x, f], [need_x, need_f], [g],
             )  # fmt: skip
             return *found, None, None
@@ -293,7 +311,7 @@ class _Permutation(torch.autograd.Function):
         if _by_reference(gy, gp):
             named = ctx.settings.for_reference
             gx = _differentiable(
-                lambda x: reference.sorting_network_permutation(x, *named), [x], [True], [gy, gp]
+                lambda x: _reference().sorting_network_permutation(x, *named), [x], [True], [gy, gp]
             )[0]
         elif gp is None:
             gx = _ops.sorting_network_sort_bwd(gy.contiguous(), x, *ctx.settings.packed)
@@ -342,7 +360,7 @@ class _Loss(torch.autograd.Function):
 def sort(x: Tensor, settings: Settings) -> Tensor:
     """Soft sort of (b, n)."""
     if _reference_needed(settings):
-        return reference.sorting_network_sort(x, *settings.for_reference)
+        return _reference().sorting_network_sort(x, *settings.for_reference)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Sort.apply(x, settings)
     return _ops.sorting_network_sort(x, *settings.packed)
@@ -351,7 +369,7 @@ def sort(x: Tensor, settings: Settings) -> Tensor:
 def apply(x: Tensor, f: Tensor, transpose: bool, settings: Settings) -> Tensor:
     """P^T f (transpose) or P f, (b, n, d), of features (b, n, d) or (1, n, d)."""
     if _reference_needed(settings):
-        return reference.sorting_network_apply(x, f, transpose, *settings.for_reference)
+        return _reference().sorting_network_apply(x, f, transpose, *settings.for_reference)
     if torch.is_grad_enabled() and (x.requires_grad or f.requires_grad):
         return _Apply.apply(x, f, transpose, settings)
     return _ops.sorting_network_apply(x, f, transpose, *settings.packed)
@@ -360,7 +378,7 @@ def apply(x: Tensor, f: Tensor, transpose: bool, settings: Settings) -> Tensor:
 def permutation(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """(soft sort (b, n), P (b, n, n))."""
     if _reference_needed(settings):
-        return reference.sorting_network_permutation(x, *settings.for_reference)
+        return _reference().sorting_network_permutation(x, *settings.for_reference)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Permutation.apply(x, settings)
     return _ops.sorting_network_permutation(x, *settings.packed)

@@ -5,7 +5,7 @@
 
 `coefficients` are p_t s^t, so that the scale is in them. Formulas, memory and cost:
 docs/tensor_attention_lowrank.md. Kernels: csrc/cpu/tensor_attention_lowrank.h,
-kernels/tensor_attention_lowrank.py. Tensors are float32 or float64; features of a half type would
+kernels/tensor_attention_lowrank*.py. Tensors are float32 or float64; features of a half type would
 lose what the polynomial gains, and are refused.
 
 Paper: Alman, Song, arXiv 2310.04064.
@@ -21,8 +21,13 @@ from torch import Tensor
 from pyloss.ops import _tensor_attention_lowrank_cpu as cpu
 from pyloss.ops._registry import define_op, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import _FirstOrderOnly
-from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as _reference
-from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank_backward
+
+
+def _reference(*args, **options):
+    """The reference, imported with its first use."""
+    from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as found
+
+    return found(*args, **options)
 
 
 class Settings(NamedTuple):
@@ -95,9 +100,16 @@ def _forward_triton(q, keys, values, key_masks, *settings):
     from pyloss.kernels import tensor_attention_lowrank as kernels
 
     found = Settings(*settings)
-    if found.banded or not kernels.takes(q, values):
+    if any(found.windows) or not kernels.takes(q, values):
         return _forward_reference(q, keys, values, key_masks, *settings)
     masks = key_masks or [None] * len(keys)
+    if found.causal:
+        from pyloss.kernels import tensor_attention_lowrank_causal as causal
+
+        results = causal.tensor_attention_lowrank_causal_fwd(
+            q, keys, values, masks, found.coefficients, found.centre, found.q_offset
+        )
+        return *results, []
     return kernels.tensor_attention_lowrank_fwd(
         q, keys, values, masks, found.coefficients, found.centre
     )
@@ -131,17 +143,25 @@ def _backward_triton(dout, dlse, q, keys, values, key_masks, out, y, states, *se
     from pyloss.kernels import tensor_attention_lowrank as kernels
 
     found = Settings(*settings)
-    if found.banded or not kernels.takes(q, values):
+    if any(found.windows) or not kernels.takes(q, values):
         return _backward_reference(
             dout, dlse, q, keys, values, key_masks, out, y, states, *settings
         )
     masks = key_masks or [None] * len(keys)
+    if found.causal:
+        from pyloss.kernels import tensor_attention_lowrank_causal as causal
+
+        return causal.tensor_attention_lowrank_causal_bwd(
+            dout, dlse, q, keys, values, masks, out, y, found.coefficients, found.q_offset
+        )
     return kernels.tensor_attention_lowrank_bwd(
         dout, dlse, q, keys, values, masks, out, y, states, found.coefficients
     )
 
 
 def _backward_reference(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank_backward
+
     settings = Settings(*settings)
     dq, dkeys, dvalues = tensor_attention_lowrank_backward(
         dout, dlse, q, keys, values, out, y, states, **_keywords(key_masks, settings)
