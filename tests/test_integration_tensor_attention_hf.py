@@ -401,6 +401,23 @@ def test_static_cache_without_a_mask() -> None:
     close(torch.cat(got, 1), logits(model, input_ids=tokens))
 
 
+def test_cache_by_position() -> None:
+    """A layer takes its cache as the original does, by name or by place."""
+    model = converted(layers=[0], window=(6, 3))
+    layer, hidden = attention_of(model, 0), torch.randn(1, 5, 32)
+    rotary = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    got, lengths = [], []
+    with torch.no_grad():
+        for by_place in (True, False):
+            cache = transformers.DynamicCache(config=model.config)
+            args = (cache,) if by_place else ()
+            options = {} if by_place else dict(past_key_values=cache)
+            got.append(layer(hidden, rotary, None, *args, **options)[0])
+            lengths.append(cache.layers[0].keys.shape[2:])
+    assert torch.equal(*got)
+    assert lengths == [(5, 16), (5, 16)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate(family: str) -> None:
     """Greedy search gives one text with any cache, the text alone or behind padding."""
@@ -546,6 +563,13 @@ def test_loading_errors(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "converted")
     with pytest.raises(ValueError, match="'tensor_attention', got 'sdpa'"):
         from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    with pytest.raises(TypeError, match="subclass of .*, got AutoModelForCausalLM; without it"):
+        from_pretrained(tmp_path / "converted", transformers.AutoModelForCausalLM)
+    for names in (None, ["OfSomeoneElse"]):
+        config = transformers.AutoConfig.from_pretrained(tmp_path / "converted")
+        config.architectures = names
+        with pytest.raises(ValueError, match="no class for the architectures.*give model_class"):
+            from_pretrained(tmp_path / "converted", config=config)
     # transformers' own function gives a plain model; it is not taken for one never converted.
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "converted")
     with pytest.raises(ValueError, match="converted before.*are lost"):
@@ -615,6 +639,7 @@ def test_layers(layers: Any, want: list[int]) -> None:
         (dict(window=0), ValueError, "window must be positive"),
         (dict(window=(4, 4, 4)), ValueError, "one number, two or None"),
         (dict(window=(4, 2.5)), TypeError, "window must hold integers"),
+        (dict(window=3.5), TypeError, "window must be an integer, a pair or None, got 3.5"),
         (dict(init="zero"), ValueError, "identity or random"),
         (dict(method="lowrank"), ValueError, "exact or auto"),
     ],

@@ -10,7 +10,7 @@ from tensor_attention_lowrank_cases import F32, F64, PROBLEMS, Problem, masked_e
 
 import pyloss
 from pyloss.functional import _polynomials as polynomials
-from pyloss.functional import tensor_attention_error, tensor_attention_n
+from pyloss.functional import tensor_attention, tensor_attention_error, tensor_attention_n
 from pyloss.ops._tensor_attention_lowrank_cpu import rank
 from pyloss.ops.tensor_attention_lowrank import Settings, tensor_attention_lowrank
 from pyloss.reference import tensor_attention as exact_reference
@@ -199,13 +199,20 @@ def test_what_is_padded_does_not_matter(options):
 
 
 @pytest.mark.parametrize(
-    "lengths, n_q, batch", [((0, 5), 4, 1), ((5, 0), 4, 1), ((5, 5), 0, 1), ((5, 5), 4, 0)]
+    "lengths, n_q, batch, heads",
+    [
+        ((0, 5), 4, 1, 2),
+        ((5, 0), 4, 1, 2),
+        ((5, 5), 0, 1, 2),
+        ((5, 5), 4, 0, 2),
+        ((5, 5), 4, 1, 0),
+    ],
 )
 @pytest.mark.parametrize("causal", [False, True])
-def test_empty_axes(lengths, n_q, batch, causal):
-    problem = Problem(lengths, n_q=n_q, batch=batch, causal=causal)
+def test_empty_axes(lengths, n_q, batch, heads, causal):
+    problem = Problem(lengths, n_q=n_q, batch=batch, heads=heads, kv_heads=heads, causal=causal)
     out, lse, *grads = _with_gradients(tensor_attention_lowrank, problem)
-    assert out.shape == (batch, 2, n_q, 2) and not out.any()
+    assert out.shape == (batch, heads, n_q, 2) and not out.any()
     assert (lse == -math.inf).all()
     assert not any(g.any() for g in grads)
 
@@ -439,6 +446,133 @@ def test_bound_is_met_by_an_adversary(poly, degree, radius):
     assert worst > 0.9  # the bound is sharp
 
 
+def test_bound_with_bands_and_padding():
+    """The same on causal, windowed and padded problems, of shared heads and unequal lengths."""
+    g = torch.Generator().manual_seed(0)
+    finite, closest = 0, 0.0
+    for at in range(150):
+        pick = lambda *choices: choices[int(torch.randint(len(choices), (), generator=g))]  # noqa: E731
+        order, d, size = pick(1, 2, 3), pick(1, 2, 4), pick(0.4, 0.8, 1.2)
+        lengths = [pick(1, 4, 9) for _ in range(order)]
+        dtype = pick(F64, F32, torch.bfloat16)
+        q = _drawn(g, (2, 4, pick(1, 7), d), size, False).to(dtype)
+        keys = [_drawn(g, (2, 2, n, d), size, False).to(dtype) for n in lengths]
+        values = [_drawn(g, (2, 2, n, 2), 1.0, False).to(dtype) for n in lengths]
+        options = dict(
+            masks=[pick(None, torch.rand(2, 1, 1, n, generator=g) < 0.7) for n in lengths],
+            is_causal=pick(True, False),
+            window=[pick(None, 1, 3, 20) for _ in range(order)],
+            scale=pick(None, -0.4),
+            enable_gqa=True,
+        )
+        low = dict(degree=pick(1, 2, 3, 5), poly=pick("taylor", "chebyshev", "fit"))
+        stated = tensor_attention_error(q, *keys, values=values, samples=1, **low, **options)
+        if not math.isfinite(stated["bound"]):
+            continue
+        options["q_offset"] = pick(0, 3, -2, 30)
+        out, lse = tensor_attention_n(
+            q, keys, values, method="lowrank", check="none", return_lse=True, **low, **options
+        )
+        wide = [q.double(), [k.double() for k in keys], [v.double() for v in values]]
+        exact, exact_lse = tensor_attention_n(*wide, return_lse=True, **options)
+        assert (out.double() - exact).abs().max() <= stated["bound_out"], at
+        assert torch.equal(lse == -math.inf, exact_lse == -math.inf)
+        off = (lse.double() - exact_lse).nan_to_num(0.0).abs().max()  # -inf - -inf
+        assert off <= stated["bound_lse"], at
+        finite += 1
+        closest = max(closest, ((out.double() - exact).abs().max() / stated["bound_out"]).item())
+    assert finite > 80 and closest > 0.1
+
+
+@pytest.mark.parametrize(
+    "sizes, scale, degree",
+    [
+        ((1e8, 1e8, 1e8), 1e-24, 4),  # the third power of the scale is 0 in float32
+        ((1e8, 1e8, 1e-16), 1.0, 4),  # that of a key
+        ((1e9, 1e-18, 1e9), 1.0, 3),
+        ((1e-13, 1e-13, 1e-12), 1e38, 3),  # that of the scale is infinite
+        ((1e-8, 1.0, 1e8), 1.0, 5),
+    ],
+)
+def test_bound_with_entries_of_very_different_sizes(sizes, scale, degree):
+    """The adversary of two scores, R and -R, whose entries multiply to them only together."""
+    root, n = 0.5 ** (1 / 3), 64
+    q, k2 = (torch.full((1, 1, 1, 1), root * size) for size in (sizes[0], sizes[2]))
+    k1, one = torch.full((1, 1, n, 1), root * sizes[1]), torch.ones(1, 1, 1, 1)
+    closest = 0.0
+    for negative in range(8, n, 8):
+        k1[:, :, :negative] = -root * sizes[1]
+        stated = tensor_attention_error(q, k1, k2, scale=scale, degree=degree)["bound"]
+        options = dict(scale=scale, method="lowrank", degree=degree, tol=0.1)
+        tensors = [t.clone().requires_grad_() for t in (q, k1, k2, k1.sign(), one)]
+        out = tensor_attention(*tensors, **options)
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        exact = tensor_attention(*wide, scale=scale)
+        error = (out - exact).abs().item()
+        assert error <= stated
+        closest = max(closest, error / stated)
+        # Gradients are in units of the entries.
+        out.backward()
+        exact.backward()
+        for got, want in zip(tensors, wide):
+            torch.testing.assert_close(got.grad.double(), want.grad, rtol=0.05, atol=0.0)
+    assert closest > 0.1  # odd degrees are worst elsewhere
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float16, 3e-4), (torch.bfloat16, 1e-20), (F32, 1e-22)]
+)
+def test_bound_with_outputs_below_the_normal_numbers(dtype, size):
+    g = torch.Generator().manual_seed(0)
+    inputs = _drawn(g, (3, 1, 1, 8, 4), 0.5, False)
+    values = _drawn(g, (2, 1, 1, 8, 3), size, False)
+    (bound, error), _, found = _bound_and_error(
+        inputs[0], list(inputs[1:]), list(values), dtype, degree=6, poly="taylor", scale=0.25
+    )
+    assert found["bound"] * size**2 < error <= bound
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+def test_features_and_heads_of_very_different_sizes(dtype):
+    """Balanced one by one; padding may be of any size, or no number."""
+    g = torch.Generator().manual_seed(0)
+    q, *keys = (0.6 * _drawn(g, (1, h, 9, 4), 1.0, False) for h in (4, 2, 2))
+    values = [_drawn(g, (1, 2, 9, 3), 1.0, False) for _ in range(2)]
+    apart = torch.tensor([[1e9, 1e-9, 1.0, 0.0], [1e-9, 1e5, 1e-7, 1.0]], dtype=F64).view(
+        1, 2, 1, 4
+    )
+    keys[0] = keys[0] * apart
+    q = q / torch.where(apart > 0, apart, 1.0).repeat_interleave(2, 1)
+    q, *keys = (t.to(dtype) for t in (q, *keys))
+    values = [v.to(dtype) for v in values]
+    mask = torch.arange(9) < 7
+    keys[0][:, :, 7], keys[0][:, :, 8] = 1e30, math.nan
+    options = dict(enable_gqa=True, mask1=mask, scale=-1.0)
+    wide = [t.double() for t in (q, *keys, *values)]
+    wide[1] = wide[1].nan_to_num(0.0)
+    exact = tensor_attention(*wide, **options)
+    for causal in (False, True):
+        out = tensor_attention(
+            q, *keys, *values, method="lowrank", degree=6, tol=0.1, is_causal=causal, **options
+        )
+        assert out.dtype == dtype
+        exact = tensor_attention(*wide, is_causal=causal, **options)
+        tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-4  # R^7 / 7!
+        torch.testing.assert_close(out.double(), exact, rtol=0.0, atol=tolerance)
+    # No key on one axis: nothing is seen, whatever the powers of the others are.
+    none = keys[1][:, :, :0], values[1][:, :, :0]
+    out = tensor_attention(
+        1e20 * q, keys[0].nan_to_num(0.0), none[0], values[0], none[1],
+        method="lowrank", degree=6, enable_gqa=True,
+    )  # fmt: skip
+    assert not out.any()
+    # Nobody has looked at the numbers here.
+    with pytest.raises(RuntimeError, match="not finite"):
+        scaled = q * 1e-20, keys[0].nan_to_num(0.0) * 1e20
+        options = dict(enable_gqa=True, method="lowrank", degree=9, check="none")
+        tensor_attention(*(t.float() for t in (*scaled, keys[1], *values)), **options)
+
+
 def test_bound_with_many_keys_in_float32():
     g = torch.Generator().manual_seed(0)
     q, k1, k2 = (2 * torch.rand(1, 1, n, 4, generator=g) - 1 for n in (16, 5000, 70))
@@ -571,7 +705,7 @@ def test_bounds_of_scores():
             largest = s.abs().max().item()
             for bound in (lowrank.bound_by_features(p), lowrank.bound_by_norms(p)):
                 assert largest <= bound.item()
-            assert largest <= lowrank.bound_by_entries(p)
+            assert largest <= lowrank.bound_by_entries(p, lowrank.largest_entries(p))
             assert lowrank.measured_bound(p) == min(
                 lowrank.bound_by_features(p).item(), lowrank.bound_by_norms(p).item()
             )
@@ -583,6 +717,11 @@ def test_bounds_of_scores():
     p = lowrank.Problem(one, [one, one], 1, [None, None], 1.0, False, (0, 0))
     assert lowrank.bound_by_features(p).item() == pytest.approx(0.5)
     assert lowrank.bound_by_norms(p).item() == pytest.approx(0.5, rel=1e-4)
+    # Heads of very different sizes: the powers of the small one are not lost beside the large one.
+    q, k1 = torch.ones(1, 2, 1, 1), torch.ones(1, 2, 3, 1)
+    q[0, 0], k1[0, 0], k1[0, 1] = 1e-20, 1e20, 1e-20
+    p = lowrank.Problem(q, [k1, torch.ones(1, 2, 3, 1)], 1, [None, None], 1.0, False, (0, 0))
+    assert lowrank.measured_bound(p) == pytest.approx(1.0, rel=1e-4)
 
 
 # --- polynomials ---------------------------------------------------------------------------------
@@ -628,6 +767,29 @@ def test_chebyshev_interpolates():
         for x in nodes:
             value = sum(c * (1.5 * x) ** t for t, c in enumerate(p.coefficients))
             assert value == pytest.approx(math.exp(1.5 * x), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9])
+@pytest.mark.parametrize("degree", [1, 3, 20])
+def test_polynomials_for_tiny_scores(degree, size):
+    """Powers of the range leave the numbers; value and slope near 0 are those of exp."""
+    x = torch.tensor([-size, 0.0, size], dtype=F64)
+    for p in (
+        polynomials.chebyshev(degree, size), polynomials.fit(degree, polynomials.clustered(x))
+    ):  # fmt: skip
+        found = polynomials.accuracy(p, size)
+        assert found.delta < 1e-11 and found.condition < 1.01
+        c = torch.tensor(p.coefficients, dtype=F32)
+        assert torch.isfinite(c).all()
+        assert (c[0].item(), c[1].item()) == pytest.approx((1.0, 1.0), rel=1e-4)
+        for poly in ("chebyshev", "fit"):
+            q, k, v = torch.full((1, 1, 2, 1), size), torch.ones(1, 1, 3, 1), torch.rand(1, 1, 3, 1)
+            q.requires_grad_()
+            options = dict(method="lowrank", degree=degree, poly=poly, tol=0.1)
+            out = tensor_attention(q, k, k, v, v, **options)
+            torch.testing.assert_close(out, (v.mean() ** 2).expand_as(out))
+            (slope,) = torch.autograd.grad(out.sum(), q)
+            assert slope.abs().max() < 1e-4  # equal keys: it is rounding
 
 
 def test_fit_finds_a_polynomial():

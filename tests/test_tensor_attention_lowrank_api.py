@@ -130,8 +130,20 @@ def test_second_derivatives_are_refused():
     tensors = [t.requires_grad_() for t in small(dtype=F64)]
     out = attend(*tensors, degree=2)
     (g,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
+    with pytest.raises(RuntimeError, match="no second derivative.*tensor_attention_lowrank"):
         g.sum().backward()
+
+
+def test_errors_are_those_of_torch():
+    """No class of our own: what a caller catches, and what a traceback shows."""
+    pairs = torch.ones(12, 12).bool()
+    for call in (
+        lambda: attend(*small(), attn_mask=pairs, degree=2),
+        lambda: tensor_attention_error(*small()[:3], attn_mask=pairs, degree=2),
+    ):
+        with pytest.raises(ValueError) as found:
+            call()
+        assert type(found.value) is ValueError
 
 
 # --- masks -------------------------------------------------------------------------------------
@@ -399,6 +411,19 @@ def test_half_types(dtype):
         assert (g.double() - w).abs().max() <= 2 * eps * w.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_half_types_with_biases(dtype):
+    """The sums k2 + b_k and v2 + b_v are not rounded to a half type."""
+    q, k1, k2, v1, v2 = small(dtype=dtype, d=16)
+    k1, k2, v2 = k1.abs(), torch.ones_like(k2), torch.ones_like(v2)
+    bias = 0.45 * torch.finfo(dtype).eps  # 1 + bias is 1 in the half type
+    options = dict(kv_bias=(bias, bias), return_lse=True)
+    near, lse = attend(q, k1, k2, v1, v2, degree=6, **options)
+    want, want_lse = attend(q, k1, k2, v1, v2, method="exact", **options)
+    torch.testing.assert_close(lse, want_lse, rtol=0.0, atol=3e-6)
+    assert (near == want).float().mean() > 0.9  # both round once
+
+
 def test_autocast():
     tensors = small()
     with torch.autocast("cpu", dtype=BF16):
@@ -424,6 +449,20 @@ def test_transforms():
         dual = torch.autograd.forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0]))
         out = attend(dual, *tensors[1:], **options)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, tangent)
+
+
+def test_transforms_do_not_look_at_numbers():
+    tensors = [t.unsqueeze(0) for t in small()]
+    mask = torch.zeros(1, 1, 1, 1, 12)
+    vmap = torch.func.vmap
+    with pytest.raises(ValueError, match="mask1 must be bool, or on the CPU hold 0 and -inf"):
+        vmap(lambda m, *t: attend(*t, mask1=m, degree=2))(mask, *tensors)
+    with pytest.raises(ValueError, match='poly="fit" looks at the numbers'):
+        vmap(lambda *t: attend(*t, poly="fit", degree=2, logit_bound=0.2))(*tensors)
+    for options in (dict(), dict(poly="fit", logit_bound=0.2)):
+        options |= dict(method="auto", tol=0.1)
+        got = vmap(lambda m, *t: attend(*t, mask1=m, **options))(mask, *tensors)  # noqa: B023
+        torch.testing.assert_close(got[0], attend(*(t[0] for t in tensors), method="exact"))
 
 
 def test_second_derivatives_of_the_reference():
@@ -506,10 +545,12 @@ def fresh_dynamo():
     ],
     ids=["degree", "causal", "bound", "strict", "chebyshev", "auto"],
 )
-def test_compile(options, fresh_dynamo):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile(options, dynamic, fresh_dynamo):
+    """With dynamic=True the number of features and all numbers are variables, at first."""
     tensors = [t.requires_grad_() for t in small(dtype=F64)]
     run = lambda *t: attend(*t, **options)  # noqa: E731
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     exact = options.get("method") == "auto"  # which does not look at numbers while compiling
     want = attend(*tensors, **({"method": "exact"} if exact else options))
     got = compiled(*tensors)
@@ -520,7 +561,11 @@ def test_compile(options, fresh_dynamo):
 
 
 def test_compile_refuses_to_look(fresh_dynamo):
-    for options, text in (({}, "logit_bound"), ({"poly": "chebyshev"}, "needs a degree")):
+    for options, text in (
+        ({}, "logit_bound"),
+        ({"poly": "chebyshev"}, "needs a degree"),
+        ({"poly": "fit", "degree": 2, "logit_bound": 0.2}, 'poly="fit" looks at the numbers'),
+    ):
         run = torch.compile(lambda *t: attend(*t, **options), fullgraph=True, backend="eager")  # noqa: B023
         with pytest.raises(Exception, match=text):
             run(*small())

@@ -44,6 +44,22 @@ class Options(NamedTuple):
     check: str = "warn"
     logit_bound: float | None = None
 
+    def constants(self) -> Options:
+        if not torch.compiler.is_compiling():
+            return self
+        bound = self.logit_bound
+        return self._replace(tol=constant(self.tol), logit_bound=bound and constant(bound))
+
+
+def constant(value: float) -> float:
+    """A number that the degree or the coefficients depend on: no variable of a compiled graph."""
+    if not torch.compiler.is_compiling() or not abs(value) < math.inf:
+        return value
+    # A graph has no variables of such integers. (guard_scalar of torch.fx does the same, is
+    # experimental, and costs 0.4 s to import.)
+    numerator, denominator = value.as_integer_ratio()
+    return numerator / denominator
+
 
 class Problem(NamedTuple):
     """Checked tensors and what else decides about them; keys and q in the product form."""
@@ -117,13 +133,15 @@ def _empty(p: Problem) -> bool:
     return p.q.numel() == 0 or any(k.numel() == 0 for k in p.keys)
 
 
-def bound_by_entries(p: Problem) -> float:
+def largest_entries(p: Problem) -> list[float]:
+    """max |t| of q and each tensor of keys, of padding too; NaN where one is."""
+    extremes = [t.detach().aminmax() for t in (p.q, *p.keys) if t.numel()]
+    return [max(high.item(), -low.item()) for low, high in extremes]  # both NaN where one is
+
+
+def bound_by_entries(p: Problem, largest: Sequence[float]) -> float:
     """|s| d max |q| prod_x max |k_x|: coarser than the next two, and a few microseconds."""
-    product = abs(p.scale) * p.features
-    for t in (p.q, *p.keys):
-        t = t.detach()
-        product *= max(t.amax().item(), -t.amin().item())  # both NaN where one is
-    return _finite(product)
+    return _finite(abs(p.scale) * p.features * math.prod(largest))
 
 
 def bound_by_features(p: Problem) -> Tensor:
@@ -152,9 +170,10 @@ def bound_by_norms(p: Problem) -> Tensor:
     exponent = p.order + 1
     for t in _axes(p):
         t = t.to(accumulator_dtype(t.dtype)).abs()
-        top = t.amax().clamp_min(torch.finfo(t.dtype).tiny)  # no overflow in the powers
+        # Powers of entries up to 1 do not overflow, nor are those of a whole head lost.
+        top = t.amax((2, 3), keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
         sums = (t / top).pow(exponent).sum(-1).amax(2).double()
-        most = _of_heads(sums.pow(1.0 / exponent) * top.double(), p.q.shape[1])
+        most = _of_heads(sums.pow(1.0 / exponent) * top[..., 0, 0].double(), p.q.shape[1])
         product = most if product is None else product * most
     # The norms are sums in float32.
     return abs(p.scale) * product.max() * (1.0 + 1e-6 * p.features)
@@ -308,9 +327,36 @@ def least_degree(family: Family, tol: float, most_rank: float = math.inf) -> Pro
 # The choice
 
 
-def choose(p: Problem, options: Options) -> Polynomial | None:
-    """The polynomial of the low-rank form, or None for exact attention (method "auto" only)."""
+class Choice(NamedTuple):
+    polynomial: Polynomial
+    largest: list[float] | None = None  # largest_entries, where they were looked at
+
+
+def choose(p: Problem, options: Options) -> Choice | None:
+    """What the low-rank form takes, or None for exact attention (method "auto" only)."""
     return _auto(p, options) if options.method == "auto" else _lowrank(p, options)
+
+
+def evened(p: Problem, options: Options, choice: Choice) -> tuple[Tensor, Sequence[Tensor], float]:
+    """(q, keys, scale) whose powers do not leave the range of numbers; as they are, mostly.
+
+    What nobody has looked at, or what a GPU would have to be waited for, stays as it is.
+    """
+    unlooked = options.check == "none" and options.method == "lowrank"
+    unlooked = unlooked or options.logit_bound is not None or p.q.device.type != "cpu"
+    if not unlooked and _measurable(p):
+        largest = choice.largest or largest_entries(p)
+        # As many factors of 2^24 as there are axes, times the least number of float32, are nothing.
+        limit = 2.0 ** (24.0 / choice.polynomial.degree)
+        if not all(most <= limit for most in (abs(p.scale), *largest)):
+            from pyloss.functional._lowrank_even import even
+
+            features = [
+                _largest_entries(k.abs()) if k.numel() else k.new_zeros((*k.shape[:2], k.shape[3]))
+                for k in _axes(p)[1:]
+            ]
+            return *even(p.q, p.keys, features, p.scale), 1.0
+    return p.q, p.keys, p.scale
 
 
 def _traceable(options: Options) -> bool:
@@ -323,7 +369,7 @@ def _measurable(p: Problem) -> bool:
     return not (p.q.is_meta or torch.compiler.is_compiling() or functorch_active())
 
 
-def _auto(p: Problem, options: Options) -> Polynomial | None:
+def _auto(p: Problem, options: Options) -> Choice | None:
     n_q = p.q.shape[2]
     tokens = n_q + sum(k.shape[2] for k in p.keys)
     most = p.tuples() * n_q * (p.features + p.value_width)
@@ -331,7 +377,7 @@ def _auto(p: Problem, options: Options) -> Polynomial | None:
     least = rank_of(p.features, options.degree or 1)
     if least >= most or p.state_bytes(least) > MOST_STATE_BYTES:
         return None
-    if not _traceable(options):
+    if not _traceable(options) or options.poly == "fit" and not _measurable(p):
         return None
     radius = options.logit_bound
     if radius is None:
@@ -344,11 +390,16 @@ def _auto(p: Problem, options: Options) -> Polynomial | None:
     else:
         polynomial = family.of(options.degree)
         found = None if polynomial is None else promise(p, polynomial, radius)
-    return None if found is None or found.bound > options.tol else found.polynomial
+    return None if found is None or found.bound > options.tol else Choice(found.polynomial)
 
 
-def _lowrank(p: Problem, options: Options) -> Polynomial:
+def _lowrank(p: Problem, options: Options) -> Choice:
     radius = options.logit_bound
+    if options.poly == "fit" and not _measurable(p):
+        raise ValueError(
+            'poly="fit" looks at the numbers in q and the keys, which torch.compile, transforms '
+            'and meta tensors do not allow; take poly="taylor" or "chebyshev"'
+        )
     needs_radius = options.degree is None or options.poly != "taylor"
     wants_radius = needs_radius or options.check == "strict"
     if not _traceable(options) and (options.degree is None or options.check == "strict"):
@@ -372,7 +423,7 @@ def _lowrank(p: Problem, options: Options) -> Polynomial:
                 + _numbers(p, radius)
                 + '; give a degree to try it all the same, or use method="exact"'
             )
-        return found.polynomial
+        return Choice(found.polynomial)
     check_states(p.features, options.degree, p.state_bytes(rank_of(p.features, options.degree)))
     polynomial = Family(p, options.poly, radius).of(options.degree)
     if polynomial is None:
@@ -380,30 +431,34 @@ def _lowrank(p: Problem, options: Options) -> Polynomial:
             f"poly={options.poly!r} needs scores within [-80, 80]: " + _numbers(p, radius)
         )
     if options.check == "strict" or options.check == "warn" and not torch.compiler.is_compiling():
-        _check(p, options, polynomial, radius)
-    return polynomial
+        return Choice(polynomial, _check(p, options, polynomial, radius))
+    return Choice(polynomial)
 
 
-def _check(p: Problem, options: Options, polynomial: Polynomial, radius: float | None) -> None:
+def _check(p: Problem, options: Options, polynomial: Polynomial, radius: float | None):
+    """Warns or raises; returns the largest entries where it looked at them."""
+    largest = None
     if radius is None:
         if not _measurable(p):
-            return
+            return None
         if p.q.is_cuda:
             if not _empty(p):
                 bound = torch.minimum(bound_by_features(p), bound_by_norms(p))
                 shape = p.without_numbers()
                 when_known(bound, lambda value: _judge(shape, options, polynomial, _finite(value)))
-            return
+            return None
         # Where a cheaper bound is good enough, the others need not be formed.
         if _empty(p):
-            return
+            return None
         if all(mask is None for mask in p.key_masks):
-            if promise(p, polynomial, bound_by_entries(p)).bound <= options.tol:
-                return
+            largest = largest_entries(p)
+            if promise(p, polynomial, bound_by_entries(p, largest)).bound <= options.tol:
+                return largest
         if promise(p, polynomial, _finite(bound_by_features(p).item())).bound <= options.tol:
-            return
+            return largest
         radius = measured_bound(p)
     _judge(p, options, polynomial, radius)
+    return largest
 
 
 def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) -> None:
@@ -419,7 +474,7 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
         + (
             f"degree {better.polynomial.degree} with {better.rank} features would do, or "
             if better
-            else "no degree that fits into memory would do; "
+            else "no degree would do, as far as memory and rounding go; "
         )
         + 'use smaller q and k, or method="exact"'
     )
@@ -485,7 +540,10 @@ def report(p: Problem, options: Options, values: Sequence[Tensor] | None, sample
         "hardness": hardness(p),
     }
     if values is not None:
-        result["bound_out"] = found.bound * _largest_values(p, values)
+        # Below the least normal number roundings are steps of one size.
+        store, acc = (torch.finfo(t) for t in (p.q.dtype, accumulator_dtype(p.q.dtype)))
+        least = store.smallest_normal * store.eps + found.rank * acc.smallest_normal * acc.eps
+        result["bound_out"] = found.bound * _largest_values(p, values) + least
     return result
 
 

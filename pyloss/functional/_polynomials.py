@@ -49,6 +49,7 @@ def taylor(degree: int) -> Polynomial:
 
 def chebyshev(degree: int, radius: float) -> Polynomial:
     """Interpolates exp on [-radius, radius] at the zeros of a Chebyshev polynomial."""
+    radius = max(radius, _least_radius(degree))
     count = degree + 1
     angles = [math.pi * (k + 0.5) / count for k in range(count)]
     nodes = [math.exp(radius * math.cos(a)) for a in angles]
@@ -70,14 +71,24 @@ def _powers(series: list[float], radius: float) -> list[float]:
         factor = 2.0 if j else 1.0
         shifted = [0.0] + [factor * a for a in now[:-1]]
         before, now = now, [s - b for s, b in zip(shifted, before)]
-    return [a / radius**t for t, a in enumerate(total)] if radius > 0 else total[:1]
+    return [a / radius**t for t, a in enumerate(total)]
+
+
+def _least_radius(degree: int) -> float:
+    """No polynomial is made for a smaller range, where exp is nearly 1.
+
+    Rounding leaves 1e-16 / radius^t in coefficient t, a float32 number, and 1e-16 / radius in the
+    slope.
+    """
+    return max(1e-6, 10.0 ** (-36.0 / degree))
 
 
 def fit(degree: int, samples: tuple[Tensor, Tensor]) -> Polynomial:
     """Least squares of p / exp - 1 over :func:`clustered` scores, with weights exp(score)."""
     x, count = samples
     centre = x.max().item()
-    radius = max(x.abs().max().item(), 1e-6)
+    most = x.abs().max().item()
+    radius = max(most, 0.1)  # powers of less would be numbers too large
     # (p(x) e^(c - x) - 1)^2 e^(x - c): rows divided by e^((x - c) / 2).
     root = count.sqrt()
     half = torch.exp(0.5 * (x - centre))
@@ -86,9 +97,12 @@ def fit(degree: int, samples: tuple[Tensor, Tensor]) -> Polynomial:
     for _ in range(degree - 1):
         columns.append(2.0 * t * columns[-1] - columns[-2])
     matrix = torch.stack(columns, 1) * (root / half).unsqueeze(1)
-    right = (root * half).unsqueeze(1)
-    series = torch.linalg.lstsq(matrix, right, driver="gelsd").solution.flatten()
-    return Polynomial(tuple(_powers(series.tolist(), radius)), centre)
+    # Few scores, or near ones, leave coefficients open: then those of Taylor, if not too inexact.
+    # What is solved for is the difference, of least norm.
+    start = [math.exp(-centre) * c if most < 8.0 else 0.0 for c in taylor(degree).coefficients]
+    right = root * (half - sum(c * x**t for t, c in enumerate(start)) / half)
+    series = torch.linalg.lstsq(matrix, right.unsqueeze(1), driver="gelsd").solution.flatten()
+    return Polynomial(tuple(a + b for a, b in zip(start, _powers(series.tolist(), radius))), centre)
 
 
 def clustered(samples: Tensor, bins: int = 512) -> tuple[Tensor, Tensor]:

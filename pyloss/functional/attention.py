@@ -13,7 +13,7 @@ from torch import Tensor
 from pyloss.ops import _tensor_attention_order as orders
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
-from pyloss.ops._registry import accumulator_dtype
+from pyloss.ops._registry import accumulator_dtype, functorch_active
 from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,7 +97,8 @@ def tensor_attention(
         tol: error of the output that is fine, in units of the largest \|v1 v2\|.
         check: where the bound of ``"lowrank"`` exceeds ``tol``: ``"warn"`` once, raise
             (``"strict"``, waits for a GPU), or do not look (``"none"``). A warning about numbers
-            on a GPU comes with a later call, none comes under torch.compile and transforms.
+            on a GPU comes with a later call, none comes under torch.compile and transforms. Who
+            looks on a CPU also evens out entries whose powers would overflow or vanish.
         logit_bound: a bound of \|S\| that the caller vouches for, in place of the one measured.
         dropout_p: only 0 at present.
         return_lse: also return ``lse``, the logsumexp of S over (j, k); differentiable.
@@ -150,7 +151,7 @@ def tensor_attention(
     if form == "determinant":
         q, keys, bk = _determinant(q, keys, bk)
     if method != "exact":
-        shifted, moved = _shifted(keys, values, bk, bv)
+        shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
         found = _low_rank(
             q, shifted, moved, (attn_mask, *given), ("attn_mask", *names), band, options
@@ -244,7 +245,7 @@ def tensor_attention_n(
     s = _checked_scale(scale, q.shape[3])
     bk, bv = _checked_bias(kv_bias)
     if method != "exact":
-        shifted, moved = _shifted(keys, values, bk, bv)
+        shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
         given, names = (attn_mask, *masks), ("attn_mask", *mask_names)
         found = _low_rank(q, shifted, moved, given, names, band, options)
@@ -400,7 +401,8 @@ def tensor_attention_error(
 
     Args:
         q: queries ``(B, H, n_q, d)``.
-        keys: k1, k2, or any number m of them, ``(B, G, n_x, d)``.
+        keys: k1, k2, or any number m of them, ``(B, G, n_x, d)``; with ``kv_bias`` the last as it
+            is used, k + b_k. For ``form="determinant"`` there is no report.
         values: v1, v2, ...: adds ``bound_out``, the bound in the units of the output.
         masks: one per axis or None; masks of keys.
         samples: number of random tuples for ``R_sampled``.
@@ -449,7 +451,10 @@ def tensor_attention_error(
         raise ValueError(f"masks must be {order}, one per axis, got {len(masks)}")
     names = ("attn_mask", *(f"masks[{x}]" for x in range(order)))
     causal, windows, _ = _checked_band(q, keys, is_causal, window, 0)
-    key_masks = _key_masks(q, keys, (attn_mask, *masks), names)
+    try:
+        key_masks = _key_masks(q, keys, (attn_mask, *masks), names)
+    except _NotOfKeys as error:
+        raise ValueError(str(error)) from None
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
     s = _checked_scale(scale, q.shape[3])
@@ -468,20 +473,23 @@ def _low_rank(q, keys, values, masks, names, band, options):
     """(out, lse) of the low-rank form, or None where "auto" takes exact attention."""
     from pyloss.functional import _lowrank as lowrank
 
-    options = lowrank.Options(*options)
+    options = lowrank.Options(*options).constants()
     scale, causal, windows, offset = band
     try:
         key_masks = _key_masks(q, keys, masks, names)
-    except _NotOfKeys:
+    except _NotOfKeys as error:
         if options.method == "auto":
             return None
-        raise
+        raise ValueError(str(error)) from None
+    scale = lowrank.constant(scale)
     problem = lowrank.Problem(
         q, keys, values[0].shape[3], key_masks, scale, causal, windows, q.device.type
     )
-    polynomial = lowrank.choose(problem, options)
-    if polynomial is None:
+    choice = lowrank.choose(problem, options)
+    if choice is None:
         return None
+    polynomial = choice.polynomial
+    q, keys, scale = lowrank.evened(problem, options, choice)
     settings = lowrank_op.Settings(
         polynomial.scaled(scale), polynomial.centre, causal, windows, offset
     )
@@ -489,14 +497,15 @@ def _low_rank(q, keys, values, masks, names, band, options):
     out, lse = lowrank_op.tensor_attention_lowrank(
         q.to(acc), [k.to(acc) for k in keys], [v.to(acc) for v in values], key_masks, settings
     )
-    return out.to(q.dtype), lse
+    return out.to(problem.q.dtype), lse
 
 
-def _shifted(keys, values, bk, bv):
-    """With the biases added to the last keys and values."""
+def _shifted(keys, values, bk, bv, dtype=None):
+    """With the biases added to the last keys and values, in `dtype`, where it is given."""
     if bk == 0.0 and bv == 0.0:
         return keys, values
-    return (*keys[:-1], keys[-1] + bk), (*values[:-1], values[-1] + bv)
+    k, v = (t if dtype is None else t.to(dtype) for t in (keys[-1], values[-1]))
+    return (*keys[:-1], k + bk), (*values[:-1], v + bv)
 
 
 def _plain(q, k, v, mask, scale, causal, window, offset, return_lse):
@@ -675,6 +684,7 @@ def _key_mask(name, mask, q, k):
     if mask.dtype != torch.bool:
         # Floating: nothing but 0 and -inf, which only a look at the numbers tells.
         plain = not (mask.is_cuda or mask.is_meta or torch.compiler.is_compiling())
+        plain = plain and not functorch_active()
         if mask.requires_grad or not plain or not ((mask == 0) | (mask == -torch.inf)).all():
             raise _NotOfKeys(
                 f'method="lowrank" takes no bias: {name} must be bool, or on the CPU hold 0 and '

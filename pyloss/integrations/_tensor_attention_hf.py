@@ -26,7 +26,7 @@ try:
     import transformers
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 except ImportError as error:  # absent, or older than 4.53: patch_loss may work all the same
     _MISSING: ImportError | None = error
 else:
@@ -147,8 +147,9 @@ def from_pretrained(path: Any, model_class: Any = None, **options: Any) -> Any:
         where ``output_loading_info=True``.
 
     Raises:
-        ValueError: the configuration has no entry ``tensor_attention``, or another
-            ``attn_implementation`` is asked for.
+        TypeError: ``model_class`` is no model class, as the Auto classes are none.
+        ValueError: the configuration has no entry ``tensor_attention`` or names no class that
+            transformers has, or another ``attn_implementation`` is asked for.
         RuntimeError: files without the weights of the new projections.
         ImportError: transformers is older than 4.53.
 
@@ -181,7 +182,13 @@ def from_pretrained(path: Any, model_class: Any = None, **options: Any) -> Any:
             "load it with its own from_pretrained, then call convert"
         )
     if model_class is None:
-        model_class = getattr(transformers, config.architectures[0])
+        model_class = _named_class(config)
+    elif not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise TypeError(
+            "model_class must be a subclass of transformers.PreTrainedModel, got "
+            f"{getattr(model_class, '__name__', model_class)}; without it the class that the "
+            "configuration names is built"
+        )
     with_info = options.pop("output_loading_info", False)
     model, info = _loading_class(model_class).from_pretrained(
         path, config=config, output_loading_info=True, **options
@@ -191,6 +198,17 @@ def from_pretrained(path: Any, model_class: Any = None, **options: Any) -> Any:
         raise RuntimeError(f"{path} has no weights for {', '.join(sorted(missing))}")
     model.__class__ = model_class
     return (model, info) if with_info else model
+
+
+def _named_class(config) -> type:
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise ValueError(
+            f"transformers has no class for the architectures {names} of the configuration; give "
+            "model_class"
+        )
+    return found
 
 
 def _loading_class(cls: type) -> type:
@@ -293,6 +311,8 @@ def _chosen(layers, count: int) -> list[int]:
 def _checked_window(window) -> tuple[int | None, int | None] | None:
     if window is None:
         return None
+    if not isinstance(window, (int, list, tuple)):
+        raise TypeError(f"window must be an integer, a pair or None, got {window!r}")
     both = (window, window) if isinstance(window, int) else tuple(window)
     if len(both) != 2:
         raise ValueError(f"window must be one number, two or None, got {window!r}")

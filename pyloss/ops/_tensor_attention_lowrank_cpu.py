@@ -106,7 +106,7 @@ def forward(q, keys, values, key_masks, coefficients, centre, causal, windows, q
     """(out, lse, y, states); raises RuntimeError where y is not positive and finite."""
     scanning = scans(causal, windows)
     out, lse, y, states = results(q, keys, values, coefficients, scanning)
-    if scanning and lse.numel() == 0:
+    if lse.numel() == 0 and (scanning or q.shape[1] == 0):
         return out, lse, y, states
     kept, problem, floats = _prepared(
         q, keys, values, key_masks, coefficients, centre, causal, windows, q_offset
@@ -135,6 +135,8 @@ def backward(
     dq = torch.empty_like(q, memory_format=fmt)
     dkeys = [torch.empty_like(k, memory_format=fmt) for k in keys]
     dvalues = [torch.empty_like(v, memory_format=fmt) for v in values]
+    if q.shape[1] == 0:
+        return dq, dkeys, dvalues
     kept, problem, floats = _prepared(
         q, keys, values, key_masks, coefficients, centre, causal, windows, q_offset
     )

@@ -300,8 +300,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "tensor_attention has no second derivative; pyloss.reference.tensor_attention, plain "
-            "PyTorch that stores all scores, can be differentiated any number of times"
+            "tensor_attention has no second derivative; its namesakes in pyloss.reference "
+            "(tensor_attention, tensor_attention_lowrank), plain PyTorch, have all of them"
         )
 
 
