@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import resource
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -558,6 +560,41 @@ def test_compile(options, dynamic, fresh_dynamo):
     grads = torch.autograd.grad(got.sum(), tensors)
     for a, b in zip(grads, torch.autograd.grad(want.sum(), tensors)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["all", "causal"])
+def test_compile_inductor(options, fresh_dynamo):
+    """Between operations that inductor compiles."""
+    tensors = [t.requires_grad_() for t in small(dtype=F64)]
+    weight = torch.arange(1.0, 1.0 + tensors[0].shape[2], dtype=F64).view(1, 1, -1, 1)
+
+    def run(q, *rest):
+        return (weight * attend(q.sin(), *rest, degree=2, **options)).cos()
+
+    want = run(*tensors)
+    got = torch.compile(run, fullgraph=True, backend="inductor")(*tensors)
+    torch.testing.assert_close(got, want)
+    grads = torch.autograd.grad(got.sum(), tensors)
+    for a, b in zip(grads, torch.autograd.grad(want.sum(), tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+FIRST_USE = """
+import sys, torch, pyloss
+tensors = torch.rand(5, 1, 1, 9, 4) - 0.5
+lowrank = dict(method="lowrank", degree=2, scale="kronecker")
+for options in ({}, lowrank):
+    assert "pyloss.functional._lowrank" not in sys.modules
+    run = lambda *t: pyloss.tensor_attention(*t, **options)
+    got = torch.compile(run, fullgraph=True, backend="eager")(*tensors)
+    assert ("pyloss.functional._lowrank" in sys.modules) == bool(options)
+    torch.testing.assert_close(got, run(*tensors))
+"""
+
+
+def test_compile_at_the_first_use():
+    """Nothing of low rank is imported before Dynamo traces the import."""
+    subprocess.run([sys.executable, "-c", FIRST_USE], check=True, timeout=120)
 
 
 def test_compile_refuses_to_look(fresh_dynamo):
