@@ -170,6 +170,7 @@ def tensor_attention_bwd(
 def tensor_attention_lowrank_scratch_bytes(
     problem: Sequence[int], floats: Sequence[float], backward: bool, threads: int, /
 ) -> int: ...
+def tensor_attention_lowrank_largest(x: int, dtype: int, count: int, threads: int, /) -> float: ...
 def tensor_attention_lowrank_fwd(
     problem: Sequence[int],
     floats: Sequence[float],

@@ -197,6 +197,7 @@ def tensor_attention_lowrank_calls(buffers: dict[str, Buffer]) -> dict[str, list
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
     return {
         "tensor_attention_lowrank_fwd": [problem, floats, results, states, *scratch],
+        "tensor_attention_lowrank_largest": [b["x"], code(0, 1), size(features), THREADS],
         "tensor_attention_lowrank_bwd": [
             *[problem, floats, cotangents, results, states, gradients, *scratch]
         ],

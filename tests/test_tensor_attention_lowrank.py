@@ -11,7 +11,7 @@ from tensor_attention_lowrank_cases import F32, F64, PROBLEMS, Problem, masked_e
 import pyloss
 from pyloss.functional import _polynomials as polynomials
 from pyloss.functional import tensor_attention, tensor_attention_error, tensor_attention_n
-from pyloss.ops._tensor_attention_lowrank_cpu import rank
+from pyloss.ops._tensor_attention_lowrank_cpu import largest_entry, rank
 from pyloss.ops.tensor_attention_lowrank import Settings, tensor_attention_lowrank
 from pyloss.reference import tensor_attention as exact_reference
 from pyloss.reference import tensor_attention_lowrank as reference
@@ -725,6 +725,26 @@ def test_bounds_of_scores():
 
 
 # --- polynomials ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_largest_entry(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 3, 17, 1000, (1 << 17) + 5):
+        x = torch.randn(n, generator=generator).to(dtype)
+        for at, value in ((0, -9.0), (n - 1, 9.5), (n // 2, -math.inf), (n // 2, math.inf)):
+            y = x.clone()
+            y[at] = value
+            for t in (x, y, y.requires_grad_()):
+                assert largest_entry(t) == t.abs().max().item()
+            for bad in (math.nan, -math.nan):
+                y = y.detach().clone()
+                y[n // 3] = bad
+                assert math.isnan(largest_entry(y))
+    x = torch.randn(7, 40, generator=generator).to(dtype)
+    assert largest_entry(x[:, ::3]) == x[:, ::3].abs().max().item()
+    assert largest_entry(x[1:3].T) == x[1:3].abs().max().item()
+    assert largest_entry(-torch.zeros(5, dtype=dtype)) == 0.0
 
 
 @pytest.mark.parametrize(

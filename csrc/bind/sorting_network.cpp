@@ -88,6 +88,7 @@ cpu::SortingFeatures decode_features(const cpu::SortingProblem& p, const Feature
   f.shared = a[1] != 0;
   f.transpose = a[2] != 0;
   f.d = a[3];
+  checked_count("features", {p.n, f.d});  // of an item, for which scratch is made even of none
   *size = checked_count("features", {p.items, p.n, f.d});
   *f_size = checked_count("features", {f.shared ? 1 : p.items, p.n, f.d});
   f.f = checked_pointer("features", a[0], *f_size);

@@ -139,6 +139,18 @@ void* checked_scratch(int64_t address, int64_t bytes, int64_t needed) {
 }  // namespace
 
 void register_tensor_attention_lowrank(py::module_& m) {
+  m.def("tensor_attention_lowrank_largest",
+        [](int64_t x, int64_t dtype, int64_t count, int64_t threads) {
+          const DType type = checked_dtype("x", dtype);
+          if (type != DType::kF32 && type != DType::kF64) {
+            bad_argument("x", "needs float32 or float64");
+          }
+          if (checked_count("x", {count}) > kMostElements) bad_argument("x", "too many elements");
+          const void* data = checked_pointer("x", x, count);
+          const int width = checked_threads(threads);
+          py::gil_scoped_release nogil;
+          return cpu::largest_entry(data, type, count, width);
+        });
   m.def("tensor_attention_lowrank_scratch_bytes",
         [](const Ints& problem, const Floats& floats, bool backward, int64_t threads) {
           const LowrankProblem p = decode(problem, floats);

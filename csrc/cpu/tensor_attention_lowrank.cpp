@@ -21,6 +21,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -144,6 +145,40 @@ template <class Fn>
 auto with_type(DType t, Fn&& fn) {
   if (t == DType::kF64) return fn(double{});
   return fn(float{});
+}
+
+// Without their sign, the bits of floating numbers are ordered as their sizes, and NaN comes last.
+template <class Bits, class R>
+PYLOSS_INLINE Bits largest_bits(const R* x, int64_t n) {
+  Bits most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof(R));
+    most = std::max(most, Bits(bits & std::numeric_limits<Bits>::max()));
+  }
+  return most;
+}
+PYLOSS_MULTIVERSION int64_t largest_of(const float* x, int64_t n) {
+  return largest_bits<int32_t>(x, n);
+}
+PYLOSS_MULTIVERSION int64_t largest_of(const double* x, int64_t n) {
+  return largest_bits<int64_t>(x, n);
+}
+
+template <class R, class Bits>
+double largest(const R* x, int64_t n, int threads) {
+  constexpr int64_t kGrain = 1 << 17;
+  std::atomic<int64_t> most{0};
+  parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
+    const int64_t found = largest_of(x + begin, end - begin);
+    int64_t before = most;
+    while (before < found && !most.compare_exchange_weak(before, found)) {
+    }
+  });
+  const Bits bits = Bits(most);
+  R value;
+  std::memcpy(&value, &bits, sizeof(R));
+  return value;
 }
 
 int64_t most_keys(const Problem& p) {
@@ -450,6 +485,12 @@ void backward(const LowrankTasks& run, const Problem& p, const LowrankBackward& 
 }
 
 }  // namespace
+
+double largest_entry(const void* x, DType dtype, int64_t n, int threads) {
+  if (dtype == DType::kF64)
+    return largest<double, int64_t>(static_cast<const double*>(x), n, threads);
+  return largest<float, int32_t>(static_cast<const float*>(x), n, threads);
+}
 
 int64_t monomial_count(int64_t d, int64_t degree) {
   int64_t count = 1;

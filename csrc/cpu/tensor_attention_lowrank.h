@@ -77,4 +77,7 @@ int tensor_attention_lowrank_forward(const LowrankProblem& p, const LowrankForwa
 void tensor_attention_lowrank_backward(const LowrankProblem& p, const LowrankBackward& b,
                                        void* scratch, int threads);
 
+// max |x| of fp32 or fp64, NaN where one is NaN, 0 of nothing.
+double largest_entry(const void* x, DType dtype, int64_t n, int threads);
+
 }  // namespace pyloss::cpu

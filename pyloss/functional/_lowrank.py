@@ -20,7 +20,12 @@ from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
 from pyloss.ops._registry import accumulator_dtype, functorch_active
-from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE, MOST_STATE_BYTES, check_states
+from pyloss.ops._tensor_attention_lowrank_cpu import (
+    MOST_DEGREE,
+    MOST_STATE_BYTES,
+    check_states,
+    largest_entry,
+)
 from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
 from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
 
@@ -135,8 +140,7 @@ def _empty(p: Problem) -> bool:
 
 def largest_entries(p: Problem) -> list[float]:
     """max |t| of q and each tensor of keys, of padding too; NaN where one is."""
-    extremes = [t.detach().aminmax() for t in (p.q, *p.keys) if t.numel()]
-    return [max(high.item(), -low.item()) for low, high in extremes]  # both NaN where one is
+    return [largest_entry(t) for t in (p.q, *p.keys) if t.numel()]
 
 
 def bound_by_entries(p: Problem, largest: Sequence[float]) -> float:

@@ -35,6 +35,18 @@ def check_states(d: int, degree: int, size: int) -> None:
         )
 
 
+def largest_entry(t: Tensor) -> float:
+    """max |t| of a tensor, NaN where one is; on the CPU in one pass."""
+    t = t.detach()
+    ours = t.dtype in (torch.float32, torch.float64) and t.device.type == "cpu"
+    if ours and type(t) is Tensor and t.is_contiguous():
+        return _C.tensor_attention_lowrank_largest(
+            t.data_ptr(), DTYPE_CODES[t.dtype], t.numel(), torch.get_num_threads()
+        )
+    # Two passes of amax and amin are faster than aminmax; both are NaN where one is.
+    return max(t.amax().item(), -t.amin().item())
+
+
 def scans(causal: bool, windows: Sequence[int]) -> bool:
     """Whether queries see different keys; then there are no states."""
     return causal or any(windows)
