@@ -254,9 +254,13 @@ void merge_chunks(const SumPlan& plan, const R* partials, int64_t source, int64_
     const R* row = part + a * plan.dvp;
     for (int64_t c = 0; c < plan.dv; ++c) to[c] += row[c];
     const R* lanes = part + plan.count * plan.dvp + a * kLanePad;
-    R sum = 0;
-    for (int64_t lane = 0; lane < kLanePad; ++lane) sum += lanes[lane];
-    to[plan.dv] += sum;
+    // Halves onto each other, which vectorises: one by one is 2 us of a call with r = 153.
+    R sums[kLanePad / 2];
+    for (int64_t i = 0; i < kLanePad / 2; ++i) sums[i] = lanes[i] + lanes[i + kLanePad / 2];
+    for (int64_t half = kLanePad / 4; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    to[plan.dv] += sums[0];
   }
 }
 
