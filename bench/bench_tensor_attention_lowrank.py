@@ -377,7 +377,8 @@ def measure_linearity(ctx: Context, **options: Any) -> list[dict[str, Any]]:
     heads, _, d, degree = NARROW
     lengths = [n // 64 for n in LENGTHS] if ctx.quick else list(LENGTHS)
     runs = [own_run(Problem(heads, n, d, degree, ctx.device), "fwd", **options) for n in lengths]
-    work = [max(1, lengths[-1] // 4 // n) for n in lengths]
+    # As many tokens in every sample: the first calls after a long one find cold caches.
+    work = [lengths[-1] // n for n in lengths]
     times = _one_thread(lambda: _median_seconds(runs, 2 if ctx.quick else 25, work))
     each = [1e9 * t / n for t, n in zip(times, lengths)]
     text = ", ".join(f"{n}: {e:.0f} ns" for n, e in zip(lengths, each))
