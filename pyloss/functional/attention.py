@@ -587,33 +587,33 @@ def _shape(t: Tensor) -> list[int]:
 
 def _checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
     """(q, keys, values) of shapes, dtypes and devices that fit, cast under autocast."""
-    named = {"q": q, **dict(zip(key_names, keys)), **dict(zip(value_names, values))}
-    for name, t in named.items():
+    names, tensors = ("q", *key_names, *value_names), (q, *keys, *values)
+    for name, t in zip(names, tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     kind = q.device.type
     if not q.is_meta and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
-        named = {
-            name: t.to(to) if t.is_floating_point() and t.dtype != torch.float64 else t
-            for name, t in named.items()
-        }
-        q, *rest = named.values()
+        q, *rest = tensors = [
+            t.to(to) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+        ]
         keys, values = rest[: len(keys)], rest[len(keys) :]
-    for name, t in named.items():
+    dtype, device = q.dtype, q.device
+    for name, t in zip(names, tensors):
         if t.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, length, features), got shape "
                 f"{_shape(t)}"
             )
-        if t.dtype != q.dtype:
-            raise TypeError(f"q and {name} must have one dtype, got {q.dtype} and {t.dtype}")
-        if t.device != q.device:
-            raise RuntimeError(f"q and {name} must be on one device, got {q.device} and {t.device}")
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
+        if t.dtype != dtype:
+            raise TypeError(f"q and {name} must have one dtype, got {dtype} and {t.dtype}")
+        if t.device != device:
+            raise RuntimeError(f"q and {name} must be on one device, got {device} and {t.device}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {dtype}")
     first = keys[0]
-    heads, kv_heads = q.shape[1], first.shape[1]
+    batch, heads, _, d = q.shape
+    kv_heads, dv = first.shape[1], values[0].shape[3]
     if enable_gqa:
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(
@@ -625,25 +625,26 @@ def _checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
             f"q and {key_names[0]} must have as many heads unless enable_gqa=True, got {_shape(q)} "
             f"and {_shape(first)}"
         )
-    if q.shape[3] == 0:
+    if d == 0:
         raise ValueError("q must have at least one feature, got d = 0")
     for k_name, k, v_name, v in zip(key_names, keys, value_names, values):
-        if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        k_shape, v_shape = k.shape, v.shape
+        if k_shape[0] != batch or k_shape[3] != d:
             raise ValueError(
                 f"q and {k_name} must have one batch size and as many features, got {_shape(q)} "
                 f"and {_shape(k)}"
             )
-        if k.shape[1] != kv_heads:
+        if k_shape[1] != kv_heads:
             raise ValueError(
                 f"{key_names[0]} and {k_name} must have as many heads, got {_shape(first)} and "
                 f"{_shape(k)}"
             )
-        if v.shape[:3] != k.shape[:3]:
+        if v_shape[:3] != k_shape[:3]:
             raise ValueError(
                 f"{k_name} and {v_name} must agree in batch, heads and length, got {_shape(k)} and "
                 f"{_shape(v)}"
             )
-        if v.shape[3] != values[0].shape[3]:
+        if v_shape[3] != dv:
             raise ValueError(
                 f"{value_names[0]} and {v_name} must have as many features, got "
                 f"{_shape(values[0])} and {_shape(v)}"

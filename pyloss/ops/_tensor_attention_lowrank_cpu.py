@@ -37,12 +37,12 @@ def check_states(d: int, degree: int, size: int) -> None:
 
 def largest_entry(t: Tensor) -> float:
     """max |t| of a tensor, NaN where one is; on the CPU in one pass."""
-    t = t.detach()
     ours = t.dtype in (torch.float32, torch.float64) and t.device.type == "cpu"
-    if ours and type(t) is Tensor and t.is_contiguous():
+    if ours and type(t) in (Tensor, torch.nn.Parameter) and t.is_contiguous():
         return _C.tensor_attention_lowrank_largest(
             t.data_ptr(), DTYPE_CODES[t.dtype], t.numel(), torch.get_num_threads()
         )
+    t = t.detach()
     # Two passes of amax and amin are faster than aminmax; both are NaN where one is.
     return max(t.amax().item(), -t.amin().item())
 
@@ -54,13 +54,13 @@ def scans(causal: bool, windows: Sequence[int]) -> bool:
 
 def results(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], coefficients, scanning):
     """Empty (out, lse, y, states); shared with the fake."""
-    dv, degree = values[0].shape[-1], len(coefficients) - 1
-    out, lse = q.new_empty((*q.shape[:3], dv)), q.new_empty(q.shape[:3])
+    (b, h, n, d), dv = q.shape, values[0].shape[3]
+    out, lse = q.new_empty((b, h, n, dv)), q.new_empty((b, h, n))
+    y = torch.empty_like(lse)
     if scanning:
-        return out, lse, torch.empty_like(lse), []
-    r = rank(q.shape[-1], degree)
-    states = [k.new_empty((*k.shape[:2], r, dv + 1)) for k in keys]
-    return out, lse, torch.empty_like(lse), states
+        return out, lse, y, []
+    state = q.new_empty((b, keys[0].shape[1], rank(d, len(coefficients) - 1), dv + 1))
+    return out, lse, y, [state, *(torch.empty_like(state) for _ in keys[1:])]
 
 
 def _rows(t: Tensor) -> Tensor:
