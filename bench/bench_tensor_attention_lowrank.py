@@ -323,6 +323,7 @@ def cpu_cases(ctx: Context) -> Iterator[Case | Probe]:
     yield Probe("without check", "ratios", lambda: measure_linearity(ctx, check="none"))
     yield Probe("error over bound", "bound", lambda: measure_bound(ctx))
     yield Probe("causal", "milliseconds", lambda: measure_banded(ctx))
+    yield Probe("auto", "ratios", lambda: measure_auto(ctx))
     yield _case(ctx, "fwd+bwd", NARROW, rounds=6)
     yield _case(ctx, "fwd+bwd", WIDE, rounds=6)
     yield _case(ctx, "fwd", CUBIC, rounds=6, once=True)
@@ -399,6 +400,37 @@ def measure_banded(ctx: Context) -> list[dict[str, Any]]:
             what = f"{name}, {mode}, n = {n}, d = {d}, degree {degree}, 1 thread"
             found.append({"provider": "pyloss", "what": what, "value": 1e3 * seconds, "unit": "ms"})
     return found
+
+
+def measure_auto(ctx: Context) -> list[dict[str, Any]]:
+    """How much longer than exact attention low rank takes at most where "auto" takes it, and so on.
+
+    Of 7 pairs of d and degree, 3 lengths and 5 kinds of windows.
+    """
+    import pyloss
+
+    bands = [{}, {"is_causal": True}, {"window": 32}, {"window": 128}, {"window": (256, 32)}]
+    worst = {"lowrank": (0.0, ""), "exact": (0.0, "")}
+    for d, degree in ((8, 2), (8, 3), (16, 1), (16, 2), (16, 3), (64, 1), (64, 2)):
+        for n in (64,) if ctx.quick else (128, 256, 512):
+            tensors = [0.3 * t for t in Problem(1, n, d, degree, ctx.device).tensors]
+            for band in bands:
+                options = dict(scale="kronecker", degree=degree, tol=1.0, **band)
+
+                def attend(method: str) -> Tensor:
+                    with torch.no_grad():
+                        return pyloss.tensor_attention(*tensors, method=method, **options)  # noqa: B023
+
+                taken = "exact" if torch.equal(attend("auto"), attend("exact")) else "lowrank"
+                other = "lowrank" if taken == "exact" else "exact"
+                runs = [Run(call=lambda m=m: attend(m)) for m in (taken, other)]
+                own, rival = _one_thread(lambda: _median_seconds(runs, 5, [1, 1]))  # noqa: B023
+                what = f"d = {d}, degree {degree}, n = {n}, {band or 'all keys'}"
+                worst[taken] = max(worst[taken], (own / rival, what))
+    return [
+        {"provider": "pyloss", "what": f"takes {taken}: {what}", "value": value, "unit": "x other"}
+        for taken, (value, what) in worst.items()
+    ]
 
 
 def measure_bound(ctx: Context) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -254,6 +255,50 @@ def test_auto_with_windows_counts_what_they_leave():
         assert torch.equal(exact, near) is not taken
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_tuples_that_a_query_sees(order):
+    """The average over the last queries, up to what sums differ from integrals."""
+    generator = random.Random(order)
+    for _ in range(100):
+        n_q = generator.choice([1, 7, 40, 100])
+        lengths = [generator.choice([50, 100]) for _ in range(order)]
+        windows = [generator.choice([0, 5, 30, 100, 200]) for _ in range(order)]
+        keys = [torch.zeros(1, 1, n, 4) for n in lengths]
+        problem = lowrank.Problem(
+            torch.zeros(1, 1, n_q, 4), keys, 4, [None] * order, 1.0, True, windows
+        )
+        end = max(lengths)
+        counts = [
+            math.prod(min(i + 1, n, w or n) for n, w in zip(lengths, windows))
+            for i in range(max(end - n_q, 0), end)
+        ]
+        want = sum(counts) / len(counts)
+        assert problem.tuples() == pytest.approx(want, rel=0.05, abs=1.0)
+
+
+def test_auto_wants_more_of_windows():
+    """To leave a window again costs as much as to enter it."""
+    tensors = small(n=1024, d=16, heads=1)
+    # From 5 times on causal attention is low rank, from 10 times on that of windows.
+    for window, n, taken in ((None, 256, True), (32, 1024, False), (128, 1024, True)):
+        options = dict(degree=2, tol=0.1, is_causal=True, window=window)
+        given = [t[:, :, :n] for t in tensors]
+        exact = attend(*given, method="exact", is_causal=True, window=window)
+        assert torch.equal(attend(*given, method="auto", **options), exact) is not taken
+
+
+@pytest.mark.parametrize("options", [dict(is_causal=True), dict(window=(64, 32)), {}])
+def test_auto_compiles_for_any_length(options):
+    """To decide takes no order of sizes, which a graph of any size does not have."""
+    options = dict(method="auto", logit_bound=0.3, tol=0.1, **options)
+    compiled = torch.compile(
+        lambda *t: attend(*t, **options), fullgraph=True, dynamic=True, backend="eager"
+    )
+    for n in (40, 400, 500):
+        tensors = small(n=n, heads=1)
+        torch.testing.assert_close(compiled(*tensors), attend(*tensors, **options))
+
+
 # --- check -------------------------------------------------------------------------------------
 
 
@@ -273,6 +318,11 @@ def test_warns_once_with_the_numbers():
         assert part in text, (part, text)
     with pytest.warns(UserWarning):  # another degree is another warning
         attend(*tensors, degree=2)
+    # It points at the caller's line, through modules, too.
+    attention = pyloss.nn.TensorAttention(8, 2, method="lowrank", degree=1, tol=1e-9)
+    with pytest.warns(UserWarning, match="lowrank") as caught:
+        attention(*[torch.randn(1, 4, 8)] * 3, need_weights=False)
+    assert caught[0].filename == __file__
 
 
 def test_silent_where_the_bound_is_kept_or_not_asked_for():

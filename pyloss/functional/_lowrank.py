@@ -9,6 +9,7 @@ Imported with the first call that needs it.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,8 +31,9 @@ from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
 from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
 
 _FIT_SAMPLES = 20000
-# Low rank has to save this factor of the operations before "auto" takes it: its rate is lower.
-_GAIN = 5.0
+# Low rank has to save this factor of the operations before "auto" takes it: its rate is lower, and
+# lower still where every token has to leave its windows again (docs/tensor_attention_lowrank.md).
+_GAIN, _GAIN_OF_WINDOWS = 5.0, 10.0
 
 _MOST_PROMISES = 1024
 
@@ -99,11 +101,21 @@ class Problem(NamedTuple):
         )
 
     def tuples(self) -> float:
-        """Tuples of keys that a query sees, on average and about."""
-        count = 1.0
-        for k, w in zip(self.keys, self.windows):
-            count *= min(k.shape[2], (w if self.causal else 2 * w - 1) if w else k.shape[2])
-        return count / (self.order + 1) if self.causal and not any(self.windows) else count
+        """Tuples of keys that a query sees, on average and about; the queries are the last."""
+        lengths = [k.shape[2] for k in self.keys]
+        if not self.causal:
+            spans = [min(n, 2 * w - 1) if w else n for n, w in zip(lengths, self.windows)]
+            return float(math.prod(spans))
+        # Of axis x the query at i sees min(i, span_x) keys: between two spans a power of i.
+        spans = _sorted([torch.sym_min(n, w) if w else n for n, w in zip(lengths, self.windows)])
+        end = _sorted(lengths)[-1]
+        begin = low = torch.sym_max(end - self.q.shape[2], 0)
+        total, limited = 0.0, 1.0
+        for power, span in zip(range(self.order + 1, 0, -1), [*spans, end]):
+            high = torch.sym_max(low, span)
+            total += limited * (high**power - low**power) / power
+            limited, low = limited * span, high
+        return total / torch.sym_max(end - begin, 1)
 
     def state_bytes(self, rank: int) -> int:
         batch, groups = self.keys[0].shape[:2]
@@ -116,6 +128,16 @@ class Problem(NamedTuple):
         exact = 2.0 * n_q * self.tuples() * (self.features + self.value_width)
         tokens = n_q + sum(k.shape[2] for k in self.keys)
         return exact, tokens * rank * (2.0 * (self.value_width + 1) + 1.0)
+
+
+def _sorted(sizes: Sequence[int]) -> list[int]:
+    """Ascending; of sizes of a compiled graph, too, without a guard on their order."""
+    found = list(sizes)
+    for end in range(len(found) - 1, 0, -1):
+        for at in range(end):
+            a, b = found[at], found[at + 1]
+            found[at], found[at + 1] = torch.sym_min(a, b), torch.sym_max(a, b)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,7 +399,7 @@ def _auto(p: Problem, options: Options) -> Choice | None:
     n_q = p.q.shape[2]
     tokens = n_q + sum(k.shape[2] for k in p.keys)
     most = p.tuples() * n_q * (p.features + p.value_width)
-    most /= _GAIN * max(tokens, 1) * (p.value_width + 1)
+    most /= (_GAIN_OF_WINDOWS if any(p.windows) else _GAIN) * max(tokens, 1) * (p.value_width + 1)
     least = rank_of(p.features, options.degree or 1)
     if least >= most or p.state_bytes(least) > MOST_STATE_BYTES:
         return None
@@ -487,7 +509,15 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
     key = (p.features, p.order, polynomial.degree, options.poly, options.tol)
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The stacklevel, for who calls this, of the first frame that is not ours or torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("pyloss.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def entry_bound(p: Problem, radius: float) -> float:

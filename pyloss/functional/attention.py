@@ -86,9 +86,10 @@ def tensor_attention(
             triples of features, which rotations of all three leave unchanged; d divisible by 3.
         enable_gqa: query head h uses key head h // (H / G).
         method: ``"exact"``; ``"lowrank"``; or ``"auto"``: low rank where it needs less than a fifth
-            of the operations and its error is at most ``tol``, else exact. Low rank takes masks of
-            keys only, equal for all queries, next to causality and windows; ``"auto"`` takes exact
-            for the rest, and where it would have to wait for a GPU: there it needs ``logit_bound``.
+            of the operations (a tenth with windows) and its error is at most ``tol``, else exact.
+            Low rank takes masks of keys only, equal for all queries, next to causality and windows;
+            ``"auto"`` takes exact for the rest, and where it would have to wait for a GPU: there it
+            needs ``logit_bound``.
         degree: g of the polynomial; None: the least that keeps ``tol``.
         poly: ``"taylor"`` (at 0), ``"chebyshev"`` (interpolates on the range of S), or ``"fit"``
             (least squares over sampled scores; best on the data, for inference). The last two, as
