@@ -81,8 +81,8 @@ format: $(DEPS)
 	  | xargs $(VENV)/bin/clang-format -i
 
 docs: $(DEPS)
-	$(PY) -m pip install --disable-pip-version-check 'mkdocs>=1.6' 'mkdocs-material>=9.5'
-	$(PY) -m mkdocs build --strict
+	$(PY) -m pip install --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf build dist site *.egg-info $(BUILT) pyloss/_C*.so

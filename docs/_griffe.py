@@ -1,7 +1,7 @@
 """Docstrings for mkdocstrings: the few reStructuredText marks in them become Markdown.
 
 help() shows docstrings as they are, so they are written in the marks that Python readers know:
-``.. math::``, :math:`x` and :func:`pyloss.soft_sort`.
+``.. math::``, :math:`x`, :func:`pyloss.soft_sort` and a double colon before code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _MATH_BLOCK = re.compile(
 def _block(match: re.Match[str]) -> str:
     body = "\n".join([match["first"].strip(), textwrap.dedent(match["rest"]).strip()]).strip()
     lines = "\n".join(line for line in body.splitlines() if line.strip())
-    return textwrap.indent(f"\n$$\n{lines}\n$$\n\n", match["indent"], lambda line: bool(line.strip()))
+    return textwrap.indent(
+        f"\n$$\n{lines}\n$$\n\n", match["indent"], lambda line: bool(line.strip())
+    )
 
 
 def _role(match: re.Match[str]) -> str:
@@ -35,6 +37,7 @@ def _role(match: re.Match[str]) -> str:
 def to_markdown(text: str) -> str:
     text = _MATH_BLOCK.sub(_block, text)
     text = _MATH_ROLE.sub(lambda match: f"${match[1]}$", text)
+    text = re.sub(r"::$", ":", text, flags=re.M)  # the indented block after it is code anyway
     return _ROLE.sub(_role, text)
 
 
