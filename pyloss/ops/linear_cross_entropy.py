@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.ops import row_softmax as rows
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._linear_chunks import (
     AUTO,
     AUTO_FOR_WEIGHT,
@@ -34,12 +35,8 @@ from pyloss.ops._linear_chunks import (
     Tensors,
     ignored_rows,
 )
-from pyloss.ops._registry import (
-    accumulator_dtype,
-    define_op,
-    is_batched,
-    saved_tensor_hooks_active,
-)
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
 from pyloss.ops.row_softmax import (
     DENSE,
     EXTRA_ROWS,
