@@ -1165,7 +1165,7 @@ def test_an_infinite_loss_is_not_taken_for_truncated():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [5, 140_000])  # gradient of the forward, and computed afterwards
+@pytest.mark.parametrize("classes", [5, 140_000])  # early gradient, and late
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
 def test_an_infinite_upstream_does_not_reach_ignored_rows(dtype, classes, reduction, factor):
