@@ -179,7 +179,8 @@ def test_readme_is_short_and_its_links_work_on_a_package_index() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"([\w/-]+\.md)\s*$", (ROOT / "mkdocs.yml").read_text(), re.M))
-    assert listed == {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
+    pages = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
+    assert listed == {p for p in pages if not re.match(r"decisions/\d", p)}  # those: docs/_nav.py
 
 
 # --- tables that name things --------------------------------------------------------------------
