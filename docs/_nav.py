@@ -1,4 +1,4 @@
-"""mkdocs hook: every file of docs/decisions stands in the navigation, in the order of its number."""
+"""mkdocs hook: every file of docs/decisions stands in the navigation, in order of its number."""
 
 from __future__ import annotations
 
