@@ -36,49 +36,18 @@ def permutahedron_bwd(
     problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, threads: int, /
 ) -> None: ...
 
-# `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
-# a dtype code, a count, or a stream handle.
+# Of row_softmax; the records: pyloss/ops/row_softmax/records.py. Every integer is an address (0:
+# none), a dtype code, a count, or a stream handle.
 def row_softmax_fwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    loss: int,
-    loss_dtype: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    index: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    threads: int,
-    /,
+    problem: tuple[object, ...], forward: tuple[object, ...], threads: int, /
 ) -> None: ...
 def row_softmax_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    threads: int,
-    /,
+    problem: tuple[object, ...], backward: tuple[object, ...], threads: int, /
 ) -> None: ...
 def row_softmax_hvp(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    v: int,
-    v_strides: Sequence[int],
-    grad_rows: int,
-    grad_grad_extras: int,
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
+    hvp: tuple[object, ...],
     threads: int,
     /,
 ) -> None: ...
@@ -240,50 +209,22 @@ def cuda_permutahedron_fwd(
 def cuda_permutahedron_bwd(
     problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, stream: int, /
 ) -> None: ...
-def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
+def cuda_row_softmax_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
 def cuda_row_softmax_fwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    loss: int,
-    loss_dtype: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    index: int,
-    grad: int,
-    grad_strides: Sequence[int],
+    problem: tuple[object, ...],
+    forward: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     stream: int,
     /,
 ) -> None: ...
 def cuda_row_softmax_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    stream: int,
-    /,
+    problem: tuple[object, ...], backward: tuple[object, ...], stream: int, /
 ) -> None: ...
 def cuda_row_softmax_hvp(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    v: int,
-    v_strides: Sequence[int],
-    grad_rows: int,
-    grad_grad_extras: int,
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
+    hvp: tuple[object, ...],
     stream: int,
     /,
 ) -> None: ...

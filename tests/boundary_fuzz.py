@@ -89,45 +89,74 @@ def record(module: Any, op: str, name: str, **fields: Field | list[Any]) -> list
 THREADS = Field([1, 2, 3], [0, -1, 100, *HUGE])
 
 
-def row_softmax_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     """Function name -> template of its arguments; a list is a tuple argument."""
     b = {name: address(buffer) for name, buffer in buffers.items()}
+
+    def maybe(name: str) -> Field:
+        return Field([0, buffers[name].address], [0])
+
+    def strides() -> list[Field]:
+        return [stride(CLASSES * INNER), stride(INNER), stride(1)]
+
+    def of(name: str, **fields: Field | list[Any]) -> list[Any]:
+        return record(module, "row_softmax", name, **fields)
+
+    options = of(
+        "Options",
+        **dict(
+            logit_scale=number(1.0, 0.5), softcap=number(0.0, 5.0), temperature=number(1.0, 2.0)
+        ),
+        **dict(tau=number(1.0, 0.0, 2.0, 0.7), max_nll=number(float("inf"), 1.0)),
+        **dict(gamma=number(2.0), z_loss=number(0.0, 0.1), smoothing=number(0.0, 0.1)),
+        **dict(num_items=number(0.0, 4.0)),
+    )
+    codes = of(
+        "Codes",
+        **dict(kind=code(0, 1, 2), ignore_index=integer(-100, 0), loss=code(0, 1)),
+        **dict(reduction=code(0, 1, 2), zero_if_empty=integer(0, 1)),
+    )
+    problem = of(
+        "Problem",
+        **dict(sizes=[size(OUTER), size(CLASSES), size(INNER)], dtype=code(0, 1, 2, 3)),
+        **dict(x=b["x"], x_strides=strides(), target=b["target"], target_strides=strides()),
+        **dict(target_dtype=code(0, 1, 2, 3, 4, 5, 6), target2=b["target2"], mix=b["mix"]),
+        **dict(weight=maybe("weight"), token_weight=maybe("token_weight")),
+        **dict(codes=codes, options=options),
+    )
+    saved = dict(stats=b["stats"], norm=b["norm"])
+    forward = of(
+        "Forward",
+        **dict(loss=b["loss"], loss_dtype=code(0, 1, 2, 3), **saved, extras=maybe("extras")),
+        **dict(index=maybe("index"), grad=maybe("grad"), grad_strides=strides()),
+    )
+    backward = of(
+        "Backward",
+        **dict(grad_loss=b["grad_loss"], grad_extras=maybe("cotangents"), **saved),
+        **dict(extras=b["extras"], grad=b["grad"], grad_strides=strides()),
+    )
+    hvp = of(
+        "Hvp",
+        **dict(v=b["v"], v_strides=strides(), grad_rows=b["grad_rows"]),
+        grad_grad_extras=b["cotangents2"],
+    )
+    # Device functions get null addresses only: a host address would be a valid number there.
     none = address(None)
-    strides = [stride(CLASSES * INNER), stride(INNER), stride(1)]
-    problem = [
-        *[size(OUTER), size(CLASSES), size(INNER)],
-        *[code(0, 1, 2, 3), b["x"], *strides],
-        *[code(0, 1, 2), b["target"], code(0, 1, 2, 3, 4, 5, 6), *strides],
-        *[b["target2"], b["mix"], Field([0, buffers["weight"].address], [0])],
-        *[Field([0, buffers["token_weight"].address], [0])],
-        *[integer(-100, 0), code(0, 1), code(0, 1, 2), integer(0, 1)],
-    ]
-    scale, softcap, temperature = number(1.0, 0.5), number(0.0, 5.0), number(1.0, 2.0)
-    tau, max_nll, gamma = number(1.0, 0.0, 2.0, 0.7), number(float("inf"), 1.0), number(2.0)
-    z_loss, smoothing, num_items = number(0.0, 0.1), number(0.0, 0.1), number(0.0, 4.0)
-    options = [scale, softcap, temperature, tau, max_nll, gamma, z_loss, smoothing, num_items]
-    head = [problem, options]
-    maybe_extras = Field([0, buffers["extras"].address], [0])
-    maybe_cotangents = Field([0, buffers["cotangents"].address], [0])
-    backward = [b["grad_loss"], maybe_cotangents, b["stats"], b["norm"], b["extras"], b["grad"]]
+
+    def on_device(name: str, **others: Field | list[Any]) -> list[Any]:
+        return of(name, **{**dict.fromkeys(module.fields("row_softmax")[name], none), **others})
+
+    forward_there = on_device("Forward", loss_dtype=code(0, 1), grad_strides=strides())
+    backward_there = on_device("Backward", grad_strides=strides())
+    hvp_there = on_device("Hvp", v_strides=strides())
     return {
-        "row_softmax_fwd": [
-            *[*head, b["loss"], code(0, 1, 2, 3), b["stats"], b["norm"], maybe_extras],
-            *[Field([0, buffers["index"].address], [0])],
-            *[Field([0, buffers["grad"].address], [0]), strides, THREADS],
-        ],
-        "row_softmax_bwd": [*head, *backward, strides, THREADS],
-        "row_softmax_hvp": [
-            *[*head, *backward, strides, b["v"], strides, b["grad_rows"], b["cotangents2"], THREADS]
-        ],
+        "row_softmax_fwd": [problem, forward, THREADS],
+        "row_softmax_bwd": [problem, backward, THREADS],
+        "row_softmax_hvp": [problem, backward, hvp, THREADS],
         "scale_inplace": [b["grad"], code(0, 1, 2, 3), size(COUNT), b["factor"], THREADS],
-        # Device functions get null addresses only: a host address would be a valid number there.
-        "cuda_row_softmax_fwd": [
-            *[*head, none, code(0, 1), none, none, none, none, none, strides, none, integer(0)],
-            none,
-        ],
-        "cuda_row_softmax_bwd": [*head, *[none] * 6, strides, none],
-        "cuda_row_softmax_hvp": [*head, *[none] * 6, strides, none, strides, none, none, none],
+        "cuda_row_softmax_fwd": [problem, forward_there, none, integer(0), none],
+        "cuda_row_softmax_bwd": [problem, backward_there, none],
+        "cuda_row_softmax_hvp": [problem, backward_there, hvp_there, none],
         "cuda_scale_inplace": [none, code(0, 1, 2, 3), size(COUNT), none, none],
     }
 
@@ -318,7 +347,7 @@ def main() -> None:
     buffers = {name: Buffer() for name in names.split()}
     buffers["scratch"] = Buffer(SCRATCH)
     templates = {
-        **row_softmax_calls(buffers),
+        **row_softmax_calls(module, buffers),
         **linear_cross_entropy_calls(buffers),
         **betti_matching_calls(buffers),
         **permutahedron_calls(module, buffers),

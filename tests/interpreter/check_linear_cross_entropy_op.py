@@ -15,7 +15,7 @@ import torch
 
 import pyloss
 from pyloss.kernels import linear_cross_entropy as K
-from pyloss.ops import _linear_tiles as tiles
+from pyloss.ops.linear_cross_entropy import triton as tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import linear_cross_entropy_cases as cases
