@@ -10,6 +10,8 @@ def simd_level() -> str: ...
 # The records of an op and their fields, as the NamedTuples of pyloss/ops/<op>/records.py have them.
 def fields(op: str, /) -> dict[str, tuple[str, ...]]: ...
 
+_records: dict[str, dict[str, tuple[str, ...]]]
+
 # `problem`, `options`: see csrc/bind/betti_matching.cpp.
 def betti_loss(
     problem: Sequence[int],
