@@ -90,27 +90,17 @@ def column_sums(
 ) -> None: ...  # fmt: skip
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 
-# `problem`: see csrc/bind/sorting_network.cpp; `options`: steepness, art_lambda.
-def sorting_network_sort(
-    problem: Sequence[int], options: Sequence[float], y: int, threads: int, /
-) -> None: ...
+# Records: pyloss/ops/sorting_network/records.py.
+def sorting_network_sort(problem: tuple[object, ...], y: int, threads: int, /) -> None: ...
 def sorting_network_sort_bwd(
-    problem: Sequence[int], options: Sequence[float], gy: int, gx: int, threads: int, /
+    problem: tuple[object, ...], gy: int, gx: int, threads: int, /
 ) -> None: ...
-
-# `features`: f, whether all rows of the batch share it, transpose, d.
 def sorting_network_apply(
-    problem: Sequence[int],
-    options: Sequence[float],
-    features: Sequence[int],
-    out: int,
-    threads: int,
-    /,
+    problem: tuple[object, ...], features: tuple[object, ...], out: int, threads: int, /
 ) -> None: ...
 def sorting_network_apply_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    features: Sequence[int],
+    problem: tuple[object, ...],
+    features: tuple[object, ...],
     g: int,
     gx: int,
     gf: int,
@@ -118,25 +108,13 @@ def sorting_network_apply_bwd(
     /,
 ) -> None: ...
 def sorting_network_permutation(
-    problem: Sequence[int], options: Sequence[float], y: int, permutation: int, threads: int, /
+    problem: tuple[object, ...], y: int, permutation: int, threads: int, /
 ) -> None: ...
 def sorting_network_permutation_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    gy: int,
-    gp: int,
-    gx: int,
-    threads: int,
-    /,
+    problem: tuple[object, ...], gy: int, gp: int, gx: int, threads: int, /
 ) -> None: ...
 def sorting_network_loss(
-    problem: Sequence[int],
-    options: Sequence[float],
-    targets: Sequence[int],
-    loss: int,
-    gx: int,
-    threads: int,
-    /,
+    problem: tuple[object, ...], targets: tuple[object, ...], loss: int, gx: int, threads: int, /
 ) -> None: ...
 
 # `problem`: see csrc/bind/tensor_attention.cpp; `floats`: scale, bias_k, bias_v.
@@ -288,15 +266,12 @@ def cuda_row_softmax_hvp(
     /,
 ) -> None: ...
 def cuda_scale_inplace(data: int, dtype: int, n: int, factor: int, stream: int, /) -> None: ...
-
-# `problem`, `options`, `call`: see csrc/bind/sorting_network_cuda.cpp.
 def cuda_sorting_network_scratch_bytes(
-    problem: Sequence[int], options: Sequence[float], call: Sequence[int], /
+    problem: tuple[object, ...], call: tuple[object, ...], /
 ) -> int: ...
 def cuda_sorting_network(
-    problem: Sequence[int],
-    options: Sequence[float],
-    call: Sequence[int],
+    problem: tuple[object, ...],
+    call: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     stream: int,
