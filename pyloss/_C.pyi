@@ -10,22 +10,20 @@ def simd_level() -> str: ...
 # The records of an op and their fields, as the NamedTuples of pyloss/ops/<op>/records.py have them.
 def fields(op: str, /) -> dict[str, tuple[str, ...]]: ...
 
-# `problem`, `options`: see csrc/bind/betti_matching.cpp.
+# Records: pyloss/ops/betti_matching/records.py.
 def betti_loss(
-    problem: Sequence[int],
-    options: Sequence[float],
-    input: int,
-    target: int,
+    problem: tuple[object, ...],
+    options: tuple[object, ...],
     loss: int,
     grad: int,
     threads: int,
     /,
 ) -> None: ...
 def betti_matching(
-    problem: Sequence[int], input: int, target: int, threads: int, /
+    problem: tuple[object, ...], threads: int, /
 ) -> tuple[bytearray, bytearray, bytearray]: ...
 def persistence_pairs(
-    problem: Sequence[int], input: int, essential: bool, threads: int, /
+    problem: tuple[object, ...], essential: bool, threads: int, /
 ) -> bytearray: ...
 
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
@@ -176,28 +174,12 @@ def tensor_attention_lowrank_bwd(
 ) -> None: ...
 
 # Present when built_with_cuda.
-# `problem`, `numbers`: see csrc/bind/betti_matching_cuda.cpp.
-def cuda_betti_in_double(problem: Sequence[int], /) -> bool: ...
-def cuda_betti_matching_scratch_bytes(problem: Sequence[int], /) -> int: ...
+def cuda_betti_matching_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
 def cuda_betti_loss(
-    problem: Sequence[int],
-    numbers: Sequence[float],
-    extreme: bool,
-    essential: bool,
+    problem: tuple[object, ...],
+    options: tuple[object, ...],
     loss: int,
-    grad_input: int,
-    grad_target: int,
-    scratch: int,
-    scratch_bytes: int,
-    stream: int,
-    /,
-) -> None: ...
-def cuda_betti_pairs(
-    problem: Sequence[int],
-    birth: int,
-    death: int,
-    mate: int,
-    essential: int,
+    grad: int,
     scratch: int,
     scratch_bytes: int,
     stream: int,

@@ -211,23 +211,35 @@ def tensor_attention_lowrank_calls(buffers: dict[str, Buffer]) -> dict[str, list
     }
 
 
-def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
-    x, target = address(buffers["x"]), address(buffers["target"])
-    flag = Field([0, 1], [2, -1, *HUGE])
-    problem = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), code(0, 1), *[flag] * 3]
-    options = [number(0.0, 1.0), number(0.0, 1.0), number(0.0), *[number(1.0)] * 4]
+def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    op, none = (module, "betti_matching"), address(None)
+
+    def flag() -> Field:
+        return Field([0, 1], [2, -1, *HUGE])
+
+    def problem(x: Field, target: Field, dtype: Field) -> list[Any]:
+        return record(
+            *(*op, "Problem"),
+            **dict(items=size(OUTER), shape=[size(CLASSES), size(INNER)]),
+            **dict(want=Field(list(range(8)), [-1, 8, *HUGE]), superlevel=flag()),
+            **dict(input=x, input_dtype=dtype, target=target, target_dtype=dtype),
+        )
+
+    here = problem(address(buffers["x"]), address(buffers["target"]), code(0, 1))
+    options = record(
+        *(*op, "Loss"),
+        **dict(extreme=flag(), essential=flag(), min_persistence=number(0.0)),
+        **dict(matched_weight=number(1.0), unmatched_weight=number(1.0, 2.0)),
+        dim_weight=[number(1.0), number(1.0), number(1.0)],
+    )
     grad = Field([0, buffers["grad"].address], [0])
-    none, flags = address(None), Field([True, False], [2, -1])
     # As above: a host address would be a valid number on a device.
-    on_device = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), *[flag] * 3]
-    on_device += [none, code(0, 1), none, code(0, 1, 6)]
+    on_device = problem(none, none, code(0, 1))
     return {
-        "cuda_betti_in_double": [on_device],
-        "cuda_betti_loss": [on_device, options[1:], flags, flags, *[none] * 6],
-        "cuda_betti_pairs": [on_device, *[none] * 7],
-        "betti_loss": [problem, options, x, target, address(buffers["loss"]), grad, THREADS],
-        "betti_matching": [problem, x, target, THREADS],
-        "persistence_pairs": [problem, x, Field([True, False], [2, -1]), THREADS],
+        "cuda_betti_loss": [on_device, options, *[none] * 5],
+        "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
+        "betti_matching": [here, THREADS],
+        "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
     }
 
 
@@ -343,7 +355,7 @@ def main() -> None:
     templates = {
         **row_softmax_calls(buffers),
         **linear_cross_entropy_calls(buffers),
-        **betti_matching_calls(buffers),
+        **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **tensor_attention_calls(buffers),
         **sorting_network_calls(module, buffers),

@@ -6,7 +6,6 @@
 namespace pyloss {
 
 void register_betti_matching(pybind11::module_& m);
-void register_betti_matching_cuda(pybind11::module_& m);  // nothing without CUDA
 void register_linear_cross_entropy(pybind11::module_& m);
 void register_permutahedron(pybind11::module_& m);
 void register_row_softmax(pybind11::module_& m);
