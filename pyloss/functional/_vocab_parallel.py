@@ -15,7 +15,7 @@ from pyloss.functional import classification as rows
 from pyloss.functional import linear as layers
 from pyloss.functional.classification import RowStats
 from pyloss.functional.linear import is_dtensor
-from pyloss.ops import _vocab_parallel as op
+from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 
 # --------------------------------------------------------------------------------------------------
 # DTensors

@@ -13,7 +13,7 @@ from pyloss.functional.classification import (
     _check_range,
     _scalar_name,
 )
-from pyloss.ops import _distillation as op
+from pyloss.ops import linear_distillation as op
 
 
 def linear_distillation_loss(
