@@ -163,6 +163,19 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in anchors(target), link
 
 
+NAMED_FILE = re.compile(r"`((?:\.ci|bench|csrc|docs|examples|kernels|pyloss|tests)/[\w./*{},-]*)`")
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "bench/results/README.md"], ids=page_id)
+def test_named_files_exist(path: Path) -> None:
+    for name in NAMED_FILE.findall(path.read_text(encoding="utf-8")):
+        patterns = [name]
+        if braces := re.fullmatch(r"(.*)\{(.*)\}(.*)", name):  # a/b.{h,cpp}
+            patterns = [braces[1] + part + braces[3] for part in braces[2].split(",")]
+        for pattern in patterns:
+            assert any(ROOT.glob(pattern.rstrip("/"))), name
+
+
 def test_readme_is_short_and_its_links_work_on_a_package_index() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
     setup = ROOT / "setup.py"
@@ -187,16 +200,16 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def resolve(dotted: str) -> object:
-    parts = dotted.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[cut:]:
-            found = getattr(found, part)
-        return found
-    raise AttributeError(dotted)
+    """The object of that name; of a function and a module with one name the function."""
+    first, *rest = dotted.split(".")
+    found = importlib.import_module(first)
+    path = first
+    for part in rest:
+        path = f"{path}.{part}"
+        if not hasattr(found, part):
+            importlib.import_module(path)
+        found = getattr(found, part)
+    return found
 
 
 def test_api_reference_lists_every_public_name() -> None:
