@@ -509,7 +509,7 @@ def section(document: Document, figure: str | None = None) -> str:
     return "\n\n".join(parts)
 
 
-def page(documents: list[Document]) -> str:
+def page(documents: list[Document], root: Path) -> str:
     """The text of docs/benchmarks.md."""
     parts = [_INTRO]
     if all(_device(document) == "cpu" for document in documents):
@@ -520,7 +520,9 @@ def page(documents: list[Document]) -> str:
     for document in documents:
         if document["op"] != op:
             op = document["op"]
-            parts.append(f"## {op}\n\n[What it is]({op}.md).")
+            parts.append(f"## {op}")
+            if (root / "docs" / f"{op}.md").is_file():
+                parts.append(f"[What it is]({op}.md).")
         figure = f"img/{figure_name(document)}" if has_figure(document) else None
         parts.append(section(document, figure))
     return "\n\n".join(parts) + "\n"
@@ -532,7 +534,7 @@ def write(root: Path) -> list[Path]:
     folder = root / "docs" / "img"
     made = [draw(document, folder) for document in documents]
     made.append(overview_figure(documents, folder / "overview.png"))
-    (root / PAGE).write_text(page(documents))
+    (root / PAGE).write_text(page(documents, root))
     return [*(path for path in made if path), root / PAGE]
 
 

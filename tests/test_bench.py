@@ -547,7 +547,7 @@ def test_committed_page_is_up_to_date():
     """docs/benchmarks.md and the files of bench/results say the same."""
     documents = plot.committed(ROOT)
     message = "run `python -m bench.plot --write`"
-    assert (ROOT / plot.PAGE).read_text() == plot.page(documents), message
+    assert (ROOT / plot.PAGE).read_text() == plot.page(documents, ROOT), message
     pictures = {plot.figure_name(d) for d in documents if plot.has_figure(d)} | {"overview.png"}
     for name in pictures:
         assert (ROOT / "docs/img" / name).is_file(), message
