@@ -20,12 +20,12 @@ class OptionsModule(nn.Module):
             setattr(self, name, value)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """All of them at present, in the order of the constructor."""
         return {name: getattr(self, name) for name in self._option_names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
 
     @classmethod
     def _check_names(
@@ -35,7 +35,15 @@ class OptionsModule(nn.Module):
         check_names(cls.__name__, given, names_of(function, without))
 
 
-class WeightedModule(OptionsModule):
+class LossModule(OptionsModule):
+    """A loss whose constructor takes the options of its function."""
+
+    @property
+    def options(self) -> dict:
+        return self._options
+
+
+class WeightedLoss(LossModule):
     """With the weight of each class beside the options: a tensor, and so a buffer."""
 
     weight: Tensor | None

@@ -248,7 +248,7 @@ class TensorAttention(OptionsModule):
             window=self.window,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
-            **self.options,
+            **self._options,
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:

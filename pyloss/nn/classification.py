@@ -7,10 +7,10 @@ from torch.nn import _reduction
 
 from pyloss.functional import classification as F
 from pyloss.functional._checks import check_range
-from pyloss.nn._module import WeightedModule
+from pyloss.nn._module import WeightedLoss
 
 
-class CrossEntropyLoss(WeightedModule):
+class CrossEntropyLoss(WeightedLoss):
     r"""Module of :func:`pyloss.fused_cross_entropy`; stands in for ``torch.nn.CrossEntropyLoss``.
 
     .. math:: \ell = -w_y \log \mathrm{softmax}(x)_y
@@ -68,7 +68,7 @@ class CrossEntropyLoss(WeightedModule):
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
-class CompSumLoss(WeightedModule):
+class CompSumLoss(WeightedLoss):
     r"""Module of :func:`pyloss.comp_sum_loss`.
 
     .. math:: \ell = \frac{e^{(1-\tau) L} - 1}{1-\tau}, \qquad L = -\log \mathrm{softmax}(x)_y
@@ -101,7 +101,7 @@ class CompSumLoss(WeightedModule):
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
-class GeneralizedCrossEntropyLoss(WeightedModule):
+class GeneralizedCrossEntropyLoss(WeightedLoss):
     r"""Generalized cross entropy, robust to noisy labels: the comp-sum loss with tau = q + 1.
 
     .. math:: \ell = \frac{1 - p_y^q}{q}, \qquad p_y \le k:\ \ell = \frac{1 - k^q}{q}
@@ -144,7 +144,7 @@ class GeneralizedCrossEntropyLoss(WeightedModule):
         )
 
 
-class FocalLoss(WeightedModule):
+class FocalLoss(WeightedLoss):
     r"""Module of :func:`pyloss.focal_loss`.
 
     .. math:: \ell = w_y (1 - p_y)^\gamma (-\log p_y)

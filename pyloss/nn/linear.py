@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from pyloss.functional import linear as F
 from pyloss.functional.classification import RowStats
-from pyloss.nn._module import WeightedModule
+from pyloss.nn._module import OptionsModule
 
 
-class LinearCrossEntropyLoss(WeightedModule):
+class LinearCrossEntropyLoss(OptionsModule):
     r"""Module of :func:`pyloss.fused_linear_cross_entropy`, with the linear layer in it.
 
     Stands in for ``torch.nn.LinearCrossEntropyLoss``: same arguments, same ``state_dict``. Where
@@ -56,6 +56,8 @@ class LinearCrossEntropyLoss(WeightedModule):
     Reference:
         Mao, Mohri, Zhong. arXiv 2304.07288.
     """
+
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -127,7 +129,8 @@ class LinearCrossEntropyLoss(WeightedModule):
         if not 0.0 <= smoothing <= 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {smoothing}")
         self._check_names(options, F.fused_linear_cross_entropy)
-        super().__init__(weight, **options)
+        super().__init__(**options)
+        self.register_buffer("weight", weight)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
 
@@ -142,7 +145,7 @@ class LinearCrossEntropyLoss(WeightedModule):
             weight = weight.view(self.num_classes, *self.out_features, weight.shape[-1])
             bias = bias if bias is None else bias.view(self.num_classes, *self.out_features)
         return F.fused_linear_cross_entropy(
-            input, weight, target, bias, weight=self.weight, **self.options, **call
+            input, weight, target, bias, weight=self.weight, **self._options, **call
         )
 
     def extra_repr(self) -> str:

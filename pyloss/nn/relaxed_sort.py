@@ -39,7 +39,7 @@ class NeuralSort(OptionsModule):
         super().__init__(tau=tau, hard=hard, dim=dim, descending=descending)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return F.neural_sort(scores, **self.options)
+        return F.neural_sort(scores, **self._options)
 
 
 class SoftSort(OptionsModule):
@@ -78,4 +78,4 @@ class SoftSort(OptionsModule):
         super().__init__(tau=tau, hard=hard, pow=pow, dim=dim, descending=descending)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return F.soft_sort_matrix(scores, **self.options)
+        return F.soft_sort_matrix(scores, **self._options)

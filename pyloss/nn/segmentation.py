@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyloss.functional import segmentation as F
 from pyloss.functional._options import options_of
-from pyloss.nn._module import WeightedModule
+from pyloss.nn._module import WeightedLoss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions
 
 
-class SoftDiceLoss(WeightedModule):
+class SoftDiceLoss(WeightedLoss):
     r"""Module of :func:`pyloss.functional.soft_dice_loss`; stands in for ``monai.losses.DiceLoss``.
 
     .. math:: \ell = 1 - \frac{2 \sum p\,t + \mathrm{nr}}{\sum p + \sum t + \mathrm{dr}}
@@ -54,7 +54,7 @@ class SoftDiceLoss(WeightedModule):
         return F.soft_dice_loss(input, target, weight=self.weight, **self.options)
 
 
-class DiceCELoss(WeightedModule):
+class DiceCELoss(WeightedLoss):
     r"""Module of :func:`pyloss.functional.dice_cross_entropy_loss`; as ``monai.losses.DiceCELoss``.
 
     .. math:: \ell = \lambda_\mathrm{dice}\, \ell_\mathrm{dice}

@@ -12,7 +12,7 @@ from pyloss.functional import sorting as F
 from pyloss.functional._checks import check_tensor
 from pyloss.functional._options import options_of
 from pyloss.functional._sorting_rows import SELECTORS, SORTERS, checked_settings
-from pyloss.nn._module import OptionsModule
+from pyloss.nn._module import LossModule, OptionsModule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,7 +116,7 @@ class DiffSortNet(_Network):
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         vectors, network = self._checked(vectors), self.sorting_network_type
-        return F.soft_sort(vectors, return_permutation=True, network=network, **self.options)
+        return F.soft_sort(vectors, return_permutation=True, network=network, **self._options)
 
 
 class DiffTopkNet(_Network):
@@ -173,13 +173,13 @@ class DiffTopkNet(_Network):
 
     def forward(self, vectors: Tensor) -> tuple[None, Tensor]:
         vectors, network = self._checked(vectors), self.sorting_network_type
-        return None, F.soft_topk(vectors, self.k, network=network, **self.options).flip(-1)
+        return None, F.soft_topk(vectors, self.k, network=network, **self._options).flip(-1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
 
 
-class SortingCrossEntropyLoss(OptionsModule):
+class SortingCrossEntropyLoss(LossModule):
     r"""Module of :func:`pyloss.sorting_cross_entropy`.
 
     .. math:: \ell = -\frac{1}{n^2} \sum_{i,r} Q_{ir} \log P_{ir} + (1 - Q_{ir}) \log (1 - P_{ir})
@@ -214,7 +214,7 @@ class SortingCrossEntropyLoss(OptionsModule):
         return F.sorting_cross_entropy(x, target, **self.options)
 
 
-class SpearmanLoss(OptionsModule):
+class SpearmanLoss(LossModule):
     r"""Module of :func:`pyloss.spearman_loss`.
 
     .. math:: \ell = 1 - \rho(\text{soft ranks of } x, \text{ranks of the target})

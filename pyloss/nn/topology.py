@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyloss.functional import topology as F
 from pyloss.functional._options import options_of
-from pyloss.nn._module import OptionsModule
+from pyloss.nn._module import LossModule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyloss.functional._options import BettiOptions
 
 
-class BettiMatchingLoss(OptionsModule):
+class BettiMatchingLoss(LossModule):
     r"""Module of :func:`pyloss.betti_matching_loss`, alone or on top of another loss.
 
     .. math:: \ell = \mathrm{base}(x, y) + \alpha\, L_{\text{Betti}}(x, y)
