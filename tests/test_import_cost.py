@@ -1,4 +1,4 @@
-"""`import pyloss` and the first use of a family are cheap, and bring in neither Triton nor numpy."""
+"""`import pyloss` and the first use of a family are cheap; neither brings in Triton or numpy."""
 
 from __future__ import annotations
 
