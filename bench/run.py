@@ -29,6 +29,7 @@ from bench import _core, _env, _targets
 
 OPS = {
     "row_softmax": "bench.bench_row_softmax",
+    "call_overhead": "bench.bench_call_overhead",
     "betti_matching": "bench.bench_betti_matching",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "permutahedron": "bench.bench_permutahedron",

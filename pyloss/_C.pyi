@@ -7,6 +7,9 @@ cuda_archs: str
 def cuda_device_count() -> int: ...
 def simd_level() -> str: ...
 
+# The records of an op and their fields, as the NamedTuples of pyloss/ops/<op>/records.py have them.
+def fields(op: str, /) -> dict[str, tuple[str, ...]]: ...
+
 # `problem`, `options`: see csrc/bind/betti_matching.cpp.
 def betti_loss(
     problem: Sequence[int],
@@ -25,12 +28,12 @@ def persistence_pairs(
     problem: Sequence[int], input: int, essential: bool, threads: int, /
 ) -> bytearray: ...
 
-# `problem`: see csrc/bind/permutahedron.cpp; `strength`: of the regularization.
+# Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
 def permutahedron_fwd(
-    problem: Sequence[int], strength: float, x: int, y: int, packed: int, threads: int, /
+    problem: tuple[object, ...], x: int, y: int, packed: int, threads: int, /
 ) -> None: ...
 def permutahedron_bwd(
-    problem: Sequence[int], strength: float, g: int, x: int, packed: int, dx: int, threads: int, /
+    problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, threads: int, /
 ) -> None: ...
 
 # `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
@@ -222,10 +225,9 @@ def cuda_betti_pairs(
     stream: int,
     /,
 ) -> None: ...
-def cuda_permutahedron_scratch_bytes(problem: Sequence[int], strength: float, /) -> int: ...
+def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
 def cuda_permutahedron_fwd(
-    problem: Sequence[int],
-    strength: float,
+    problem: tuple[object, ...],
     sorted: int,
     order: int,
     y: int,
@@ -236,7 +238,7 @@ def cuda_permutahedron_fwd(
     /,
 ) -> None: ...
 def cuda_permutahedron_bwd(
-    problem: Sequence[int], strength: float, g: int, x: int, packed: int, dx: int, stream: int, /
+    problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, stream: int, /
 ) -> None: ...
 def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
 def cuda_row_softmax_fwd(

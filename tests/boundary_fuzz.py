@@ -79,6 +79,13 @@ def address(buffer: Buffer | None) -> Field:
     return Field([buffer.address if buffer else 0], [0])
 
 
+def record(module: Any, op: str, name: str, **fields: Field | list[Any]) -> list[Any]:
+    """The template of a record: the fields in the order in which the module reads them."""
+    order = module.fields(op)[name]
+    assert set(order) == set(fields), f"{op}.{name} has the fields {order}"
+    return [fields[f] for f in order]
+
+
 THREADS = Field([1, 2, 3], [0, -1, 100, *HUGE])
 
 
@@ -257,20 +264,24 @@ def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
-def permutahedron_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def permutahedron_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
     none, flag = address(None), Field([0, 1], [2, -1, *HUGE])
-    head = [[size(OUTER), size(CLASSES), code(0, 1), flag, flag], number(1.0, 0.1)]
+    problem = record(
+        *(module, "permutahedron", "Problem"),
+        **dict(rows=size(OUTER), n=size(CLASSES), dtype=code(0, 1), rank=flag),
+        **dict(kl=Field(flag.good, flag.hostile), strength=number(1.0, 0.1)),
+    )
     return {
-        "permutahedron_fwd": [*head, b["x"], b["grad"], b["index"], THREADS],
-        "permutahedron_bwd": [*head, b["cotangents"], b["x"], b["index"], b["v"], THREADS],
-        "cuda_permutahedron_fwd": [*head, *[none] * 4, none, integer(0), none],
-        "cuda_permutahedron_bwd": [*head, *[none] * 5],
+        "permutahedron_fwd": [problem, b["x"], b["grad"], b["index"], THREADS],
+        "permutahedron_bwd": [problem, b["cotangents"], b["x"], b["index"], b["v"], THREADS],
+        "cuda_permutahedron_fwd": [problem, *[none] * 4, none, integer(0), none],
+        "cuda_permutahedron_bwd": [problem, *[none] * 5],
     }
 
 
 def fields_of(template: list[Any]) -> list[Field]:
-    return [f for part in template for f in (part if isinstance(part, list) else [part])]
+    return [f for part in template for f in (fields_of(part) if isinstance(part, list) else [part])]
 
 
 def fill(template: list[Any], rng: random.Random, hostile: int, mistyped: bool) -> list[Any]:
@@ -284,16 +295,15 @@ def fill(template: list[Any], rng: random.Random, hostile: int, mistyped: bool) 
             return rng.choice(MISTYPED)
         return rng.choice(field.hostile if id(field) in chosen else field.good)
 
-    out: list[Any] = []
-    for part in template:
-        if isinstance(part, list):
-            values = [value(f) for f in part]
-            if mistyped and rng.random() < 0.1:
-                values.pop()
-            out.append(tuple(values))
-        else:
-            out.append(value(part))
-    return out
+    def filled(part: Field | list[Any]) -> Any:
+        if isinstance(part, Field):
+            return value(part)
+        values = [filled(p) for p in part]
+        if mistyped and rng.random() < 0.1:
+            values.pop()
+        return tuple(values)
+
+    return [filled(part) for part in template]
 
 
 def main() -> None:
@@ -311,13 +321,13 @@ def main() -> None:
         **row_softmax_calls(buffers),
         **linear_cross_entropy_calls(buffers),
         **betti_matching_calls(buffers),
-        **permutahedron_calls(buffers),
+        **permutahedron_calls(module, buffers),
         **tensor_attention_calls(buffers),
         **sorting_network_calls(buffers),
         **tensor_attention_lowrank_calls(buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
-    unknown = functions - set(templates) - {"cuda_device_count", "simd_level"}
+    unknown = functions - set(templates) - {"cuda_device_count", "fields", "simd_level"}
     unknown -= {name for name in functions if name.endswith("_scratch_bytes")}
     assert not unknown, f"functions without a template here: {sorted(unknown)}"
     templates = {name: t for name, t in templates.items() if name in functions}

@@ -524,4 +524,11 @@ PYLOSS_HD inline R soft_coefficient(const RowSoftmaxProblem& p, const RowTarget<
   return r;
 }
 
+// A gradient for an upstream 1, scaled by what came from above. Rows that are ignored have the
+// gradient 0 whatever that is: 0 * infinity, of a mean over no rows, is not theirs.
+template <class R>
+PYLOSS_HD inline R scaled_gradient(R g, R upstream) {
+  return g == 0 ? g : g * upstream;
+}
+
 }  // namespace pyloss

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
-from pyloss.ops._registry import accumulator_dtype, functorch_active
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._tensor_attention_lowrank_cpu import (
     MOST_DEGREE,
     MOST_STATE_BYTES,
@@ -29,6 +29,7 @@ from pyloss.ops._tensor_attention_lowrank_cpu import (
 )
 from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
 from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
+from pyloss.ops._transforms import functorch_active
 
 _FIT_SAMPLES = 20000
 # Low rank has to save this factor of the operations before "auto" takes it: its rate is lower, and

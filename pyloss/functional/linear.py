@@ -13,7 +13,7 @@ from torch import Tensor
 from pyloss.functional import classification as rows
 from pyloss.functional.classification import MixUpTarget, RowStats
 from pyloss.ops import linear_cross_entropy as op
-from pyloss.ops._registry import forward_ad_active, functorch_active
+from pyloss.ops._transforms import forward_ad_active, functorch_active
 
 _STRATEGIES = ("auto", "forward", "recompute", "tiles")
 

@@ -52,11 +52,20 @@ def neural_sort(
     s, result = _checked(scores, tau, dim)
     s = s if descending else -s
     n = s.shape[-1]
+    # A shift of all scores changes nothing, but the products of a large one would be rounded.
+    low, high = s.detach().amin(-1, keepdim=True), s.detach().amax(-1, keepdim=True)
+    s = s - (low / 2 + high / 2)
+    # Sums of n huge scores would overflow.
+    reach = high / 2 - low / 2
+    unit = torch.where(reach > torch.finfo(s.dtype).max / (4 * n), reach, 1.0)
+    s = s / unit
     # By the sorted order, sum_k |s_j - s_k| would need no n x n temporary; but P is one anyway.
     spread = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
     factor = n - 1 - 2 * torch.arange(n, dtype=s.dtype, device=s.device)
     logits = factor.unsqueeze(-1) * s.unsqueeze(-2) - spread.unsqueeze(-2)
-    return _rows(logits / tau, hard).to(result)
+    # Largest 0, so that a small tau makes the others -inf and not all of them infinite.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
+    return _rows(logits / tau * unit.unsqueeze(-1), hard).to(result)
 
 
 def soft_sort_matrix(
@@ -107,17 +116,22 @@ def soft_sort_matrix(
     """
     s, result = _checked(scores, tau, dim)
     _check_range("pow", pow, 0.0, open_low=True)
-    # A large number in place of an infinite one: inf - inf is no distance.
-    s = torch.where(s.isinf(), s.sign() * (torch.finfo(s.dtype).max / 4), s)
-    ordered = s.sort(dim=-1, descending=descending).values
-    distance = (ordered.unsqueeze(-1) - s.unsqueeze(-2)).abs()
+    ordered = s.sort(dim=-1, descending=descending).values.unsqueeze(-1)
+    s = s.unsqueeze(-2)
+    # inf - inf is no distance: 0 between equal ones, else infinite, without a gradient.
+    infinite = ordered.isinf() | s.isinf()
+    apart = torch.where(ordered == s, 0.0, torch.inf)
+    distance = (ordered.masked_fill(ordered.isinf(), 0.0) - s.masked_fill(s.isinf(), 0.0)).abs()
     if pow != 1:
         if pow < 2:  # 0^p has a derivative without a bound, first or second
             equal = distance == 0
             distance = (distance.masked_fill(equal, 1.0) ** pow).masked_fill(equal, 0.0)
         else:
             distance = distance**pow
-    return _rows(distance * (-1 / tau), hard).to(result)
+    logits = torch.where(infinite, -apart, distance / -tau)
+    # The rows of infinite scores, too, are NaN where one score is.
+    spoilt = torch.where(s.isnan().any(-1, keepdim=True), torch.nan, 0.0)
+    return _rows(logits + spoilt, hard).to(result)
 
 
 def _rows(logits: Tensor, hard: bool) -> Tensor:

@@ -24,13 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._registry import (
-    accumulator_dtype,
-    is_batched,
-    lib,
-    register_fake,
-    saved_tensor_hooks_active,
-)
+from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._registry import lib, register_fake
+from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 REDUCTIONS = ("none", "mean", "sum", "batchmean")

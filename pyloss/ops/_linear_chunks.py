@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops import row_softmax as rows
-from pyloss.ops._registry import DTYPE_CODES, accumulator_dtype
+from pyloss.ops._launch import DTYPE_CODES, accumulator_dtype
 from pyloss.ops.row_softmax import DENSE, EXTRA_ROWS, MIX, PLAIN, REDUCTIONS, Codes, Options
 
 # Bytes of logits that exist at a time. On the CPU large enough that the products run at their full

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._registry import DTYPE_CODES, address
+from pyloss.ops._launch import DTYPE_CODES, address
 
 # A name's place is its code in the ops and the kernels.
 NETWORKS = ("bitonic", "odd_even", "batcher", "splitter_selection", "auto")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._registry import DTYPE_CODES, address
+from pyloss.ops._launch import DTYPE_CODES, address
 from pyloss.ops._sorting_network_cpu import KINDS, ORDERS, REDUCTIONS, network_code, splitter_table
 
 _SPLITTER = 3

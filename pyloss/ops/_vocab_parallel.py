@@ -36,8 +36,8 @@ from torch import Tensor
 
 from pyloss import backends
 from pyloss.ops import row_softmax as rows
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._linear_chunks import Call, Chunks, Linear, Tensors
-from pyloss.ops._registry import accumulator_dtype
 from pyloss.ops.row_softmax import COMP_SUM, EXTRA_ROWS, INDEX, PLAIN, REDUCTIONS, Codes, Options
 from pyloss.reference.row_softmax import _transform, _weighted
 

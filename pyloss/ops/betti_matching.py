@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from pyloss import _C, backends
-from pyloss.ops._registry import DTYPE_CODES, define_op, functorch_active
+from pyloss.ops._launch import DTYPE_CODES
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import functorch_active
 
 TERMS = 3  # the last axis of the loss: csrc/common/betti_matching.h
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.ops import row_softmax as rows
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._linear_chunks import (
     AUTO,
     AUTO_FOR_WEIGHT,
@@ -34,12 +35,9 @@ from pyloss.ops._linear_chunks import (
     Tensors,
     ignored_rows,
 )
-from pyloss.ops._registry import (
-    accumulator_dtype,
-    define_op,
-    is_batched,
-    saved_tensor_hooks_active,
-)
+from pyloss.ops._reference import gradients
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
 from pyloss.ops.row_softmax import (
     DENSE,
     EXTRA_ROWS,
@@ -186,19 +184,20 @@ def _logits(t: Tensors, codes) -> Tensor:
 
 
 def _reference_gradients(grad_loss, grad_extras, t: Tensors, options, codes, wants):
-    with torch.enable_grad():
-        sources = [s if s is None else s.detach().requires_grad_() for s in t[:3]]
-        t = Tensors(*sources, *t[3:])
-        acc = accumulator_dtype(t.input.dtype)
-        asked_extras = WANT_EXTRAS if grad_extras is not None else 0
-        loss, extras, _ = _reference_found(t, options, codes, acc, asked_extras)
-        outputs, cotangents = [loss], [grad_loss.to(acc)]
-        if extras is not None:
-            outputs.append(extras[:3])
-            cotangents.append(grad_extras[:3])
-        asked = [s for s, yes in zip(sources, _wanted(wants)) if yes]
-        found = torch.autograd.grad(outputs, asked, cotangents)
-    return [g.contiguous() for g in found]
+    acc = accumulator_dtype(t.input.dtype)
+    asked_extras = WANT_EXTRAS if grad_extras is not None else 0
+
+    def found(*sources):
+        moved = Tensors(*sources, *t[3:])
+        return _for_gradient(*_reference_found(moved, options, codes, acc, asked_extras))
+
+    grads = gradients(found, t[:3], _for_gradient(grad_loss, grad_extras), _wanted(wants))
+    return [g.contiguous() for g in grads if g is not None]
+
+
+def _for_gradient(loss, extras, index=None):
+    """The outputs, or their cotangents, that a gradient depends on."""
+    return loss, None if extras is None else extras[:3]
 
 
 def _forward_reference(*args):
@@ -422,8 +421,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             or is_batched(grad_loss)
             or (grad_extras is not None and is_batched(grad_extras))
         ):
-            with torch.enable_grad():
-                return *_differentiable_gradients(ctx, t, grad_loss, grad_extras), *none
+            return *_differentiable_gradients(ctx, t, grad_loss, grad_extras), *none
         if grad_extras is None and ctx.wants & WANT_EXTRAS:
             grad_extras = torch.zeros(
                 (EXTRA_ROWS, t.input.shape[0]), dtype=acc, device=t.input.device
@@ -483,16 +481,14 @@ def composed(t: Tensors, options, codes, loss_dtype, wants):
 def _differentiable_gradients(ctx, t: Tensors, grad_loss, grad_extras):
     """The backward as torch operations, for create_graph=True."""
     acc = accumulator_dtype(t.input.dtype)
-    sources = (t.input, t.linear_weight, t.linear_bias)
-    asked = [s for s, yes in zip(sources, _wanted(ctx.needed)) if yes]
     wants = WANT_EXTRAS if grad_extras is not None else 0
-    loss, extras, _ = composed(t, ctx.options, ctx.codes, acc, wants)
-    outputs, cotangents = [loss], [grad_loss.to(acc)]
-    if grad_extras is not None:
-        outputs.append(extras[:3])
-        cotangents.append(grad_extras[:3])
-    found = torch.autograd.grad(outputs, asked, cotangents, create_graph=True, allow_unused=True)
-    return _spread(found, ctx.needed)
+
+    def found(*sources):
+        moved = Tensors(*sources, *t[3:])
+        return _for_gradient(*composed(moved, ctx.options, ctx.codes, acc, wants))
+
+    cotangents = _for_gradient(grad_loss, grad_extras)
+    return gradients(found, t[:3], cotangents, _wanted(ctx.needed), create_graph=True)
 
 
 def linear_cross_entropy(

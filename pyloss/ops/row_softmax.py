@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._registry import (
-    DTYPE_CODES,
-    accumulator_dtype,
-    address,
-    define_op,
+from pyloss.ops._launch import DTYPE_CODES, accumulator_dtype, address
+from pyloss.ops._reference import gradients
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import (
     forward_ad_active,
     functorch_active,
     is_batched,
@@ -341,22 +340,17 @@ def _reference_gradient(
 
     With `create_graph` they are functions of the given tensors, to any order.
     """
-    with torch.enable_grad():
-        if wrt[0] and not (create_graph and input.requires_grad):
-            input = input.detach().requires_grad_()
-        if wrt[1] and not (create_graph and target.requires_grad):
-            target = target.detach().requires_grad_()
-        kwargs = _reference_kwargs(target, target2, mix, weight, token_weight, options, codes)
+    rest = (target2, mix, weight, token_weight, options, codes)
+    wants = WANT_EXTRAS if grad_extras is not None else 0
+
+    def found(input, target):
+        kwargs = _reference_kwargs(target, *rest)
         kwargs["loss_dtype"] = accumulator_dtype(input.dtype)
-        wants = WANT_EXTRAS if grad_extras is not None else 0
         loss, extras, _ = _reference(input, kwargs, wants, codes[0] != DENSE)
-        outputs, grads = [loss], [grad_loss.to(loss.dtype)]
-        if grad_extras is not None:
-            outputs.append(extras[:3])
-            grads.append(grad_extras[:3])
-        asked = [t for t, yes in zip((input, target), wrt) if yes]
-        found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=create_graph))
-    return tuple(next(found) if yes else None for yes in wrt)
+        return loss, None if extras is None else extras[:3]
+
+    cotangents = (grad_loss, None if grad_extras is None else grad_extras[:3])
+    return gradients(found, (input, target), cotangents, wrt, create_graph=create_graph)
 
 
 _ARGUMENTS = (

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pyloss.ops import _sorting_network_cpu as cpu
 from pyloss.ops import _sorting_network_cuda as cuda
-from pyloss.ops._registry import (
-    define_op,
+from pyloss.ops._registry import define_op
+from pyloss.ops._sorting_network_cpu import DISTRIBUTIONS, KINDS, NETWORKS, ORDERS, REDUCTIONS
+from pyloss.ops._transforms import (
     forward_ad_active,
     functorch_active,
     is_batched,
     saved_tensor_hooks_active,
 )
-from pyloss.ops._sorting_network_cpu import DISTRIBUTIONS, KINDS, NETWORKS, ORDERS, REDUCTIONS
 
 
 def _reference():
