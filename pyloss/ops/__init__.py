@@ -7,6 +7,8 @@ program that calls ops by their names in torch, as an exported graph does, calls
 import importlib
 import pkgutil
 
+__all__ = ["load_all"]
+
 
 def load_all() -> None:
     """Registers every op of pyloss with torch.
