@@ -13,6 +13,7 @@ from typing_extensions import assert_type
 import pyloss
 import pyloss.distributed
 import pyloss.integrations.transformers
+import pyloss.ops
 import pyloss.reference
 import pyloss.testing
 import pyloss.visualize
@@ -179,6 +180,7 @@ def transformers(model: nn.Module) -> None:
 
 def tools() -> None:
     assert_type(pyloss.show_config(), str)
+    pyloss.ops.load_all()
     with pyloss.backend("reference"):
         pass
     assert_type(make_logits((4, 10)), Tensor)
