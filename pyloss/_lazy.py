@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -30,7 +29,8 @@ def exports(
 
     Args:
         package: ``__name__`` of the package that calls.
-        table: names by the module of the package that holds them; the modules resolve too.
+        table: names by the module of the package that holds them; the modules resolve too. No
+            name may be that of a module: importing the module would put it in the name's place.
         submodules: further modules of the package that resolve.
 
     Returns:
@@ -41,8 +41,6 @@ def exports(
     names = _names[package] = sorted(home)
     _submodules[package] = modules
     module = sys.modules[package]
-    if home.keys() & table.keys():
-        module.__class__ = _FunctionsBeforeModules
 
     def resolve(name: str) -> Any:
         if name in home:
@@ -58,18 +56,6 @@ def exports(
         return sorted({*vars(module), *names, *modules})
 
     return resolve, listed, names
-
-
-class _FunctionsBeforeModules(types.ModuleType):
-    """A package some of whose functions are called as the module that holds them.
-
-    The import system sets a submodule as an attribute of its package: there the function must stay.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, types.ModuleType) and name in _names[self.__name__]:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
 
 
 def _missing(package: str, name: str) -> NoReturn:
