@@ -12,14 +12,15 @@ at the import lock and find the same object.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-_names: dict[str, list[str]] = {}  # public names of each package that has a table
-_submodules: dict[str, set[str]] = {}
+# The packages that have a table, where a missing name is looked for; to import them costs little.
+PACKAGES = ("distributed", "functional", "metrics", "nn", "visualize")
+
+_names: dict[str, list[str]] = {}  # public names of those imported so far, and of pyloss
 
 
 def exports(
@@ -39,7 +40,6 @@ def exports(
     home = {name: module for module, names in table.items() for name in names}
     modules = {*table, *submodules}
     names = _names[package] = sorted(home)
-    _submodules[package] = modules
     module = sys.modules[package]
 
     def resolve(name: str) -> Any:
@@ -71,10 +71,8 @@ def _missing(package: str, name: str) -> NoReturn:
 def _hint(package: str, name: str) -> str | None:
     import difflib
 
-    root = package.partition(".")[0]
-    for child in _submodules[root]:  # only tables: no family is imported
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"{root}.{child}")
+    for child in PACKAGES:
+        importlib.import_module(f"pyloss.{child}")
     for place, names in sorted(_names.items()):
         if name in names:
             return f"it is {place}.{name}"
