@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import _layers as layers
 from pyloss.functional import _vocab_parallel as split

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._options import FormulaOptions, RowOptions

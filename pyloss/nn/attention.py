@@ -7,7 +7,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional._options import LOW_RANK, LowRankOptions, options_of
 from pyloss.functional.attention import Window, tensor_attention_n

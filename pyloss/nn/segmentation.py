@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import segmentation as F
 from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions, options_of

@@ -6,7 +6,7 @@ import operator
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import sorting as F
 from pyloss.functional._checks import check_tensor

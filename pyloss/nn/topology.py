@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import topology as F
 from pyloss.functional._options import BettiOptions, options_of
