@@ -240,56 +240,91 @@ def tensor_attention_lowrank_calls(buffers: dict[str, Buffer]) -> dict[str, list
     }
 
 
-def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
-    x, target = address(buffers["x"]), address(buffers["target"])
-    flag = Field([0, 1], [2, -1, *HUGE])
-    problem = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), code(0, 1), *[flag] * 3]
-    options = [number(0.0, 1.0), number(0.0, 1.0), number(0.0), *[number(1.0)] * 4]
+def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    op, none = (module, "betti_matching"), address(None)
+
+    def flag() -> Field:
+        return Field([0, 1], [2, -1, *HUGE])
+
+    def problem(x: Field, target: Field, dtype: Field) -> list[Any]:
+        return record(
+            *(*op, "Problem"),
+            **dict(items=size(OUTER), shape=[size(CLASSES), size(INNER)]),
+            **dict(want=Field(list(range(8)), [-1, 8, *HUGE]), superlevel=flag()),
+            **dict(input=x, input_dtype=dtype, target=target, target_dtype=dtype),
+        )
+
+    here = problem(address(buffers["x"]), address(buffers["target"]), code(0, 1))
+    options = record(
+        *(*op, "Loss"),
+        **dict(extreme=flag(), essential=flag(), min_persistence=number(0.0)),
+        **dict(matched_weight=number(1.0), unmatched_weight=number(1.0, 2.0)),
+        dim_weight=[number(1.0), number(1.0), number(1.0)],
+    )
     grad = Field([0, buffers["grad"].address], [0])
-    none, flags = address(None), Field([True, False], [2, -1])
     # As above: a host address would be a valid number on a device.
-    on_device = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), *[flag] * 3]
-    on_device += [none, code(0, 1), none, code(0, 1, 6)]
+    on_device = problem(none, none, code(0, 1))
     return {
-        "cuda_betti_in_double": [on_device],
-        "cuda_betti_loss": [on_device, options[1:], flags, flags, *[none] * 6],
-        "cuda_betti_pairs": [on_device, *[none] * 7],
-        "betti_loss": [problem, options, x, target, address(buffers["loss"]), grad, THREADS],
-        "betti_matching": [problem, x, target, THREADS],
-        "persistence_pairs": [problem, x, Field([True, False], [2, -1]), THREADS],
+        "cuda_betti_loss": [on_device, options, *[none] * 5],
+        "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
+        "betti_matching": [here, THREADS],
+        "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
     }
 
 
-def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def sorting_network_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
-    # The buffers hold no table; only splitter selection reads one, here of no comparators.
-    problem = [size(OUTER), size(CLASSES), code(0, 1), code(0, 1, 2, 3), code(0, 1, 2, 3, 4, 5)]
-    problem += [b["x"], b["target"], Field([0], [-1, 1, *HUGE]), b["target"], integer(0, 3)]
-    options = [number(1.0, 10.0), number(0.25, 0.0)]
-    head = [problem, options]
-    flag = Field([0, 1], [2, -1, *HUGE])
-    features = [b["v"], flag, Field(flag.good, flag.hostile), size(INNER)]
+    none = address(None)
+    op = (module, "sorting_network")
+
+    def flag() -> Field:
+        return Field([0, 1], [2, -1, *HUGE])
+
+    def problem(x: Field, table: Field) -> list[Any]:
+        return record(
+            *(*op, "Problem"),
+            **dict(items=size(OUTER), n=size(CLASSES), dtype=code(0, 1)),
+            **dict(network=code(0, 1, 2, 3), distribution=code(0, 1, 2, 3, 4, 5)),
+            **dict(steepness=number(1.0, 10.0), art_lambda=number(0.25, 0.0), x=x),
+            # The buffers hold no table; only splitter selection reads one, here of no comparators.
+            **dict(table=table, comparators=Field([0], [-1, 1, *HUGE])),
+            **dict(offsets=table, layers=integer(0, 3)),
+        )
+
+    def features(f: Field) -> list[Any]:
+        flags = dict(shared=flag(), transpose=flag())
+        return record(*op, "Features", f=f, width=size(INNER), **flags)
+
+    here = problem(b["x"], b["target"])
+    f = features(b["v"])
     gf = Field([0, buffers["grad_rows"].address], [0])
     gy = Field([0, buffers["grad_loss"].address], [0])
     gx = Field([0, buffers["grad"].address], [0])
     matrix = b["scratch"]
-    # Of values any bits will do, and all of them are ordered.
-    targets = [code(0, 1, 2, 3, 4), b["target2"], Field([5], [-1, 2, 3, 6, 7, *HUGE])]
-    targets += [Field([0, buffers["mix"].address], [0]), code(0, 1, 2), code(0, 1, 2)]
+    targets = record(
+        *(*op, "Targets"),
+        **dict(order=code(0, 1, 2, 3, 4), target=b["target2"]),
+        # Of values any bits will do, and all of them are ordered.
+        **dict(dtype=Field([5], [-1, 2, 3, 6, 7, *HUGE])),
+        **dict(count=Field([0, buffers["mix"].address], [0])),
+        **dict(kind=code(0, 1, 2), reduction=code(0, 1, 2)),
+    )
     # As above: a host address would be a valid number on a device.
-    none = address(None)
-    on_device = [*problem[:5], none, none, *problem[7:8], none, *problem[9:]]
-    call = [code(0, 1, 2, 3, 4, 5, 6), size(INNER), flag, Field(flag.good, flag.hostile)]
-    call += [code(0, 1, 2), *[none] * 10]
+    tensors = "g gy first count y out loss gx gf".split()
+    call = record(
+        *(*op, "Call"),
+        **dict(task=code(0, 1, 2, 3, 4, 5, 6), features=features(none), kind=code(0, 1, 2)),
+        **dict.fromkeys(tensors, none),
+    )
     return {
-        "cuda_sorting_network": [on_device, options, call, none, integer(0), none],
-        "sorting_network_sort": [*head, b["loss"], THREADS],
-        "sorting_network_sort_bwd": [*head, b["grad_loss"], b["grad"], THREADS],
-        "sorting_network_apply": [*head, features, b["stats"], THREADS],
-        "sorting_network_apply_bwd": [*head, features, b["stats"], b["grad"], gf, THREADS],
-        "sorting_network_permutation": [*head, b["loss"], matrix, THREADS],
-        "sorting_network_permutation_bwd": [*head, gy, matrix, b["grad"], THREADS],
-        "sorting_network_loss": [*head, targets, b["loss"], gx, THREADS],
+        "cuda_sorting_network": [problem(none, none), call, none, integer(0), none],
+        "sorting_network_sort": [here, b["loss"], THREADS],
+        "sorting_network_sort_bwd": [here, b["grad_loss"], b["grad"], THREADS],
+        "sorting_network_apply": [here, f, b["stats"], THREADS],
+        "sorting_network_apply_bwd": [here, f, b["stats"], b["grad"], gf, THREADS],
+        "sorting_network_permutation": [here, b["loss"], matrix, THREADS],
+        "sorting_network_permutation_bwd": [here, gy, matrix, b["grad"], THREADS],
+        "sorting_network_loss": [here, targets, b["loss"], gx, THREADS],
     }
 
 
@@ -349,10 +384,10 @@ def main() -> None:
     templates = {
         **row_softmax_calls(module, buffers),
         **linear_cross_entropy_calls(buffers),
-        **betti_matching_calls(buffers),
+        **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **tensor_attention_calls(buffers),
-        **sorting_network_calls(buffers),
+        **sorting_network_calls(module, buffers),
         **tensor_attention_lowrank_calls(buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
