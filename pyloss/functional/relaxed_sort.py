@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss.functional.classification import _autocast, _check_range
+from pyloss.functional import _checks as checks
+from pyloss.functional._checks import check_range
+from pyloss.ops._launch import accumulator_dtype
 
 
 def neural_sort(
@@ -115,7 +117,7 @@ def soft_sort_matrix(
         arXiv 2006.16038.
     """
     s, result = _checked(scores, tau, dim)
-    _check_range("pow", pow, 0.0, open_low=True)
+    check_range("pow", pow, 0.0, open_low=True)
     ordered = s.sort(dim=-1, descending=descending).values.unsqueeze(-1)
     s = s.unsqueeze(-2)
     # inf - inf is no distance: 0 between equal ones, else infinite, without a gradient.
@@ -145,17 +147,9 @@ def _rows(logits: Tensor, hard: bool) -> Tensor:
 
 def _checked(scores, tau, dim) -> tuple[Tensor, torch.dtype]:
     """(scores with `dim` last, in float32 or float64; the dtype of the result)."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a Tensor, got {type(scores).__name__}")
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating, got {scores.dtype}")
-    if scores.dim() == 0:
-        raise ValueError("scores must have at least one dimension, got a 0-d Tensor")
-    _check_range("tau", tau, 0.0, open_low=True)
-    if not -scores.dim() <= dim < scores.dim():
-        low, high = -scores.dim(), scores.dim() - 1
-        raise IndexError(f"dim must be in [{low}, {high}] for {scores.dim()} dimensions, got {dim}")
-    if scores.shape[dim] == 0:
-        raise ValueError(f"scores must not be empty along dim {dim}, got {list(scores.shape)}")
-    dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
-    return scores.movedim(dim, -1).to(dtype), dtype if _autocast(scores) else scores.dtype
+    checks.check_floating("scores", scores)
+    checks.check_has_dimension("scores", scores, "a 0-d Tensor")
+    check_range("tau", tau, 0.0, open_low=True)
+    checks.check_along("scores", scores, dim)
+    dtype = accumulator_dtype(scores.dtype)
+    return scores.movedim(dim, -1).to(dtype), checks.result_dtype(scores.dtype, scores)
