@@ -191,7 +191,7 @@ def test_op_has_all_files(op: str) -> None:
         f"docs/{op}.md",
     ]
     missing = [f for f in mandatory if not (ROOT / f).is_file()]
-    gpu = [f"csrc/cuda/{op}.cu", f"kernels/{op}.py"]
+    gpu = [f"csrc/cuda/{op}.cu", f"kernels/{op}.py", f"kernels/{op}/__init__.py"]
     if not any((ROOT / f).is_file() for f in gpu):
         missing.append(" or ".join(gpu))
     assert not missing

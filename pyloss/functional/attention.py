@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyloss.ops import _tensor_attention_order as orders
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE
 from pyloss.ops._transforms import functorch_active
+from pyloss.ops.tensor_attention import order as orders
+from pyloss.ops.tensor_attention_lowrank.plan import MOST_DEGREE
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _METHODS = ("exact", "lowrank", "auto")

@@ -158,14 +158,14 @@ def test_the_op_runs_them(causal, windows):
     q, keys, values, masks = problem(6, (6, 6), 4, 3)
     settings = op.Settings(tuple(coefficients(2, 4)), 0.0, causal, windows, 0)
     arguments = (q, keys, values, masks)
-    got, want = (f(*arguments, *settings) for f in (op._forward_triton, op._forward_reference))
+    got, want = (f(*arguments, *settings) for f in (op.triton.forward, op.reference.forward))
     assert got[3] == [] == want[3]
     for a, b in zip(got[:3], want[:3]):
         close(a, b)
     dout = torch.ones_like(got[0])
     got, want = (
         f(dout, None, *arguments, *got[::2][:2], [], *settings)
-        for f in (op._backward_triton, op._backward_reference)
+        for f in (op.triton.backward, op.reference.backward)
     )
     for a, b in zip((got[0], *got[1], *got[2]), (want[0], *want[1], *want[2])):
         close(a, b, 1e-4)
