@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from pyloss.kernels import tensor_attention_lowrank as K
+from pyloss.kernels.tensor_attention_lowrank import whole as K
 from pyloss.ops import tensor_attention_lowrank as op
 from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as reference
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from check_tensor_attention_lowrank import SMALL, close, coefficients, problem
 
 from pyloss.kernels import _tensor_attention_lowrank_plan as plan
-from pyloss.kernels import tensor_attention_lowrank_scan as K
+from pyloss.kernels.tensor_attention_lowrank import scan as K
 from pyloss.ops import tensor_attention_lowrank as op
 from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as reference
 

@@ -21,9 +21,7 @@ def forward(q, keys, values, key_masks, *settings):
         return reference.forward(q, keys, values, key_masks, *settings)
     masks = key_masks or [None] * len(keys)
     if found.banded:
-        from pyloss.kernels import tensor_attention_lowrank_scan as scan
-
-        return *scan.tensor_attention_lowrank_scan_fwd(q, keys, values, masks, *settings), []
+        return *kernels.tensor_attention_lowrank_scan_fwd(q, keys, values, masks, *settings), []
     return kernels.tensor_attention_lowrank_fwd(
         q, keys, values, masks, found.coefficients, found.centre
     )
@@ -35,10 +33,8 @@ def backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
         return reference.backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings)
     masks = key_masks or [None] * len(keys)
     if found.banded:
-        from pyloss.kernels import tensor_attention_lowrank_scan as scan
-
         _, _, *band = settings
-        return scan.tensor_attention_lowrank_scan_bwd(
+        return kernels.tensor_attention_lowrank_scan_bwd(
             dout, dlse, q, keys, values, masks, out, y, found.coefficients, *band
         )
     return kernels.tensor_attention_lowrank_bwd(
