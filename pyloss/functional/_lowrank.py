@@ -51,8 +51,9 @@ class Options(NamedTuple):
     def constants(self) -> Options:
         if not torch.compiler.is_compiling():
             return self
-        bound = self.logit_bound
-        return self._replace(tol=constant(self.tol), logit_bound=bound and constant(bound))
+        tol, bound = constant(self.tol), self.logit_bound
+        bound = bound and constant(bound)
+        return Options(self.method, self.degree, self.poly, tol, self.check, bound)
 
 
 def constant(value: float) -> float:
@@ -65,17 +66,22 @@ def constant(value: float) -> float:
     return numerator / denominator
 
 
-class Problem(NamedTuple):
+class Problem:
     """Checked tensors and what else decides about them; keys and q in the product form."""
 
-    q: Tensor
-    keys: Sequence[Tensor]
-    value_width: int
-    key_masks: Sequence[Tensor | None]
-    scale: float
-    causal: bool
-    windows: Sequence[int]
-    device: str = "cpu"  # type of the device that will compute
+    def __init__(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        value_width: int,
+        key_masks: Sequence[Tensor | None],
+        scale: float,
+        causal: bool,
+        windows: Sequence[int],
+        device: str = "cpu",  # type of the device that will compute
+    ) -> None:
+        self.q, self.keys, self.value_width, self.key_masks = q, keys, value_width, key_masks
+        self.scale, self.causal, self.windows, self.device = scale, causal, windows, device
 
     @property
     def order(self) -> int:
@@ -91,11 +97,12 @@ class Problem(NamedTuple):
 
     def without_numbers(self) -> Problem:
         """For a judgement later, when the tensors may be gone."""
-        return self._replace(
-            q=self.q.new_empty((), device="meta").expand(self.q.shape),
-            keys=[k.new_empty((), device="meta").expand(k.shape) for k in self.keys],
-            key_masks=[None] * self.order,
-        )
+        return Problem(
+            self.q.new_empty((), device="meta").expand(self.q.shape),
+            [k.new_empty((), device="meta").expand(k.shape) for k in self.keys],
+            self.value_width, [None] * self.order, self.scale, self.causal, self.windows,
+            self.device,
+        )  # fmt: skip
 
     def tuples(self) -> float:
         """Tuples of keys that a query sees, on average and about; the queries are the last."""
@@ -289,10 +296,10 @@ def promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
 
 def _promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
     found = polynomials.accuracy(polynomial, _rounded_up(radius))
-    r = rank_of(p.features, polynomial.degree)
+    r = rank_of(p.features, polynomial.degree())
     rounding = math.inf
     if math.isfinite(found.condition):
-        rounding = rounding_bound(p, found.condition, r, polynomial.degree)
+        rounding = rounding_bound(p, found.condition, r, polynomial.degree())
     bound = polynomials.weight_bound(found.delta) + rounding
     lse = math.inf
     if found.low > 0.0 and math.isfinite(found.high):
@@ -370,7 +377,7 @@ def evened(p: Problem, options: Options, choice: Choice) -> tuple[Tensor, Sequen
     if not unlooked and _measurable(p):
         largest = choice.largest or largest_entries(p)
         # As many factors of 2^24 as there are axes, times the least number of float32, are nothing.
-        limit = 2.0 ** (24.0 / choice.polynomial.degree)
+        limit = 2.0 ** (24.0 / choice.polynomial.degree())
         if not all(most <= limit for most in (abs(p.scale), *largest)):
             from pyloss.functional._lowrank_even import even
 
@@ -490,12 +497,12 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
         return
     better = least_degree(Family(p, options.poly, radius), options.tol)
     text = (
-        f'method="lowrank", degree {polynomial.degree} ({options.poly}): the output may be off by '
-        f"{found.bound:.2g} times the largest |v1 v2|, more than tol = {options.tol:g}: "
+        f'method="lowrank", degree {polynomial.degree()} ({options.poly}): the output may be off '
+        f"by {found.bound:.2g} times the largest |v1 v2|, more than tol = {options.tol:g}: "
         + _numbers(p, radius)
         + f", where the polynomial is exp within delta = {found.delta:.2g}; "
         + (
-            f"degree {better.polynomial.degree} with {better.rank} features would do, or "
+            f"degree {better.polynomial.degree()} with {better.rank} features would do, or "
             if better
             else "no degree would do, as far as memory and rounding go; "
         )
@@ -503,7 +510,7 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
     )
     if options.check == "strict":
         raise ValueError(text)
-    key = (p.features, p.order, polynomial.degree, options.poly, options.tol)
+    key = (p.features, p.order, polynomial.degree(), options.poly, options.tol)
     if key not in _warned:
         _warned.add(key)
         warnings.warn(text, stacklevel=_callers_level())
@@ -560,12 +567,12 @@ def report(p: Problem, options: Options, values: Sequence[Tensor] | None, sample
     result: dict[str, float | int | None] = {
         "R_bound": radius,
         "R_sampled": sampled_scores(p, samples).abs().max().item(),
-        "degree": found.polynomial.degree,
+        "degree": found.polynomial.degree(),
         "rank": found.rank,
         "delta": found.delta,
         "bound": found.bound,
         "bound_lse": found.bound_lse,
-        "degree_needed": None if better is None else better.polynomial.degree,
+        "degree_needed": None if better is None else better.polynomial.degree(),
         "flops_ratio": exact / low if low else math.inf,
         "entry_bound": entry_bound(p, radius),
         "hardness": hardness(p),

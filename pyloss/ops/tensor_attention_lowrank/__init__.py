@@ -5,7 +5,7 @@
 
 `coefficients` are p_t s^t, so that the scale is in them. Formulas, memory and cost:
 docs/tensor_attention_lowrank.md. Kernels: csrc/cpu/tensor_attention_lowrank.h,
-kernels/tensor_attention_lowrank*. Tensors are float32 or float64; features of a half type would
+kernels/tensor_attention_lowrank. Tensors are float32 or float64; features of a half type would
 lose what the polynomial gains, and are refused.
 
 Paper: Alman, Song, arXiv 2310.04064.
