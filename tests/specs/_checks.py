@@ -50,6 +50,11 @@ def each_sample(spec: Spec):
         yield name, make()
 
 
+def derivative_samples(spec: Spec):
+    for name in spec.derivative_samples or spec.samples:
+        yield name, spec.samples[name]()
+
+
 def with_leaves(spec: Spec, sample: Sample) -> tuple[Sample, dict[str, Tensor]]:
     """The sample with fresh leaves for what gets a gradient."""
     leaves = {}
@@ -199,18 +204,15 @@ def empty(spec: Spec) -> None:
 
 
 def _of_leaves(spec: Spec, sample: Sample):
-    """(the callable as a function of what gets a gradient, those tensors)."""
+    """(what has a gradient as a function of what gets one, those tensors)."""
     sample, leaves = with_leaves(spec, sample)
+    live = [i for i, t in enumerate(spec.call(sample)) if t.requires_grad]
 
     def f(*values: Tensor):
         found = spec.call(sample.replace(dict(zip(leaves, values))))
-        return tuple(t for t in found if t.is_floating_point())
+        return tuple(found[i] for i in live)
 
     return f, tuple(leaves.values())
-
-
-def _floating_results(outputs):
-    return tuple(t for t in outputs if t.requires_grad)
 
 
 @check(differentiable)
@@ -223,7 +225,7 @@ def constants(spec: Spec) -> None:
                 for k, v in sample.inputs.items()
                 if isinstance(v, Tensor) and v.is_floating_point()
             }
-            live = _floating_results(spec.call(sample.replace(leaves)))
+            live = [t for t in spec.call(sample.replace(leaves)) if t.requires_grad]
             found = torch.autograd.grad(
                 live, list(leaves.values()), upstream(live), allow_unused=True
             )
@@ -234,7 +236,7 @@ def constants(spec: Spec) -> None:
 @check(differentiable)
 def gradient(spec: Spec) -> None:
     """The first derivative is that of finite differences."""
-    for name, sample in each_sample(spec):
+    for name, sample in derivative_samples(spec):
         with naming(f"sample {name}"):
             f, leaves = _of_leaves(spec, sample)
             gradcheck(f, leaves, check_batched_grad=bool(spec.vmap))
@@ -243,13 +245,13 @@ def gradient(spec: Spec) -> None:
 @check(differentiable)
 def second_derivative(spec: Spec) -> None:
     """The second derivative is that of finite differences, or raises as declared."""
-    for name, sample in each_sample(spec):
+    for name, sample in derivative_samples(spec):
         with naming(f"sample {name}"):
             f, leaves = _of_leaves(spec, sample)
             if spec.gradgrad is True:
                 gradgradcheck(f, leaves, fast_mode=not spec.thorough)
                 continue
-            live = _floating_results(f(*leaves))
+            live = f(*leaves)
             found = torch.autograd.grad(live, leaves, upstream(live), create_graph=True)
             with raises(RuntimeError, spec.gradgrad):
                 torch.autograd.grad(sum(g.square().sum() for g in found), leaves)
@@ -258,7 +260,7 @@ def second_derivative(spec: Spec) -> None:
 @check(differentiable)
 def forward_mode(spec: Spec) -> None:
     """Forward-mode derivatives agree with finite differences, or raise as declared."""
-    for name, sample in each_sample(spec):
+    for name, sample in derivative_samples(spec):
         with naming(f"sample {name}"):
             f, leaves = _of_leaves(spec, sample)
             if spec.forward_mode is True:

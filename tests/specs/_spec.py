@@ -107,6 +107,7 @@ class Spec:
     empty: Mapping[str, Empty] = field(default_factory=dict)
 
     # -- derivatives and transforms
+    derivative_samples: tuple[str, ...] = ()  # whose derivatives are those of the value; all
     gradgrad: bool | str = True
     forward_mode: bool | str = True
     thorough: bool = False  # both of every entry, not along random directions
