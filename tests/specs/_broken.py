@@ -228,6 +228,7 @@ WRONG: dict[str, dict[str, Spec]] = {
     "constants": {
         "one more": _function(_with_target_gradient),
         "one less": replace(KEPT, gradients=("input", "target")),
+        "not refused": replace(KEPT, refused=("target",)),
     },
     "gradient": {"a factor": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o))},
     "second_derivative": {

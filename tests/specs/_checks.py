@@ -224,7 +224,7 @@ def _of_leaves(spec: Spec, sample: Sample):
 
 @check()
 def constants(spec: Spec) -> None:
-    """The inputs that get a gradient are the declared ones, and no other."""
+    """The inputs that get a gradient are the declared ones; others get none, or refuse it."""
     for name, sample in each_sample(spec):
         with naming(f"sample {name}"):
             leaves = {
@@ -232,6 +232,9 @@ def constants(spec: Spec) -> None:
                 for k, v in sample.inputs.items()
                 if isinstance(v, Tensor) and v.is_floating_point()
             }
+            for k in set(leaves) & set(spec.refused):
+                with raises(RuntimeError, f"not differentiable with respect to {k}"):
+                    spec.call(sample.replace({k: leaves.pop(k)}))
             live = [t for t in spec.call(sample.replace(leaves)) if t.requires_grad]
             given = set()
             if live:
@@ -321,7 +324,7 @@ def vmapped(spec: Spec) -> None:
     each = [{k: t[i] for k, t in stacked.items()} for i in range(2)]
     for a, *b in zip(torch.func.vmap(f)(stacked), *map(f, each)):
         torch.testing.assert_close(a, torch.stack(b))
-    inner = {k: t for k, t in stacked.items() if k in spec.gradients}
+    inner = {k: t for k, t in stacked.items() if k in spec.gradients and t.is_floating_point()}
     if inner:
         grad = torch.func.grad(total)
         found = torch.func.vmap(grad)(inner, stacked)
@@ -344,11 +347,20 @@ def _modules(spec: Spec):
 
 @check(has_module)
 def module(spec: Spec) -> None:
-    """The module equals the function, bit for bit."""
-    for name, twin, inputs, expected in _modules(spec):
+    """The module equals the function, bit for bit, gradients and those of its parameters too."""
+    for name, sample in each_sample(spec):
         with naming(f"sample {name}"):
+            sample = spec.cast(sample, F32)
+            expected = run(spec, sample)
+            twin, inputs = spec.build(spec, sample)
             assert type(twin) is spec.module, f"build made a {type(twin).__name__}"
-            assert_same_bits(named(spec.tensors(twin(**inputs))), expected)
+            given, leaves = with_leaves(spec, Sample(inputs))
+            outputs = spec.tensors(twin(**given.inputs))
+            leaves |= {spec.parameters[k]: p for k, p in twin.named_parameters()}
+            found = named(outputs)
+            if leaves:
+                found |= {f"gradient of {k}": g for k, g in gradients(outputs, leaves).items()}
+            assert_same_bits(found, expected)
 
 
 @check(has_module)
@@ -385,15 +397,16 @@ def copies(spec: Spec) -> None:
 @check(has_module)
 def state_dict(spec: Spec) -> None:
     """It holds the tensors and nothing else; another module takes it over; it follows .double()."""
+    seen: set[str] = set()
     for name, sample in each_sample(spec):
         with naming(f"sample {name}"):
             single = spec.cast(sample, F32)
             twin, inputs = spec.build(spec, single)
             state = twin.state_dict()
-            keys = spec.state
-            if keys is None:
-                keys = tuple(k for k, v in sample.options.items() if isinstance(v, Tensor))
-            assert tuple(state) == keys, f"keys {tuple(state)}"
+            keys = {k for k, v in sample.options.items() if isinstance(v, Tensor)}
+            # Every parameter is there in some sample: without a bias it is not.
+            assert keys <= set(state) <= keys | set(spec.parameters), f"keys {tuple(state)}"
+            seen |= set(state)
             clone = copy.deepcopy(twin)
             with torch.no_grad():
                 for t in clone.state_dict().values():
@@ -401,8 +414,10 @@ def state_dict(spec: Spec) -> None:
             clone.load_state_dict(state)
             assert_same_bits(named(spec.tensors(clone(**inputs))), named(spec.call(single)))
             if F64 in spec.dtypes:
-                found = spec.tensors(twin.double()(**spec.cast(sample, F64).inputs))
+                _, inputs = spec.build(spec, spec.cast(sample, F64))
+                found = spec.tensors(twin.double()(**inputs))
                 assert found[0].dtype == F64, f"{found[0].dtype} after .double()"
+    assert set(spec.parameters) <= seen, f"keys {tuple(seen)}"
 
 
 @check(lambda spec: spec.same_signature)
@@ -521,13 +536,13 @@ def raises(error, match: str):
 
 @check(lambda spec: bool(spec.errors))
 def errors(spec: Spec) -> None:
-    """Wrong arguments raise the declared exception with its message."""
+    """Wrong arguments raise the declared exception with its message, with and without gradients."""
     for bad in spec.errors:
         base = spec.cast(spec.first(), F32 if F32 in spec.dtypes else F64)
         change = bad.change(base.arguments) if callable(bad.change) else bad.change
-        with naming(f"{bad.error.__name__} {bad.match!r}"):
-            with raises(bad.error, bad.match):
-                spec.call(base.replace(change))
+        for sample in (base.replace(change), with_leaves(spec, base.replace(change))[0]):
+            with naming(f"{bad.error} {bad.match!r}"), raises(bad.error, bad.match):
+                spec.call(sample)
 
 
 def assert_spec(spec: Spec, name: str) -> None:

@@ -55,7 +55,7 @@ class Empty:
 class Bad:
     """A call that raises. `change` replaces arguments of the first sample."""
 
-    error: type[Exception]
+    error: type[Exception] | tuple[type[Exception], ...]
     match: str
     change: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -88,6 +88,8 @@ class Spec:
     reference: Callable[..., Any]
     # Names of the inputs that get a gradient. No other floating input may get one.
     gradients: tuple[str, ...] = ()
+    # Those that raise when a gradient is asked for.
+    refused: tuple[str, ...] = ()
     name: str = ""  # default: that of the function
 
     # -- dtypes and memory
@@ -124,7 +126,8 @@ class Spec:
     # -- the module twin
     module: type[nn.Module] | None = None
     build: Callable[[Spec, Sample], tuple[nn.Module, Mapping[str, Any]]] = _build
-    state: tuple[str, ...] | None = None  # state_dict keys; None: the options that are tensors
+    # Its own parameters, by the argument that each of them stands for.
+    parameters: Mapping[str, str] = field(default_factory=dict)
     same_signature: bool = False  # the module takes the options of the function in their order
 
     tensors: Callable[[Any], tuple[Tensor, ...]] = _tensors  # of a result
