@@ -94,7 +94,8 @@ class Spec:
 
     # -- dtypes and memory
     dtypes: tuple[torch.dtype, ...] = (F64, F32, BF16, F16)
-    result: str = "input"  # dtype of the first result: of the first input, or "wide": float32 of it
+    # Dtype of the first result: that of the first input; "wide": no less than float32; or this one.
+    result: str | torch.dtype = "input"
     rounded: bool = True  # half types give the float32 result, rounded
     wide: tuple[str, ...] = ()  # arguments that stay float32 beside half types
     # (rtol, atol) of assert_matches_reference in place of those of pyloss.testing
@@ -118,7 +119,8 @@ class Spec:
     vmap: tuple[str, ...] = ()  # inputs that are mapped over in the first sample
 
     # -- numbers
-    # input -> where a NaN in its first entry shows: "all", "row" (the first one and no other)
+    # input -> where a NaN in its first entry shows: "all", "row" (the first one and no other),
+    # "any" (somewhere)
     nan: Mapping[str, str] = field(default_factory=dict)
     large: Callable[[], Sample] | None = None  # enough work for two threads; default: the first
     errors: tuple[Bad, ...] = ()
@@ -142,6 +144,8 @@ class Spec:
         return sample.map(lambda name, t: t.to(real if name in self.wide else dtype))
 
     def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if isinstance(self.result, torch.dtype):
+            return self.result
         return F32 if self.result == "wide" and dtype in HALF else dtype
 
     def first(self) -> Sample:
