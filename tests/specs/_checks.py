@@ -247,11 +247,12 @@ def constants(spec: Spec) -> None:
 
 @check(differentiable)
 def gradient(spec: Spec) -> None:
-    """The first derivative is that of finite differences."""
+    """The first derivative is that of finite differences, for many cotangents at once too."""
+    batched = bool(spec.vmap) if spec.batched_gradient is None else spec.batched_gradient
     for name, sample in derivative_samples(spec):
         with naming(f"sample {name}"):
             f, leaves = _of_leaves(spec, sample)
-            gradcheck(f, leaves, check_batched_grad=bool(spec.vmap))
+            gradcheck(f, leaves, check_batched_grad=batched)
 
 
 @check(differentiable)

@@ -90,6 +90,7 @@ class Spec:
     gradients: tuple[str, ...] = ()
     # Those that raise when a gradient is asked for.
     refused: tuple[str, ...] = ()
+    covers: tuple[Any, ...] = ()  # public callables that `function` only wraps
     name: str = ""  # default: that of the function
 
     # -- dtypes and memory
@@ -110,6 +111,7 @@ class Spec:
     empty: Mapping[str, Empty] = field(default_factory=dict)
 
     # -- derivatives and transforms
+    batched_gradient: bool | None = None  # many cotangents at once; None: where there is a vmap
     derivative_samples: tuple[str, ...] = ()  # whose derivatives are those of the value; all
     gradgrad: bool | str = True
     forward_mode: bool | str = True
