@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pyloss
+import pyloss.functional
+import pyloss.metrics
+import pyloss.nn
+
 pytest.register_assert_rewrite("specs._checks")
 
 from specs import SPECS  # noqa: E402
@@ -56,3 +61,48 @@ def test_a_broken_promise_is_seen(check, spec):
 
 def test_every_check_has_been_seen_to_fail():
     assert set(WRONG) == set(CHECKS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing public without a Spec
+
+WITHOUT_SPEC = {
+    # containers of results
+    "BettiMatching": "its loss and its tables are the results of betti_matching",
+    "BettiTarget": "stands in for a target: tests/test_betti_target.py",
+    "DPOMetrics": "a result of dpo_loss",
+    "GRPOMetrics": "a result of grpo_loss",
+    "PersistencePairs": "the result of persistence_pairs",
+    "RankingAccuracy": "the result of ranking_accuracy",
+    "RowStats": "a result of fused_cross_entropy",
+    "TensorAttentionCost": "the result of tensor_attention_cost",
+    # means over batches
+    "BettiMatchingError": "accumulates betti_matching_error: tests/test_betti_matching.py",
+    "BettiNumberError": "accumulates betti_number_error: tests/test_betti_matching.py",
+    # reports about a call, in Python numbers
+    "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",
+    "tensor_attention_error": "a dict of bounds: tests/test_tensor_attention_lowrank_api.py",
+    # settings
+    "backend": "tests/test_row_softmax_parity.py",
+    "show_config": "a string",
+}
+
+
+def public_callables() -> dict[str, object]:
+    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
+    named = {name: getattr(m, name) for m in modules for name in m.__all__}
+    return {name: value for name, value in named.items() if callable(value)}
+
+
+def test_every_public_callable_has_a_spec():
+    specs = SPECS.values()
+    covered = [x for s in specs for x in (s.function, s.module, *s.covers) if x is not None]
+    missing = [n for n, value in public_callables().items()
+               if not any(value is x for x in covered) and n not in WITHOUT_SPEC]  # fmt: skip
+    assert not missing, f"write a Spec in tests/specs for {', '.join(missing)}"
+
+
+def test_exemptions_are_needed():
+    covered = {getattr(s.function, "__name__", "") for s in SPECS.values()}
+    assert set(WITHOUT_SPEC) <= set(public_callables())
+    assert not set(WITHOUT_SPEC) & covered

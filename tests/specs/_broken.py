@@ -237,7 +237,8 @@ WRONG: dict[str, dict[str, Spec]] = {
     },
     "forward_mode": {
         "missing": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o)),
-        "declared missing": replace(KEPT, forward_mode="no forward mode"),
+        "declared to raise": replace(KEPT, forward_mode="no forward mode"),
+        "declared missing": replace(KEPT, forward_mode=False),
     },
     "compiled": {
         "a graph break": _function(_looks),
