@@ -83,8 +83,8 @@ WITHOUT_SPEC = {
     "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",
     "tensor_attention_error": "a dict of bounds: tests/test_tensor_attention_lowrank_api.py",
     # settings
-    "backend": "tests/test_row_softmax_parity.py",
-    "show_config": "a string",
+    "backend": "a context manager: test_backends_agree and its like of every op",
+    "show_config": "a printed text: its example in tests/test_public_api.py",
 }
 
 
