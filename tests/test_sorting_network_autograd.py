@@ -258,7 +258,7 @@ def test_compile_with_hard_and_changing_numbers():
         torch.testing.assert_close(a, b)
 
 
-# --- backends, processes ---------------------------------------------------------------------------
+# --- backends, processes -------------------------------------------------------------------------
 
 
 def test_backend_override():
