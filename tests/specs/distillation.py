@@ -79,8 +79,8 @@ SPECS = (
         gradients=STUDENT,
         result="wide",
         rounded=False,  # the logits of half types are products in that type
-        # Of what is left of two softmaxes. tests/test_linear_distillation.py has the tight bound: no worse
-        # than whole logits.
+        # What is left of two softmaxes. The tight bound is in tests/test_linear_distillation.py: no
+        # worse than whole logits.
         tolerances={BF16: (0.05, 0.05), F16: (0.01, 0.01)},
         autocast_rounds=True,
         empty={
