@@ -11,7 +11,12 @@ CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,nohea
   | head -n 1 | tr -cd 0-9),90)
 endif
 PYLOSS_CMAKE_ARGS ?= "-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)"
-PYTEST_ARGS ?= --timeout=600
+# One pytest process a core, which conftest.py gives a thread each. worksteal: each process starts
+# with a contiguous part of the tests, so that fixtures of a module are built in one of them, and
+# takes from the others when it has done its own.
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+JOBS ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
+PYTEST_ARGS ?= --timeout=600 --durations=20 -n $(JOBS) --dist worksteal
 export PYLOSS_CMAKE_ARGS
 
 DEPS := $(VENV)/.deps.stamp
