@@ -1,4 +1,4 @@
-"""What every test shares: seeds, thread count, the skip of GPU tests."""
+"""What every test shares: seeds, threads, poisoned memory, and which tests are left out."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """Memory that torch.empty and its like return is NaN, or the largest integer.
+
+    torch fills it in its deterministic mode only; warn_only, so that operations without a
+    deterministic form still run. A test that leaves the mode changes nothing for the next one.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """The compiled CUDA kernels neither spill registers nor use more of them than planned.
 
-Nothing runs here, so no GPU is needed; the resources are read from what the build has compiled: from
-pyloss._C, for the architecture that it was built for, and from build/gpu-proof, where `make
-gpu-proof` compiles the others. The limits on registers keep the number of threads per multiprocessor
-that the kernels are laid out for.
+Nothing runs here, so no GPU is needed; the resources are read from what the build has compiled:
+from pyloss._C, for the architecture that it was built for, and from build/gpu-proof, where `make
+gpu-proof` compiles the others. The limits on registers keep the number of threads per
+multiprocessor that the kernels are laid out for.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_compile import cases_of, compile_case  # noqa: E402
+from triton_compile import cases_of, compile_case
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
