@@ -359,7 +359,11 @@ def permutahedron_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, li
     problem = record(
         *(module, "permutahedron", "Problem"),
         **dict(rows=size(OUTER), n=size(CLASSES), dtype=code(0, 1), rank=flag),
-        **dict(kl=Field(flag.good, flag.hostile), strength=number(1.0, 0.1)),
+        **dict(
+            kl=Field(flag.good, flag.hostile),
+            centred=Field([0, 1], flag.hostile),
+            strength=number(1.0, 0.1),
+        ),
     )
     return {
         "permutahedron_fwd": [problem, b["x"], b["grad"], b["index"], THREADS],

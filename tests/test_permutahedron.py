@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyloss
 from pyloss.functional import permutahedron_rank, permutahedron_sort
+from pyloss.functional.permutahedron import centred_ranks
 from pyloss.reference import permutahedron_projection
 from pyloss.testing import LAYOUTS, to_layout
 
@@ -351,3 +352,58 @@ def test_cuda_agrees_with_the_cpu(rank, kind, dtype):
             found.append([t.cpu() for t in (y, *torch.autograd.grad(y, leaf, g.to(device)))])
         rtol = 1e-10 if dtype == torch.float64 else 1e-6
         torch.testing.assert_close(*found, rtol=rtol, atol=100 * rtol, equal_nan=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks less their mean
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@every_kind
+def test_centred_ranks_keep_the_digits_of_nearly_equal_values(kind, backend):
+    for n, scale in [(1, 1.0), (6, 1.0), (50, 1e-5), (50, 1e-12), (700, 1e-6)]:
+        x = (scale * torch.randn(3, n)).double()
+        with pyloss.backend(backend):
+            found = centred_ranks(x.float(), kind, 1.0)
+        if scale == 1.0:
+            exact = reference(x, True, kind, 1.0) - (n + 1) / 2
+        elif kind == "l2":  # one block
+            exact = x - x.mean(1, keepdim=True)
+        else:
+            # n (n + 1) / 2 softmax(x) - (n + 1) / 2
+            d = x.expm1()
+            mean = d.mean(1, keepdim=True)
+            exact = (n + 1) / 2 * (d - mean) / (1 + mean)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6 * n * scale)
+    with pyloss.backend(backend):
+        ends = centred_ranks(torch.tensor([[math.inf, 0.0, math.inf, -math.inf]]), kind, 1.0)
+    assert ends.tolist() == [[1.0, -0.5, 1.0, -1.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_kind
+def test_spearman_loss_of_nearly_equal_scores(kind, dtype):
+    # The correlation of ranks that a strong projection leaves linear in the scores is that of the
+    # scores, whatever their size (l2); with kl it tends to that.
+    for scale in (1e-4, 1e-6, 1e-15, 1e-25):
+        x = (scale * torch.randn(4, 50)).to(dtype).requires_grad_()
+        target = torch.randn(4, 50)
+        loss = pyloss.spearman_loss(x, target, "none", method="permutahedron", regularization=kind)
+        (dx,) = torch.autograd.grad(loss.sum(), x)
+        unit = (x.detach().double() / scale).requires_grad_()  # no power of it is lost
+        a = unit - unit.mean(1, keepdim=True)
+        b = target.argsort(1).argsort(1) - 24.5
+        exact = 1 - (a * b).sum(1) / ((a * a).sum(1) * (b * b).sum(1)).sqrt()
+        (exact_dx,) = torch.autograd.grad(exact.sum(), unit)
+        tol = 2e-6 if kind == "l2" else max(2e-6, 20 * scale)
+        torch.testing.assert_close(loss.double(), exact, rtol=tol, atol=tol)
+        error = (dx.double() * scale - exact_dx).norm() / exact_dx.norm()
+        assert error < 5 * tol, (scale, error)
+
+
+def test_spearman_loss_of_long_rows():
+    # The product of the sums of squared ranks is beyond float32 here.
+    n = 6_500_000
+    x = torch.arange(n, dtype=torch.float32)
+    loss = pyloss.spearman_loss(x, x.flip(0), method="permutahedron", regularization_strength=0.1)
+    assert abs(loss.item() - 2) < 1e-5

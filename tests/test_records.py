@@ -24,12 +24,12 @@ def test_no_record_of_the_compiled_module_is_left_out() -> None:
 
 
 def test_a_record_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="Problem: needs a tuple of 6 fields"):
+    with pytest.raises(ValueError, match="Problem: needs a tuple of 7 fields"):
         _C.permutahedron_fwd((1, 2, 3), 0, 0, 0, 1)
 
 
 def test_a_wrong_value_is_named() -> None:
-    good = dict(rows=0, n=2, dtype=1, rank=False, kl=False, strength=1.0)
+    good = dict(rows=0, n=2, dtype=1, rank=False, kl=False, centred=False, strength=1.0)
     for name, value, error, text in [
         ("rows", -1, ValueError, "negative size"),
         ("dtype", 9, ValueError, "dtype: unknown code 9"),

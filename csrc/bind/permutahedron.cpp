@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace pyloss {
 namespace {
 
-PYLOSS_RECORD(Problem, rows, n, dtype, rank, kl, strength);
+PYLOSS_RECORD(Problem, rows, n, dtype, rank, kl, centred, strength);
 
 permutahedron::Problem decode(const py::handle& record) {
   const Reader<Problem> r(record);
@@ -29,6 +29,7 @@ permutahedron::Problem decode(const py::handle& record) {
   p.dtype = r.float32_or_float64(Problem::dtype);
   p.rank = r.flag(Problem::rank);
   p.kl = r.flag(Problem::kl);
+  p.centred = r.flag(Problem::centred);
   p.strength = r.number(Problem::strength);
   if (!(p.strength > 0) || !std::isfinite(p.strength)) {
     r.bad(Problem::strength, "not positive, finite");

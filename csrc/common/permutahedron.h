@@ -11,7 +11,9 @@
 // Means of w and sums of w and exp(w/e) are closed formulas of a and b, so a block carries one sum:
 // of s (l2), or of exp(s - s_a) (kl; s_a is its largest). All in double: a float row then has the
 // accuracy of its rounding to float. Outputs are written so that no large numbers cancel: s - mean
-// s before mean w is added, differences of w before they are divided.
+// s before mean w is added, differences of w before they are divided; and a mean rank that the
+// caller does not want is taken off before the rounding to float, whose last digits may hold all
+// there is.
 //
 // Blondel, Teboul, Berthet, Djolonga, arXiv 2002.08871.
 #pragma once
@@ -26,9 +28,10 @@ namespace permutahedron {
 
 struct Problem {
   int64_t rows, n;
-  DType dtype;  // float32 or float64
-  bool rank;    // else sort
-  bool kl;      // else l2
+  DType dtype;   // float32 or float64
+  bool rank;     // else sort
+  bool kl;       // else l2
+  bool centred;  // ranks less their mean over the row, (n + 1) / 2; without a meaning for sort
   double strength;
 };
 
@@ -53,6 +56,10 @@ PYLOSS_HD inline double scaled(const Problem& p, double x) {
 
 PYLOSS_HD inline double mean_w(const Problem& p, int64_t a, int64_t b) {
   return double(p.n) - 0.5 * double(a + b - 1);
+}
+// What centred ranks are less than ranks.
+PYLOSS_HD inline double middle(const Problem& p) {
+  return p.centred ? 0.5 * double(p.n + 1) : 0.0;
 }
 PYLOSS_HD inline double sum_w(const Problem& p, int64_t a, int64_t b) {
   return double(b - a) * mean_w(p, a, b);
@@ -110,12 +117,18 @@ PYLOSS_HD int64_t pool(const Problem& p, int64_t begin, int64_t end, const S& s,
   return depth;
 }
 
-// The output at sorted position i of the block [a, b).
+// The output at sorted position i of the block [a, b); `rest`: sum of exp(s - top) - 1 over the
+// block (centred ranks of kl only).
 PYLOSS_HD inline double output(const Problem& p, int64_t a, int64_t b, int64_t i, double sum,
-                               double top, double s_i) {
+                               double top, double s_i, double rest) {
+  if (p.rank && p.kl && p.centred) {
+    // m (1 + d) / (1 + mean d) - c, with d = exp(s - top) - 1: c and m, nearly equal, cancel first.
+    const double m = mean_w(p, a, b), c = middle(p), mean = rest / double(b - a);
+    return ((m - c) + (m * expm1_(s_i - top) - c * mean)) / (1 + mean);
+  }
   if (p.rank) {
     if (p.kl) return exp_(s_i - top) / sum * sum_w(p, a, b);
-    return (s_i - sum / double(b - a)) + mean_w(p, a, b);
+    return (s_i - sum / double(b - a)) + (mean_w(p, a, b) - middle(p));
   }
   if (p.kl) return double(i - a) / p.strength + lse_w_rest(p, b - a) - (top + log_(sum));
   return (mean_w(p, a, b) - double(p.n - i)) / p.strength - sum / double(b - a);
@@ -141,7 +154,7 @@ PYLOSS_HD void forward_row(const Problem& p, bool has_nan, Stack t, const X& x, 
       while (end < p.n && s(end) == first) ++end;
       for (int64_t i = begin; i < end; ++i) {
         const int32_t element = index(i);
-        put(p.rank ? element : i, p.rank ? mean_w(p, begin, end) : -first);
+        put(p.rank ? element : i, p.rank ? mean_w(p, begin, end) - middle(p) : -first);
         mark(i, element | kFixed | (i == begin ? kStart : 0));
       }
       continue;
@@ -152,9 +165,13 @@ PYLOSS_HD void forward_row(const Problem& p, bool has_nan, Stack t, const X& x, 
       const int64_t a = t.start[k * t.step];
       const int64_t b = k + 1 < depth ? t.start[(k + 1) * t.step] : end;
       const double sum = t.sum[k * t.step], top = s(a);
+      double rest = 0;
+      if (p.rank && p.kl && p.centred) {
+        for (int64_t i = a; i < b; ++i) rest += expm1_(s(i) - top);
+      }
       for (int64_t i = a; i < b; ++i) {
         const int32_t element = index(i);
-        put(p.rank ? element : i, output(p, a, b, i, sum, top, s(i)));
+        put(p.rank ? element : i, output(p, a, b, i, sum, top, s(i), rest));
         mark(i, element | (i == a ? kStart : 0));
       }
     }

@@ -117,6 +117,12 @@ def permutahedron_sort(
     return restore(permutahedron(rows, False, kl, strength))
 
 
+def centred_ranks(rows: Tensor, regularization: str, regularization_strength: float) -> Tensor:
+    """permutahedron_rank of (b, n), float32 or float64, less (n + 1) / 2, their mean."""
+    rows, _, kl = _rows(rows, regularization, regularization_strength, 1)
+    return permutahedron(rows, True, kl, float(regularization_strength), centred=True)
+
+
 def _rows(values, regularization, strength, dim):
     """(rows (b, n) in float32 or float64, the way back, kl) of checked arguments."""
     checks.check_floating("values", values)

@@ -30,7 +30,11 @@ from pyloss.functional._sorting_rows import (
     straight_through_values,
 )
 from pyloss.functional._sorting_rows import UnknownNetworkError as UnknownNetworkError
-from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
+from pyloss.functional.permutahedron import (
+    centred_ranks,
+    permutahedron_rank,
+    permutahedron_sort,
+)
 from pyloss.ops import sorting_network as op
 from pyloss.ops._launch import accumulator_dtype
 
@@ -398,6 +402,17 @@ def _permutahedron(function, x, dim, descending, regularization, strength) -> Te
     return function(x, regularization, strength, dim=dim, descending=descending)
 
 
+def _correlation(r: Tensor, t: Tensor) -> Tensor:
+    """Of each row of r with that of t, whose mean is 0; 0, without a gradient, where one is flat."""
+    flat = (r.amax(1) == r.amin(1)) | (t.amax(1) == t.amin(1))
+    a = torch.where(flat.unsqueeze(1), 0.0, r - r.mean(1, keepdim=True))
+    # Of order 1, whose squares neither vanish nor overflow; a factor has no part in the result.
+    largest = a.detach().abs().amax(1, keepdim=True)
+    a = a / torch.where(largest == 0, 1.0, largest)
+    size = (a * a).sum(1) * (t * t).sum(1)
+    return (a * t).sum(1) / torch.where(flat, 1.0, size).sqrt()
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -521,24 +536,18 @@ def spearman_loss(
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
     check_choice("reduction", reduction, op.REDUCTIONS)
+    check_choice("method", method, _METHODS)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, False, settings)
     values, order, _ = ordered_target(x, rows, target, "values", "share", False)
     first, count, nan = op.target_ranks(values, order)
     rows = poisoned(rows, nan)
-    t = first.to(rows.x.dtype) + 0.5 * count
     if method == "network":
-        r = applied(rows, places(rows), False).squeeze(-1)
+        r = applied(rows, places(rows) - (rows.n - 1) / 2, False).squeeze(-1)
     else:
-        r = soft_rank(
-            rows.x,
-            method=method,
-            regularization=regularization,
-            regularization_strength=regularization_strength,
-        )
-    a, b = r - r.mean(1, keepdim=True), t - t.mean(1, keepdim=True)
-    size = (a * a).sum(1) * (b * b).sum(1)
-    flat = size == 0
-    correlation = torch.where(flat, 0.0, (a * b).sum(1) / torch.where(flat, 1.0, size).sqrt())
-    each = (1 - correlation).view(rows.lead)
+        r = centred_ranks(rows.x, regularization, regularization_strength)
+    # Both less their mean from the start, since nearly equal ranks differ in digits that the mean
+    # would take; of exact ranks it is known.
+    t = (2 * first + count - rows.n).to(rows.x.dtype) / rows.n
+    each = (1 - _correlation(r, t)).view(rows.lead)
     return op.reduced(each, reduction).to(rows.dtype)

@@ -93,8 +93,14 @@ def find_blocks(x: Tensor, *, rank: bool, kl: bool, strength: float) -> Blocks:
     return Blocks(order, starts.to(x.device), fixed, x.isnan().any(1, keepdim=True))
 
 
-def from_blocks(x: Tensor, blocks: Blocks, *, rank: bool, kl: bool, strength: float) -> Tensor:
-    """(b, n) from rows x and their blocks; differentiable any number of times."""
+def from_blocks(
+    x: Tensor, blocks: Blocks, *, rank: bool, kl: bool, strength: float, centred: bool = False
+) -> Tensor:
+    """(b, n) from rows x and their blocks; differentiable any number of times.
+
+    ``centred`` ranks are less (n + 1) / 2, their mean over the row, taken off before any rounding
+    can lose what is small beside it.
+    """
     order, starts, fixed, nan = blocks
     b, n = x.shape
     number = starts.cumsum(1) - 1
@@ -115,9 +121,17 @@ def from_blocks(x: Tensor, blocks: Blocks, *, rank: bool, kl: bool, strength: fl
         e = (s - top).exp()
         mass = block_sum(e)
     if rank:
-        mean = block_sum(w) / count
-        y = e / mass * block_sum(w) if kl else (s - block_sum(s) / count) + mean
-        y = torch.where(fixed, mean, y)
+        mean, middle = block_sum(w) / count, (n + 1) / 2 if centred else 0.0
+        apart = mean - middle
+        if not kl:
+            y = (s - block_sum(s) / count) + apart
+        elif not centred:
+            y = e / mass * block_sum(w)
+        else:  # m (1 + d) / (1 + mean d) - c, with d = exp(s - top) - 1
+            d = (s - top).expm1()
+            mean_d = block_sum(d) / count
+            y = (apart + (mean * d - middle * mean_d)) / (1 + mean_d)
+        y = torch.where(fixed, apart, y)
         return torch.zeros_like(y).scatter(1, order, y) * spoil
     w = w / strength
     if kl:

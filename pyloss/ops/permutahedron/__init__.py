@@ -18,8 +18,9 @@ from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batch
 from pyloss.ops.permutahedron import cpu, cuda, reference
 
 define_op(
-    "permutahedron_fwd(Tensor x, bool rank, bool kl, float strength) -> (Tensor, Tensor)",
-    fake=lambda x, rank, kl, strength: (
+    "permutahedron_fwd(Tensor x, bool rank, bool kl, float strength, bool centred=False) "
+    "-> (Tensor, Tensor)",
+    fake=lambda x, rank, kl, strength, centred=False: (
         x.new_empty(x.shape),
         x.new_empty(x.shape, dtype=torch.int32),
     ),
@@ -33,10 +34,10 @@ define_op(
 )
 
 
-def _forward_vmap(info, in_dims, x, rank, kl, strength):
+def _forward_vmap(info, in_dims, x, rank, kl, strength, centred=False):
     """Rows are independent: one more dimension is more rows."""
     x = x.movedim(in_dims[0], 0)
-    found = _ops.permutahedron_fwd(x.flatten(0, 1), rank, kl, strength)
+    found = _ops.permutahedron_fwd(x.flatten(0, 1), rank, kl, strength, centred)
     return tuple(t.view(x.shape) for t in found), (0, 0)
 
 
@@ -50,8 +51,8 @@ _ops = torch.ops.pyloss
 
 class _Permutahedron(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rank, kl, strength):
-        y, packed = _ops.permutahedron_fwd(x, rank, kl, strength)
+    def forward(ctx, x, rank, kl, strength, centred):
+        y, packed = _ops.permutahedron_fwd(x, rank, kl, strength, centred)
         ctx.save_for_backward(packed, x if kl else None)
         ctx.options = (rank, kl, strength)
         return y
@@ -60,16 +61,21 @@ class _Permutahedron(torch.autograd.Function):
     def backward(ctx, g):
         packed, x = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(g):  # create_graph, is_grads_batched
-            return reference.composed_gradient(g, x, packed, *ctx.options), None, None, None
-        return _ops.permutahedron_bwd(g, x, packed, *ctx.options), None, None, None
+            return reference.composed_gradient(g, x, packed, *ctx.options), None, None, None, None
+        return _ops.permutahedron_bwd(g, x, packed, *ctx.options), None, None, None, None
 
 
-def permutahedron(x: Tensor, rank: bool, kl: bool, strength: float) -> Tensor:
-    """Soft ranks, else softly sorted values, of checked float32 or float64 rows (b, n)."""
+def permutahedron(
+    x: Tensor, rank: bool, kl: bool, strength: float, centred: bool = False
+) -> Tensor:
+    """Soft ranks, else softly sorted values, of checked float32 or float64 rows (b, n).
+
+    ``centred``: ranks less their mean over the row, with all their digits where they differ little.
+    """
     if functorch_active() or forward_ad_active():
         # Transforms see torch operations; only the blocks, without gradient, come from the op.
         packed = _ops.permutahedron_fwd(x.detach(), rank, kl, strength)[1]
-        return reference.composed(x, packed, rank, kl, strength)
+        return reference.composed(x, packed, rank, kl, strength, centred)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Permutahedron.apply(x, rank, kl, strength)
-    return _ops.permutahedron_fwd(x, rank, kl, strength)[0]
+        return _Permutahedron.apply(x, rank, kl, strength, centred)
+    return _ops.permutahedron_fwd(x, rank, kl, strength, centred)[0]

@@ -10,11 +10,13 @@ from pyloss.ops._launch import address
 from pyloss.ops.permutahedron.records import problem
 
 
-def forward(x: Tensor, rank: bool, kl: bool, strength: float) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, rank: bool, kl: bool, strength: float, centred: bool = False
+) -> tuple[Tensor, Tensor]:
     y, packed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int32)
     x = x.contiguous()
     _C.permutahedron_fwd(
-        problem(x, rank, kl, strength), address(x), address(y), address(packed),
+        problem(x, rank, kl, strength, centred), address(x), address(y), address(packed),
         torch.get_num_threads(),
     )  # fmt: skip
     return y, packed

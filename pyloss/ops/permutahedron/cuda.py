@@ -10,13 +10,15 @@ from pyloss.ops._launch import address, stream
 from pyloss.ops.permutahedron.records import problem
 
 
-def forward(x: Tensor, rank: bool, kl: bool, strength: float) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, rank: bool, kl: bool, strength: float, centred: bool = False
+) -> tuple[Tensor, Tensor]:
     y, packed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int32)
     if x.numel() == 0:
         return y, packed
     values, order = x.sort(dim=1, descending=rank, stable=True)
     values, order = values.contiguous(), order.contiguous()
-    p = problem(x, rank, kl, strength)
+    p = problem(x, rank, kl, strength, centred)
     with torch.cuda.device_of(x):
         size = _C.cuda_permutahedron_scratch_bytes(p)
         buffer = x.new_empty((size,), dtype=torch.uint8)

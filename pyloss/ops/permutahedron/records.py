@@ -15,11 +15,12 @@ class Problem(NamedTuple):
     dtype: int
     rank: bool  # else sort
     kl: bool  # else l2
+    centred: bool  # ranks less their mean over the row
     strength: float
 
 
 RECORDS = (Problem,)
 
 
-def problem(x: Tensor, rank: bool, kl: bool, strength: float) -> Problem:
-    return Problem(*x.shape, DTYPE_CODES[x.dtype], rank, kl, strength)
+def problem(x: Tensor, rank: bool, kl: bool, strength: float, centred: bool = False) -> Problem:
+    return Problem(*x.shape, DTYPE_CODES[x.dtype], rank, kl, centred, strength)

@@ -34,10 +34,13 @@ def _blocks(packed: Tensor):
     return _reference().Blocks(order, packed < 0, (packed & _FIXED) != 0, nan)
 
 
-def forward(x: Tensor, rank: bool, kl: bool, strength: float) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, rank: bool, kl: bool, strength: float, centred: bool = False
+) -> tuple[Tensor, Tensor]:
     options = dict(rank=rank, kl=kl, strength=strength)
     blocks = _reference().find_blocks(x, **options)
-    return _reference().from_blocks(x, blocks, **options).contiguous(), _packed(blocks)
+    y = _reference().from_blocks(x, blocks, **options, centred=centred)
+    return y.contiguous(), _packed(blocks)
 
 
 def backward(
@@ -46,9 +49,12 @@ def backward(
     return composed_gradient(g, x, packed, rank, kl, strength).detach().contiguous()
 
 
-def composed(x: Tensor, packed: Tensor, rank: bool, kl: bool, strength: float) -> Tensor:
+def composed(
+    x: Tensor, packed: Tensor, rank: bool, kl: bool, strength: float, centred: bool = False
+) -> Tensor:
     """y in torch operations, of given blocks."""
-    return _reference().from_blocks(x, _blocks(packed), rank=rank, kl=kl, strength=strength)
+    options = dict(rank=rank, kl=kl, strength=strength, centred=centred)
+    return _reference().from_blocks(x, _blocks(packed), **options)
 
 
 def composed_gradient(

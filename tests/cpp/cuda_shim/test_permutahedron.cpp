@@ -70,7 +70,9 @@ Row definition(const Problem& p, const std::vector<double>& x, const std::vector
   }
   const auto fix = [&](size_t a, size_t b) {
     for (size_t i = a; i < b; ++i) {
-      r.y[p.rank ? order[i] : i] = p.rank ? double(n) - 0.5 * double(a + b - 1) : x[order[i]];
+      r.y[p.rank ? order[i] : i] =
+          p.rank ? double(n) - 0.5 * double(a + b - 1) - (p.centred ? 0.5 * double(n + 1) : 0)
+                 : x[order[i]];
     }
   };
   fix(0, begin);
@@ -111,7 +113,8 @@ Row definition(const Problem& p, const std::vector<double>& x, const std::vector
       mass += share;
     }
     const double share = p.kl ? std::exp(s[i] - s[a0]) : 1.0;
-    const double factor = p.kl ? r.y[order[i]] : 1.0;
+    const double factor = p.kl ? r.y[order[i]] : 1.0;  // of ranks as they are
+    if (p.rank && p.centred) r.y[order[i]] -= 0.5 * double(n + 1);
     r.dx[order[i]] = p.rank ? factor * (g[order[i]] - up / mass) / p.strength : up * share / mass;
   }
   return r;
@@ -126,6 +129,7 @@ void check(std::mt19937_64& rnd, bool large) {
   p.dtype = sizeof(R) == 8 ? DType::kF64 : DType::kF32;
   p.rank = below(2) != 0;
   p.kl = below(2) != 0;
+  p.centred = below(2) != 0;
   const double strengths[] = {0.05, 0.4, 1.3, 8.0};
   p.strength = strengths[below(4)];
   const size_t n = size_t(p.n), count = size_t(p.rows) * n;
@@ -154,9 +158,9 @@ void check(std::mt19937_64& rnd, bool large) {
     }
   }
   char text[160];
-  std::snprintf(text, sizeof text, "rows %lld n %lld %s %s %s strength %g", (long long)p.rows,
+  std::snprintf(text, sizeof text, "rows %lld n %lld %s %s %s%s strength %g", (long long)p.rows,
                 (long long)p.n, sizeof(R) == 8 ? "f64" : "f32", p.rank ? "rank" : "sort",
-                p.kl ? "kl" : "l2", p.strength);
+                p.kl ? "kl" : "l2", p.centred ? " centred" : "", p.strength);
   std::vector<R> first;
   for (int run = 0; run < 4; ++run) {
     shim::settings.order = run == 0   ? shim::Order::kForward
