@@ -284,3 +284,25 @@ def test_training_sorts():
     inputs = torch.randn(200, 7, 6)
     found = ranking_accuracy(model(inputs).squeeze(-1), inputs @ weight)
     assert found.exact_match > 0.8 and found.element_wise > 0.95
+
+
+@pytest.mark.parametrize("network", ["auto", "bitonic", "odd_even", "batcher"])
+def test_ranks_of_ties_do_not_depend_on_their_places(network):
+    for n in (3, 8, 13):
+        target = torch.randn(20, n)
+        x = torch.full((20, n), 0.7, requires_grad=True)
+        loss = pyloss.spearman_loss(x, target, "none", network=network)
+        assert torch.equal(loss, torch.ones(20))
+        (dx,) = torch.autograd.grad(loss.sum(), x)
+        assert torch.equal(dx, torch.zeros_like(x))
+        # Steep networks: the exact correlation of mean ranks.
+        x = torch.randint(0, 3, (20, n)).float()
+        hard = pyloss.soft_rank(x, hard=True, ties="share", network=network)
+        below, same = (
+            (x.unsqueeze(2) > x.unsqueeze(1)).sum(2),
+            (x.unsqueeze(2) == x.unsqueeze(1)).sum(2),
+        )
+        torch.testing.assert_close(hard, below + (same + 1) / 2)
+    infinite = torch.tensor([[math.inf, 0.0, math.inf, 1.0]])
+    ranks = pyloss.soft_rank(infinite, steepness=1e6, ties="share", network=network)
+    torch.testing.assert_close(ranks, torch.tensor([[3.5, 1.0, 3.5, 2.0]]), rtol=0, atol=1e-4)

@@ -99,6 +99,7 @@ class SpearmanOptions(NetworkOptions, total=False):
     method: str
     regularization: str
     regularization_strength: float
+    ties: str
 
 
 class BettiOptions(TypedDict, total=False):

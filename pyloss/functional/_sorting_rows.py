@@ -196,6 +196,14 @@ def places(rows: Rows) -> Tensor:
     return torch.arange(rows.n, dtype=rows.x.dtype, device=rows.x.device).view(1, -1, 1)
 
 
+def shared(r: Tensor, x: Tensor) -> Tensor:
+    """Each r (b, n) becomes the mean over the elements of x, (b, n), that are equal to its own."""
+    first, count, _ = op.target_ranks(x.detach(), "shared")
+    group = first.long().clamp_max(x.shape[1] - 1)  # a NaN is behind all others
+    total = torch.zeros_like(r).scatter_add(1, group, r)
+    return total.gather(1, group) / count
+
+
 def one_hot(rows: Rows) -> Tensor:
     """Q[i, rank(i)] = 1, (b, n, n)."""
     place = torch.arange(rows.n, device=rows.x.device)

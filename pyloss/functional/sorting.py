@@ -25,6 +25,7 @@ from pyloss.functional._sorting_rows import (
     places,
     poisoned,
     rows_of,
+    shared,
     sorted_values,
     straight_through,
     straight_through_values,
@@ -80,8 +81,8 @@ def soft_sort(
         art_lambda: exponent of ``"logistic_phi"``, in [0, 1).
         hard: the exactly sorted values, with the gradient of the soft ones.
         return_permutation: also P, ``(..., n, n)``, the sorted dimension moved to the end.
-        method: ``"permutahedron"``: the projection of Blondel et al. instead of a network; of the
-            other options then only the next two count.
+        method: ``"permutahedron"``: the projection of Blondel et al. instead of a network. What
+            is an option of the other method raises.
         regularization, regularization_strength: ``"l2"`` or ``"kl"``, and its weight.
 
     Returns:
@@ -106,7 +107,10 @@ def soft_sort(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019, 2203.09630.
     """
-    check_choice("method", method, _METHODS)
+    _check_method(
+        method, network, distribution, steepness, art_lambda, regularization,
+        regularization_strength,
+    )  # fmt: skip
     if method == "permutahedron":
         if return_permutation or hard:
             raise ValueError("method='permutahedron' has no permutation matrix and no hard=True")
@@ -141,6 +145,7 @@ def soft_rank(
     method: str = "network",
     regularization: str = "l2",
     regularization_strength: float = 1.0,
+    ties: str = "stable",
 ) -> Tensor:
     r"""Ranks with a gradient: the expected rank of each element.
 
@@ -149,10 +154,12 @@ def soft_rank(
     Args:
         x: ``(..., n, ...)``, floating.
         dim, descending: as in :func:`soft_sort`; descending: the largest has the first rank.
-        base: the first rank.
+        base: the first rank: 1, where :func:`sorting_cross_entropy` counts from 0.
         network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
         hard: the exact ranks (equal values in their order), with the gradient of the soft ones.
         method, regularization, regularization_strength: as in :func:`soft_sort`.
+        ties: of equal values: ``"stable"``: as the network has them, which depends on their places;
+            ``"share"``: the mean of those, as the projection has them anyway.
 
     Returns:
         The shape and dtype of x, float32 for half types under autocast.
@@ -171,8 +178,12 @@ def soft_rank(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019; Blondel et al. arXiv 2002.08871.
     """
-    check_choice("method", method, _METHODS)
+    _check_method(
+        method, network, distribution, steepness, art_lambda, regularization,
+        regularization_strength,
+    )  # fmt: skip
     check_number("base", base)
+    check_choice("ties", ties, TIES)
     if method == "permutahedron":
         if hard:
             raise ValueError("method='permutahedron' has no hard=True")
@@ -185,6 +196,8 @@ def soft_rank(
     r = applied(rows, places(rows), False).squeeze(-1)
     if hard:
         r = straight_through(r, rows.ranks())
+    if ties == "share":
+        r = shared(r, rows.x)
     return rows.unfolded(r + base)
 
 
@@ -397,13 +410,35 @@ def soft_topk(
     return rows.matrices(found)
 
 
+def _check_method(
+    method, network, distribution, steepness, art_lambda, regularization, regularization_strength,
+) -> None:  # fmt: skip
+    """A known method, and no option of the other one."""
+    check_choice("method", method, _METHODS)
+    of_the_other = dict(
+        regularization=(regularization, "l2"),
+        regularization_strength=(regularization_strength, 1.0),
+    )
+    if method == "permutahedron":
+        of_the_other = dict(
+            network=(network, "auto"), distribution=(distribution, "cauchy"),
+            steepness=(steepness, 10.0), art_lambda=(art_lambda, 0.25),
+        )  # fmt: skip
+    for name, (value, default) in of_the_other.items():
+        if isinstance(value, Tensor) or value != default:
+            (other,) = set(_METHODS) - {method}
+            raise ValueError(
+                f"{name} is an option of method={other!r}, and has no effect with {method!r}"
+            )
+
+
 def _permutahedron(function, x, dim, descending, regularization, strength) -> Tensor:
     check_ordered("x", x)
     return function(x, regularization, strength, dim=dim, descending=descending)
 
 
 def _correlation(r: Tensor, t: Tensor) -> Tensor:
-    """Of each row of r with that of t, whose mean is 0; 0, without a gradient, where one is flat."""
+    """Of rows of r with those of t, of mean 0; where one is flat 0, without a gradient."""
     flat = (r.amax(1) == r.amin(1)) | (t.amax(1) == t.amin(1))
     a = torch.where(flat.unsqueeze(1), 0.0, r - r.mean(1, keepdim=True))
     # Of order 1, whose squares neither vanish nor overflow; a factor has no part in the result.
@@ -453,7 +488,7 @@ def sorting_cross_entropy(
             ``"none"``: one loss per item.
         dim, descending: as in :func:`soft_sort`; rank 0 is then that of the largest.
         ties: of equal values: ``"stable"``: ranks in their order; ``"share"``: each gets the mean
-            of their columns.
+            of their columns. A permutation has none.
         network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
         validate: check that ranks are one of each and that a permutation is one, which a GPU has to
             wait for. Without it, a rank that does not exist is like no target at all.
@@ -482,6 +517,10 @@ def sorting_cross_entropy(
     check_choice("target_is", target_is, TARGETS)
     check_choice("reduction", reduction, op.REDUCTIONS)
     check_choice("ties", ties, TIES)
+    if target_is == "permutation" and ties != "stable":
+        raise ValueError(
+            "ties='share' has no effect with target_is='permutation', which has no ties"
+        )
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, descending, settings)
     ranked, order, nan = ordered_target(x, rows, target, target_is, ties, validate)
@@ -503,6 +542,7 @@ def spearman_loss(
     method: str = "network",
     regularization: str = "l2",
     regularization_strength: float = 1.0,
+    ties: str = "share",
 ) -> Tensor:
     r"""One minus Spearman's rank correlation, with soft ranks of the scores.
 
@@ -517,6 +557,8 @@ def spearman_loss(
         dim: the dimension of an item.
         network, distribution, steepness, art_lambda, method, regularization,
             regularization_strength: as in :func:`soft_rank`.
+        ties: of equal scores: ``"share"``: their ranks are averaged; ``"stable"``: they are what
+            the network makes of them, which depends on their places.
 
     Returns:
         In [0, 2]: 0-d, or the shape of x without ``dim``; of the dtype of x, float32 for half types
@@ -536,7 +578,15 @@ def spearman_loss(
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
     check_choice("reduction", reduction, op.REDUCTIONS)
-    check_choice("method", method, _METHODS)
+    check_choice("ties", ties, TIES)
+    _check_method(
+        method, network, distribution, steepness, art_lambda, regularization,
+        regularization_strength,
+    )  # fmt: skip
+    if method == "permutahedron" and ties != "share":
+        raise ValueError(
+            "method='permutahedron' has no ties='stable': equal scores share their rank"
+        )
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, False, settings)
     values, order, _ = ordered_target(x, rows, target, "values", "share", False)
@@ -544,6 +594,7 @@ def spearman_loss(
     rows = poisoned(rows, nan)
     if method == "network":
         r = applied(rows, places(rows) - (rows.n - 1) / 2, False).squeeze(-1)
+        r = shared(r, rows.x) if ties == "share" else r
     else:
         r = centred_ranks(rows.x, regularization, regularization_strength)
     # Both less their mean from the start, since nearly equal ranks differ in digits that the mean

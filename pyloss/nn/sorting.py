@@ -216,7 +216,7 @@ class SpearmanLoss(LossModule):
 
     Args:
         reduction, dim, network, distribution, steepness, art_lambda, method, regularization,
-            regularization_strength: as for :func:`pyloss.spearman_loss`.
+            regularization_strength, ties: as for :func:`pyloss.spearman_loss`.
 
     Shape:
         - x, target: ``(..., n, ...)``

@@ -70,9 +70,14 @@ def rank_reference(x, dim=-1, descending=False, *, base=1, hard=False, **options
     if options.pop("method", "network") == "permutahedron":
         found = permutahedron.reference(x, rank=True, dim=dim, descending=descending, **options)
         return found - 1 + base
+    ties = options.pop("ties", "stable")
     rows, _, p = _matrix(x, dim, descending, hard=hard, **options)
     place = torch.arange(rows.shape[-1], dtype=rows.dtype)
-    return (p @ place + base).movedim(-1, dim)
+    r = p @ place + base
+    if ties == "share":
+        same = (rows.unsqueeze(-1) == rows.unsqueeze(-2)).to(r.dtype)
+        r = (same / same.sum(-1, keepdim=True) @ r.unsqueeze(-1)).squeeze(-1)
+    return r.movedim(-1, dim)
 
 
 def argsort_reference(x, dim=-1, descending=False, **options):
@@ -129,6 +134,8 @@ def cross_entropy_reference(
 
 
 def spearman_reference(x, target, reduction="mean", *, dim=-1, **options):
+    if options.get("method") != "permutahedron":
+        options = dict(ties="share") | options
     r = rank_reference(x, dim, **options).movedim(dim, -1).flatten(0, -2)
     t = target.movedim(dim, -1).flatten(0, -2)
     mean_rank = (t.unsqueeze(2) > t.unsqueeze(1)).sum(2) + (t.unsqueeze(2) >= t.unsqueeze(1)).sum(2)
@@ -165,6 +172,11 @@ NETWORKS = {
 def scores(*shape: int, **options) -> Sample:
     """Near each other, as relaxations want them."""
     return Sample(dict(x=make_logits(shape or (2, 5), F64, scale=0.3)), options)
+
+
+def tied(**options) -> Sample:
+    x = scores(3, 6)
+    return Sample(dict(x=(4 * x.inputs["x"]).round() / 4), options)
 
 
 def with_steepness(**options) -> Sample:
@@ -249,8 +261,8 @@ def network_spec(**fields) -> Spec:
 
 
 def soft(samples: dict) -> tuple[str, ...]:
-    """A hard result has the gradient of the soft one, which no finite difference agrees with."""
-    return tuple(k for k in samples if k != "hard")
+    """No finite difference agrees with the gradient of a hard result, or sees equal values."""
+    return tuple(k for k in samples if k not in ("hard", "shared ties", "tied scores"))
 
 
 COMMON = {
@@ -270,6 +282,24 @@ METHOD_ERRORS = (
     Bad(ValueError, "method must be one of", dict(method="optimal")),
     Bad(ValueError, "hard", dict(method="permutahedron", hard=True)),
     Bad(ValueError, "regularization", dict(method="permutahedron", regularization="l1")),
+    *(
+        Bad(ValueError, f"{name} is an option of method='permutahedron'.*'network'", {name: value})
+        for name, value in (("regularization", "kl"), ("regularization_strength", 0.1))
+    ),
+    *(
+        Bad(
+            ValueError,
+            f"{name} is an option of method='network'.*'permutahedron'",
+            {"method": "permutahedron", name: value},
+        )
+        for name, value in (
+            ("network", "odd_even"),
+            ("distribution", "gaussian"),
+            ("steepness", 3),
+            ("steepness", torch.tensor(10.0)),
+            ("art_lambda", 0.5),
+        )
+    ),
 )
 SORT = {
     **COMMON,
@@ -277,7 +307,12 @@ SORT = {
     "both": lambda: scores(return_permutation=True),
     "both, steepness": lambda: with_steepness(return_permutation=True, descending=True),
 }
-RANK = {**COMMON, **PERMUTAHEDRON, "base": lambda: scores(base=0)}
+RANK = {
+    **COMMON,
+    **PERMUTAHEDRON,
+    "base": lambda: scores(base=0),
+    "shared ties": lambda: tied(ties="share"),
+}
 TOPK = {
     **variants(k=2),
     "smallest": lambda: scores(k=3, largest=False),
@@ -299,6 +334,20 @@ CROSS_ENTROPY = {
     "permutation": lambda: Sample({**scores().inputs, "target": Q},
                                   dict(target_is="permutation", validate=True)),
 }  # fmt: skip
+
+SPEARMAN = {
+    **variants(with_target),
+    "ties": lambda: with_target(3, 4, ties=True, reduction="none"),
+    "tied scores": lambda: with_target(3, 6, ties=True).replace(
+        dict(x=tied().inputs["x"], reduction="none")
+    ),
+    "tied scores, stable": lambda: with_target(3, 6).replace(
+        dict(x=tied().inputs["x"], ties="stable")
+    ),
+    "permutahedron": lambda: with_target(
+        reduction="sum", method="permutahedron", regularization_strength=0.375
+    ),
+}
 
 
 def accuracy_sample(*shape: int, **options) -> Sample:
@@ -351,6 +400,7 @@ SPECS = (
             NO_SELECTOR,
             *METHOD_ERRORS,
             Bad(TypeError, "base must be a number", dict(base="1")),
+            Bad(ValueError, "ties must be one of stable, share", dict(ties="mean")),
         ),
     ),
     network_spec(
@@ -429,6 +479,9 @@ SPECS = (
             Bad(ValueError, "target_is must be one of values", dict(target_is="order")),
             Bad(ValueError, "ties must be one of stable, share", dict(ties="mean")),
             Bad(ValueError, r"\[2, 5, 5\].*got \[2, 5\]", dict(target_is="permutation")),
+            Bad(
+                ValueError, "ties='share'.*permutation", dict(target_is="permutation", ties="share")
+            ),
             Bad(ValueError, "torch.bool", dict(target=X > 0, target_is="ranks")),
             *(
                 Bad(ValueError, message, dict(target=t, target_is=is_a, validate=True))
@@ -445,13 +498,8 @@ SPECS = (
     network_spec(
         function=spearman_loss,
         module=pyloss.nn.SpearmanLoss,
-        samples={
-            **variants(with_target),
-            "ties": lambda: with_target(3, 4, ties=True, reduction="none"),
-            "permutahedron": lambda: with_target(
-                reduction="sum", method="permutahedron", regularization_strength=0.375
-            ),
-        },
+        samples=SPEARMAN,
+        derivative_samples=soft(SPEARMAN),
         reference=spearman_reference,
         gradients=("x",),
         empty={
@@ -464,7 +512,8 @@ SPECS = (
         errors=(
             *X_ERRORS,
             *TARGET_ERRORS,
-            Bad(ValueError, "method must be one of", dict(method="x")),
+            *(e for e in METHOD_ERRORS if "hard" not in e.change),
+            Bad(ValueError, "no ties='stable'", dict(method="permutahedron", ties="stable")),
         ),
     ),
     Spec(
