@@ -68,6 +68,15 @@ def check_ordered(name: str, x) -> None:
         )
 
 
+def check_dim(x: Tensor, dim: int) -> None:
+    """In torch's words."""
+    if not -x.dim() <= dim < x.dim():
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-x.dim()}, {x.dim() - 1}], "
+            f"but got {dim})"
+        )
+
+
 def check_choice(name: str, value, known) -> None:
     checks.check_one_of(name, value, known, then="; ")
 
@@ -100,11 +109,7 @@ def rows_of(name, x, dim, descending, settings) -> Rows:
     """Checks x, and folds it."""
     check_ordered(name, x)
     checks.check_has_dimension(name, x)
-    if not -x.dim() <= dim < x.dim():
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-x.dim()}, {x.dim() - 1}], "
-            f"but got {dim})"
-        )
+    check_dim(x, dim)
     n = x.shape[dim]
     if n == 0:
         raise ValueError(
@@ -139,14 +144,17 @@ def fold(x: Tensor, dim: int) -> tuple[Tensor, tuple[int, ...]]:
 
 def _rowwise(steepness: Tensor, lead: tuple[int, ...], rows: Tensor) -> Tensor:
     """A steepness for each row, (b, 1)."""
+    return broadcast_steepness(steepness, lead).to(rows.dtype).reshape(rows.shape[0], 1)
+
+
+def broadcast_steepness(steepness: Tensor, lead: tuple[int, ...]) -> Tensor:
     try:
-        each = steepness.to(rows.dtype).expand(lead)
+        return steepness.expand(lead)
     except RuntimeError:
         raise ValueError(
             f"steepness of shape {list(steepness.shape)} does not broadcast to the shape "
             f"{list(lead)} of x without the sorted dimension"
         ) from None
-    return each.reshape(rows.shape[0], 1)
 
 
 def for_op(rows: Rows) -> tuple[Tensor, op.Settings]:
@@ -232,18 +240,22 @@ def expanded(rows: Rows, lead: tuple[int, ...], dtype: torch.dtype, result: torc
 # The target of a loss
 
 
-def ordered_target(x, rows: Rows, target, target_is, ties, validate):
-    """(target (b, n), order, which rows hold a NaN that the op does not see or None)."""
+def check_target(x: Tensor, lead: tuple[int, ...], n: int, target, target_is: str) -> None:
     check_tensor("target", target)
-    n = rows.n
     if target.device != x.device:
         raise ValueError(f"target is on {target.device}, x on {x.device}")
-    expected = (*rows.lead, n, n) if target_is == "permutation" else tuple(x.shape)
+    expected = (*lead, n, n) if target_is == "permutation" else tuple(x.shape)
     if tuple(target.shape) != expected:
         raise ValueError(
             f"target must have the shape {list(expected)} with target_is={target_is!r}, got "
             f"{list(target.shape)}"
         )
+
+
+def ordered_target(x, rows: Rows, target, target_is, ties, validate):
+    """(target (b, n), order, which rows hold a NaN that the op does not see or None)."""
+    n = rows.n
+    check_target(x, rows.lead, n, target, target_is)
     if target_is == "permutation":
         if target.is_complex():
             raise ValueError(f"target must be real, got {target.dtype}")

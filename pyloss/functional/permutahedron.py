@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._sorting_padding import by_length
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.permutahedron import permutahedron
 
@@ -18,6 +19,8 @@ def permutahedron_rank(
     *,
     dim: int = -1,
     descending: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Soft ranks, the smallest near 1, by projection onto the permutahedron, in O(n log n).
 
@@ -35,6 +38,8 @@ def permutahedron_rank(
             the smallest gap between two values (``"l2"``).
         dim: the dimension that is ranked.
         descending: the largest gets the rank near 1: the ranks of ``-values``.
+        mask, lengths: as in :func:`pyloss.soft_sort`: each row as if it held these elements alone;
+            0 elsewhere.
 
     Returns:
         Ranks of the shape of ``values`` and its dtype; float32 for half types under autocast. Equal
@@ -59,6 +64,18 @@ def permutahedron_rank(
         Blondel, Teboul, Berthet, Djolonga. Fast Differentiable Sorting and Ranking. arXiv
         2002.08871.
     """
+    if mask is not None or lengths is not None:
+        return by_length(
+            permutahedron_rank,
+            ("element",),
+            values,
+            dim,
+            mask,
+            lengths,
+            regularization=regularization,
+            regularization_strength=regularization_strength,
+            descending=descending,
+        )
     rows, restore, kl = _rows(values, regularization, regularization_strength, dim)
     rows = -rows if descending else rows
     return restore(permutahedron(rows, True, kl, float(regularization_strength)))
@@ -71,6 +88,8 @@ def permutahedron_sort(
     *,
     dim: int = -1,
     descending: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Softly sorted values, ascending, by projection onto the permutahedron, in O(n log n).
 
@@ -89,6 +108,8 @@ def permutahedron_sort(
             than ``1 / regularization_strength`` (``"l2"``).
         dim: the dimension that is sorted.
         descending: the largest first: ``-permutahedron_sort(-values)``.
+        mask, lengths: as in :func:`pyloss.soft_sort`: each row as if it held these elements alone;
+            0 elsewhere.
 
     Returns:
         Values of the shape of ``values`` and its dtype; float32 for half types under autocast.
@@ -110,6 +131,18 @@ def permutahedron_sort(
         Blondel, Teboul, Berthet, Djolonga. Fast Differentiable Sorting and Ranking. arXiv
         2002.08871.
     """
+    if mask is not None or lengths is not None:
+        return by_length(
+            permutahedron_sort,
+            ("rank",),
+            values,
+            dim,
+            mask,
+            lengths,
+            regularization=regularization,
+            regularization_strength=regularization_strength,
+            descending=descending,
+        )
     rows, restore, kl = _rows(values, regularization, regularization_strength, dim)
     strength = float(regularization_strength)
     if descending:

@@ -7,11 +7,19 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_range
+from pyloss.functional._sorting_padding import by_length
 from pyloss.ops._launch import accumulator_dtype
 
 
 def neural_sort(
-    scores: Tensor, tau: float = 1.0, *, dim: int = -1, descending: bool = True, hard: bool = False
+    scores: Tensor,
+    tau: float = 1.0,
+    *,
+    dim: int = -1,
+    descending: bool = True,
+    hard: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""NeuralSort: row r of the result is a distribution over the elements for rank r.
 
@@ -27,6 +35,8 @@ def neural_sort(
         descending: False: smallest first, that is the result of ``-scores``.
         hard: straight-through: one-hot rows at the largest entry forward, the gradient of the soft
             ones. Rows may choose the same element.
+        mask, lengths: as in :func:`pyloss.soft_sort`: each row as if it held these elements alone;
+            0 elsewhere.
 
     Returns:
         ``(..., n, n)`` with the other dimensions of ``scores`` in front, rows summing to 1, of the
@@ -51,6 +61,18 @@ def neural_sort(
         Grover, Wang, Zweig, Ermon. Stochastic Optimization of Sorting Networks via Continuous
         Relaxations. ICLR 2019, arXiv 1903.08850.
     """
+    if mask is not None or lengths is not None:
+        return by_length(
+            neural_sort,
+            ("rank", "element"),
+            scores,
+            dim,
+            mask,
+            lengths,
+            tau=tau,
+            descending=descending,
+            hard=hard,
+        )
     s, result = _checked(scores, tau, dim)
     s = s if descending else -s
     n = s.shape[-1]
@@ -78,6 +100,8 @@ def soft_sort_matrix(
     dim: int = -1,
     descending: bool = True,
     hard: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""SoftSort: row r is a distribution over the elements by their distance to the r-th largest.
 
@@ -91,6 +115,8 @@ def soft_sort_matrix(
         descending: False: smallest first.
         hard: straight-through: one-hot rows at the largest entry forward, the gradient of the soft
             ones.
+        mask, lengths: as in :func:`pyloss.soft_sort`: each row as if it held these elements alone;
+            0 elsewhere.
 
     Returns:
         ``(..., n, n)`` with the other dimensions of ``scores`` in front, rows summing to 1, of the
@@ -116,6 +142,19 @@ def soft_sort_matrix(
         Prillo, Eisenschlos. SoftSort: A Continuous Relaxation for the argsort Operator. ICML 2020,
         arXiv 2006.16038.
     """
+    if mask is not None or lengths is not None:
+        return by_length(
+            soft_sort_matrix,
+            ("rank", "element"),
+            scores,
+            dim,
+            mask,
+            lengths,
+            tau=tau,
+            pow=pow,
+            descending=descending,
+            hard=hard,
+        )
     s, result = _checked(scores, tau, dim)
     check_range("pow", pow, 0.0, open_low=True)
     ordered = s.sort(dim=-1, descending=descending).values.unsqueeze(-1)

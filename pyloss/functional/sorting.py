@@ -9,11 +9,13 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_number
+from pyloss.functional._sorting_padding import Padding, by_length, loss_by_length
 from pyloss.functional._sorting_rows import (
     SELECTORS,
     TARGETS,
     TIES,
     applied,
+    broadcast_steepness,
     check_choice,
     check_ordered,
     checked_settings,
@@ -60,6 +62,8 @@ def soft_sort(
     method: str = "network",
     regularization: str = "l2",
     regularization_strength: float = 1.0,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Sorts with a gradient: a sorting network whose comparators mix their two inputs.
 
@@ -84,6 +88,10 @@ def soft_sort(
         method: ``"permutahedron"``: the projection of Blondel et al. instead of a network. What
             is an option of the other method raises.
         regularization, regularization_strength: ``"l2"`` or ``"kl"``, and its weight.
+        mask: of the shape of x, bool, True at what counts: each row is sorted as if it held these
+            elements alone. y has them in front, P at their places, and both have 0 elsewhere.
+        lengths: the same for the first so many of each row: integers of the shape of x without
+            ``dim``. Both are read on the host: not for graphs of ``fullgraph=True``.
 
     Returns:
         The shape and dtype of x, float32 for half types under autocast; or (y, P). A row with a NaN
@@ -107,6 +115,26 @@ def soft_sort(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019, 2203.09630.
     """
+    if mask is not None or lengths is not None:
+        axes = (("rank",), ("element", "rank")) if return_permutation else ("rank",)
+        return by_length(
+            soft_sort,
+            axes,
+            x,
+            dim,
+            mask,
+            lengths,
+            descending=descending,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            hard=hard,
+            return_permutation=return_permutation,
+            method=method,
+            regularization=regularization,
+            regularization_strength=regularization_strength,
+        )
     _check_method(
         method, network, distribution, steepness, art_lambda, regularization,
         regularization_strength,
@@ -146,6 +174,8 @@ def soft_rank(
     regularization: str = "l2",
     regularization_strength: float = 1.0,
     ties: str = "stable",
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Ranks with a gradient: the expected rank of each element.
 
@@ -160,6 +190,7 @@ def soft_rank(
         method, regularization, regularization_strength: as in :func:`soft_sort`.
         ties: of equal values: ``"stable"``: as the network has them, which depends on their places;
             ``"share"``: the mean of those, as the projection has them anyway.
+        mask, lengths: as in :func:`soft_sort`; 0 where the mask is False.
 
     Returns:
         The shape and dtype of x, float32 for half types under autocast.
@@ -178,6 +209,26 @@ def soft_rank(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019; Blondel et al. arXiv 2002.08871.
     """
+    if mask is not None or lengths is not None:
+        return by_length(
+            soft_rank,
+            ("element",),
+            x,
+            dim,
+            mask,
+            lengths,
+            descending=descending,
+            base=base,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            hard=hard,
+            method=method,
+            regularization=regularization,
+            regularization_strength=regularization_strength,
+            ties=ties,
+        )
     _check_method(
         method, network, distribution, steepness, art_lambda, regularization,
         regularization_strength,
@@ -211,6 +262,8 @@ def soft_argsort(
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
     hard: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""The expected index of the element at each rank, :math:`P^\top (0, 1, \ldots, n-1)^\top`.
 
@@ -218,6 +271,7 @@ def soft_argsort(
         x: ``(..., n, ...)``, floating.
         dim, descending, network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
         hard: the indices of ``torch.argsort(stable=True)`` as floats, with this gradient.
+        mask, lengths: as in :func:`soft_sort`; indices are those of x.
 
     Returns:
         The shape and dtype of x, float32 for half types under autocast.
@@ -233,6 +287,28 @@ def soft_argsort(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
+    if mask is not None or lengths is not None:
+        padding = Padding(x, dim, mask, lengths)
+        place = torch.arange(padding.n, dtype=accumulator_dtype(x.dtype), device=x.device)
+        place = place.view(1, -1, 1).expand(padding.b, -1, -1)
+        index = by_length(
+            soft_permute,
+            ("rank", 1),
+            x,
+            dim,
+            mask,
+            lengths,
+            place,
+            padding=padding,
+            dtype=place.dtype,
+            descending=descending,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            hard=hard,
+        )
+        return index.squeeze(-1).movedim(-1, dim).to(checks.result_dtype(x.dtype, x))
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, descending, settings)
     index = applied(rows, places(rows), True).squeeze(-1)
@@ -251,6 +327,8 @@ def soft_permutation(
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
     hard: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""The doubly stochastic matrix of a soft sort: P[i, r] is the weight of element i at rank r.
 
@@ -258,6 +336,7 @@ def soft_permutation(
         x: ``(..., n, ...)``, floating.
         dim, descending, network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
         hard: the exact permutation matrix, with the gradient of P.
+        mask, lengths: as in :func:`soft_sort`.
 
     Returns:
         ``(..., n, n)``, the sorted dimension moved to the end; ``y = P^T x``, with ``descending``
@@ -276,6 +355,21 @@ def soft_permutation(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
+    if mask is not None or lengths is not None:
+        return by_length(
+            soft_permutation,
+            ("element", "rank"),
+            x,
+            dim,
+            mask,
+            lengths,
+            descending=descending,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            hard=hard,
+        )
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, descending, settings)
     _, p = permutation(rows)
@@ -295,6 +389,8 @@ def soft_permute(
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
     hard: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Features in the soft order of their keys, :math:`P^\top F`, without forming P.
 
@@ -304,6 +400,7 @@ def soft_permute(
             ``dim``. Differentiable.
         dim, descending, network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
         hard: the features in the exact order, with the gradients of the soft ones.
+        mask, lengths: as in :func:`soft_sort`; features go with their keys.
 
     Returns:
         ``(..., n, d)``, of the promoted dtype of both; float32 for half types under autocast.
@@ -341,6 +438,30 @@ def soft_permute(
             f"{list(rows.lead)} of x"
         ) from None
     dtype = checks.result_dtype(torch.promote_types(x.dtype, feats.dtype), x)
+    if mask is not None or lengths is not None:
+        padding = Padding(x, dim, mask, lengths)
+
+        def wide(t: Tensor, *last: int) -> Tensor:
+            return t.expand(*lead, *last)
+
+        return by_length(
+            soft_permute,
+            ("rank", feats.shape[-1]),
+            wide(x.movedim(dim, -1), rows.n),
+            -1,
+            None if mask is None else wide(mask.movedim(dim, -1), rows.n),
+            None if lengths is None else wide(lengths),
+            wide(feats, *feats.shape[-2:]).reshape(-1, *feats.shape[-2:]),
+            dtype=dtype,
+            descending=descending,
+            network=network,
+            distribution=distribution,
+            steepness=steepness
+            if not isinstance(steepness, Tensor)
+            else broadcast_steepness(steepness, padding.lead),
+            art_lambda=art_lambda,
+            hard=hard,
+        )
     work = accumulator_dtype(dtype)
     rows = expanded(rows, lead, work, dtype)
     if math.prod(feats.shape[:-2]) == 1:
@@ -367,6 +488,8 @@ def soft_topk(
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
     hard: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Membership of each element in the top k, by place: k columns of P, without forming P.
 
@@ -378,6 +501,7 @@ def soft_topk(
         network: those of :func:`soft_sort`, or ``"splitter_selection"``, which has fewer layers.
         distribution, steepness, art_lambda: as in :func:`soft_sort`.
         hard: exact one-hot columns, with this gradient.
+        mask, lengths: as in :func:`soft_sort`; every row needs k elements.
 
     Returns:
         ``(..., n, k)``, the selected dimension moved to the end; column 0 belongs to the best. The
@@ -395,6 +519,22 @@ def soft_topk(
     Reference:
         Petersen, Kuehne, Borgelt, Deussen. arXiv 2206.07290.
     """
+    if mask is not None or lengths is not None:
+        checks.check_integer("k", k)
+        return by_length(
+            lambda rows, **options: soft_topk(rows, k, **options),
+            ("element", k),
+            x,
+            dim,
+            mask,
+            lengths,
+            largest=largest,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            hard=hard,
+        )
     checks.check_integer("k", k)
     settings = checked_settings(network, distribution, steepness, art_lambda, k, SELECTORS)
     rows = rows_of("x", x, dim, not largest, settings)  # either way the largest of the rows
@@ -467,6 +607,8 @@ def sorting_cross_entropy(
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
     validate: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Cross entropy of the soft permutation against the true one, fused: P is never in memory.
 
@@ -492,6 +634,9 @@ def sorting_cross_entropy(
         network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
         validate: check that ranks are one of each and that a permutation is one, which a GPU has to
             wait for. Without it, a rank that does not exist is like no target at all.
+        mask, lengths: as in :func:`soft_sort`. Ranks and permutations are those of the
+            elements that count: 0 .. m - 1 for m of them. An item without any is none: its loss is
+            0, and the mean does not count it.
 
     Returns:
         0-d, or the shape of x without ``dim``; of the dtype of x, float32 for half types under
@@ -513,6 +658,27 @@ def sorting_cross_entropy(
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
+    if mask is not None or lengths is not None:
+        check_choice("target_is", target_is, TARGETS)
+        check_choice("reduction", reduction, op.REDUCTIONS)
+        return loss_by_length(
+            sorting_cross_entropy,
+            x,
+            target,
+            dim,
+            mask,
+            lengths,
+            target_is=target_is,
+            reduction=reduction,
+            kind=kind,
+            descending=descending,
+            ties=ties,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            validate=validate,
+        )
     check_choice("kind", kind, op.KINDS)
     check_choice("target_is", target_is, TARGETS)
     check_choice("reduction", reduction, op.REDUCTIONS)
@@ -543,6 +709,8 @@ def spearman_loss(
     regularization: str = "l2",
     regularization_strength: float = 1.0,
     ties: str = "share",
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""One minus Spearman's rank correlation, with soft ranks of the scores.
 
@@ -559,6 +727,8 @@ def spearman_loss(
             regularization_strength: as in :func:`soft_rank`.
         ties: of equal scores: ``"share"``: their ranks are averaged; ``"stable"``: they are what
             the network makes of them, which depends on their places.
+        mask, lengths: as in :func:`soft_sort`. An item without elements is none: its loss is 0,
+            and the mean does not count it.
 
     Returns:
         In [0, 2]: 0-d, or the shape of x without ``dim``; of the dtype of x, float32 for half types
@@ -577,6 +747,25 @@ def spearman_loss(
     Reference:
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
+    if mask is not None or lengths is not None:
+        check_choice("reduction", reduction, op.REDUCTIONS)
+        return loss_by_length(
+            spearman_loss,
+            x,
+            target,
+            dim,
+            mask,
+            lengths,
+            reduction=reduction,
+            network=network,
+            distribution=distribution,
+            steepness=steepness,
+            art_lambda=art_lambda,
+            method=method,
+            regularization=regularization,
+            regularization_strength=regularization_strength,
+            ties=ties,
+        )
     check_choice("reduction", reduction, op.REDUCTIONS)
     check_choice("ties", ties, TIES)
     _check_method(

@@ -19,6 +19,7 @@ class NeuralSort(OptionsModule):
 
     Shape:
         - scores: ``(*, n)``
+        - mask, lengths: optional, as for the function
         - output: ``(*, n, n)``; a row is a rank, largest first
 
     Raises:
@@ -38,8 +39,10 @@ class NeuralSort(OptionsModule):
     ) -> None:
         super().__init__(tau=tau, hard=hard, dim=dim, descending=descending)
 
-    def forward(self, scores: Tensor) -> Tensor:
-        return F.neural_sort(scores, **self._options)
+    def forward(
+        self, scores: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        return F.neural_sort(scores, mask=mask, lengths=lengths, **self._options)
 
 
 class SoftSort(OptionsModule):
@@ -52,6 +55,7 @@ class SoftSort(OptionsModule):
 
     Shape:
         - scores: ``(*, n)``
+        - mask, lengths: optional, as for the function
         - output: ``(*, n, n)``; a row is a rank, largest first
 
     Raises:
@@ -77,5 +81,7 @@ class SoftSort(OptionsModule):
     ) -> None:
         super().__init__(tau=tau, hard=hard, pow=pow, dim=dim, descending=descending)
 
-    def forward(self, scores: Tensor) -> Tensor:
-        return F.soft_sort_matrix(scores, **self._options)
+    def forward(
+        self, scores: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        return F.soft_sort_matrix(scores, mask=mask, lengths=lengths, **self._options)

@@ -14,6 +14,8 @@ from pyloss.functional._options import SortingLossOptions, SpearmanOptions, opti
 from pyloss.functional._sorting_rows import SELECTORS, SORTERS, checked_settings
 from pyloss.nn._module import LossModule, OptionsModule
 
+PADDING = ("mask", "lengths")  # which a module gets when it is called
+
 
 def _integer(name: str, value) -> int:
     """An int, or what stands for one, such as numpy's."""
@@ -186,6 +188,7 @@ class SortingCrossEntropyLoss(LossModule):
     Shape:
         - x: ``(..., n, ...)``
         - target: the shape of x, or ``(..., n, n)`` with ``target_is="permutation"``
+        - mask, lengths: optional, as for the function
         - output: scalar, or the shape of x without ``dim`` with ``reduction="none"``
 
     Raises:
@@ -201,12 +204,20 @@ class SortingCrossEntropyLoss(LossModule):
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
 
-    @options_of(F.sorting_cross_entropy, positional=3, annotations={"steepness": "float"})
+    @options_of(
+        F.sorting_cross_entropy, positional=3, without=PADDING, annotations={"steepness": "float"}
+    )
     def __init__(self, **options: Unpack[SortingLossOptions]) -> None:
         super().__init__(**options)
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.sorting_cross_entropy(x, target, **self.options)
+    def forward(
+        self,
+        x: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        return F.sorting_cross_entropy(x, target, mask=mask, lengths=lengths, **self.options)
 
 
 class SpearmanLoss(LossModule):
@@ -220,6 +231,7 @@ class SpearmanLoss(LossModule):
 
     Shape:
         - x, target: ``(..., n, ...)``
+        - mask, lengths: optional, as for the function
         - output: scalar, or the shape of x without ``dim`` with ``reduction="none"``
 
     Raises:
@@ -234,9 +246,15 @@ class SpearmanLoss(LossModule):
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
 
-    @options_of(F.spearman_loss, positional=1, annotations={"steepness": "float"})
+    @options_of(F.spearman_loss, positional=1, without=PADDING, annotations={"steepness": "float"})
     def __init__(self, **options: Unpack[SpearmanOptions]) -> None:
         super().__init__(**options)
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.spearman_loss(x, target, **self.options)
+    def forward(
+        self,
+        x: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        return F.spearman_loss(x, target, mask=mask, lengths=lengths, **self.options)
