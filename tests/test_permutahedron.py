@@ -407,3 +407,18 @@ def test_spearman_loss_of_long_rows():
     x = torch.arange(n, dtype=torch.float32)
     loss = pyloss.spearman_loss(x, x.flip(0), method="permutahedron", regularization_strength=0.1)
     assert abs(loss.item() - 2) < 1e-5
+
+
+@every_kind
+@every_op
+def test_double_backward_of_a_linear_function(rank, kind):
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, 6, dtype=torch.float64)
+    (dx,) = torch.autograd.grad((functional(rank)(x, kind, 0.7) * w).sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.square().sum(), x)
+    if kind == "l2":
+        assert torch.equal(ddx, torch.zeros_like(x))
+    else:
+        exact = (reference(x, rank, kind, 0.7) * w).sum()
+        (exact,) = torch.autograd.grad(exact, x, create_graph=True)
+        torch.testing.assert_close(ddx, torch.autograd.grad(exact.square().sum(), x)[0])

@@ -51,18 +51,19 @@ _ops = torch.ops.pyloss
 
 class _Permutahedron(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rank, kl, strength, centred):
+    def forward(ctx, x, link, rank, kl, strength, centred):
         y, packed = _ops.permutahedron_fwd(x, rank, kl, strength, centred)
-        ctx.save_for_backward(packed, x if kl else None)
+        ctx.save_for_backward(packed, x if kl else None, link)
         ctx.options = (rank, kl, strength)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        packed, x = ctx.saved_tensors
+        packed, x, link = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(g):  # create_graph, is_grads_batched
-            return reference.composed_gradient(g, x, packed, *ctx.options), None, None, None, None
-        return _ops.permutahedron_bwd(g, x, packed, *ctx.options), None, None, None, None
+            dx = reference.composed_gradient(g, x, packed, *ctx.options) + link.sum()
+            return dx, None, None, None, None, None
+        return _ops.permutahedron_bwd(g, x, packed, *ctx.options), None, None, None, None, None
 
 
 def permutahedron(
@@ -77,5 +78,7 @@ def permutahedron(
         packed = _ops.permutahedron_fwd(x.detach(), rank, kl, strength)[1]
         return reference.composed(x, packed, rank, kl, strength, centred)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Permutahedron.apply(x, rank, kl, strength, centred)
+        # An empty part of x: with l2 the gradient depends on x by its blocks alone, and this is what
+        # makes its derivative 0 rather than an error.
+        return _Permutahedron.apply(x, x[:0].clone(), rank, kl, strength, centred)
     return _ops.permutahedron_fwd(x, rank, kl, strength, centred)[0]
