@@ -100,10 +100,10 @@ def test_ranks_that_do_not_exist_are_no_target():
     p = pyloss.soft_permutation(x)
     ranks = torch.tensor([[0, 7, -3, 2], [2**31 - 1, -(2**31), 1, 3]])
     q = (ranks.unsqueeze(-1) == torch.arange(4)).double()
-    found = ce(x, ranks, target_is="ranks", reduction="none")
+    found = ce(x, ranks, target_is="ranks", reduction="none", validate=False)
     terms = torch.nn.functional.binary_cross_entropy(p, q, reduction="none")
     torch.testing.assert_close(found, terms.mean((1, 2)))
-    row = ce(x, ranks, target_is="ranks", kind="row_ce", reduction="none")
+    row = ce(x, ranks, target_is="ranks", kind="row_ce", reduction="none", validate=False)
     torch.testing.assert_close(row, -(q * p.log()).sum((1, 2)) / 4)
     (g,) = torch.autograd.grad(found.sum() + row.sum(), x)
     assert bool(g.isfinite().all())
@@ -195,7 +195,7 @@ def test_sizes_may_be_numpy_integers():
 def test_a_rank_beyond_32_bits_is_none():
     x, ranks = torch.randn(1, 3), torch.tensor([[2**32, 1, 2]])
     none = torch.tensor([[-1, 1, 2]])
-    found = [ce(x, r, kind="row_ce", target_is="ranks") for r in (ranks, none)]
+    found = [ce(x, r, kind="row_ce", target_is="ranks", validate=False) for r in (ranks, none)]
     assert found[0] == found[1]
 
 
@@ -306,3 +306,66 @@ def test_ranks_of_ties_do_not_depend_on_their_places(network):
     infinite = torch.tensor([[math.inf, 0.0, math.inf, 1.0]])
     ranks = pyloss.soft_rank(infinite, steepness=1e6, ties="share", network=network)
     torch.testing.assert_close(ranks, torch.tensor([[3.5, 1.0, 3.5, 2.0]]), rtol=0, atol=1e-4)
+
+
+def test_nothing_to_sort_is_sorted():
+    x = torch.zeros(2, 0, requires_grad=True)
+    for found, shape in (
+        (pyloss.soft_sort(x), (2, 0)),
+        (pyloss.soft_sort(x, method="permutahedron"), (2, 0)),
+        (pyloss.soft_rank(x, hard=True), (2, 0)),
+        (pyloss.soft_argsort(x), (2, 0)),
+        (pyloss.soft_permutation(x), (2, 0, 0)),
+        (pyloss.soft_permute(x, torch.ones(0, 3)), (2, 0, 3)),
+        (pyloss.soft_sort(x, return_permutation=True)[1], (2, 0, 0)),
+    ):
+        assert found.shape == shape and found.requires_grad
+        (dx,) = torch.autograd.grad(found.sum(), x)
+        assert dx.shape == x.shape
+    one = torch.randn(3, 1)
+    p = pyloss.soft_permutation(one)
+    assert torch.equal(p, torch.ones(3, 1, 1)) and torch.equal(p.sum(1), torch.ones(3, 1))
+
+
+def test_numpy_numbers_are_numbers():
+    x = torch.randn(2, 5)
+    assert torch.equal(pyloss.soft_topk(x, np.int64(2)), pyloss.soft_topk(x, 2))
+    for function in (pyloss.soft_sort, pyloss.soft_rank, pyloss.functional.neural_sort):
+        assert torch.equal(function(x, dim=np.int64(0), hard=np.bool_(False)) if function
+                           is not pyloss.soft_rank else function(x, dim=np.int64(0)),
+                           function(x, dim=0))  # fmt: skip
+
+
+def test_ranks_in_narrow_types():
+    x = torch.randn(1, 300)
+    ranks = torch.arange(300).clamp_max(255)[None]
+    found = [
+        pyloss.sorting_cross_entropy(x, r, target_is="ranks", ties="share")
+        for r in (ranks, ranks.to(torch.uint8))
+    ]
+    assert torch.equal(*found)
+
+
+def test_typos_are_found_when_a_module_is_made():
+    for make, text in (
+        (lambda: pyloss.nn.SpearmanLoss(reduction="avg"), "reduction"),
+        (lambda: pyloss.nn.SpearmanLoss(network="bubble"), "network"),
+        (lambda: pyloss.nn.SpearmanLoss(method="permutahedron", steepness=3), "steepness"),
+        (lambda: pyloss.nn.SortingCrossEntropyLoss(kind="mse"), "kind"),
+        (lambda: pyloss.nn.SortingCrossEntropyLoss(target_is="order"), "target_is"),
+        (lambda: pyloss.nn.NeuralSort(tau=0), "tau"),
+        (lambda: pyloss.nn.SoftSort(pow=-1), "pow"),
+        (
+            lambda: pyloss.DiffSortNet("bitonic", 4, art_lambda=None, distribution="logistic_phi"),
+            "art_lambda",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=text):
+            make()
+    with pytest.raises(pyloss.functional.sorting.UnknownNetworkError, match="distribution"):
+        pyloss.nn.SpearmanLoss(distribution="normal")
+    x = torch.randn(2, 4)
+    same = pyloss.DiffSortNet("bitonic", 4, art_lambda=None)(x)[0]
+    assert torch.equal(same, pyloss.DiffSortNet("bitonic", 4)(x)[0])
+    _, top = pyloss.DiffTopkNet("bitonic", 4, 2, art_lambda=None)(x)
+    assert top.shape == (2, 4, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable
 
 import torch
@@ -116,6 +117,20 @@ def one_number(name: str, t: Tensor) -> Tensor:
     return t.reshape(())
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {x.layout}")
+
+
+def as_integer(name: str, value) -> int:
+    """An int, or what stands for one, such as numpy's."""
+    if is_integer(value):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return operator.index(value)
+
+
 # --------------------------------------------------------------------------------------------------
 # Tensors that go with another one
 
@@ -169,10 +184,11 @@ def check_has_dimension(name: str, x: Tensor, got: str = "a 0-d tensor") -> None
         raise ValueError(f"{name} must have at least one dimension, got {got}")
 
 
-def check_along(name: str, x: Tensor, dim: int) -> None:
-    """That x has something along dim."""
+def check_along(name: str, x: Tensor, dim: int, empty: bool = False) -> None:
+    """That x has something along dim, or may have nothing."""
+    as_integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
         low, high = -x.dim(), x.dim() - 1
         raise IndexError(f"dim must be in [{low}, {high}] for {x.dim()} dimensions, got {dim}")
-    if x.shape[dim] == 0:
+    if x.shape[dim] == 0 and not empty:
         raise ValueError(f"{name} must not be empty along dim {dim}, got {list(x.shape)}")

@@ -88,7 +88,8 @@ class SortingLossOptions(NetworkOptions, total=False):
     dim: int
     descending: bool
     ties: str
-    validate: bool
+    validate: bool | None
+    base: int
 
 
 class SpearmanOptions(NetworkOptions, total=False):

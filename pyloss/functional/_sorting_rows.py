@@ -10,6 +10,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_number, check_tensor
 from pyloss.ops import sorting_network as op
+from pyloss.ops._transforms import functorch_active as transformed
 
 SORTERS = ("auto", "bitonic", "odd_even", "batcher")
 SELECTORS = (*SORTERS, "splitter_selection")  # the last one selects, and does not sort
@@ -61,6 +62,7 @@ class Rows:
 def check_ordered(name: str, x) -> None:
     """That x is a floating tensor which can be sorted."""
     check_tensor(name, x)
+    checks.check_dense(name, x)
     if x.dtype not in checks.FLOATS:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype} of shape "
@@ -70,6 +72,7 @@ def check_ordered(name: str, x) -> None:
 
 def check_dim(x: Tensor, dim: int) -> None:
     """In torch's words."""
+    checks.as_integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
         raise IndexError(
             f"Dimension out of range (expected to be in range of [{-x.dim()}, {x.dim() - 1}], "
@@ -105,13 +108,13 @@ def checked_settings(network, distribution, steepness, art_lambda, k=0, networks
     return op.Settings(network, distribution, steepness, art_lambda, k)
 
 
-def rows_of(name, x, dim, descending, settings) -> Rows:
-    """Checks x, and folds it."""
+def rows_of(name, x, dim, descending, settings, empty=False) -> Rows:
+    """Checks x, and folds it; with `empty` also where there is nothing to sort."""
     check_ordered(name, x)
     checks.check_has_dimension(name, x)
     check_dim(x, dim)
     n = x.shape[dim]
-    if n == 0:
+    if n == 0 and not empty:
         raise ValueError(
             f"{name} has nothing to sort along dim {dim}: its shape is {list(x.shape)}"
         )
@@ -212,6 +215,11 @@ def shared(r: Tensor, x: Tensor) -> Tensor:
     return total.gather(1, group) / count
 
 
+def nothing(rows: Rows) -> Tensor:
+    """P of no elements, (b, 0, 0)."""
+    return rows.x.unsqueeze(-1) * rows.x.unsqueeze(1)
+
+
 def one_hot(rows: Rows) -> Tensor:
     """Q[i, rank(i)] = 1, (b, n, n)."""
     place = torch.arange(rows.n, device=rows.x.device)
@@ -242,6 +250,7 @@ def expanded(rows: Rows, lead: tuple[int, ...], dtype: torch.dtype, result: torc
 
 def check_target(x: Tensor, lead: tuple[int, ...], n: int, target, target_is: str) -> None:
     check_tensor("target", target)
+    checks.check_dense("target", target)
     if target.device != x.device:
         raise ValueError(f"target is on {target.device}, x on {x.device}")
     expected = (*lead, n, n) if target_is == "permutation" else tuple(x.shape)
@@ -252,7 +261,7 @@ def check_target(x: Tensor, lead: tuple[int, ...], n: int, target, target_is: st
         )
 
 
-def ordered_target(x, rows: Rows, target, target_is, ties, validate):
+def ordered_target(x, rows: Rows, target, target_is, ties, validate, base=0):
     """(target (b, n), order, which rows hold a NaN that the op does not see or None)."""
     n = rows.n
     check_target(x, rows.lead, n, target, target_is)
@@ -273,11 +282,17 @@ def ordered_target(x, rows: Rows, target, target_is, ties, validate):
     if target_is == "ranks":
         if target.dtype not in checks.INTEGERS and target.dtype not in checks.FLOATS:
             raise ValueError(f"target must hold ranks, got {target.dtype}")
+        if folded.dtype in (torch.uint8, torch.int8, torch.int16):  # n may be beyond these
+            folded = folded.to(torch.int32)
+        if validate is None:  # no device is waited for, and no graph or transform is in the way
+            on_cpu = target.device.type == "cpu"
+            validate = on_cpu and not (torch.compiler.is_compiling() or transformed())
         if validate:
-            _check_ranks(folded, n, ties)
+            _check_ranks(folded, n, ties, base)
+        folded = folded - base if base else folded
         if ties == "stable":
             nan = folded.isnan().any(-1) if folded.is_floating_point() else None
-            if folded.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
+            if folded.dtype != torch.int32:
                 folded = folded.clamp(-1, n)  # what is not a rank stays none, also beyond 32 bits
             return folded.to(torch.int32), "ranks", nan
         return _comparable(folded), "shared", None
@@ -313,15 +328,23 @@ def _comparable(values: Tensor) -> Tensor:
     return values.to(torch.float32 if values.is_floating_point() else torch.int32)
 
 
-def _check_ranks(ranks: Tensor, n: int, ties: str) -> None:
-    inside = (ranks >= 0) & (ranks <= n - 1)
+def _check_ranks(ranks: Tensor, n: int, ties: str, base: int) -> None:
+    if ranks.is_floating_point():  # a row with a NaN has no order, and its loss is NaN
+        ranks = ranks[~ranks.isnan().any(-1)]
+    inside = (ranks >= base) & (ranks <= base + n - 1)
     if not bool(inside.all()):
-        raise ValueError(f"target ranks must be in [0, {n - 1}]")
+        raise ValueError(
+            f"target ranks must be in [{base}, {base + n - 1}] with base={base}, got "
+            f"{ranks.min().item()} to {ranks.max().item()}; what counts from 1 wants base=1, and "
+            "validate=False lets anything pass"
+        )
+    ranks = ranks - base
     whole = ranks.to(torch.int64)
     if not bool((whole == ranks).all()) and ties == "stable":
         raise ValueError("target ranks must be whole numbers")
     place = torch.arange(n, device=ranks.device)
     if ties == "stable" and not bool((whole.sort(-1).values == place).all()):
         raise ValueError(
-            "target ranks must be one of each 0 .. n - 1; for equal ranks use ties='share'"
+            "target ranks must be one of each 0 .. n - 1 (from base on); for equal ranks use "
+            "ties='share'"
         )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._sorting_padding import by_length
+from pyloss.functional._sorting_rows import fold
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.permutahedron import permutahedron
 
@@ -48,7 +49,7 @@ def permutahedron_rank(
 
     Raises:
         TypeError: ``values`` not a floating Tensor, or the strength not a number.
-        ValueError: no dimension, or a dimension of size 0; an unknown regularization; a strength
+        ValueError: no dimension; an unknown regularization; a strength
             that is not positive and finite.
         IndexError: ``dim`` out of range.
 
@@ -156,19 +157,24 @@ def centred_ranks(rows: Tensor, regularization: str, regularization_strength: fl
     return permutahedron(rows, True, kl, float(regularization_strength), centred=True)
 
 
-def _rows(values, regularization, strength, dim):
-    """(rows (b, n) in float32 or float64, the way back, kl) of checked arguments."""
-    checks.check_floating("values", values)
-    checks.check_has_dimension("values", values, "a 0-d Tensor")
+def check_projection(regularization, strength) -> None:
     if regularization not in _REGULARIZATIONS:
         raise ValueError(f"regularization must be 'l2' or 'kl', got {regularization!r}")
     checks.check_range("regularization_strength", strength, 0.0, open_low=True)
-    checks.check_along("values", values, dim)
+
+
+def _rows(values, regularization, strength, dim):
+    """(rows (b, n) in float32 or float64, the way back, kl) of checked arguments."""
+    checks.check_floating("values", values)
+    checks.check_dense("values", values)
+    checks.check_has_dimension("values", values, "a 0-d Tensor")
+    check_projection(regularization, strength)
+    checks.check_along("values", values, dim, empty=True)
     dtype = accumulator_dtype(values.dtype)
     result = checks.result_dtype(values.dtype, values)
     last = dim in (-1, values.dim() - 1)
     moved = values if last else values.movedim(dim, -1)
-    rows = (moved if moved.dim() == 2 else moved.reshape(-1, moved.shape[-1])).to(dtype)
+    rows = (moved if moved.dim() == 2 else fold(values, dim % values.dim())[0]).to(dtype)
 
     def restore(y: Tensor) -> Tensor:
         y = y.to(result)

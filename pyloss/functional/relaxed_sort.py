@@ -46,7 +46,7 @@ def neural_sort(
 
     Raises:
         TypeError: ``scores`` not a floating Tensor, or ``tau`` not a number.
-        ValueError: no dimension, or a dimension of size 0; ``tau`` not positive and finite.
+        ValueError: no dimension; ``tau`` not positive and finite.
         IndexError: ``dim`` out of range.
 
     Example:
@@ -74,6 +74,8 @@ def neural_sort(
             hard=hard,
         )
     s, result = _checked(scores, tau, dim)
+    if s.shape[-1] == 0:
+        return (s.unsqueeze(-1) * s.unsqueeze(-2)).to(result)
     s = s if descending else -s
     n = s.shape[-1]
     # A shift of all scores changes nothing, but the products of a large one would be rounded.
@@ -126,7 +128,7 @@ def soft_sort_matrix(
 
     Raises:
         TypeError: ``scores`` not a floating Tensor, or ``tau``, ``pow`` not numbers.
-        ValueError: no dimension, or a dimension of size 0; ``tau`` or ``pow`` not positive and
+        ValueError: no dimension; ``tau`` or ``pow`` not positive and
             finite.
         IndexError: ``dim`` out of range.
 
@@ -157,6 +159,8 @@ def soft_sort_matrix(
         )
     s, result = _checked(scores, tau, dim)
     check_range("pow", pow, 0.0, open_low=True)
+    if s.shape[-1] == 0:
+        return (s.unsqueeze(-1) * s.unsqueeze(-2)).to(result)
     ordered = s.sort(dim=-1, descending=descending).values.unsqueeze(-1)
     s = s.unsqueeze(-2)
     # inf - inf is no distance: 0 between equal ones, else infinite, without a gradient.
@@ -187,8 +191,9 @@ def _rows(logits: Tensor, hard: bool) -> Tensor:
 def _checked(scores, tau, dim) -> tuple[Tensor, torch.dtype]:
     """(scores with `dim` last, in float32 or float64; the dtype of the result)."""
     checks.check_floating("scores", scores)
+    checks.check_dense("scores", scores)
     checks.check_has_dimension("scores", scores, "a 0-d Tensor")
     check_range("tau", tau, 0.0, open_low=True)
-    checks.check_along("scores", scores, dim)
+    checks.check_along("scores", scores, dim, empty=True)
     dtype = accumulator_dtype(scores.dtype)
     return scores.movedim(dim, -1).to(dtype), checks.result_dtype(scores.dtype, scores)

@@ -21,6 +21,7 @@ from pyloss.functional._sorting_rows import (
     checked_settings,
     expanded,
     for_op,
+    nothing,
     one_hot,
     ordered_target,
     permutation,
@@ -35,6 +36,7 @@ from pyloss.functional._sorting_rows import (
 from pyloss.functional._sorting_rows import UnknownNetworkError as UnknownNetworkError
 from pyloss.functional.permutahedron import (
     centred_ranks,
+    check_projection,
     permutahedron_rank,
     permutahedron_sort,
 )
@@ -146,7 +148,10 @@ def soft_sort(
             permutahedron_sort, x, dim, descending, regularization, regularization_strength
         )
     settings = checked_settings(network, distribution, steepness, art_lambda)
-    rows = rows_of("x", x, dim, descending, settings)
+    rows = rows_of("x", x, dim, descending, settings, empty=True)
+    if rows.n == 0:
+        y = rows.unfolded(rows.x)
+        return (y, rows.matrices(nothing(rows))) if return_permutation else y
     p = None
     if return_permutation:
         y, p = permutation(rows)
@@ -243,7 +248,9 @@ def soft_rank(
         )
         return found if base == 1 else found + (base - 1)
     settings = checked_settings(network, distribution, steepness, art_lambda)
-    rows = rows_of("x", x, dim, descending, settings)
+    rows = rows_of("x", x, dim, descending, settings, empty=True)
+    if rows.n == 0:
+        return rows.unfolded(rows.x)
     r = applied(rows, places(rows), False).squeeze(-1)
     if hard:
         r = straight_through(r, rows.ranks())
@@ -310,7 +317,9 @@ def soft_argsort(
         )
         return index.squeeze(-1).movedim(-1, dim).to(checks.result_dtype(x.dtype, x))
     settings = checked_settings(network, distribution, steepness, art_lambda)
-    rows = rows_of("x", x, dim, descending, settings)
+    rows = rows_of("x", x, dim, descending, settings, empty=True)
+    if rows.n == 0:
+        return rows.unfolded(rows.x)
     index = applied(rows, places(rows), True).squeeze(-1)
     if hard:
         index = straight_through(index, rows.order())
@@ -371,7 +380,9 @@ def soft_permutation(
             hard=hard,
         )
     settings = checked_settings(network, distribution, steepness, art_lambda)
-    rows = rows_of("x", x, dim, descending, settings)
+    rows = rows_of("x", x, dim, descending, settings, empty=True)
+    if rows.n == 0:
+        return rows.matrices(nothing(rows))
     _, p = permutation(rows)
     if hard:
         p = straight_through(p, one_hot(rows))
@@ -422,7 +433,7 @@ def soft_permute(
     """
     settings = checked_settings(network, distribution, steepness, art_lambda)
     check_ordered("feats", feats)
-    rows = rows_of("x", x, dim, descending, settings)
+    rows = rows_of("x", x, dim, descending, settings, empty=True)
     if feats.dim() < 2 or feats.shape[-2] != rows.n:
         raise ValueError(
             f"feats must be (..., n, d) with n = {rows.n}, the sorted size of x; got the shape "
@@ -469,6 +480,8 @@ def soft_permute(
     else:
         f = feats.expand(*lead, *feats.shape[-2:]).reshape(math.prod(lead), *feats.shape[-2:])
     f = f.to(work).contiguous()
+    if rows.n == 0:
+        return rows.matrices(rows.x.unsqueeze(-1) * f)
     found = applied(rows, f, True)
     if hard:
         order = rows.order().unsqueeze(-1).expand(-1, -1, f.shape[2])
@@ -520,7 +533,7 @@ def soft_topk(
         Petersen, Kuehne, Borgelt, Deussen. arXiv 2206.07290.
     """
     if mask is not None or lengths is not None:
-        checks.check_integer("k", k)
+        k = checks.as_integer("k", k)
         return by_length(
             lambda rows, **options: soft_topk(rows, k, **options),
             ("element", k),
@@ -535,7 +548,7 @@ def soft_topk(
             art_lambda=art_lambda,
             hard=hard,
         )
-    checks.check_integer("k", k)
+    k = checks.as_integer("k", k)
     settings = checked_settings(network, distribution, steepness, art_lambda, k, SELECTORS)
     rows = rows_of("x", x, dim, not largest, settings)  # either way the largest of the rows
     if not 1 <= k <= rows.n:
@@ -592,6 +605,45 @@ def _correlation(r: Tensor, t: Tensor) -> Tensor:
 # Losses
 
 
+def check_loss_options(
+    *, kind, target_is, reduction, ties, base, network="auto", distribution="cauchy",
+    steepness=10.0, art_lambda=0.25, **_,
+) -> None:  # fmt: skip
+    """Those of sorting_cross_entropy, also for its module, which finds a typo when it is made."""
+    check_choice("kind", kind, op.KINDS)
+    check_choice("target_is", target_is, TARGETS)
+    check_choice("reduction", reduction, op.REDUCTIONS)
+    check_choice("ties", ties, TIES)
+    if target_is == "permutation" and ties != "stable":
+        raise ValueError(
+            "ties='share' has no effect with target_is='permutation', which has no ties"
+        )
+    checks.as_integer("base", base)
+    if base and target_is != "ranks":
+        raise ValueError(f"base has no effect with target_is={target_is!r}")
+    checked_settings(network, distribution, steepness, art_lambda)
+
+
+def check_spearman_options(
+    reduction, network, distribution, steepness, art_lambda, method, regularization,
+    regularization_strength, ties, dim=-1,
+) -> None:  # fmt: skip
+    """Those of spearman_loss, also for its module."""
+    check_choice("reduction", reduction, op.REDUCTIONS)
+    check_choice("ties", ties, TIES)
+    _check_method(
+        method, network, distribution, steepness, art_lambda, regularization,
+        regularization_strength,
+    )  # fmt: skip
+    if method == "permutahedron" and ties != "share":
+        raise ValueError(
+            "method='permutahedron' has no ties='stable': equal scores share their rank"
+        )
+    if method == "permutahedron":
+        check_projection(regularization, regularization_strength)
+    checked_settings(network, distribution, steepness, art_lambda)
+
+
 def sorting_cross_entropy(
     x: Tensor,
     target: Tensor,
@@ -606,9 +658,10 @@ def sorting_cross_entropy(
     distribution: str = "cauchy",
     steepness: float | Tensor = 10.0,
     art_lambda: float = 0.25,
-    validate: bool = False,
+    validate: bool | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    base: int = 0,
 ) -> Tensor:
     r"""Cross entropy of the soft permutation against the true one, fused: P is never in memory.
 
@@ -623,7 +676,8 @@ def sorting_cross_entropy(
             ``"col_ce"`` (P at least 1e-30). The rows and the columns of P both sum to 1, so that
             the last two are the same number.
         target_is: ``"values"``: of the shape of x, any real dtype, ordered by a stable sort.
-            ``"ranks"``: of the shape of x, integers 0 .. n-1, such as ``v.argsort().argsort()``.
+            ``"ranks"``: of the shape of x, integers 0 .. n-1, such as ``v.argsort().argsort()``, or
+            from ``base`` on.
             ``"permutation"``: ``(..., n, n)``, one-hot, Q[i, rank of i] = 1; a row without an
             entry above 1/2 is like no target.
         reduction: ``"mean"`` or ``"sum"`` over the items, each the mean over its n^2 or n terms;
@@ -632,11 +686,13 @@ def sorting_cross_entropy(
         ties: of equal values: ``"stable"``: ranks in their order; ``"share"``: each gets the mean
             of their columns. A permutation has none.
         network, distribution, steepness, art_lambda: as in :func:`soft_sort`.
-        validate: check that ranks are one of each and that a permutation is one, which a GPU has to
-            wait for. Without it, a rank that does not exist is like no target at all.
+        validate: True: check that ranks are one of each and that a permutation is one, for which
+            a GPU is waited for. None: ranks alone, and on the CPU alone, outside of compiled graphs
+            and transforms. False: nothing; a rank that does not exist is like no target at all.
         mask, lengths: as in :func:`soft_sort`. Ranks and permutations are those of the
             elements that count: 0 .. m - 1 for m of them. An item without any is none: its loss is
             0, and the mean does not count it.
+        base: the rank of the first with ``target_is="ranks"``; :func:`soft_rank` counts from 1.
 
     Returns:
         0-d, or the shape of x without ``dim``; of the dtype of x, float32 for half types under
@@ -644,7 +700,8 @@ def sorting_cross_entropy(
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`soft_sort`.
-        ValueError: a target of the wrong shape, dtype or device, or of wrong values if validated.
+        ValueError: a target of the wrong shape, dtype or device, or of wrong values where
+            validated.
 
     Example:
         >>> import torch, pyloss
@@ -659,8 +716,9 @@ def sorting_cross_entropy(
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
     if mask is not None or lengths is not None:
-        check_choice("target_is", target_is, TARGETS)
-        check_choice("reduction", reduction, op.REDUCTIONS)
+        check_loss_options(
+            kind=kind, target_is=target_is, reduction=reduction, ties=ties, base=base
+        )
         return loss_by_length(
             sorting_cross_entropy,
             x,
@@ -678,18 +736,12 @@ def sorting_cross_entropy(
             steepness=steepness,
             art_lambda=art_lambda,
             validate=validate,
+            base=base,
         )
-    check_choice("kind", kind, op.KINDS)
-    check_choice("target_is", target_is, TARGETS)
-    check_choice("reduction", reduction, op.REDUCTIONS)
-    check_choice("ties", ties, TIES)
-    if target_is == "permutation" and ties != "stable":
-        raise ValueError(
-            "ties='share' has no effect with target_is='permutation', which has no ties"
-        )
+    check_loss_options(kind=kind, target_is=target_is, reduction=reduction, ties=ties, base=base)
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, descending, settings)
-    ranked, order, nan = ordered_target(x, rows, target, target_is, ties, validate)
+    ranked, order, nan = ordered_target(x, rows, target, target_is, ties, validate, base)
     scaled, settings = for_op(poisoned(rows, nan))
     loss = op.loss(scaled, ranked, None, settings, order=order, kind=kind, reduction=reduction)
     return (loss.view(rows.lead) if reduction == "none" else loss).to(rows.dtype)
@@ -748,7 +800,10 @@ def spearman_loss(
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
     if mask is not None or lengths is not None:
-        check_choice("reduction", reduction, op.REDUCTIONS)
+        check_spearman_options(
+            reduction, network, distribution, steepness, art_lambda, method, regularization,
+        regularization_strength, ties,
+        )  # fmt: skip
         return loss_by_length(
             spearman_loss,
             x,
@@ -766,16 +821,10 @@ def spearman_loss(
             regularization_strength=regularization_strength,
             ties=ties,
         )
-    check_choice("reduction", reduction, op.REDUCTIONS)
-    check_choice("ties", ties, TIES)
-    _check_method(
-        method, network, distribution, steepness, art_lambda, regularization,
-        regularization_strength,
+    check_spearman_options(
+        reduction, network, distribution, steepness, art_lambda, method, regularization,
+        regularization_strength, ties,
     )  # fmt: skip
-    if method == "permutahedron" and ties != "share":
-        raise ValueError(
-            "method='permutahedron' has no ties='stable': equal scores share their rank"
-        )
     settings = checked_settings(network, distribution, steepness, art_lambda)
     rows = rows_of("x", x, dim, False, settings)
     values, order, _ = ordered_target(x, rows, target, "values", "share", False)

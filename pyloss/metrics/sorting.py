@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.functional._checks import check_tensor
+from pyloss.functional._checks import check_dense, check_tensor
 from pyloss.functional._sorting_rows import check_ordered
 
 
@@ -58,6 +58,7 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
     """
     check_ordered("input", input)
     check_tensor("target", target)
+    check_dense("target", target)
     if input.shape != target.shape:
         raise ValueError(
             f"target must have the shape {list(input.shape)} of input, got {list(target.shape)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyloss.functional import relaxed_sort as F
+from pyloss.functional._checks import check_range
 from pyloss.nn._module import OptionsModule
 
 
@@ -23,7 +24,7 @@ class NeuralSort(OptionsModule):
         - output: ``(*, n, n)``; a row is a rank, largest first
 
     Raises:
-        As the function, when called.
+        As the function; of ``tau`` and ``pow`` when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -37,6 +38,7 @@ class NeuralSort(OptionsModule):
     def __init__(
         self, tau: float = 1.0, hard: bool = False, *, dim: int = -1, descending: bool = True
     ) -> None:
+        check_range("tau", tau, 0.0, open_low=True)
         super().__init__(tau=tau, hard=hard, dim=dim, descending=descending)
 
     def forward(
@@ -59,7 +61,7 @@ class SoftSort(OptionsModule):
         - output: ``(*, n, n)``; a row is a rank, largest first
 
     Raises:
-        As the function, when called.
+        As the function; of ``tau`` and ``pow`` when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -79,6 +81,8 @@ class SoftSort(OptionsModule):
         dim: int = -1,
         descending: bool = True,
     ) -> None:
+        check_range("tau", tau, 0.0, open_low=True)
+        check_range("pow", pow, 0.0, open_low=True)
         super().__init__(tau=tau, hard=hard, pow=pow, dim=dim, descending=descending)
 
     def forward(

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import sorting as F
-from pyloss.functional._checks import check_tensor
+from pyloss.functional._checks import as_integer, check_tensor
 from pyloss.functional._options import SortingLossOptions, SpearmanOptions, options_of
 from pyloss.functional._sorting_rows import SELECTORS, SORTERS, checked_settings
 from pyloss.nn._module import LossModule, OptionsModule
 
 PADDING = ("mask", "lengths")  # which a module gets when it is called
-
-
-def _integer(name: str, value) -> int:
-    """An int, or what stands for one, such as numpy's."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    return operator.index(value)
 
 
 class _Network(OptionsModule):
@@ -38,9 +29,11 @@ class _Network(OptionsModule):
                     f"which is {distribution!r}"
                 )
             distribution = interpolation_type
-        size = _integer("size", size)
+        size = as_integer("size", size)
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
+        if art_lambda is None and distribution != "logistic_phi":  # of which alone it is an option
+            art_lambda = 0.25
         checked_settings(sorting_network_type, distribution, steepness, art_lambda, k, networks)
         super().__init__(steepness=steepness, art_lambda=art_lambda, distribution=distribution)
         self.sorting_network_type = sorting_network_type
@@ -69,7 +62,7 @@ class DiffSortNet(_Network):
         size: n, any number from 1.
         device: accepted and ignored: the module works where its input is.
         steepness: > 0, of the comparators.
-        art_lambda: exponent of ``"logistic_phi"``, in [0, 1).
+        art_lambda: exponent of ``"logistic_phi"``, in [0, 1); None for the others.
         interpolation_type: an old name of ``distribution``.
         distribution: as in :func:`pyloss.soft_sort`.
 
@@ -102,7 +95,7 @@ class DiffSortNet(_Network):
         size: int,
         device: torch.device | str = "cpu",
         steepness: float = 10.0,
-        art_lambda: float = 0.25,
+        art_lambda: float | None = 0.25,
         interpolation_type: str | None = None,
         distribution: str = "cauchy",
     ) -> None:
@@ -154,7 +147,7 @@ class DiffTopkNet(_Network):
         sparse: bool = False,
         device: torch.device | str = "cpu",
         steepness: float = 10.0,
-        art_lambda: float = 0.25,
+        art_lambda: float | None = 0.25,
         interpolation_type: str | None = None,
         distribution: str = "cauchy",
     ) -> None:
@@ -162,7 +155,7 @@ class DiffTopkNet(_Network):
             sorting_network_type, size, steepness, art_lambda, interpolation_type, distribution,
             SELECTORS, k,
         )  # fmt: skip
-        k = _integer("k", k)
+        k = as_integer("k", k)
         if not 1 <= k <= size:
             raise ValueError(f"k must be in [1, {size}], the size; got {k}")
         self.k = k
@@ -183,7 +176,7 @@ class SortingCrossEntropyLoss(LossModule):
 
     Args:
         kind, target_is, reduction, dim, descending, ties, network, distribution, steepness,
-            art_lambda, validate: as for :func:`pyloss.sorting_cross_entropy`.
+            art_lambda, validate, base: as for :func:`pyloss.sorting_cross_entropy`.
 
     Shape:
         - x: ``(..., n, ...)``
@@ -192,7 +185,7 @@ class SortingCrossEntropyLoss(LossModule):
         - output: scalar, or the shape of x without ``dim`` with ``reduction="none"``
 
     Raises:
-        As :func:`pyloss.sorting_cross_entropy`, when called.
+        As :func:`pyloss.sorting_cross_entropy`; of an option when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -208,6 +201,7 @@ class SortingCrossEntropyLoss(LossModule):
         F.sorting_cross_entropy, positional=3, without=PADDING, annotations={"steepness": "float"}
     )
     def __init__(self, **options: Unpack[SortingLossOptions]) -> None:
+        F.check_loss_options(**options)
         super().__init__(**options)
 
     def forward(
@@ -235,7 +229,7 @@ class SpearmanLoss(LossModule):
         - output: scalar, or the shape of x without ``dim`` with ``reduction="none"``
 
     Raises:
-        As :func:`pyloss.spearman_loss`, when called.
+        As :func:`pyloss.spearman_loss`; of an option when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -248,6 +242,7 @@ class SpearmanLoss(LossModule):
 
     @options_of(F.spearman_loss, positional=1, without=PADDING, annotations={"steepness": "float"})
     def __init__(self, **options: Unpack[SpearmanOptions]) -> None:
+        F.check_spearman_options(**options)
         super().__init__(**options)
 
     def forward(

@@ -51,6 +51,7 @@ def spec(function, rank: bool) -> Spec:
         thorough=True,
         empty={
             "no rows": Empty(lambda: sample(0, 5), 0.0, (0, 5)),
+            "no elements": Empty(lambda: sample(2, 0), 0.0, (2, 0)),
             "no rows along another dim": Empty(lambda: sample(0, 7, 2, dim=1), 0.0, (0, 7, 2)),
         },
         compile_samples=("dim", "kl"),
@@ -68,7 +69,8 @@ def spec(function, rank: bool) -> Spec:
             *(Bad(ValueError, "regularization_strength", dict(regularization_strength=bad))
               for bad in (0, -1.0, math.nan, math.inf)),
             Bad(IndexError, r"dim must be in \[-2, 1\].* got 2", dict(dim=2)),
-            Bad(ValueError, r"empty along dim 0, got \[0, 3\]", dict(values=X[:0], dim=0)),
+            Bad(TypeError, "dim must be an integer", dict(dim=None)),
+            Bad(TypeError, "values must be a dense Tensor", dict(values=X.to_sparse())),
         ),
     )  # fmt: skip
 

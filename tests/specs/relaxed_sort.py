@@ -54,7 +54,8 @@ def errors() -> tuple[Bad, ...]:
         Bad(TypeError, "tau must be a number", dict(tau="1")),
         *(Bad(ValueError, "tau", dict(tau=bad)) for bad in (0, -1.0, math.nan, math.inf)),
         Bad(IndexError, "dim must be in", dict(dim=-3)),
-        Bad(ValueError, "empty along dim -1", dict(scores=S[:, :0])),
+        Bad(TypeError, "dim must be an integer", dict(dim=None)),
+        Bad(TypeError, "scores must be a dense Tensor", dict(scores=S.to_sparse())),
     )
 
 
@@ -78,7 +79,10 @@ SPECS = (
         reference=neural_reference,
         gradients=("scores",),
         thorough=True,
-        empty={"no rows": Empty(lambda: sample(0, 3), 0.0, (0, 3, 3))},
+        empty={
+            "no rows": Empty(lambda: sample(0, 3), 0.0, (0, 3, 3)),
+            "no elements": Empty(lambda: sample(2, 0), 0.0, (2, 0, 0)),
+        },
         vmap=("scores",),
         nan={"scores": "row"},
         errors=errors(),
@@ -96,7 +100,10 @@ SPECS = (
         reference=soft_reference,
         gradients=("scores",),
         thorough=True,
-        empty={"no rows": Empty(lambda: sample(0, 3), 0.0, (0, 3, 3))},
+        empty={
+            "no rows": Empty(lambda: sample(0, 3), 0.0, (0, 3, 3)),
+            "no elements": Empty(lambda: sample(2, 0), 0.0, (2, 0, 0)),
+        },
         compile_samples=("plain", "pow 0.5"),
         vmap=("scores",),
         nan={"scores": "row"},

@@ -111,14 +111,14 @@ def topk_reference(x, k, dim=-1, largest=True, *, network="auto", distribution="
 
 def cross_entropy_reference(
     x, target, kind="bce", target_is="values", reduction="mean", *, dim=-1, descending=False,
-    ties="stable", validate=False, **options,
+    ties="stable", validate=False, base=0, **options,
 ):  # fmt: skip
     rows, sign, p = _matrix(x, dim, descending, **options)
     n = rows.shape[-1]
     if target_is == "permutation":
         q = target.to(p.dtype)
     elif target_is == "ranks":
-        q = torch.nn.functional.one_hot(target.movedim(dim, -1).long(), n).to(p.dtype)
+        q = torch.nn.functional.one_hot(target.movedim(dim, -1).long() - base, n).to(p.dtype)
     else:
         t = sign * target.movedim(dim, -1)
         ranks = t.argsort(dim=-1, stable=True).argsort(-1)
@@ -214,8 +214,10 @@ X_ERRORS = (
     Bad(ValueError, "one dimension.*0-d", dict(x=torch.tensor(1.0))),
     Bad(TypeError, r"x must be float.*int64.*\[2, 5\]", dict(x=X.long())),
     Bad(TypeError, "x must be .*complex64", dict(x=X.cfloat())),
-    Bad(ValueError, r"nothing to sort.*\[2, 0\]", dict(x=X[:, :0])),
-    Bad(ValueError, "nothing to sort along dim 0", dict(x=X[:0], dim=0)),
+    Bad(TypeError, "x must be a dense Tensor, got one of layout torch.sparse_coo",
+        dict(x=X.to_sparse())),
+    Bad(TypeError, "dim must be an integer, got float", dict(dim=1.0)),
+    Bad(TypeError, "dim must be an integer, got NoneType", dict(dim=None)),
     Bad(IndexError, r"\[-2, 1\], but got 2", dict(dim=2)),
     Bad(ValueError, "network must be one of auto, bitonic, odd_even, batcher.*; got 'bubble'",
         dict(network="bubble")),
@@ -233,6 +235,10 @@ X_ERRORS = (
     Bad(ValueError, r"in \[0, 1\), got 1", dict(art_lambda=1.0)),
     Bad(ValueError, "art_lambda", dict(art_lambda=math.nan)),
 )  # fmt: skip
+NOTHING = (
+    Bad(ValueError, r"nothing to sort.*\[2, 0\]", dict(x=X[:, :0])),
+    Bad(ValueError, "nothing to sort along dim 0", dict(x=X[:0], dim=0)),
+)
 NO_SELECTOR = Bad(ValueError, "network must be one", dict(network="splitter_selection"))
 TARGET_ERRORS = (
     Bad(ValueError, "reduction must be one of none", dict(reduction="avg")),
@@ -240,6 +246,7 @@ TARGET_ERRORS = (
     Bad(ValueError, r"target must have the shape \[2, 5\] with target_is='values', got \[2, 3\]",
         dict(target=X[:, :3])),
     Bad(ValueError, "real values.*complex64", dict(target=X.cfloat())),
+    Bad(TypeError, "target must be a dense Tensor", dict(target=X.to_sparse())),
     Bad(ValueError, "target is on meta", dict(target=X.to("meta"))),
 )  # fmt: skip
 
@@ -331,6 +338,8 @@ CROSS_ENTROPY = {
     "descending": lambda: with_target(reduction="none", descending=True),
     "ranks": lambda: Sample({**scores().inputs, "target": RANKS},
                             dict(target_is="ranks", validate=True)),
+    "ranks from 1": lambda: Sample({**scores().inputs, "target": RANKS + 1},
+                                   dict(target_is="ranks", base=1)),
     "permutation": lambda: Sample({**scores().inputs, "target": Q},
                                   dict(target_is="permutation", validate=True)),
 }  # fmt: skip
@@ -450,6 +459,7 @@ SPECS = (
         large=lambda: scores(300, 60, k=4),
         errors=(
             *X_ERRORS,
+            *NOTHING,
             Bad(ValueError, r"k must be in \[1, 5\].*got 0", dict(k=0)),
             Bad(ValueError, r"k must be in \[1, 5\].*got 6", dict(k=6)),
             Bad(ValueError, r"k must be in \[1, 5\]", dict(k=6, network="splitter_selection")),
@@ -474,6 +484,7 @@ SPECS = (
         errors=(
             *X_ERRORS,
             NO_SELECTOR,
+            *NOTHING,
             *TARGET_ERRORS,
             Bad(ValueError, "kind must be one of bce, row_ce, col_ce", dict(kind="mse")),
             Bad(ValueError, "target_is must be one of values", dict(target_is="order")),
@@ -486,7 +497,11 @@ SPECS = (
             *(
                 Bad(ValueError, message, dict(target=t, target_is=is_a, validate=True))
                 for message, t, is_a in (
-                    (r"ranks must be in \[0, 4\]", RANKS + 1, "ranks"),
+                    (
+                        r"ranks must be in \[0, 4\] with base=0, got 1 to 5.*base=1",
+                        RANKS + 1,
+                        "ranks",
+                    ),
                     ("one of each.*ties='share'", RANKS.clamp_max(2), "ranks"),
                     ("whole", RANKS * 0.5, "ranks"),
                     ("not a permutation", torch.full((2, 5, 5), 0.2), "permutation"),
@@ -511,6 +526,7 @@ SPECS = (
         large=lambda: with_target(300, 60),
         errors=(
             *X_ERRORS,
+            *NOTHING,
             *TARGET_ERRORS,
             *(e for e in METHOD_ERRORS if "hard" not in e.change),
             Bad(ValueError, "no ties='stable'", dict(method="permutahedron", ties="stable")),

@@ -78,7 +78,7 @@ def permutahedron(
         packed = _ops.permutahedron_fwd(x.detach(), rank, kl, strength)[1]
         return reference.composed(x, packed, rank, kl, strength, centred)
     if torch.is_grad_enabled() and x.requires_grad:
-        # An empty part of x: with l2 the gradient depends on x by its blocks alone, and this is what
-        # makes its derivative 0 rather than an error.
+        # An empty part of x: with l2 the gradient depends on x by its blocks alone, and this makes
+        # the derivative of it 0 rather than an error.
         return _Permutahedron.apply(x, x[:0].clone(), rank, kl, strength, centred)
     return _ops.permutahedron_fwd(x, rank, kl, strength, centred)[0]
