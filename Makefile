@@ -11,7 +11,8 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 JOBS ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST_ARGS ?= --timeout=600 --durations=20 -n $(JOBS) --dist worksteal
 # Without PYLOSS_CUDA_ARCHS the build is for the GPUs of this machine, else for 90.
-PYLOSS_CMAKE_ARGS ?= -DPYLOSS_CUDA_WERROR=ON $(if $(CUDA_ARCHS),"-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)")
+PYLOSS_CMAKE_ARGS ?= -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA_WERROR=ON \
+  $(if $(CUDA_ARCHS),"-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)")
 export PYLOSS_CMAKE_ARGS
 
 DEPS := $(VENV)/.deps.stamp
@@ -60,15 +61,17 @@ SANITIZE := -DPYLOSS_SANITIZE=ON -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA=OFF
 configure = $(TOOLS) cmake -S . -B $(1) -G Ninja -DPython_EXECUTABLE="$(abspath $(PY))" \
   -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" $(2)
 
-ctest: $(DEPS)
-	$(call configure,build/cpp,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF -DPYLOSS_CUDA=OFF)
-	$(TOOLS) cmake --build build/cpp $(MAKE_JOBS)
-	$(TOOLS) ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
+# In the folder of the build, whose objects the tests link.
+BUILD_DIR = build/cmake-$(shell $(PY) -c "import sysconfig; print(sysconfig.get_config_var('SOABI'))")
+ctest: $(BUILT)
+	$(TOOLS) cmake -DPYLOSS_BUILD_TESTS=ON $(BUILD_DIR)
+	$(TOOLS) cmake --build $(BUILD_DIR) $(MAKE_JOBS) --target cpp_tests
+	$(TOOLS) ctest --test-dir $(BUILD_DIR) --output-on-failure -j $(JOBS)
 
 # The C++ tests, the shim and the boundary fuzz under AddressSanitizer and UBSan.
 sanitize: $(DEPS)
 	$(call configure,build/sanitize,$(SANITIZE))
-	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS)
+	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target cpp_tests
 	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
 # For tests/compile/test_nvcc_compile.py. Nothing without nvcc.
