@@ -19,9 +19,11 @@ DEPS := $(VENV)/.deps.stamp
 BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-all gpu-proof ctest sanitize other-archs pytest peers bench lint format docs clean
+.PHONY: build demo test test-all gpu-proof ctest sanitize other-archs pytest peers bench lint format \
+  docs clean help
 .DEFAULT_GOAL := build
 
+## the environment in .venv and an editable install (what `make` alone does)
 build: $(BUILT)
 
 $(DEPS): requirements-dev.txt
@@ -33,20 +35,21 @@ $(BUILT): $(DEPS) $(SOURCES)
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+## trains on real input with pyloss and with PyTorch, and compares
 demo: $(BUILT)
 	$(PY) -m pyloss.demo
 
-# What a change must pass: the C++ tests, the CUDA kernels on the CPU shim, and all Python tests but
-# those marked exhaustive. At most 8 minutes on 2 cores.
+# All that a change must pass; at most 8 minutes on 2 cores after the build.
+## builds everything and runs the tests: C++, CUDA kernels on the CPU, Python
 test: ctest pytest
 
-# Everything that needs no GPU, as the nightly workflow runs it. Two threads in each Python process,
-# where `make test` has one a core.
+# As the nightly workflow runs it. Two threads in each Python process, where `make test` has one a
+# core.
+## all tests that need no GPU: test, sanitize, gpu-proof, and those marked exhaustive
 test-all: $(BUILT) ctest sanitize other-archs
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
-# What can be shown of the GPU code without a GPU, beyond what `make test` shows: the kernels on the
-# shim under AddressSanitizer and UBSan, CUDA C++ and Triton compiled for sm_80 and sm_100.
+## GPU code without a GPU, beyond `make test`: CUDA under sanitizers, sm_80 and sm_100
 gpu-proof: $(BUILT) other-archs
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
@@ -61,14 +64,15 @@ SANITIZE := -DPYLOSS_SANITIZE=ON -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA=OFF
 configure = $(TOOLS) cmake -S . -B $(1) -G Ninja -DPython_EXECUTABLE="$(abspath $(PY))" \
   -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" $(2)
 
-# In the folder of the build, whose objects the tests link.
+# The folder of the build, whose objects the C++ tests link.
 BUILD_DIR = build/cmake-$(shell $(PY) -c "import sysconfig; print(sysconfig.get_config_var('SOABI'))")
+## the C++ tests, and the CUDA kernels on the CPU
 ctest: $(BUILT)
 	$(TOOLS) cmake -DPYLOSS_BUILD_TESTS=ON $(BUILD_DIR)
 	$(TOOLS) cmake --build $(BUILD_DIR) $(MAKE_JOBS) --target cpp_tests
 	$(TOOLS) ctest --test-dir $(BUILD_DIR) --output-on-failure -j $(JOBS)
 
-# The C++ tests, the shim and the boundary fuzz under AddressSanitizer and UBSan.
+## C++ tests, CUDA kernels and the boundary fuzz under AddressSanitizer and UBSan
 sanitize: $(DEPS)
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target cpp_tests
@@ -81,35 +85,50 @@ other-archs: $(DEPS)
 	if grep -q 'CMAKE_CUDA_COMPILER:.*nvcc' build/gpu-proof/CMakeCache.txt; then \
 	  $(TOOLS) cmake --build build/gpu-proof $(MAKE_JOBS) --target pyloss_cuda; fi
 
+## the Python tests; a part of them: make pytest PYTEST_ARGS=tests/test_fork.py
 pytest: $(BUILT)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # torchsort compiles against the installed torch, and fails where it sees an nvcc that torch was not
 # built with; hence the short PATH. Where it fails all the same, the benchmarks and the test of
 # equality go on without it.
+## installs torchsort, which benchmarks and a test of equality compare with
 peers: $(DEPS)
 	-env -u CUDA_HOME PATH=/usr/bin:/bin $(abspath $(PY)) -m pip install \
 	  --disable-pip-version-check --no-deps --no-build-isolation torchsort
 
+## benchmark of row_softmax; others: python -m bench.run --op NAME
 bench: $(BUILT)
 	$(PY) -m bench.run --op row_softmax
 
+## ruff, clang-format, and basedpyright on a program with every public name
 lint: $(DEPS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(PY) -m basedpyright --pythonpath $(PY)
 
+## formats Python, C++ and CUDA
 format: $(DEPS)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format -i
 
+## the documentation as a site in site/
 docs: $(DEPS)
-	$(PY) -m pip install --disable-pip-version-check 'mkdocs>=1.6' 'mkdocs-material>=9.5'
-	$(PY) -m mkdocs build --strict
+	$(PY) -m pip install --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
+## removes what was built, but not .venv
 clean:
 	rm -rf build dist site *.egg-info $(BUILT) pyloss/_C*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# A line that starts with two # signs says what the target below it does.
+## this list
+help:
+	@awk '/^## / { text = substr($$0, 4) } \
+	  /^[a-z-]+:/ && text { sub(":.*", ""); printf "make %-12s %s\n", $$0, text; text = "" }' \
+	  $(firstword $(MAKEFILE_LIST))

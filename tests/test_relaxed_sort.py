@@ -142,3 +142,31 @@ def test_errors():
             f(s[:, :0])
     with pytest.raises(ValueError, match="pow"):
         soft_sort_matrix(s, 1.0, 0.0)
+
+
+def test_huge_scores_stay_below_infinite_ones():
+    inf = math.inf
+    order = soft_sort_matrix(torch.tensor([2e38, inf, 0.0, -inf, -2e38])).argmax(-1)
+    assert order.tolist() == [1, 0, 2, 4, 3]
+
+
+def test_neural_sort_of_huge_scores_and_of_a_tiny_tau():
+    order = torch.eye(3)[[0, 2, 1]]
+    assert torch.equal(neural_sort(torch.tensor([3e38, -3e38, 1.0])), order)
+    for tau in (1e-38, 1e-40):
+        scores = torch.tensor([1.0, 3.0, 2.0], requires_grad=True)
+        p = neural_sort(scores, tau=tau)
+        assert torch.equal(p, torch.eye(3)[[1, 2, 0]])
+        (ds,) = torch.autograd.grad(p, scores, torch.randn_like(p))
+        assert torch.equal(ds, torch.zeros(3))
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e5, 1e6])
+def test_neural_sort_does_not_lose_accuracy_with_the_offset(offset):
+    scores = (torch.randn(16) + offset).requires_grad_()  # as rounded, the same in both
+    exact = scores.detach().double().requires_grad_()
+    p, q = neural_sort(scores), neural_sort(exact)
+    torch.testing.assert_close(p.double(), q, rtol=0, atol=1e-5)
+    g = torch.randn(16, 16)
+    (ds,), (dq,) = torch.autograd.grad(p, scores, g), torch.autograd.grad(q, exact, g.double())
+    torch.testing.assert_close(ds.double(), dq, rtol=1e-4, atol=1e-5)

@@ -1162,3 +1162,19 @@ def test_an_infinite_loss_is_not_taken_for_truncated():
     loss = pyloss.fused_cross_entropy(x, torch.tensor([1]))
     loss.backward()
     assert loss == torch.inf and torch.equal(x.grad, torch.tensor([[1.0, -1.0]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [5, 140_000])  # early gradient, and late
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_an_infinite_upstream_does_not_reach_ignored_rows(dtype, classes, reduction, factor):
+    """A step without labels: the mean over none of them must not spoil the weights."""
+    x = torch.randn(3, classes).to(dtype)
+    for target in ([-100, -100, -100], [2, -100, -100]):
+        leaf = x.clone().requires_grad_()
+        loss = pyloss.fused_cross_entropy(leaf, torch.tensor(target), reduction=reduction)
+        (loss * factor).backward()
+        assert torch.equal(leaf.grad[1:], torch.zeros_like(x[1:]))
+        if target[0] == -100:
+            assert torch.equal(leaf.grad[0], torch.zeros_like(x[0]))

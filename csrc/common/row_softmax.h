@@ -21,13 +21,14 @@
 
 #include "common/dtype.h"
 #include "common/math.h"
+#include "common/reduction.h"
 
 namespace pyloss {
 
-// The codes are part of the Python boundary (pyloss/ops/row_softmax.py).
+// The codes are part of the Python boundary (pyloss/ops/row_softmax/records.py).
 enum class TargetKind : int32_t { kIndex = 0, kMix = 1, kDense = 2 };
 enum class LossKind : int32_t { kCompSum = 0, kFocal = 1 };
-enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
+constexpr int kLossKindCount = 2;
 
 struct RowSoftmaxOptions {
   double logit_scale, softcap, temperature;  // softcap 0: none
@@ -522,6 +523,13 @@ PYLOSS_HD inline R soft_coefficient(const RowSoftmaxProblem& p, const RowTarget<
   if (c == t.y) r += t.first;
   if (c == t.y2) r += t.second;
   return r;
+}
+
+// A gradient for an upstream 1, scaled by what came from above. Rows that are ignored have the
+// gradient 0 whatever that is: 0 * infinity, of a mean over no rows, is not theirs.
+template <class R>
+PYLOSS_HD inline R scaled_gradient(R g, R upstream) {
+  return g == 0 ? g : g * upstream;
 }
 
 }  // namespace pyloss

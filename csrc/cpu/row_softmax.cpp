@@ -442,6 +442,7 @@ void backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threa
 template <class R>
 void scale(void* data, DType t, int64_t n, R factor, int threads) {
   if (factor == 1) return;
+  const bool finite = std::isfinite(factor);
   const int64_t size = dtype_size(t);
   parallel_for(n, kRangeElements, useful_threads(n, threads), [&](int64_t begin, int64_t end) {
     alignas(64) R v[kBlock];
@@ -449,7 +450,11 @@ void scale(void* data, DType t, int64_t n, R factor, int threads) {
       const int64_t m = std::min(kBlock, end - at);
       char* p = static_cast<char*>(data) + at * size;
       load_values(p, t, m, v);
-      block_affine(v, m, factor, R(0), static_cast<const R*>(nullptr), v);
+      if (finite) {
+        block_affine(v, m, factor, R(0), static_cast<const R*>(nullptr), v);
+      } else {
+        for (int64_t i = 0; i < m; ++i) v[i] = scaled_gradient(v[i], factor);
+      }
       store_block(v, m, t, p, false);
     }
   });

@@ -76,12 +76,12 @@ __global__ void __launch_bounds__(kScaleThreads)
     R x[kVec<T>];
     unpack<T>(q, x);
 #pragma unroll
-    for (int e = 0; e < kVec<T>; ++e) x[e] *= by;
+    for (int e = 0; e < kVec<T>; ++e) x[e] = scaled_gradient(x[e], by);
     vectors[i] = pack<T>(x);
   }
   for (int64_t i = thread; i < n - rest; i += threads) {
     T* at = data + (i < head ? i : i + rest);
-    *at = from_real<T>(to_real(*at) * by);
+    *at = from_real<T>(scaled_gradient<R>(to_real(*at), by));
   }
 }
 

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
+from pyloss.functional import _layers as layers
 from pyloss.functional import _vocab_parallel as split
-from pyloss.functional import linear as layers
-from pyloss.functional.classification import RowStats
+from pyloss.functional._options import RowOptions, options_of
+from pyloss.functional.classification import RowStats, fused_cross_entropy
+
+_NOT_HERE = ("size_average", "reduce", "inplace")
 
 
+@options_of(fused_cross_entropy, without=_NOT_HERE, after={"smoothing_formula": "label_smoothing"})
 def vocab_parallel_cross_entropy(
     logits_shard: Tensor,
     target: Tensor,
@@ -19,22 +24,8 @@ def vocab_parallel_cross_entropy(
     *,
     num_classes: int | None = None,
     first_class: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
     smoothing_formula: str = "torch",
-    tau: float = 1.0,
-    truncate: float | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    token_weight: Tensor | None = None,
-    return_stats: Sequence[str] = (),
-    empty: str = "nan",
-    loss_dtype: torch.dtype | None = None,
-    num_items: float | Tensor | None = None,
+    **options: Unpack[RowOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
     r"""Cross entropy (comp-sum family) whose classes are split over the ranks of a process group.
 
@@ -96,34 +87,30 @@ def vocab_parallel_cross_entropy(
     Reference:
         Shoeybi et al. Megatron-LM. arXiv 1909.08053. Mao, Mohri, Zhong. arXiv 2304.07288.
     """
-    arguments = dict(
-        weight=split.local("weight", weight),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        tau=tau,
-        truncate=truncate,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        return_stats=return_stats,
-        empty=empty,
-        loss_dtype=loss_dtype,
-        num_items=num_items,
-    )
+    token_weight = options.pop("token_weight")
+    options["weight"] = split.local("weight", options["weight"])
     return split.cross_entropy(
         logits_shard,
         target,
         token_weight,
         group,
-        arguments,
+        options,
         num_classes=num_classes,
         first_class=first_class,
         smoothing_formula=smoothing_formula,
     )
 
 
+@options_of(
+    fused_cross_entropy,
+    without=_NOT_HERE,
+    after={
+        "smoothing_formula": "label_smoothing",
+        "shift": "num_items",
+        "chunk": "shift",
+        "accumulate_dtype": "chunk",
+    },
+)
 def vocab_parallel_linear_cross_entropy(
     input: Tensor,
     weight_shard: Tensor,
@@ -133,25 +120,11 @@ def vocab_parallel_linear_cross_entropy(
     *,
     num_classes: int | None = None,
     first_class: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
     smoothing_formula: str = "torch",
-    tau: float = 1.0,
-    truncate: float | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    token_weight: Tensor | None = None,
-    return_stats: Sequence[str] = (),
-    empty: str = "nan",
-    loss_dtype: torch.dtype | None = None,
-    num_items: float | Tensor | None = None,
     shift: int = 0,
     chunk: int | str = "auto",
     accumulate_dtype: torch.dtype | None = None,
+    **options: Unpack[RowOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
     r"""Cross entropy of ``input @ weight.T + bias``, rows of the weight split over a process group.
 
@@ -199,26 +172,12 @@ def vocab_parallel_linear_cross_entropy(
     Reference:
         Shoeybi et al. Megatron-LM. arXiv 1909.08053. Wijmans et al. arXiv 2411.09009.
     """
-    arguments = dict(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        tau=tau,
-        truncate=truncate,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        return_stats=return_stats,
-        empty=empty,
-        loss_dtype=loss_dtype,
-        num_items=num_items,
+    settings = layers.checked_settings(
+        chunk, "auto", accumulate_dtype, None, options["reduction"], options["return_stats"]
     )
-    settings = layers._checked_settings(
-        chunk, "auto", accumulate_dtype, None, reduction, return_stats
-    )
-    tensors = (input, weight_shard, target, bias_shard, token_weight, weight)
-    replicated = split.is_dtensor(weight_shard) and all(
+    token_weight = options.pop("token_weight")
+    tensors = (input, weight_shard, target, bias_shard, token_weight, options["weight"])
+    replicated = layers.is_dtensor(weight_shard) and all(
         p.is_replicate() for p in weight_shard.placements
     )
     if replicated:
@@ -226,7 +185,7 @@ def vocab_parallel_linear_cross_entropy(
             f"weight_shard must be split by Shard(0), got a DTensor {weight_shard.placements}"
         )
     tensors, group, classes = split.localize(tensors, group)
-    input, weight_shard, target, bias_shard, token_weight, arguments["weight"] = tensors
+    input, weight_shard, target, bias_shard, token_weight, options["weight"] = tensors
     return split.linear_cross_entropy(
         input,
         weight_shard,
@@ -235,7 +194,7 @@ def vocab_parallel_linear_cross_entropy(
         token_weight,
         group,
         settings,
-        arguments,
+        options,
         shift=shift,
         num_classes=num_classes,
         dtensor_classes=classes,

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
-from pyloss.ops._registry import accumulator_dtype, functorch_active
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._tensor_attention_lowrank_cpu import (
     MOST_DEGREE,
     MOST_STATE_BYTES,
@@ -29,6 +29,7 @@ from pyloss.ops._tensor_attention_lowrank_cpu import (
 )
 from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
 from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
+from pyloss.ops._transforms import functorch_active
 
 _FIT_SAMPLES = 20000
 # Low rank has to save this factor of the operations before "auto" takes it: its rate is lower, and
@@ -54,8 +55,9 @@ class Options(NamedTuple):
     def constants(self) -> Options:
         if not torch.compiler.is_compiling():
             return self
-        bound = self.logit_bound
-        return self._replace(tol=constant(self.tol), logit_bound=bound and constant(bound))
+        tol, bound = constant(self.tol), self.logit_bound
+        bound = bound and constant(bound)
+        return Options(self.method, self.degree, self.poly, tol, self.check, bound)
 
 
 def constant(value: float) -> float:
@@ -68,17 +70,22 @@ def constant(value: float) -> float:
     return numerator / denominator
 
 
-class Problem(NamedTuple):
+class Problem:
     """Checked tensors and what else decides about them; keys and q in the product form."""
 
-    q: Tensor
-    keys: Sequence[Tensor]
-    value_width: int
-    key_masks: Sequence[Tensor | None]
-    scale: float
-    causal: bool
-    windows: Sequence[int]
-    device: str = "cpu"  # type of the device that will compute
+    def __init__(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        value_width: int,
+        key_masks: Sequence[Tensor | None],
+        scale: float,
+        causal: bool,
+        windows: Sequence[int],
+        device: str = "cpu",  # type of the device that will compute
+    ) -> None:
+        self.q, self.keys, self.value_width, self.key_masks = q, keys, value_width, key_masks
+        self.scale, self.causal, self.windows, self.device = scale, causal, windows, device
 
     @property
     def order(self) -> int:
@@ -94,11 +101,12 @@ class Problem(NamedTuple):
 
     def without_numbers(self) -> Problem:
         """For a judgement later, when the tensors may be gone."""
-        return self._replace(
-            q=self.q.new_empty((), device="meta").expand(self.q.shape),
-            keys=[k.new_empty((), device="meta").expand(k.shape) for k in self.keys],
-            key_masks=[None] * self.order,
-        )
+        return Problem(
+            self.q.new_empty((), device="meta").expand(self.q.shape),
+            [k.new_empty((), device="meta").expand(k.shape) for k in self.keys],
+            self.value_width, [None] * self.order, self.scale, self.causal, self.windows,
+            self.device,
+        )  # fmt: skip
 
     def tuples(self) -> float:
         """Tuples of keys that a query sees, on average and about; the queries are the last."""
@@ -292,10 +300,10 @@ def promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
 
 def _promise(p: Problem, polynomial: Polynomial, radius: float) -> Promise:
     found = polynomials.accuracy(polynomial, _rounded_up(radius))
-    r = rank_of(p.features, polynomial.degree)
+    r = rank_of(p.features, polynomial.degree())
     rounding = math.inf
     if math.isfinite(found.condition):
-        rounding = rounding_bound(p, found.condition, r, polynomial.degree)
+        rounding = rounding_bound(p, found.condition, r, polynomial.degree())
     bound = polynomials.weight_bound(found.delta) + rounding
     lse = math.inf
     if found.low > 0.0 and math.isfinite(found.high):
@@ -373,7 +381,7 @@ def evened(p: Problem, options: Options, choice: Choice) -> tuple[Tensor, Sequen
     if not unlooked and _measurable(p):
         largest = choice.largest or largest_entries(p)
         # As many factors of 2^24 as there are axes, times the least number of float32, are nothing.
-        limit = 2.0 ** (24.0 / choice.polynomial.degree)
+        limit = 2.0 ** (24.0 / choice.polynomial.degree())
         if not all(most <= limit for most in (abs(p.scale), *largest)):
             from pyloss.functional._lowrank_even import even
 
@@ -493,12 +501,12 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
         return
     better = least_degree(Family(p, options.poly, radius), options.tol)
     text = (
-        f'method="lowrank", degree {polynomial.degree} ({options.poly}): the output may be off by '
-        f"{found.bound:.2g} times the largest |v1 v2|, more than tol = {options.tol:g}: "
+        f'method="lowrank", degree {polynomial.degree()} ({options.poly}): the output may be off '
+        f"by {found.bound:.2g} times the largest |v1 v2|, more than tol = {options.tol:g}: "
         + _numbers(p, radius)
         + f", where the polynomial is exp within delta = {found.delta:.2g}; "
         + (
-            f"degree {better.polynomial.degree} with {better.rank} features would do, or "
+            f"degree {better.polynomial.degree()} with {better.rank} features would do, or "
             if better
             else "no degree would do, as far as memory and rounding go; "
         )
@@ -506,7 +514,7 @@ def _judge(p: Problem, options: Options, polynomial: Polynomial, radius: float) 
     )
     if options.check == "strict":
         raise ValueError(text)
-    key = (p.features, p.order, polynomial.degree, options.poly, options.tol)
+    key = (p.features, p.order, polynomial.degree(), options.poly, options.tol)
     if key not in _warned:
         _warned.add(key)
         warnings.warn(text, stacklevel=_callers_level())
@@ -563,12 +571,12 @@ def report(p: Problem, options: Options, values: Sequence[Tensor] | None, sample
     result: dict[str, float | int | None] = {
         "R_bound": radius,
         "R_sampled": sampled_scores(p, samples).abs().max().item(),
-        "degree": found.polynomial.degree,
+        "degree": found.polynomial.degree(),
         "rank": found.rank,
         "delta": found.delta,
         "bound": found.bound,
         "bound_lse": found.bound_lse,
-        "degree_needed": None if better is None else better.polynomial.degree,
+        "degree_needed": None if better is None else better.polynomial.degree(),
         "flops_ratio": exact / low if low else math.inf,
         "entry_bound": entry_bound(p, radius),
         "hardness": hardness(p),

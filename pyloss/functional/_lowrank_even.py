@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss.ops._registry import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype
 
 
 def even(q: Tensor, keys, largest, scale: float) -> tuple[Tensor, list[Tensor]]:

@@ -24,7 +24,6 @@ class Polynomial(NamedTuple):
     coefficients: tuple[float, ...]
     centre: float = 0.0
 
-    @property
     def degree(self) -> int:
         return len(self.coefficients) - 1
 
@@ -121,7 +120,7 @@ def accuracy(polynomial: Polynomial, radius: float) -> Accuracy:
     radius = max(radius, 0.0)
     if not math.isfinite(radius) or radius > 300.0:
         return Accuracy(math.inf, -math.inf, math.inf, math.inf)
-    if polynomial == taylor(polynomial.degree):
+    if polynomial == taylor(polynomial.degree()):
         low, high = _extremes_of_taylor(polynomial, radius)
     else:
         low, high = _extremes_on_grid(polynomial, radius)

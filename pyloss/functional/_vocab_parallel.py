@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from pyloss.functional import classification as rows
-from pyloss.functional import linear as layers
-from pyloss.functional.classification import RowStats
-from pyloss.functional.linear import is_dtensor
-from pyloss.ops import _vocab_parallel as op
+from pyloss.functional import _checks as checks
+from pyloss.functional import _layers as layers
+from pyloss.functional import _rows as rows
+from pyloss.functional._layers import is_dtensor
+from pyloss.functional._rows import RowStats
+from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 
 # --------------------------------------------------------------------------------------------------
 # DTensors
@@ -151,8 +152,7 @@ def shard_of(size: int, device, group, num_classes, first_class, dtensor_classes
     """
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     if num_classes is not None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
+        checks.check_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if dtensor_classes is not None and first_class is None:
@@ -219,7 +219,7 @@ def _prepared(like, target, shard, smoothing_formula, arguments):
             f"for {classes} classes"
         )
     smoothing *= classes / (classes - 1)
-    return p._replace(options=p.options._replace(smoothing=smoothing))
+    return rows.with_smoothing(p, smoothing)
 
 
 def _run(input, weight, bias, shard, p, shape, chunk, exact):
@@ -247,8 +247,7 @@ def cross_entropy(
     logits, target, token_weight, group, arguments, *, num_classes, first_class, smoothing_formula
 ):
     """The loss of logits whose last dimension is split."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits_shard must be a Tensor, got {type(logits).__name__}")
+    checks.check_tensor("logits_shard", logits)
     if logits.dim() < 1:
         raise RuntimeError("logits_shard must have a dimension of classes, got a 0-d tensor")
     dtensor_classes = None
@@ -263,11 +262,7 @@ def cross_entropy(
     group = checked_group(group)
     target, token_weight = local("target", target), local("token_weight", token_weight)
     _check_labels_kind(target)
-    if logits.dtype not in rows._INPUT_DTYPES:
-        raise NotImplementedError(
-            '"vocab_parallel_cross_entropy" not implemented for '
-            f"'{rows._scalar_name(logits.dtype)}'"
-        )
+    checks.check_supported("vocab_parallel_cross_entropy", logits)
     lead = tuple(logits.shape[:-1])
     shard = shard_of(
         logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes
@@ -282,18 +277,11 @@ def cross_entropy(
 
 
 def _flat_rows(target, token_weight, lead, classes):
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    layers._check_target_shape(target, lead, classes)
+    checks.check_tensor("target", target)
+    layers.check_target_shape(target, lead, classes)
     if token_weight is None:
         return target.reshape(-1), None
-    if not isinstance(token_weight, Tensor):
-        raise TypeError(f"token_weight must be a Tensor, got {type(token_weight).__name__}")
-    if tuple(token_weight.shape) != lead:
-        raise RuntimeError(
-            f"token_weight must have the targets' shape {list(lead)}, "
-            f"got {list(token_weight.shape)}"
-        )
+    checks.check_token_weight(token_weight, lead)
     return target.reshape(-1), token_weight.reshape(-1)
 
 
@@ -304,7 +292,7 @@ def linear_cross_entropy(
     """The loss of a layer whose rows of weight and bias, local already, are split."""
     group = checked_group(group)
     _check_labels_kind(target)
-    input, weight, bias = layers._checked_layer(input, weight, bias)
+    input, weight, bias = layers.checked_layer(input, weight, bias)
     if weight.dim() > 2:
         raise ValueError(f"a split weight must have two dimensions, got {weight.dim()}")
     if settings.strategy == "forward":
@@ -313,14 +301,14 @@ def linear_cross_entropy(
         name = "filter" if settings.tiles > 0 else "strategy='tiles'"
         raise ValueError(f"{name} is not available for classes that are split over processes")
     lead = tuple(input.shape[:-1])
-    shift = layers._checked_shift(shift, lead)
+    shift = layers.checked_shift(shift, lead)
     shard = shard_of(
         weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes
     )
     _flat_rows(target, token_weight, lead, shard.bounds[-1])
-    target = layers._flat_labels(target, lead, shift, arguments["ignore_index"])
+    target = layers.flat_labels(target, lead, shift, arguments["ignore_index"])
     if token_weight is not None:
-        token_weight = layers._shifted(token_weight, shift, 0.0).reshape(-1)
+        token_weight = layers.shifted(token_weight, shift, 0.0).reshape(-1)
     flat = input.reshape(math.prod(lead), input.shape[-1])
     like = input.new_empty(()).expand(flat.shape[0], shard.bounds[-1])
     arguments = dict(arguments, token_weight=token_weight)
@@ -329,7 +317,7 @@ def linear_cross_entropy(
         weight, bias = weight[: shard.width], bias if bias is None else bias[: shard.width]
     value, stats = _run(flat, weight, bias, shard, p, lead, settings.chunk, settings.exact)
     if arguments["reduction"] == "none":
-        value = layers._unshifted(value, shift)
+        value = layers.unshifted(value, shift)
     if stats is None:
         return value
-    return value, RowStats(*(s if s is None else layers._unshifted(s, shift) for s in stats))
+    return value, RowStats(*(s if s is None else layers.unshifted(s, shift) for s in stats))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,16 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.functional._attention_checks import (
+    NotOfKeys,
+    check_choices,
+    checked_band,
+    checked_bias,
+    checked_masks,
+    checked_options,
+    checked_scale,
+    checked_tensors,
+    key_masks,
+)
 from pyloss.ops import _tensor_attention_order as orders
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
-from pyloss.ops._registry import accumulator_dtype, functorch_active
-from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_METHODS = ("exact", "lowrank", "auto")
-_POLYNOMIALS = ("taylor", "chebyshev", "fit")
-_CHECKS = ("warn", "strict", "none")
+from pyloss.ops._launch import accumulator_dtype
 
 Window = int | None | Sequence[int | None]
 
@@ -140,15 +144,13 @@ def tensor_attention(
         arXiv 2507.02754. Determinant form: Clift et al. Logic and the 2-Simplicial Transformer.
         arXiv 1909.00668.
     """
-    _check_choices(method, form, dropout_p)
-    options = _checked_options(method, degree, poly, tol, check, logit_bound)
-    q, keys, values = _checked_tensors(
-        q, (k1, k2), (v1, v2), enable_gqa, ("k1", "k2"), ("v1", "v2")
-    )
+    check_choices(method, form, dropout_p)
+    options = checked_options(method, degree, poly, tol, check, logit_bound)
+    q, keys, values = checked_tensors(q, (k1, k2), (v1, v2), enable_gqa, ("k1", "k2"), ("v1", "v2"))
     given, names = (mask1, mask2), ("mask1", "mask2")
-    causal, windows, offset = _checked_band(q, keys, is_causal, window, q_offset)
-    s = _checked_scale(scale, q.shape[3])
-    bk, bv = _checked_bias(kv_bias)
+    causal, windows, offset = checked_band(q, keys, is_causal, window, q_offset)
+    s = checked_scale(scale, q.shape[3])
+    bk, bv = checked_bias(kv_bias)
     if form == "determinant":
         q, keys, bk = _determinant(q, keys, bk)
     if method != "exact":
@@ -159,7 +161,7 @@ def tensor_attention(
         )
         if found is not None:
             return found if return_lse else found[0]
-    masks = _checked_masks(q, keys, attn_mask, given, names)
+    masks = checked_masks(q, keys, attn_mask, given, names)
     settings = op.Settings(s, causal, *windows, offset, bk, bv)
     out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
     return (out, lse) if return_lse else out
@@ -239,12 +241,12 @@ def tensor_attention_n(
     masks = (None,) * order if masks is None else tuple(masks)
     if len(masks) != order:
         raise ValueError(f"masks must be {order}, one per axis, got {len(masks)}")
-    _check_choices(method, "product", 0.0)
-    options = _checked_options(method, degree, poly, tol, check, logit_bound)
-    q, keys, values = _checked_tensors(q, keys, values, enable_gqa, key_names, value_names)
-    causal, windows, offset = _checked_band(q, keys, is_causal, window, q_offset)
-    s = _checked_scale(scale, q.shape[3])
-    bk, bv = _checked_bias(kv_bias)
+    check_choices(method, "product", 0.0)
+    options = checked_options(method, degree, poly, tol, check, logit_bound)
+    q, keys, values = checked_tensors(q, keys, values, enable_gqa, key_names, value_names)
+    causal, windows, offset = checked_band(q, keys, is_causal, window, q_offset)
+    s = checked_scale(scale, q.shape[3])
+    bk, bv = checked_bias(kv_bias)
     if method != "exact":
         shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
@@ -252,7 +254,7 @@ def tensor_attention_n(
         found = _low_rank(q, shifted, moved, given, names, band, options)
         if found is not None:
             return found if return_lse else found[0]
-    masks = _checked_masks(q, keys, attn_mask, masks, mask_names)
+    masks = checked_masks(q, keys, attn_mask, masks, mask_names)
     if order == 2:
         settings = op.Settings(s, causal, *windows, offset, bk, bv)
         out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
@@ -342,7 +344,7 @@ def tensor_attention_cost(
     q = torch.empty((), dtype=dtype).expand(batch, heads, n_q, d)
     keys = [q.new_empty(()).expand(batch, heads, n, d) for n in (n_1, n_2)]
     values = [q.new_empty(()).expand(batch, heads, n, dv) for n in (n_1, n_2)]
-    causal, windows, offset = _checked_band(q, keys, is_causal, window, 0)
+    causal, windows, offset = checked_band(q, keys, is_causal, window, 0)
     p = torch.arange(n_q, dtype=torch.int64)
     seen = []
     for n, w in zip((n_1, n_2), windows):
@@ -437,7 +439,7 @@ def tensor_attention_error(
     """
     from pyloss.functional import _lowrank as lowrank
 
-    options = _checked_options("lowrank", degree, poly, tol, "none", logit_bound)
+    options = checked_options("lowrank", degree, poly, tol, "none", logit_bound)
     order = len(keys)
     if order == 0:
         raise ValueError("tensor_attention_error needs at least one tensor of keys")
@@ -446,21 +448,21 @@ def tensor_attention_error(
     stand_in = keys if values is None else tuple(values)
     if len(stand_in) != order:
         raise ValueError(f"values must be {order}, one per axis, got {len(stand_in)}")
-    q, keys, found = _checked_tensors(q, keys, stand_in, enable_gqa, key_names, value_names)
+    q, keys, found = checked_tensors(q, keys, stand_in, enable_gqa, key_names, value_names)
     masks = (None,) * order if masks is None else tuple(masks)
     if len(masks) != order:
         raise ValueError(f"masks must be {order}, one per axis, got {len(masks)}")
     names = ("attn_mask", *(f"masks[{x}]" for x in range(order)))
-    causal, windows, _ = _checked_band(q, keys, is_causal, window, 0)
+    causal, windows, _ = checked_band(q, keys, is_causal, window, 0)
     try:
-        key_masks = _key_masks(q, keys, (attn_mask, *masks), names)
-    except _NotOfKeys as error:
+        of_keys = key_masks(q, keys, (attn_mask, *masks), names)
+    except NotOfKeys as error:
         raise ValueError(str(error)) from None
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
-    s = _checked_scale(scale, q.shape[3])
+    s = checked_scale(scale, q.shape[3])
     problem = lowrank.Problem(
-        q, keys, found[0].shape[3], key_masks, s, causal, windows, q.device.type
+        q, keys, found[0].shape[3], of_keys, s, causal, windows, q.device.type
     )
     checked_values = None if values is None else found
     return lowrank.report(problem, lowrank.Options(*options), checked_values, samples)
@@ -477,14 +479,14 @@ def _low_rank(q, keys, values, masks, names, band, options):
     options = lowrank.Options(*options).constants()
     scale, causal, windows, offset = band
     try:
-        key_masks = _key_masks(q, keys, masks, names)
-    except _NotOfKeys as error:
+        of_keys = key_masks(q, keys, masks, names)
+    except NotOfKeys as error:
         if options.method == "auto":
             return None
         raise ValueError(str(error)) from None
     scale = lowrank.constant(scale)
     problem = lowrank.Problem(
-        q, keys, values[0].shape[3], key_masks, scale, causal, windows, q.device.type
+        q, keys, values[0].shape[3], of_keys, scale, causal, windows, q.device.type
     )
     choice = lowrank.choose(problem, options)
     if choice is None:
@@ -496,9 +498,9 @@ def _low_rank(q, keys, values, masks, names, band, options):
     )
     dtype, acc = problem.q.dtype, accumulator_dtype(q.dtype)
     if dtype == q.dtype == acc:  # six calls that do nothing would take 4 us
-        return lowrank_op.tensor_attention_lowrank(q, keys, values, key_masks, settings)
+        return lowrank_op.tensor_attention_lowrank(q, keys, values, of_keys, settings)
     out, lse = lowrank_op.tensor_attention_lowrank(
-        q.to(acc), [k.to(acc) for k in keys], [v.to(acc) for v in values], key_masks, settings
+        q.to(acc), [k.to(acc) for k in keys], [v.to(acc) for v in values], of_keys, settings
     )
     return out.to(dtype), lse
 
@@ -540,252 +542,3 @@ def _determinant(q, keys, bk):
     k1 = torch.cat([rolled(k1, 1), rolled(k1, 2)], -1)
     k2 = torch.cat([rolled(k2, 2), rolled(k2, 1)], -1)
     return q, (k1, k2), 0.0
-
-
-# --------------------------------------------------------------------------------------------------
-# Checks
-
-
-def _check_choices(method, form, dropout_p) -> None:
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    if form not in ("product", "determinant"):
-        raise ValueError(f"form must be product or determinant, got {form!r}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    if dropout_p > 0.0 and method == "lowrank":
-        raise ValueError('method="lowrank" takes no dropout, dropout_p must be 0')
-    if dropout_p > 0.0:
-        raise NotImplementedError("tensor_attention has no dropout yet, dropout_p must be 0")
-
-
-def _checked_options(method, degree, poly, tol, check, logit_bound) -> tuple:
-    """The fields of _lowrank.Options, of right types and ranges."""
-    if degree is not None:
-        if isinstance(degree, bool) or not isinstance(degree, int):
-            raise TypeError(f"degree must be an integer or None, got {type(degree).__name__}")
-        if not 1 <= degree <= MOST_DEGREE:
-            raise ValueError(f"degree must be between 1 and {MOST_DEGREE}, got {degree}")
-    if poly not in _POLYNOMIALS:
-        raise ValueError(f"poly must be one of {', '.join(_POLYNOMIALS)}, got {poly!r}")
-    if check not in _CHECKS:
-        raise ValueError(f"check must be one of {', '.join(_CHECKS)}, got {check!r}")
-    for name, value in (("tol", tol), ("logit_bound", logit_bound)):
-        if name == "logit_bound" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not value > 0.0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    return method, degree, poly, float(tol), check, logit_bound
-
-
-def _shape(t: Tensor) -> list[int]:
-    return list(t.shape)
-
-
-def _checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
-    """(q, keys, values) of shapes, dtypes and devices that fit, cast under autocast."""
-    names, tensors = ("q", *key_names, *value_names), (q, *keys, *values)
-    for name, t in zip(names, tensors):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    kind = q.device.type
-    if not q.is_meta and torch.is_autocast_enabled(kind):
-        to = torch.get_autocast_dtype(kind)
-        q, *rest = tensors = [
-            t.to(to) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-        ]
-        keys, values = rest[: len(keys)], rest[len(keys) :]
-    dtype, device = q.dtype, q.device
-    for name, t in zip(names, tensors):
-        if t.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, heads, length, features), got shape "
-                f"{_shape(t)}"
-            )
-        if t.dtype != dtype:
-            raise TypeError(f"q and {name} must have one dtype, got {dtype} and {t.dtype}")
-        if t.device != device:
-            raise RuntimeError(f"q and {name} must be on one device, got {device} and {t.device}")
-    if dtype not in _DTYPES:
-        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {dtype}")
-    first = keys[0]
-    batch, heads, _, d = q.shape
-    kv_heads, dv = first.shape[1], values[0].shape[3]
-    if enable_gqa:
-        if kv_heads == 0 or heads % kv_heads:
-            raise ValueError(
-                f"the heads of q must be a multiple of those of {key_names[0]}, got {_shape(q)} "
-                f"and {_shape(first)}"
-            )
-    elif heads != kv_heads:
-        raise ValueError(
-            f"q and {key_names[0]} must have as many heads unless enable_gqa=True, got {_shape(q)} "
-            f"and {_shape(first)}"
-        )
-    if d == 0:
-        raise ValueError("q must have at least one feature, got d = 0")
-    for k_name, k, v_name, v in zip(key_names, keys, value_names, values):
-        k_shape, v_shape = k.shape, v.shape
-        if k_shape[0] != batch or k_shape[3] != d:
-            raise ValueError(
-                f"q and {k_name} must have one batch size and as many features, got {_shape(q)} "
-                f"and {_shape(k)}"
-            )
-        if k_shape[1] != kv_heads:
-            raise ValueError(
-                f"{key_names[0]} and {k_name} must have as many heads, got {_shape(first)} and "
-                f"{_shape(k)}"
-            )
-        if v_shape[:3] != k_shape[:3]:
-            raise ValueError(
-                f"{k_name} and {v_name} must agree in batch, heads and length, got {_shape(k)} and "
-                f"{_shape(v)}"
-            )
-        if v_shape[3] != dv:
-            raise ValueError(
-                f"{value_names[0]} and {v_name} must have as many features, got "
-                f"{_shape(values[0])} and {_shape(v)}"
-            )
-    return q, tuple(keys), tuple(values)
-
-
-def _checked_masks(q, keys, attn_mask, masks, names):
-    """Per axis None or an additive floating mask of four dimensions, attn_mask included."""
-    found = []
-    for name, mask, k in zip(names, masks, keys):
-        parts = [
-            _checked_mask(n, m, q, k.shape[2])
-            for n, m in ((name, mask), ("attn_mask", attn_mask))
-            if m is not None
-        ]
-        found.append(sum(parts[1:], parts[0]) if parts else None)
-    return tuple(found)
-
-
-class _NotOfKeys(ValueError):
-    """A mask that low-rank attention cannot take."""
-
-
-def _key_masks(q, keys, masks, names):
-    """Per axis None or bool (B, G or 1, n); the first mask holds for every axis."""
-    found = []
-    for mask, name, k in zip(masks[1:], names[1:], keys):
-        parts = [
-            _key_mask(n, _fitting_mask(n, m, q, k.shape[2]), q, k)
-            for n, m in ((name, mask), (names[0], masks[0]))
-            if m is not None
-        ]
-        parts = [part for part in parts if part is not None]
-        found.append(None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1])
-    return tuple(found)
-
-
-def _key_mask(name, mask, q, k):
-    if mask.dtype != torch.bool:
-        # Floating: nothing but 0 and -inf, which only a look at the numbers tells.
-        plain = not (mask.is_cuda or mask.is_meta or torch.compiler.is_compiling())
-        plain = plain and not functorch_active()
-        if mask.requires_grad or not plain or not ((mask == 0) | (mask == -torch.inf)).all():
-            raise _NotOfKeys(
-                f'method="lowrank" takes no bias: {name} must be bool, or on the CPU hold 0 and '
-                f"-inf only, got {mask.dtype}"
-            )
-        if (mask == 0).all():
-            return None
-        mask = mask == 0
-    if mask.shape[2] != 1 and q.shape[2] != 1 or mask.shape[1] not in (1, k.shape[1]):
-        raise _NotOfKeys(
-            f'method="lowrank" takes masks of keys, equal for all queries and query heads of a '
-            f"key head, (batch, 1 or key heads, 1, keys), got {name} of shape {_shape(mask)}"
-        )
-    return mask.expand(q.shape[0], mask.shape[1], 1, k.shape[2]).squeeze(2)
-
-
-def _checked_mask(name, mask, q, n):
-    mask = _fitting_mask(name, mask, q, n)
-    acc = accumulator_dtype(q.dtype)
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=acc, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask.to(acc)
-
-
-def _fitting_mask(name, mask, q, n):
-    """A mask of four dimensions, bool or floating."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(mask).__name__}")
-    if mask.device != q.device:
-        raise RuntimeError(f"q and {name} must be on one device, got {q.device} and {mask.device}")
-    full = (*q.shape[:3], n)
-    if mask.dim() > 4 or any(
-        size not in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(full))
-    ):
-        raise ValueError(
-            f"{name} must broadcast to (batch, heads, queries, keys) = {list(full)}, got "
-            f"{_shape(mask)}"
-        )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
-    return mask[(None,) * (4 - mask.dim())]
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _checked_band(q, keys, is_causal, window, q_offset):
-    """(causal, a window per axis with 0 for none, offset)."""
-    if is_causal is not None and not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be a bool or None, got {type(is_causal).__name__}")
-    if window is None or _is_int(window):
-        given = [window] * len(keys)
-    elif isinstance(window, Sequence):
-        given = list(window)
-    else:
-        raise TypeError(f"window must be an integer or a sequence of them, got {window!r}")
-    if len(given) != len(keys):
-        raise ValueError(f"window must be one number or {len(keys)}, got {window!r}")
-    windows = []
-    for w in given:
-        if w is not None and not _is_int(w):
-            raise TypeError(f"window must hold integers or None, got {w!r}")
-        if w is not None and w != -1 and w <= 0:
-            raise ValueError(f"window must be positive, or -1 or None for no limit, got {w}")
-        windows.append(0 if w is None or w == -1 else w)
-    causal = any(windows) if is_causal is None else is_causal
-    if q_offset is not None and not _is_int(q_offset):
-        raise TypeError(f"q_offset must be an integer, got {type(q_offset).__name__}")
-    if q_offset is None and (causal or any(windows)):
-        lengths = [q.shape[2], *(k.shape[2] for k in keys)]
-        if any(n != lengths[0] for n in lengths):
-            raise ValueError(
-                "a causal mask or a window over lengths that differ needs q_offset, the position "
-                f"of query 0, got lengths {lengths}"
-            )
-    return causal, tuple(windows), 0 if q_offset is None else q_offset
-
-
-def _checked_scale(scale, d) -> float:
-    if scale is None:
-        return d**-0.5
-    if isinstance(scale, str):
-        if scale != "kronecker":
-            raise ValueError(f"scale must be a number or 'kronecker', got {scale!r}")
-        return 1.0 / d
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    return float(scale)
-
-
-def _checked_bias(kv_bias) -> tuple[float, float]:
-    try:
-        bk, bv = kv_bias
-    except (TypeError, ValueError):
-        raise TypeError(f"kv_bias must be a pair of numbers, got {kv_bias!r}") from None
-    for value in (bk, bv):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"kv_bias must be a pair of numbers, got {kv_bias!r}")
-    return float(bk), float(bv)

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss.functional.classification import (
-    _INDEX_DTYPES,
-    _INPUT_DTYPES,
-    _autocast,
-    _check_number,
-    _check_range,
-    _scalar_name,
-)
-from pyloss.ops import _distillation as op
+from pyloss.functional import _checks as checks
+from pyloss.functional._checks import check_range
+from pyloss.ops import linear_distillation as op
+from pyloss.ops._launch import accumulator_dtype
 
 
 def linear_distillation_loss(
@@ -111,22 +106,19 @@ def linear_distillation_loss(
         Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv 1503.02531.
         Generalised JSD: Agarwal et al. On-Policy Distillation of Language Models. arXiv 2306.13649.
     """
-    _check_range("temperature", temperature, 0.0, open_low=True)
-    _check_number("ce_weight", ce_weight)
+    check_range("temperature", temperature, 0.0, open_low=True)
+    checks.check_number("ce_weight", ce_weight)
     if not 0.0 <= ce_weight <= 1.0:
         raise ValueError(f"ce_weight must be in [0, 1], got {ce_weight}")
     if ce_weight > 0 and target is None:
         raise ValueError("ce_weight needs target")
-    if direction not in op.DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(op.DIRECTIONS)}, got {direction!r}")
+    checks.check_one_of("direction", direction, op.DIRECTIONS)
     if direction == "jsd":
-        _check_number("beta", beta)
+        checks.check_number("beta", beta)
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta must be in (0, 1), got {beta}")
-    if reduction not in op.REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    if isinstance(shift, bool) or not isinstance(shift, int):
-        raise TypeError(f"shift must be an int, got {type(shift).__name__}")
+    checks.check_reduction(reduction, op.REDUCTIONS)
+    checks.check_integer("shift", shift, "an int")
 
     _check_head("student", student_hidden, student_weight, student_bias)
     _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
@@ -145,20 +137,20 @@ def linear_distillation_loss(
         )
         target = None if target is None else target[..., shift:]
     if target is not None and target.is_cpu and not torch.compiler.is_compiling():
-        _check_target_values(target, student_weight.shape[0], ignore_index)
+        checks.check_index_values(target, student_weight.shape[0], ignore_index)
 
     student = [student_hidden, student_weight, student_bias]
     teacher = [
         t if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)
     ]
-    if _autocast(student_hidden):
+    if checks.autocast_on(student_hidden):
         dtype = torch.get_autocast_dtype(student_hidden.device.type)
         student, teacher = _cast(student, dtype), _cast(teacher, dtype)
     _check_same_dtype("student", *student)
     _check_same_dtype("teacher", *teacher)
 
     lead = student_hidden.shape[:-1]
-    acc = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(student[0].dtype)
     labels = None if target is None else target.reshape(-1)
     divisor = None
     if reduction != "none":
@@ -191,11 +183,9 @@ def _divisor(reduction, lead, labels, ignore_index, num_items, acc, like):
             return (labels != ignore_index).sum().to(acc)
         value = lead.numel()
     elif isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got shape {list(num_items.shape)}")
-        return num_items.detach().reshape(()).to(like.device, acc)
+        return checks.one_number("num_items", num_items).detach().to(like.device, acc)
     else:
-        _check_range("num_items", num_items, 0.0, open_low=True)
+        check_range("num_items", num_items, 0.0, open_low=True)
         value = num_items
     return torch.full((), value, dtype=acc, device=like.device)
 
@@ -207,15 +197,11 @@ def _cast(tensors, dtype):
 
 def _check_head(owner, hidden, weight, bias):
     for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-            raise TypeError(f"{owner}_{name} must be a Tensor, got {type(t).__name__}")
+        if t is not None or name != "bias":
+            checks.check_tensor(f"{owner}_{name}", t)
     if hidden.dim() == 0:
         raise RuntimeError(f"{owner}_hidden must have at least one dimension, got a 0-d tensor")
-    if hidden.dtype not in _INPUT_DTYPES:
-        raise NotImplementedError(
-            f"\"linear_distillation_loss\" not implemented for '{_scalar_name(hidden.dtype)}' "
-            f"({owner}_hidden)"
-        )
+    checks.check_supported("linear_distillation_loss", hidden, f" ({owner}_hidden)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise RuntimeError(
             f"{owner}_weight must have shape (V, {hidden.shape[-1]}) for {owner}_hidden of shape "
@@ -228,11 +214,8 @@ def _check_head(owner, hidden, weight, bias):
             f"{owner}_bias must have shape ({weight.shape[0]},), got {list(bias.shape)}"
         )
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.device != hidden.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {owner}_{name} is on "
-                f"{t.device} and {owner}_hidden on {hidden.device}"
-            )
+        if t is not None:
+            checks.check_device(f"{owner}_{name}", t, hidden, f"{owner}_hidden")
 
 
 def _check_same_dtype(owner, hidden, weight, bias):
@@ -256,36 +239,18 @@ def _check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight):
             f"{student_weight.shape[0]} and {teacher_weight.shape[0]}; where the larger one is "
             f"padded, cut it: weight[:{min(student_weight.shape[0], teacher_weight.shape[0])}]"
         )
-    if teacher_hidden.device != student_hidden.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but teacher_hidden is on "
-            f"{teacher_hidden.device} and student_hidden on {student_hidden.device}"
-        )
+    checks.check_device("teacher_hidden", teacher_hidden, student_hidden, "student_hidden")
 
 
 def _check_target(target, student_hidden):
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    if target.dtype not in _INDEX_DTYPES:
-        raise RuntimeError(
-            f"expected target dtype to be Long or Byte, but got {_scalar_name(target.dtype)}"
-        )
+    checks.check_tensor("target", target)
+    checks.check_index_dtype("target", target)
     if target.shape != student_hidden.shape[:-1]:
         raise RuntimeError(
             f"target must have the shape of student_hidden without its last dimension, "
             f"{list(student_hidden.shape[:-1])}, got {list(target.shape)}"
         )
-    if target.device != student_hidden.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but target is on {target.device} and "
-            f"student_hidden on {student_hidden.device}"
-        )
-
-
-def _check_target_values(target, classes, ignore_index):
-    bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-    if bad.numel():
-        raise IndexError(f"Target {int(bad[0])} is out of bounds.")
+    checks.check_device("target", target, student_hidden, "student_hidden")
 
 
 def _checked_chunk(chunk, weight):
@@ -293,8 +258,7 @@ def _checked_chunk(chunk, weight):
         if chunk != "auto":
             raise ValueError(f"chunk must be a positive int or 'auto', got {chunk!r}")
         return op.auto_chunk(weight.device.type, weight.shape[0])
-    if isinstance(chunk, bool) or not isinstance(chunk, int):
-        raise TypeError(f"chunk must be a positive int or 'auto', got {type(chunk).__name__}")
+    checks.check_integer("chunk", chunk, "a positive int or 'auto'")
     if chunk < 1:
         raise ValueError(f"chunk must be a positive int or 'auto', got {chunk}")
     return chunk

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyloss.functional import classification as rows
+from pyloss.functional import _checks as checks
+from pyloss.functional import _layers as layers
+from pyloss.functional import _rows as rows
 from pyloss.functional.classification import MixUpTarget, RowStats
 from pyloss.ops import linear_cross_entropy as op
-from pyloss.ops._registry import forward_ad_active, functorch_active
-
-_STRATEGIES = ("auto", "forward", "recompute", "tiles")
+from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import forward_ad_active, functorch_active
 
 
 def fused_linear_cross_entropy(
@@ -144,9 +144,11 @@ def fused_linear_cross_entropy(
         loss_dtype=loss_dtype,
         num_items=num_items,
     )
-    settings = _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats)
+    settings = layers.checked_settings(
+        chunk, strategy, accumulate_dtype, filter, reduction, return_stats
+    )
     tensors = (input, linear_weight, target, linear_bias, token_weight, weight)
-    if group is not None or any(map(is_dtensor, tensors)):
+    if group is not None or any(map(layers.is_dtensor, tensors)):
         from pyloss.functional import _vocab_parallel as split
 
         tensors, group, classes = split.localize(tensors, group)
@@ -156,7 +158,7 @@ def fused_linear_cross_entropy(
                 input, linear_weight, target, linear_bias, token_weight, group, settings, arguments,
                 shift=shift, dtensor_classes=classes,
             )  # fmt: skip
-    layer = _checked_layer(input, linear_weight, linear_bias)
+    layer = layers.checked_layer(input, linear_weight, linear_bias)
     if settings.tiles is not None:
         _check_tiles(layer, target, settings, chunk, arguments)
     if layer[1].dim() > 2:
@@ -164,24 +166,13 @@ def fused_linear_cross_entropy(
     return _by_rows(*layer, target, token_weight, shift, settings, arguments)
 
 
-def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
 def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, settings, arguments):
     """The checked layer, its rows flattened and its labels shifted, through the op."""
     lead, classes = tuple(input.shape[:-1]), linear_weight.shape[0]
-    shift = _checked_shift(shift, lead)
-    _check_target_shape(target, lead, classes)
-    if token_weight is not None and not isinstance(token_weight, Tensor):
-        raise TypeError(f"token_weight must be a Tensor, got {type(token_weight).__name__}")
-    if token_weight is not None and tuple(token_weight.shape) != lead:
-        raise RuntimeError(
-            f"token_weight must have the targets' shape {list(lead)}, "
-            f"got {list(token_weight.shape)}"
-        )
+    shift = layers.checked_shift(shift, lead)
+    layers.check_target_shape(target, lead, classes)
+    if token_weight is not None:
+        checks.check_token_weight(token_weight, lead)
     dense = isinstance(target, Tensor) and target.is_floating_point()
     if shift and dense:  # probabilities have no value that says "ignored"
         input, target = input[..., : lead[-1] - shift, :], target[..., shift:, :]
@@ -192,46 +183,46 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     if dense:
         target = target.reshape(-1, classes)
     else:
-        target = _flat_labels(target, lead, shift, ignore)
+        target = layers.flat_labels(target, lead, shift, ignore)
     if token_weight is not None:
-        token_weight = _shifted(token_weight, shift, 0.0).reshape(-1)
+        token_weight = layers.shifted(token_weight, shift, 0.0).reshape(-1)
 
     # Stands for the logits, whose shape, dtype and device the checks look at; takes no memory.
     like = input.new_empty(()).expand(flat.shape[0], classes)
     like, p = rows.prepare(like, target, token_weight=token_weight, **arguments)
     flat = flat.to(like.dtype)  # float64 probabilities make all of it float64
-    labels, codes = _with_divisor(p, flat)
-    tensors = op.Tensors(flat, linear_weight, linear_bias, *labels)
+    tensors = op.Tensors(flat, linear_weight, linear_bias, *_with_divisor(p, flat))
     # Transforms must see into the op; a gradient of the probabilities needs all logits.
     unfused = functorch_active() or forward_ad_active() or (dense and target.requires_grad)
     if unfused:
-        found = op.composed(tensors, p.options, codes, p.loss_dtype, p.wants)
+        found = op.composed(tensors, p.options, p.codes, p.loss_dtype, p.wants)
     else:
-        found = op.linear_cross_entropy(tensors, p.options, codes, p.loss_dtype, p.wants, settings)
+        found = op.linear_cross_entropy(
+            tensors, p.options, p.codes, p.loss_dtype, p.wants, settings
+        )
     value, extras, index = found
     if p.divisor is not None and p.empty == "nan":
         value = value * torch.where(p.divisor == 0, torch.nan, 1.0).to(value.dtype)
     if arguments["reduction"] == "none":
-        value = _unshifted(value.view(lead), shift)
+        value = layers.unshifted(value.view(lead), shift)
     if not p.return_stats:
         return value
     stats = rows.named_stats(p, extras, index, lead)
-    return value, RowStats(*(s if s is None else _unshifted(s, shift) for s in stats))
+    return value, RowStats(*(s if s is None else layers.unshifted(s, shift) for s in stats))
 
 
 def _with_divisor(p, input):
     """The labels with a tensor `num_items` divided into the token weights, so that the gradients
-    need no second pass; and the codes."""
+    need no second pass."""
     if p.divisor is None:
-        return p.labels, p.codes
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    divisor = p.divisor.detach().to(input.device, acc)
+        return p.labels
+    divisor = p.divisor.detach().to(input.device, accumulator_dtype(input.dtype))
     factor = 1 / divisor
     if p.empty == "zero":
         factor = torch.where(divisor == 0, 0.0, factor)
     *labels, token_weight = p.labels
     token_weight = factor.expand(input.shape[0]) if token_weight is None else token_weight * factor
-    return (*labels, token_weight), p.codes
+    return (*labels, token_weight)
 
 
 def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shift, arguments):
@@ -250,34 +241,7 @@ def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shif
     weight = linear_weight.reshape(-1, features).to(input.dtype)
     bias = None if linear_bias is None else linear_bias.reshape(-1).to(input.dtype)
     logits = F.linear(input, weight, bias).view(input.shape[0], classes, *outputs)
-    return rows.fused_cross_entropy(logits, target, token_weight=token_weight, **arguments)
-
-
-# --------------------------------------------------------------------------------------------------
-# Checks
-
-
-def _checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats):
-    if chunk != "auto":
-        if isinstance(chunk, (bool, str)) or not isinstance(chunk, int):
-            raise TypeError(f"chunk must be 'auto' or a number of rows, got {chunk!r}")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if strategy not in _STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(_STRATEGIES)}, got {strategy!r}")
-    if strategy == "forward" and reduction == "none":
-        raise ValueError("strategy='forward' needs a scalar reduction, got 'none'")
-    if strategy == "forward" and any(s in rows._FLOAT_STATS for s in return_stats):
-        raise ValueError("strategy='forward' cannot return differentiable statistics")
-    if accumulate_dtype not in (None, torch.float32):
-        raise ValueError(f"accumulate_dtype must be None or torch.float32, got {accumulate_dtype}")
-    if filter is not None:
-        rows._check_range("filter", filter, 0.0, open_low=True)
-    if filter is not None and strategy not in ("auto", "tiles"):
-        raise ValueError(f"filter needs strategy 'auto' or 'tiles', got {strategy!r}")
-    tiles = filter if filter is not None else 0.0 if strategy == "tiles" else None
-    exact = accumulate_dtype is not None
-    return op.Settings(0 if chunk == "auto" else chunk, strategy, exact, tiles)
+    return rows.row_loss(logits, target, token_weight=token_weight, **arguments)
 
 
 def _check_tiles(layer, target, settings, chunk, arguments) -> None:
@@ -302,132 +266,6 @@ def _check_tiles(layer, target, settings, chunk, arguments) -> None:
             raise ValueError(f"{name} cannot be used with {what}")
     if settings.strategy == "tiles" and not op.tiles().runs_on(input):
         raise RuntimeError(f"strategy='tiles' needs CUDA tensors, got {input.device.type}")
-
-
-def _checked_layer(input, weight, bias):
-    """(input, linear_weight, linear_bias) of shapes and dtypes that fit, cast under autocast."""
-    for name, t in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
-        if not isinstance(t, Tensor) and not (t is None and name == "linear_bias"):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if input.dim() < 1:
-        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
-    if weight.dim() < 2:
-        raise RuntimeError(
-            f"expected linear_weight with dimensionality at least 2, got {weight.dim()}"
-        )
-    if input.shape[-1] != weight.shape[-1]:
-        raise RuntimeError(
-            "expected equal input and linear_weight last dimensions (in_features), "
-            f"got {input.shape[-1]} and {weight.shape[-1]}, respectively"
-        )
-    if bias is not None and bias.shape != weight.shape[:-1]:
-        raise RuntimeError(
-            f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}"
-        )
-    if input.dtype not in rows._INPUT_DTYPES:
-        raise NotImplementedError(
-            f"\"fused_linear_cross_entropy\" not implemented for '{rows._scalar_name(input.dtype)}'"
-        )
-    for name, t in (("linear_weight", weight), ("linear_bias", bias)):
-        if t is not None:
-            rows._check_device(name, t, input)
-    if rows._autocast(input) and input.dtype != torch.float64:
-        # The weight stays as it is: the op casts it, and gives its gradient in its own dtype.
-        return input.to(torch.get_autocast_dtype(input.device.type)), weight, bias
-    for name, t in (("linear_weight", weight), ("linear_bias", bias)):
-        if t is not None and t.dtype != input.dtype:
-            raise RuntimeError(
-                f"expected input and {name} to have the same dtype, but got: "
-                f"{rows._scalar_name(input.dtype)} and {rows._scalar_name(t.dtype)}"
-            )
-    return input, weight, bias
-
-
-def _checked_shift(shift, lead) -> int:
-    if isinstance(shift, bool) or not isinstance(shift, int):
-        raise TypeError(f"shift must be an integer, got {type(shift).__name__}")
-    shift = int(shift)
-    if shift < 0:
-        raise ValueError(f"shift must be at least 0, got {shift}")
-    if shift and not lead:
-        raise ValueError("shift needs a sequence dimension, (..., T, D), but input has 1 dimension")
-    if shift and shift >= lead[-1]:
-        raise ValueError(f"shift must be less than the sequence length {lead[-1]}, got {shift}")
-    return shift
-
-
-def _check_target_shape(target, lead, classes) -> None:
-    """What the check of the flattened target could not name."""
-    tensors = [target] if isinstance(target, Tensor) else []
-    if isinstance(target, tuple):
-        tensors = [t for t in target[:2] if isinstance(t, Tensor)]
-    for t in tensors:
-        expected = (*lead, classes) if t.is_floating_point() else lead
-        if tuple(t.shape) == expected:
-            continue
-        if t.is_floating_point() and len(lead) < 2:
-            raise RuntimeError(
-                "Expected floating point type for target with class probabilities to have the "
-                f"shape {list(expected)}, got {list(t.shape)}"
-            )
-        if len(lead) > 1:
-            raise RuntimeError(
-                f"expected input with dimensionality 1 or 2, got {len(lead) + 1}, or a target of "
-                f"shape {list(expected)} to go with it, got {list(t.shape)}"
-            )
-        if tuple(t.shape) == (*lead, classes):
-            raise RuntimeError(
-                "Expected floating point type for target with class probabilities, got "
-                f"{rows._scalar_name(t.dtype)}"
-            )
-        if len(lead) == 1 and t.dim() and t.shape[0] == lead[0]:
-            raise RuntimeError(f"Expected target size {list(expected)}, got {list(t.shape)}")
-        size = t.shape[0] if t.dim() else 1
-        batch = lead[0] if lead else 1
-        raise ValueError(
-            f"Expected input batch_size ({batch}) to match target batch_size ({size})."
-        )
-
-
-# --------------------------------------------------------------------------------------------------
-# Shifted labels
-
-
-def _shifted(x: Tensor, shift: int, fill) -> Tensor:
-    """x[..., t + shift] at t, and `fill` at the end: the hidden states need no slice, no copy."""
-    if not shift:
-        return x
-    moved = torch.full_like(x, fill)
-    moved[..., : x.shape[-1] - shift] = x[..., shift:]
-    return moved
-
-
-def _unshifted(x: Tensor, shift: int) -> Tensor:
-    return x[..., : x.shape[-1] - shift] if shift else x
-
-
-def _flat_labels(target, lead, shift, ignore_index):
-    """Labels, or a MixUp tuple, one entry for each row."""
-
-    def flat(labels):
-        if not isinstance(labels, Tensor):
-            return labels  # to be refused by name
-        if shift and labels.dtype == torch.uint8:  # has no room for -100
-            labels = labels.long()
-        return _shifted(labels, shift, ignore_index).reshape(-1)
-
-    if not isinstance(target, tuple) or len(target) != 3:
-        return flat(target) if isinstance(target, Tensor) else target
-    y, y2, lam = target
-    if isinstance(lam, Tensor) and lam.dim():
-        try:
-            lam = lam.expand(lead)
-        except RuntimeError:
-            raise RuntimeError(
-                f"lam of shape {list(lam.shape)} does not broadcast to the labels' {list(lead)}"
-            ) from None
-        lam = _shifted(lam, shift, 0.0).reshape(-1)
-    return flat(y), flat(y2), lam
 
 
 def token_logprobs(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pyloss.functional.classification import _autocast, _check_range
+from pyloss.functional import _checks as checks
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.permutahedron import permutahedron
 
 _REGULARIZATIONS = ("l2", "kl")
@@ -119,22 +119,14 @@ def permutahedron_sort(
 
 def _rows(values, regularization, strength, dim):
     """(rows (b, n) in float32 or float64, the way back, kl) of checked arguments."""
-    if not isinstance(values, Tensor):
-        raise TypeError(f"values must be a Tensor, got {type(values).__name__}")
-    if not values.is_floating_point():
-        raise TypeError(f"values must be floating, got {values.dtype}")
-    if values.dim() == 0:
-        raise ValueError("values must have at least one dimension, got a 0-d Tensor")
+    checks.check_floating("values", values)
+    checks.check_has_dimension("values", values, "a 0-d Tensor")
     if regularization not in _REGULARIZATIONS:
         raise ValueError(f"regularization must be 'l2' or 'kl', got {regularization!r}")
-    _check_range("regularization_strength", strength, 0.0, open_low=True)
-    if not -values.dim() <= dim < values.dim():
-        low, high = -values.dim(), values.dim() - 1
-        raise IndexError(f"dim must be in [{low}, {high}] for {values.dim()} dimensions, got {dim}")
-    if values.shape[dim] == 0:
-        raise ValueError(f"values must not be empty along dim {dim}, got {list(values.shape)}")
-    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-    result = dtype if _autocast(values) else values.dtype
+    checks.check_range("regularization_strength", strength, 0.0, open_low=True)
+    checks.check_along("values", values, dim)
+    dtype = accumulator_dtype(values.dtype)
+    result = checks.result_dtype(values.dtype, values)
     last = dim in (-1, values.dim() - 1)
     moved = values if last else values.movedim(dim, -1)
     rows = (moved if moved.dim() == 2 else moved.reshape(-1, moved.shape[-1])).to(dtype)

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.functional.classification import _check_number, _check_range
+from pyloss.functional import _checks as checks
+from pyloss.functional._checks import check_floating, check_range
+from pyloss.ops._launch import accumulator_dtype
 
 _DPO_LOSSES = ("sigmoid", "ipo", "hinge")
 _GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo")
@@ -101,10 +103,9 @@ def sequence_logprobs(
         Rafailov et al. Direct Preference Optimization. arXiv 2305.18290 (the sum); Meng, Xia, Chen.
         SimPO. arXiv 2405.14734 (the average).
     """
-    _check_floating("token_logps", token_logps)
-    if token_logps.dim() == 0:
-        raise ValueError("token_logps must have at least one dimension, got a 0-d tensor")
-    logps = token_logps.to(_accumulator(token_logps))
+    check_floating("token_logps", token_logps)
+    checks.check_has_dimension("token_logps", token_logps)
+    logps = token_logps.to(accumulator_dtype(token_logps.dtype))
     mask = _checked_mask(mask, "token_logps", token_logps)
     if mask is None:
         count = logps.new_full((), logps.shape[-1])
@@ -193,21 +194,17 @@ def dpo_loss(
         named["reference_chosen_logps"] = reference_chosen_logps
         named["reference_rejected_logps"] = reference_rejected_logps
     for name, t in named.items():
-        _check_floating(name, t)
-        if t.shape != policy_chosen_logps.shape:
-            raise ValueError(
-                f"{name} must have the shape of policy_chosen_logps, "
-                f"{list(policy_chosen_logps.shape)}, got {list(t.shape)}"
-            )
-    _check_choice("loss_type", loss_type, _DPO_LOSSES)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    _check_range("beta", beta, 0.0, open_low=True)
-    _check_number("label_smoothing", label_smoothing)
+        check_floating(name, t)
+        _check_same_shape(name, t, "policy_chosen_logps", policy_chosen_logps)
+    checks.check_one_of("loss_type", loss_type, _DPO_LOSSES)
+    checks.check_reduction(reduction)
+    check_range("beta", beta, 0.0, open_low=True)
+    checks.check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5], got {label_smoothing}")
 
-    dtype = _accumulator(*named.values())
+    wide = any(t.dtype == torch.float64 for t in named.values())
+    dtype = torch.float64 if wide else torch.float32
     # The reference is subtracted first: answers of very different lengths have log-probabilities of
     # very different sizes, and the small ratios would be lost in their difference.
     chosen, rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
@@ -275,19 +272,17 @@ def group_advantages(
         Shao et al. DeepSeekMath. arXiv 2402.03300. Without the division: Liu et al.
         Understanding R1-Zero-Like Training (Dr. GRPO). arXiv 2503.20783.
     """
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a Tensor, got {type(rewards).__name__}")
+    checks.check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (B,), got {list(rewards.shape)}")
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+    checks.check_integer("group_size", group_size, "an int")
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
             f"group_size must be positive and divide the number of rewards, {rewards.shape[0]}, "
             f"got {group_size}"
         )
-    _check_range("eps", eps, 0.0)
-    groups = rewards.detach().to(_accumulator(rewards)).view(-1, group_size)
+    check_range("eps", eps, 0.0)
+    groups = rewards.detach().to(accumulator_dtype(rewards.dtype)).view(-1, group_size)
     # Relative to the first one: equal rewards then give exact zeros, not rounding errors of the
     # mean that the division would make large.
     groups = groups - groups[:, :1]
@@ -383,27 +378,27 @@ def grpo_loss(
         GRPO: Shao et al. arXiv 2402.03300. DAPO: Yu et al. arXiv 2503.14476. Dr. GRPO: Liu et al.
         arXiv 2503.20783. Sequence level: Zheng et al. GSPO. arXiv 2507.18071.
     """
-    _check_floating("logprobs", logprobs)
+    check_floating("logprobs", logprobs)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs must have shape (B, T), got {list(logprobs.shape)}")
-    shape, dtype = logprobs.shape, _accumulator(logprobs)
+    shape, dtype = logprobs.shape, accumulator_dtype(logprobs.dtype)
     for name, t in (
         ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy)
     ):  # fmt: skip
         if t is not None:
-            _check_floating(name, t)
+            check_floating(name, t)
             _check_same_shape(name, t, "logprobs", logprobs)
     mask = _checked_mask(mask, "logprobs", logprobs)
     advantages = _checked_advantages(advantages, shape).to(dtype)
-    _check_choice("loss_type", loss_type, _GRPO_LOSSES)
-    _check_choice("importance_sampling_level", importance_sampling_level, _LEVELS)
+    checks.check_one_of("loss_type", loss_type, _GRPO_LOSSES)
+    checks.check_one_of("importance_sampling_level", importance_sampling_level, _LEVELS)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     clip_high = clip_low if clip_high is None else clip_high
-    _check_range("clip_low", clip_low, 0.0)
-    _check_range("clip_high", clip_high, 0.0)
-    _check_range("kl_coef", kl_coef, 0.0)
-    _check_range("entropy_coef", entropy_coef, -math.inf)
+    check_range("clip_low", clip_low, 0.0)
+    check_range("clip_high", clip_high, 0.0)
+    check_range("kl_coef", kl_coef, 0.0)
+    check_range("entropy_coef", entropy_coef, -math.inf)
     if kl_coef and ref_logprobs is None:
         raise ValueError("kl_coef needs ref_logprobs")
     if entropy_coef and entropy is None:
@@ -469,11 +464,9 @@ def _averaged(loss, count, loss_type, max_length, num_items):
     if num_items is not None:
         items = num_items
         if isinstance(items, Tensor):
-            if items.numel() != 1:
-                raise ValueError(f"num_items must be one number, got shape {list(items.shape)}")
-            items = items.detach().reshape(())
+            items = checks.one_number("num_items", items).detach()
         else:
-            _check_range("num_items", items, 0.0, open_low=True)
+            check_range("num_items", items, 0.0, open_low=True)
     if isinstance(items, Tensor):
         items = items.to(loss.dtype)
         return total / torch.where(items == 0, 1.0, items)
@@ -488,17 +481,6 @@ def _kept(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else torch.where(mask, t, 0.0)
 
 
-def _accumulator(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _check_floating(name, t):
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if not t.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {t.dtype}")
-
-
 def _check_same_shape(name, t, other_name, other):
     if t.shape != other.shape:
         raise ValueError(
@@ -509,8 +491,7 @@ def _check_same_shape(name, t, other_name, other):
 def _checked_mask(mask, other_name, other):
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    checks.check_tensor("mask", mask)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or integer (weights are not meant), got {mask.dtype}")
     _check_same_shape("mask", mask, other_name, other)
@@ -518,7 +499,7 @@ def _checked_mask(mask, other_name, other):
 
 
 def _checked_advantages(advantages, shape):
-    _check_floating("advantages", advantages)
+    check_floating("advantages", advantages)
     rows, tokens = shape
     if advantages.shape == (rows,):
         advantages = advantages[:, None]
@@ -530,18 +511,12 @@ def _checked_advantages(advantages, shape):
     return advantages.detach().expand(rows, tokens)
 
 
-def _check_choice(name, value, known):
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
 def _check_max_length(max_length):
     if max_length is None:
         raise ValueError(
             "loss_type 'dr_grpo' needs max_length: it divides by a constant, not by the length of "
             "the batch"
         )
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
+    checks.check_integer("max_length", max_length, "an int")
     if max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss.functional.classification import _autocast, _check_range
+from pyloss.functional import _checks as checks
+from pyloss.functional._checks import check_range
+from pyloss.ops._launch import accumulator_dtype
 
 
 def neural_sort(
@@ -52,11 +54,20 @@ def neural_sort(
     s, result = _checked(scores, tau, dim)
     s = s if descending else -s
     n = s.shape[-1]
+    # A shift of all scores changes nothing, but the products of a large one would be rounded.
+    low, high = s.detach().amin(-1, keepdim=True), s.detach().amax(-1, keepdim=True)
+    s = s - (low / 2 + high / 2)
+    # Sums of n huge scores would overflow.
+    reach = high / 2 - low / 2
+    unit = torch.where(reach > torch.finfo(s.dtype).max / (4 * n), reach, 1.0)
+    s = s / unit
     # By the sorted order, sum_k |s_j - s_k| would need no n x n temporary; but P is one anyway.
     spread = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
     factor = n - 1 - 2 * torch.arange(n, dtype=s.dtype, device=s.device)
     logits = factor.unsqueeze(-1) * s.unsqueeze(-2) - spread.unsqueeze(-2)
-    return _rows(logits / tau, hard).to(result)
+    # Largest 0, so that a small tau makes the others -inf and not all of them infinite.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
+    return _rows(logits / tau * unit.unsqueeze(-1), hard).to(result)
 
 
 def soft_sort_matrix(
@@ -106,18 +117,23 @@ def soft_sort_matrix(
         arXiv 2006.16038.
     """
     s, result = _checked(scores, tau, dim)
-    _check_range("pow", pow, 0.0, open_low=True)
-    # A large number in place of an infinite one: inf - inf is no distance.
-    s = torch.where(s.isinf(), s.sign() * (torch.finfo(s.dtype).max / 4), s)
-    ordered = s.sort(dim=-1, descending=descending).values
-    distance = (ordered.unsqueeze(-1) - s.unsqueeze(-2)).abs()
+    check_range("pow", pow, 0.0, open_low=True)
+    ordered = s.sort(dim=-1, descending=descending).values.unsqueeze(-1)
+    s = s.unsqueeze(-2)
+    # inf - inf is no distance: 0 between equal ones, else infinite, without a gradient.
+    infinite = ordered.isinf() | s.isinf()
+    apart = torch.where(ordered == s, 0.0, torch.inf)
+    distance = (ordered.masked_fill(ordered.isinf(), 0.0) - s.masked_fill(s.isinf(), 0.0)).abs()
     if pow != 1:
         if pow < 2:  # 0^p has a derivative without a bound, first or second
             equal = distance == 0
             distance = (distance.masked_fill(equal, 1.0) ** pow).masked_fill(equal, 0.0)
         else:
             distance = distance**pow
-    return _rows(distance * (-1 / tau), hard).to(result)
+    logits = torch.where(infinite, -apart, distance / -tau)
+    # The rows of infinite scores, too, are NaN where one score is.
+    spoilt = torch.where(s.isnan().any(-1, keepdim=True), torch.nan, 0.0)
+    return _rows(logits + spoilt, hard).to(result)
 
 
 def _rows(logits: Tensor, hard: bool) -> Tensor:
@@ -131,17 +147,9 @@ def _rows(logits: Tensor, hard: bool) -> Tensor:
 
 def _checked(scores, tau, dim) -> tuple[Tensor, torch.dtype]:
     """(scores with `dim` last, in float32 or float64; the dtype of the result)."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a Tensor, got {type(scores).__name__}")
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating, got {scores.dtype}")
-    if scores.dim() == 0:
-        raise ValueError("scores must have at least one dimension, got a 0-d Tensor")
-    _check_range("tau", tau, 0.0, open_low=True)
-    if not -scores.dim() <= dim < scores.dim():
-        low, high = -scores.dim(), scores.dim() - 1
-        raise IndexError(f"dim must be in [{low}, {high}] for {scores.dim()} dimensions, got {dim}")
-    if scores.shape[dim] == 0:
-        raise ValueError(f"scores must not be empty along dim {dim}, got {list(scores.shape)}")
-    dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
-    return scores.movedim(dim, -1).to(dtype), dtype if _autocast(scores) else scores.dtype
+    checks.check_floating("scores", scores)
+    checks.check_has_dimension("scores", scores, "a 0-d Tensor")
+    check_range("tau", tau, 0.0, open_low=True)
+    checks.check_along("scores", scores, dim)
+    dtype = accumulator_dtype(scores.dtype)
+    return scores.movedim(dim, -1).to(dtype), checks.result_dtype(scores.dtype, scores)

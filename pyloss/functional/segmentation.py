@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyloss.functional import classification as rows
-
-_REDUCTIONS = ("none", "mean", "sum")
+from pyloss.functional import _checks as checks
+from pyloss.functional._checks import check_range
+from pyloss.functional._rows import row_loss
+from pyloss.ops._launch import accumulator_dtype
 
 
 def soft_dice_loss(
@@ -110,7 +111,7 @@ def soft_dice_loss(
         soft_label=soft_label,
         ignore_index=ignore_index,
     )
-    return value.to(_result_dtype(input))
+    return value.to(checks.result_dtype(input.dtype, input))
 
 
 def dice_cross_entropy_loss(
@@ -178,9 +179,9 @@ def dice_cross_entropy_loss(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
-        rows._check_range(name, value, 0.0)
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+        check_range(name, value, 0.0)
+    if weight is not None:
+        checks.check_tensor("weight", weight)
     # What is wrong with the tensors is found here, before they are indexed below.
     channels = _checked_channels(input)
     dice_weight = weight if channels > 1 else None
@@ -212,22 +213,22 @@ def dice_cross_entropy_loss(
     else:
         if is_index:
             # The class numbers were checked above; the op takes three of the integer dtypes.
-            labels = labels if labels.dtype in rows._INDEX_DTYPES else labels.long()
+            labels = labels if labels.dtype in checks.CLASS_INDICES else labels.long()
             # Without an ignored class nothing may be: a negative label is an error above.
             ignored = -100 if ignore_index is None else ignore_index
         else:
             labels = labels if labels.is_floating_point() else labels.to(input.dtype)
             ignored = -100
-        ce = rows.fused_cross_entropy(
+        ce = row_loss(
             input,
             labels,
-            weight,
+            weight=weight,
             reduction=reduction,
             label_smoothing=label_smoothing,
             ignore_index=ignored,
-            loss_dtype=_acc_dtype(input),
+            loss_dtype=accumulator_dtype(input.dtype),
         )
-    return (lambda_dice * dice + lambda_ce * ce).to(_result_dtype(input))
+    return (lambda_dice * dice + lambda_ce * ce).to(checks.result_dtype(input.dtype, input))
 
 
 def _dice(
@@ -251,8 +252,7 @@ def _dice(
 ) -> Tensor:
     """The Dice loss in the dtype of the sums."""
     channels = _checked_channels(input)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
+    checks.check_reduction(reduction)
     if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
         raise ValueError("at most one of sigmoid, softmax and other_act may be set")
     if other_act is not None and not callable(other_act):
@@ -260,7 +260,7 @@ def _dice(
     if softmax and channels == 1:
         raise ValueError("softmax over one channel is 1 everywhere: use sigmoid=True")
     for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
-        rows._check_range(name, value, 0.0)
+        check_range(name, value, 0.0)
 
     labels, is_index = _split_target(input, target, to_onehot_y)
     if ignore_index is not None and not is_index and channels > 1:
@@ -307,34 +307,20 @@ def _sum(values, dims, dtype):
     return values.sum(dims, dtype=dtype) if dims else values.to(dtype)
 
 
-def _acc_dtype(input):
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-def _result_dtype(input):
-    if input.dtype in (torch.bfloat16, torch.float16) and rows._autocast(input):
-        return torch.float32
-    return input.dtype
-
-
 def _activated(input, sigmoid, softmax, other_act):
     if softmax:
-        return torch.softmax(input, 1, dtype=_acc_dtype(input))
-    input = input.to(_acc_dtype(input))
+        return torch.softmax(input, 1, dtype=accumulator_dtype(input.dtype))
+    input = input.to(accumulator_dtype(input.dtype))
     if sigmoid:
         return torch.sigmoid(input)
     return input if other_act is None else other_act(input)
 
 
 def _checked_channels(input) -> int:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    checks.check_tensor("input", input)
     if input.dim() < 2:
         raise ValueError(f"input must have shape (N, C, *), got {list(input.shape)}")
-    if input.dtype not in rows._INPUT_DTYPES:
-        raise NotImplementedError(
-            f"\"soft_dice_loss\" not implemented for '{rows._scalar_name(input.dtype)}'"
-        )
+    checks.check_supported("soft_dice_loss", input)
     if input.shape[1] == 0:
         raise ValueError(f"input has no channels: shape {list(input.shape)}")
     return input.shape[1]
@@ -342,9 +328,8 @@ def _checked_channels(input) -> int:
 
 def _split_target(input, target, to_onehot_y) -> tuple[Tensor, bool]:
     """(labels, whether they are class indices): indices as (N, *), the rest as (N, C, *)."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    rows._check_device("target", target, input)
+    checks.check_tensor("target", target)
+    checks.check_device("target", target, input)
     one = (input.shape[0], 1, *input.shape[2:])
     flat = (input.shape[0], *input.shape[2:])
     if input.shape[1] == 1:  # a mask, whatever to_onehot_y says
@@ -358,7 +343,7 @@ def _split_target(input, target, to_onehot_y) -> tuple[Tensor, bool]:
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise RuntimeError(
             "expected target with class indices to have an integer dtype such as Long, but got "
-            f"{rows._scalar_name(target.dtype)}"
+            f"{checks.scalar_name(target.dtype)}"
         )
     return target.squeeze(1) if target.shape == one else target, True
 
@@ -398,9 +383,9 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
     given = isinstance(weight, Tensor)
     if not given:
         for value in weight if isinstance(weight, Sequence) else (weight,):
-            rows._check_range("weight", value, 0.0)
-        weight = torch.tensor(weight, dtype=_acc_dtype(input), device=input.device)
-    rows._check_device("weight", weight, input)
+            check_range("weight", value, 0.0)
+        weight = torch.tensor(weight, dtype=accumulator_dtype(input.dtype), device=input.device)
+    checks.check_device("weight", weight, input)
     if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != classes):
         raise ValueError(
             f"weight must be one number or one for each of the {classes} classes that count, got "
@@ -414,7 +399,7 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
 
 
 def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
-    dtype = _acc_dtype(input)
+    dtype = accumulator_dtype(input.dtype)
     if pos_weight is not None:
         pos_weight = pos_weight.to(dtype).view([-1] + [1] * (input.dim() - 2))
     counted = None

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.functional import sorting as F
+from pyloss.functional._checks import check_tensor
+from pyloss.functional._sorting_rows import check_ordered
 
 
 class RankingAccuracy(NamedTuple):
@@ -55,8 +56,8 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
     Reference:
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
-    F._check_floating("input", input)
-    F._check_tensor("target", target)
+    check_ordered("input", input)
+    check_tensor("target", target)
     if input.shape != target.shape:
         raise ValueError(
             f"target must have the shape {list(input.shape)} of input, got {list(target.shape)}"

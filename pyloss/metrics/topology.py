@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.functional import _images as images
 from pyloss.functional import topology as F
+from pyloss.functional._checks import REDUCTIONS
+from pyloss.functional._images import check_real
 
 
 @torch.no_grad()
@@ -35,7 +38,7 @@ def betti_numbers(mask: Tensor, spatial_dims: int | None = None) -> Tensor:
     Reference:
         Stucki et al. arXiv 2211.15272.
     """
-    F._check_tensor("mask", mask)
+    check_real("mask", mask)
     _check_no_nan("mask", mask)
     mask = mask != 0
     pairs = F.persistence_pairs(mask, spatial_dims, filtration="superlevel")
@@ -148,11 +151,11 @@ def betti_matching_error(
 
 
 def _masks(input, target, threshold, include_background):
-    F._check_tensor("input", input)
-    F._check_tensor("target", target)
-    F._checked_spatial_dims(input, None)
-    target = F._expanded(target, input)
-    F._check_same_shape(input, target)
+    check_real("input", input)
+    check_real("target", target)
+    images.checked_spatial_dims(input, None)
+    target = images.expanded(target, input)
+    images.check_same_shape(input, target)
     if not include_background and input.shape[1] > 1:
         input, target = input[:, 1:], target[:, 1:]
     if math.isnan(threshold):
@@ -168,7 +171,7 @@ def _check_no_nan(name, x):
 
 
 def _reduced(x: Tensor, reduction: str) -> Tensor:
-    F._one_of("reduction", reduction, ("none", "mean", "sum"))
+    images.check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return x
     total = x.sum((0, 1))

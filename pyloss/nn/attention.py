@@ -7,11 +7,14 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack  # torch has imported it
 
+from pyloss.functional._options import LOW_RANK, LowRankOptions, options_of
 from pyloss.functional.attention import Window, tensor_attention_n
+from pyloss.nn._module import OptionsModule
 
 
-class TensorAttention(nn.Module):
+class TensorAttention(OptionsModule):
     r"""Multi-head attention over pairs of keys; stands in for :class:`torch.nn.MultiheadAttention`.
 
     .. math::
@@ -64,6 +67,7 @@ class TensorAttention(nn.Module):
     # TransformerEncoderLayer looks at this before its fast path, which would bypass forward.
     _qkv_same_embed_dim = False
 
+    @options_of(tensor_attention_n, LOW_RANK)
     def __init__(
         self,
         embed_dim: int,
@@ -84,14 +88,9 @@ class TensorAttention(nn.Module):
         qk_norm: bool = False,
         init: str = "identity",
         scale: float | str | None = None,
-        method: str = "exact",
-        degree: int | None = None,
-        poly: str = "taylor",
-        tol: float = 1e-2,
-        check: str = "warn",
-        logit_bound: float | None = None,
+        **low_rank: Unpack[LowRankOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**low_rank)
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
                 f"embed_dim and num_heads must be greater than 0, got {embed_dim} and {num_heads}"
@@ -119,8 +118,6 @@ class TensorAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
         self.order, self.window, self.init, self.scale = order, window, init, scale
-        self.method, self.degree, self.poly = method, degree, poly
-        self.tol, self.check, self.logit_bound = tol, check, logit_bound
 
         to = dict(device=device, dtype=dtype)
         width = kv_heads * self.head_dim
@@ -246,12 +243,7 @@ class TensorAttention(nn.Module):
             window=self.window,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
-            method=self.method,
-            degree=self.degree,
-            poly=self.poly,
-            tol=self.tol,
-            check=self.check,
-            logit_bound=self.logit_bound,
+            **self._options,
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import _reduction
 
 from pyloss.functional import classification as F
+from pyloss.functional._checks import check_range
+from pyloss.nn._module import WeightedLoss
 
 
-class _RowLoss(nn.Module):
-    """Keeps each option of a loss as an attribute; only the class weight is a tensor, a buffer."""
-
-    weight: Tensor | None
-
-    def __init__(self, weight: Tensor | None, options: dict) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self._option_names = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
-
-    @property
-    def options(self) -> dict:
-        return {name: getattr(self, name) for name in self._option_names}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-
-
-class CrossEntropyLoss(_RowLoss):
+class CrossEntropyLoss(WeightedLoss):
     r"""Module of :func:`pyloss.fused_cross_entropy`; stands in for ``torch.nn.CrossEntropyLoss``.
 
     .. math:: \ell = -w_y \log \mathrm{softmax}(x)_y
@@ -71,22 +54,21 @@ class CrossEntropyLoss(_RowLoss):
         **options,
     ) -> None:
         if size_average is not None or reduce is not None:
-            reduction = F._reduction.legacy_get_string(size_average, reduce)
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        self._check_names(options, F.fused_cross_entropy)
         super().__init__(
             weight,
-            dict(
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-                **options,
-            ),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            **options,
         )
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
-class CompSumLoss(_RowLoss):
+class CompSumLoss(WeightedLoss):
     r"""Module of :func:`pyloss.comp_sum_loss`.
 
     .. math:: \ell = \frac{e^{(1-\tau) L} - 1}{1-\tau}, \qquad L = -\log \mathrm{softmax}(x)_y
@@ -112,13 +94,14 @@ class CompSumLoss(_RowLoss):
     """
 
     def __init__(self, tau: float = 1.0, weight: Tensor | None = None, **options) -> None:
-        super().__init__(weight, dict(tau=tau, **options))
+        self._check_names(options, F.fused_cross_entropy)
+        super().__init__(weight, tau=tau, **options)
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
-class GeneralizedCrossEntropyLoss(_RowLoss):
+class GeneralizedCrossEntropyLoss(WeightedLoss):
     r"""Generalized cross entropy, robust to noisy labels: the comp-sum loss with tau = q + 1.
 
     .. math:: \ell = \frac{1 - p_y^q}{q}, \qquad p_y \le k:\ \ell = \frac{1 - k^q}{q}
@@ -149,8 +132,9 @@ class GeneralizedCrossEntropyLoss(_RowLoss):
     def __init__(
         self, q: float = 0.7, k: float | None = None, weight: Tensor | None = None, **options
     ) -> None:
-        F._check_range("q", q, 0.0, open_low=True)
-        super().__init__(weight, dict(q=q, k=k, **options))
+        check_range("q", q, 0.0, open_low=True)
+        self._check_names(options, F.fused_cross_entropy, without=("tau", "truncate"))
+        super().__init__(weight, q=q, k=k, **options)
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         options = self.options
@@ -160,7 +144,7 @@ class GeneralizedCrossEntropyLoss(_RowLoss):
         )
 
 
-class FocalLoss(_RowLoss):
+class FocalLoss(WeightedLoss):
     r"""Module of :func:`pyloss.focal_loss`.
 
     .. math:: \ell = w_y (1 - p_y)^\gamma (-\log p_y)
@@ -186,8 +170,8 @@ class FocalLoss(_RowLoss):
     """
 
     def __init__(self, gamma: float = 2.0, weight: Tensor | None = None, **options) -> None:
-        super().__init__(weight, dict(gamma=gamma, **options))
+        self._check_names(options, F.focal_loss)
+        super().__init__(weight, gamma=gamma, **options)
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
-        options = self.options
-        return F.focal_loss(input, target, options.pop("gamma"), self.weight, **options, **call)
+        return F.focal_loss(input, target, weight=self.weight, **self.options, **call)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 from torch import Tensor, nn
 
 from pyloss.functional import linear as F
 from pyloss.functional.classification import RowStats
+from pyloss.nn._module import OptionsModule
 
 
-class LinearCrossEntropyLoss(nn.Module):
+class LinearCrossEntropyLoss(OptionsModule):
     r"""Module of :func:`pyloss.fused_linear_cross_entropy`, with the linear layer in it.
 
     Stands in for ``torch.nn.LinearCrossEntropyLoss``: same arguments, same ``state_dict``. Where
@@ -75,11 +75,13 @@ class LinearCrossEntropyLoss(nn.Module):
         options=None,
         **loss_options,
     ) -> None:
-        super().__init__()
+        loss_options = dict(
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            **loss_options,
+        )  # fmt: skip
+        self._keep(num_classes, out_features, weight, loss_options)
         outputs = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
-        self._configure(num_classes, out_features, weight, reduction, ignore_index, loss_options)
-        self.label_smoothing = _checked_smoothing(label_smoothing)
 
     @classmethod
     def borrow(
@@ -108,32 +110,29 @@ class LinearCrossEntropyLoss(nn.Module):
             raise TypeError(
                 f"module must have a weight of two dimensions, got {type(module).__name__}"
             )
+        loss_options = dict(
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            **loss_options,
+        )  # fmt: skip
         self = cls.__new__(cls)
-        nn.Module.__init__(self)
+        self._keep(found.shape[0], (), weight, loss_options)
         # In a tuple, where nn.Module does not look for submodules.
         self._borrowed = (module,)
-        classes = found.shape[0]
-        self._configure(classes, (), weight, reduction, ignore_index, loss_options)
-        self.label_smoothing = _checked_smoothing(label_smoothing)
         return self
 
-    def _configure(self, num_classes, out_features, weight, reduction, ignore_index, loss_options):
+    def _keep(self, num_classes, out_features, weight, options) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(
                 f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
             )
+        smoothing = options["label_smoothing"]
+        if not 0.0 <= smoothing <= 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {smoothing}")
+        self._check_names(options, F.fused_linear_cross_entropy)
+        super().__init__(**options)
         self.register_buffer("weight", weight)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        known = inspect.signature(F.fused_linear_cross_entropy).parameters
-        for name in loss_options:
-            if name not in known:
-                raise TypeError(
-                    f"LinearCrossEntropyLoss got an unexpected keyword argument {name!r}"
-                )
-        self.loss_options = dict(loss_options)
 
     @property
     def layer(self) -> nn.Module:
@@ -146,36 +145,15 @@ class LinearCrossEntropyLoss(nn.Module):
             weight = weight.view(self.num_classes, *self.out_features, weight.shape[-1])
             bias = bias if bias is None else bias.view(self.num_classes, *self.out_features)
         return F.fused_linear_cross_entropy(
-            input,
-            weight,
-            target,
-            bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            **self.loss_options,
-            **call,
+            input, weight, target, bias, weight=self.weight, **self._options, **call
         )
 
     def extra_repr(self) -> str:
         layer = self.layer
-        shown = dict(
-            in_features=layer.weight.shape[-1],
-            num_classes=self.num_classes,
-            out_features=self.out_features,
-            bias=getattr(layer, "bias", None) is not None,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            **self.loss_options,
+        has_bias = getattr(layer, "bias", None) is not None
+        shown = (
+            f"in_features={layer.weight.shape[-1]}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={has_bias}, {super().extra_repr()}"
         )
-        if "_borrowed" in self.__dict__:
-            shown["borrowed"] = type(layer).__name__
-        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
-
-
-def _checked_smoothing(value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {value}")
-    return value
+        borrowed = "_borrowed" in self.__dict__
+        return f"{shown}, borrowed={type(layer).__name__!r}" if borrowed else shown

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyloss.functional import relaxed_sort as F
+from pyloss.nn._module import OptionsModule
 
 
-class NeuralSort(nn.Module):
+class NeuralSort(OptionsModule):
     r"""Module of :func:`pyloss.functional.neural_sort`.
 
     .. math:: P_{r} = \mathrm{softmax}_j\Big(\frac{(n + 1 - 2 r)\, s_j - \sum_k |s_j - s_k|}
@@ -35,20 +36,13 @@ class NeuralSort(nn.Module):
     def __init__(
         self, tau: float = 1.0, hard: bool = False, *, dim: int = -1, descending: bool = True
     ) -> None:
-        super().__init__()
-        self.tau, self.hard = tau, hard
-        self.dim, self.descending = dim, descending
+        super().__init__(tau=tau, hard=hard, dim=dim, descending=descending)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return F.neural_sort(
-            scores, self.tau, dim=self.dim, descending=self.descending, hard=self.hard
-        )
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, hard={self.hard}, dim={self.dim}, descending={self.descending}"
+        return F.neural_sort(scores, **self._options)
 
 
-class SoftSort(nn.Module):
+class SoftSort(OptionsModule):
     r"""Module of :func:`pyloss.functional.soft_sort_matrix`.
 
     .. math:: P_{r} = \mathrm{softmax}_j\Big(-\frac{|\mathrm{sort}(s)_r - s_j|^p}{\tau}\Big)
@@ -81,17 +75,7 @@ class SoftSort(nn.Module):
         dim: int = -1,
         descending: bool = True,
     ) -> None:
-        super().__init__()
-        self.tau, self.hard, self.pow = tau, hard, pow
-        self.dim, self.descending = dim, descending
+        super().__init__(tau=tau, hard=hard, pow=pow, dim=dim, descending=descending)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return F.soft_sort_matrix(
-            scores, self.tau, self.pow, dim=self.dim, descending=self.descending, hard=self.hard
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"tau={self.tau}, hard={self.hard}, pow={self.pow}, dim={self.dim}, "
-            f"descending={self.descending}"
-        )
+        return F.soft_sort_matrix(scores, **self._options)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import segmentation as F
-from pyloss.nn.classification import _RowLoss
+from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions, options_of
+from pyloss.nn._module import WeightedLoss
 
 
-class SoftDiceLoss(_RowLoss):
+class SoftDiceLoss(WeightedLoss):
     r"""Module of :func:`pyloss.functional.soft_dice_loss`; stands in for ``monai.losses.DiceLoss``.
 
     .. math:: \ell = 1 - \frac{2 \sum p\,t + \mathrm{nr}}{\sum p + \sum t + \mathrm{dr}}
@@ -37,49 +37,18 @@ class SoftDiceLoss(_RowLoss):
         Milletari, Navab, Ahmadi. V-Net. arXiv 1606.04797.
     """
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool | None = None,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Callable[[Tensor], Tensor] | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        weight: float | Sequence[float] | Tensor | None = None,
-        soft_label: bool = False,
-        ignore_index: int | None = None,
-    ) -> None:
+    @options_of(F.soft_dice_loss, positional=None)
+    def __init__(self, **options: Unpack[DiceOptions]) -> None:
+        weight = options.pop("weight")
         if weight is not None and not isinstance(weight, Tensor):
             weight = torch.tensor(weight, dtype=torch.float32)
-        super().__init__(
-            weight,
-            dict(
-                include_background=include_background,
-                to_onehot_y=to_onehot_y,
-                sigmoid=sigmoid,
-                softmax=softmax,
-                other_act=other_act,
-                squared_pred=squared_pred,
-                jaccard=jaccard,
-                reduction=reduction,
-                smooth_nr=smooth_nr,
-                smooth_dr=smooth_dr,
-                batch=batch,
-                soft_label=soft_label,
-                ignore_index=ignore_index,
-            ),
-        )
+        super().__init__(weight, **options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.soft_dice_loss(input, target, weight=self.weight, **self.options)
 
 
-class DiceCELoss(_RowLoss):
+class DiceCELoss(WeightedLoss):
     r"""Module of :func:`pyloss.functional.dice_cross_entropy_loss`; as ``monai.losses.DiceCELoss``.
 
     .. math:: \ell = \lambda_\mathrm{dice}\, \ell_\mathrm{dice}
@@ -106,47 +75,9 @@ class DiceCELoss(_RowLoss):
         Isensee et al. nnU-Net. arXiv 1809.10486.
     """
 
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool | None = None,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Callable[[Tensor], Tensor] | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        weight: Tensor | None = None,
-        lambda_dice: float = 1.0,
-        lambda_ce: float = 1.0,
-        label_smoothing: float = 0.0,
-        soft_label: bool = False,
-        ignore_index: int | None = None,
-    ) -> None:
-        super().__init__(
-            weight,
-            dict(
-                include_background=include_background,
-                to_onehot_y=to_onehot_y,
-                sigmoid=sigmoid,
-                softmax=softmax,
-                other_act=other_act,
-                squared_pred=squared_pred,
-                jaccard=jaccard,
-                reduction=reduction,
-                smooth_nr=smooth_nr,
-                smooth_dr=smooth_dr,
-                batch=batch,
-                lambda_dice=lambda_dice,
-                lambda_ce=lambda_ce,
-                label_smoothing=label_smoothing,
-                soft_label=soft_label,
-                ignore_index=ignore_index,
-            ),
-        )
+    @options_of(F.dice_cross_entropy_loss, positional=None)
+    def __init__(self, **options: Unpack[DiceCrossEntropyOptions]) -> None:
+        super().__init__(options.pop("weight"), **options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.dice_cross_entropy_loss(input, target, weight=self.weight, **self.options)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import sorting as F
+from pyloss.functional._checks import check_tensor
+from pyloss.functional._options import SortingLossOptions, SpearmanOptions, options_of
+from pyloss.functional._sorting_rows import SELECTORS, SORTERS, checked_settings
+from pyloss.nn._module import LossModule, OptionsModule
 
 
 def _integer(name: str, value) -> int:
@@ -17,14 +22,13 @@ def _integer(name: str, value) -> int:
     return operator.index(value)
 
 
-class _Network(nn.Module):
+class _Network(OptionsModule):
     """The constructor that diffsort's and difftopk's modules share."""
 
     def __init__(
         self, sorting_network_type, size, steepness, art_lambda, interpolation_type, distribution,
         networks, k=0,
     ) -> None:  # fmt: skip
-        super().__init__()
         if interpolation_type is not None:
             if distribution not in (None, "cauchy", interpolation_type):
                 raise ValueError(
@@ -35,35 +39,21 @@ class _Network(nn.Module):
         size = _integer("size", size)
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
-        F.checked_settings(sorting_network_type, distribution, steepness, art_lambda, k, networks)
+        checked_settings(sorting_network_type, distribution, steepness, art_lambda, k, networks)
+        super().__init__(steepness=steepness, art_lambda=art_lambda, distribution=distribution)
         self.sorting_network_type = sorting_network_type
         self.size = size
-        self.steepness = steepness
-        self.art_lambda = art_lambda
-        self.distribution = distribution
 
     def _checked(self, vectors) -> Tensor:
-        if not isinstance(vectors, Tensor):
-            raise TypeError(f"vectors must be a Tensor, got {type(vectors).__name__}")
+        check_tensor("vectors", vectors)
         if vectors.dim() != 2 or vectors.shape[1] != self.size:
             raise ValueError(
                 f"vectors must have the shape (batch, {self.size}), got {list(vectors.shape)}"
             )
         return vectors
 
-    def _options(self) -> dict:
-        return dict(
-            network=self.sorting_network_type,
-            distribution=self.distribution,
-            steepness=self.steepness,
-            art_lambda=self.art_lambda,
-        )
-
     def extra_repr(self) -> str:
-        return (
-            f"{self.sorting_network_type!r}, {self.size}, steepness={self.steepness!r}, "
-            f"art_lambda={self.art_lambda!r}, distribution={self.distribution!r}"
-        )
+        return f"{self.sorting_network_type!r}, {self.size}, {super().extra_repr()}"
 
 
 class DiffSortNet(_Network):
@@ -116,11 +106,12 @@ class DiffSortNet(_Network):
     ) -> None:
         super().__init__(
             sorting_network_type, size, steepness, art_lambda, interpolation_type, distribution,
-            F.SORTERS,
+            SORTERS,
         )  # fmt: skip
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        return F.soft_sort(self._checked(vectors), return_permutation=True, **self._options())
+        vectors, network = self._checked(vectors), self.sorting_network_type
+        return F.soft_sort(vectors, return_permutation=True, network=network, **self._options)
 
 
 class DiffTopkNet(_Network):
@@ -167,7 +158,7 @@ class DiffTopkNet(_Network):
     ) -> None:
         super().__init__(
             sorting_network_type, size, steepness, art_lambda, interpolation_type, distribution,
-            F.SELECTORS, k,
+            SELECTORS, k,
         )  # fmt: skip
         k = _integer("k", k)
         if not 1 <= k <= size:
@@ -176,30 +167,14 @@ class DiffTopkNet(_Network):
         self.sparse = sparse
 
     def forward(self, vectors: Tensor) -> tuple[None, Tensor]:
-        return None, F.soft_topk(self._checked(vectors), self.k, **self._options()).flip(-1)
+        vectors, network = self._checked(vectors), self.sorting_network_type
+        return None, F.soft_topk(vectors, self.k, network=network, **self._options).flip(-1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
 
 
-class _Loss(nn.Module):
-    """Keeps each option of a loss as an attribute."""
-
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self._option_names = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
-
-    @property
-    def options(self) -> dict:
-        return {name: getattr(self, name) for name in self._option_names}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-
-
-class SortingCrossEntropyLoss(_Loss):
+class SortingCrossEntropyLoss(LossModule):
     r"""Module of :func:`pyloss.sorting_cross_entropy`.
 
     .. math:: \ell = -\frac{1}{n^2} \sum_{i,r} Q_{ir} \log P_{ir} + (1 - Q_{ir}) \log (1 - P_{ir})
@@ -226,40 +201,15 @@ class SortingCrossEntropyLoss(_Loss):
         Petersen, Borgelt, Kuehne, Deussen. arXiv 2105.04019.
     """
 
-    def __init__(
-        self,
-        kind: str = "bce",
-        target_is: str = "values",
-        reduction: str = "mean",
-        *,
-        dim: int = -1,
-        descending: bool = False,
-        ties: str = "stable",
-        network: str = "auto",
-        distribution: str = "cauchy",
-        steepness: float = 10.0,
-        art_lambda: float = 0.25,
-        validate: bool = False,
-    ) -> None:
-        super().__init__(
-            kind=kind,
-            target_is=target_is,
-            reduction=reduction,
-            dim=dim,
-            descending=descending,
-            ties=ties,
-            network=network,
-            distribution=distribution,
-            steepness=steepness,
-            art_lambda=art_lambda,
-            validate=validate,
-        )
+    @options_of(F.sorting_cross_entropy, positional=3, annotations={"steepness": "float"})
+    def __init__(self, **options: Unpack[SortingLossOptions]) -> None:
+        super().__init__(**options)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return F.sorting_cross_entropy(x, target, **self.options)
 
 
-class SpearmanLoss(_Loss):
+class SpearmanLoss(LossModule):
     r"""Module of :func:`pyloss.spearman_loss`.
 
     .. math:: \ell = 1 - \rho(\text{soft ranks of } x, \text{ranks of the target})
@@ -284,30 +234,9 @@ class SpearmanLoss(_Loss):
         Blondel, Teboul, Berthet, Djolonga. arXiv 2002.08871.
     """
 
-    def __init__(
-        self,
-        reduction: str = "mean",
-        *,
-        dim: int = -1,
-        network: str = "auto",
-        distribution: str = "cauchy",
-        steepness: float = 10.0,
-        art_lambda: float = 0.25,
-        method: str = "network",
-        regularization: str = "l2",
-        regularization_strength: float = 1.0,
-    ) -> None:
-        super().__init__(
-            reduction=reduction,
-            dim=dim,
-            network=network,
-            distribution=distribution,
-            steepness=steepness,
-            art_lambda=art_lambda,
-            method=method,
-            regularization=regularization,
-            regularization_strength=regularization_strength,
-        )
+    @options_of(F.spearman_loss, positional=1, annotations={"steepness": "float"})
+    def __init__(self, **options: Unpack[SpearmanOptions]) -> None:
+        super().__init__(**options)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return F.spearman_loss(x, target, **self.options)

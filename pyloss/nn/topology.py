@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import topology as F
+from pyloss.functional._options import BettiOptions, options_of
+from pyloss.nn._module import LossModule
 
 
-class BettiMatchingLoss(nn.Module):
+class BettiMatchingLoss(LossModule):
     r"""Module of :func:`pyloss.betti_matching_loss`, alone or on top of another loss.
 
     .. math:: \ell = \mathrm{base}(x, y) + \alpha\, L_{\text{Betti}}(x, y)
@@ -42,45 +45,19 @@ class BettiMatchingLoss(nn.Module):
         Stucki, Paetzold, Shit, Menze, Bauer. arXiv 2211.15272.
     """
 
+    @options_of(F.betti_matching_loss, after={"base_loss": "reduction", "alpha": "base_loss"})
     def __init__(
         self,
         *,
-        filtration: str = "superlevel",
-        dims: Sequence[int] | None = None,
-        weight: Sequence[float] | None = None,
-        matched_weight: float = 1.0,
-        unmatched_weight: float = 1.0,
-        target_weight: float = 1.0,
-        include_target_unmatched: bool = True,
-        unmatched: str = "diagonal",
-        min_persistence: float = 0.0,
-        essential: bool = False,
-        padding: str | float | None = None,
-        include_background: bool = True,
-        activation: str | None = None,
-        reduction: str = "mean",
         base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         alpha: float = 0.5,
+        **options: Unpack[BettiOptions],
     ) -> None:
-        super().__init__()
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0, got {alpha}")
-        self.options = dict(
-            filtration=filtration,
-            dims=None if dims is None else tuple(dims),
-            weight=None if weight is None else tuple(weight),
-            matched_weight=matched_weight,
-            unmatched_weight=unmatched_weight,
-            target_weight=target_weight,
-            include_target_unmatched=include_target_unmatched,
-            unmatched=unmatched,
-            min_persistence=min_persistence,
-            essential=essential,
-            padding=padding,
-            include_background=include_background,
-            activation=activation,
-            reduction=reduction,
-        )
+        for name in ("dims", "weight"):
+            options[name] = None if options[name] is None else tuple(options[name])
+        super().__init__(**options)
         self.base_loss = base_loss
         self.alpha = alpha
 
@@ -99,5 +76,4 @@ class BettiMatchingLoss(nn.Module):
         return base + self.alpha * betti
 
     def extra_repr(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        return f"{shown}, alpha={self.alpha!r}"
+        return f"{super().extra_repr()}, alpha={self.alpha!r}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._registry import DTYPE_CODES, address
+from pyloss.ops._launch import DTYPE_CODES, address
 
 NOT_POSITIVE, NOT_FINITE = 1, 2  # LowrankFlag
 MOST_DEGREE = 32

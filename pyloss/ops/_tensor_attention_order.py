@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._registry import accumulator_dtype, forward_ad_active, functorch_active
+from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import WANT, Settings, _FirstOrderOnly
 
 _ops = torch.ops.pyloss

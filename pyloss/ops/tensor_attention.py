@@ -17,14 +17,9 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._registry import (
-    DTYPE_CODES,
-    accumulator_dtype,
-    address,
-    define_op,
-    forward_ad_active,
-    functorch_active,
-)
+from pyloss.ops._launch import DTYPE_CODES, accumulator_dtype, address
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import forward_ad_active, functorch_active
 
 
 class Settings(NamedTuple):

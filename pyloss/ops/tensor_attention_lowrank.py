@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pyloss.ops import _tensor_attention_lowrank_cpu as cpu
-from pyloss.ops._registry import define_op, forward_ad_active, functorch_active
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import _FirstOrderOnly
 
 

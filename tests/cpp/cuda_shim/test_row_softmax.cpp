@@ -688,7 +688,7 @@ void check_scale() {
     const DType real = t == DType::kF64 ? t : DType::kF32;
     for (int64_t offset : {0, 1, 3}) {
       for (int64_t n : {1, 5, 100, 5000}) {
-        for (double by : {1.0, -0.5}) {
+        for (double by : {1.0, -0.5, HUGE_VAL}) {
           Buffer b, factor;
           b.make(t, n, offset);
           factor.make(real, 1);
@@ -696,7 +696,9 @@ void check_scale() {
           for (int64_t i = 0; i < n; ++i) b.set(i, double(i % 17));
           cuda::scale_inplace(b.data(), t, n, factor.data(), nullptr);
           bool ok = true;
-          for (int64_t i = 0; i < n; ++i) ok = ok && b.at(i) == by * double(i % 17);
+          for (int64_t i = 0; i < n; ++i) {
+            ok = ok && b.at(i) == (i % 17 == 0 ? 0.0 : by * double(i % 17));
+          }
           require(ok, "scale_inplace");
         }
       }

@@ -1,0 +1,212 @@
+"""Batches of images: places of voxels, frames, dtypes, class indices; and checks of all that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyloss.functional import _checks as checks
+
+_PADDINGS = ("foreground", "background")
+_REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
+
+
+def values_at(image: Tensor, item: Tensor, voxel: Tensor, missing: float) -> Tensor:
+    values = image[item, voxel.clamp(min=0)]
+    if not values.is_floating_point():
+        values = values.to(torch.get_default_dtype())
+    return torch.where(voxel < 0, missing, values)
+
+
+def counts_of(index: Tensor, items: int, dims: int) -> Tensor:
+    flat = index[:, 0] * dims + index[:, 1]
+    return torch.bincount(flat, minlength=items * dims).view(items, dims)
+
+
+def unravelled(voxels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., D) coordinates of flat indices; -1 stays -1."""
+    found, rest = [], voxels.clamp(min=0)
+    for size in reversed(shape):
+        found.append(rest % size)
+        rest = rest // size
+    return torch.where(voxels.unsqueeze(-1) < 0, -1, torch.stack(found[::-1], -1))
+
+
+def unpadded(rows: Tensor, padded_shape: tuple[int, ...]) -> Tensor:
+    """Voxel columns (all but two) of a framed image as indices into the image itself."""
+    at = unravelled(rows[:, 2:], padded_shape) - 1
+    index = torch.zeros_like(rows[:, 2:])
+    outside = torch.zeros_like(index, dtype=torch.bool)
+    for axis, size in enumerate(padded_shape):
+        x = at[..., axis]
+        outside |= (x < 0) | (x >= size - 2)
+        index = index * (size - 2) + x
+    return torch.cat([rows[:, :2], torch.where(outside, -1, index)], 1)
+
+
+def as_batch(x: Tensor, spatial: int) -> Tensor:
+    shape = x.shape[x.dim() - spatial :]
+    return x.reshape(-1, *shape) if x.numel() else x.flatten(0, -spatial - 1)
+
+
+def framed(x: Tensor, spatial: int, padding, superlevel: bool) -> Tensor:
+    """x in a frame of one voxel, which has no gradient."""
+    sides = [1] * (2 * spatial)
+    axes = tuple(range(x.dim() - spatial, x.dim()))
+    padded = F.pad(x, sides)
+    if padding == "foreground":
+        value = x.detach().amax(axes, keepdim=True) if superlevel else x.detach().amin(axes, True)
+    elif padding == "background":
+        return padded
+    elif isinstance(padding, str) or isinstance(padding, bool):
+        raise ValueError(f"padding must be None, one of {_PADDINGS} or a number, got {padding!r}")
+    elif not isinstance(padding, (int, float)):
+        raise TypeError(f"padding must be None, a string or a number, got {padding!r}")
+    elif math.isnan(padding):
+        raise ValueError("padding must not be NaN: it would poison every bar")
+    else:
+        value = x.new_tensor(float(padding))
+    inside = F.pad(torch.ones(x.shape[-spatial:], dtype=torch.bool, device=x.device), sides)
+    return torch.where(inside, padded, value)
+
+
+def computed(x: Tensor) -> Tensor:
+    """x in float32 or float64, exactly."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    if x.dtype in (torch.int32, torch.int64):
+        small = x.device.type == "cpu" and not torch.compiler.is_compiling() and _fits(x)
+        return x.to(torch.float32 if small else torch.float64)
+    return x.to(torch.float32)
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether float32 holds every value."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return -(2**24) <= int(low) and int(high) <= 2**24
+
+
+def common(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = computed(input), computed(target)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+def expanded(target: Tensor, input: Tensor) -> Tensor:
+    """Class indices (N, *spatial) or (N, 1, *spatial) as one channel per class; with one channel
+    they are a mask."""
+    labels, classes = target, input.shape[1]
+    if target.dim() == input.dim() and target.shape[1] == 1 < classes:
+        labels = target.squeeze(1)
+    if labels.shape != (input.shape[0], *input.shape[2:]) or labels.is_floating_point():
+        return target  # the check of shapes says so
+    if classes == 1:
+        return labels.unsqueeze(1)
+    return target if labels.dtype == torch.bool else one_hot(labels, classes)
+
+
+def one_hot(target: Tensor, classes: int) -> Tensor:
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+        low, high = (int(v) for v in torch.aminmax(target))
+        if low < 0 or high >= classes:
+            raise IndexError(f"Target {low if low < 0 else high} is out of bounds.")
+    index = torch.arange(classes, device=target.device, dtype=torch.int64)
+    index = index.view(1, classes, *(1,) * (target.dim() - 1))
+    return (target.unsqueeze(1).long() == index).to(torch.uint8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_choice(name: str, value, known: tuple[str, ...]):
+    checks.check_one_of(name, value, known, show=repr)
+    return value
+
+
+def check_real(name: str, x) -> None:
+    checks.check_tensor(name, x)
+    if x.dtype not in _REAL:
+        raise ValueError(f"{name} must be real, got {x.dtype}")
+
+
+def check_class_indices(target: Tensor, num_classes: int) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"class indices must be integers, got {target.dtype}")
+
+
+def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
+    check_real(name, input)
+    if spatial_dims is None:
+        spatial_dims = input.dim() - 2
+        if spatial_dims < 1:
+            raise ValueError(f"{name} must be (N, C, *spatial), got shape {tuple(input.shape)}")
+    if isinstance(spatial_dims, bool) or not isinstance(spatial_dims, int):
+        raise TypeError(f"spatial_dims must be an integer, got {spatial_dims!r}")
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+    if spatial_dims == 3:
+        raise NotImplementedError("Betti matching has 1 or 2 spatial dimensions so far, got 3")
+    if input.dim() < spatial_dims:
+        raise ValueError(
+            f"{name} must have at least {spatial_dims} dimensions, got shape {tuple(input.shape)}"
+        )
+    if 0 in input.shape[input.dim() - spatial_dims :]:
+        raise ValueError(f"{name} has a spatial size of 0: shape {tuple(input.shape)}")
+    return spatial_dims
+
+
+def check_same_shape(input, target) -> None:
+    check_real("target", target)
+    if input.shape != target.shape:
+        raise ValueError(
+            f"input and target must have the same shape, got {tuple(input.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    checks.check_device("target", target, input)
+
+
+def checked_dims(dims, spatial: int) -> list[int]:
+    if dims is None:
+        return list(range(spatial))
+    if isinstance(dims, (str, int)) or not isinstance(dims, Iterable):
+        raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
+    dims = list(dims)
+    for d in dims:
+        if isinstance(d, bool) or not isinstance(d, int) or d not in range(spatial):
+            raise ValueError(f"dims must be integers in 0..{spatial - 1}, got {dims}")
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"dims must not repeat, got {dims}")
+    return dims
+
+
+def checked_weight(weight, dims, spatial: int) -> list[float]:
+    """One number per dimension of the image, 0 for those not wanted."""
+    found = [0.0] * spatial
+    if isinstance(weight, (str, int, float)):
+        raise TypeError(f"weight must be a sequence of numbers or None, got {weight!r}")
+    weight = [1.0] * len(dims) if weight is None else [float(w) for w in weight]
+    if len(weight) != len(dims):
+        raise ValueError(f"weight must have one entry per entry of dims {dims}, got {weight}")
+    for d, w in zip(dims, weight):
+        check_not_negative(weight=w)
+        found[d] = w
+    return found
+
+
+def check_not_negative(**numbers) -> None:
+    for name, x in numbers.items():
+        if isinstance(x, (bool, str)) or not isinstance(x, (int, float)):
+            raise TypeError(f"{name} must be a number, got {x!r}")
+        if not 0 <= x < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {x}")

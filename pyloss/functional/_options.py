@@ -1,0 +1,228 @@
+"""Groups of options that several functions share, and how a function takes a whole group.
+
+A group is declared here once, with its types. Its defaults are those of the function that has it
+in its own signature; every other function, module or distributed twin writes ``**options`` and is
+decorated with :func:`options_of`, which shows the options, checks their names and fills them in.
+Inside they travel as keyword arguments: plain dicts, which every version of torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class FormulaOptions(TypedDict, total=False):
+    """Of the formula of a row loss; see :func:`pyloss.fused_cross_entropy`."""
+
+    label_smoothing: float
+    tau: float
+    gamma: float  # of the focal loss alone
+    truncate: float | None
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+
+
+class RowOptions(FormulaOptions, total=False):
+    """Of a loss on rows of class scores; see :func:`pyloss.fused_cross_entropy`."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    token_weight: Tensor | None
+    return_stats: Sequence[str]
+    empty: str
+    loss_dtype: torch.dtype | None
+    num_items: float | Tensor | None
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Of a differentiable sorting network; see :func:`pyloss.soft_sort`."""
+
+    network: str
+    distribution: str
+    steepness: float | Tensor
+    art_lambda: float
+
+
+class DiceOptions(TypedDict, total=False):
+    """Of a region loss; see :func:`pyloss.functional.soft_dice_loss`."""
+
+    include_background: bool
+    to_onehot_y: bool | None
+    sigmoid: bool
+    softmax: bool
+    other_act: Callable[[Tensor], Tensor] | None
+    squared_pred: bool
+    jaccard: bool
+    reduction: str
+    smooth_nr: float
+    smooth_dr: float
+    batch: bool
+    weight: float | Sequence[float] | Tensor | None
+    soft_label: bool
+    ignore_index: int | None
+
+
+class DiceCrossEntropyOptions(DiceOptions, total=False):
+    """Of its sum with cross entropy; see :func:`pyloss.functional.dice_cross_entropy_loss`."""
+
+    lambda_dice: float
+    lambda_ce: float
+    label_smoothing: float
+
+
+class SortingLossOptions(NetworkOptions, total=False):
+    """See :func:`pyloss.sorting_cross_entropy`."""
+
+    kind: str
+    target_is: str
+    reduction: str
+    dim: int
+    descending: bool
+    ties: str
+    validate: bool
+
+
+class SpearmanOptions(NetworkOptions, total=False):
+    """See :func:`pyloss.spearman_loss`."""
+
+    reduction: str
+    dim: int
+    method: str
+    regularization: str
+    regularization_strength: float
+
+
+class BettiOptions(TypedDict, total=False):
+    """See :func:`pyloss.betti_matching_loss`."""
+
+    filtration: str
+    dims: Sequence[int] | None
+    weight: Sequence[float] | None
+    matched_weight: float
+    unmatched_weight: float
+    target_weight: float
+    include_target_unmatched: bool
+    unmatched: str
+    min_persistence: float
+    essential: bool
+    padding: str | float | None
+    include_background: bool
+    activation: str | None
+    reduction: str
+
+
+class LowRankOptions(TypedDict, total=False):
+    """Of low-rank attention; see :func:`pyloss.tensor_attention`."""
+
+    method: str
+    degree: int | None
+    poly: str
+    tol: float
+    check: str
+    logit_bound: float | None
+
+
+LOW_RANK = tuple(LowRankOptions.__annotations__)
+
+
+def names_of(function: Callable, without: Sequence[str] = ()) -> tuple[str, ...]:
+    """The parameters of a function that have a default, in order."""
+    found = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in found if p.default is not p.empty and p.name not in without)
+
+
+def check_names(caller: str, given: Iterable[str], known: Container[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{caller} got an unexpected keyword argument {name!r}")
+
+
+def options_of(
+    like: Callable,
+    only: Sequence[str] | None = None,
+    *,
+    without: Sequence[str] = (),
+    positional: int | None = 0,
+    after: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: says what ``**options`` of a function stands for.
+
+    ``inspect.signature`` and ``help`` show the options in its place, a call fills in the defaults,
+    and a name that is not among them is the TypeError that Python raises for it.
+
+    Args:
+        like: the function whose signature has the options, their order and their defaults.
+        only: these of its parameters; default: all that have a default.
+        without: but not these.
+        positional: so many of them, None: all, can be given by position as well, after the
+            function's own parameters.
+        after: where an own keyword of the function is shown: behind this name. Default: in front.
+        annotations: that differ from those of `like`.
+    """
+    names = [name for name in only or names_of(like) if name not in without]
+    by_position = names[:positional]
+    parameters = inspect.signature(like).parameters
+    group = []
+    for name in names:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        if name in by_position:
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        annotation = (annotations or {}).get(name, parameters[name].annotation)
+        group.append(parameters[name].replace(kind=kind, annotation=annotation))
+    defaults = {parameter.name: parameter.default for parameter in group}
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        signature = signature.replace(parameters=_shown(signature, group, after or {}))
+        known = dict.fromkeys(signature.parameters)
+        caller = f"{function.__qualname__}()"
+        own = function.__code__.co_argcount
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            check_names(caller, given, known)
+            options = {**defaults, **given}
+            if by_position:
+                options.update(_by_position(caller, args, own, by_position, given))
+                args = args[:own]
+            return function(*args, **options)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _shown(signature, group, after) -> list[inspect.Parameter]:
+    """The parameters of a function with the group in place of ``**options``."""
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shown = [p for p in own if p.name not in after] + group
+    for name, before in after.items():
+        at = [p.name for p in shown].index(before)
+        shown.insert(at + 1, signature.parameters[name])
+    return shown
+
+
+def _by_position(caller, args, own, names, given) -> dict[str, Any]:
+    """The options that were given by position, after the function's own arguments."""
+    if len(args) > own + len(names):
+        raise TypeError(
+            f"{caller} takes from {own} to {own + len(names)} positional arguments but {len(args)} "
+            "were given"
+        )
+    found = dict(zip(names, args[own:]))
+    for name in found:
+        if name in given:
+            raise TypeError(f"{caller} got multiple values for argument {name!r}")
+    return found

@@ -1,0 +1,378 @@
+"""Arguments of a loss on rows of class scores: checked, packed for the op, its results named.
+
+What :mod:`pyloss.functional.classification` has of logits, `linear` and `_vocab_parallel` have of
+logits that are never whole; all three come here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
+
+from pyloss.functional import _checks as checks
+from pyloss.functional._options import FormulaOptions, RowOptions
+from pyloss.ops import row_softmax as op
+from pyloss.ops._launch import accumulator_dtype
+
+FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
+_INDEX_STATS = ("argmax", "correct", "rank")
+_PLAIN = tuple(op.PLAIN)[:-1]
+
+
+class RowStats(NamedTuple):
+    """Per-row statistics that ``fused_cross_entropy(..., return_stats=...)`` returns.
+
+    Every field has the shape of the targets; fields that were not asked for are None. Ignored rows
+    hold 0 (argmax: -1; correct: False). With z the transformed logits and p = softmax(z):
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.randn(4, 10), torch.randint(10, (4,))
+        >>> loss, stats = pyloss.fused_cross_entropy(x, y, return_stats=("lse", "correct"))
+        >>> stats.lse.shape, stats.correct.dtype
+        (torch.Size([4]), torch.bool)
+    """
+
+    lse: Tensor | None = None  # log sum exp(z); differentiable
+    logprob: Tensor | None = None  # log p_y; differentiable
+    entropy: Tensor | None = None  # -sum p log p; differentiable
+    argmax: Tensor | None = None  # first index of the largest z, int64
+    correct: Tensor | None = None  # argmax == y, bool
+    rank: Tensor | None = None  # number of classes with z_j > z_y, int64
+    z_loss: Tensor | None = None  # z_loss * lse^2
+
+
+# Public there, and shown there.
+RowStats.__module__ = "pyloss.functional.classification"
+
+
+class Prepared(NamedTuple):
+    """The checked arguments of a row loss as the op takes them, and what its result still needs."""
+
+    labels: tuple[Tensor | None, ...]  # target, target2, mix, weight, token_weight
+    options: op.Options | None
+    codes: op.Codes
+    loss_dtype: torch.dtype
+    wants: int
+    return_stats: tuple[str, ...]
+    divisor: Tensor | None  # of the sum; a number is in the options
+    empty: str
+
+
+def prepare(
+    input,
+    target,
+    *,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    token_weight=None,
+    return_stats=(),
+    empty="nan",
+    loss_dtype=None,
+    num_items=None,
+    **formula: Unpack[FormulaOptions],
+) -> tuple[Tensor, Prepared]:
+    """Checks the arguments of a row loss in torch's order and packs them.
+
+    Of `input`, the logits, only shape, dtype and device are looked at. Returns them, as float64
+    where the probabilities are.
+    """
+    checks.check_tensor("input", input)
+    checks.check_reduction(reduction, op.REDUCTIONS)
+    if loss_dtype is not None and loss_dtype not in checks.FLOATS:
+        raise ValueError(f"loss_dtype must be a floating dtype, got {loss_dtype}")
+
+    target2 = mix = None
+    if isinstance(target, Tensor):
+        kind = op.DENSE if target.is_floating_point() else op.INDEX
+    else:
+        kind = op.MIX
+        target, target2, lam = _checked_mixup(target)
+    classes = 0 if input.dim() == 0 else input.shape[0 if input.dim() == 1 else 1]
+    if kind == op.DENSE:
+        _check_probabilities(input, target, ignore_index)
+        result_dtype = torch.promote_types(input.dtype, target.dtype)
+        if result_dtype == torch.float64:
+            input, target = input.double(), target.double()
+    else:
+        result_dtype = input.dtype
+        _check_labels(input, target, "target")
+        if kind == op.MIX:
+            _check_labels(input, target2, "target[1]")
+            mix = _broadcast_mix(lam, target, input.dtype)
+        # The CPU kernels look at every label anyway.
+        if not input.is_cpu and os.environ.get("PYLOSS_CHECK", "0") not in ("", "0"):
+            for labels in (target,) if target2 is None else (target, target2):
+                checks.check_index_values(labels, classes, ignore_index)
+    checks.check_device("target", target, input)
+    if target2 is not None:
+        checks.check_device("target[1]", target2, input)
+    checks.check_supported("fused_cross_entropy", input)
+    if loss_dtype is None:
+        loss_dtype = checks.result_dtype(result_dtype, input)
+    acc = accumulator_dtype(input.dtype)
+    if classes == 0 and (target.numel() > 0 or kind == op.DENSE):
+        raise IndexError("input has no classes: cannot take a softmax over a dimension of size 0")
+    if weight is not None:
+        weight = _checked_weight(weight, input, classes, acc)
+    if token_weight is not None:
+        token_weight = _checked_token_weight(token_weight, input, target, acc)
+
+    numbers = _checked_formula(kind, **formula)
+    divisor = items = None
+    if num_items is not None:
+        if reduction == "mean" and isinstance(num_items, Tensor):
+            reduction, divisor = "sum", checks.one_number("num_items", num_items)
+        elif reduction == "mean":
+            checks.check_range("num_items", num_items, 0.0, open_low=True)
+            items = float(num_items)
+        elif not isinstance(num_items, Tensor):
+            checks.check_number("num_items", num_items)
+    options = None
+    if numbers is not None or items is not None:
+        options = op.Options(*(numbers or _PLAIN), 0.0 if items is None else items)
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
+    # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
+    loss = op.FOCAL if options is not None and options.gamma else op.COMP_SUM
+    codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
+    return_stats = return_stats if isinstance(return_stats, str) else tuple(return_stats)
+    wants = _checked_stats(return_stats, kind) if return_stats else 0
+    labels = (target, target2, mix, weight, token_weight)
+    return input, Prepared(labels, options, codes, loss_dtype, wants, return_stats, divisor, empty)
+
+
+def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
+    """A copy. Not by _replace, which torch.compile cannot trace in every version of torch."""
+    fields = zip(op.Options._fields, p.options)
+    options = op.Options(*[smoothing if name == "smoothing" else x for name, x in fields])
+    return Prepared(
+        p.labels, options, p.codes, p.loss_dtype, p.wants, p.return_stats, p.divisor, p.empty
+    )
+
+
+def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
+    """Checks and packs the arguments, calls the op, names the statistics."""
+    input, p = prepare(input, target, **options)
+    if inplace:
+        inplace = _checked_inplace(input)
+    # What is divided afterwards is rounded to its dtype afterwards.
+    dtype = p.loss_dtype if p.divisor is None else accumulator_dtype(p.loss_dtype)
+    value, extras, index = op.row_softmax(
+        input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
+    )
+    if p.divisor is not None:
+        divisor = p.divisor.to(dtype)
+        value = value / divisor
+        if p.empty == "zero":
+            value = torch.where(divisor == 0, 0.0, value)
+        value = value.to(p.loss_dtype)
+    if not p.return_stats:
+        return value
+    return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))
+
+
+def _checked_mixup(target):
+    if not isinstance(target, tuple):
+        raise TypeError(
+            f"target must be a Tensor or a MixUp tuple (y, y2, lam), got {type(target).__name__}"
+        )
+    if len(target) != 3:
+        raise ValueError(f"a MixUp target is (y, y2, lam), got {len(target)} items")
+    y, y2, lam = target
+    for name, t in (("target[0]", y), ("target[1]", y2)):
+        checks.check_tensor(name, t)
+        if t.is_floating_point():
+            raise RuntimeError(f"{name} must hold class indices, got {checks.scalar_name(t.dtype)}")
+    if y.shape != y2.shape or y.dtype != y2.dtype:
+        raise RuntimeError(
+            f"the two labels of a MixUp target must agree, got {list(y.shape)} {y.dtype} and "
+            f"{list(y2.shape)} {y2.dtype}"
+        )
+    return y, y2, lam
+
+
+def _broadcast_mix(lam, target, dtype):
+    acc = accumulator_dtype(dtype)
+    if isinstance(lam, Tensor):
+        if lam.requires_grad:
+            raise RuntimeError("the loss is not differentiable with respect to lam")
+    else:
+        checks.check_number("lam", lam)
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"lam must be in [0, 1], got {lam}")
+    lam = torch.as_tensor(lam, dtype=acc, device=target.device)
+    try:
+        return lam.expand(target.shape)
+    except RuntimeError:
+        raise RuntimeError(
+            f"lam of shape {list(lam.shape)} does not broadcast to the labels' {list(target.shape)}"
+        ) from None
+
+
+def _check_probabilities(input, target, ignore_index):
+    if input.shape != target.shape:
+        _check_batch(input, target)
+        raise RuntimeError(
+            f"Expected floating point type for target with class probabilities to have the shape "
+            f"of input, {list(input.shape)}, got {list(target.shape)}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+
+
+def _check_batch(input, target):
+    if input.dim() > 1 and (target.dim() == 0 or input.shape[0] != target.shape[0]):
+        size = target.shape[0] if target.dim() else 1
+        raise ValueError(
+            f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size})."
+        )
+
+
+def _check_labels(input, target, name):
+    if target.shape == input.shape and input.shape != (1,):
+        raise RuntimeError(
+            "Expected floating point type for target with class probabilities, got "
+            f"{checks.scalar_name(target.dtype)}"
+        )
+    checks.check_index_dtype(name, target)
+    checks.check_has_dimension("input", input)
+    if input.dim() == 1:
+        if target.dim() > 0:
+            raise RuntimeError(
+                f"0D {name} expected for 1D input of shape {list(input.shape)}, "
+                f"got {list(target.shape)}"
+            )
+        return
+    _check_batch(input, target)
+    expected = (input.shape[0], *input.shape[2:])
+    if target.shape != expected:
+        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
+
+
+def _checked_weight(weight, input, classes, acc):
+    checks.check_tensor("weight", weight)
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {classes} classes or no classes but "
+            f"got weight tensor of shape: {list(weight.shape)}"
+        )
+    if weight.dtype not in (input.dtype, torch.float32, acc):
+        raise RuntimeError(
+            f"expected scalar type {checks.scalar_name(input.dtype)} or Float for weight but found "
+            f"{checks.scalar_name(weight.dtype)}"
+        )
+    checks.check_device("weight", weight, input)
+    checks.check_constant("weight", weight)
+    return weight.to(acc)
+
+
+def _checked_token_weight(token_weight, input, target, acc):
+    checks.check_token_weight(token_weight, _row_shape(input, target))
+    checks.check_device("token_weight", token_weight, input)
+    checks.check_constant("token_weight", token_weight)
+    return token_weight.to(acc)
+
+
+def _checked_formula(
+    kind,
+    label_smoothing=0.0,
+    tau=1.0,
+    gamma=0.0,
+    truncate=None,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    temperature=1.0,
+):
+    """All fields of op.Options but the last; None for the plain cross entropy."""
+    if (
+        label_smoothing == 0.0
+        and tau == 1.0
+        and gamma == 0.0
+        and truncate is None
+        and z_loss == 0.0
+        and softcap is None
+        and logit_scale == 1.0
+        and temperature == 1.0
+    ):
+        return None
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    checks.check_range("tau", tau, 0.0)
+    checks.check_range("z_loss", z_loss, 0.0)
+    checks.check_range("temperature", temperature, 0.0, open_low=True)
+    checks.check_range("logit_scale", logit_scale, -math.inf)
+    if softcap is not None:
+        checks.check_range("softcap", softcap, 0.0, open_low=True)
+    max_nll = math.inf
+    if truncate is not None:
+        checks.check_range("truncate", truncate, 0.0, open_low=True)
+        if truncate > 1.0:
+            raise ValueError(f"truncate must be a probability in (0, 1], got {truncate}")
+        if kind == op.DENSE or label_smoothing > 0.0:
+            raise ValueError("truncate needs class indices without label smoothing")
+        max_nll = -math.log(truncate)
+    return (
+        float(logit_scale),
+        float(softcap or 0.0),
+        float(temperature),
+        float(tau),
+        max_nll,
+        float(gamma),
+        float(z_loss),
+        float(label_smoothing),
+    )
+
+
+def _checked_inplace(input):
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return False
+    if input.is_leaf:
+        raise RuntimeError("inplace=True: input is a leaf, its values would become gradients")
+    if any(s == 0 and n > 1 for s, n in zip(input.stride(), input.shape)):
+        raise RuntimeError("inplace=True: elements of an expanded input share memory")
+    # A compiled graph plans its own buffers and may already reuse this one.
+    return not torch.compiler.is_compiling()
+
+
+def _checked_stats(return_stats, kind):
+    if isinstance(return_stats, str):
+        raise TypeError("return_stats must be a sequence of names, got one string")
+    for name in return_stats:
+        if name not in RowStats._fields:
+            raise ValueError(
+                f"unknown statistic {name!r} in return_stats; known: {', '.join(RowStats._fields)}"
+            )
+        if kind == op.DENSE and name in ("logprob", "correct", "rank"):
+            raise ValueError(f"return_stats: {name!r} needs class indices, not probabilities")
+    return op.WANT_EXTRAS * any(n in FLOAT_STATS for n in return_stats) + op.WANT_INDEX * any(
+        n in _INDEX_STATS for n in return_stats
+    )
+
+
+def _row_shape(input, target) -> tuple[int, ...]:
+    shape = (*input.shape[:1], *input.shape[2:]) if target.is_floating_point() else target.shape
+    return () if input.dim() == 1 else tuple(shape)
+
+
+def named_stats(p: Prepared, extras, index, shape) -> RowStats:
+    """The statistics that were asked for, each of the given shape."""
+    found = {}
+    for name in p.return_stats:
+        if name in FLOAT_STATS:
+            row = extras[FLOAT_STATS.index(name)].view(shape)
+            found[name] = row.detach() if name == "z_loss" else row
+        elif name == "correct":
+            argmax = index[0].view(shape)
+            # -1 may be the ignored label
+            found[name] = (argmax == p.labels[0].reshape(shape)) & (argmax >= 0)
+        else:
+            found[name] = index[("argmax", "rank").index(name)].view(shape)
+    return RowStats(**found)

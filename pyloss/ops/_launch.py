@@ -1,0 +1,38 @@
+"""What every launch of a kernel needs: codes, addresses, streams, scratch memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The codes of csrc/common/dtype.h.
+DTYPE_CODES = {
+    torch.float64: 0,
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.uint8: 6,
+}
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics are kept in: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def stream(x: Tensor) -> int:
+    """Handle of the current stream of a CUDA tensor's device."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def scratch(like: Tensor, size: int, align: int = 64) -> tuple[Tensor, int]:
+    """(buffer, address of `size` bytes inside it); the buffer must outlive the call."""
+    buffer = like.new_empty((size + align,), dtype=torch.uint8)
+    start = buffer.data_ptr()
+    return buffer, start + -start % align

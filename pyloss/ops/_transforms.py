@@ -1,0 +1,37 @@
+"""What surrounds a call: torch.func transforms, forward mode, hooks on saved tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform is running; those need ops that vmap can look into."""
+    return _functorch_active()
+
+
+def forward_ad_active() -> bool:
+    """Whether a forward-mode level is open, so that inputs may carry tangents."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether saved tensors are being hooked (checkpointing, offloading)."""
+    return _top_hooks(False) is not None
+
+
+def is_batched(t: torch.Tensor) -> bool:
+    """Whether a tensor stands for a batch (vmap, is_grads_batched)."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the checks, and hands over no such one
+        return False
+    return _is_batched(t) or _is_legacy_batched(t)
+
+
+# Private in torch, hence the fallbacks: without them an optimisation stays on where it should not,
+# or a transform fails loudly.
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda t: False)
+_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+_top_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
+)
