@@ -8,6 +8,7 @@
 #include <random>
 
 #include "check.h"
+#include "cpu/sorting_network_plan.h"
 #include "cpu/sorting_network_ranks.h"
 #include "instruction_sets.h"
 
