@@ -102,6 +102,10 @@ def test_every_public_callable_has_a_spec():
     assert not missing, f"write a Spec in tests/specs for {', '.join(missing)}"
 
 
+def test_every_spec_says_what_nothing_and_nan_do():
+    assert not [s.name for s in SPECS.values() if not s.empty or not s.nan]
+
+
 def test_exemptions_are_needed():
     covered = {getattr(s.function, "__name__", "") for s in SPECS.values()}
     assert set(WITHOUT_SPEC) <= set(public_callables())

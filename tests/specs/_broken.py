@@ -252,7 +252,14 @@ WRONG: dict[str, dict[str, Spec]] = {
     "state_dict": {"weight is no buffer": replace(KEPT, module=Plain)},
     "signature": {"another default": replace(KEPT, module=OtherDefault)},
     "autocast": {"stays half": _function(_stays_half)},
-    "nan": {"hidden": _function(_hides_nan), "everywhere": _function(_spreads_nan)},
+    "nan": {
+        "hidden": _function(_hides_nan),
+        "everywhere": _function(_spreads_nan),
+        "declared to spread": replace(KEPT, nan={"input": "all"}),
+        "declared to raise": replace(KEPT, nan={"input": "raises"}),
+        "hidden somewhere": replace(_function(_hides_nan), nan={"input": "any"}),
+        "another number": replace(KEPT, nan={"input": torch.equal}),
+    },
     "inputs_unchanged": {
         "bits": _function(_writes),
         "version": _function(_writes_the_same),

@@ -121,10 +121,11 @@ class Spec:
     vmap: tuple[str, ...] = ()  # inputs that are mapped over in the first sample
 
     # -- numbers
-    # input -> where a NaN in its first entry shows: "all", "row" (the first one and no other),
-    # "any" (somewhere)
-    nan: Mapping[str, str] = field(default_factory=dict)
+    # input -> what a NaN in its first entry does to the first result. "all" of it is NaN; the first
+    # "row" and no other; "any" entry; "raises"; or a test of (the result, that without the NaN).
+    nan: Mapping[str, str | Callable[[Tensor, Tensor], bool]] = field(default_factory=dict)
     large: Callable[[], Sample] | None = None  # enough work for two threads; default: the first
+    threads: bool = True  # False: sums whose order torch takes from the number of threads
     errors: tuple[Bad, ...] = ()
 
     # -- the module twin

@@ -304,7 +304,9 @@ CROSS_ENTROPY = {
 def accuracy_sample(*shape: int, **options) -> Sample:
     """Scores of which some orders are right, some nearly."""
     target = make_logits(shape, F64, scale=1.0)
-    return Sample(dict(input=(4 * target).round(), target=target), options)
+    scores = (4 * target).round()
+    scores[:1] = target[:1]
+    return Sample(dict(input=scores, target=target), options)
 
 
 # The modules that stand in for those of the diffsort package.
@@ -318,9 +320,9 @@ def diff_topk_net(vectors, sorting_network_type, size, k, **options):
     return soft_topk(vectors, k, network=sorting_network_type, **options).flip(-1)
 
 
-def net(kind: str = "odd_even", **options) -> Sample:
+def net(kind: str = "odd_even", rows: int = 2, **options) -> Sample:
     options = dict(sorting_network_type=kind, size=5, **options)
-    return Sample(dict(vectors=scores().inputs["x"]), options)
+    return Sample(dict(vectors=scores(rows, 5).inputs["x"]), options)
 
 
 SPECS = (
@@ -479,6 +481,8 @@ SPECS = (
             vectors, network=sorting_network_type, return_permutation=True, **options
         ),
         gradients=("vectors",),
+        empty={"no rows": Empty(lambda: net(rows=0), 0.0, (0, 5))},
+        large=lambda: net(rows=3000),
         vmap=("vectors",),
         nan={"vectors": "row"},
     ),
@@ -493,6 +497,8 @@ SPECS = (
             vectors, k, network=sorting_network_type, **options
         ).flip(-1),
         gradients=("vectors",),
+        empty={"no rows": Empty(lambda: net(rows=0, k=2), 0.0, (0, 5, 2))},
+        large=lambda: net(rows=3000, k=2),
         vmap=("vectors",),
         nan={"vectors": "row"},
     ),
@@ -509,6 +515,8 @@ SPECS = (
         autocast=dict.fromkeys((*HALF, F32, F64), F32),
         empty={"no sets": Empty(lambda: accuracy_sample(0, 6), math.nan)},
         vmap=("input", "target"),
+        nan=dict.fromkeys(("input", "target"), lambda found, clean: bool(found < clean)),
+        large=lambda: accuracy_sample(300, 100),
         errors=(
             Bad(ValueError, r"\[6, 6\].*\[2, 6\]", dict(target=torch.ones(2, 6))),
             Bad(IndexError, r"dim is 5.*\[6, 6\]", dict(dim=5)),
