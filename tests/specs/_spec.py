@@ -101,8 +101,6 @@ class Spec:
     wide: tuple[str, ...] = ()  # arguments that stay float32 beside half types
     # (rtol, atol) of assert_matches_reference in place of those of pyloss.testing
     tolerances: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
-    reference_gradient: bool = True  # the reference can be differentiated
-    layouts: tuple[str, ...] | None = None  # inputs whose strides vary; None: all
     # result dtype under bfloat16 autocast by input dtype; {} for what autocast does not concern
     autocast: Mapping[torch.dtype, torch.dtype] = field(
         default_factory=lambda: {BF16: F32, F32: F32, F64: F64}
