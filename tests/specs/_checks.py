@@ -545,13 +545,22 @@ def raises(error, match: str):
 
 @check(lambda spec: bool(spec.errors))
 def errors(spec: Spec) -> None:
-    """Wrong arguments raise the declared exception with its message, with and without gradients."""
+    """Wrong arguments raise the declared exception with its message, with and without gradients.
+
+    Of a module too, unless it has parameters, which are right by its construction.
+    """
     for bad in spec.errors:
         base = spec.cast(spec.first(), F32 if F32 in spec.dtypes else F64)
         change = bad.change(base.arguments) if callable(bad.change) else bad.change
-        for sample in (base.replace(change), with_leaves(spec, base.replace(change))[0]):
+        sample = base.replace(change)
+        for given in (sample, with_leaves(spec, sample)[0]):
             with naming(f"{bad.error} {bad.match!r}"), raises(bad.error, bad.match):
-                spec.call(sample)
+                spec.call(given)
+        if spec.module is not None and not spec.parameters:
+            match = bad.match if bad.of_module is None else bad.of_module
+            with naming(f"{bad.error} {match!r} of the module"), raises(bad.error, match):
+                twin, inputs = spec.build(spec, sample)
+                twin(**inputs)
 
 
 def assert_spec(spec: Spec, name: str) -> None:

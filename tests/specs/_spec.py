@@ -53,11 +53,15 @@ class Empty:
 
 @dataclass(frozen=True)
 class Bad:
-    """A call that raises. `change` replaces arguments of the first sample."""
+    """A call that raises, of the function and of its module, when made or when called.
+
+    `change` replaces arguments of the first sample; `of_module`: the module has other words for it.
+    """
 
     error: type[Exception] | tuple[type[Exception], ...]
     match: str
     change: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
+    of_module: str | None = None
 
 
 def _build(spec: Spec, sample: Sample) -> tuple[nn.Module, Mapping[str, Any]]:

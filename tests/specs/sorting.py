@@ -320,6 +320,15 @@ def diff_topk_net(vectors, sorting_network_type, size, k, **options):
     return soft_topk(vectors, k, network=sorting_network_type, **options).flip(-1)
 
 
+NET_ERRORS = (
+    Bad(ValueError, "network must be one", dict(sorting_network_type="bubble")),
+    Bad(NotImplementedError, "network must be one", dict(sorting_network_type="bubble")),
+    Bad(ValueError, "steepness must be posit", dict(steepness=0)),
+    Bad(TypeError, "int64", dict(vectors=X.long())),
+    Bad(TypeError, "x must be a Tensor", dict(vectors=[X]), of_module="vectors must be"),
+)
+
+
 def net(kind: str = "odd_even", rows: int = 2, **options) -> Sample:
     options = dict(sorting_network_type=kind, size=5, **options)
     return Sample(dict(vectors=scores(rows, 5).inputs["x"]), options)
@@ -485,6 +494,7 @@ SPECS = (
         large=lambda: net(rows=3000),
         vmap=("vectors",),
         nan={"vectors": "row"},
+        errors=NET_ERRORS,
     ),
     Spec(
         function=diff_topk_net,
@@ -501,6 +511,11 @@ SPECS = (
         large=lambda: net(rows=3000, k=2),
         vmap=("vectors",),
         nan={"vectors": "row"},
+        errors=(
+            *NET_ERRORS,
+            Bad(ValueError, r"k must be in \[1, 5\]", dict(k=6)),
+            Bad(TypeError, "k must be an int", dict(k=1.0)),
+        ),
     ),
     Spec(
         function=ranking_accuracy,

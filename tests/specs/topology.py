@@ -245,7 +245,7 @@ SPECS = (
             Bad(ValueError, "padding must not be NaN", dict(padding=math.nan)),
             Bad(ValueError, "at least 0", dict(matched_weight=-1.0)),
             Bad(ValueError, "one entry", dict(weight=[1.0])),
-            Bad(TypeError, "weight must be a seq", dict(weight=2.0)),
+            Bad(TypeError, "weight must be a seq", dict(weight=2.0), of_module="not iterable"),
         ),
     ),
     Spec(
