@@ -36,6 +36,12 @@ def test_spec(spec, check):
     assert_spec(spec, check)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in SPECS.values()])
+def test_value_on_a_gpu(spec):
+    assert_spec(spec, "value", device="cuda")
+
+
 # --------------------------------------------------------------------------------------------------
 # The tester itself
 

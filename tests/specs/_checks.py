@@ -69,7 +69,10 @@ def with_leaves(spec: Spec, sample: Sample) -> tuple[Sample, dict[str, Tensor]]:
 def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Multiples of 1/8, which every dtype has."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(4, 13, t.shape, generator=generator).to(t.dtype).div_(8) for t in outputs]
+    return [
+        torch.randint(4, 13, t.shape, generator=generator).to(t.device, t.dtype).div_(8)
+        for t in outputs
+    ]
 
 
 def gradients(outputs: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,13 +142,14 @@ def has_module(spec: Spec) -> bool:
 
 
 @check()
-def value(spec: Spec) -> None:
+def value(spec: Spec, device: str = "cpu") -> None:
     """Value and gradient of every sample in every dtype, against the reference in float64."""
     for name, sample in each_sample(spec):
         for dtype in spec.dtypes:
             with naming(f"sample {name}, {dtype}"):
                 rounded = spec.cast(sample, dtype)
-                found = run(spec, rounded)
+                found = run(spec, rounded.each(lambda _, t: t.to(device)))
+                found = {k: t.cpu() for k, t in found.items()}
                 assert found["result 0"].dtype == spec.result_dtype(dtype), "dtype of the result"
                 exact, leaves = with_leaves(spec, rounded.map(lambda _, t: t.double()))
                 outputs = spec.exact(exact)
@@ -563,7 +567,7 @@ def errors(spec: Spec) -> None:
                 twin(**inputs)
 
 
-def assert_spec(spec: Spec, name: str) -> None:
+def assert_spec(spec: Spec, name: str, **options) -> None:
     """Runs one check; a failure names the spec and the check."""
     with naming(f"spec {spec.name}, check {name}"):
-        CHECKS[name][1](spec)
+        CHECKS[name][1](spec, **options)

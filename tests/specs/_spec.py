@@ -24,17 +24,21 @@ class Sample:
     def arguments(self) -> dict[str, Any]:
         return {**self.inputs, **self.options}
 
-    def map(self, f: Callable[[str, Tensor], Tensor]) -> Sample:
-        """Every floating tensor replaced by f(name, tensor); those inside tuples too."""
+    def each(self, f: Callable[[str, Tensor], Tensor]) -> Sample:
+        """Every tensor replaced by f(name, tensor); those inside tuples too."""
 
         def one(name, value):
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor):
                 return f(name, value.detach())
             if type(value) in (tuple, list):
                 return type(value)(one(name, v) for v in value)
             return value
 
         return Sample(*({k: one(k, v) for k, v in d.items()} for d in (self.inputs, self.options)))
+
+    def map(self, f: Callable[[str, Tensor], Tensor]) -> Sample:
+        """The same for the floating ones."""
+        return self.each(lambda name, t: f(name, t) if t.is_floating_point() else t)
 
     def replace(self, change: Mapping[str, Any]) -> Sample:
         """With other values; a name that is not an input is an option."""
