@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 import pyloss
 from pyloss.functional import dpo_loss, group_advantages, grpo_loss, sequence_logprobs
 
-ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
 DPO_TYPES = ("sigmoid", "ipo", "hinge")
 GRPO_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo")
@@ -534,21 +531,3 @@ def test_entropy_bonus_raises_the_entropy() -> None:
         loss.backward()
         optimizer.step()
     assert found[1] > found[0]
-
-
-def test_docs_code_runs() -> None:
-    text = (ROOT / "docs" / "preference.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 4
-    names: dict = {"__name__": "docs_preference"}
-    losses = []
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/preference.md, block {number}", "exec"), names)
-        losses.append(names.get("loss"))
-    assert all(t.isfinite() for t in losses if t is not None)
-    assert names["metrics"].kl is not None
-    assert names["model"].head.weight.grad.abs().sum() > 0
-    listed = re.findall(r"^\| `(\w+)` \|", text.split("```python")[0], re.MULTILINE)
-    assert len(listed) == 5
-    for name in listed:
-        assert callable(getattr(pyloss.functional, name)), name
