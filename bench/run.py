@@ -32,6 +32,7 @@ OPS = {
     "call_overhead": "bench.bench_call_overhead",
     "betti_matching": "bench.bench_betti_matching",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
+    "linear_distillation": "bench.bench_linear_distillation",
     "permutahedron": "bench.bench_permutahedron",
     "sorting_network": "bench.bench_sorting_network",
     "tensor_attention": "bench.bench_tensor_attention",

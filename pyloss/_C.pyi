@@ -10,22 +10,22 @@ def simd_level() -> str: ...
 # The records of an op and their fields, as the NamedTuples of pyloss/ops/<op>/records.py have them.
 def fields(op: str, /) -> dict[str, tuple[str, ...]]: ...
 
-# `problem`, `options`: see csrc/bind/betti_matching.cpp.
+_records: dict[str, dict[str, tuple[str, ...]]]
+
+# Records: pyloss/ops/betti_matching/records.py.
 def betti_loss(
-    problem: Sequence[int],
-    options: Sequence[float],
-    input: int,
-    target: int,
+    problem: tuple[object, ...],
+    options: tuple[object, ...],
     loss: int,
     grad: int,
     threads: int,
     /,
 ) -> None: ...
 def betti_matching(
-    problem: Sequence[int], input: int, target: int, threads: int, /
+    problem: tuple[object, ...], threads: int, /
 ) -> tuple[bytearray, bytearray, bytearray]: ...
 def persistence_pairs(
-    problem: Sequence[int], input: int, essential: bool, threads: int, /
+    problem: tuple[object, ...], essential: bool, threads: int, /
 ) -> bytearray: ...
 
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
@@ -36,49 +36,18 @@ def permutahedron_bwd(
     problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, threads: int, /
 ) -> None: ...
 
-# `problem`, `options`: see csrc/bind/row_softmax.cpp. Every other integer is an address (0: none),
-# a dtype code, a count, or a stream handle.
+# Of row_softmax; the records: pyloss/ops/row_softmax/records.py. Every integer is an address (0:
+# none), a dtype code, a count, or a stream handle.
 def row_softmax_fwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    loss: int,
-    loss_dtype: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    index: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    threads: int,
-    /,
+    problem: tuple[object, ...], forward: tuple[object, ...], threads: int, /
 ) -> None: ...
 def row_softmax_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    threads: int,
-    /,
+    problem: tuple[object, ...], backward: tuple[object, ...], threads: int, /
 ) -> None: ...
 def row_softmax_hvp(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    v: int,
-    v_strides: Sequence[int],
-    grad_rows: int,
-    grad_grad_extras: int,
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
+    hvp: tuple[object, ...],
     threads: int,
     /,
 ) -> None: ...
@@ -90,27 +59,17 @@ def column_sums(
 ) -> None: ...  # fmt: skip
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 
-# `problem`: see csrc/bind/sorting_network.cpp; `options`: steepness, art_lambda.
-def sorting_network_sort(
-    problem: Sequence[int], options: Sequence[float], y: int, threads: int, /
-) -> None: ...
+# Records: pyloss/ops/sorting_network/records.py.
+def sorting_network_sort(problem: tuple[object, ...], y: int, threads: int, /) -> None: ...
 def sorting_network_sort_bwd(
-    problem: Sequence[int], options: Sequence[float], gy: int, gx: int, threads: int, /
+    problem: tuple[object, ...], gy: int, gx: int, threads: int, /
 ) -> None: ...
-
-# `features`: f, whether all rows of the batch share it, transpose, d.
 def sorting_network_apply(
-    problem: Sequence[int],
-    options: Sequence[float],
-    features: Sequence[int],
-    out: int,
-    threads: int,
-    /,
+    problem: tuple[object, ...], features: tuple[object, ...], out: int, threads: int, /
 ) -> None: ...
 def sorting_network_apply_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    features: Sequence[int],
+    problem: tuple[object, ...],
+    features: tuple[object, ...],
     g: int,
     gx: int,
     gf: int,
@@ -118,25 +77,13 @@ def sorting_network_apply_bwd(
     /,
 ) -> None: ...
 def sorting_network_permutation(
-    problem: Sequence[int], options: Sequence[float], y: int, permutation: int, threads: int, /
+    problem: tuple[object, ...], y: int, permutation: int, threads: int, /
 ) -> None: ...
 def sorting_network_permutation_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    gy: int,
-    gp: int,
-    gx: int,
-    threads: int,
-    /,
+    problem: tuple[object, ...], gy: int, gp: int, gx: int, threads: int, /
 ) -> None: ...
 def sorting_network_loss(
-    problem: Sequence[int],
-    options: Sequence[float],
-    targets: Sequence[int],
-    loss: int,
-    gx: int,
-    threads: int,
-    /,
+    problem: tuple[object, ...], targets: tuple[object, ...], loss: int, gx: int, threads: int, /
 ) -> None: ...
 
 # `problem`: see csrc/bind/tensor_attention.cpp; `floats`: scale, bias_k, bias_v.
@@ -198,28 +145,12 @@ def tensor_attention_lowrank_bwd(
 ) -> None: ...
 
 # Present when built_with_cuda.
-# `problem`, `numbers`: see csrc/bind/betti_matching_cuda.cpp.
-def cuda_betti_in_double(problem: Sequence[int], /) -> bool: ...
-def cuda_betti_matching_scratch_bytes(problem: Sequence[int], /) -> int: ...
+def cuda_betti_matching_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
 def cuda_betti_loss(
-    problem: Sequence[int],
-    numbers: Sequence[float],
-    extreme: bool,
-    essential: bool,
+    problem: tuple[object, ...],
+    options: tuple[object, ...],
     loss: int,
-    grad_input: int,
-    grad_target: int,
-    scratch: int,
-    scratch_bytes: int,
-    stream: int,
-    /,
-) -> None: ...
-def cuda_betti_pairs(
-    problem: Sequence[int],
-    birth: int,
-    death: int,
-    mate: int,
-    essential: int,
+    grad: int,
     scratch: int,
     scratch_bytes: int,
     stream: int,
@@ -240,63 +171,32 @@ def cuda_permutahedron_fwd(
 def cuda_permutahedron_bwd(
     problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, stream: int, /
 ) -> None: ...
-def cuda_row_softmax_scratch_bytes(problem: Sequence[int], options: Sequence[float], /) -> int: ...
+def cuda_row_softmax_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
 def cuda_row_softmax_fwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    loss: int,
-    loss_dtype: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    index: int,
-    grad: int,
-    grad_strides: Sequence[int],
+    problem: tuple[object, ...],
+    forward: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     stream: int,
     /,
 ) -> None: ...
 def cuda_row_softmax_bwd(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    stream: int,
-    /,
+    problem: tuple[object, ...], backward: tuple[object, ...], stream: int, /
 ) -> None: ...
 def cuda_row_softmax_hvp(
-    problem: Sequence[int],
-    options: Sequence[float],
-    grad_loss: int,
-    grad_extras: int,
-    stats: int,
-    norm: int,
-    extras: int,
-    grad: int,
-    grad_strides: Sequence[int],
-    v: int,
-    v_strides: Sequence[int],
-    grad_rows: int,
-    grad_grad_extras: int,
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
+    hvp: tuple[object, ...],
     stream: int,
     /,
 ) -> None: ...
 def cuda_scale_inplace(data: int, dtype: int, n: int, factor: int, stream: int, /) -> None: ...
-
-# `problem`, `options`, `call`: see csrc/bind/sorting_network_cuda.cpp.
 def cuda_sorting_network_scratch_bytes(
-    problem: Sequence[int], options: Sequence[float], call: Sequence[int], /
+    problem: tuple[object, ...], call: tuple[object, ...], /
 ) -> int: ...
 def cuda_sorting_network(
-    problem: Sequence[int],
-    options: Sequence[float],
-    call: Sequence[int],
+    problem: tuple[object, ...],
+    call: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     stream: int,

@@ -89,45 +89,74 @@ def record(module: Any, op: str, name: str, **fields: Field | list[Any]) -> list
 THREADS = Field([1, 2, 3], [0, -1, 100, *HUGE])
 
 
-def row_softmax_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     """Function name -> template of its arguments; a list is a tuple argument."""
     b = {name: address(buffer) for name, buffer in buffers.items()}
+
+    def maybe(name: str) -> Field:
+        return Field([0, buffers[name].address], [0])
+
+    def strides() -> list[Field]:
+        return [stride(CLASSES * INNER), stride(INNER), stride(1)]
+
+    def of(name: str, **fields: Field | list[Any]) -> list[Any]:
+        return record(module, "row_softmax", name, **fields)
+
+    options = of(
+        "Options",
+        **dict(
+            logit_scale=number(1.0, 0.5), softcap=number(0.0, 5.0), temperature=number(1.0, 2.0)
+        ),
+        **dict(tau=number(1.0, 0.0, 2.0, 0.7), max_nll=number(float("inf"), 1.0)),
+        **dict(gamma=number(2.0), z_loss=number(0.0, 0.1), smoothing=number(0.0, 0.1)),
+        **dict(num_items=number(0.0, 4.0)),
+    )
+    codes = of(
+        "Codes",
+        **dict(kind=code(0, 1, 2), ignore_index=integer(-100, 0), loss=code(0, 1)),
+        **dict(reduction=code(0, 1, 2), zero_if_empty=integer(0, 1)),
+    )
+    problem = of(
+        "Problem",
+        **dict(sizes=[size(OUTER), size(CLASSES), size(INNER)], dtype=code(0, 1, 2, 3)),
+        **dict(x=b["x"], x_strides=strides(), target=b["target"], target_strides=strides()),
+        **dict(target_dtype=code(0, 1, 2, 3, 4, 5, 6), target2=b["target2"], mix=b["mix"]),
+        **dict(weight=maybe("weight"), token_weight=maybe("token_weight")),
+        **dict(codes=codes, options=options),
+    )
+    saved = dict(stats=b["stats"], norm=b["norm"])
+    forward = of(
+        "Forward",
+        **dict(loss=b["loss"], loss_dtype=code(0, 1, 2, 3), **saved, extras=maybe("extras")),
+        **dict(index=maybe("index"), grad=maybe("grad"), grad_strides=strides()),
+    )
+    backward = of(
+        "Backward",
+        **dict(grad_loss=b["grad_loss"], grad_extras=maybe("cotangents"), **saved),
+        **dict(extras=b["extras"], grad=b["grad"], grad_strides=strides()),
+    )
+    hvp = of(
+        "Hvp",
+        **dict(v=b["v"], v_strides=strides(), grad_rows=b["grad_rows"]),
+        grad_grad_extras=b["cotangents2"],
+    )
+    # Device functions get null addresses only: a host address would be a valid number there.
     none = address(None)
-    strides = [stride(CLASSES * INNER), stride(INNER), stride(1)]
-    problem = [
-        *[size(OUTER), size(CLASSES), size(INNER)],
-        *[code(0, 1, 2, 3), b["x"], *strides],
-        *[code(0, 1, 2), b["target"], code(0, 1, 2, 3, 4, 5, 6), *strides],
-        *[b["target2"], b["mix"], Field([0, buffers["weight"].address], [0])],
-        *[Field([0, buffers["token_weight"].address], [0])],
-        *[integer(-100, 0), code(0, 1), code(0, 1, 2), integer(0, 1)],
-    ]
-    scale, softcap, temperature = number(1.0, 0.5), number(0.0, 5.0), number(1.0, 2.0)
-    tau, max_nll, gamma = number(1.0, 0.0, 2.0, 0.7), number(float("inf"), 1.0), number(2.0)
-    z_loss, smoothing, num_items = number(0.0, 0.1), number(0.0, 0.1), number(0.0, 4.0)
-    options = [scale, softcap, temperature, tau, max_nll, gamma, z_loss, smoothing, num_items]
-    head = [problem, options]
-    maybe_extras = Field([0, buffers["extras"].address], [0])
-    maybe_cotangents = Field([0, buffers["cotangents"].address], [0])
-    backward = [b["grad_loss"], maybe_cotangents, b["stats"], b["norm"], b["extras"], b["grad"]]
+
+    def on_device(name: str, **others: Field | list[Any]) -> list[Any]:
+        return of(name, **{**dict.fromkeys(module.fields("row_softmax")[name], none), **others})
+
+    forward_there = on_device("Forward", loss_dtype=code(0, 1), grad_strides=strides())
+    backward_there = on_device("Backward", grad_strides=strides())
+    hvp_there = on_device("Hvp", v_strides=strides())
     return {
-        "row_softmax_fwd": [
-            *[*head, b["loss"], code(0, 1, 2, 3), b["stats"], b["norm"], maybe_extras],
-            *[Field([0, buffers["index"].address], [0])],
-            *[Field([0, buffers["grad"].address], [0]), strides, THREADS],
-        ],
-        "row_softmax_bwd": [*head, *backward, strides, THREADS],
-        "row_softmax_hvp": [
-            *[*head, *backward, strides, b["v"], strides, b["grad_rows"], b["cotangents2"], THREADS]
-        ],
+        "row_softmax_fwd": [problem, forward, THREADS],
+        "row_softmax_bwd": [problem, backward, THREADS],
+        "row_softmax_hvp": [problem, backward, hvp, THREADS],
         "scale_inplace": [b["grad"], code(0, 1, 2, 3), size(COUNT), b["factor"], THREADS],
-        # Device functions get null addresses only: a host address would be a valid number there.
-        "cuda_row_softmax_fwd": [
-            *[*head, none, code(0, 1), none, none, none, none, none, strides, none, integer(0)],
-            none,
-        ],
-        "cuda_row_softmax_bwd": [*head, *[none] * 6, strides, none],
-        "cuda_row_softmax_hvp": [*head, *[none] * 6, strides, none, strides, none, none, none],
+        "cuda_row_softmax_fwd": [problem, forward_there, none, integer(0), none],
+        "cuda_row_softmax_bwd": [problem, backward_there, none],
+        "cuda_row_softmax_hvp": [problem, backward_there, hvp_there, none],
         "cuda_scale_inplace": [none, code(0, 1, 2, 3), size(COUNT), none, none],
     }
 
@@ -211,56 +240,91 @@ def tensor_attention_lowrank_calls(buffers: dict[str, Buffer]) -> dict[str, list
     }
 
 
-def betti_matching_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
-    x, target = address(buffers["x"]), address(buffers["target"])
-    flag = Field([0, 1], [2, -1, *HUGE])
-    problem = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), code(0, 1), *[flag] * 3]
-    options = [number(0.0, 1.0), number(0.0, 1.0), number(0.0), *[number(1.0)] * 4]
+def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    op, none = (module, "betti_matching"), address(None)
+
+    def flag() -> Field:
+        return Field([0, 1], [2, -1, *HUGE])
+
+    def problem(x: Field, target: Field, dtype: Field) -> list[Any]:
+        return record(
+            *(*op, "Problem"),
+            **dict(items=size(OUTER), shape=[size(CLASSES), size(INNER)]),
+            **dict(want=Field(list(range(8)), [-1, 8, *HUGE]), superlevel=flag()),
+            **dict(input=x, input_dtype=dtype, target=target, target_dtype=dtype),
+        )
+
+    here = problem(address(buffers["x"]), address(buffers["target"]), code(0, 1))
+    options = record(
+        *(*op, "Loss"),
+        **dict(extreme=flag(), essential=flag(), min_persistence=number(0.0)),
+        **dict(matched_weight=number(1.0), unmatched_weight=number(1.0, 2.0)),
+        dim_weight=[number(1.0), number(1.0), number(1.0)],
+    )
     grad = Field([0, buffers["grad"].address], [0])
-    none, flags = address(None), Field([True, False], [2, -1])
     # As above: a host address would be a valid number on a device.
-    on_device = [size(OUTER), size(CLASSES), size(INNER), code(1, 2), *[flag] * 3]
-    on_device += [none, code(0, 1), none, code(0, 1, 6)]
+    on_device = problem(none, none, code(0, 1))
     return {
-        "cuda_betti_in_double": [on_device],
-        "cuda_betti_loss": [on_device, options[1:], flags, flags, *[none] * 6],
-        "cuda_betti_pairs": [on_device, *[none] * 7],
-        "betti_loss": [problem, options, x, target, address(buffers["loss"]), grad, THREADS],
-        "betti_matching": [problem, x, target, THREADS],
-        "persistence_pairs": [problem, x, Field([True, False], [2, -1]), THREADS],
+        "cuda_betti_loss": [on_device, options, *[none] * 5],
+        "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
+        "betti_matching": [here, THREADS],
+        "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
     }
 
 
-def sorting_network_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def sorting_network_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
-    # The buffers hold no table; only splitter selection reads one, here of no comparators.
-    problem = [size(OUTER), size(CLASSES), code(0, 1), code(0, 1, 2, 3), code(0, 1, 2, 3, 4, 5)]
-    problem += [b["x"], b["target"], Field([0], [-1, 1, *HUGE]), b["target"], integer(0, 3)]
-    options = [number(1.0, 10.0), number(0.25, 0.0)]
-    head = [problem, options]
-    flag = Field([0, 1], [2, -1, *HUGE])
-    features = [b["v"], flag, Field(flag.good, flag.hostile), size(INNER)]
+    none = address(None)
+    op = (module, "sorting_network")
+
+    def flag() -> Field:
+        return Field([0, 1], [2, -1, *HUGE])
+
+    def problem(x: Field, table: Field) -> list[Any]:
+        return record(
+            *(*op, "Problem"),
+            **dict(items=size(OUTER), n=size(CLASSES), dtype=code(0, 1)),
+            **dict(network=code(0, 1, 2, 3), distribution=code(0, 1, 2, 3, 4, 5)),
+            **dict(steepness=number(1.0, 10.0), art_lambda=number(0.25, 0.0), x=x),
+            # The buffers hold no table; only splitter selection reads one, here of no comparators.
+            **dict(table=table, comparators=Field([0], [-1, 1, *HUGE])),
+            **dict(offsets=table, layers=integer(0, 3)),
+        )
+
+    def features(f: Field) -> list[Any]:
+        flags = dict(shared=flag(), transpose=flag())
+        return record(*op, "Features", f=f, width=size(INNER), **flags)
+
+    here = problem(b["x"], b["target"])
+    f = features(b["v"])
     gf = Field([0, buffers["grad_rows"].address], [0])
     gy = Field([0, buffers["grad_loss"].address], [0])
     gx = Field([0, buffers["grad"].address], [0])
     matrix = b["scratch"]
-    # Of values any bits will do, and all of them are ordered.
-    targets = [code(0, 1, 2, 3, 4), b["target2"], Field([5], [-1, 2, 3, 6, 7, *HUGE])]
-    targets += [Field([0, buffers["mix"].address], [0]), code(0, 1, 2), code(0, 1, 2)]
+    targets = record(
+        *(*op, "Targets"),
+        **dict(order=code(0, 1, 2, 3, 4), target=b["target2"]),
+        # Of values any bits will do, and all of them are ordered.
+        **dict(dtype=Field([5], [-1, 2, 3, 6, 7, *HUGE])),
+        **dict(count=Field([0, buffers["mix"].address], [0])),
+        **dict(kind=code(0, 1, 2), reduction=code(0, 1, 2)),
+    )
     # As above: a host address would be a valid number on a device.
-    none = address(None)
-    on_device = [*problem[:5], none, none, *problem[7:8], none, *problem[9:]]
-    call = [code(0, 1, 2, 3, 4, 5, 6), size(INNER), flag, Field(flag.good, flag.hostile)]
-    call += [code(0, 1, 2), *[none] * 10]
+    tensors = "g gy first count y out loss gx gf".split()
+    call = record(
+        *(*op, "Call"),
+        **dict(task=code(0, 1, 2, 3, 4, 5, 6), features=features(none), kind=code(0, 1, 2)),
+        **dict.fromkeys(tensors, none),
+    )
     return {
-        "cuda_sorting_network": [on_device, options, call, none, integer(0), none],
-        "sorting_network_sort": [*head, b["loss"], THREADS],
-        "sorting_network_sort_bwd": [*head, b["grad_loss"], b["grad"], THREADS],
-        "sorting_network_apply": [*head, features, b["stats"], THREADS],
-        "sorting_network_apply_bwd": [*head, features, b["stats"], b["grad"], gf, THREADS],
-        "sorting_network_permutation": [*head, b["loss"], matrix, THREADS],
-        "sorting_network_permutation_bwd": [*head, gy, matrix, b["grad"], THREADS],
-        "sorting_network_loss": [*head, targets, b["loss"], gx, THREADS],
+        "cuda_sorting_network": [problem(none, none), call, none, integer(0), none],
+        "sorting_network_sort": [here, b["loss"], THREADS],
+        "sorting_network_sort_bwd": [here, b["grad_loss"], b["grad"], THREADS],
+        "sorting_network_apply": [here, f, b["stats"], THREADS],
+        "sorting_network_apply_bwd": [here, f, b["stats"], b["grad"], gf, THREADS],
+        "sorting_network_permutation": [here, b["loss"], matrix, THREADS],
+        "sorting_network_permutation_bwd": [here, gy, matrix, b["grad"], THREADS],
+        "sorting_network_loss": [here, targets, b["loss"], gx, THREADS],
     }
 
 
@@ -318,12 +382,12 @@ def main() -> None:
     buffers = {name: Buffer() for name in names.split()}
     buffers["scratch"] = Buffer(SCRATCH)
     templates = {
-        **row_softmax_calls(buffers),
+        **row_softmax_calls(module, buffers),
         **linear_cross_entropy_calls(buffers),
-        **betti_matching_calls(buffers),
+        **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **tensor_attention_calls(buffers),
-        **sorting_network_calls(buffers),
+        **sorting_network_calls(module, buffers),
         **tensor_attention_lowrank_calls(buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}

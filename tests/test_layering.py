@@ -181,21 +181,36 @@ def test_cpp_layers() -> None:
 OPS = sorted(p.stem for p in (ROOT / "pyloss" / "ops").glob("[a-z]*"))
 
 
+# Ops of torch operations alone have no kernels; the page is that of their family.
+COMPOSED = {"linear_distillation": "docs/preference.md"}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_all_files(op: str) -> None:
-    mandatory = [
-        f"csrc/bind/{op}.cpp",
-        f"csrc/cpu/{op}.cpp",
-        f"pyloss/reference/{op}.py",
-        f"tests/test_{op}.py",
-        f"bench/bench_{op}.py",
-        f"docs/{op}.md",
-    ]
+    mandatory = [f"pyloss/reference/{op}.py", f"tests/test_{op}.py", f"bench/bench_{op}.py"]
+    if op in COMPOSED:
+        mandatory.append(COMPOSED[op])
+    else:
+        mandatory += [f"csrc/bind/{op}.cpp", f"csrc/cpu/{op}.cpp", f"docs/{op}.md"]
     missing = [f for f in mandatory if not (ROOT / f).is_file()]
-    gpu = [f"csrc/cuda/{op}.cu", f"kernels/{op}.py"]
-    if not any((ROOT / f).is_file() for f in gpu):
+    gpu = [f"csrc/cuda/{op}.cu", f"kernels/{op}.py", f"kernels/{op}/__init__.py"]
+    if op not in COMPOSED and not any((ROOT / f).is_file() for f in gpu):
         missing.append(" or ".join(gpu))
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "pyloss" / "ops").glob("_*.py")), ids=lambda p: p.stem
+)
+def test_what_begins_with_an_underscore_is_no_op(path: Path) -> None:
+    """It helps ops: it registers none, and is none by an autograd Function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and path.stem != "_registry":
+            called = ast.unparse(node.func)
+            assert called not in ("define_op", "register_fake", "lib.define", "lib.impl"), called
+        if isinstance(node, ast.ClassDef):
+            function = any("Function" in ast.unparse(base) for base in node.bases)
+            assert not function or path.stem == "_tensor_attention_order", node.name
 
 
 def test_there_is_an_op() -> None:

@@ -24,9 +24,10 @@ def configuration() -> dict:
 
 
 def package_dirs() -> dict[str, Path]:
-    found = {"pyloss.kernels": ROOT / "kernels"}
-    for init in (ROOT / "pyloss").rglob("__init__.py"):
-        found[".".join(init.parent.relative_to(ROOT).parts)] = init.parent
+    found = {}
+    for name, folder in (("pyloss", ROOT / "pyloss"), ("pyloss.kernels", ROOT / "kernels")):
+        for init in folder.rglob("__init__.py"):
+            found[".".join([name, *init.parent.relative_to(folder).parts])] = init.parent
     return found
 
 

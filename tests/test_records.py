@@ -40,3 +40,13 @@ def test_a_wrong_value_is_named() -> None:
     ]:
         with pytest.raises(error, match=text):
             _C.permutahedron_fwd(tuple({**good, name: value}.values()), 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, text",
+    [((4, 5, 6), "no kernel takes three"), ((2, 2, 2, 2), "1 to 3 sizes"), ((), "1 to 3 sizes")],
+)
+def test_the_shape_of_a_betti_problem_has_room_for_three_dimensions(shape, text) -> None:
+    problem = dict(items=0, shape=shape, want=7, superlevel=False, input=0, input_dtype=1)
+    with pytest.raises(ValueError, match=f"shape: .*{text}"):
+        _C.betti_matching((*problem.values(), 0, 1), 1)

@@ -300,7 +300,7 @@ def cases():
 
 def pairs(f, shared, first, count, settings):
     """(name, op, reference, sources beside x) of everything that an op computes."""
-    named = settings.for_reference
+    named = tuple(settings)
     yield (
         "sort",
         lambda x: op.sort(x, settings),

@@ -30,7 +30,7 @@ from torch.distributed.tensor import (
 
 import pyloss
 from pyloss.distributed import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from pyloss.ops import _vocab_parallel as op
+from pyloss.ops.linear_cross_entropy.vocab_parallel import group as op
 
 N, D, V = 13, 6, 23
 SIZES = {2: (9, 14), 3: (9, 4, 10)}

@@ -168,6 +168,12 @@ class Reader {
     if (!is_float(t)) bad(f, "not a floating dtype");
     return t;
   }
+  // The dtypes of what is never computed in half precision.
+  DType float32_or_float64(Field f) const {
+    const DType t = dtype(f);
+    if (t != DType::kF32 && t != DType::kF64) bad(f, "must be float32 or float64");
+    return t;
+  }
   // An enumerator below `count`.
   template <class E>
   E code(Field f, int64_t count) const {
@@ -238,6 +244,13 @@ class Reader {
 
   PyObject* record_;
 };
+
+// fn(args...) while other Python threads run; the arguments are decoded before, under the GIL.
+template <class Fn, class... Args>
+auto without_gil(const Fn& fn, const Args&... args) {
+  pybind11::gil_scoped_release nogil;
+  return fn(args...);
+}
 
 // Tells `_C.fields(op)` which records the functions of an op read.
 template <class... Records>

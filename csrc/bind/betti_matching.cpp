@@ -1,67 +1,85 @@
 // Python boundary of Betti matching: decodes and checks, releases the GIL, calls the kernels.
-//
-//     problem   items, rows, cols, dims, dtype, superlevel, wanted dim 0, wanted dim 1
-//     options   extreme, essential, min_persistence, matched weight, unmatched weight,
-//               weight of dim 0, weight of dim 1
-#include "cpu/betti_matching.h"
-
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-#include <cmath>
+#include <vector>
 
 #include "bind/args.h"
 #include "bind/register.h"
+#include "common/betti_matching.h"
+#include "cpu/betti_matching.h"
+#if PYLOSS_WITH_CUDA
+#include "cuda/betti_matching.h"
+#endif
 
 namespace py = pybind11;
 
 namespace pyloss {
 namespace {
 
-using Problem = std::array<int64_t, 8>;
-using OptionFloats = std::array<double, 7>;
+PYLOSS_RECORD(Problem, items, shape, want, superlevel, input, input_dtype, target, target_dtype);
+PYLOSS_RECORD(Loss, extreme, essential, min_persistence, matched_weight, unmatched_weight,
+              dim_weight);
 
-cpu::BettiBatch decode(const Problem& p, int64_t input, int64_t target, bool two) {
-  cpu::BettiBatch b;
-  b.items = p[0];
-  b.rows = p[1];
-  b.cols = p[2];
-  const int64_t count = checked_count("input", {p[0], p[1], p[2]});
-  const int64_t voxels = checked_count("input", {p[1], p[2]});
-  if (voxels < 1) bad_argument("input", "no voxels");
-  // Edges are numbered in 32 bits, in an image with a frame.
-  if (p[1] > INT32_MAX - 2 || p[2] > INT32_MAX - 2 || (p[1] + 2) * (p[2] + 1) >= INT32_MAX) {
-    bad_argument("input", "more than 2^31 cells in an image");
+// `two`: a target is needed.
+betti::Problem decode(const py::handle& record, bool two) {
+  const Reader<Problem> r(record);
+  betti::Problem p{};
+  p.items = r.integer(Problem::items);
+  p.depth = p.rows = p.cols = 1;
+  const Py_ssize_t dims = r.length(Problem::shape);
+  if (dims < 1 || dims > betti::kMaxDims) r.bad(Problem::shape, "needs 1 to 3 sizes");
+  p.dims = int(dims);
+  int64_t* const sizes[] = {&p.depth, &p.rows, &p.cols};
+  for (int i = 0; i < p.dims; ++i) {
+    *sizes[i + (p.dims < 3)] = r.integer(Problem::shape, i);
   }
-  if (p[3] != 1 && p[3] != 2) bad_argument("dims", std::to_string(p[3]));
-  b.dims = int(p[3]);
-  b.dtype = checked_float("input", p[4]);
-  if (b.dtype != DType::kF64 && b.dtype != DType::kF32) {
-    bad_argument("input", "must be float32 or float64");
-  }
-  b.superlevel = p[5] != 0;
-  b.wanted[0] = p[6] != 0;
-  b.wanted[1] = p[7] != 0;
-  b.input = checked_pointer("input", input, count);
-  b.target = two ? checked_pointer("target", target, count) : nullptr;
-  return b;
+  const int64_t voxels = checked_count("input", {p.items, p.depth, p.rows, p.cols});
+  if (p.depth < 1 || p.rows < 1 || p.cols < 1) r.bad(Problem::shape, "no voxels");
+  if (p.dims > 2) r.bad(Problem::shape, "no kernel takes three dimensions");
+  p.want = r.code<uint32_t>(Problem::want, 1 << betti::kMaxDims) & ((1u << dims) - 1);
+  p.superlevel = r.flag(Problem::superlevel);
+  p.input = r.pointer(Problem::input, voxels);
+  p.input_dtype = r.dtype(Problem::input_dtype);
+  p.target = r.pointer(Problem::target, two ? voxels : 0);
+  p.target_dtype = r.dtype(Problem::target_dtype);
+  return p;
 }
 
-betti::Options decode(const OptionFloats& o, bool superlevel) {
-  for (double x : o) {
-    if (!(x >= 0)) bad_argument("options", "negative or NaN");
+betti::Problem decode_on_cpu(const py::handle& record, bool two) {
+  const betti::Problem p = decode(record, two);
+  const Reader<Problem> r(record);
+  if (r.float32_or_float64(Problem::input_dtype) != p.target_dtype) {
+    r.bad(Problem::target_dtype, "another than the input's");
   }
-  betti::Options r;
-  r.superlevel = superlevel;
-  r.extreme = o[0] != 0;
-  r.essential = o[1] != 0;
-  r.min_persistence = o[2];
-  r.matched_weight = o[3];
-  r.unmatched_weight = o[4];
-  r.dim_weight[0] = o[5];
-  r.dim_weight[1] = o[6];
-  return r;
+  // Edges are numbered in 32 bits, in an image with a frame.
+  if (p.rows > INT32_MAX - 2 || p.cols > INT32_MAX - 2 ||
+      (p.rows + 2) * (p.cols + 1) >= INT32_MAX) {
+    r.bad(Problem::shape, "more than 2^31 cells in an image");
+  }
+  return p;
+}
+
+betti::Options decode_loss(const py::handle& record) {
+  const Reader<Loss> r(record);
+  const auto checked = [&](Loss::Field f, double value) {
+    if (!(value >= 0)) r.bad(f, "negative or NaN");
+    return value;
+  };
+  betti::Options o{};
+  o.extreme = r.flag(Loss::extreme);
+  o.essential = r.flag(Loss::essential);
+  o.min_persistence = checked(Loss::min_persistence, r.number(Loss::min_persistence));
+  o.matched_weight = checked(Loss::matched_weight, r.number(Loss::matched_weight));
+  o.unmatched_weight = checked(Loss::unmatched_weight, r.number(Loss::unmatched_weight));
+  if (r.length(Loss::dim_weight) != betti::kMaxDims) r.bad(Loss::dim_weight, "needs 3 numbers");
+  for (int d = 0; d < betti::kMaxDims; ++d) {
+    o.dim_weight[d] = checked(Loss::dim_weight, r.number(Loss::dim_weight, d));
+  }
+  return o;
+}
+
+void* terms(int64_t loss, const betti::Problem& p) {
+  return checked_pointer("loss", loss, checked_count("loss", {p.items, p.dims, betti::kTerms}));
 }
 
 py::bytearray bytes(const std::vector<int64_t>& rows) {
@@ -71,41 +89,40 @@ py::bytearray bytes(const std::vector<int64_t>& rows) {
 }  // namespace
 
 void register_betti_matching(py::module_& m) {
-  m.def("betti_loss", [](const Problem& problem, const OptionFloats& options, int64_t input,
-                         int64_t target, int64_t loss, int64_t grad, int64_t threads) {
-    const cpu::BettiBatch batch = decode(problem, input, target, true);
-    const betti::Options o = decode(options, batch.superlevel);
-    const int64_t terms = checked_count("loss", {batch.items, batch.dims, betti::kTerms});
-    void* out = checked_pointer("loss", loss, terms);
-    void* slope = optional_pointer(grad);
-    const int width = checked_threads(threads);
-    py::gil_scoped_release nogil;
-    cpu::betti_loss(batch, o, out, slope, width);
-  });
+  declare_records<Problem, Loss>(m, "betti_matching");
+  m.def("betti_loss",
+        [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t threads) {
+          const auto p = decode_on_cpu(problem, true);
+          without_gil(cpu::betti_loss, p, decode_loss(options), terms(loss, p),
+                      optional_pointer(grad), checked_threads(threads));
+        });
   // Rows of int64 as bytes: their number is known afterwards only.
-  m.def("betti_matching",
-        [](const Problem& problem, int64_t input, int64_t target, int64_t threads) {
-          const cpu::BettiBatch batch = decode(problem, input, target, true);
-          const int width = checked_threads(threads);
-          cpu::BettiRows rows;
-          {
-            py::gil_scoped_release nogil;
-            rows = cpu::betti_matching(batch, width);
-          }
-          return py::make_tuple(bytes(rows.matched), bytes(rows.unmatched_input),
-                                bytes(rows.unmatched_target));
-        });
-  m.def("persistence_pairs",
-        [](const Problem& problem, int64_t input, bool essential, int64_t threads) {
-          const cpu::BettiBatch batch = decode(problem, input, 0, false);
-          const int width = checked_threads(threads);
-          std::vector<int64_t> rows;
-          {
-            py::gil_scoped_release nogil;
-            rows = cpu::persistence_pairs(batch, essential, width);
-          }
-          return bytes(rows);
-        });
+  m.def("betti_matching", [](py::handle problem, int64_t threads) {
+    const auto p = decode_on_cpu(problem, true);
+    const auto rows = without_gil(cpu::betti_matching, p, checked_threads(threads));
+    return py::make_tuple(bytes(rows.matched), bytes(rows.unmatched_input),
+                          bytes(rows.unmatched_target));
+  });
+  m.def("persistence_pairs", [](py::handle problem, bool essential, int64_t threads) {
+    const auto p = decode_on_cpu(problem, false);
+    return bytes(without_gil(cpu::persistence_pairs, p, essential, checked_threads(threads)));
+  });
+
+#if PYLOSS_WITH_CUDA
+  m.def("cuda_betti_matching_scratch_bytes",
+        [](py::handle problem) { return cuda::betti_scratch_bytes(decode(problem, true)); });
+  m.def("cuda_betti_loss", [](py::handle problem, py::handle options, int64_t loss, int64_t grad,
+                              int64_t scratch, int64_t scratch_bytes, int64_t stream) {
+    const auto p = decode(problem, true);
+    cuda::BettiLoss l{};
+    l.options = decode_loss(options);
+    l.loss = terms(loss, p);
+    l.grad_input = optional_pointer(grad);
+    if (l.grad_input && !is_float(p.input_dtype)) bad_argument("grad", "input is no float");
+    without_gil(cuda::betti_loss, p, l, optional_pointer(scratch), scratch_bytes,
+                optional_pointer(stream));
+  });
+#endif
 }
 
 }  // namespace pyloss

@@ -26,10 +26,7 @@ permutahedron::Problem decode(const py::handle& record) {
   p.n = r.integer(Problem::n);
   checked_count("x", {p.rows, p.n});
   if (p.n > permutahedron::kMaxElements) r.bad(Problem::n, "more than 2^30 - 1 elements");
-  p.dtype = r.dtype(Problem::dtype);
-  if (p.dtype != DType::kF64 && p.dtype != DType::kF32) {
-    r.bad(Problem::dtype, "must be float32 or float64");
-  }
+  p.dtype = r.float32_or_float64(Problem::dtype);
   p.rank = r.flag(Problem::rank);
   p.kl = r.flag(Problem::kl);
   p.strength = r.number(Problem::strength);
@@ -56,23 +53,15 @@ void register_permutahedron(py::module_& m) {
   m.def("permutahedron_fwd",
         [](py::handle problem, int64_t x, int64_t y, int64_t packed, int64_t threads) {
           const auto p = decode(problem);
-          const void* in = rows("x", x, p);
-          void* out = rows("y", y, p);
-          int32_t* marks = rows<int32_t>("packed", packed, p);
-          const int width = checked_threads(threads);
-          py::gil_scoped_release nogil;
-          cpu::permutahedron_forward(p, in, out, marks, width);
+          without_gil(cpu::permutahedron_forward, p, rows("x", x, p), rows("y", y, p),
+                      rows<int32_t>("packed", packed, p), checked_threads(threads));
         });
   m.def("permutahedron_bwd",
         [](py::handle problem, int64_t g, int64_t x, int64_t packed, int64_t dx, int64_t threads) {
           const auto p = decode(problem);
-          const void* up = rows("g", g, p);
-          const void* in = values(x, p);
-          const int32_t* marks = rows<const int32_t>("packed", packed, p);
-          void* out = rows("dx", dx, p);
-          const int width = checked_threads(threads);
-          py::gil_scoped_release nogil;
-          cpu::permutahedron_backward(p, up, in, marks, out, width);
+          without_gil(cpu::permutahedron_backward, p, rows("g", g, p), values(x, p),
+                      rows<const int32_t>("packed", packed, p), rows("dx", dx, p),
+                      checked_threads(threads));
         });
 
 #if PYLOSS_WITH_CUDA
@@ -82,23 +71,17 @@ void register_permutahedron(py::module_& m) {
         [](py::handle problem, int64_t sorted, int64_t order, int64_t y, int64_t packed,
            int64_t scratch, int64_t scratch_bytes, int64_t stream) {
           const auto p = decode(problem);
-          const void* in = rows("sorted", sorted, p);
-          const int64_t* index = rows<const int64_t>("order", order, p);
-          void* out = rows("y", y, p);
-          int32_t* marks = rows<int32_t>("packed", packed, p);
-          py::gil_scoped_release nogil;
-          cuda::permutahedron_forward(p, in, index, out, marks, optional_pointer(scratch),
-                                      scratch_bytes, optional_pointer(stream));
+          without_gil(cuda::permutahedron_forward, p, rows("sorted", sorted, p),
+                      rows<const int64_t>("order", order, p), rows("y", y, p),
+                      rows<int32_t>("packed", packed, p), optional_pointer(scratch), scratch_bytes,
+                      optional_pointer(stream));
         });
   m.def("cuda_permutahedron_bwd",
         [](py::handle problem, int64_t g, int64_t x, int64_t packed, int64_t dx, int64_t stream) {
           const auto p = decode(problem);
-          const void* up = rows("g", g, p);
-          const void* in = values(x, p);
-          const int32_t* marks = rows<const int32_t>("packed", packed, p);
-          void* out = rows("dx", dx, p);
-          py::gil_scoped_release nogil;
-          cuda::permutahedron_backward(p, up, in, marks, out, optional_pointer(stream));
+          without_gil(cuda::permutahedron_backward, p, rows("g", g, p), values(x, p),
+                      rows<const int32_t>("packed", packed, p), rows("dx", dx, p),
+                      optional_pointer(stream));
         });
 #endif
 }

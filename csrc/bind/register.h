@@ -6,12 +6,10 @@
 namespace pyloss {
 
 void register_betti_matching(pybind11::module_& m);
-void register_betti_matching_cuda(pybind11::module_& m);  // nothing without CUDA
 void register_linear_cross_entropy(pybind11::module_& m);
 void register_permutahedron(pybind11::module_& m);
 void register_row_softmax(pybind11::module_& m);
 void register_sorting_network(pybind11::module_& m);
-void register_sorting_network_cuda(pybind11::module_& m);  // nothing without CUDA
 void register_tensor_attention(pybind11::module_& m);
 void register_tensor_attention_lowrank(pybind11::module_& m);
 

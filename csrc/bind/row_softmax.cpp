@@ -1,9 +1,8 @@
 // Python boundary of the row-softmax op: decodes and checks, releases the GIL, calls the kernels.
-// pyloss/ops/row_softmax.py packs the tuples in the order that is read here.
+// The records are those of pyloss/ops/row_softmax/records.py.
 #include "common/row_softmax.h"
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <cmath>
@@ -20,135 +19,137 @@ namespace py = pybind11;
 namespace pyloss {
 namespace {
 
-using ProblemInts = std::array<int64_t, 22>;
-using OptionFloats = std::array<double, 9>;
-using StrideInts = std::array<int64_t, 3>;
+PYLOSS_RECORD(Options, logit_scale, softcap, temperature, tau, max_nll, gamma, z_loss, smoothing,
+              num_items);
+PYLOSS_RECORD(Codes, kind, ignore_index, loss, reduction, zero_if_empty);
+PYLOSS_RECORD(Problem, sizes, dtype, x, x_strides, target, target_dtype, target_strides, target2,
+              mix, weight, token_weight, codes, options);
+PYLOSS_RECORD(Forward, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
+PYLOSS_RECORD(Backward, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
+PYLOSS_RECORD(Hvp, v, v_strides, grad_rows, grad_grad_extras);
 
-Strides checked(const char* name, const RowSoftmaxProblem& p, const StrideInts& s) {
-  check_strides(name, {p.outer, p.classes, p.inner}, {s[0], s[1], s[2]});
+// Strides of a field that has the shape of the logits.
+template <class Record>
+Strides strides(const Reader<Record>& r, typename Record::Field f, const RowSoftmaxProblem& p) {
+  const auto s = r.template strides<3>(f, {p.outer, p.classes, p.inner});
   return {s[0], s[1], s[2]};
 }
 
-RowSoftmaxProblem decode(const ProblemInts& a, const OptionFloats& o) {
+RowSoftmaxOptions decode_options(const Reader<Options>& o, const Reader<Codes>& c,
+                                 int64_t classes) {
+  RowSoftmaxOptions r{};
+  r.ignore_index = c.integer(Codes::ignore_index);
+  r.loss = c.code<LossKind>(Codes::loss, kLossKindCount);
+  r.reduction = c.code<Reduction>(Codes::reduction, 3);
+  r.zero_if_empty = c.flag(Codes::zero_if_empty);
+  r.logit_scale = o.number(Options::logit_scale);
+  r.softcap = o.number(Options::softcap);
+  r.temperature = o.number(Options::temperature);
+  r.tau = o.number(Options::tau);
+  r.max_nll = o.number(Options::max_nll);
+  r.gamma = o.number(Options::gamma);
+  r.z_loss = o.number(Options::z_loss);
+  r.smoothing = o.number(Options::smoothing);
+  r.num_items = o.number(Options::num_items);
+  r.spread = r.smoothing / double(classes > 0 ? classes : 1);
+  return r;
+}
+
+RowSoftmaxProblem decode(const py::handle& record) {
+  const Reader<Problem> r(record);
+  const auto codes = r.record<Codes>(Problem::codes);
   RowSoftmaxProblem p{};
-  p.outer = a[0];
-  p.classes = a[1];
-  p.inner = a[2];
+  const auto sizes = r.integers<3>(Problem::sizes);
+  p.outer = sizes[0];
+  p.classes = sizes[1];
+  p.inner = sizes[2];
   const int64_t n = checked_count("input", {p.outer, p.classes, p.inner});
   const int64_t rows = checked_count("target", {p.outer, p.inner});
-  if (p.classes > INT32_MAX) bad_argument("input", "more than 2^31 - 1 classes");
-  if (p.classes == 0 && rows > 0) bad_argument("input", "rows without classes");
-  p.dtype = checked_float("input", a[3]);
-  p.x = checked_pointer("input", a[4], n);
-  p.x_strides = checked("input", p, {a[5], a[6], a[7]});
-  p.kind = checked_enum<TargetKind>("target kind", a[8], 3);
-  p.target = checked_pointer("target", a[9], p.kind == TargetKind::kDense ? n : rows);
-  p.target_dtype = checked_dtype("target", a[10]);
+  if (p.classes > INT32_MAX) r.bad(Problem::sizes, "more than 2^31 - 1 classes");
+  if (p.classes == 0 && rows > 0) r.bad(Problem::sizes, "rows without classes");
+  p.dtype = r.floating(Problem::dtype);
+  p.x = r.pointer(Problem::x, n);
+  p.x_strides = strides(r, Problem::x_strides, p);
+  p.kind = codes.code<TargetKind>(Codes::kind, 3);
+  p.target = r.pointer(Problem::target, p.kind == TargetKind::kDense ? n : rows);
+  p.target_dtype = r.dtype(Problem::target_dtype);
   if (is_float(p.target_dtype) != (p.kind == TargetKind::kDense)) {
-    bad_argument("target", "dtype does not fit the kind of target");
+    r.bad(Problem::target_dtype, "does not fit the kind of target");
   }
-  p.target_strides = checked("target", p, {a[11], a[12], a[13]});
-  p.target2 = checked_pointer("target2", a[14], p.kind == TargetKind::kMix ? rows : 0);
-  p.mix = checked_pointer("mix", a[15], p.kind == TargetKind::kMix ? rows : 0);
-  p.weight = optional_pointer(a[16]);
-  p.token_weight = optional_pointer(a[17]);
-
-  RowSoftmaxOptions& r = p.options;
-  r.ignore_index = a[18];
-  r.loss = checked_enum<LossKind>("loss", a[19], 2);
-  r.reduction = checked_enum<Reduction>("reduction", a[20], 3);
-  r.zero_if_empty = a[21] != 0;
-  r.logit_scale = o[0];
-  r.softcap = o[1];
-  r.temperature = o[2];
-  r.tau = o[3];
-  r.max_nll = o[4];
-  r.gamma = o[5];
-  r.z_loss = o[6];
-  r.smoothing = o[7];
-  r.num_items = o[8];
-  r.spread = r.smoothing / double(p.classes > 0 ? p.classes : 1);
+  p.target_strides = strides(r, Problem::target_strides, p);
+  p.target2 = r.pointer(Problem::target2, p.kind == TargetKind::kMix ? rows : 0);
+  p.mix = r.pointer(Problem::mix, p.kind == TargetKind::kMix ? rows : 0);
+  p.weight = r.optional(Problem::weight);
+  p.token_weight = r.optional(Problem::token_weight);
+  p.options = decode_options(r.record<Options>(Problem::options), codes, p.classes);
   return p;
 }
 
-RowSoftmaxForward decode_forward(const RowSoftmaxProblem& p, int64_t loss, int64_t loss_dtype,
-                                 int64_t stats, int64_t norm, int64_t extras, int64_t index,
-                                 int64_t grad, const StrideInts& grad_strides) {
+RowSoftmaxForward decode_forward(const RowSoftmaxProblem& p, const py::handle& record) {
+  const Reader<Forward> r(record);
   const bool rowwise = p.options.reduction == Reduction::kNone;
   RowSoftmaxForward f{};
-  f.loss = checked_pointer("loss", loss, rowwise ? p.rows() : 1);
-  f.loss_dtype = checked_float("loss", loss_dtype);
-  f.stats = checked_pointer("stats", stats, p.rows());
-  f.norm = checked_pointer("norm", norm, kNormCount);
-  f.extras = optional_pointer(extras);
-  f.index = optional_pointer<int64_t>(index);
-  f.grad = optional_pointer(grad);
-  f.grad_strides = checked("grad", p, grad_strides);
-  if (f.grad && rowwise) bad_argument("grad", "needs a scalar reduction");
+  f.loss = r.pointer(Forward::loss, rowwise ? p.rows() : 1);
+  f.loss_dtype = r.floating(Forward::loss_dtype);
+  f.stats = r.pointer(Forward::stats, p.rows());
+  f.norm = r.pointer(Forward::norm, kNormCount);
+  f.extras = r.optional(Forward::extras);
+  f.index = r.optional<int64_t>(Forward::index);
+  f.grad = r.optional(Forward::grad);
+  f.grad_strides = strides(r, Forward::grad_strides, p);
+  if (f.grad && rowwise) r.bad(Forward::grad, "needs a scalar reduction");
   return f;
 }
 
-RowSoftmaxBackward decode_backward(const RowSoftmaxProblem& p, int64_t grad_loss,
-                                   int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras,
-                                   int64_t grad, const StrideInts& grad_strides) {
+RowSoftmaxBackward decode_backward(const RowSoftmaxProblem& p, const py::handle& record) {
+  const Reader<Backward> r(record);
   const bool rowwise = p.options.reduction == Reduction::kNone;
   RowSoftmaxBackward b{};
-  b.grad_loss = checked_pointer("grad_loss", grad_loss, rowwise ? p.rows() : 1);
-  b.grad_extras = optional_pointer(grad_extras);
-  b.stats = checked_pointer("stats", stats, p.rows());
-  b.norm = checked_pointer("norm", norm, kNormCount);
-  b.extras = checked_pointer("extras", extras, grad_extras ? p.rows() : 0);
-  b.grad = checked_pointer("grad", grad, p.rows());
-  b.grad_strides = checked("grad", p, grad_strides);
+  b.grad_loss = r.pointer(Backward::grad_loss, rowwise ? p.rows() : 1);
+  b.grad_extras = r.optional(Backward::grad_extras);
+  b.stats = r.pointer(Backward::stats, p.rows());
+  b.norm = r.pointer(Backward::norm, kNormCount);
+  b.extras = r.pointer(Backward::extras, b.grad_extras ? p.rows() : 0);
+  b.grad = r.pointer(Backward::grad, p.rows());
+  b.grad_strides = strides(r, Backward::grad_strides, p);
   return b;
 }
 
-RowSoftmaxHvp decode_hvp(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int64_t v,
-                         const StrideInts& v_strides, int64_t grad_rows, int64_t grad_extras) {
+RowSoftmaxHvp decode_hvp(const RowSoftmaxProblem& p, const py::handle& backward,
+                         const py::handle& record) {
   if (p.soft()) bad_argument("target", "soft targets have no fused second derivative");
+  const Reader<Hvp> r(record);
   RowSoftmaxHvp h{};
-  h.backward = b;
-  h.v = checked_pointer("v", v, p.rows());
-  h.v_strides = checked("v", p, v_strides);
-  h.grad_rows = checked_pointer("grad_rows", grad_rows, p.rows());
-  h.grad_grad_extras = checked_pointer("grad_grad_extras", grad_extras, b.grad_extras ? 1 : 0);
+  h.backward = decode_backward(p, backward);
+  h.v = r.pointer(Hvp::v, p.rows());
+  h.v_strides = strides(r, Hvp::v_strides, p);
+  h.grad_rows = r.pointer(Hvp::grad_rows, p.rows());
+  h.grad_grad_extras = r.pointer(Hvp::grad_grad_extras, h.backward.grad_extras ? 1 : 0);
   return h;
 }
 
 }  // namespace
 
 void register_row_softmax(py::module_& m) {
-  m.def("row_softmax_fwd",
-        [](const ProblemInts& problem, const OptionFloats& options, int64_t loss,
-           int64_t loss_dtype, int64_t stats, int64_t norm, int64_t extras, int64_t index,
-           int64_t grad, const StrideInts& grad_strides, int64_t threads) {
-          const RowSoftmaxProblem p = decode(problem, options);
-          const RowSoftmaxForward f =
-              decode_forward(p, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
-          const int width = checked_threads(threads);
-          py::gil_scoped_release nogil;
-          cpu::row_softmax_forward(p, f, width);
-        });
-  m.def("row_softmax_bwd",
-        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
-           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
-           const StrideInts& grad_strides, int64_t threads) {
-          const RowSoftmaxProblem p = decode(problem, options);
-          const RowSoftmaxBackward b =
-              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-          const int width = checked_threads(threads);
-          py::gil_scoped_release nogil;
-          cpu::row_softmax_backward(p, b, width);
-        });
+  declare_records<Options, Codes, Problem, Forward, Backward, Hvp>(m, "row_softmax");
+  m.def("row_softmax_fwd", [](py::handle problem, py::handle forward, int64_t threads) {
+    const RowSoftmaxProblem p = decode(problem);
+    const RowSoftmaxForward f = decode_forward(p, forward);
+    const int width = checked_threads(threads);
+    py::gil_scoped_release nogil;
+    cpu::row_softmax_forward(p, f, width);
+  });
+  m.def("row_softmax_bwd", [](py::handle problem, py::handle backward, int64_t threads) {
+    const RowSoftmaxProblem p = decode(problem);
+    const RowSoftmaxBackward b = decode_backward(p, backward);
+    const int width = checked_threads(threads);
+    py::gil_scoped_release nogil;
+    cpu::row_softmax_backward(p, b, width);
+  });
   m.def("row_softmax_hvp",
-        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
-           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
-           const StrideInts& grad_strides, int64_t v, const StrideInts& v_strides,
-           int64_t grad_rows, int64_t grad_grad_extras, int64_t threads) {
-          const RowSoftmaxProblem p = decode(problem, options);
-          const RowSoftmaxBackward b =
-              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-          const RowSoftmaxHvp h = decode_hvp(p, b, v, v_strides, grad_rows, grad_grad_extras);
+        [](py::handle problem, py::handle backward, py::handle hvp, int64_t threads) {
+          const RowSoftmaxProblem p = decode(problem);
+          const RowSoftmaxHvp h = decode_hvp(p, backward, hvp);
           const int width = checked_threads(threads);
           py::gil_scoped_release nogil;
           cpu::row_softmax_hvp(p, h, width);
@@ -166,40 +167,25 @@ void register_row_softmax(py::module_& m) {
 
 #if PYLOSS_WITH_CUDA
   m.def("cuda_row_softmax_scratch_bytes",
-        [](const ProblemInts& problem, const OptionFloats& options) {
-          return cuda::row_softmax_scratch_bytes(decode(problem, options));
-        });
-  m.def(
-      "cuda_row_softmax_fwd",
-      [](const ProblemInts& problem, const OptionFloats& options, int64_t loss, int64_t loss_dtype,
-         int64_t stats, int64_t norm, int64_t extras, int64_t index, int64_t grad,
-         const StrideInts& grad_strides, int64_t scratch, int64_t scratch_bytes, int64_t stream) {
-        const RowSoftmaxProblem p = decode(problem, options);
-        const RowSoftmaxForward f =
-            decode_forward(p, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
-        py::gil_scoped_release nogil;
-        cuda::row_softmax_forward(p, f, optional_pointer(scratch), scratch_bytes,
-                                  optional_pointer(stream));
-      });
-  m.def("cuda_row_softmax_bwd",
-        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
-           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
-           const StrideInts& grad_strides, int64_t stream) {
-          const RowSoftmaxProblem p = decode(problem, options);
-          const RowSoftmaxBackward b =
-              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-          py::gil_scoped_release nogil;
-          cuda::row_softmax_backward(p, b, optional_pointer(stream));
-        });
+        [](py::handle problem) { return cuda::row_softmax_scratch_bytes(decode(problem)); });
+  m.def("cuda_row_softmax_fwd", [](py::handle problem, py::handle forward, int64_t scratch,
+                                   int64_t scratch_bytes, int64_t stream) {
+    const RowSoftmaxProblem p = decode(problem);
+    const RowSoftmaxForward f = decode_forward(p, forward);
+    py::gil_scoped_release nogil;
+    cuda::row_softmax_forward(p, f, optional_pointer(scratch), scratch_bytes,
+                              optional_pointer(stream));
+  });
+  m.def("cuda_row_softmax_bwd", [](py::handle problem, py::handle backward, int64_t stream) {
+    const RowSoftmaxProblem p = decode(problem);
+    const RowSoftmaxBackward b = decode_backward(p, backward);
+    py::gil_scoped_release nogil;
+    cuda::row_softmax_backward(p, b, optional_pointer(stream));
+  });
   m.def("cuda_row_softmax_hvp",
-        [](const ProblemInts& problem, const OptionFloats& options, int64_t grad_loss,
-           int64_t grad_extras, int64_t stats, int64_t norm, int64_t extras, int64_t grad,
-           const StrideInts& grad_strides, int64_t v, const StrideInts& v_strides,
-           int64_t grad_rows, int64_t grad_grad_extras, int64_t stream) {
-          const RowSoftmaxProblem p = decode(problem, options);
-          const RowSoftmaxBackward b =
-              decode_backward(p, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
-          const RowSoftmaxHvp h = decode_hvp(p, b, v, v_strides, grad_rows, grad_grad_extras);
+        [](py::handle problem, py::handle backward, py::handle hvp, int64_t stream) {
+          const RowSoftmaxProblem p = decode(problem);
+          const RowSoftmaxHvp h = decode_hvp(p, backward, hvp);
           py::gil_scoped_release nogil;
           cuda::row_softmax_hvp(p, h, optional_pointer(stream));
         });

@@ -20,10 +20,29 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
 #include "common/math.h"
 
 namespace pyloss {
 namespace betti {
+
+inline constexpr int kMaxDims = 3;
+
+// Batches of images, contiguous, in host memory or on a device.
+struct Problem {
+  int64_t items;              // independent images: batch times channels
+  int64_t depth, rows, cols;  // 2D: depth = 1; 1D: cols = 1, too
+  int dims;                   // of the images: 1, 2 or 3, which no kernel takes yet
+  uint32_t want;              // bit d: homology dimension d, of those below dims
+  bool superlevel;
+  const void* input;  // [items][depth][rows][cols]
+  DType input_dtype;
+  const void* target;  // likewise; null where only the bars of the input are asked for
+  DType target_dtype;
+  int64_t scratch_limit;  // on a device, in bytes; 0: 1.5 GiB
+
+  bool wanted(int dim) const { return want >> dim & 1; }
+};
 
 // --------------------------------------------------------------------------------------------------
 // Keys: unsigned integers in the order of the values, -0 and +0 equal.
@@ -106,12 +125,11 @@ PYLOSS_HD inline uint32_t square_voxel(const Grid& g, const Keys& key, uint32_t 
 // Loss
 
 struct Options {
-  bool superlevel;
   bool extreme;            // cost of an unmatched bar: pushes its birth to the background, 0 in f
   bool essential;          // dim 0 also matches the two oldest vertices, deaths equal
   double min_persistence;  // unmatched bars of the input up to this length are left out
   double matched_weight, unmatched_weight;  // in the gradient; the loss is reported per term
-  double dim_weight[2];                     // likewise
+  double dim_weight[kMaxDims];              // likewise
 };
 
 // Terms of the loss, in this order in the last axis of the result.

@@ -24,9 +24,10 @@
 
 namespace pyloss {
 
-// The codes are part of the Python boundary (pyloss/ops/row_softmax.py).
+// The codes are part of the Python boundary (pyloss/ops/row_softmax/records.py).
 enum class TargetKind : int32_t { kIndex = 0, kMix = 1, kDense = 2 };
 enum class LossKind : int32_t { kCompSum = 0, kFocal = 1 };
+constexpr int kLossKindCount = 2;
 enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
 
 struct RowSoftmaxOptions {

@@ -34,7 +34,31 @@ enum class Distribution : int32_t {
   kReciprocal = 4,
   kOptimal = 5
 };
-inline constexpr int kNetworkCount = 4, kDistributionCount = 6;
+enum class Loss : int32_t { kBce = 0, kRowCe = 1, kColCe = 2 };
+inline constexpr int kNetworkCount = 4, kDistributionCount = 6, kLossCount = 3;
+
+inline constexpr int64_t kMaxWires = int64_t{1} << 29;
+
+// Rows and the network that sorts them, in host memory or on a device.
+struct Problem {
+  int64_t items, n;
+  DType dtype;  // kF32 or kF64, of every floating array
+  Network network;
+  Distribution distribution;
+  double steepness, art_lambda;
+  const void* x;  // [items][n]
+  // kSplitter, which has no formula: pairs (lo, hi) of wires, and where each layer starts.
+  const int32_t* table;    // [comparators][2]
+  const int32_t* offsets;  // [layers + 1]
+  int32_t comparators, layers;
+};
+
+// Of P^T f (transpose) or P f.
+struct Features {
+  const void* f;  // [items][n][width], or [n][width] where the batch shares it
+  bool shared, transpose;
+  int64_t width;
+};
 
 // --------------------------------------------------------------------------------------------------
 // Networks

@@ -31,6 +31,7 @@ namespace {
 
 using namespace betti_runs;
 using betti::Options;
+using betti::Problem;
 
 struct Match {
   uint32_t input, target;                       // numbers of bars
@@ -73,7 +74,7 @@ Array<uint32_t> by_birth(const std::vector<Bar>& bars, const Frame& f, Slab& sla
 }
 
 template <class R>
-ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& slab) {
+ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
   using K = typename betti::KeyOf<R>::type;
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   const int64_t n = batch.rows * batch.cols;
@@ -110,7 +111,7 @@ ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& 
                slab);
     }
   });
-  if (batch.wanted[0]) {
+  if (batch.wanted(0)) {
     const Array<uint32_t> of_input = by_birth(zero.input, f, slab),
                           of_target = by_birth(zero.target, f, slab);
     for (ComparisonBar& m : comparison) {
@@ -121,7 +122,7 @@ ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& 
   } else {
     zero = DimResult();
   }
-  if (!batch.wanted[1] || f.rows < 2 || f.cols < 2) return result;
+  if (!batch.wanted(1) || f.rows < 2 || f.cols < 2) return result;
 
   DimResult& one = result.dim[1];
   Array<uint32_t> squares, bar_of[2];  // squares of the comparison image
@@ -157,7 +158,7 @@ ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& 
 }
 
 template <class R>
-ItemResult bars_of_item(const BettiBatch& batch, int64_t item, Slab& slab) {
+ItemResult bars_of_item(const Problem& batch, int64_t item, Slab& slab) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   const R* image = static_cast<const R*>(batch.input) + item * batch.rows * batch.cols;
   ItemResult result;
@@ -171,8 +172,8 @@ ItemResult bars_of_item(const BettiBatch& batch, int64_t item, Slab& slab) {
   Array<Cycle> cycles(slab, f.voxels());
   uint32_t cycle_count;
   run_dim0(order, f, cycles.get(), cycle_count, result.dim[0].input, slab);
-  if (!batch.wanted[0]) result.dim[0] = DimResult();
-  if (!batch.wanted[1] || f.rows < 2 || f.cols < 2) return result;
+  if (!batch.wanted(0)) result.dim[0] = DimResult();
+  if (!batch.wanted(1) || f.rows < 2 || f.cols < 2) return result;
   positions_to_ranks(order, f);
   order.voxel = Array<uint32_t>();
   Array<uint32_t> squares(slab, f.size());
@@ -184,14 +185,14 @@ ItemResult bars_of_item(const BettiBatch& batch, int64_t item, Slab& slab) {
 
 // fn(item, threads within it, slab). A slab serves one item after the other.
 template <class Fn>
-void over_items(const BettiBatch& batch, int threads, Fn&& fn) {
+void over_items(const Problem& batch, int threads, Fn&& fn) {
   // Waking a thread up for part of a small image takes longer than the part.
   if (batch.items < threads && batch.rows * batch.cols < 128 * 128) {
     threads = int(std::max<int64_t>(batch.items, 1));
   }
   const bool outer = batch.items >= threads;
   const size_t size = Frame(uint32_t(batch.rows), uint32_t(batch.cols)).size();
-  const size_t bytes = size * (batch.dtype == DType::kF64 ? 72 : 62);
+  const size_t bytes = size * (batch.input_dtype == DType::kF64 ? 72 : 62);
   std::mutex mutex;
   std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
@@ -214,7 +215,7 @@ void over_items(const BettiBatch& batch, int threads, Fn&& fn) {
 // Loss
 
 template <class R>
-void loss_of_item(const BettiBatch& batch, const Options& o, int64_t item, const ItemResult& found,
+void loss_of_item(const Problem& batch, const Options& o, int64_t item, const ItemResult& found,
                   R* loss, R* grad) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   const int64_t n = batch.rows * batch.cols;
@@ -224,7 +225,7 @@ void loss_of_item(const BettiBatch& batch, const Options& o, int64_t item, const
   for (int d = 0; d < batch.dims; ++d) {
     const DimResult& r = found.dim[d];
     double matched = 0, left_input = 0, left_target = 0;
-    if (batch.wanted[d]) {
+    if (batch.wanted(d)) {
       const R factor = R(o.dim_weight[d] * o.matched_weight);
       auto match = [&](uint32_t voxel, uint32_t target_voxel) {
         const R x = input[voxel], y = target[target_voxel];
@@ -243,18 +244,19 @@ void loss_of_item(const BettiBatch& batch, const Options& o, int64_t item, const
         const uint32_t p = f.flat(r.input[i].birth_voxel), q = f.flat(r.input[i].death_voxel);
         const R x = input[p], y = input[q];
         if (!betti::counts(x, y, o.min_persistence)) continue;
-        left_input += betti::unmatched_term(x, y, o.extreme, o.superlevel);
+        left_input += betti::unmatched_term(x, y, o.extreme, batch.superlevel);
         if (!grad) continue;
         R slope_x, slope_y;
-        betti::unmatched_slopes(x, y, o.extreme, o.superlevel, slope_x, slope_y);
+        betti::unmatched_slopes(x, y, o.extreme, batch.superlevel, slope_x, slope_y);
         grad[p] += lone * slope_x;
         grad[q] += lone * slope_y;
       }
       for (size_t i = 0; i < r.target.size(); ++i) {
         if (r.target_matched[i]) continue;
         const Bar& b = r.target[i];
-        left_target += betti::unmatched_term(
-            target[f.flat(b.birth_voxel)], target[f.flat(b.death_voxel)], o.extreme, o.superlevel);
+        left_target +=
+            betti::unmatched_term(target[f.flat(b.birth_voxel)], target[f.flat(b.death_voxel)],
+                                  o.extreme, batch.superlevel);
       }
     }
     loss[d * betti::kTerms + betti::kMatched] = R(matched);
@@ -264,7 +266,7 @@ void loss_of_item(const BettiBatch& batch, const Options& o, int64_t item, const
 }
 
 template <class R>
-void loss_of_batch(const BettiBatch& batch, const Options& options, R* loss, R* grad, int threads) {
+void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* grad, int threads) {
   const int64_t n = batch.rows * batch.cols, terms = batch.dims * betti::kTerms;
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
     const ItemResult found = match_item<R>(batch, item, within, slab);
@@ -320,23 +322,22 @@ std::vector<T> joined(const std::vector<std::vector<T>>& parts) {
   return all;
 }
 
-ItemResult match_item(const BettiBatch& batch, int64_t item, int threads, Slab& slab) {
-  return batch.dtype == DType::kF64 ? match_item<double>(batch, item, threads, slab)
-                                    : match_item<float>(batch, item, threads, slab);
+ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
+  return batch.input_dtype == DType::kF64 ? match_item<double>(batch, item, threads, slab)
+                                          : match_item<float>(batch, item, threads, slab);
 }
 
 }  // namespace
 
-void betti_loss(const BettiBatch& batch, const Options& options, void* loss, void* grad,
-                int threads) {
-  if (batch.dtype == DType::kF64) {
+void betti_loss(const Problem& batch, const Options& options, void* loss, void* grad, int threads) {
+  if (batch.input_dtype == DType::kF64) {
     loss_of_batch(batch, options, static_cast<double*>(loss), static_cast<double*>(grad), threads);
   } else {
     loss_of_batch(batch, options, static_cast<float*>(loss), static_cast<float*>(grad), threads);
   }
 }
 
-BettiRows betti_matching(const BettiBatch& batch, int threads) {
+BettiRows betti_matching(const Problem& batch, int threads) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   std::vector<std::vector<int64_t>> matched(batch.items), input(batch.items), target(batch.items);
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
@@ -359,19 +360,20 @@ BettiRows betti_matching(const BettiBatch& batch, int threads) {
   return {joined(matched), joined(input), joined(target)};
 }
 
-std::vector<int64_t> persistence_pairs(const BettiBatch& batch, bool essential, int threads) {
+std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int threads) {
   const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
   std::vector<std::vector<int64_t>> pairs(batch.items);
   over_items(batch, threads, [&](int64_t item, int, Slab& slab) {
-    const ItemResult found = batch.dtype == DType::kF64 ? bars_of_item<double>(batch, item, slab)
-                                                        : bars_of_item<float>(batch, item, slab);
+    const ItemResult found = batch.input_dtype == DType::kF64
+                                 ? bars_of_item<double>(batch, item, slab)
+                                 : bars_of_item<float>(batch, item, slab);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const Numbers numbers{f, d};
       std::vector<std::array<uint32_t, 4>> rows;
       rows.reserve(r.input.size() + 1);
       for (const Bar& b : r.input) rows.push_back(numbers.row(b));
-      if (d == 0 && essential && batch.wanted[0]) {
+      if (d == 0 && essential && batch.wanted(0)) {
         const uint32_t v = f.flat(found.oldest_input);
         rows.push_back({v, kNone, v, kNone});
       }

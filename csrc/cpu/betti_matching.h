@@ -10,17 +10,9 @@
 namespace pyloss {
 namespace cpu {
 
-struct BettiBatch {
-  const void* input;   // [items][rows][cols], float32 or float64
-  const void* target;  // likewise; null where only bars are asked for
-  DType dtype;
-  int64_t items, rows, cols;
-  int dims;  // dimensions that a result tells apart: 1 or 2
-  bool superlevel, wanted[2];
-};
-
+// Of 1D and 2D images, both of the dtype of the input, float32 or float64.
 // Throws std::invalid_argument where an image holds NaN.
-void betti_loss(const BettiBatch& batch, const betti::Options& options,
+void betti_loss(const betti::Problem& batch, const betti::Options& options,
                 void* loss,  // [items][dims][kTerms]
                 void* grad,  // [items][rows][cols] or null
                 int threads);
@@ -31,9 +23,9 @@ struct BettiRows {
   std::vector<int64_t> unmatched_input;   // item, dim, 2 voxels, 2 cells
   std::vector<int64_t> unmatched_target;  // likewise
 };
-BettiRows betti_matching(const BettiBatch& batch, int threads);
+BettiRows betti_matching(const betti::Problem& batch, int threads);
 // Rows as the unmatched ones above; the essential class has death -1.
-std::vector<int64_t> persistence_pairs(const BettiBatch& batch, bool essential, int threads);
+std::vector<int64_t> persistence_pairs(const betti::Problem& batch, bool essential, int threads);
 
 }  // namespace cpu
 }  // namespace pyloss

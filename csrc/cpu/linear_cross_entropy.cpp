@@ -3,7 +3,7 @@
 //   accumulate    total += part       the weight's gradient, whose product is in the half dtype
 //   column_sums   total += sum_r x_r  the bias's gradient from the logits' gradient
 //
-// The products themselves are torch.mm (pyloss/ops/linear_cross_entropy.py), the rows between them
+// The products themselves are torch.mm (pyloss/ops/linear_cross_entropy), the rows between them
 // the row-softmax kernel.
 //
 // Decomposition: threads take columns, in ranges that do not look at the thread count; each column

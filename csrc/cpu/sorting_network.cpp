@@ -40,20 +40,20 @@ namespace {
 
 struct RankTargets {
   const int32_t *first, *count;  // [items][n]; count: null for one rank each
-  SortingLoss kind;
+  sorting::Loss kind;
   int32_t width(int64_t at) const { return count ? count[at] : 1; }
 };
 
 struct SortingOps {
-  void (*sort)(const SortingProblem&, const Net&, void*, int);
-  void (*sort_backward)(const SortingProblem&, const Net&, const void*, void*, int);
-  void (*apply)(const SortingProblem&, const Net&, const SortingFeatures&, void*, int);
-  void (*apply_backward)(const SortingProblem&, const Net&, const SortingFeatures&, const void*,
+  void (*sort)(const sorting::Problem&, const Net&, void*, int);
+  void (*sort_backward)(const sorting::Problem&, const Net&, const void*, void*, int);
+  void (*apply)(const sorting::Problem&, const Net&, const sorting::Features&, void*, int);
+  void (*apply_backward)(const sorting::Problem&, const Net&, const sorting::Features&, const void*,
                          void*, void*, int);
-  void (*permutation)(const SortingProblem&, const Net&, void*, void*, int);
-  void (*permutation_backward)(const SortingProblem&, const Net&, const void*, const void*, void*,
+  void (*permutation)(const sorting::Problem&, const Net&, void*, void*, int);
+  void (*permutation_backward)(const sorting::Problem&, const Net&, const void*, const void*, void*,
                                int);
-  void (*loss)(const SortingProblem&, const Net&, const RankTargets&, void*, void*, int);
+  void (*loss)(const sorting::Problem&, const Net&, const RankTargets&, void*, void*, int);
 };
 
 // fn(next) once per thread; next() gives the number of a task that is still to be done, or -1.
@@ -122,7 +122,7 @@ void fill_nan(DType t, void* to, int64_t begin, int64_t count) {
   }
 }
 
-void loss_of_items(const SortingProblem& p, const SortingTargets& targets, void* loss, void* gx,
+void loss_of_items(const sorting::Problem& p, const SortingTargets& targets, void* loss, void* gx,
                    int threads) {
   const auto run = ops_for(p.dtype).loss;
   if (targets.order == TargetOrder::kRanks) {
@@ -141,8 +141,8 @@ void loss_of_items(const SortingProblem& p, const SortingTargets& targets, void*
 }
 
 template <class R>
-void reduced_loss(const SortingProblem& p, const SortingTargets& targets, bool mean, R* loss, R* gx,
-                  int threads) {
+void reduced_loss(const sorting::Problem& p, const SortingTargets& targets, bool mean, R* loss,
+                  R* gx, int threads) {
   const Array<R> each(p.items);
   loss_of_items(p, targets, each.get(), gx, threads);
   double sum = 0;
@@ -155,27 +155,27 @@ void reduced_loss(const SortingProblem& p, const SortingTargets& targets, bool m
 
 }  // namespace
 
-void sorting_sort(const SortingProblem& p, void* y, int threads) {
+void sorting_sort(const sorting::Problem& p, void* y, int threads) {
   ops_for(p.dtype).sort(p, Net(p), y, threads);
 }
-void sorting_sort_backward(const SortingProblem& p, const void* gy, void* gx, int threads) {
+void sorting_sort_backward(const sorting::Problem& p, const void* gy, void* gx, int threads) {
   ops_for(p.dtype).sort_backward(p, Net(p), gy, gx, threads);
 }
-void sorting_apply(const SortingProblem& p, const SortingFeatures& f, void* out, int threads) {
+void sorting_apply(const sorting::Problem& p, const sorting::Features& f, void* out, int threads) {
   ops_for(p.dtype).apply(p, Net(p), f, out, threads);
 }
-void sorting_apply_backward(const SortingProblem& p, const SortingFeatures& f, const void* g,
+void sorting_apply_backward(const sorting::Problem& p, const sorting::Features& f, const void* g,
                             void* gx, void* gf, int threads) {
   ops_for(p.dtype).apply_backward(p, Net(p), f, g, gx, gf, threads);
 }
-void sorting_permutation(const SortingProblem& p, void* y, void* permutation, int threads) {
+void sorting_permutation(const sorting::Problem& p, void* y, void* permutation, int threads) {
   ops_for(p.dtype).permutation(p, Net(p), y, permutation, threads);
 }
-void sorting_permutation_backward(const SortingProblem& p, const void* gy, const void* gp, void* gx,
-                                  int threads) {
+void sorting_permutation_backward(const sorting::Problem& p, const void* gy, const void* gp,
+                                  void* gx, int threads) {
   ops_for(p.dtype).permutation_backward(p, Net(p), gy, gp, gx, threads);
 }
-void sorting_loss(const SortingProblem& p, const SortingTargets& targets, Reduction reduction,
+void sorting_loss(const sorting::Problem& p, const SortingTargets& targets, Reduction reduction,
                   void* loss, void* gx, int threads) {
   const bool mean = reduction == Reduction::kMean;
   if (reduction == Reduction::kNone) {

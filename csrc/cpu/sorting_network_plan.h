@@ -33,7 +33,7 @@ template <>
 struct LaneMath<double> : sorting::ScalarMath<double> {};
 
 struct Net {
-  explicit Net(const SortingProblem& p)
+  explicit Net(const sorting::Problem& p)
       : network(p.network), n(p.n), table(p.table), distribution(p.distribution) {
     const bool by_table = network == sorting::Network::kSplitter;
     layers = by_table ? p.layers : sorting::layer_count(network, n);

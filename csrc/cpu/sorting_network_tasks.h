@@ -6,10 +6,10 @@
 
 template <class R>
 struct Shared {
-  const SortingProblem& p;
+  const sorting::Problem& p;
   const Net& net;
   sorting::Relaxation<R> relaxation;
-  Shared(const SortingProblem& problem, const Net& network)
+  Shared(const sorting::Problem& problem, const Net& network)
       : p(problem), net(network), relaxation{R(problem.steepness), R(problem.art_lambda)} {}
   const R* x(int64_t item) const { return static_cast<const R*>(p.x) + item * p.n; }
 };
@@ -68,38 +68,38 @@ class Lanes {
     store_gradient(gx);
   }
 
-  void apply(int64_t item, int64_t end, const SortingFeatures& f, R* out) {
+  void apply(int64_t item, int64_t end, const sorting::Features& f, R* out) {
     load_items(item, end);
     sweep<Keep::kValues, true>(net_, s_.relaxation, 0, net_.layers, x_.get(), trace(false));
     const Order order{net_, !f.transpose};
-    for (int64_t k = 0; k < f.d; ++k) {
+    for (int64_t k = 0; k < f.width; ++k) {
       load_features(f, static_cast<const R*>(f.f), f.shared, k);
       mix_tile<false>(order, plan_->tiles[0], 0, net_.layers, weights(), w_.get(), t_.get());
       for (int lane = 0; lane < count_; ++lane) {
-        R* to = out + (item_ + lane) * n_ * f.d + k;
+        R* to = out + (item_ + lane) * n_ * f.width + k;
         for (int64_t i = 0; i < n_; ++i) {
-          to[i * f.d] = bad_[lane] ? nan_<R>() : w_[i * kLanes + lane];
+          to[i * f.width] = bad_[lane] ? nan_<R>() : w_[i * kLanes + lane];
         }
       }
     }
   }
   // gf: of the whole batch, or the sum for shared features, or null.
-  void apply_backward(int64_t item, int64_t end, const SortingFeatures& f, const R* g, R* gx,
+  void apply_backward(int64_t item, int64_t end, const sorting::Features& f, const R* g, R* gx,
                       R* gf) {
     load_items(item, end);
     sweep<Keep::kAll, true>(net_, s_.relaxation, 0, net_.layers, x_.get(), trace(true));
     std::fill_n(dp_.get(), net_.comparators() * kLanes, R(0));
     const Order order{net_, !f.transpose};
-    for (int64_t k = 0; k < f.d; ++k) {
+    for (int64_t k = 0; k < f.width; ++k) {
       load_features(f, static_cast<const R*>(f.f), f.shared, k);
       mix_and_back(order, plan_->tiles[0], plan_->cuts[0], weights(), w_.get(), t_.get(),
                    copies_.get(), dp_.get(), [&](R*) { load_features(f, g, false, k); });
       if (!gf) continue;
       for (int lane = 0; lane < count_; ++lane) {
-        R* to = gf + (f.shared ? 0 : (item_ + lane) * n_ * f.d) + k;
+        R* to = gf + (f.shared ? 0 : (item_ + lane) * n_ * f.width) + k;
         for (int64_t i = 0; i < n_; ++i) {
           const R value = bad_[lane] ? nan_<R>() : w_[i * kLanes + lane];
-          to[i * f.d] = f.shared ? to[i * f.d] + value : value;
+          to[i * f.width] = f.shared ? to[i * f.width] + value : value;
         }
       }
     }
@@ -247,10 +247,10 @@ class Lanes {
     sweep_back<true>(net_, 0, net_.layers, g_.get(), trace(true), dp_.get());
     store_gradient(gx);
   }
-  void load_features(const SortingFeatures& f, const R* from, bool shared, int64_t k) const {
+  void load_features(const sorting::Features& f, const R* from, bool shared, int64_t k) const {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const R* row = from + (shared ? 0 : (item_ + std::min(lane, count_ - 1)) * n_ * f.d) + k;
-      for (int64_t i = 0; i < n_; ++i) w_[i * kLanes + lane] = row[i * f.d];
+      const R* row = from + (shared ? 0 : (item_ + std::min(lane, count_ - 1)) * n_ * f.width) + k;
+      for (int64_t i = 0; i < n_; ++i) w_[i * kLanes + lane] = row[i * f.width];
     }
   }
   void unit_rows(const RowTile& tile) const {
@@ -344,32 +344,32 @@ class Single {
     finish_gradient(s_.x(item), gx, false, n_, 1, gx);
   }
 
-  void apply(int64_t item, const SortingFeatures& f, R* out) {
-    out += item * n_ * f.d;
-    if (!start(item)) return fill_nan(out, n_ * f.d);
-    const R* from = static_cast<const R*>(f.f) + (f.shared ? 0 : item * n_ * f.d);
+  void apply(int64_t item, const sorting::Features& f, R* out) {
+    out += item * n_ * f.width;
+    if (!start(item)) return fill_nan(out, n_ * f.width);
+    const R* from = static_cast<const R*>(f.f) + (f.shared ? 0 : item * n_ * f.width);
     const Order order{net_, !f.transpose};
     for (const RowTile& tile : plan_->tiles) {
-      load_features(from, f.d, tile);
+      load_features(from, f.width, tile);
       mix_tile<false>(order, tile, 0, net_.layers, weights(), w_.get(), t_.get());
-      store_features(out, f.d, tile, false);
+      store_features(out, f.width, tile, false);
     }
   }
-  void apply_backward(int64_t item, const SortingFeatures& f, const R* g, R* gx, R* gf) {
+  void apply_backward(int64_t item, const sorting::Features& f, const R* g, R* gx, R* gf) {
     gx += item * n_;
-    if (gf && !f.shared) gf += item * n_ * f.d;
+    if (gf && !f.shared) gf += item * n_ * f.width;
     if (!start(item)) {
-      if (gf) fill_nan(gf, n_ * f.d);
+      if (gf) fill_nan(gf, n_ * f.width);
       return finish_gradient(s_.x(item), gx, true, n_, 1, gx);
     }
-    const R* from = static_cast<const R*>(f.f) + (f.shared ? 0 : item * n_ * f.d);
+    const R* from = static_cast<const R*>(f.f) + (f.shared ? 0 : item * n_ * f.width);
     const Order order{net_, !f.transpose};
     for (size_t i = 0; i < plan_->tiles.size(); ++i) {
       const RowTile& tile = plan_->tiles[i];
-      load_features(from, f.d, tile);
+      load_features(from, f.width, tile);
       mix_and_back(order, tile, plan_->cuts[i], weights(), w_.get(), t_.get(), copies_.get(),
-                   dp_.get(), [&](R*) { load_features(g + item * n_ * f.d, f.d, tile); });
-      if (gf) store_features(gf, f.d, tile, f.shared);
+                   dp_.get(), [&](R*) { load_features(g + item * n_ * f.width, f.width, tile); });
+      if (gf) store_features(gf, f.width, tile, f.shared);
     }
     back_to_x(item, nullptr, gx);
   }
@@ -538,20 +538,20 @@ class Single {
 
 // Worth two threads?
 template <class R>
-int width_for(const SortingProblem& p, const Net& net, int64_t mixes, int threads) {
+int width_for(const sorting::Problem& p, const Net& net, int64_t mixes, int threads) {
   const double vectors = double(p.items) * double(net.comparators()) * double(mixes);
   return vectors < 2e4 ? 1 : threads;
 }
 // Whether kLanes rows of the batch go together: not if that wastes lanes, or if their traces, of
 // `arrays` numbers per comparator, leave the cache.
 template <class R>
-bool in_lanes(const SortingProblem& p, const Net& net, int64_t arrays) {
+bool in_lanes(const sorting::Problem& p, const Net& net, int64_t arrays) {
   constexpr int64_t kLanes = Vec<R>::kLanes;
   return p.items >= kLanes / 2 &&
          net.comparators() * kLanes * arrays * int64_t(sizeof(R)) <= 2 * l2_cache_bytes();
 }
 template <class R>
-bool rows_in_lanes(const SortingProblem& p) {
+bool rows_in_lanes(const sorting::Problem& p) {
   return p.items >= Vec<R>::kLanes / 2 && p.n <= 15;
 }
 // Room for a tile's differences. Somewhat more than the cache: what a segment does not have to
@@ -591,7 +591,7 @@ template <class R>
 struct Batch {
   static constexpr int kLanes = Vec<R>::kLanes;
 
-  static void sort(const SortingProblem& p, const Net& net, void* y, int threads) {
+  static void sort(const sorting::Problem& p, const Net& net, void* y, int threads) {
     const Shared<R> s(p, net);
     R* out = static_cast<R*>(y);
     threads = width_for<R>(p, net, 1, threads);
@@ -603,7 +603,7 @@ struct Batch {
                 [&](Single<R>& w, int64_t i) { w.sort(i, out); });
     }
   }
-  static void sort_backward(const SortingProblem& p, const Net& net, const void* gy, void* gx,
+  static void sort_backward(const sorting::Problem& p, const Net& net, const void* gy, void* gx,
                             int threads) {
     const Shared<R> s(p, net);
     const R* g = static_cast<const R*>(gy);
@@ -618,32 +618,32 @@ struct Batch {
     }
   }
 
-  static void apply(const SortingProblem& p, const Net& net, const SortingFeatures& f, void* out,
-                    int threads) {
+  static void apply(const sorting::Problem& p, const Net& net, const sorting::Features& f,
+                    void* out, int threads) {
     const Shared<R> s(p, net);
     R* to = static_cast<R*>(out);
     const Order order{net, !f.transpose};
-    if (f.d < kLanes / 2 && in_lanes<R>(p, net, 3)) {
+    if (f.width < kLanes / 2 && in_lanes<R>(p, net, 3)) {
       const TilePlan plan(order, 1, kLanes, 1, true, false, 0);
-      each_group(s, true, false, &plan, width_for<R>(p, net, 1 + f.d, threads),
+      each_group(s, true, false, &plan, width_for<R>(p, net, 1 + f.width, threads),
                  [&](Lanes<R>& w, int64_t i, int64_t end) { w.apply(i, end, f, to); });
     } else {
-      const TilePlan plan(order, f.d, kLanes, 4, true, false, 0);
-      each_item(s, true, false, &plan, width_for<R>(p, net, 1 + f.d / kLanes, threads),
+      const TilePlan plan(order, f.width, kLanes, 4, true, false, 0);
+      each_item(s, true, false, &plan, width_for<R>(p, net, 1 + f.width / kLanes, threads),
                 [&](Single<R>& w, int64_t i) { w.apply(i, f, to); });
     }
   }
-  static void apply_backward(const SortingProblem& p, const Net& net, const SortingFeatures& f,
+  static void apply_backward(const sorting::Problem& p, const Net& net, const sorting::Features& f,
                              const void* g, void* gx, void* gf, int threads) {
     const Shared<R> s(p, net);
     const R* from = static_cast<const R*>(g);
     R *to = static_cast<R*>(gx), *to_f = static_cast<R*>(gf);
     const Order order{net, !f.transpose};
-    const bool together = f.d < kLanes / 2 && in_lanes<R>(p, net, 6);
-    const TilePlan plan = together
-                              ? TilePlan(order, 1, kLanes, 1, true, true, vectors_in_cache<R>())
-                              : TilePlan(order, f.d, kLanes, 4, true, true, vectors_in_cache<R>());
-    const int width = width_for<R>(p, net, 1 + (together ? f.d : f.d / kLanes), threads);
+    const bool together = f.width < kLanes / 2 && in_lanes<R>(p, net, 6);
+    const TilePlan plan =
+        together ? TilePlan(order, 1, kLanes, 1, true, true, vectors_in_cache<R>())
+                 : TilePlan(order, f.width, kLanes, 4, true, true, vectors_in_cache<R>());
+    const int width = width_for<R>(p, net, 1 + (together ? f.width : f.width / kLanes), threads);
     if (!f.shared || !gf) {
       if (together) {
         each_group(s, true, true, &plan, width, [&](Lanes<R>& w, int64_t i, int64_t end) {
@@ -657,7 +657,7 @@ struct Batch {
     }
     // Shared features: sums over parts of the batch whose number does not depend on the threads.
     const int64_t groups = groups_of<R>(p.items), parts = std::min<int64_t>(groups, 32);
-    const int64_t size = p.n * f.d;
+    const int64_t size = p.n * f.width;
     const Array<R> sums(parts * size);
     std::fill_n(sums.get(), parts * size, R(0));
     run_slots(parts, width, [&](const auto& next) {
@@ -684,12 +684,12 @@ struct Batch {
     }
   }
 
-  static TilePlan rows_plan(const SortingProblem& p, const Order& order, bool differences) {
+  static TilePlan rows_plan(const sorting::Problem& p, const Order& order, bool differences) {
     return rows_in_lanes<R>(p)
                ? TilePlan(order, p.n, 1, 4, false, differences, vectors_in_cache<R>())
                : TilePlan(order, p.n, kLanes, 4, false, differences, vectors_in_cache<R>());
   }
-  static void permutation(const SortingProblem& p, const Net& net, void* y, void* permutation,
+  static void permutation(const sorting::Problem& p, const Net& net, void* y, void* permutation,
                           int threads) {
     const Shared<R> s(p, net);
     R *to = static_cast<R*>(y), *to_p = static_cast<R*>(permutation);
@@ -704,7 +704,7 @@ struct Batch {
                 [&](Single<R>& w, int64_t i) { w.permutation(i, to, to_p); });
     }
   }
-  static void permutation_backward(const SortingProblem& p, const Net& net, const void* gy,
+  static void permutation_backward(const sorting::Problem& p, const Net& net, const void* gy,
                                    const void* gp, void* gx, int threads) {
     const Shared<R> s(p, net);
     const R *g = static_cast<const R*>(gy), *g_p = static_cast<const R*>(gp);
@@ -721,8 +721,8 @@ struct Batch {
                 [&](Single<R>& w, int64_t i) { w.permutation_backward(i, g, g_p, to); });
     }
   }
-  static void loss(const SortingProblem& p, const Net& net, const RankTargets& targets, void* loss,
-                   void* gx, int threads) {
+  static void loss(const sorting::Problem& p, const Net& net, const RankTargets& targets,
+                   void* loss, void* gx, int threads) {
     const Shared<R> s(p, net);
     R *to = static_cast<R*>(loss), *to_x = static_cast<R*>(gx);
     const Order order{net, false};

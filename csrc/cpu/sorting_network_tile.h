@@ -343,14 +343,14 @@ typename Vec<R>::V ce_lanes(R* w, int64_t stride, int32_t n, const LaneTargets<R
 }
 
 template <class R>
-R loss_scale(SortingLoss kind, int64_t n) {
-  return kind == SortingLoss::kBce ? R(1) / (R(n) * R(n)) : R(1) / R(n);
+R loss_scale(sorting::Loss kind, int64_t n) {
+  return kind == sorting::Loss::kBce ? R(1) / (R(n) * R(n)) : R(1) / R(n);
 }
 template <class R>
-PYLOSS_INLINE typename Vec<R>::V loss_lanes(SortingLoss kind, R* w, int64_t stride, int32_t n,
+PYLOSS_INLINE typename Vec<R>::V loss_lanes(sorting::Loss kind, R* w, int64_t stride, int32_t n,
                                             const LaneTargets<R>& target, bool grad) {
   const R scale = loss_scale<R>(kind, n);
-  if (kind == SortingLoss::kBce) {
+  if (kind == sorting::Loss::kBce) {
     return grad ? bce_lanes<true, R>(w, stride, n, target, scale)
                 : bce_lanes<false, R>(w, stride, n, target, scale);
   }

@@ -347,13 +347,13 @@ bool wide(DType t) {
   return t == DType::kF64 || t == DType::kI64 || t == DType::kI32;
 }
 
-void check_problem(const BettiProblem& p) {
+void check_problem(const betti::Problem& p) {
   if (p.items < 0 || p.rows < 1 || p.cols < 1) throw std::invalid_argument("input: empty images");
-  if (p.dims < 1 || p.dims > 2 || (p.dims == 1 && (p.cols != 1 || p.want[1])) ||
-      !(p.want[0] || p.want[1])) {
+  if (p.dims < 1 || p.dims > 2 || p.depth != 1 || (p.dims == 1 && (p.cols != 1 || p.wanted(1))) ||
+      !(p.wanted(0) || p.wanted(1))) {
     throw std::invalid_argument("dims: not those of 1D or 2D images");
   }
-  const int64_t runs = (p.target ? 3 : 1) * (int(p.want[0]) + int(p.want[1]));
+  const int64_t runs = (p.target ? 3 : 1) * (int(p.wanted(0)) + int(p.wanted(1)));
   if (p.rows > kMaxVertices / runs / p.cols) {
     throw std::invalid_argument("input: images of more than 2^30 / " + std::to_string(runs) +
                                 " voxels");
@@ -361,28 +361,28 @@ void check_problem(const BettiProblem& p) {
 }
 
 // Everything but `items`.
-BettiWork plan_item(const BettiProblem& p) {
+BettiWork plan_item(const betti::Problem& p) {
   check_problem(p);
   BettiWork w{};
   w.grid = {u32(p.rows), u32(p.cols)};
   w.n = u32(p.rows * p.cols);
   w.images = p.target ? 3 : 1;
-  w.first_dim = p.want[0] ? 0 : 1;
-  w.dims = u32(p.want[0]) + u32(p.want[1]);
+  w.first_dim = p.wanted(0) ? 0 : 1;
+  w.dims = u32(p.wanted(0)) + u32(p.wanted(1));
   w.runs = w.images * w.dims;
   while ((u64{1} << w.rounds) < w.n) ++w.rounds;
   return w;
 }
 
 // Lays out the scratch memory for `items` images; returns its size.
-int64_t plan(const BettiProblem& p, u32 items, char* scratch, BettiWork* w) {
+int64_t plan(const betti::Problem& p, u32 items, char* scratch, BettiWork* w) {
   *w = plan_item(p);
   const u64 n = w->n, size = u64(items) * n, total = w->runs * size;
   w->items = items;
   w->total = u32(total);
   w->threads = total < 65536 ? 64 : kThreads;
   const u64 squares = u64(p.rows - 1) * u64(p.cols - 1);
-  const u64 merges = (p.want[0] ? n - 1 : 0) + (p.want[1] ? squares : 0);
+  const u64 merges = (p.wanted(0) ? n - 1 : 0) + (p.wanted(1) ? squares : 0);
   w->merges = u32(merges * w->images * items);
   u64 used = 0;
   const auto take = [&](auto** pointer, u64 count) {
@@ -408,7 +408,7 @@ int64_t plan(const BettiProblem& p, u32 items, char* scratch, BettiWork* w) {
   return int64_t(used);
 }
 
-u32 group_size(const BettiProblem& p) {
+u32 group_size(const betti::Problem& p) {
   BettiWork w;
   // Null pointers are only added to here, never used.
   const int64_t one = plan(p, 1, nullptr, &w);
@@ -438,7 +438,7 @@ void compute_ranks(const BettiWork& w, const Images& m, bool in_double, void* st
 
 // Calls fn(work, images) for one group of items after the other.
 template <class Fn>
-void for_groups(const BettiProblem& p, void* scratch, int64_t scratch_bytes, void* stream,
+void for_groups(const betti::Problem& p, void* scratch, int64_t scratch_bytes, void* stream,
                 Fn&& fn) {
   if (p.items == 0) {
     check_problem(p);
@@ -462,7 +462,7 @@ void for_groups(const BettiProblem& p, void* scratch, int64_t scratch_bytes, voi
 }
 
 template <class R>
-void loss_of_group(const BettiProblem& p, const BettiLoss& l, const BettiWork& w, const Images& m,
+void loss_of_group(const betti::Problem& p, const BettiLoss& l, const BettiWork& w, const Images& m,
                    void* stream) {
   const u64 words = u64(w.items) * 2 * 4 * w.n * (sizeof(R) / 4);
   launch_over(w, words, stream, betti_clear_kernel, reinterpret_cast<u32*>(w.room_a), words);
@@ -493,16 +493,16 @@ void loss_of_group(const BettiProblem& p, const BettiLoss& l, const BettiWork& w
 
 }  // namespace
 
-bool betti_in_double(const BettiProblem& p) {
+bool betti_in_double(const betti::Problem& p) {
   return wide(p.input_dtype) || (p.target && wide(p.target_dtype));
 }
 
-int64_t betti_scratch_bytes(const BettiProblem& p) {
+int64_t betti_scratch_bytes(const betti::Problem& p) {
   BettiWork w;
   return plan(p, group_size(p), nullptr, &w);
 }
 
-void betti_loss(const BettiProblem& p, const BettiLoss& l, void* scratch, int64_t scratch_bytes,
+void betti_loss(const betti::Problem& p, const BettiLoss& l, void* scratch, int64_t scratch_bytes,
                 void* stream) {
   if (!p.target) throw std::invalid_argument("target: the loss needs one");
   for_groups(p, scratch, scratch_bytes, stream, [&](const BettiWork& w, const Images& m) {
@@ -514,8 +514,8 @@ void betti_loss(const BettiProblem& p, const BettiLoss& l, void* scratch, int64_
   });
 }
 
-void betti_pairs(const BettiProblem& p, const BettiTables& t, void* scratch, int64_t scratch_bytes,
-                 void* stream) {
+void betti_pairs(const betti::Problem& p, const BettiTables& t, void* scratch,
+                 int64_t scratch_bytes, void* stream) {
   for_groups(p, scratch, scratch_bytes, stream, [&](const BettiWork& w, const Images& m) {
     launch_over(w, u64(m.count) * w.items * p.dims * w.n, stream, betti_table_kernel, w, t, m.count,
                 u32(p.items), m.first, u32(p.dims));

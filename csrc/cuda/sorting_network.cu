@@ -105,7 +105,7 @@ bool is_apply(SortingTask t) {
   return t == SortingTask::kApply || t == SortingTask::kApplyBackward;
 }
 // Networks with a table cannot be unrolled at compile time.
-bool may_be_tiny(const SortingProblem& p, const SortingCall& c) {
+bool may_be_tiny(const sorting::Problem& p, const SortingCall& c) {
   return p.n <= kSortingTinyRow && p.network != Network::kSplitter &&
          c.task >= SortingTask::kPermutation;
 }
@@ -124,7 +124,7 @@ R* at_item(void* p, int64_t item, int64_t size) {
 template <class R>
 class Group {
  public:
-  Group(const SortingProblem& p, const SortingCall& c, int64_t first, int64_t items)
+  Group(const sorting::Problem& p, const SortingCall& c, int64_t first, int64_t items)
       : p_(p), c_(c), first_(first), items_(items), net_(make_net(p)) {
     relaxation_ = {R(p.steepness), R(p.art_lambda)};
   }
@@ -182,22 +182,23 @@ class Group {
     if (!sort) {
       t.net = net_;
       t.identity = !is_apply(task);
-      t.reversed = is_apply(task) && !c_.transpose;
+      t.reversed = is_apply(task) && !c_.features.transpose;
       t.mode = loss ? TileMode::kLoss : backward ? TileMode::kBackward : TileMode::kForward;
-      t.one_f = c_.one_f;
+      t.one_f = c_.features.shared;
       t.want_t = backward;
       t.loss_kind = c_.loss_kind;
       t.items = items_;
-      t.rows = is_apply(task) ? c_.width : p_.n;
+      t.rows = is_apply(task) ? c_.features.width : p_.n;
       t.weights = v.weights;
       t.bad = v.bad;
       const int64_t entries = p_.n * t.rows;
-      t.f = c_.one_f ? static_cast<const R*>(c_.f) : at_item<R>(c_.f, first_, entries);
+      t.f = c_.features.shared ? static_cast<const R*>(c_.features.f)
+                               : at_item<R>(c_.features.f, first_, entries);
       t.g = at_item<R>(c_.g, first_, entries);
       t.out = at_item<R>(c_.out, first_, entries);
       t.first = at_item<int32_t>(c_.first, first_, p_.n);
       t.count = at_item<int32_t>(c_.count, first_, p_.n);
-      const int64_t limit = p_.scratch_limit > 0 ? p_.scratch_limit : kScratchLimit;
+      const int64_t limit = c_.scratch_limit > 0 ? c_.scratch_limit : kScratchLimit;
       plan_tiles(&t, limit / 2);
       const int64_t blocks = items_ * t.groups;
       if (loss) t.loss = room.take<double>(blocks);
@@ -205,14 +206,14 @@ class Group {
       if (backward && !t.t_shared) t.t = room.take<R>(blocks * t.t_capacity);
       if (t.segmented) t.checkpoints = room.take<R>(blocks * t.checkpoint_capacity);
       t.gf = at_item<R>(c_.gf, first_, entries);
-      if (c_.gf && c_.one_f) t.gf = gf_items = room.take<R>(items_ * entries);
+      if (c_.gf && c_.features.shared) t.gf = gf_items = room.take<R>(items_ * entries);
     }
     if (!run) return;
 
     values_forward(v, stream);
     if (!sort && t.rows > 0) run_tiles(t, stream);
     if (loss) {
-      const double terms = c_.loss_kind == SortingLoss::kBce ? double(p_.n) * p_.n : double(p_.n);
+      const double terms = c_.loss_kind == sorting::Loss::kBce ? double(p_.n) * p_.n : double(p_.n);
       launch(sorting_mean_loss_kernel<R>, dim3(grid_size(ceil_div(items_, kThreads))),
              dim3(kThreads), 0, stream, static_cast<const double*>(t.loss), items_, t.groups, terms,
              at_item<R>(c_.loss, first_, 1));
@@ -252,13 +253,14 @@ class Group {
     l.kind = p_.distribution;
     l.relaxation = relaxation_;
     l.items = items_;
-    l.width = c_.width;
-    l.reversed = !c_.transpose;
-    l.one_f = c_.one_f;
+    l.width = c_.features.width;
+    l.reversed = !c_.features.transpose;
+    l.one_f = c_.features.shared;
     l.x = x();
     l.gy = at_item<R>(c_.gy, first_, p_.n);
-    const int64_t entries = p_.n * c_.width, all = items_ * net_.comparators();
-    l.f = c_.one_f ? static_cast<const R*>(c_.f) : at_item<R>(c_.f, first_, entries);
+    const int64_t entries = p_.n * c_.features.width, all = items_ * net_.comparators();
+    l.f = c_.features.shared ? static_cast<const R*>(c_.features.f)
+                             : at_item<R>(c_.features.f, first_, entries);
     l.g = at_item<R>(c_.g, first_, entries);
     l.y = at_item<R>(c_.y, first_, p_.n);
     l.out = at_item<R>(c_.out, first_, entries);
@@ -271,7 +273,7 @@ class Group {
     if (task == SortingTask::kApplyBackward) {
       l.t = room.take<R>(all);
       l.alpha_grad = room.take<R>(all);
-      if (c_.gf && c_.one_f) l.gf = room.take<R>(items_ * entries);
+      if (c_.gf && c_.features.shared) l.gf = room.take<R>(items_ * entries);
     }
     if (!run) return;
     switch (task) {
@@ -283,18 +285,18 @@ class Group {
         return large_apply(l, stream);
       default:
         large_apply_backward(l, stream);
-        if (c_.gf && c_.one_f) sum_items(l.gf, entries, stream);
+        if (c_.gf && c_.features.shared) sum_items(l.gf, entries, stream);
     }
   }
 
-  const SortingProblem& p_;
+  const sorting::Problem& p_;
   const SortingCall& c_;
   int64_t first_, items_;
   Net net_;
   Relaxation<R> relaxation_;
 };
 
-void check(const SortingProblem& p, const SortingCall& c) {
+void check(const sorting::Problem& p, const SortingCall& c) {
   if (p.dtype != DType::kF32 && p.dtype != DType::kF64) {
     throw std::invalid_argument("dtype: float32 or float64");
   }
@@ -305,25 +307,25 @@ void check(const SortingProblem& p, const SortingCall& c) {
   if (p.n > kSortingMaxRow && c.task >= SortingTask::kPermutation) {
     throw std::invalid_argument("n: more than 4096 wires, in P or a fused loss");
   }
-  if (is_apply(c.task) && (c.width < 0 || c.width > INT32_MAX)) {
-    throw std::invalid_argument("width: " + std::to_string(c.width));
+  if (is_apply(c.task) && (c.features.width < 0 || c.features.width > INT32_MAX)) {
+    throw std::invalid_argument("width: " + std::to_string(c.features.width));
   }
   if (p.network == Network::kSplitter) {
-    if (p.table_layers < 0 || p.table_layers > INT32_MAX || !p.offsets) {
+    if (p.layers < 0 || !p.offsets) {
       throw std::invalid_argument("offsets: missing");
     }
   }
 }
 
 template <class R>
-int64_t bytes_of(const SortingProblem& p, const SortingCall& c, int64_t items) {
+int64_t bytes_of(const sorting::Problem& p, const SortingCall& c, int64_t items) {
   return Group<R>(p, c, 0, items).work(nullptr, false, nullptr);
 }
 
 // The most items that keep within the limit, by halves.
 template <class R>
-int64_t group_items(const SortingProblem& p, const SortingCall& c, int64_t* bytes) {
-  const int64_t limit = p.scratch_limit > 0 ? p.scratch_limit : kScratchLimit;
+int64_t group_items(const sorting::Problem& p, const SortingCall& c, int64_t* bytes) {
+  const int64_t limit = c.scratch_limit > 0 ? c.scratch_limit : kScratchLimit;
   // Grid dimensions of large problems.
   int64_t items = p.n > kSortingMaxRow ? std::min<int64_t>(p.items, 65535) : p.items;
   *bytes = bytes_of<R>(p, c, items);
@@ -337,8 +339,8 @@ int64_t group_items(const SortingProblem& p, const SortingCall& c, int64_t* byte
 }
 
 template <class R>
-void run_groups(const SortingProblem& p, const SortingCall& c, void* scratch, int64_t scratch_bytes,
-                void* stream) {
+void run_groups(const sorting::Problem& p, const SortingCall& c, void* scratch,
+                int64_t scratch_bytes, void* stream) {
   int64_t bytes = 0;
   const int64_t items = group_items<R>(p, c, &bytes);
   if (scratch_bytes < bytes || (bytes > 0 && !scratch)) {
@@ -351,7 +353,7 @@ void run_groups(const SortingProblem& p, const SortingCall& c, void* scratch, in
 
 }  // namespace
 
-int64_t sorting_scratch_bytes(const SortingProblem& p, const SortingCall& call) {
+int64_t sorting_scratch_bytes(const sorting::Problem& p, const SortingCall& call) {
   check(p, call);
   if (p.items == 0) return 0;
   int64_t bytes = 0;
@@ -363,7 +365,7 @@ int64_t sorting_scratch_bytes(const SortingProblem& p, const SortingCall& call) 
   return bytes;
 }
 
-void sorting_run(const SortingProblem& p, const SortingCall& call, void* scratch,
+void sorting_run(const sorting::Problem& p, const SortingCall& call, void* scratch,
                  int64_t scratch_bytes, void* stream) {
   check(p, call);
   if (p.items == 0) return;

@@ -29,10 +29,10 @@ struct Net {
   int64_t comparators() const { return int64_t(layers) * slots; }
 };
 
-inline Net make_net(const SortingProblem& p) {
+inline Net make_net(const sorting::Problem& p) {
   const int n = int(p.n);
   const bool table = p.network == Network::kSplitter;
-  const int layers = table ? int(p.table_layers) : sorting::layer_count(p.network, n);
+  const int layers = table ? p.layers : sorting::layer_count(p.network, n);
   const bool bitonic = p.network == Network::kBitonic;
   const int absent = bitonic ? (1 << sorting::ceil_log2(n)) - n : 0;
   return {p.network, n, layers, n / 2, absent, p.table, p.offsets};
@@ -173,7 +173,7 @@ struct TileCall {
   bool reversed;  // the layers from last to first
   bool one_f;
   bool want_t;
-  SortingLoss loss_kind;
+  sorting::Loss loss_kind;
   int64_t items, rows;  // rows: n or the width of f
   const R* weights;
   const int32_t* bad;
@@ -205,7 +205,7 @@ struct TinyCall {
   Distribution kind;
   Relaxation<R> relaxation;
   SortingTask task;  // kPermutation, kPermutationBackward, kLoss
-  SortingLoss loss_kind;
+  sorting::Loss loss_kind;
   int64_t items;
   const R *x, *g, *gy;
   const int32_t *first, *count;
@@ -247,8 +247,8 @@ struct LossTerm {
   R value, slope;
 };
 template <class R>
-__device__ LossTerm<R> loss_term(SortingLoss kind, R p, R q) {
-  if (kind == SortingLoss::kBce) {
+__device__ LossTerm<R> loss_term(sorting::Loss kind, R p, R q) {
+  if (kind == sorting::Loss::kBce) {
     // As torch: logarithms are at least -100, and p (1 - p) in the gradient at least 1e-12.
     const R one = p > R(1) ? R(1) : p, rest = R(1) - one;
     const R log_p = log_(one), log_rest = log1p_(-one);

@@ -213,7 +213,7 @@ struct Tile {
   __device__ double loss_and_gradient(R* w, bool bad) const {
     const int n = a.net.n;
     double sum = 0;
-    const R scale = R(1) / R(a.loss_kind == SortingLoss::kBce ? int64_t(n) * n : n);
+    const R scale = R(1) / R(a.loss_kind == sorting::Loss::kBce ? int64_t(n) * n : n);
     for_entries(true, [&](int r, int wire) {
       R& entry = w[r * length + place_of(wire, shift)];
       if (!has_row(r)) {

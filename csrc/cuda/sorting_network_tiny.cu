@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kWarp) sorting_tiny_kernel(TinyCall<R> a) {
   }
   if (with_loss) {
     double sum = 0;
-    const R scale = R(1) / R(a.loss_kind == SortingLoss::kBce ? n * n : n);
+    const R scale = R(1) / R(a.loss_kind == sorting::Loss::kBce ? n * n : n);
     const int first = real ? a.first[item * n + row] : 0;
     const int count = real && a.count ? a.count[item * n + row] : 1;
 #pragma unroll
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kWarp) sorting_tiny_kernel(TinyCall<R> a) {
     }
 #pragma unroll
     for (int step = kWires / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
-    const double terms = a.loss_kind == SortingLoss::kBce ? double(n) * n : double(n);
+    const double terms = a.loss_kind == sorting::Loss::kBce ? double(n) * n : double(n);
     if (real_item && i == 0) a.loss[item] = R(sum / terms);
     if (!backward) return;
   } else {

@@ -16,7 +16,7 @@ from pyloss.functional import _layers as layers
 from pyloss.functional import _rows as rows
 from pyloss.functional._layers import is_dtensor
 from pyloss.functional._rows import RowStats
-from pyloss.ops import _vocab_parallel as op
+from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 
 # --------------------------------------------------------------------------------------------------
 # DTensors

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_range
-from pyloss.ops import _distillation as op
+from pyloss.ops import linear_distillation as op
 from pyloss.ops._launch import accumulator_dtype
 
 

@@ -13,7 +13,11 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
-KERNELS = sorted(p for p in (HERE.parents[1] / "kernels").glob("*.py") if p.name[0] != "_")
+KERNELS = sorted(  # modules and packages
+    p
+    for p in (HERE.parents[1] / "kernels").iterdir()
+    if p.name[0] != "_" and (p.suffix == ".py" or (p / "__init__.py").is_file())
+)
 FILES = [HERE / "sample_kernel.py", *KERNELS]
 
 

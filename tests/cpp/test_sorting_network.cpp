@@ -51,7 +51,7 @@ struct Relaxed {
   Row y, p;  // [n], [n][n]
 };
 
-Relaxed relax(const SortingProblem& problem, Row x) {
+Relaxed relax(const sorting::Problem& problem, Row x) {
   const Net net(problem);
   const int64_t n = problem.n;
   Row p(n * n);
@@ -75,12 +75,13 @@ Relaxed relax(const SortingProblem& problem, Row x) {
   return {x, p};
 }
 
-double cross_entropy(SortingLoss kind, const Row& p, const std::vector<int32_t>& first, int64_t n) {
+double cross_entropy(sorting::Loss kind, const Row& p, const std::vector<int32_t>& first,
+                     int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t r = 0; r < n; ++r) {
       const double q = r == first[i], w = p[i * n + r];
-      if (kind != SortingLoss::kBce) {
+      if (kind != sorting::Loss::kBce) {
         sum -= q * std::log(std::max(w, 1e-30)) / double(n);
       } else {
         sum -= (q * std::max(std::log(w), -100.0) + (1 - q) * std::max(std::log1p(-w), -100.0)) /
@@ -151,7 +152,7 @@ struct Data {
       append(gx_p, gradient([&](const Row& v) { return dot(relax(p, v).p, gp); }, row));
       for (int kind = 0; kind < 2; ++kind) {
         const auto loss = [&](const Row& v) {
-          return cross_entropy(SortingLoss(kind), relax(p, v).p, order, n);
+          return cross_entropy(sorting::Loss(kind), relax(p, v).p, order, n);
         };
         losses[kind].push_back(loss(row));
         append(gx_loss[kind], gradient(loss, row));
@@ -161,7 +162,7 @@ struct Data {
   }
   Data(const Data&) = delete;  // p points into it
 
-  SortingProblem p{};
+  sorting::Problem p{};
   std::vector<R> x, cotangent_y, cotangent_p;
   std::vector<int32_t> first;
   Row y, matrix, gx_y, gx_p, losses[2], gx_loss[2];  // wanted
@@ -187,7 +188,7 @@ void compare(const char* level, const char* name, const Case& c, const std::vect
 
 template <class R>
 void check(const char* level, const SortingOps& ops, const Case& c, const Data<R>& data) {
-  const SortingProblem& p = data.p;
+  const sorting::Problem& p = data.p;
   const Net net(p);
   const bool wide = sizeof(R) == 8;
   const double values = wide ? 1e-12 : 4e-6, slopes = wide ? 3e-6 : 2e-4;  // of the differences
@@ -204,7 +205,7 @@ void check(const char* level, const SortingOps& ops, const Case& c, const Data<R
   ops.permutation_backward(p, net, nullptr, data.cotangent_p.data(), gx.data(), 2);
   compare(level, "P backward", c, gx, data.gx_p, slopes);
   for (int kind = 0; kind < 2; ++kind) {
-    const RankTargets targets{data.first.data(), nullptr, SortingLoss(kind)};
+    const RankTargets targets{data.first.data(), nullptr, sorting::Loss(kind)};
     ops.loss(p, net, targets, loss.data(), gx.data(), 1);
     compare(level, "loss", c, loss, data.losses[kind], values);
     compare(level, "loss backward", c, gx, data.gx_loss[kind], slopes);

@@ -15,7 +15,8 @@ import torch
 
 import pyloss
 from pyloss.kernels import linear_cross_entropy as K
-from pyloss.ops import _linear_tiles as tiles
+from pyloss.kernels.linear_cross_entropy import launch
+from pyloss.ops.linear_cross_entropy import triton as tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import linear_cross_entropy_cases as cases
@@ -34,7 +35,7 @@ TILES = {"strategy": "tiles"}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(K, "choose_config", lambda kernel, dtype, rows: SMALL)
+    monkeypatch.setattr(launch, "choose_config", lambda kernel, dtype, rows: SMALL)
     monkeypatch.setattr(tiles, "block_columns", lambda rows, classes, itemsize: 48)
 
 

@@ -181,7 +181,7 @@ struct Random {
 };
 
 struct Case {
-  cuda::BettiProblem p{};
+  betti::Problem p{};
   cuda::BettiLoss l{};
   std::vector<double> image[2];  // as the kernels see them, rounded to the dtypes
   std::vector<char> bytes[2];
@@ -285,19 +285,20 @@ void fill_images(Random& rnd, Case& c) {
 }
 
 void make_case(Random& rnd, Case& c) {
-  cuda::BettiProblem& p = c.p;
+  betti::Problem& p = c.p;
   p.dims = rnd.chance(0.2) ? 1 : 2;
   p.items = 1 + rnd.below(3);
+  p.depth = 1;
   p.rows = p.dims == 1 ? 1 + rnd.below(24) : 1 + rnd.below(7);
   p.cols = p.dims == 1 ? 1 : 1 + rnd.below(7);
-  p.want[0] = p.dims == 1 || rnd.chance(0.85);
-  p.want[1] = p.dims == 2 && (!p.want[0] || rnd.chance(0.85));
+  const bool zero = p.dims == 1 || rnd.chance(0.85);
+  const bool one = p.dims == 2 && (!zero || rnd.chance(0.85));
+  p.want = (zero ? 1 : 0) | (one ? 2 : 0);
   p.superlevel = rnd.chance(0.5);
   p.input_dtype = rnd.pick({DType::kF32, DType::kF32, DType::kF64, DType::kBF16, DType::kF16});
   p.target_dtype = rnd.pick(
       {DType::kF32, DType::kF64, DType::kU8, DType::kI64, DType::kI32, DType::kF16, p.input_dtype});
   betti::Options& o = c.l.options;
-  o.superlevel = p.superlevel;
   o.extreme = rnd.chance(0.3);
   o.essential = rnd.chance(0.3);
   o.min_persistence = rnd.pick({0.0, 0.0, 0.25});
@@ -387,12 +388,12 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan) {
   if (!nan) {
     const Reference ref = reference(int(c.p.rows), int(c.p.cols), f[0], c.pairs ? nullptr : &f[1]);
     for (size_t k = 0; k < images; ++k) {
-      require(r.essential[k * items + item] == (c.p.want[0] ? ref.essential[k] : -1),
+      require(r.essential[k * items + item] == (c.p.wanted(0) ? ref.essential[k] : -1),
               "essential vertex, " + c.text);
       for (size_t d = 0; d < dims; ++d) {
         std::vector<int> birth(n, -1), death(n, -1), mate(n, -1);
         for (const RefBar& b : ref.bars[k][d]) {
-          if (!c.p.want[d]) break;
+          if (!c.p.wanted(d)) break;
           birth[size_t(b.slot)] = b.birth_voxel;
           death[size_t(b.slot)] = b.death_voxel;
           mate[size_t(b.slot)] = b.mate;
@@ -411,7 +412,7 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan) {
     // Values and derivatives by the formulas of the loss.
     const auto at = [&](int k, int voxel) { return value[k][size_t(voxel)]; };
     for (int d = 0; d < int(dims); ++d) {
-      if (!c.p.want[d]) continue;
+      if (!c.p.wanted(d)) continue;
       const double w = o.dim_weight[d];
       const auto match = [&](int va, int vb) {
         const double x = at(0, va) - at(1, vb);
@@ -486,13 +487,13 @@ void check(Case& c, int orders, int64_t sick = -1) {
 }
 
 std::string describe(const Case& c, const std::string& name) {
-  const cuda::BettiProblem& p = c.p;
+  const betti::Problem& p = c.p;
   char text[256];
   std::snprintf(text, sizeof text,
                 "%s: items %lld rows %lld cols %lld dims %d want %d%d superlevel %d dtypes %d %d "
                 "extreme %d essential %d pairs %d",
                 name.c_str(), (long long)p.items, (long long)p.rows, (long long)p.cols, p.dims,
-                p.want[0], p.want[1], p.superlevel, int(p.input_dtype), int(p.target_dtype),
+                p.wanted(0), p.wanted(1), p.superlevel, int(p.input_dtype), int(p.target_dtype),
                 c.l.options.extreme, c.l.options.essential, c.pairs);
   return text;
 }
@@ -500,10 +501,11 @@ std::string describe(const Case& c, const std::string& name) {
 Case plain_case(int64_t items, int64_t rows, int64_t cols) {
   Case c;
   c.p.items = items;
+  c.p.depth = 1;
   c.p.rows = rows;
   c.p.cols = cols;
   c.p.dims = 2;
-  c.p.want[0] = c.p.want[1] = true;
+  c.p.want = 3;
   c.p.input_dtype = c.p.target_dtype = DType::kF32;
   c.l.options.matched_weight = c.l.options.unmatched_weight = c.l.target_weight = 1;
   c.l.options.dim_weight[0] = c.l.options.dim_weight[1] = 1;
@@ -572,7 +574,7 @@ void check_nan(Random& rnd) {
 }
 
 void check_refusals() {
-  const auto refused = [](const cuda::BettiProblem& p) {
+  const auto refused = [](const betti::Problem& p) {
     try {
       cuda::betti_scratch_bytes(p);
     } catch (const std::invalid_argument&) {
@@ -584,14 +586,18 @@ void check_refusals() {
   char image[64] = {};
   c.p.input = c.p.target = image;
   require(!refused(c.p), "an ordinary image is accepted");
-  cuda::BettiProblem p = c.p;
+  betti::Problem p = c.p;
   p.cols = 0;
   require(refused(p), "no columns");
   p = c.p;
   p.dims = 1;
   require(refused(p), "1D with columns");
   p = c.p;
-  p.want[0] = p.want[1] = false;
+  p.dims = 3;
+  p.depth = 4;
+  require(refused(p), "3D");
+  p = c.p;
+  p.want = 0;
   require(refused(p), "no dimension");
   p = c.p;
   p.rows = p.cols = int64_t{1} << 15;

@@ -15,7 +15,6 @@ namespace {
 
 using namespace pyloss;
 using cuda::SortingCall;
-using cuda::SortingProblem;
 using cuda::SortingTask;
 using sorting::Distribution;
 using sorting::Network;
@@ -248,7 +247,7 @@ struct Buffer {
 };
 
 struct Case {
-  SortingProblem p{};
+  sorting::Problem p{};
   SortingCall c{};
   Layers layers;
   std::vector<int32_t> table, offsets, first, count;
@@ -263,7 +262,7 @@ const char* kTasks[] = {"sort",        "sort_bwd",        "apply", "apply_bwd",
                         "permutation", "permutation_bwd", "loss"};
 
 void prepare(Case& c) {
-  const SortingProblem& p = c.p;
+  const sorting::Problem& p = c.p;
   const bool splitter = p.network == Network::kSplitter;
   c.layers = network(p.network, int(p.n));
   if (splitter) {
@@ -274,13 +273,13 @@ void prepare(Case& c) {
     }
     c.p.table = c.table.data();
     c.p.offsets = c.offsets.data();
-    c.p.table_layers = int64_t(c.layers.size());
+    c.p.layers = int32_t(c.layers.size());
   }
   c.text = std::string(kTasks[int(c.c.task)]) + " " + std::to_string(p.items) + "x" +
            std::to_string(p.n) + " network " + std::to_string(int(p.network)) + " distribution " +
            std::to_string(int(p.distribution)) + (c.wide() ? " f64" : " f32") + " s " +
-           std::to_string(p.steepness) + " width " + std::to_string(c.c.width) + " shared " +
-           std::to_string(shim::settings.shared_bytes) + " SMs " +
+           std::to_string(p.steepness) + " width " + std::to_string(c.c.features.width) +
+           " shared " + std::to_string(shim::settings.shared_bytes) + " SMs " +
            std::to_string(shim::settings.multiprocessors);
 }
 
@@ -298,7 +297,7 @@ bool is_apply(SortingTask t) {
 
 // `odd`: probability of each of infinity, a tie and NaN.
 void fill_inputs(Random& rnd, Case& c, double odd) {
-  const SortingProblem& p = c.p;
+  const sorting::Problem& p = c.p;
   const size_t values = size_t(p.items * p.n);
   double last = 0;
   fill(rnd, c.x, c.xs, values, c.wide(), [&] {
@@ -312,9 +311,9 @@ void fill_inputs(Random& rnd, Case& c, double odd) {
     c.xs[i] = c.x.put(i, kNan);
   }
   const auto normal = [&] { return rnd.normal(); };
-  const size_t entries = size_t(p.n * (is_apply(c.c.task) ? c.c.width : p.n));
+  const size_t entries = size_t(p.n * (is_apply(c.c.task) ? c.c.features.width : p.n));
   if (is_apply(c.c.task)) {
-    fill(rnd, c.f, c.fs, entries * (c.c.one_f ? 1 : size_t(p.items)), c.wide(), normal);
+    fill(rnd, c.f, c.fs, entries * (c.c.features.shared ? 1 : size_t(p.items)), c.wide(), normal);
   }
   if (c.c.task == SortingTask::kApplyBackward || c.c.task == SortingTask::kPermutationBackward) {
     fill(rnd, c.g, c.gs, entries * size_t(p.items), c.wide(), normal);
@@ -332,11 +331,11 @@ struct Results {
 };
 
 Results expected(const Case& c) {
-  const SortingProblem& p = c.p;
-  const size_t n = size_t(p.n), items = size_t(p.items), width = size_t(c.c.width);
+  const sorting::Problem& p = c.p;
+  const size_t n = size_t(p.n), items = size_t(p.items), width = size_t(c.c.features.width);
   const SortingTask task = c.c.task;
   Results r;
-  if (c.c.one_f) r.gf.assign(n * width, 0.0);
+  if (c.c.features.shared) r.gf.assign(n * width, 0.0);
   for (size_t item = 0; item < items; ++item) {
     Reference ref(c.layers, p.distribution, p.steepness, p.art_lambda, &c.xs[item * n], int(n));
     Doubles gy(n, 0.0);
@@ -347,14 +346,14 @@ Results expected(const Case& c) {
     r.y.insert(r.y.end(), ref.y.begin(), ref.y.end());
     const bool apply = is_apply(task), sort = task <= SortingTask::kSortBackward;
     const size_t rows = sort ? 0 : apply ? width : n;
-    const bool reversed = apply && !c.c.transpose;
+    const bool reversed = apply && !c.c.features.transpose;
     Doubles out(n * rows), gf(n * rows);
     double loss = 0;
     for (size_t k = 0; k < rows; ++k) {
       Doubles row(n, 0.0);
       if (!apply) row[k] = 1;
       for (size_t i = 0; i < n && apply; ++i) {
-        row[i] = c.fs[((c.c.one_f ? 0 : item * n) + i) * width + k];
+        row[i] = c.fs[((c.c.features.shared ? 0 : item * n) + i) * width + k];
       }
       std::vector<Doubles> t;
       ref.push(&row, reversed, &t);
@@ -367,7 +366,7 @@ Results expected(const Case& c) {
           const int64_t a = c.first[item * n + k], count = c.c.count ? c.count[item * n + k] : 1;
           const double q = int64_t(i) >= a && int64_t(i) < a + count ? 1.0 / double(count) : 0.0;
           const double v = row[i];
-          if (c.c.loss_kind == cuda::SortingLoss::kBce) {
+          if (c.c.loss_kind == sorting::Loss::kBce) {
             const double v1 = v > 1 ? 1.0 : v, mean = 1.0 / double(n * n);
             loss -= mean * (q * std::fmax(std::log(v1), -100) +
                             (1 - q) * std::fmax(std::log1p(-v1), -100));
@@ -386,7 +385,7 @@ Results expected(const Case& c) {
     }
     r.out.insert(r.out.end(), out.begin(), out.end());
     r.loss.push_back(loss);
-    if (c.c.one_f) {
+    if (c.c.features.shared) {
       for (size_t i = 0; i < gf.size(); ++i) r.gf[i] += gf[i];
     } else {
       r.gf.insert(r.gf.end(), gf.begin(), gf.end());
@@ -415,11 +414,11 @@ void same(const Case& c, const char* name, const Buffer& found, const Doubles& w
 }
 
 void check(Case& c) {
-  SortingProblem& p = c.p;
+  sorting::Problem& p = c.p;
   SortingCall& call = c.c;
   const SortingTask task = call.task;
   const size_t values = size_t(p.items * p.n);
-  const size_t entries = values * size_t(is_apply(task) ? call.width : p.n);
+  const size_t entries = values * size_t(is_apply(task) ? call.features.width : p.n);
   Results want = expected(c);
   struct Outputs {
     Buffer y, out, loss, gx, gf;
@@ -439,7 +438,7 @@ void check(Case& c) {
     const bool want_f = task == SortingTask::kApplyBackward && call.gf;
     o.gf.make(want_f ? want.gf.size() : 0, c.wide(), fill);
     p.x = c.x.data();
-    call.f = is_apply(task) ? c.f.data() : nullptr;
+    call.features.f = is_apply(task) ? c.f.data() : nullptr;
     call.g = c.gs.empty() ? nullptr : c.g.data();
     if (call.gy || task == SortingTask::kSortBackward) call.gy = c.gy.data();
     call.first = c.first.data();
@@ -492,10 +491,10 @@ void check(Case& c) {
 
 void choose(Random& rnd, Case& c, SortingTask task) {
   c.c.task = task;
-  c.c.transpose = rnd.chance(0.5);
-  c.c.one_f = is_apply(task) && rnd.chance(0.4);
-  c.c.width = is_apply(task) ? rnd.below(20) / 2 + (rnd.chance(0.9) ? 1 : 0) : 0;
-  c.c.loss_kind = cuda::SortingLoss(rnd.below(3));
+  c.c.features.transpose = rnd.chance(0.5);
+  c.c.features.shared = is_apply(task) && rnd.chance(0.4);
+  c.c.features.width = is_apply(task) ? rnd.below(20) / 2 + (rnd.chance(0.9) ? 1 : 0) : 0;
+  c.c.loss_kind = sorting::Loss(rnd.below(3));
   // Any address says "wanted"; check() sets it.
   if (task == SortingTask::kPermutationBackward && rnd.chance(0.5)) c.c.gy = &c;
   if (task == SortingTask::kLoss && rnd.chance(0.8)) c.c.gx = &c;
@@ -523,7 +522,7 @@ void random_case(Random& rnd, int64_t number) {
   const int shared[] = {228, 164, 24, 9};
   const int kib = shared[rnd.below(c.p.n > 40 ? 3 : 4)];
   shim::settings.shared_bytes = kib * 1024;
-  if (rnd.chance(0.3)) c.p.scratch_limit = 1 + rnd.below(20000);
+  if (rnd.chance(0.3)) c.c.scratch_limit = 1 + rnd.below(20000);
   choose(rnd, c, task);
   prepare(c);
   c.text = "problem " + std::to_string(number) + ": " + c.text;
@@ -545,7 +544,7 @@ void sized(SortingTask task, Network network, int64_t items, int64_t n, int64_t 
   shim::settings.multiprocessors = 2;
   shim::settings.shared_bytes = shared_kib * 1024;
   choose(rnd, c, task);
-  if (is_apply(task)) c.c.width = width;
+  if (is_apply(task)) c.c.features.width = width;
   c.orders = orders;
   prepare(c);
   fill_inputs(rnd, c, 0.0);
@@ -587,7 +586,7 @@ void check_reference() {
     c.p.items = 1;
     c.p.steepness = 1.5;
     choose(rnd, c, SortingTask::kLoss);
-    c.c.loss_kind = cuda::SortingLoss(kind % 3);
+    c.c.loss_kind = sorting::Loss(kind % 3);
     prepare(c);
     fill_inputs(rnd, c, 0.0);
     const Doubles gx = expected(c).gx, xs = c.xs;
@@ -604,7 +603,7 @@ void check_reference() {
 }
 
 void check_refusals() {
-  const auto refused = [](const SortingProblem& p, const SortingCall& c) {
+  const auto refused = [](const sorting::Problem& p, const SortingCall& c) {
     try {
       cuda::sorting_scratch_bytes(p, c);
     } catch (const std::invalid_argument&) {
@@ -612,7 +611,7 @@ void check_refusals() {
     }
     return false;
   };
-  SortingProblem p{};
+  sorting::Problem p{};
   SortingCall c{};
   p.items = 1, p.n = 8, p.dtype = DType::kF32, p.steepness = 1;
   require(!refused(p, c), "an ordinary problem is accepted");
@@ -627,7 +626,7 @@ void check_refusals() {
   p.dtype = DType::kF32, p.network = Network::kSplitter;
   require(refused(p, c), "no table");
   p.network = Network::kBitonic;
-  c.task = SortingTask::kApply, c.width = 1;
+  c.task = SortingTask::kApply, c.features.width = 1;
   bool caught = false;
   try {
     cuda::sorting_run(p, c, &p, 1, nullptr);

@@ -1,85 +1,53 @@
 """The CUDA implementations of the ops of sorting_network: allocate the results, call the kernels.
 
-x is a contiguous ``(b, n)``, float32 or float64; see pyloss/ops/sorting_network.py for the schemas.
-Nothing here waits for the device, but for the first use of a splitter selection's table.
+x is a contiguous ``(b, n)``, float32 or float64. Nothing here waits for the device, but for the
+first use of a splitter selection's table.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._launch import DTYPE_CODES, address
-from pyloss.ops._sorting_network_cpu import KINDS, ORDERS, REDUCTIONS, network_code, splitter_table
+from pyloss.ops._launch import address, stream
+from pyloss.ops.sorting_network.records import (
+    KINDS,
+    ORDERS,
+    REDUCTIONS,
+    Call,
+    call,
+    features,
+    problem,
+)
 
-_SPLITTER = 3
-# The codes of csrc/cuda/sorting_network.h.
-_SORT, _SORT_BWD, _APPLY, _APPLY_BWD, _PERMUTATION, _PERMUTATION_BWD, _LOSS = range(7)
 _LONGEST_ROW = 4096  # of the kernels of P and of the losses
 
 
-@functools.cache  # never dropped: kernels read the tables by address
-def _table_on(device: torch.device, n: int, k: int) -> tuple[Tensor, Tensor]:
-    table, offsets = splitter_table(n, k)
-    return table.to(device), offsets.to(device)
-
-
-def _run(
-    x: Tensor,
-    net: list[int],
-    options: list[float],
-    task: int,
-    *,
-    features: tuple[int, int, int] = (0, 0, 0),  # width, transpose, one f for the batch
-    kind: int = 0,
-    inputs: tuple[Tensor | None, ...] = (None,) * 5,  # f, g, gy, first, count
-    outputs: tuple[Tensor | None, ...],  # y, out, loss, gx, gf
-) -> None:
-    network, distribution, k = net
-    network = network_code(network, x.shape[1])
-    table = offsets = None
+def _run(x: Tensor, net: list[int], options: list[float], task: Call) -> None:
     with torch.cuda.device_of(x):
-        if network == _SPLITTER:
-            table, offsets = _table_on(x.device, x.shape[1], k)
-        problem = (
-            *x.shape, DTYPE_CODES[x.dtype], network, distribution, address(x),
-            address(table), 0 if table is None else len(table),
-            address(offsets), 0 if offsets is None else len(offsets) - 1,
-        )  # fmt: skip
-        call = (task, *features, kind, *map(address, inputs), *map(address, outputs))
-        nbytes = _C.cuda_sorting_network_scratch_bytes(problem, options, call)
-        scratch = x.new_empty((nbytes,), dtype=torch.uint8)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        _C.cuda_sorting_network(problem, options, call, address(scratch), nbytes, stream)
+        p = problem(x, net, options)
+        size = _C.cuda_sorting_network_scratch_bytes(p, task)
+        buffer = x.new_empty((size,), dtype=torch.uint8)
+        _C.cuda_sorting_network(p, task, address(buffer), size, stream(x))
 
 
 def sort(x: Tensor, net: list[int], options: list[float]) -> Tensor:
     y = torch.empty_like(x)
-    _run(x, net, options, _SORT, outputs=(y, None, None, None, None))
+    _run(x, net, options, call("sort", y=y))
     return y
 
 
 def sort_bwd(gy: Tensor, x: Tensor, net: list[int], options: list[float]) -> Tensor:
     gy, gx = gy.contiguous(), torch.empty_like(x)
-    inputs = (None, None, gy, None, None)
-    _run(x, net, options, _SORT_BWD, inputs=inputs, outputs=(None, None, None, gx, None))
+    _run(x, net, options, call("sort_bwd", gy=gy, gx=gx))
     return gx
-
-
-def _features(x: Tensor, f: Tensor, transpose: bool) -> tuple[int, int, int]:
-    return f.shape[2], int(transpose), int(f.shape[0] != x.shape[0])
 
 
 def apply(x: Tensor, f: Tensor, transpose: bool, net: list[int], options: list[float]) -> Tensor:
     f = f.contiguous()
     out = x.new_empty((*x.shape, f.shape[2]))
-    _run(
-        x, net, options, _APPLY, features=_features(x, f, transpose),
-        inputs=(f, None, None, None, None), outputs=(None, out, None, None, None),
-    )  # fmt: skip
+    _run(x, net, options, call("apply", features=features(x, f, transpose), out=out))
     return out
 
 
@@ -97,10 +65,10 @@ def apply_bwd(
     gf = torch.empty_like(f) if need_f else f.new_empty((0,))
     if x.shape[0] == 0:
         return gx, gf.zero_()
-    _run(
-        x, net, options, _APPLY_BWD, features=_features(x, f, transpose),
-        inputs=(f, g, None, None, None), outputs=(None, None, None, gx, gf if need_f else None),
-    )  # fmt: skip
+    task = call(
+        "apply_bwd", features=features(x, f, transpose), g=g, gx=gx, gf=gf if need_f else None
+    )
+    _run(x, net, options, task)
     return gx, gf
 
 
@@ -113,7 +81,7 @@ def permutation(x: Tensor, net: list[int], options: list[float]) -> tuple[Tensor
     if n > _LONGEST_ROW:
         return sort(x, net, options), apply(x, _unit_matrix(x), False, net, options)
     y, p = torch.empty_like(x), x.new_empty((b, n, n))
-    _run(x, net, options, _PERMUTATION, outputs=(y, p, None, None, None))
+    _run(x, net, options, call("permutation", y=y, out=p))
     return y, p
 
 
@@ -125,8 +93,7 @@ def permutation_bwd(
         return gx if gy is None else gx.add_(sort_bwd(gy, x, net, options))
     gp, gx = gp.contiguous(), torch.empty_like(x)
     gy = gy if gy is None else gy.contiguous()
-    inputs = (None, gp, gy, None, None)
-    _run(x, net, options, _PERMUTATION_BWD, inputs=inputs, outputs=(None, None, None, gx, None))
+    _run(x, net, options, call("permutation_bwd", g=gp, gy=gy, gx=gx))
     return gx
 
 
@@ -161,10 +128,8 @@ def _rank_loss(x, first, count, kind, net, options, need_grad) -> tuple[Tensor, 
     count = count if count is None else count.contiguous()
     loss = x.new_empty((x.shape[0],))
     gx = torch.empty_like(x) if need_grad else x.new_empty((0,))
-    _run(
-        x, net, options, _LOSS, kind=kind, inputs=(None, None, None, first, count),
-        outputs=(None, None, loss, gx if need_grad else None, None),
-    )  # fmt: skip
+    asked = gx if need_grad else None
+    _run(x, net, options, call("loss", kind=kind, first=first, count=count, loss=loss, gx=asked))
     return loss, gx
 
 

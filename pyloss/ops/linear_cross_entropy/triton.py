@@ -1,6 +1,6 @@
 """Linear cross entropy by the Triton tile kernels: statistics forward, recomputed gradient.
 
-What happens to tiles stands in kernels/linear_cross_entropy.py. Here: the order of the rows, and
+What happens to tiles stands in kernels/linear_cross_entropy. Here: the order of the rows, and
 what is computed once per row, as torch operations on float32 vectors of N numbers. Formulas and
 names are those of csrc/common/row_softmax.h.
 
@@ -19,8 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._linear_chunks import Call, Tensors
-from pyloss.ops.row_softmax import EXTRA_ROWS, REDUCTIONS, WANT_EXTRAS, Options
+from pyloss.ops.linear_cross_entropy.call import Call, Tensors
+from pyloss.ops.row_softmax.calls import WANT_EXTRAS
+from pyloss.ops.row_softmax.epilogue import LossOfNll, Transform, epilogue, transform, unless_zero
+from pyloss.ops.row_softmax.records import Codes, unpacked
+from pyloss.ops.row_softmax.statistics import EXTRA_ROWS
 
 # Bytes of a block of the logits' gradient. Every block costs a pass over the float32 gradient of
 # the input; wide blocks make that small, beside about 100 MB for the input in order and for that
@@ -92,18 +95,6 @@ class Layer:
         return torch.empty_like(rows).index_copy_(dim, self.order, rows)
 
 
-def _transform(o: Options) -> dict:
-    """z = pre t, or post tanh(pre t) with a cap."""
-    if o.softcap:
-        return {"pre": o.logit_scale / o.softcap, "post": o.softcap / o.temperature, "cap": True}
-    return {"pre": o.logit_scale / o.temperature, "post": 1.0, "cap": False}
-
-
-def _slope(z: Tensor, pre: float, post: float, cap: bool) -> Tensor | float:
-    th = z / post
-    return pre * post * (1 - th) * (1 + th) if cap else pre
-
-
 # --------------------------------------------------------------------------------------------------
 # Once per row
 
@@ -118,8 +109,7 @@ class Terms(NamedTuple):
     log_sum: Tensor
     nll: Tensor
     miss: Tensor  # 1 - p_y
-    value: Tensor  # loss as a function of nll, and its slope
-    slope: Tensor
+    f: LossOfNll
     first: Tensor | float  # weight of the label
     token: Tensor | float
     weight_sum: Tensor | float
@@ -132,18 +122,6 @@ class Terms(NamedTuple):
     def entropy(self, ez: Tensor) -> Tensor:
         label = torch.where(self.ey == 0, 0.0, self.ey * self.uy)
         return self.log_sum - (ez + label) / self.sum
-
-
-def _loss_of_nll(o: Options, nll: Tensor) -> tuple[Tensor, Tensor]:
-    cut = nll >= o.max_nll if o.max_nll < math.inf else None
-    if cut is not None:
-        nll = torch.where(cut, o.max_nll, nll)
-    a = 1 - o.tau
-    if a == 0:
-        value, slope = nll, torch.ones_like(nll)
-    else:
-        value, slope = torch.expm1(a * nll) / a, torch.exp(a * nll)
-    return value, slope if cut is None else torch.where(cut, 0.0, slope)
 
 
 def _terms(t: Tensors, call: Call, m: Tensor, rest: Tensor, zy: Tensor) -> Terms:
@@ -160,21 +138,14 @@ def _terms(t: Tensors, call: Call, m: Tensor, rest: Tensor, zy: Tensor) -> Terms
     token = 1.0 if call.token_weight is None else call.token_weight.float()
     weight_sum = call.classes if weight is None else weight.double().sum().float()
     return Terms(
-        m, ey, uy, total, log_sum, nll, rest / total, *_loss_of_nll(o, nll), first, token,
-        weight_sum, o.smoothing / call.classes,
+        m, ey, uy, total, log_sum, nll, rest / total, epilogue(o, call.codes.loss, nll), first,
+        token, weight_sum, o.smoothing / call.classes,
     )  # fmt: skip
-
-
-def _unless_zero(factor: Tensor | float, product: Tensor) -> Tensor:
-    """A coefficient of zero must not meet an infinite value."""
-    if isinstance(factor, Tensor):
-        return torch.where(factor == 0, 0.0, product)
-    return product if factor else torch.zeros_like(product)
 
 
 def _row_losses(call: Call, r: Terms, wz: Tensor | None) -> tuple[Tensor, Tensor]:
     """The rows' losses and z-losses."""
-    loss = _unless_zero(r.first, r.first * r.value)
+    loss = unless_zero(r.first, r.first * r.f.value)
     if wz is not None:
         loss = loss + r.spread * (r.weight_sum * r.log_sum - wz)
     loss = torch.where(r.nll.isnan(), r.nll, loss)
@@ -193,12 +164,12 @@ def _row_losses(call: Call, r: Terms, wz: Tensor | None) -> tuple[Tensor, Tensor
 def forward(t: Tensors, options, codes, loss_dtype, wants) -> list[Tensor]:
     """[loss, saved], and the extras if asked for."""
     kernels = _kernels()
-    call = Call(t, options, codes)
+    call = Call(t, *unpacked(options, codes))
     layer = Layer(t, call)
     want_extras, smoothing = bool(wants & WANT_EXTRAS), call.options.smoothing > 0
     found = kernels.linear_softmax_stats(
         *layer.rows(),
-        **_transform(call.options),
+        **transform(call.options)._asdict(),
         want_entropy=want_extras,
         want_sum=smoothing,
         class_weight=layer.class_weight,
@@ -223,9 +194,9 @@ def forward(t: Tensors, options, codes, loss_dtype, wants) -> list[Tensor]:
     return [loss.to(loss_dtype, copy=True), saved, torch.where(call.ignored, 0.0, extras)]
 
 
-def forward_fake(t: Tensors, options, codes, loss_dtype, wants) -> list[Tensor]:
+def empty_results(t: Tensors, options, codes, loss_dtype, wants) -> list[Tensor]:
     n = t.input.shape[0]
-    shape = (n,) if codes[3] == REDUCTIONS["none"] else ()
+    shape = () if Codes(*codes).scalar else (n,)
     found = [
         t.input.new_empty(shape, dtype=loss_dtype),
         t.input.new_empty((saved_rows(wants), n), dtype=torch.float32),
@@ -252,7 +223,7 @@ class Coefficients(NamedTuple):
 def _coefficients(call: Call, r: Terms, grad_loss, grad_extras, ez) -> Coefficients:
     o = call.options
     g = torch.where(call.ignored, 0.0, grad_loss.float() * r.token)
-    c1 = _unless_zero(r.first, g * r.first * r.slope)
+    c1 = unless_zero(r.first, g * r.first * r.f.slope)
     other, b, spread = torch.zeros_like(g), None, None
     if o.smoothing > 0:
         spread = g * r.spread
@@ -262,12 +233,12 @@ def _coefficients(call: Call, r: Terms, grad_loss, grad_extras, ez) -> Coefficie
     if grad_extras is not None:
         lse, logprob, entropy = grad_extras[:3].float()
         c1 = c1 - logprob
-        other = other + lse - _unless_zero(entropy, entropy * (r.entropy(ez) - r.log_sum))
+        other = other + lse - unless_zero(entropy, entropy * (r.entropy(ez) - r.log_sum))
         b = -entropy / r.sum
     return Coefficients((c1 + other) / r.sum, other / r.sum, c1 * r.miss, b, spread)
 
 
-def _large_entry(c: Coefficients, r: Terms, transform: dict) -> Tensor:
+def _large_entry(c: Coefficients, r: Terms, by: Transform) -> Tensor:
     """Size of an entry of each row's gradient: the label's, or that of the largest logit.
 
     For a plain loss the label's entry is the largest: all entries together sum up to 0. Whatever
@@ -275,8 +246,8 @@ def _large_entry(c: Coefficients, r: Terms, transform: dict) -> Tensor:
     """
     bu = 0.0 if c.b is None else c.b * r.uy
     label = torch.where(r.ey == 0, 0.0, r.ey * (c.label_a + bu)) - c.label
-    label = (label * _slope(r.m + r.uy, **transform)).abs()
-    largest = (c.a * _slope(r.m, **transform)).abs()
+    label = (label * by.slope(r.m + r.uy)).abs()
+    largest = (c.a * by.slope(r.m)).abs()
     return torch.where(r.uy < 0, torch.maximum(label, largest), label)
 
 
@@ -292,20 +263,20 @@ def backward(
         exact: products with the logits' gradient in float32.
     """
     kernels = _kernels()
-    call = Call(t, options, codes)
+    call = Call(t, *unpacked(options, codes))
     layer = Layer(t, call)
-    transform = _transform(call.options)
+    by = transform(call.options)
     r = _terms(t, call, *saved[:3])
     c = _coefficients(call, r, grad_loss, grad_extras, saved[-1])
     vectors = {"m": r.m, **{k: v for k, v in c._asdict().items() if v is not None}}
     if filter > 0:
-        vectors["threshold"] = filter * _large_entry(c, r, transform)
+        vectors["threshold"] = filter * _large_entry(c, r, by)
     vectors = dict(zip(vectors, layer.in_order(list(vectors.values()))))
     threshold = vectors.pop("threshold", None)
     # Without a cap smoothing is a product of two vectors, which leaves the tiles sparse.
     spread = None
-    if not transform["cap"] and "spread" in vectors:
-        spread = _Spread(kernels, layer, vectors.pop("spread") * -transform["pre"], wanted)
+    if not by.cap and "spread" in vectors:
+        spread = _Spread(kernels, layer, vectors.pop("spread") * -by.pre, wanted)
     coeffs = kernels.GradCoeffs(**vectors)
 
     x, weight = layer.x, layer.weight
@@ -329,7 +300,7 @@ def backward(
             v1=part.stop,
             class_weight=layer.class_weight if coeffs.spread is not None else None,
             threshold=threshold,
-            **transform,
+            **by._asdict(),
         )
         if dx is not None:
             outer = spread.for_input() if spread and v0 == 0 else None

@@ -1,0 +1,161 @@
+"""Persistence pairs, Betti matching and its loss, of images of one or two dimensions.
+
+    betti_loss_fused     loss terms and the gradient of the input; static shapes, no host sync
+    betti_matching       tables of the matched and the unmatched bars
+    persistence_pairs    table of the bars of one image
+
+The loss with a gradient of the target, or with a second derivative, is a gather at the rows of
+`betti_matching` in torch operations: :func:`composed_terms`.
+
+Papers: arXiv 2211.15272, 2407.04683.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import functorch_active
+from pyloss.ops.betti_matching import cpu, cuda, reference
+from pyloss.ops.betti_matching.records import (
+    TERMS,
+    Options,
+    common_dtype,
+    dim_weights,
+    pair,
+    wanted,
+)
+
+
+def _loss_fake(input, target, options):
+    shape = (*input.shape[:2], input.dim() - 2, TERMS)
+    loss = input.new_empty(shape, dtype=common_dtype(input, target))
+    if not Options(*options).want_grad:
+        return loss, input.new_empty((0,))
+    return loss, torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _matching_fake(input, target, superlevel, dims):
+    ctx = torch.library.get_ctx()
+    return tuple(
+        input.new_empty((ctx.new_dynamic_size(), width), dtype=torch.int64) for width in (12, 6, 6)
+    )
+
+
+def _pairs_fake(input, superlevel, dims, essential):
+    size = torch.library.get_ctx().new_dynamic_size()
+    return input.new_empty((size, 6), dtype=torch.int64)
+
+
+define_op(
+    "betti_loss_fused(Tensor input, Tensor target, float[] options) -> (Tensor, Tensor)",
+    fake=_loss_fake,
+    impls={"cpu": cpu.loss, "cuda": cuda.loss, "reference": reference.loss},
+)
+define_op(
+    "betti_matching(Tensor input, Tensor target, bool superlevel, int[] dims) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_matching_fake,
+    impls={"cpu": cpu.matching, "cuda": cuda.matching, "reference": reference.matching},
+)
+define_op(
+    "persistence_pairs(Tensor input, bool superlevel, int[] dims, bool essential) -> Tensor",
+    fake=_pairs_fake,
+    impls={"cpu": cpu.pairs, "cuda": cuda.pairs, "reference": reference.pairs},
+)
+
+# --------------------------------------------------------------------------------------------------
+# Autograd
+
+_ops = torch.ops.pyloss
+
+
+def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Tensor:
+    terms = (o.matched_weight, o.unmatched_weight, target_weight)
+    return like.new_tensor([[w * t for t in terms] for w in dim_weights(o)[:spatial]])
+
+
+def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:
+    """(N, C) from (N, C, D, 3)."""
+    if o.matched_weight == o.unmatched_weight == target_weight == 1:
+        if all(w == 1 for w in dim_weights(o)[: terms.shape[2]]):
+            return terms.sum((2, 3))
+    if target_weight == 0:  # an infinite term that is left out
+        terms = terms[..., :2]
+    weights = _weights(o, target_weight, terms, terms.shape[2])[:, : terms.shape[3]]
+    return torch.where(weights == 0, 0.0, terms * weights).sum((2, 3))
+
+
+def composed_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
+    """The loss terms (N, C, D, 3) as torch operations on the matching's rows."""
+    x, y = pair(input, target)
+    spatial = x.dim() - 2
+    dims = [d for d in wanted(int(o.dims)) if d < spatial]
+    with torch.no_grad():
+        a, b = x.detach().flatten(0, 1), y.detach().flatten(0, 1)
+        matched, left_input, left_target = _ops.betti_matching(a, b, bool(o.superlevel), dims)
+        if o.essential and 0 in dims:
+            rows = reference.formulas().essential_rows(a, b, bool(o.superlevel))
+            matched = torch.cat([matched, rows.to(matched.device)])
+    terms = loss_terms(
+        x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), matched, left_input, left_target,
+        dim_count=spatial, **reference.terms_options(o),
+    )  # fmt: skip
+    return terms.view(*x.shape[:2], spatial, TERMS)
+
+
+class _BettiLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, numbers, target_weight):
+        terms, grad = _ops.betti_loss_fused(input, target, numbers)
+        ctx.save_for_backward(input, target, grad)
+        ctx.numbers, ctx.target_weight = numbers, target_weight
+        return _total(terms, Options(*numbers), target_weight)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        input, target, grad = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the loss again, in operations that have one
+            o = Options(*ctx.numbers)
+            with torch.enable_grad():
+                total = _total(composed_terms(input, target, o), o, ctx.target_weight)
+            (found,) = torch.autograd.grad(total, input, upstream, create_graph=True)
+            return found, None, None, None
+        factor = upstream.reshape(*upstream.shape, *(1,) * (input.dim() - 2))
+        return (grad.to(upstream.dtype) * factor).to(input.dtype), None, None, None
+
+
+def _numbers(o: Options, want_grad: bool) -> tuple[float, ...]:
+    """The options as the op takes them; a plain tuple, as Dynamo wants it in `apply`."""
+    numbers = (
+        o.superlevel, o.dims, o.extreme, o.essential, want_grad, o.min_persistence,
+        o.matched_weight, o.unmatched_weight, *dim_weights(o),
+    )  # fmt: skip
+    return tuple([float(x) for x in numbers])
+
+
+def betti_loss(input: Tensor, target: Tensor, options: Options, target_weight: float) -> Tensor:
+    """Loss of each item and channel (N, C), of checked arguments."""
+    grad_mode = torch.is_grad_enabled()
+    if functorch_active() or (grad_mode and target.requires_grad):
+        return _total(composed_terms(input, target, options), options, target_weight)
+    if grad_mode and input.requires_grad:
+        return _BettiLoss.apply(input, target, _numbers(options, True), target_weight)
+    terms, _ = _ops.betti_loss_fused(input, target, _numbers(options, False))
+    return _total(terms, options, target_weight)
+
+
+def betti_matching(input: Tensor, target: Tensor, superlevel: bool, dims: list[int]):
+    """(matched, unmatched input, unmatched target) of images (N, *spatial)."""
+    return _ops.betti_matching(input.detach(), target.detach(), superlevel, dims)
+
+
+def persistence_pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
+    """The bars of images (N, *spatial)."""
+    return _ops.persistence_pairs(input.detach(), superlevel, dims, essential)
+
+
+def loss_terms(*args, **options) -> Tensor:
+    """The loss terms of a matching's rows, as torch operations."""
+    return reference.formulas().loss_terms(*args, **options)

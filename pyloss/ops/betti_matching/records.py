@@ -1,0 +1,97 @@
+"""What crosses to csrc/bind/betti_matching.cpp, and the options of the op of the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyloss.ops._launch import DTYPE_CODES, address
+
+TERMS = 3  # the last axis of the loss: csrc/common/betti_matching.h
+
+
+class Options(NamedTuple):
+    """The numbers that cross into the op of the loss as one list of floats."""
+
+    superlevel: bool
+    dims: int  # bit d: dimension d is wanted
+    extreme: bool
+    essential: bool
+    want_grad: bool
+    min_persistence: float
+    matched_weight: float
+    unmatched_weight: float
+    dim_weight0: float
+    dim_weight1: float
+    dim_weight2: float = 1.0
+
+
+def dim_weights(o: Options) -> tuple[float, float, float]:
+    return o.dim_weight0, o.dim_weight1, o.dim_weight2
+
+
+class Problem(NamedTuple):
+    items: int
+    shape: tuple[int, ...]  # of an item
+    want: int  # bit d: dimension d is wanted
+    superlevel: bool
+    input: int
+    input_dtype: int
+    target: int
+    target_dtype: int
+
+
+class Loss(NamedTuple):
+    extreme: bool
+    essential: bool
+    min_persistence: float
+    matched_weight: float
+    unmatched_weight: float
+    dim_weight: tuple[float, float, float]
+
+
+RECORDS = (Problem, Loss)
+
+
+def common_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """float32 or float64, whichever holds every value of either."""
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pair(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both contiguous and of one dtype."""
+    dtype = common_dtype(input, target)
+    return input.to(dtype).contiguous(), target.to(dtype).contiguous()
+
+
+def wanted(mask: int) -> list[int]:
+    """The dimensions of a mask."""
+    return [d for d in range(3) if mask >> d & 1]
+
+
+def mask_of(dims: list[int]) -> int:
+    return sum(1 << d for d in dims)
+
+
+def problem(
+    input: Tensor, target: Tensor | None, lead: int, superlevel: bool, want: int
+) -> Problem:
+    """Of a pair; the first `lead` dimensions count images."""
+    shape = tuple(input.shape[lead:])
+    if len(shape) not in (1, 2):
+        raise NotImplementedError(
+            f"Betti matching is implemented for 1 and 2 spatial dimensions, got {len(shape)}"
+        )
+    items, dtype = math.prod(input.shape[:lead]), DTYPE_CODES[input.dtype]
+    return Problem(items, shape, want, superlevel, input.data_ptr(), dtype, address(target), dtype)
+
+
+def loss(o: Options) -> Loss:
+    return Loss(
+        bool(o.extreme), bool(o.essential), o.min_persistence, o.matched_weight,
+        o.unmatched_weight, dim_weights(o),
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""What crosses between the ranks, and what all of them make of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import Merged, Shard, Spec
+
+# Renamed in torch 2.13, where the old name warns.
+_gather_single = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+
+def all_gather(x: Tensor, group) -> Tensor:
+    """[ranks, *x.shape]"""
+    world = dist.get_world_size(group)
+    out = x.new_empty((world, *x.shape))
+    if x.numel():
+        _gather_single(out.view(-1), x.reshape(-1), group=group)
+    return out
+
+
+def eager(function):
+    """The function, kept out of compiled graphs: compiled code calls it as it is.
+
+    torch.compiler.disable as a decorator would do the same, and import Dynamo with all its weight.
+    """
+
+    def call(*args):
+        if "torch._dynamo" in sys.modules:
+            return torch.compiler.disable(function)(*args)
+        return function(*args)
+
+    return call
+
+
+@eager
+def exchange_sizes(size: int, device: torch.device, group) -> tuple[int, ...]:
+    """The number of classes that each rank of the group holds."""
+    return tuple(all_gather(torch.tensor([size], device=device), group).flatten().tolist())
+
+
+def merge(every: Tensor, masses: Tensor | None, spec: Spec, shard: Shard):
+    """(row, nll, lse, smooth, argmax) of the ranks' statistics [ranks, K, N]."""
+    m_r, rest_r, zy_r, *others = every.unbind(1)
+    m, zy = m_r.amax(0), zy_r.amax(0)
+    scale = torch.where(m_r == -math.inf, 0.0, torch.exp(m_r - m))
+    row = Merged(m, (rest_r * scale).sum(0), zy, None)
+    d, log_d = row.sums()
+    nll = (m - zy) + log_d
+
+    if spec.entropy or spec.smooth:
+        own_r = rest_r + torch.where(zy_r == -math.inf, 0.0, torch.exp(zy_r - m_r))
+        share_r = own_r * scale
+        zero = torch.zeros_like(share_r[:1])
+        before = torch.cat([zero, share_r.cumsum(0)[:-1]])
+        after = torch.cat([share_r.flip(0).cumsum(0).flip(0)[1:], zero])
+        rest_of_ranks = before + after
+        # -log q_r; near 0 from the share of the others, as 1 - q_r would cancel.
+        surprise = torch.where(
+            rest_of_ranks <= share_r,
+            torch.log1p(rest_of_ranks / share_r),
+            (m - m_r) + log_d - torch.log(own_r),
+        )
+    if spec.entropy:
+        q = share_r / d
+        entropy = torch.where(q == 0, 0.0, q * (others[0] + surprise)).sum(0)
+        row = row._replace(entropy=torch.where(nll.isnan(), math.nan, entropy))
+    smooth = None
+    if spec.smooth:
+        masses = masses.unsqueeze(1)
+        smooth = others[spec.entropy] + masses * surprise
+        smooth = torch.where(masses == 0, 0.0, smooth).sum(0)  # not 0 times infinity
+    argmax = None
+    if spec.index:
+        best = m_r.argmax(0, keepdim=True)
+        begin = torch.tensor(shard.bounds[:-1], device=m.device)
+        argmax = others[-1].gather(0, best).squeeze(0).long() + begin[best.squeeze(0)]
+    return row, nll, m + log_d, smooth, argmax

@@ -1,0 +1,177 @@
+"""Distillation through two linear heads: divergence of student and teacher, by chunks of rows.
+
+With P and Q the softmax of the teacher's and the student's logits over the temperature, M = b P +
+(1 - b) Q, and x the student's logits, the rows and their gradients with respect to x / temperature:
+
+    forward  sum P (log P - log Q)                             Q - P
+    reverse  sum Q (log Q - log P)                             Q (log Q - log P - value)
+    jsd      b sum P (log P - log M) + (1-b) sum Q (log Q - log M)
+                                             (1-b) Q (log Q - log M - sum Q (log Q - log M))
+
+The products run over some hundred rows, which they need to be fast; what lies between them runs
+over a few of these rows at a time, which stay in cache. So the memory is two chunks of logits, in
+the inputs' dtypes, the student's of which becomes the gradient, and some small blocks in float32.
+
+One op does a pass over the rows and returns any of values and gradients. It is torch operations
+only and therefore serves every device; being an op, torch.compile takes it whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss import backends
+from pyloss.ops._registry import lib, register_fake
+from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
+from pyloss.ops.linear_distillation import by_chunks
+from pyloss.ops.linear_distillation.by_chunks import auto_chunk
+from pyloss.ops.linear_distillation.call import (
+    DIRECTIONS,
+    GRAD_BIAS,
+    GRAD_HIDDEN,
+    GRAD_WEIGHT,
+    REDUCTIONS,
+    VALUE,
+    Codes,
+    Options,
+    outputs,
+)
+
+__all__ = [
+    "DIRECTIONS",
+    "REDUCTIONS",
+    "VALUE",
+    "Codes",
+    "Options",
+    "auto_chunk",
+    "linear_distillation",
+]
+
+# Dtypes whose gradient may be formed in the forward. Not float16: its range needs the upstream
+# factor (a loss scale) before rounding.
+_EARLY_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def _forward(*args):
+    if backends.forced() == "reference":
+        from pyloss.ops.linear_distillation import reference
+
+        return reference.forward(*args)
+    return by_chunks.forward(*args)
+
+
+def _pass_fake(student, weight, bias, *rest):
+    return [t for t in outputs(student, weight, rest[-1]) if t is not None]
+
+
+# Not by define_op: one implementation serves every device.
+lib.define(
+    "linear_distillation(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? scale, float[] options, "
+    "int[] codes, int wants) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+lib.impl("linear_distillation", _forward, "CompositeExplicitAutograd")
+register_fake("linear_distillation", _pass_fake)
+
+
+class _Distillation(torch.autograd.Function):
+    """Sum of the rows over `divisor`, or the rows themselves when that is None."""
+
+    @staticmethod
+    def forward(ctx, student, weight, bias, teacher, teacher_weight, teacher_bias, target, divisor,
+                call):  # fmt: skip
+        options, codes = call
+        # An upstream scalar can be multiplied in later; a row's own upstream gradient cannot.
+        # Checkpointing and offloading hook what is saved, and would not see the early gradients;
+        # nor would torch.compile.
+        early = 0
+        if divisor is not None and student.dtype in _EARLY_DTYPES:
+            if not torch.compiler.is_compiling() and not saved_tensor_hooks_active():
+                early = _wanted(ctx)
+        tensors = (student, weight, bias, teacher, teacher_weight, teacher_bias, target)
+        scale = _inverse(divisor) if early else None
+        rows, *grads = torch.ops.pyloss.linear_distillation(
+            *tensors, scale, options, codes, VALUE | early
+        )
+        ctx.options, ctx.codes, ctx.dtype = options, codes, student.dtype
+        # Not among the saved ones: they are handed over, and a second backward starts anew.
+        ctx.early = grads if early else None
+        ctx.save_for_backward(*map(_normal, tensors), divisor)
+        return rows if divisor is None else rows.sum() / divisor
+
+    @staticmethod
+    def backward(ctx, grad):
+        early, ctx.early = ctx.early, None
+        create_graph = torch.is_grad_enabled()
+        tensors = divisor = None
+        if early is None or create_graph or is_batched(grad):
+            *tensors, divisor = ctx.saved_tensors  # once: checkpointing allows no more
+        with torch.no_grad():
+            if early is not None and not is_batched(grad):
+                found = [g.mul_(grad) for g in early]
+            else:
+                scale = grad if divisor is None else grad * _inverse(divisor)
+                found = torch.ops.pyloss.linear_distillation(
+                    *tensors, scale, ctx.options, ctx.codes, _wanted(ctx)
+                )
+            found = iter(found)
+            grads = [next(found).to(ctx.dtype) if yes else None for yes in ctx.needs_input_grad[:3]]
+        if create_graph:
+            grads = [g if g is None else _NoSecond.apply(g, grad, *tensors[:3]) for g in grads]
+        return (*grads, *[None] * 6)
+
+
+class _NoSecond(torch.autograd.Function):
+    """A gradient that says no to being differentiated: as a constant it would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx, grad, *depends_on):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "linear_distillation_loss has no second derivative (its gradient was asked for with "
+            "create_graph=True)"
+        )
+
+
+def _wanted(ctx):
+    bits = (GRAD_HIDDEN, GRAD_WEIGHT, GRAD_BIAS)
+    return sum(bit for bit, needed in zip(bits, ctx.needs_input_grad) if needed)
+
+
+def _inverse(divisor):
+    """1 / divisor, 0 for 0: without rows there is no gradient."""
+    return torch.where(divisor == 0, 0.0, 1.0 / divisor)
+
+
+def _normal(t):
+    """A tensor made under inference_mode, as a teacher's often is, cannot be saved."""
+    return t if t is None or torch.compiler.is_compiling() or not t.is_inference() else t.clone()
+
+
+def linear_distillation(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    target: Tensor | None,
+    divisor: Tensor | None,
+    options: Options,
+    codes: Codes,
+) -> Tensor:
+    """The sum of the rows' values over `divisor` (0-d, accumulator's dtype); None: all values.
+
+    student (N, D), weight (V, D), teacher (N, E), teacher_weight (V, E), target (N,).
+    Differentiable once, in the first three.
+    """
+    tensors = (student, weight, bias, teacher, teacher_weight, teacher_bias, target)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
+        return _Distillation.apply(*tensors, divisor, (options, codes))
+    (rows,) = torch.ops.pyloss.linear_distillation(*tensors, None, options, codes, VALUE)
+    return rows if divisor is None else rows.sum() / divisor

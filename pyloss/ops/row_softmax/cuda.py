@@ -1,0 +1,44 @@
+"""The CUDA implementations of the ops of row_softmax."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pyloss import _C
+from pyloss.ops._launch import DTYPE_CODES, stream
+from pyloss.ops.row_softmax import calls
+
+
+def _forward(input, problem, forward):
+    with torch.cuda.device_of(input):
+        size = _C.cuda_row_softmax_scratch_bytes(problem)
+        scratch = input.new_empty((size,), dtype=torch.uint8)
+        _C.cuda_row_softmax_fwd(problem, forward, scratch.data_ptr(), size, stream(input))
+
+
+def _backward(input, problem, backward):
+    with torch.cuda.device_of(input):
+        _C.cuda_row_softmax_bwd(problem, backward, stream(input))
+
+
+def _hvp(input, problem, backward, hvp):
+    with torch.cuda.device_of(input):
+        _C.cuda_row_softmax_hvp(problem, backward, hvp, stream(input))
+
+
+run_forward = partial(calls.run_forward, _forward)
+run_backward = partial(calls.run_backward, _backward)
+forward = partial(calls.forward, _forward)
+backward = partial(calls.backward, _backward)
+backward_ = partial(calls.backward_, _backward)
+hvp = partial(calls.hvp, _hvp)
+
+
+def scale_(data: Tensor, factor: Tensor) -> None:
+    # Only ever the gradient that the forward has just allocated: dense, in some order.
+    code = DTYPE_CODES[data.dtype]
+    with torch.cuda.device_of(data):
+        _C.cuda_scale_inplace(data.data_ptr(), code, data.numel(), factor.data_ptr(), stream(data))

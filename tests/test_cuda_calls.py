@@ -1,0 +1,99 @@
+"""What the CUDA halves of the ops hand to their kernels, on a machine without a device.
+
+They run on CPU tensors, with the CPU's kernels behind the names of the CUDA ones: both read the
+same records, so that the results must be the same, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from pyloss import _C
+from pyloss.ops import betti_matching, sorting_network
+from pyloss.ops.sorting_network import records
+
+SCRATCH, STREAM = 1000, 7
+RANKS, INT32 = 0, 5
+
+
+class Kernels:
+    """_C with a device."""
+
+    @staticmethod
+    def cuda_sorting_network_scratch_bytes(problem, call):
+        return SCRATCH
+
+    @staticmethod
+    def cuda_sorting_network(problem, c, scratch, scratch_bytes, stream):
+        assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch
+        task = records.TASKS[c.task]
+        targets = records.Targets(RANKS, c.first, INT32, c.count, c.kind, 0)
+        arguments = {
+            "sort": (c.y,),
+            "sort_bwd": (c.gy, c.gx),
+            "apply": (c.features, c.out),
+            "apply_bwd": (c.features, c.g, c.gx, c.gf),
+            "permutation": (c.y, c.out),
+            "permutation_bwd": (c.gy, c.g, c.gx),
+            "loss": (targets, c.loss, c.gx),
+        }[task]
+        getattr(_C, f"sorting_network_{task}")(problem, *arguments, 1)
+
+    @staticmethod
+    def cuda_betti_matching_scratch_bytes(problem):
+        return SCRATCH
+
+    @staticmethod
+    def cuda_betti_loss(problem, options, loss, grad, scratch, scratch_bytes, stream):
+        assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch % 256 == 0
+        _C.betti_loss(problem, options, loss, grad, 1)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    for op in (sorting_network, betti_matching):
+        monkeypatch.setattr(op.cuda, "_C", Kernels)
+        monkeypatch.setattr(op.cuda, "stream", lambda x: STREAM)
+
+
+def check(op, name: str, *arguments) -> None:
+    found, wanted = (getattr(half, name)(*arguments) for half in (op.cuda, op.cpu))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+# The last one stands for Batcher's network or the bitonic one.
+@pytest.mark.parametrize("net", [[0, 3, 0], [1, 2, 0], [3, 3, 2], [4, 5, 0]], ids=str)
+@pytest.mark.parametrize("n", [5, 8])
+def test_sorting_network(n: int, net: list[int]) -> None:
+    torch.manual_seed(n)
+    x, gy, gp, options = torch.randn(3, n), torch.randn(3, n), torch.randn(3, n, n), [4.0, 0.25]
+    rest = (net, options)
+    check(sorting_network, "sort", x, *rest)
+    check(sorting_network, "sort_bwd", gy, x, *rest)
+    g = torch.randn(3, n, 4)
+    for f, transpose in itertools.product((g[:1].clone(), torch.randn(3, n, 4)), (False, True)):
+        check(sorting_network, "apply", x, f, transpose, *rest)
+        for need_f in (False, True):
+            check(sorting_network, "apply_bwd", g, x, f, transpose, *rest, need_f)
+    check(sorting_network, "permutation", x, *rest)
+    for given in (gy, None):
+        check(sorting_network, "permutation_bwd", given, gp, x, *rest)
+
+    ranks, levels = torch.rand(3, n).argsort(1).int(), torch.randint(0, 4, (3, n))
+    for order, kind, reduction, need in itertools.product(range(5), range(3), range(3), (0, 1)):
+        target = ranks if order == RANKS else levels
+        check(sorting_network, "loss", x, target, None, [order, kind, reduction], *rest, bool(need))
+    check(sorting_network, "loss", x, ranks // 2, ranks % 2 + 1, [0, 0, 0], *rest, True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (2, 3, 9), (0, 3, 9, 8)], ids=str)
+@pytest.mark.parametrize("want_grad", [0.0, 1.0])
+def test_betti_matching(shape: tuple[int, ...], want_grad: float) -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(shape), torch.rand(shape)
+    check(betti_matching, "loss", x, y, [1.0, 3.0, 0.0, 1.0, want_grad, 0.1, 1.0, 2.0, 1.0, 0.5])
