@@ -12,8 +12,8 @@ import torch
 import pyloss
 import pyloss.distributed
 from pyloss import functional as F
-from pyloss.functional import _options as groups
-from pyloss.functional._options import options_of
+from pyloss.functional import _groups as groups
+from pyloss.functional._options import LOW_RANK, names_of, options_of
 
 # What the group leaves to the function: tensors, and what only one function has.
 GROUPS = [
@@ -30,7 +30,7 @@ GROUPS = [
 def test_a_group_is_what_its_function_has(group, function, extra, missing) -> None:
     parameters = inspect.signature(function).parameters
     written = _annotations(group)
-    assert set(groups.names_of(function)) - extra == set(written) - missing
+    assert set(names_of(function)) - extra == set(written) - missing
     for name in set(written) - missing:
         if (group, name) != (groups.DiceCrossEntropyOptions, "weight"):  # narrower there
             assert written[name] == parameters[name].annotation, name
@@ -43,6 +43,7 @@ def _annotations(group: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("function", [F.tensor_attention, F.tensor_attention_n])
 def test_low_rank_options(function: Callable) -> None:
+    assert tuple(_annotations(groups.LowRankOptions)) == LOW_RANK
     parameters = inspect.signature(function).parameters
     for name, annotation in _annotations(groups.LowRankOptions).items():
         assert parameters[name].annotation == annotation

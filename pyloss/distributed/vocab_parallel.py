@@ -16,7 +16,7 @@ from pyloss.functional.classification import RowStats, fused_cross_entropy
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyloss.functional._options import RowOptions
+    from pyloss.functional._groups import RowOptions
 
 _NOT_HERE = ("size_average", "reduce", "inplace")
 

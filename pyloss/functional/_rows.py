@@ -20,7 +20,7 @@ from pyloss.ops._launch import accumulator_dtype
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyloss.functional._options import FormulaOptions, RowOptions
+    from pyloss.functional._groups import FormulaOptions, RowOptions
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
 _INDEX_STATS = ("argmax", "correct", "rank")

@@ -16,7 +16,7 @@ from pyloss.nn._module import OptionsModule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyloss.functional._options import LowRankOptions
+    from pyloss.functional._groups import LowRankOptions
 
 
 class TensorAttention(OptionsModule):

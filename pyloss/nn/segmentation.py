@@ -14,7 +14,7 @@ from pyloss.nn._module import WeightedLoss
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions
+    from pyloss.functional._groups import DiceCrossEntropyOptions, DiceOptions
 
 
 class SoftDiceLoss(WeightedLoss):

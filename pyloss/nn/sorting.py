@@ -17,7 +17,7 @@ from pyloss.nn._module import LossModule, OptionsModule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyloss.functional._options import SortingLossOptions, SpearmanOptions
+    from pyloss.functional._groups import SortingLossOptions, SpearmanOptions
 
 
 def _integer(name: str, value) -> int:

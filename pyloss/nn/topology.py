@@ -14,7 +14,7 @@ from pyloss.nn._module import LossModule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyloss.functional._options import BettiOptions
+    from pyloss.functional._groups import BettiOptions
 
 
 class BettiMatchingLoss(LossModule):
