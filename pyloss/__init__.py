@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch  # noqa: F401  pyloss means nothing without it; a missing torch should say so itself
 
 try:
@@ -23,99 +21,59 @@ if _C.version != __version__:
         "pyloss so that both are built together"
     )
 
-from pyloss import functional, metrics, nn
-from pyloss.backends import backend, show_config
-from pyloss.functional import (
-    BettiMatching,
-    BettiTarget,
-    PersistencePairs,
-    RowStats,
-    betti_matching,
-    betti_matching_loss,
-    comp_sum_loss,
-    focal_loss,
-    fused_cross_entropy,
-    fused_linear_cross_entropy,
-    persistence_pairs,
-    soft_argsort,
-    soft_permutation,
-    soft_permute,
-    soft_rank,
-    soft_sort,
-    soft_topk,
-    sorting_cross_entropy,
-    spearman_loss,
-    tensor_attention,
-    tensor_attention_cost,
-    tensor_attention_error,
-    tensor_attention_n,
-    token_logprobs,
+from pyloss import _lazy
+from pyloss.backends import backend, show_config  # noqa: F401  looks at PYLOSS_BACKEND
+
+__getattr__, __dir__, _names = _lazy.exports(
+    __name__,
+    {
+        "functional": (
+            "BettiMatching",
+            "BettiTarget",
+            "PersistencePairs",
+            "RowStats",
+            "betti_matching",
+            "betti_matching_loss",
+            "comp_sum_loss",
+            "focal_loss",
+            "fused_cross_entropy",
+            "fused_linear_cross_entropy",
+            "persistence_pairs",
+            "soft_argsort",
+            "soft_permutation",
+            "soft_permute",
+            "soft_rank",
+            "soft_sort",
+            "soft_topk",
+            "sorting_cross_entropy",
+            "spearman_loss",
+            "tensor_attention",
+            "tensor_attention_cost",
+            "tensor_attention_error",
+            "tensor_attention_n",
+            "token_logprobs",
+        ),
+        "metrics": ("betti_matching_error", "betti_number_error", "betti_numbers"),
+        "nn": (
+            "BettiMatchingLoss",
+            "CompSumLoss",
+            "CrossEntropyLoss",
+            "DiffSortNet",
+            "DiffTopkNet",
+            "FocalLoss",
+            "GeneralizedCrossEntropyLoss",
+            "LinearCrossEntropyLoss",
+            "SortingCrossEntropyLoss",
+        ),
+    },
+    submodules=(
+        "demo",
+        "distributed",
+        "integrations",
+        "ops",
+        "reference",
+        "testing",
+        "visualize",
+    ),
 )
-from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
-from pyloss.nn import (
-    BettiMatchingLoss,
-    CompSumLoss,
-    CrossEntropyLoss,
-    DiffSortNet,
-    DiffTopkNet,
-    FocalLoss,
-    GeneralizedCrossEntropyLoss,
-    LinearCrossEntropyLoss,
-    SortingCrossEntropyLoss,
-)
-
-__all__ = [
-    "BettiMatching",
-    "BettiMatchingLoss",
-    "BettiTarget",
-    "CompSumLoss",
-    "CrossEntropyLoss",
-    "DiffSortNet",
-    "DiffTopkNet",
-    "FocalLoss",
-    "GeneralizedCrossEntropyLoss",
-    "LinearCrossEntropyLoss",
-    "PersistencePairs",
-    "RowStats",
-    "SortingCrossEntropyLoss",
-    "backend",
-    "betti_matching",
-    "betti_matching_error",
-    "betti_matching_loss",
-    "betti_number_error",
-    "betti_numbers",
-    "comp_sum_loss",
-    "focal_loss",
-    "functional",
-    "fused_cross_entropy",
-    "fused_linear_cross_entropy",
-    "metrics",
-    "nn",
-    "persistence_pairs",
-    "show_config",
-    "soft_argsort",
-    "soft_permutation",
-    "soft_permute",
-    "soft_rank",
-    "soft_sort",
-    "soft_topk",
-    "sorting_cross_entropy",
-    "spearman_loss",
-    "tensor_attention",
-    "tensor_attention_cost",
-    "tensor_attention_error",
-    "tensor_attention_n",
-    "token_logprobs",
-]
-
-_LAZY = ("demo", "distributed", "integrations", "reference", "testing", "visualize")
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return importlib.import_module(f"pyloss.{name}")
-    raise AttributeError(f"module 'pyloss' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+__all__ = sorted([*_names, "backend", "functional", "metrics", "nn", "show_config"])

@@ -36,6 +36,7 @@ MODULES = (
     "pyloss.distributed",
     "pyloss.integrations.transformers",
     "pyloss.visualize",
+    "pyloss.ops",
     "pyloss.testing",
     "pyloss.reference",
     "pyloss",

@@ -12,7 +12,7 @@ import torch
 import pyloss
 import pyloss.distributed
 from pyloss import functional as F
-from pyloss.functional import _groups as groups
+from pyloss.functional import _options as groups
 from pyloss.functional._options import LOW_RANK, names_of, options_of
 
 # What the group leaves to the function: tensors, and what only one function has.

@@ -14,6 +14,7 @@ import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.ops
 import pyloss.testing
 
 MODULES = [
@@ -22,6 +23,7 @@ MODULES = [
     pyloss.functional,
     pyloss.metrics,
     pyloss.nn,
+    pyloss.ops,
     pyloss.testing,
 ]
 

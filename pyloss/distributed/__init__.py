@@ -1,11 +1,10 @@
 """Losses over a torch.distributed process group."""
 
-from pyloss.distributed.vocab_parallel import (
-    vocab_parallel_cross_entropy,
-    vocab_parallel_linear_cross_entropy,
-)
+from pyloss import _lazy
 
-__all__ = [
-    "vocab_parallel_cross_entropy",
-    "vocab_parallel_linear_cross_entropy",
-]
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "vocab_parallel": ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"),
+    },
+)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import _layers as layers
 from pyloss.functional import _vocab_parallel as split
-from pyloss.functional._options import options_of
+from pyloss.functional._options import RowOptions, options_of
 from pyloss.functional.classification import RowStats, fused_cross_entropy
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pyloss.functional._groups import RowOptions
 
 _NOT_HERE = ("size_average", "reduce", "inplace")
 

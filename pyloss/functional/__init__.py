@@ -1,87 +1,48 @@
 """Every differentiable function of pyloss, flat."""
 
-from pyloss.functional.attention import (
-    TensorAttentionCost,
-    tensor_attention,
-    tensor_attention_cost,
-    tensor_attention_error,
-    tensor_attention_n,
-)
-from pyloss.functional.classification import (
-    RowStats,
-    comp_sum_loss,
-    focal_loss,
-    fused_cross_entropy,
-)
-from pyloss.functional.distillation import linear_distillation_loss
-from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
-from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
-from pyloss.functional.preference import (
-    DPOMetrics,
-    GRPOMetrics,
-    dpo_loss,
-    group_advantages,
-    grpo_loss,
-    sequence_logprobs,
-)
-from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
-from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
-from pyloss.functional.sorting import (
-    soft_argsort,
-    soft_permutation,
-    soft_permute,
-    soft_rank,
-    soft_sort,
-    soft_topk,
-    sorting_cross_entropy,
-    spearman_loss,
-)
-from pyloss.functional.topology import (
-    BettiMatching,
-    BettiTarget,
-    PersistencePairs,
-    betti_matching,
-    betti_matching_loss,
-    persistence_pairs,
-)
+from pyloss import _lazy
 
-__all__ = [
-    "BettiMatching",
-    "BettiTarget",
-    "DPOMetrics",
-    "GRPOMetrics",
-    "PersistencePairs",
-    "RowStats",
-    "TensorAttentionCost",
-    "betti_matching",
-    "betti_matching_loss",
-    "comp_sum_loss",
-    "dice_cross_entropy_loss",
-    "dpo_loss",
-    "focal_loss",
-    "fused_cross_entropy",
-    "fused_linear_cross_entropy",
-    "group_advantages",
-    "grpo_loss",
-    "linear_distillation_loss",
-    "neural_sort",
-    "permutahedron_rank",
-    "permutahedron_sort",
-    "persistence_pairs",
-    "sequence_logprobs",
-    "soft_argsort",
-    "soft_dice_loss",
-    "soft_permutation",
-    "soft_permute",
-    "soft_rank",
-    "soft_sort",
-    "soft_sort_matrix",
-    "soft_topk",
-    "sorting_cross_entropy",
-    "spearman_loss",
-    "tensor_attention",
-    "tensor_attention_cost",
-    "tensor_attention_error",
-    "tensor_attention_n",
-    "token_logprobs",
-]
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "attention": (
+            "TensorAttentionCost",
+            "tensor_attention",
+            "tensor_attention_cost",
+            "tensor_attention_error",
+            "tensor_attention_n",
+        ),
+        "classification": ("RowStats", "comp_sum_loss", "focal_loss", "fused_cross_entropy"),
+        "distillation": ("linear_distillation_loss",),
+        "linear": ("fused_linear_cross_entropy", "token_logprobs"),
+        "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
+        "preference": (
+            "DPOMetrics",
+            "GRPOMetrics",
+            "dpo_loss",
+            "group_advantages",
+            "grpo_loss",
+            "sequence_logprobs",
+        ),
+        "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
+        "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
+        "sorting": (
+            "soft_argsort",
+            "soft_permutation",
+            "soft_permute",
+            "soft_rank",
+            "soft_sort",
+            "soft_topk",
+            "sorting_cross_entropy",
+            "spearman_loss",
+        ),
+        "topology": (
+            "BettiMatching",
+            "BettiTarget",
+            "PersistencePairs",
+            "betti_matching",
+            "betti_matching_loss",
+            "persistence_pairs",
+        ),
+    },
+)

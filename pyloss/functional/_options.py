@@ -1,9 +1,9 @@
-"""How a function takes a whole group of options.
+"""Groups of options that several functions share, and how a function takes a whole group.
 
-A group has its types in :mod:`pyloss.functional._groups` and its defaults in the signature of one
-function. Every other function, module or distributed twin writes ``**options`` and is decorated
-with :func:`options_of`, which shows the options, checks their names and fills them in. Inside they
-travel as keyword arguments: plain dicts, which every version of torch.compile traces.
+A group is declared here once, with its types. Its defaults are those of the function that has it
+in its own signature; every other function, module or distributed twin writes ``**options`` and is
+decorated with :func:`options_of`, which shows the options, checks their names and fills them in.
+Inside they travel as keyword arguments: plain dicts, which every version of torch.compile traces.
 """
 
 from __future__ import annotations
@@ -11,9 +11,131 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
-LOW_RANK = ("method", "degree", "poly", "tol", "check", "logit_bound")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class FormulaOptions(TypedDict, total=False):
+    """Of the formula of a row loss; see :func:`pyloss.fused_cross_entropy`."""
+
+    label_smoothing: float
+    tau: float
+    gamma: float  # of the focal loss alone
+    truncate: float | None
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+
+
+class RowOptions(FormulaOptions, total=False):
+    """Of a loss on rows of class scores; see :func:`pyloss.fused_cross_entropy`."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    token_weight: Tensor | None
+    return_stats: Sequence[str]
+    empty: str
+    loss_dtype: torch.dtype | None
+    num_items: float | Tensor | None
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Of a differentiable sorting network; see :func:`pyloss.soft_sort`."""
+
+    network: str
+    distribution: str
+    steepness: float | Tensor
+    art_lambda: float
+
+
+class DiceOptions(TypedDict, total=False):
+    """Of a region loss; see :func:`pyloss.functional.soft_dice_loss`."""
+
+    include_background: bool
+    to_onehot_y: bool | None
+    sigmoid: bool
+    softmax: bool
+    other_act: Callable[[Tensor], Tensor] | None
+    squared_pred: bool
+    jaccard: bool
+    reduction: str
+    smooth_nr: float
+    smooth_dr: float
+    batch: bool
+    weight: float | Sequence[float] | Tensor | None
+    soft_label: bool
+    ignore_index: int | None
+
+
+class DiceCrossEntropyOptions(DiceOptions, total=False):
+    """Of its sum with cross entropy; see :func:`pyloss.functional.dice_cross_entropy_loss`."""
+
+    lambda_dice: float
+    lambda_ce: float
+    label_smoothing: float
+
+
+class SortingLossOptions(NetworkOptions, total=False):
+    """See :func:`pyloss.sorting_cross_entropy`."""
+
+    kind: str
+    target_is: str
+    reduction: str
+    dim: int
+    descending: bool
+    ties: str
+    validate: bool
+
+
+class SpearmanOptions(NetworkOptions, total=False):
+    """See :func:`pyloss.spearman_loss`."""
+
+    reduction: str
+    dim: int
+    method: str
+    regularization: str
+    regularization_strength: float
+
+
+class BettiOptions(TypedDict, total=False):
+    """See :func:`pyloss.betti_matching_loss`."""
+
+    filtration: str
+    dims: Sequence[int] | None
+    weight: Sequence[float] | None
+    matched_weight: float
+    unmatched_weight: float
+    target_weight: float
+    include_target_unmatched: bool
+    unmatched: str
+    min_persistence: float
+    essential: bool
+    padding: str | float | None
+    include_background: bool
+    activation: str | None
+    reduction: str
+
+
+class LowRankOptions(TypedDict, total=False):
+    """Of low-rank attention; see :func:`pyloss.tensor_attention`."""
+
+    method: str
+    degree: int | None
+    poly: str
+    tol: float
+    check: str
+    logit_bound: float | None
+
+
+LOW_RANK = tuple(LowRankOptions.__annotations__)
 
 
 def names_of(function: Callable, without: Sequence[str] = ()) -> tuple[str, ...]:
@@ -36,7 +158,7 @@ def options_of(
     positional: int | None = 0,
     after: Mapping[str, str] | None = None,
     annotations: Mapping[str, str] | None = None,
-) -> Callable[[Callable], Callable]:
+) -> Callable[[_F], _F]:
     """Decorator: says what ``**options`` of a function stands for.
 
     ``inspect.signature`` and ``help`` show the options in its place, a call fills in the defaults,
@@ -63,7 +185,7 @@ def options_of(
         group.append(parameters[name].replace(kind=kind, annotation=annotation))
     defaults = {parameter.name: parameter.default for parameter in group}
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
         signature = signature.replace(parameters=_shown(signature, group, after or {}))
         known = dict.fromkeys(signature.parameters)
@@ -80,7 +202,7 @@ def options_of(
             return function(*args, **options)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
-        return call
+        return cast(_F, call)
 
     return decorate
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
 from pyloss.ops._launch import accumulator_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pyloss.functional._groups import FormulaOptions, RowOptions
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
 _INDEX_STATS = ("argmax", "correct", "rank")

@@ -1,20 +1,17 @@
 """Metrics: functions without a gradient, and accumulators over batches."""
 
-from pyloss.metrics.sorting import RankingAccuracy, ranking_accuracy
-from pyloss.metrics.topology import (
-    BettiMatchingError,
-    BettiNumberError,
-    betti_matching_error,
-    betti_number_error,
-    betti_numbers,
-)
+from pyloss import _lazy
 
-__all__ = [
-    "BettiMatchingError",
-    "BettiNumberError",
-    "RankingAccuracy",
-    "betti_matching_error",
-    "betti_number_error",
-    "betti_numbers",
-    "ranking_accuracy",
-]
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "sorting": ("RankingAccuracy", "ranking_accuracy"),
+        "topology": (
+            "BettiMatchingError",
+            "BettiNumberError",
+            "betti_matching_error",
+            "betti_number_error",
+            "betti_numbers",
+        ),
+    },
+)

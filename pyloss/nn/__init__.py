@@ -1,37 +1,21 @@
 """Every module of pyloss, flat."""
 
-from pyloss.nn.attention import TensorAttention
-from pyloss.nn.classification import (
-    CompSumLoss,
-    CrossEntropyLoss,
-    FocalLoss,
-    GeneralizedCrossEntropyLoss,
-)
-from pyloss.nn.linear import LinearCrossEntropyLoss
-from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
-from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
-from pyloss.nn.sorting import (
-    DiffSortNet,
-    DiffTopkNet,
-    SortingCrossEntropyLoss,
-    SpearmanLoss,
-)
-from pyloss.nn.topology import BettiMatchingLoss
+from pyloss import _lazy
 
-__all__ = [
-    "BettiMatchingLoss",
-    "CompSumLoss",
-    "CrossEntropyLoss",
-    "DiceCELoss",
-    "DiffSortNet",
-    "DiffTopkNet",
-    "FocalLoss",
-    "GeneralizedCrossEntropyLoss",
-    "LinearCrossEntropyLoss",
-    "NeuralSort",
-    "SoftDiceLoss",
-    "SoftSort",
-    "SortingCrossEntropyLoss",
-    "SpearmanLoss",
-    "TensorAttention",
-]
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "attention": ("TensorAttention",),
+        "classification": (
+            "CompSumLoss",
+            "CrossEntropyLoss",
+            "FocalLoss",
+            "GeneralizedCrossEntropyLoss",
+        ),
+        "linear": ("LinearCrossEntropyLoss",),
+        "relaxed_sort": ("NeuralSort", "SoftSort"),
+        "segmentation": ("DiceCELoss", "SoftDiceLoss"),
+        "sorting": ("DiffSortNet", "DiffTopkNet", "SortingCrossEntropyLoss", "SpearmanLoss"),
+        "topology": ("BettiMatchingLoss",),
+    },
+)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack  # torch has imported it
 
-from pyloss.functional._options import LOW_RANK, options_of
+from pyloss.functional._options import LOW_RANK, LowRankOptions, options_of
 from pyloss.functional.attention import Window, tensor_attention_n
 from pyloss.nn._module import OptionsModule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pyloss.functional._groups import LowRankOptions
 
 
 class TensorAttention(OptionsModule):

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import segmentation as F
-from pyloss.functional._options import options_of
+from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions, options_of
 from pyloss.nn._module import WeightedLoss
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pyloss.functional._groups import DiceCrossEntropyOptions, DiceOptions
 
 
 class SoftDiceLoss(WeightedLoss):

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import sorting as F
 from pyloss.functional._checks import check_tensor
-from pyloss.functional._options import options_of
+from pyloss.functional._options import SortingLossOptions, SpearmanOptions, options_of
 from pyloss.functional._sorting_rows import SELECTORS, SORTERS, checked_settings
 from pyloss.nn._module import LossModule, OptionsModule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pyloss.functional._groups import SortingLossOptions, SpearmanOptions
 
 
 def _integer(name: str, value) -> int:

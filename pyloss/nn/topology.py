@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import topology as F
-from pyloss.functional._options import options_of
+from pyloss.functional._options import BettiOptions, options_of
 from pyloss.nn._module import LossModule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pyloss.functional._groups import BettiOptions
 
 
 class BettiMatchingLoss(LossModule):

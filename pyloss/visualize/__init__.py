@@ -1,5 +1,10 @@
 """Pictures of barcodes and matchings; needs matplotlib, the extra `pyloss[visualize]`."""
 
-from pyloss.visualize.topology import draw_barcode, draw_matching
+from pyloss import _lazy
 
-__all__ = ["draw_barcode", "draw_matching"]
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "topology": ("draw_barcode", "draw_matching"),
+    },
+)

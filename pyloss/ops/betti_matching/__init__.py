@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
@@ -118,9 +119,11 @@ class _BettiLoss(torch.autograd.Function):
         input, target, grad = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the loss again, in operations that have one
             o = Options(*ctx.numbers)
-            with torch.enable_grad():
-                total = _total(composed_terms(input, target, o), o, ctx.target_weight)
-            (found,) = torch.autograd.grad(total, input, upstream, create_graph=True)
+
+            def loss(input):
+                return _total(composed_terms(input, target, o), o, ctx.target_weight)
+
+            (found,) = gradients(loss, [input], [upstream], create_graph=True)
             return found, None, None, None
         factor = upstream.reshape(*upstream.shape, *(1,) * (input.dim() - 2))
         return (grad.to(upstream.dtype) * factor).to(input.dtype), None, None, None

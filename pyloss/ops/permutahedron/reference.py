@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss.ops._reference import gradients
+
 # The flags of csrc/common/permutahedron.h.
 _START = -(2**31)
 _FIXED = 2**30
@@ -53,10 +55,9 @@ def composed_gradient(
     g: Tensor, x: Tensor | None, packed: Tensor, rank: bool, kl: bool, strength: float
 ) -> Tensor:
     """The gradient in torch operations, with gradients of its own to g and, with kl, x."""
-    with torch.enable_grad():
-        # Given the blocks, l2 is linear: any point has the same gradient.
-        at = torch.zeros(packed.shape, dtype=g.dtype, device=g.device) if x is None else x
-        at = at if at.requires_grad else at.detach().requires_grad_()
-        y = composed(at, packed, rank, kl, strength)
-        (dx,) = torch.autograd.grad(y, at, g, create_graph=True)
+    # Given the blocks, l2 is linear: any point has the same gradient.
+    at = torch.zeros(packed.shape, dtype=g.dtype, device=g.device) if x is None else x
+    (dx,) = gradients(
+        lambda x: composed(x, packed, rank, kl, strength), [at], [g], create_graph=True
+    )
     return dx

@@ -1,0 +1,95 @@
+from pyloss import demo as demo
+from pyloss import distributed as distributed
+from pyloss import functional as functional
+from pyloss import integrations as integrations
+from pyloss import metrics as metrics
+from pyloss import nn as nn
+from pyloss import ops as ops
+from pyloss import reference as reference
+from pyloss import testing as testing
+from pyloss import visualize as visualize
+from pyloss.backends import backend, show_config
+from pyloss.functional import (
+    BettiMatching,
+    BettiTarget,
+    PersistencePairs,
+    RowStats,
+    betti_matching,
+    betti_matching_loss,
+    comp_sum_loss,
+    focal_loss,
+    fused_cross_entropy,
+    fused_linear_cross_entropy,
+    persistence_pairs,
+    soft_argsort,
+    soft_permutation,
+    soft_permute,
+    soft_rank,
+    soft_sort,
+    soft_topk,
+    sorting_cross_entropy,
+    spearman_loss,
+    tensor_attention,
+    tensor_attention_cost,
+    tensor_attention_error,
+    tensor_attention_n,
+    token_logprobs,
+)
+from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
+from pyloss.nn import (
+    BettiMatchingLoss,
+    CompSumLoss,
+    CrossEntropyLoss,
+    DiffSortNet,
+    DiffTopkNet,
+    FocalLoss,
+    GeneralizedCrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    SortingCrossEntropyLoss,
+)
+
+__version__: str
+
+__all__ = [
+    "BettiMatching",
+    "BettiMatchingLoss",
+    "BettiTarget",
+    "CompSumLoss",
+    "CrossEntropyLoss",
+    "DiffSortNet",
+    "DiffTopkNet",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "PersistencePairs",
+    "RowStats",
+    "SortingCrossEntropyLoss",
+    "backend",
+    "betti_matching",
+    "betti_matching_error",
+    "betti_matching_loss",
+    "betti_number_error",
+    "betti_numbers",
+    "comp_sum_loss",
+    "focal_loss",
+    "functional",
+    "fused_cross_entropy",
+    "fused_linear_cross_entropy",
+    "metrics",
+    "nn",
+    "persistence_pairs",
+    "show_config",
+    "soft_argsort",
+    "soft_permutation",
+    "soft_permute",
+    "soft_rank",
+    "soft_sort",
+    "soft_topk",
+    "sorting_cross_entropy",
+    "spearman_loss",
+    "tensor_attention",
+    "tensor_attention_cost",
+    "tensor_attention_error",
+    "tensor_attention_n",
+    "token_logprobs",
+]

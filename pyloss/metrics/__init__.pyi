@@ -1,0 +1,18 @@
+from pyloss.metrics.sorting import RankingAccuracy, ranking_accuracy
+from pyloss.metrics.topology import (
+    BettiMatchingError,
+    BettiNumberError,
+    betti_matching_error,
+    betti_number_error,
+    betti_numbers,
+)
+
+__all__ = [
+    "BettiMatchingError",
+    "BettiNumberError",
+    "RankingAccuracy",
+    "betti_matching_error",
+    "betti_number_error",
+    "betti_numbers",
+    "ranking_accuracy",
+]
