@@ -11,12 +11,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+import torch
+from torch import Tensor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

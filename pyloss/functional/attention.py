@@ -21,10 +21,10 @@ from pyloss.functional._attention_checks import (
     key_masks,
 )
 from pyloss.functional._checks import is_integer
-from pyloss.ops import _tensor_attention_order as orders
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.tensor_attention import order as orders
 
 Window = int | None | Sequence[int | None]
 
