@@ -4,23 +4,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# The GPU of this machine, else 90 (sm_90, compiled but not run): one architecture keeps the build
-# short. A release wheel lists its own.
-ifndef CUDA_ARCHS
-CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
-  | head -n 1 | tr -cd 0-9),90)
-endif
-PYLOSS_CMAKE_ARGS ?= "-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)"
-PYTEST_ARGS ?= --timeout=600
+# One pytest process a core, which conftest.py gives a thread each. worksteal: each process starts
+# with a contiguous part of the tests, so that fixtures of a module are built in one of them, and
+# takes from the others when it has done its own.
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+JOBS ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
+PYTEST_ARGS ?= --timeout=600 --durations=20 -n $(JOBS) --dist worksteal
+# Without PYLOSS_CUDA_ARCHS the build is for the GPUs of this machine, else for 90.
+PYLOSS_CMAKE_ARGS ?= -DPYLOSS_CUDA_WERROR=ON $(if $(CUDA_ARCHS),"-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)")
 export PYLOSS_CMAKE_ARGS
 
 DEPS := $(VENV)/.deps.stamp
 BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test ctest pytest sanitize peers bench lint format docs clean
+.PHONY: build demo test test-all gpu-proof ctest sanitize other-archs pytest peers bench lint format docs clean help
 .DEFAULT_GOAL := build
 
+## the environment in .venv and an editable install (what `make` alone does)
 build: $(BUILT)
 
 $(DEPS): requirements-dev.txt
@@ -32,58 +33,102 @@ $(BUILT): $(DEPS) $(SOURCES)
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+## trains on real input with pyloss and with PyTorch, and compares
 demo: $(BUILT)
 	$(PY) -m pyloss.demo
 
+# What a change must pass: the C++ tests, the CUDA kernels on the CPU shim, and all Python tests but
+# those marked exhaustive. At most 8 minutes on 2 cores.
+## what a change must pass: C++ tests, then Python tests
 test: ctest pytest
 
-# $(call run_ctest,build directory,CMake options)
-define run_ctest
-	CMAKE="$$($(PY) -c 'import cmake; print(cmake.CMAKE_BIN_DIR)')" && \
-	NINJA="$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')" && \
-	"$$CMAKE/cmake" -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM="$$NINJA/ninja" \
-	  -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA=OFF $(2) && \
-	"$$CMAKE/cmake" --build $(1) && \
-	"$$CMAKE/ctest" --test-dir $(1) --output-on-failure
-endef
+# Everything that needs no GPU, as the nightly workflow runs it. Two threads in each Python process,
+# where `make test` has one a core.
+## all tests that need no GPU, as every night: also the slow exhaustive ones and the sanitizers
+test-all: $(BUILT) ctest sanitize other-archs
+	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
+# What can be shown of the GPU code without a GPU, beyond what `make test` shows: the kernels on the
+# shim under AddressSanitizer and UBSan, CUDA C++ and Triton compiled for sm_80 and sm_100.
+## what can be shown of the GPU code without a GPU, beyond `make test`
+gpu-proof: $(BUILT) other-archs
+	$(call configure,build/sanitize,$(SANITIZE))
+	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
+	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS) -L shim
+	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile
+
+# cmake, ctest and ninja as pip installed them, else those of the system.
+TOOLS := PATH="$(abspath $(VENV))/bin:$$PATH"
+MAKE_JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
+SANITIZE := -DPYLOSS_SANITIZE=ON -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA=OFF
+# $(call configure,build directory,CMake options)
+configure = $(TOOLS) cmake -S . -B $(1) -G Ninja -DPython_EXECUTABLE="$(abspath $(PY))" \
+  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" $(2)
+
+## the C++ tests
 ctest: $(DEPS)
-	$(call run_ctest,build/cpp,-DPYLOSS_BUILD_PYTHON=OFF)
+	$(call configure,build/cpp,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF -DPYLOSS_CUDA=OFF)
+	$(TOOLS) cmake --build build/cpp $(MAKE_JOBS)
+	$(TOOLS) ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
-# The C++ tests and the boundary fuzz under AddressSanitizer and UBSan.
+# The C++ tests, the shim and the boundary fuzz under AddressSanitizer and UBSan.
+## C++ tests, shim and boundary fuzz under AddressSanitizer and UBSan
 sanitize: $(DEPS)
-	$(call run_ctest,build/sanitize,-DPYLOSS_SANITIZE=ON -DPython_EXECUTABLE="$(abspath $(PY))" \
-	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)")
+	$(call configure,build/sanitize,$(SANITIZE))
+	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS)
+	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
+# For tests/compile/test_nvcc_compile.py. Nothing without nvcc.
+other-archs: $(DEPS)
+	$(call configure,build/gpu-proof,-DPYLOSS_BUILD_PYTHON=OFF -DPYLOSS_CUDA_WERROR=ON \
+	  "-DPYLOSS_CUDA_ARCHS=80-real;100-real")
+	if grep -q 'CMAKE_CUDA_COMPILER:.*nvcc' build/gpu-proof/CMakeCache.txt; then \
+	  $(TOOLS) cmake --build build/gpu-proof $(MAKE_JOBS) --target pyloss_cuda; fi
+
+## the Python tests; a part of them: make pytest PYTEST_ARGS=tests/test_fork.py
 pytest: $(BUILT)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # torchsort compiles against the installed torch, and fails where it sees an nvcc that torch was not
 # built with; hence the short PATH. Where it fails all the same, the benchmarks and the test of
 # equality go on without it.
+## installs torchsort, which benchmarks and a test of equality compare with
 peers: $(DEPS)
 	-env -u CUDA_HOME PATH=/usr/bin:/bin $(abspath $(PY)) -m pip install \
 	  --disable-pip-version-check --no-deps --no-build-isolation torchsort
 
+## benchmark of row_softmax; others: python -m bench.run --op NAME
 bench: $(BUILT)
 	$(PY) -m bench.run --op row_softmax
 
+## ruff, clang-format, and basedpyright on a program with every public name
 lint: $(DEPS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(PY) -m basedpyright --pythonpath $(PY)
 
+## formats Python, C++ and CUDA
 format: $(DEPS)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format -i
 
+## the documentation as a site in site/
 docs: $(DEPS)
-	$(PY) -m pip install --disable-pip-version-check 'mkdocs>=1.6' 'mkdocs-material>=9.5'
-	$(PY) -m mkdocs build --strict
+	$(PY) -m pip install --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
+## removes what was built, but not .venv
 clean:
 	rm -rf build dist site *.egg-info $(BUILT) pyloss/_C*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# A line that starts with two # signs says what the target below it does.
+## this list
+help:
+	@awk '/^## / { text = substr($$0, 4) } \
+	  /^[a-z-]+:/ && text { sub(":.*", ""); printf "make %-12s %s\n", $$0, text; text = "" }' \
+	  $(firstword $(MAKEFILE_LIST))

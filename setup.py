@@ -1,4 +1,6 @@
-"""Builds pyloss._C by driving CMake and Ninja. Everything static is in pyproject.toml.
+"""Builds pyloss._C by driving CMake and Ninja, and makes the README's links absolute.
+
+Everything static is in pyproject.toml.
 
 Imports neither torch nor numpy, so it also works in an isolated build environment.
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -78,7 +81,20 @@ class CMakeBuild(build_ext):
         subprocess.run(build, check=True)
 
 
-setup(
-    ext_modules=[Extension("pyloss._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+def long_description() -> str:
+    """The README for a package index, where links relative to the repository lead nowhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    # tomllib is not there before Python 3.11.
+    configuration = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (repository,) = re.findall(r'^Repository = "(.+)"$', configuration, re.M)
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{repository}/raw/main/", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{repository}/blob/main/", text)
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("pyloss._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
+    )

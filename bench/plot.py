@@ -1,10 +1,10 @@
-"""Turns result files into the tables and figures of the README and the documentation.
+"""Turns result files into docs/benchmarks.md and its figures.
 
-    python -m bench.plot bench/results/<op>_*.json             # prints the tables
-    python -m bench.plot bench/results/<op>_*.json --write     # updates README.md, docs/, docs/img/
+    python -m bench.plot out.json      # prints the tables of a run
+    python -m bench.plot --write       # writes docs/benchmarks.md and docs/img from bench/results
 
-The text between ``<!-- bench:begin <op> -->`` and ``<!-- bench:end <op> -->`` is replaced: the
-README gets the targets and the main figures, ``docs/<op>.md`` gets every measured line.
+The page holds the newest committed file of each op and kind of device. The overview, which the
+README shows, is drawn from the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import _core, _targets
 from bench.run import load_op
@@ -91,12 +91,11 @@ def markers(op: str) -> tuple[str, str]:
     return f"<!-- bench:begin {op} -->", f"<!-- bench:end {op} -->"
 
 
-def title(document: Document, with_op: bool = False) -> str:
+def title(document: Document) -> str:
     environment = document["environment"]
-    op = f"`{document['op']}`, " if with_op else ""
     if _device(document) == "cuda":
-        return f"{op}GPU: {environment['gpu']['name']}"
-    return f"{op}CPU: {environment['cpu']['model']}"
+        return f"GPU: {environment['gpu']['name']}"
+    return f"CPU: {environment['cpu']['model']}"
 
 
 def machine_text(document: Document) -> str:
@@ -240,19 +239,27 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def bar_figure(document: Document, path: Path) -> Path | None:
-    """Time over the yardstick of each case, at the largest thread count.
+def _by_columns(document: Document) -> bool:
+    return _device(document) == "cuda" and any("pct_copy" in r for r in document["results"])
 
-    The yardstick is the bare matrix products where a case has them, otherwise the copy.
-    """
+
+def _yardstick(document: Document) -> tuple[str, str]:
+    """Key of a record and its name: the bare matrix products where there are any, else the copy."""
+    if any("x_products" in r for r in document["results"]):
+        return "x_products", "the bare matrix products"
+    return "x_floor", "floor at the measured copy bandwidth"
+
+
+def _shown_in_figure(document: Document) -> list[Record]:
+    if _by_columns(document):
+        return [
+            r
+            for r in document["results"]
+            if "pct_copy" in r and r["provider"] in _COLOURS and r["group"] == r["mode"]
+        ]
     threads = max(document["options"]["threads"])
-    by_products = any("x_products" in r for r in document["results"])
-    key, yardstick = (
-        ("x_products", "the bare matrix products")
-        if by_products
-        else ("x_floor", "floor at the measured copy bandwidth")
-    )
-    shown = [
+    key, _ = _yardstick(document)
+    return [
         r
         for r in document["results"]
         if key in r
@@ -260,6 +267,13 @@ def bar_figure(document: Document, path: Path) -> Path | None:
         and r["provider"] in _COLOURS
         and r["group"] not in ("options", "inplace")
     ]
+
+
+def bar_figure(document: Document, path: Path) -> Path | None:
+    """Time over the yardstick of each case, at the largest thread count."""
+    threads = max(document["options"]["threads"])
+    key, yardstick = _yardstick(document)
+    shown = _shown_in_figure(document)
     if not shown:
         return None
     cases = list(dict.fromkeys(r["case"] for r in shown))
@@ -285,11 +299,7 @@ def bar_figure(document: Document, path: Path) -> Path | None:
 
 def gpu_figure(document: Document, path: Path) -> Path | None:
     """Share of the copy bandwidth over the number of classes."""
-    shown = [
-        r
-        for r in document["results"]
-        if "pct_copy" in r and r["provider"] in _COLOURS and r["group"] == r["mode"]
-    ]
+    shown = _shown_in_figure(document)
     if not shown:
         return None
     modes = [m for m in ("fwd", "bwd", "fwd+bwd") if any(r["mode"] == m for r in shown)]
@@ -327,68 +337,220 @@ def gpu_figure(document: Document, path: Path) -> Path | None:
     return path
 
 
-def make_figures(documents: list[Document], folder: Path) -> dict[int, Path]:
-    """One picture per result file, where it holds something to draw; keyed by position."""
-    made = {}
-    for position, document in enumerate(documents):
-        device = _device(document)
-        by_columns = device == "cuda" and any("pct_copy" in r for r in document["results"])
-        draw = gpu_figure if by_columns else bar_figure
-        path = draw(document, folder / f"{document['op']}_{device}.png")
-        if path:
-            made[position] = path
-    return made
+class Comparison(NamedTuple):
+    """One line of the overview: a call of pyloss and what people use without it."""
+
+    op: str
+    case: str
+    label: str
+    peers: dict[str, str]  # provider -> its name in the figure
 
 
-# --- the two blocks -----------------------------------------------------------------------------
+# The peers that have the case at the largest thread count, all of them.
+OVERVIEW = (
+    Comparison(
+        "row_softmax",
+        "fwd+bwd 2048x32000 fp32",
+        "fused_cross_entropy, 2048 x 32000",
+        {"torch": "F.cross_entropy", "torch.compile": "the same, compiled"},
+    ),
+    Comparison(
+        "linear_cross_entropy",
+        "fwd+bwd 2048x32000x256 bf16",
+        "fused_linear_cross_entropy, bf16, 2048 x 32000 x 256",
+        {
+            "torch": "F.linear, F.cross_entropy",
+            "torch.compile": "the same, compiled",
+            "torch chunked": "F.linear_cross_entropy, by chunks",
+        },
+    ),
+    Comparison(
+        "tensor_attention",
+        "bwd 256x64 fp32",
+        "tensor_attention, backward, 256 x 64",
+        {"torch": "einsum", "torch blocked": "PyTorch by blocks"},
+    ),
+    Comparison(
+        "betti_matching",
+        "fwd+bwd 1x512x512 natural",
+        "betti_matching_loss, 512 x 512",
+        {"topolosses": "topolosses", "Betti-Matching-3D": "Betti-Matching-3D, matching alone"},
+    ),
+    Comparison(
+        "sorting_network",
+        "fused bitonic 64x128",
+        "sorting_cross_entropy, 64 x 128",
+        {"diffsort": "diffsort"},
+    ),
+    Comparison(
+        "permutahedron",
+        "soft_rank l2 64x128",
+        "permutahedron_rank, 64 x 128",
+        {"torchsort": "torchsort"},
+    ),
+)
 
 
-def block(documents: list[Document], figures: dict[int, str], full: bool) -> str:
-    """The markdown between the markers; ``full`` adds every measured line."""
-    parts = []
-    for position, document in enumerate(documents):
-        parts.append(f"### {title(document, with_op=not full)}")
-        parts.append(machine_text(document))
-        table = targets_table(document)
-        if table:
-            parts.append(table)
-        if position in figures:
-            parts.append(f"![{title(document)}]({figures[position]})")
-        if full:
-            parts.append(results_table(document))
+def overview_rows(documents: list[Document]) -> list[tuple[str, str, float, float | None]]:
+    """(label, peer, its time over ours, its memory over ours) of what the CPU files hold."""
+    rows = []
+    for line in OVERVIEW:
+        for document in documents:
+            if (document["op"], _device(document)) != (line.op, "cpu"):
+                continue
+            threads = max(document["options"]["threads"])
+            found = {
+                r["provider"]: r
+                for r in document["results"]
+                if r["case"] == line.case and r["threads"] == threads and "median_ms" in r
+            }
+            ours = found.get("pyloss")
+            for provider, name in line.peers.items():
+                peer = found.get(provider)
+                if ours and peer:
+                    memory = peer.get("peak_bytes"), ours.get("peak_bytes")
+                    ratio = memory[0] / memory[1] if all(memory) else None
+                    rows.append((line.label, name, peer["median_ms"] / ours["median_ms"], ratio))
+    return rows
+
+
+def overview_figure(documents: list[Document], path: Path) -> Path | None:
+    """How many times the time and the memory of pyloss other packages take."""
+    rows = overview_rows(documents)
+    if not rows:
+        return None
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9.0, 0.7 + 0.42 * len(rows)), sharey=True, layout="constrained"
+    )
+    for axes, column, what in ((left, 2, "time"), (right, 3, "peak memory of the call")):
+        values = [row[column] for row in rows]
+        shown = [value if value is not None else 1.0 for value in values]
+        axes.barh(range(len(rows)), [v - 1 for v in shown], 0.6, left=1, color=_COLOURS["pyloss"])
+        for place, value in enumerate(values):
+            text = "not measured" if value is None else f" {_number(value)}x"
+            axes.text(max(value or 1.0, 1.0), place, text, va="center", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(0.7 * min([1.0, *shown]), 6 * max(shown))
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"{what} / that of pyloss", fontsize=9)
+    left.set_yticks(range(len(rows)), [f"{label}\nagainst {peer}" for label, peer, *_ in rows])
+    left.tick_params(axis="y", labelsize=7.5)
+    left.invert_yaxis()
+    _save(figure, path)
+    pyplot.close(figure)
+    return path
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+RESULTS = "bench/results"
+PAGE = "docs/benchmarks.md"
+_INTRO = f"""# Benchmarks
+
+<!-- Written by `python -m bench.plot --write` from {RESULTS}; do not edit. -->
+
+Every number of this page comes from a file of `{RESULTS}`, the newest of each op and kind of
+device. "asked" is the target that was set before the measurement; "met" says whether it was
+reached. A case is a call of the op; its median is over the rounds, in which all providers take
+turns, after each of them has been checked against the reference on the same tensors. Extra memory
+is what the call needs beyond what was there before it.
+
+`python -m bench.run --op <op> --json out.json` measures on your own machine,
+`python -m bench.plot out.json` prints the tables."""
+_NO_GPU = "No GPU has run any of it yet ([what has run where](gpu.md))."
+_OVERVIEW_TEXT = """![Time and memory of other packages over those of pyloss](img/overview.png)
+
+*How many times the time and the memory of pyloss others take, on the CPU, at the largest thread
+count of the files below. Peak memory is that of the call, results and gradients included.*"""
+
+
+def committed(root: Path) -> list[Document]:
+    """The newest result file of each op and kind of device, in the order of the overview."""
+    newest: dict[tuple[str, str], Document] = {}
+    for path in sorted((root / RESULTS).glob("*.json")):
+        if "op" not in json.loads(path.read_text()):
+            continue  # of a script that draws a figure
+        (document,) = load([path])
+        key = (document["op"], _device(document))
+        if key not in newest or newest[key]["created"] < document["created"]:
+            newest[key] = document
+    order = [line.op for line in OVERVIEW]
+    rank = {op: i for i, op in enumerate(order)}
+    return sorted(newest.values(), key=lambda d: (rank.get(d["op"], len(rank)), d["op"]))
+
+
+def figure_name(document: Document) -> str:
+    return f"{document['op']}_{_device(document)}.png"
+
+
+def has_figure(document: Document) -> bool:
+    return bool(_shown_in_figure(document))
+
+
+def draw(document: Document, folder: Path) -> Path | None:
+    """The picture of a result file, where it holds something to draw."""
+    by_columns = _by_columns(document)
+    return (gpu_figure if by_columns else bar_figure)(document, folder / figure_name(document))
+
+
+def section(document: Document, figure: str | None = None) -> str:
+    """Targets, figure and every measured line of a run."""
+    parts = [f"### {title(document)}", machine_text(document)]
+    table = targets_table(document)
+    if table:
+        parts.append(table)
+    if figure:
+        parts.append(f"![{document['op']}, {title(document)}]({figure})")
+    # Readable as it is in a repository viewer, too.
+    parts.append('<details markdown="1"><summary>Every measured line</summary>')
+    parts += [results_table(document), "</details>"]
     return "\n\n".join(parts)
 
 
-def write(documents: list[Document], root: Path) -> list[Path]:
-    """Updates README.md, docs/<op>.md and docs/img; all documents are of one op."""
-    (op,) = {d["op"] for d in documents}
-    devices = [_device(d) for d in documents]
-    if len(set(devices)) != len(devices):
-        raise ValueError("give at most one result file per kind of device")
-    made = make_figures(documents, root / "docs" / "img")
-    changed = list(made.values())
-    for path, prefix, full in (
-        (root / "README.md", "docs/img/", False),
-        (root / "docs" / f"{op}.md", "img/", True),
-    ):
-        links = {i: prefix + figure.name for i, figure in made.items()}
-        path.write_text(replace_block(path.read_text(), block(documents, links, full), op))
-        changed.append(path)
-    return changed
+def page(documents: list[Document], root: Path) -> str:
+    """The text of docs/benchmarks.md."""
+    parts = [_INTRO]
+    if all(_device(document) == "cpu" for document in documents):
+        parts.append(_NO_GPU)
+    if overview_rows(documents):
+        parts.append(_OVERVIEW_TEXT)
+    op = None
+    for document in documents:
+        if document["op"] != op:
+            op = document["op"]
+            parts.append(f"## {op}")
+            if (root / "docs" / f"{op}.md").is_file():
+                parts.append(f"[What it is]({op}.md).")
+        figure = f"img/{figure_name(document)}" if has_figure(document) else None
+        parts.append(section(document, figure))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(root: Path) -> list[Path]:
+    """Writes the page and its figures from the result files below `root`."""
+    documents = committed(root)
+    folder = root / "docs" / "img"
+    made = [draw(document, folder) for document in documents]
+    made.append(overview_figure(documents, folder / "overview.png"))
+    (root / PAGE).write_text(page(documents, root))
+    return [*(path for path in made if path), root / PAGE]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, help="JSON files of bench.run")
-    parser.add_argument("--write", action="store_true", help="update README.md, docs/ and docs/img")
-    parser.add_argument("--root", type=Path, default=ROOT, help="tree to write to")
+    parser.add_argument("files", nargs="*", type=Path, help="JSON files of bench.run to print")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE} and docs/img")
+    parser.add_argument("--root", type=Path, default=ROOT, help="tree to read and write")
     args = parser.parse_args(argv)
-    documents = load(args.files)
+    if bool(args.files) == args.write:
+        parser.error("give either files to print or --write")
     if args.write:
-        for path in write(documents, args.root):
+        for path in write(args.root):
             print("wrote", path)
     else:
-        print(block(documents, {}, full=True))
+        print("\n\n".join(section(document) for document in load(args.files)))
     return 0
 
 

@@ -1,12 +1,35 @@
-"""What every test shares: seeds, thread count, the skip of GPU tests."""
+"""What every test shares: seeds, threads, poisoned memory, and which tests are left out."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure() -> None:
+    """Threads so that the processes of pytest-xdist together fill the cores, not more.
+
+    In the environment too, for the programs that tests start. A test of threads sets its own count.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+    each = max(1, (os.cpu_count() or 1) // workers) if workers else 0
+    threads = int(os.environ.get("PYLOSS_TEST_THREADS", each))
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="tests marked exhaustive, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -18,6 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """Memory that torch.empty and its like return is NaN, or the largest integer.
+
+    torch fills it in its deterministic mode only; warn_only, so that operations without a
+    deterministic form still run. A test that leaves the mode changes nothing for the next one.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.fixture

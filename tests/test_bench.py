@@ -485,65 +485,74 @@ def gpu_document(document) -> dict:
     return gpu
 
 
-def test_tables_and_figures(document, gpu_document, tmp_path):
+def _write_results(root: Path, **documents: dict) -> None:
+    folder = root / plot.RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / "docs").mkdir(exist_ok=True)
+    for name, content in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_page_and_figures(document, gpu_document, linear_document, tmp_path):
     pytest.importorskip("matplotlib")
-    begin, end = plot.markers("row_softmax")
-    before = f"# title\n\n{begin}\nold\n{end}\n\nafter\n"
-    (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/row_softmax.md"):
-        (tmp_path / name).write_text(before)
-    files = []
-    for name, content in (("cpu", document), ("cuda", gpu_document)):
-        files.append(tmp_path / f"{name}.json")
-        files[-1].write_text(json.dumps(content))
+    stale = {**document, "created": "2000-01-01T00:00:00+00:00"}
+    figures = {"schema": _core.SCHEMA_VERSION}  # of a script that draws; no op
+    _write_results(tmp_path, cpu=document, a_stale=stale, cuda=gpu_document, figures=figures)
+    _write_results(tmp_path, linear=linear_document)
+    assert plot.main(["--write", "--root", str(tmp_path)]) == 0
+    page = (tmp_path / plot.PAGE).read_text()
+    assert page.count("\n## row_softmax\n") == page.count("\n## linear_cross_entropy\n") == 1
+    assert page.count("### CPU: ") == 2 and page.count("### GPU: Test GPU") == 1
+    assert "2000-01-01" not in page and "No GPU has run" not in page
+    assert page.count("| what | asked |") == 3
+    assert "95.2 %" in page  # 1 / 1.05 of the copy bandwidth
+    assert "quick run" in page and "pyloss tau=0.5" in page
+    assert "x bare products | x torch | extra memory (MB) |" in page
+    assert "| accuracy bf16 | pyloss accumulate fp32 | dW, 256x262144x64 |" in page
+    names = ["linear_cross_entropy_cpu", "overview", "row_softmax_cpu", "row_softmax_cuda"]
+    pictures = sorted(p.stem for p in (tmp_path / "docs/img").iterdir())
+    assert pictures == names
+    for name in names:
+        assert f"(img/{name}.png)" in page
+        assert 1000 < (tmp_path / f"docs/img/{name}.png").stat().st_size < 100_000
+    before = page
+    plot.write(tmp_path)
+    assert (tmp_path / plot.PAGE).read_text() == before
 
-    assert plot.main([*map(str, files), "--write", "--root", str(tmp_path)]) == 0
-    readme = (tmp_path / "README.md").read_text()
-    docs = (tmp_path / "docs/row_softmax.md").read_text()
-    for text in (readme, docs):
-        assert text.startswith("# title\n") and text.endswith("\n\nafter\n")
-        assert "old" not in text
-        assert "GPU: Test GPU" in text
-        assert "| what | asked |" in text
-        assert "95.2 %" in text  # 1 / 1.05 of the copy bandwidth
-        assert "quick run" in text
-    assert "(docs/img/row_softmax_cpu.png)" in readme
-    assert "(img/row_softmax_cuda.png)" in docs
-    assert "pyloss tau=0.5" in docs and "pyloss tau=0.5" not in readme
-    pictures = sorted(p.name for p in (tmp_path / "docs/img").iterdir())
-    assert pictures == ["row_softmax_cpu.png", "row_softmax_cuda.png"]
+
+def test_one_file_is_printed(document, tmp_path, capsys):
+    (tmp_path / "out.json").write_text(json.dumps(document))
+    assert plot.main([str(tmp_path / "out.json")]) == 0
+    text = capsys.readouterr().out
+    assert "| what | asked |" in text and "pyloss tau=0.5" in text
+    with pytest.raises(SystemExit):
+        plot.main([])
+
+
+def test_overview_is_ours_against_each_peer(document, tmp_path):
+    line = plot.OVERVIEW[0]
+    made = copy.deepcopy(document)
+    made["options"]["threads"] = [2, 1]
+    base = {"case": line.case, "status": "ok"}
+    made["results"] = [
+        {**base, "threads": 2, "provider": "pyloss", "median_ms": 2.0, "peak_bytes": 10},
+        {**base, "threads": 2, "provider": "torch", "median_ms": 6.0, "peak_bytes": 0},
+        {**base, "threads": 1, "provider": "torch", "median_ms": 99.0, "peak_bytes": 99},
+        {**base, "threads": 2, "provider": "torch.compile", "status": "skipped"},
+    ]
+    assert plot.overview_rows([made]) == [(line.label, line.peers["torch"], 3.0, None)]
+
+
+def test_committed_page_is_up_to_date():
+    """docs/benchmarks.md and the files of bench/results say the same."""
+    documents = plot.committed(ROOT)
+    message = "run `python -m bench.plot --write`"
+    assert (ROOT / plot.PAGE).read_text() == plot.page(documents, ROOT), message
+    pictures = {plot.figure_name(d) for d in documents if plot.has_figure(d)} | {"overview.png"}
     for name in pictures:
-        assert 1000 < (tmp_path / "docs/img" / name).stat().st_size < 100_000
-
-    # A second time gives the same text: the markers survive.
-    plot.write(plot.load(files), tmp_path)
-    assert (tmp_path / "README.md").read_text() == readme
-
-
-def test_each_op_has_its_own_block(document, linear_document, tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "docs").mkdir()
-    blocks = {op: plot.markers(op) for op in ("row_softmax", "linear_cross_entropy")}
-    for op, (begin, end) in blocks.items():
-        (tmp_path / f"docs/{op}.md").write_text(f"{begin}\n{end}\n")
-    both = "\nbetween\n".join(f"{begin}\nold {op}\n{end}" for op, (begin, end) in blocks.items())
-    (tmp_path / "README.md").write_text(both)
-    plot.write([linear_document], tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert "old row_softmax" in readme and "old linear" not in readme
-    assert "### `linear_cross_entropy`, CPU: " in readme
-    assert "time over the three bare products" in readme
-    plot.write([document], tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme and "between" in readme and readme.count("| what | asked |") == 2
-
-    docs = (tmp_path / "docs/linear_cross_entropy.md").read_text()
-    assert "x bare products | x torch | extra memory (MB) |" in docs and "% of copy" not in docs
-    assert "| accuracy bf16 | pyloss accumulate fp32 | dW, 256x262144x64 |" in docs
-    pictures = sorted(p.name for p in (tmp_path / "docs/img").iterdir())
-    assert pictures == ["linear_cross_entropy_cpu.png", "row_softmax_cpu.png"]
-    for name in pictures:
-        assert 1000 < (tmp_path / "docs/img" / name).stat().st_size < 100_000
+        assert (ROOT / "docs/img" / name).is_file(), message
+    lines = {(line.label, peer) for line in plot.OVERVIEW for peer in line.peers.values()}
+    assert {row[:2] for row in plot.overview_rows(documents)} == lines
 
 
 def test_plot_refuses_another_schema_and_missing_markers(document, tmp_path):

@@ -793,14 +793,6 @@ def run_script(*command: str) -> str:
     return done.stdout
 
 
-def test_example_of_the_documentation() -> None:
-    text = (ROOT / "docs" / "transformers.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert blocks and "patch_loss" in blocks[0]
-    printed = run_script("-c", blocks[0])
-    assert "logits None" in printed, printed
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_fsdp2_example_of_the_documentation(tmp_path: Path) -> None:

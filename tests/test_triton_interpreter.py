@@ -1,4 +1,4 @@
-"""Runs tests/interpreter/check_*.py under Triton's interpreter, one process per file.
+"""Runs tests/interpreter/check_*.py under Triton's interpreter, one process per op.
 
 TRITON_INTERPRET=1 is set for these processes only: set for the whole run it would silently turn
 every Triton test on a GPU machine into an interpreted one.
@@ -16,20 +16,22 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
-CHECKS = sorted((HERE / "interpreter").glob("check_*.py"))
+CHECKS: dict[str, list[Path]] = {}  # by the first two words of the op's name
+for _path in sorted((HERE / "interpreter").glob("check_*.py")):
+    CHECKS.setdefault("_".join(_path.stem.split("_")[1:3]), []).append(_path)
 
 
-def run_interpreted(path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+def run_interpreted(*paths: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, paths)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         command, cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=500
     )
 
 
-@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
-def test_interpreted(path: Path) -> None:
-    done = run_interpreted(path)
+@pytest.mark.parametrize("op", CHECKS)
+def test_interpreted(op: str) -> None:
+    done = run_interpreted(*CHECKS[op])
     assert done.returncode == 0, done.stdout + done.stderr
 
 

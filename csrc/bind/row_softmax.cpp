@@ -40,7 +40,7 @@ RowSoftmaxOptions decode_options(const Reader<Options>& o, const Reader<Codes>& 
   RowSoftmaxOptions r{};
   r.ignore_index = c.integer(Codes::ignore_index);
   r.loss = c.code<LossKind>(Codes::loss, kLossKindCount);
-  r.reduction = c.code<Reduction>(Codes::reduction, 3);
+  r.reduction = c.code<Reduction>(Codes::reduction, kReductionCount);
   r.zero_if_empty = c.flag(Codes::zero_if_empty);
   r.logit_scale = o.number(Options::logit_scale);
   r.softcap = o.number(Options::softcap);

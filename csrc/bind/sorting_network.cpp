@@ -187,8 +187,8 @@ void register_sorting_network(py::module_& m) {
           const auto p = decode_on_cpu(problem);
           const Reader<Targets> r(targets);
           const auto t = decode(r, p);
-          const auto reduction = r.code<cpu::Reduction>(Targets::reduction, cpu::kReductionCount);
-          const int64_t losses = reduction == cpu::Reduction::kNone ? p.items : 1;
+          const auto reduction = r.code<Reduction>(Targets::reduction, kReductionCount);
+          const int64_t losses = reduction == Reduction::kNone ? p.items : 1;
           without_gil(cpu::sorting_loss, p, t, reduction, checked_pointer("loss", loss, losses),
                       optional_pointer(gx), checked_threads(threads));
         });

@@ -21,6 +21,7 @@
 
 #include "common/dtype.h"
 #include "common/math.h"
+#include "common/reduction.h"
 
 namespace pyloss {
 
@@ -28,7 +29,6 @@ namespace pyloss {
 enum class TargetKind : int32_t { kIndex = 0, kMix = 1, kDense = 2 };
 enum class LossKind : int32_t { kCompSum = 0, kFocal = 1 };
 constexpr int kLossKindCount = 2;
-enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
 
 struct RowSoftmaxOptions {
   double logit_scale, softcap, temperature;  // softcap 0: none

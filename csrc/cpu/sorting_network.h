@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/reduction.h"
 #include "common/sorting_network.h"
 
 namespace pyloss {
@@ -43,8 +44,6 @@ struct SortingTargets {
   const int32_t* count;  // [items][n], null for one rank each; of no meaning for values
   sorting::Loss kind;
 };
-enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
-inline constexpr int kReductionCount = 3;
 void sorting_loss(const sorting::Problem& p, const SortingTargets& targets, Reduction reduction,
                   void* loss,  // [items], or one reduced over the items
                   void* gx,    // [items][n], the gradient of the loss (of each item of its own)

@@ -23,8 +23,9 @@ def values_at(image: Tensor, item: Tensor, voxel: Tensor, missing: float) -> Ten
 
 
 def counts_of(index: Tensor, items: int, dims: int) -> Tensor:
+    """Rows per item and dimension, (items, dims); no bincount, which waits for a GPU."""
     flat = index[:, 0] * dims + index[:, 1]
-    return torch.bincount(flat, minlength=items * dims).view(items, dims)
+    return flat.new_zeros(items * dims).index_add_(0, flat, torch.ones_like(flat)).view(items, dims)
 
 
 def unravelled(voxels: Tensor, shape: tuple[int, ...]) -> Tensor:

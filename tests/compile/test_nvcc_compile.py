@@ -1,24 +1,26 @@
-"""Every CUDA source compiles for every architecture of the wheels, without spilled registers.
+"""The compiled CUDA kernels neither spill registers nor use more of them than planned.
 
-Nothing runs here, so no GPU is needed, only nvcc. The limits on registers keep the number of
-threads per multiprocessor that the kernels are laid out for.
+Nothing runs here, so no GPU is needed; the resources are read from what the build has compiled:
+from pyloss._C, for the architecture that it was built for, and from build/gpu-proof, where `make
+gpu-proof` compiles the others. The limits on registers keep the number of threads per
+multiprocessor that the kernels are laid out for.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from pyloss import _C
+
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-ARCHS = ("sm_80", "sm_90", "sm_100")
+MODULE = Path(_C.__file__)
+OTHERS = ROOT / "build/gpu-proof/libpyloss_cuda.a"
 
 # Part of a kernel's mangled name -> registers per thread; the first match counts. ModeE0, E1 and E2
 # are Mode::kPlain, kOptions and kSoft, `d` is double.
@@ -38,44 +40,39 @@ LIMITS = (
 SHARED_LIMITS = ((r"sorting_tile", 4096), (r"", 48 * 1024))
 
 
-def _nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+def _disassembler() -> str:
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton")
+        found = shutil.which(str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"))
+    return found or pytest.skip("needs cuobjdump")
 
 
-NVCC = _nvcc()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def _cuobjdump(*arguments: str, folder: Path | None = None) -> str:
+    command = [_disassembler(), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return done.stdout
 
 
 class Kernel(NamedTuple):
+    arch: str
     name: str
     registers: int
-    stack: int
-    spilled: int
+    stack: int  # spilled registers are there
     shared: int
+    local: int
 
 
-def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
-    out = folder / f"{source.stem}.{arch}.cubin"
-    command = [
-        NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-cubin",
-        f"-arch={arch}", "-Xptxas", "-v", "-Werror", "all-warnings", "-o", str(out), str(source),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-    return out, done.stdout + done.stderr
-
-
-def _kernels(report: str) -> list[Kernel]:
+def _kernels(library: Path) -> list[Kernel]:
     found = []
-    for part in report.split("Compiling entry function '")[1:]:
-        registers = re.search(r"Used (\d+) registers", part)
-        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
-        assert registers and memory, part
-        stack, stores, loads = map(int, memory.groups())
-        shared = re.search(r"(\d+) bytes smem", part)
-        name, bytes_shared = part.split("'")[0], int(shared[1]) if shared else 0
-        found.append(Kernel(name, int(registers[1]), stack, stores + loads, bytes_shared))
+    # One part per architecture and source.
+    for part in _cuobjdump("-res-usage", str(library)).split("Fatbin elf code:")[1:]:
+        arch = re.search(r"arch = (\w+)", part)
+        for name, text in re.findall(r"Function (\w+):\s+(REG:.*)", part):
+            used = dict(re.findall(r"(\w+):(\d+)", text))
+            numbers = (int(used[key]) for key in ("REG", "STACK", "SHARED", "LOCAL"))
+            found.append(Kernel(arch[1], name, *numbers))
     return found
 
 
@@ -83,40 +80,42 @@ def _limit(name: str, limits: tuple[tuple[str, int], ...] = LIMITS) -> int:
     return next(limit for pattern, limit in limits if re.search(pattern, name))
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in ARCHS]
-)
-def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda source: _compile(source, arch, tmp_path), SOURCES))
-    kernels = []
-    for source, (cubin, report) in zip(SOURCES, results):
-        assert cubin.stat().st_size > 0, source
-        kernels += _kernels(report)
-    assert len(kernels) > 30
-    bad = [k for k in kernels if k.stack or k.spilled or k.registers > _limit(k.name)]
+def _check(library: Path, archs: set[str]) -> None:
+    kernels = _kernels(library)
+    for arch in archs:
+        assert sum(k.arch == arch for k in kernels) > 30, arch
+    bad = [k for k in kernels if k.stack or k.local or k.registers > _limit(k.name)]
     bad += [k for k in kernels if k.shared > _limit(k.name, SHARED_LIMITS)]
     assert not bad, "\n".join(f"{k} (limit {_limit(k.name)})" for k in bad)
 
 
-def _disassembler() -> str | None:
-    found = shutil.which("cuobjdump")
-    if found is None:
-        try:
-            import triton
-        except ImportError:
-            return None
-        found = shutil.which(str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"))
-    return found
+def _archs_of_module() -> set[str]:
+    if not _C.built_with_cuda:
+        pytest.skip("pyloss._C was built without CUDA")
+    return {f"sm_{a.partition('-')[0]}" for a in _C.cuda_archs.split(",") if "virtual" not in a}
+
+
+def test_module_is_without_spills() -> None:
+    _check(MODULE, _archs_of_module())
+
+
+@pytest.mark.exhaustive
+def test_other_architectures_are_without_spills() -> None:
+    if not OTHERS.exists():
+        pytest.skip("needs nvcc, and `make gpu-proof`, which builds them")
+    _check(OTHERS, {"sm_80", "sm_100"})
 
 
 def test_vector_loads_and_stores_are_128_bits_wide(tmp_path: Path) -> None:
-    tool = _disassembler()
-    if tool is None:
-        pytest.skip("needs cuobjdump")
-    cubin, _ = _compile(ROOT / "csrc/cuda/row_softmax_backward.cu", "sm_90", tmp_path)
-    sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
-    for body in sass.stdout.split("Function : ")[1:]:
-        name = body.split()[0]
-        assert "LDG.E.128" in body and "STG.E.128" in body, name
-        assert "LDL" not in body and "STL" not in body, f"{name} uses local memory"
+    _archs_of_module()
+    _cuobjdump("-xelf", "all", str(MODULE), folder=tmp_path)
+    # Names of internal linkage hold the name of the source.
+    cubins = [p for p in tmp_path.iterdir() if b"row_softmax_backward_cu" in p.read_bytes()]
+    assert cubins
+    for cubin in cubins:
+        bodies = _cuobjdump("-sass", str(cubin)).split("Function : ")[1:]
+        assert bodies
+        for body in bodies:
+            name = body.split()[0]
+            assert "LDG.E.128" in body and "STG.E.128" in body, name
+            assert "LDL" not in body and "STL" not in body, f"{name} uses local memory"

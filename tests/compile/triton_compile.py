@@ -1,7 +1,4 @@
-"""Compiles the COMPILE_CASES of one file for one architecture: `triton_compile.py FILE CAPABILITY`.
-
-Runs in its own process, because a kernel that was decorated under TRITON_INTERPRET=1 cannot be
-compiled. Prints one JSON line per case; needs no GPU.
+"""Compiles one of the COMPILE_CASES of a file for one architecture; needs no GPU.
 
 A case is a dict:
   kernel      the @triton.jit function
@@ -15,8 +12,6 @@ A case is a dict:
 from __future__ import annotations
 
 import importlib.util
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +19,14 @@ from typing import Any
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-def load(path: Path) -> Any:
+def cases_of(path: Path) -> list[dict[str, Any]]:
+    """The COMPILE_CASES of a file or package of kernels/, or of a file elsewhere."""
     if path.parent.name == "kernels":  # so that its imports of pyloss.kernels._launch work
-        return importlib.import_module(f"pyloss.kernels.{path.stem}")
+        return importlib.import_module(f"pyloss.kernels.{path.stem}").COMPILE_CASES
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module.COMPILE_CASES
 
 
 def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
@@ -47,19 +43,8 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
     done = triton.compile(source, target=target, options=case.get("options", {}))
     wanted = case.get("ptx_has", {}).get(capability)
     return {
-        "kernel": kernel.__name__,
         "cubin_bytes": len(done.asm["cubin"]),
         "shared": done.metadata.shared,
         "shared_limit": SHARED_LIMIT[capability],
         "missing": wanted if wanted and wanted not in done.asm["ptx"] else None,
     }
-
-
-def main() -> None:
-    path, capability = Path(sys.argv[1]).resolve(), int(sys.argv[2])
-    for case in load(path).COMPILE_CASES:
-        print(json.dumps(compile_case(case, capability)))
-
-
-if __name__ == "__main__":
-    main()

@@ -636,5 +636,5 @@ int main(int argc, char** argv) {
   }
   std::printf("%lld problems, %lld checks, %lld failed\n", (long long)cases, (long long)checked,
               (long long)failed);
-  return failed != 0;
+  return failed != 0 || checked == 0;
 }

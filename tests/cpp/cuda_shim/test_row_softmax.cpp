@@ -904,5 +904,5 @@ int main(int argc, char** argv) {
   }
   std::printf("%lld problems, %lld checks, %lld failed\n", static_cast<long long>(cases),
               static_cast<long long>(checked), static_cast<long long>(failed));
-  return failed == 0 ? 0 : 1;
+  return failed != 0 || checked == 0;
 }

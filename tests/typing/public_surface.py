@@ -1,0 +1,190 @@
+"""A user's program with every public name, for the type checker of `make lint`; nothing runs it.
+
+It finds names that a type checker cannot see (lazy exports without a stub), arguments that the
+annotations refuse, and results whose type is not the one promised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import pyloss
+import pyloss.distributed
+import pyloss.integrations.transformers
+import pyloss.ops
+import pyloss.reference
+import pyloss.testing
+import pyloss.visualize
+from pyloss.functional import (
+    DPOMetrics,
+    GRPOMetrics,
+    TensorAttentionCost,
+    dice_cross_entropy_loss,
+    dpo_loss,
+    group_advantages,
+    grpo_loss,
+    linear_distillation_loss,
+    neural_sort,
+    permutahedron_rank,
+    permutahedron_sort,
+    sequence_logprobs,
+    soft_dice_loss,
+    soft_sort_matrix,
+)
+from pyloss.metrics import (
+    BettiMatchingError,
+    BettiNumberError,
+    RankingAccuracy,
+    ranking_accuracy,
+)
+from pyloss.testing import Tolerance, make_logits, tolerance_for
+
+x = torch.randn(4, 10)
+y = torch.randint(10, (4,))
+p = torch.rand(2, 1, 8, 8)
+mask = p > 0.5
+
+
+def cross_entropy() -> None:
+    assert_type(pyloss.fused_cross_entropy(x, y), Tensor | tuple[Tensor, pyloss.RowStats])
+    pyloss.fused_cross_entropy(
+        x, (y, y, 0.3), torch.ones(10), ignore_index=0, reduction="sum", label_smoothing=0.1
+    )
+    pyloss.fused_cross_entropy(
+        x,
+        y,
+        tau=0.7,
+        truncate=0.1,
+        z_loss=1e-4,
+        softcap=30.0,
+        logit_scale=2.0,
+        temperature=0.5,
+        token_weight=torch.ones(4),
+        return_stats=("lse",),
+        inplace=True,
+        empty="zero",
+        loss_dtype=torch.float64,
+        num_items=3,
+    )
+    pyloss.comp_sum_loss(x, y, 0.5, z_loss=1e-4)
+    pyloss.focal_loss(x, y, 2.0, reduction="none")
+    result = pyloss.fused_cross_entropy(x, y, return_stats=("lse", "entropy"))
+    assert isinstance(result, tuple)
+    assert_type(result[1].lse, Tensor | None)
+    modules: list[nn.Module] = [
+        pyloss.CrossEntropyLoss(),
+        pyloss.CompSumLoss(0.5),
+        pyloss.GeneralizedCrossEntropyLoss(0.7),
+        pyloss.FocalLoss(2.0),
+        pyloss.LinearCrossEntropyLoss(10, 7),
+    ]
+    nn.ModuleList(modules)
+
+
+def linear() -> None:
+    w = torch.randn(7, 10)
+    pyloss.fused_linear_cross_entropy(x, w, y, shift=0, chunk=2, filter=1e-4)
+    pyloss.token_logprobs(x, w, y, return_entropy=True)
+    pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
+    pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
+    linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
+
+
+def preference() -> None:
+    logps = sequence_logprobs(x, mask=None, average=True)
+    assert_type(logps, Tensor)
+    assert_type(dpo_loss(logps, logps, None, None), Tensor | tuple[Tensor, DPOMetrics])
+    assert_type(group_advantages(torch.rand(8), 4), Tensor)
+    assert_type(grpo_loss(x, None, y, kl_coef=0.1), Tensor | tuple[Tensor, GRPOMetrics])
+
+
+def attention() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    pyloss.tensor_attention(q, q, q, q, q, window=(4, 8), scale="kronecker")
+    pyloss.tensor_attention_n(q, [q, q, q], [q, q, q])
+    cost = pyloss.tensor_attention_cost((1, 2, 8, 16), window=4)
+    assert_type(cost, TensorAttentionCost)
+    assert_type(cost.seconds, float | None)
+    pyloss.tensor_attention_error(q, q, q, degree=2)["bound"]
+    layer = pyloss.nn.TensorAttention(32, 2, batch_first=True, order=2)
+    layer.reset_parameters()
+    assert_type(
+        pyloss.nn.TensorAttention.from_multihead(nn.MultiheadAttention(32, 2)),
+        pyloss.nn.TensorAttention,
+    )
+
+
+def segmentation() -> None:
+    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0]), Tensor)
+    assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
+    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(jaccard=True)])
+
+
+def topology() -> None:
+    assert_type(pyloss.betti_matching_loss(p, mask, unmatched="extreme"), Tensor)
+    target = pyloss.BettiTarget.precompute(mask)
+    assert_type(target.select([0]).to("cpu").device, torch.device)
+    matching = pyloss.betti_matching(p, target)
+    assert_type(matching, pyloss.BettiMatching)
+    assert_type(matching.counts, Tensor)
+    assert_type(matching.representative_cycles(0, "input", dim=1), list[Tensor])
+    pairs = pyloss.persistence_pairs(p, construction="T")
+    assert_type(pairs, pyloss.PersistencePairs)
+    assert_type(pairs.betti(0.5), Tensor)
+    pyloss.betti_numbers(mask)
+    pyloss.betti_number_error(p, mask, 0.5)
+    pyloss.betti_matching_error(p, mask, normalize=True)
+    for metric in (BettiNumberError(0.5), BettiMatchingError(0.5)):
+        metric.update(p, mask)
+        assert_type(metric.compute(), Tensor)
+        metric.reset()
+    pyloss.BettiMatchingLoss(base_loss=nn.BCELoss(), alpha=0.5)
+    pyloss.visualize.draw_barcode(pairs)
+    pyloss.visualize.draw_matching(p, mask, matching)
+
+
+def sorting() -> None:
+    pyloss.soft_sort(x, network="odd_even", return_permutation=True)
+    assert_type(pyloss.soft_rank(x, steepness=torch.tensor(3.0)), Tensor)
+    assert_type(pyloss.soft_argsort(x), Tensor)
+    assert_type(pyloss.soft_permutation(x, hard=True), Tensor)
+    assert_type(pyloss.soft_permute(x, torch.randn(4, 10, 3)), Tensor)
+    assert_type(pyloss.soft_topk(x, 3, largest=False), Tensor)
+    assert_type(pyloss.sorting_cross_entropy(x, x, "row_ce", ties="share"), Tensor)
+    assert_type(pyloss.spearman_loss(x, x, method="permutahedron"), Tensor)
+    assert_type(permutahedron_rank(x, "kl"), Tensor)
+    assert_type(permutahedron_sort(x, descending=True), Tensor)
+    assert_type(neural_sort(x, 0.1), Tensor)
+    assert_type(soft_sort_matrix(x, 0.1, 2.0), Tensor)
+    assert_type(ranking_accuracy(x, x), RankingAccuracy)
+    nn.ModuleList(
+        [
+            pyloss.DiffSortNet("bitonic", 10),
+            pyloss.DiffTopkNet("splitter_selection", 16, 5),
+            pyloss.SortingCrossEntropyLoss(),
+            pyloss.nn.SpearmanLoss(),
+            pyloss.nn.NeuralSort(0.1),
+            pyloss.nn.SoftSort(0.1),
+        ]
+    )
+
+
+def transformers(model: nn.Module) -> None:
+    module = pyloss.integrations.transformers
+    module.unpatch_loss(module.patch_loss(model, z_loss=1e-4))
+    module.convert(model, layers=slice(0, 2), window=None)
+    module.from_pretrained("folder")
+
+
+def tools() -> None:
+    assert_type(pyloss.show_config(), str)
+    pyloss.ops.load_all()
+    with pyloss.backend("reference"):
+        pass
+    assert_type(make_logits((4, 10)), Tensor)
+    assert_type(tolerance_for(torch.float32), Tolerance)
+    pyloss.testing.assert_matches_reference(x, x, rtol=1e-3)
+    pyloss.reference.row_softmax(x, y)
+    pyloss.reference.tensor_attention(x, [x, x], [x, x])
