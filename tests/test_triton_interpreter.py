@@ -29,6 +29,7 @@ def run_interpreted(*paths: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CHECKS)
 def test_interpreted(op: str) -> None:
     done = run_interpreted(*CHECKS[op])
