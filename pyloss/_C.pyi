@@ -1,5 +1,3 @@
-from collections.abc import Sequence
-
 version: str
 built_with_cuda: bool
 cuda_archs: str
@@ -86,14 +84,12 @@ def sorting_network_loss(
     problem: tuple[object, ...], targets: tuple[object, ...], loss: int, gx: int, threads: int, /
 ) -> None: ...
 
-# `problem`: see csrc/bind/tensor_attention.cpp; `floats`: scale, bias_k, bias_v.
+# Of tensor attention; `problem`, `backward`: pyloss/ops/tensor_attention/records.py.
 def tensor_attention_scratch_bytes(
-    problem: Sequence[int], floats: Sequence[float], backward: bool, mask_gradients: bool,
-    threads: int, /,
-) -> int: ...  # fmt: skip
+    problem: tuple[object, ...], backward: bool, mask_gradients: bool, threads: int, /
+) -> int: ...
 def tensor_attention_fwd(
-    problem: Sequence[int],
-    floats: Sequence[float],
+    problem: tuple[object, ...],
     out: int,
     lse: int,
     scratch: int,
@@ -102,42 +98,30 @@ def tensor_attention_fwd(
     /,
 ) -> None: ...
 def tensor_attention_bwd(
-    problem: Sequence[int],
-    floats: Sequence[float],
-    dout: int,
-    dout_strides: Sequence[int],
-    dlse: int,
-    out: int,
-    lse: int,
-    grads: Sequence[int],
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     threads: int,
     /,
 ) -> None: ...
 
-# `problem`: see csrc/bind/tensor_attention_lowrank.cpp; `floats`: centre, coefficients.
+# The records: pyloss/ops/tensor_attention_lowrank/records.py.
 def tensor_attention_lowrank_scratch_bytes(
-    problem: Sequence[int], floats: Sequence[float], backward: bool, threads: int, /
+    problem: tuple[object, ...], backward: bool, threads: int, /
 ) -> int: ...
 def tensor_attention_lowrank_largest(x: int, dtype: int, count: int, threads: int, /) -> float: ...
 def tensor_attention_lowrank_fwd(
-    problem: Sequence[int],
-    floats: Sequence[float],
-    results: Sequence[int],
-    states: Sequence[int],
+    problem: tuple[object, ...],
+    forward: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     threads: int,
     /,
 ) -> int: ...
 def tensor_attention_lowrank_bwd(
-    problem: Sequence[int],
-    floats: Sequence[float],
-    cotangents: Sequence[int],
-    results: Sequence[int],
-    states: Sequence[int],
-    grads: Sequence[int],
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     threads: int,

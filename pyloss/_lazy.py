@@ -12,15 +12,15 @@ at the import lock and find the same object.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
-import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-_names: dict[str, list[str]] = {}  # public names of each package that has a table
-_submodules: dict[str, set[str]] = {}
+# The packages that have a table, where a missing name is looked for; to import them costs little.
+PACKAGES = ("distributed", "functional", "metrics", "nn", "visualize")
+
+_names: dict[str, list[str]] = {}  # public names of those imported so far, and of pyloss
 
 
 def exports(
@@ -30,7 +30,8 @@ def exports(
 
     Args:
         package: ``__name__`` of the package that calls.
-        table: names by the module of the package that holds them; the modules resolve too.
+        table: names by the module of the package that holds them; the modules resolve too. No
+            name may be that of a module: importing the module would put it in the name's place.
         submodules: further modules of the package that resolve.
 
     Returns:
@@ -39,10 +40,7 @@ def exports(
     home = {name: module for module, names in table.items() for name in names}
     modules = {*table, *submodules}
     names = _names[package] = sorted(home)
-    _submodules[package] = modules
     module = sys.modules[package]
-    if home.keys() & table.keys():
-        module.__class__ = _FunctionsBeforeModules
 
     def resolve(name: str) -> Any:
         if name in home:
@@ -60,18 +58,6 @@ def exports(
     return resolve, listed, names
 
 
-class _FunctionsBeforeModules(types.ModuleType):
-    """A package some of whose functions are called as the module that holds them.
-
-    The import system sets a submodule as an attribute of its package: there the function must stay.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, types.ModuleType) and name in _names[self.__name__]:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
 def _missing(package: str, name: str) -> NoReturn:
     """Raises the AttributeError of a name that a package lacks, and says where it may be found."""
     text = f"module {package!r} has no attribute {name!r}"
@@ -85,10 +71,8 @@ def _missing(package: str, name: str) -> NoReturn:
 def _hint(package: str, name: str) -> str | None:
     import difflib
 
-    root = package.partition(".")[0]
-    for child in _submodules[root]:  # only tables: no family is imported
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"{root}.{child}")
+    for child in PACKAGES:
+        importlib.import_module(f"pyloss.{child}")
     for place, names in sorted(_names.items()):
         if name in names:
             return f"it is {place}.{name}"

@@ -29,6 +29,7 @@ __all__ = [
     "KDIM_LAYOUTS",
     "LAYOUTS",
     "ROW_SHAPES",
+    "STRIDES",
     "TOLERANCES",
     "Tolerance",
     "accuracy_bound",
@@ -272,20 +273,27 @@ def make_target(
     raise ValueError(f"kind must be 'index', 'prob' or 'mixup', got {kind!r}")
 
 
+def _filler(x: Tensor) -> float | bool:
+    """What no test expects to read: NaN, the largest integer, True."""
+    if x.is_floating_point():
+        return float("nan")
+    return x.dtype == torch.bool or torch.iinfo(x.dtype).max
+
+
 def _padded(x: Tensor, before: int, after: int, step: int = 1) -> Tensor:
-    """``x`` as a slice of a wider buffer along the last dimension; the padding is NaN."""
+    """``x`` as a slice of a wider buffer along the last dimension."""
     last = x.shape[-1]
-    wide = x.new_full((*x.shape[:-1], before + step * last + after), float("nan"))
+    wide = x.new_full((*x.shape[:-1], before + step * last + after), _filler(x))
     return wide[..., before : before + step * last : step].copy_(x)
 
 
 def _every_second_row(x: Tensor) -> Tensor:
-    wide = x.new_full((2 * x.shape[0], *x.shape[1:]), float("nan"))
+    wide = x.new_full((2 * x.shape[0], *x.shape[1:]), _filler(x))
     return wide[::2].copy_(x)
 
 
 def _shifted_storage(x: Tensor) -> Tensor:
-    flat = x.new_full((x.numel() + 1,), float("nan"))
+    flat = x.new_full((x.numel() + 1,), _filler(x))
     return flat[1:].view(x.shape).copy_(x)
 
 
@@ -311,6 +319,22 @@ KDIM_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every_second_image": _every_second_row,
     "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "expanded": lambda x: x[:1].expand(x.shape[0], -1, -1, -1),
+}
+
+
+def _reversed_strides(x: Tensor) -> Tensor:
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+# The same for a tensor of one dimension or more.
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "padded": lambda x: _padded(x, 2, 3),
+    "step": lambda x: _padded(x, 1, 0, step=2),  # last stride 2
+    "shifted": _shifted_storage,
+    "every_second": _every_second_row,
+    "reversed": _reversed_strides,  # the first dimension is the dense one
+    "expanded": lambda x: x[:1].expand_as(x),  # first stride 0
 }
 
 

@@ -174,69 +174,94 @@ def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any
     }
 
 
-def tensor_attention_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
-    lengths, features, heads, dv = (3, 4, 5), 3, 2, 2
+    maybe = {name: Field([0, buffer.address], [0]) for name, buffer in buffers.items()}
+    (n_q, n_1, n_2), features, heads, dv = (3, 4, 5), 3, 2, 2
 
-    def rows(name: str, count: int, width: int) -> list[Field]:
-        return [b[name], stride(count * width * heads), stride(count * width), stride(width)]
+    def outer(count: int, width: int) -> list[Field]:
+        sizes = (count * width * heads, count * width, width)
+        return [*map(stride, sizes), Field([1], stride(1).hostile)]
 
-    def mask(name: str, count: int) -> list[Field]:
-        maybe = Field([0, buffers[name].address], [0])
-        # Broadcast, too: the strides of a mask may be 0.
-        strides = [heads * lengths[0] * count, lengths[0] * count, count]
-        return [maybe, *(Field([0, s], stride(s).hostile) for s in strides)]
+    def axis(n: int, k: str, v: str, mask: str, bias_k: Field, bias_v: Field) -> list[Any]:
+        # Masks are broadcast, too: their strides may be 0.
+        sizes = (heads * n_q * n, n_q * n, n)
+        strides = [*(Field([0, s], stride(s).hostile) for s in sizes), outer(n, 1)[-1]]
+        return record(
+            *(module, "tensor_attention", "Axis"),
+            **dict(n=size(n), window=integer(0, 2), k=b[k], k_strides=outer(n, features)),
+            **dict(v=b[v], v_strides=outer(n, dv), bias_k=bias_k, bias_v=bias_v),
+            **dict(mask=maybe[mask], mask_strides=strides),
+        )
 
-    n_q, n_1, n_2 = lengths
-    problem = [size(1), size(heads), size(1), *map(size, lengths), size(features), size(dv)]
-    problem += [code(0, 1, 2, 3), *rows("x", n_q, features), integer(0, 1), integer(0, 2)]
-    problem += [integer(0, 3), integer(0, 1, -2)]
-    problem += [*rows("v", n_1, features), *rows("grad", n_1, dv), *mask("target", n_1)]
-    problem += [*rows("target2", n_2, features), *rows("mix", n_2, dv), *mask("weight", n_2)]
-    floats = [number(1.0, 0.5), number(0.0, 0.5), number(0.0, 1.0)]
-    results = [b["stats"], b["extras"]]
+    problem = record(
+        *(module, "tensor_attention", "Problem"),
+        **dict(batch=size(1), heads=size(heads), kv_heads=size(1), n_q=size(n_q)),
+        **dict(d=size(features), dv=size(dv), dtype=code(0, 1, 2, 3), scale=number(1.0, 0.5)),
+        **dict(causal=Field([0, 1], [2, -1, *HUGE]), q_offset=integer(0, 1, -2)),
+        **dict(q=b["x"], q_strides=outer(n_q, features)),
+        axis1=axis(n_1, "v", "grad", "target", number(0.0), number(0.0)),
+        axis2=axis(n_2, "target2", "mix", "weight", number(0.0, 0.5), number(0.0, 1.0)),
+    )
+    gradients = dict(dq="index", dk1="loss", dk2="norm", dv1="grad_loss", dv2="cotangents")
+    gradients |= dict(dmask1="cotangents2", dmask2="grad_rows", dlse="factor")
+    backward = record(
+        *(module, "tensor_attention", "Backward"),
+        **dict(dout=b["token_weight"], dout_strides=outer(n_q, dv)),
+        **dict(out=b["stats"], lse=b["extras"]),
+        **{field: maybe[name] for field, name in gradients.items()},
+    )
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
-    names = "index loss norm grad_loss cotangents cotangents2 grad_rows".split()
-    gradients = [Field([0, buffers[name].address], [0]) for name in names]
-    dout = [b["token_weight"], [stride(n_q * dv * heads), stride(n_q * dv), stride(dv)]]
-    dlse = Field([0, buffers["factor"].address], [0])
     return {
-        "tensor_attention_fwd": [problem, floats, *results, *scratch],
-        "tensor_attention_bwd": [problem, floats, *dout, dlse, *results, gradients, *scratch],
+        "tensor_attention_fwd": [problem, b["stats"], b["extras"], *scratch],
+        "tensor_attention_bwd": [problem, backward, *scratch],
     }
 
 
-def tensor_attention_lowrank_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+def tensor_attention_lowrank_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
-    lengths, features, heads, dv = (3, 4, 5), 3, 2, 2
+    maybe = {name: Field([0, buffer.address], [0]) for name, buffer in buffers.items()}
+    (n_q, n_1, n_2), features, heads, dv = (3, 4, 5), 3, 2, 2
+    op = "tensor_attention_lowrank"
 
-    def rows(name: str, count: int, width: int) -> list[Field]:
-        return [b[name], stride(count * width * heads), stride(count * width), stride(width)]
+    def outer(count: int, width: int) -> list[Field]:
+        sizes = (count * width * heads, count * width, width)
+        return [*map(stride, sizes), Field([1], stride(1).hostile)]
 
-    def axis(n: int, k: str, v: str, mask: str) -> list[Field]:
-        maybe = Field([0, buffers[mask].address], [0])
-        strides = [Field([0, n], stride(n).hostile) for _ in range(2)]
-        return [size(n), integer(0, 2), *rows(k, n, features), *rows(v, n, dv), maybe, *strides]
+    def axis(n: int, k: str, v: str, mask: str) -> list[Any]:
+        strides = [*(Field([0, n], stride(n).hostile) for _ in range(2)), outer(n, 1)[-1]]
+        return record(
+            *(module, op, "Axis"),
+            **dict(n=size(n), window=integer(0, 2), k=b[k], k_strides=outer(n, features)),
+            **dict(v=b[v], v_strides=outer(n, dv), mask=maybe[mask], mask_strides=strides),
+        )
 
-    problem = [size(1), size(heads), size(1), size(lengths[0]), size(features), size(dv)]
-    problem += [code(0, 1), *rows("x", lengths[0], features), integer(0, 1), integer(0, 1, -2)]
-    problem += [
-        *axis(lengths[1], "v", "grad", "target"),
-        *axis(lengths[2], "mix", "weight", "norm"),
-    ]
-    floats = [number(0.0, 0.5), number(1.0), number(0.5), number(0.1)]
-    results = [b["stats"], b["extras"], b["index"]]
-    cotangents = [*rows("token_weight", lengths[0], dv), Field([0, buffers["factor"].address], [0])]
+    problem = record(
+        *(module, op, "Problem"),
+        **dict(batch=size(1), heads=size(heads), kv_heads=size(1), n_q=size(n_q)),
+        **dict(d=size(features), dv=size(dv), dtype=code(0, 1), q_offset=integer(0, 1, -2)),
+        **dict(causal=Field([0, 1], [2, -1, *HUGE]), centre=number(0.0, 0.5)),
+        **dict(coefficients=[number(1.0), number(0.5), number(0.1)]),
+        **dict(q=b["x"], q_strides=outer(n_q, features)),
+        axes=[axis(n_1, "v", "grad", "target"), axis(n_2, "mix", "weight", "norm")],
+    )
     states = [b["states"], b["target2"]]
-    names = "loss grad_loss cotangents cotangents2 grad_rows".split()
-    gradients = [Field([0, buffers[name].address], [0]) for name in names]
+    forward = record(
+        *(module, op, "Forward"),
+        **dict(out=b["stats"], lse=b["extras"], y=b["index"], states=states),
+    )
+    backward = record(
+        *(module, op, "Backward"),
+        **dict(dout=b["token_weight"], dout_strides=outer(n_q, dv), dlse=maybe["factor"]),
+        **dict(out=b["stats"], y=b["index"], states=states, dq=maybe["loss"]),
+        dk=[maybe["grad_loss"], maybe["cotangents"]],
+        dv=[maybe["cotangents2"], maybe["grad_rows"]],
+    )
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
     return {
-        "tensor_attention_lowrank_fwd": [problem, floats, results, states, *scratch],
+        "tensor_attention_lowrank_fwd": [problem, forward, *scratch],
         "tensor_attention_lowrank_largest": [b["x"], code(0, 1), size(features), THREADS],
-        "tensor_attention_lowrank_bwd": [
-            *[problem, floats, cotangents, results, states, gradients, *scratch]
-        ],
+        "tensor_attention_lowrank_bwd": [problem, backward, *scratch],
     }
 
 
@@ -386,9 +411,9 @@ def main() -> None:
         **linear_cross_entropy_calls(buffers),
         **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
-        **tensor_attention_calls(buffers),
+        **tensor_attention_calls(module, buffers),
         **sorting_network_calls(module, buffers),
-        **tensor_attention_lowrank_calls(buffers),
+        **tensor_attention_lowrank_calls(module, buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
     unknown = functions - set(templates) - {"cuda_device_count", "fields", "simd_level"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyloss import _C
-from pyloss.ops import betti_matching, sorting_network
+from pyloss.ops import betti_matching, row_softmax, sorting_network
 from pyloss.ops.sorting_network import records
 
 SCRATCH, STREAM = 1000, 7
@@ -52,11 +52,35 @@ class Kernels:
         assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch % 256 == 0
         _C.betti_loss(problem, options, loss, grad, 1)
 
+    @staticmethod
+    def cuda_row_softmax_scratch_bytes(problem):
+        return SCRATCH
+
+    @staticmethod
+    def cuda_row_softmax_fwd(problem, forward, scratch, scratch_bytes, stream):
+        assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch
+        _C.row_softmax_fwd(problem, forward, 1)
+
+    @staticmethod
+    def cuda_row_softmax_bwd(problem, backward, stream):
+        assert stream == STREAM
+        _C.row_softmax_bwd(problem, backward, 1)
+
+    @staticmethod
+    def cuda_row_softmax_hvp(problem, backward, hvp, stream):
+        assert stream == STREAM
+        _C.row_softmax_hvp(problem, backward, hvp, 1)
+
+    @staticmethod
+    def cuda_scale_inplace(data, dtype, n, factor, stream):
+        assert stream == STREAM
+        _C.scale_inplace(data, dtype, n, factor, 1)
+
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
-    for op in (sorting_network, betti_matching):
+    for op in (sorting_network, betti_matching, row_softmax):
         monkeypatch.setattr(op.cuda, "_C", Kernels)
         monkeypatch.setattr(op.cuda, "stream", lambda x: STREAM)
 
@@ -97,3 +121,41 @@ def test_betti_matching(shape: tuple[int, ...], want_grad: float) -> None:
     torch.manual_seed(0)
     x, y = torch.rand(shape), torch.rand(shape)
     check(betti_matching, "loss", x, y, [1.0, 3.0, 0.0, 1.0, want_grad, 0.1, 1.0, 2.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (5,)], ids=str)
+@pytest.mark.parametrize("reduction", row_softmax.REDUCTIONS)
+@pytest.mark.parametrize("kind", [row_softmax.INDEX, row_softmax.MIX])
+def test_row_softmax(shape: tuple[int, ...], reduction: str, kind: int) -> None:
+    torch.manual_seed(0)
+    x, v = torch.randn(shape), torch.randn(shape)
+    rows = x[0].shape[:0] if x.dim() == 1 else (shape[0], *shape[2:])
+    y, y2 = torch.randint(5, (2, *rows)).unbind(0)
+    mix = torch.rand(rows) if kind == row_softmax.MIX else None
+    tensors = (x, y, None if mix is None else y2, mix, torch.rand(5), torch.rand(rows))
+    options = list(row_softmax.Options(tau=1.5, z_loss=0.1))
+    codes = list(
+        row_softmax.Codes(kind, -100, row_softmax.COMP_SUM, row_softmax.REDUCTIONS[reduction], 0)
+    )
+    scalar = reduction != "none"
+    wants = row_softmax.WANT_EXTRAS | row_softmax.WANT_INDEX | (4 if scalar else 0)
+    check(row_softmax, "forward", *tensors, options, codes, torch.float32, wants)
+    saved = row_softmax.cpu.forward(*tensors, options, codes, torch.float32, wants)[1]
+    g = torch.rand(()) if scalar else torch.rand(rows)
+    for extras in (None, torch.randn(4, y.numel())):
+        rest = (g, extras, *tensors, saved, options, codes)
+        check(row_softmax, "backward", *rest)
+        check(row_softmax, "hvp", v, *rest)
+
+
+def test_row_softmax_in_place() -> None:
+    x, y = torch.randn(6, 5), torch.randint(5, (6,))
+    codes = [row_softmax.INDEX, -100, row_softmax.COMP_SUM, row_softmax.REDUCTIONS["sum"], 0]
+    saved = row_softmax.cpu.forward(x, y, *[None] * 5, codes, torch.float32, 0)[1]
+    found = []
+    for half in (row_softmax.cuda, row_softmax.cpu):
+        gradient = x.clone()
+        half.backward_(torch.ones(()), None, gradient, y, *[None] * 4, saved, None, codes)
+        half.scale_(gradient, torch.tensor(0.5))
+        found.append(gradient)
+    assert torch.equal(*found) and not torch.equal(found[0], x)

@@ -13,24 +13,22 @@ import pytest
 import torch
 
 from pyloss.ops import row_softmax as op
-from pyloss.ops.row_softmax.epilogue import differentiable_epilogue, epilogue, transform
+from pyloss.ops.row_softmax.epilogue import LOSSES, differentiable_epilogue, epilogue, transform
 
-CODES = {
-    loss: op.Codes(op.INDEX, -100, loss, op.REDUCTIONS["none"], 0)
-    for loss in (op.COMP_SUM, op.FOCAL)
-}
+CODES = {loss: op.Codes(op.INDEX, -100, loss, op.REDUCTIONS["none"], 0) for loss in LOSSES}
 
 
 def random_options(seed: int) -> tuple[op.Options, int]:
     r = random.Random(seed)
-    loss = r.choice((op.COMP_SUM, op.FOCAL))
+    loss = r.choice(list(LOSSES))
+    taus = (0.0, 1.0, 2.0, 1.0 + 1e-9, r.uniform(0.0, 3.0))
     return op.Options(
         logit_scale=r.choice((1.0, r.uniform(-2.0, 2.0))),
         softcap=r.choice((0.0, r.uniform(1.0, 20.0))),
         temperature=r.choice((1.0, r.uniform(0.3, 3.0))),
-        tau=1.0 if loss == op.FOCAL else r.choice((0.0, 1.0, 2.0, 1.0 + 1e-9, r.uniform(0.0, 3.0))),
+        tau=1.0 if loss != op.COMP_SUM else r.choice(taus),
         max_nll=r.choice((math.inf, r.uniform(0.05, 3.0))),
-        gamma=0.0 if loss == op.COMP_SUM else r.choice((1.0, 2.0, r.uniform(0.3, 4.0))),
+        gamma=0.0 if loss != op.FOCAL else r.choice((1.0, 2.0, r.uniform(0.3, 4.0))),
     ), loss
 
 

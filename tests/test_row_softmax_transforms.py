@@ -60,16 +60,6 @@ def test_gradcheck_of_options(name, shape):
     assert gradgradcheck(f, (x,))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.7])
-def test_gradcheck_of_focal_loss(gamma):
-    x = make_logits((4, 5), F64, scale=1.5, requires_grad=True)
-    y = make_target((4, 5), ignore_fraction=0.3)
-    for target in (y, (y, y.flip(0), 0.3)):
-        f = partial(pyloss.focal_loss, target=target, gamma=gamma, reduction="none")
-        assert gradcheck(f, (x,), check_forward_ad=True)
-        assert gradgradcheck(f, (x,))
-
-
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradcheck_with_stats(tau, smoothing):

@@ -645,29 +645,6 @@ def test_huge_values():
 # --- dtypes and layouts --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_half(distribution, dtype):
-    """Computed in float32 and rounded once."""
-    x = draw(4, 10, dtype=dtype).requires_grad_()
-    exact = x.detach().float().requires_grad_()
-    feats = draw(4, 10, 2, dtype=dtype)
-    for f in (
-        lambda x: pyloss.soft_sort(x, distribution=distribution),
-        lambda x: pyloss.soft_rank(x, distribution=distribution),
-        lambda x: pyloss.soft_permutation(x, distribution=distribution),
-        lambda x: pyloss.soft_permute(x, feats.to(x.dtype), distribution=distribution),
-        lambda x: pyloss.sorting_cross_entropy(x, exact.detach(), distribution=distribution),
-    ):
-        found, want = f(x), f(exact)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, want.to(dtype), rtol=2e-3, atol=1e-6)
-        g, h = gradients(found, [x])[0], gradients(want, [exact])[0]
-        assert g.dtype == dtype
-        # The cotangents are rounded too, and small sums of large ones feel it.
-        torch.testing.assert_close(g.float(), h, rtol=2e-2, atol=2e-2 * h.abs().max().item())
-
-
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
 @pytest.mark.parametrize("descending", [False, True])
 def test_dim_and_layout(dim, descending):

@@ -1,4 +1,7 @@
-"""Sorting networks as users call them: errors, targets, options, metrics, the peers' modules."""
+"""Sorting networks as users call them: targets, options, metrics, the peers' modules.
+
+`specs/sorting.py` has the errors of the functions.
+"""
 
 from __future__ import annotations
 
@@ -23,116 +26,6 @@ def ce(x=X, target=None, **options):
 
 # name -> (call, error, words of the message)
 BAD = {
-    "no_tensor": (lambda: pyloss.soft_sort([1.0]), TypeError, "x must be a Tensor, got list"),
-    "scalar": (lambda: pyloss.soft_sort(torch.tensor(1.0)), ValueError, "one dimension.*0-d"),
-    "integer": (lambda: pyloss.soft_rank(X.long()), TypeError, r"x must be float.*int64.*\[3, 4\]"),
-    "complex": (lambda: pyloss.soft_argsort(X.cfloat()), TypeError, "x must be .*complex64"),
-    "empty": (lambda: pyloss.soft_permutation(X[:, :0]), ValueError, r"nothing to sort.*\[3, 0\]"),
-    "empty_dim": (lambda: pyloss.soft_sort(X[:0], 0), ValueError, "nothing to sort along dim 0"),
-    "dim": (lambda: pyloss.soft_sort(X, 2), IndexError, r"\[-2, 1\], but got 2"),
-    "network": (
-        lambda: pyloss.soft_sort(X, network="bubble"),
-        ValueError,
-        "network must be one of auto, bitonic, odd_even, batcher; got 'bubble'",
-    ),
-    "selector": (lambda: pyloss.soft_rank(X, network="splitter_selection"), ValueError, "network"),
-    "distribution": (
-        lambda: pyloss.soft_topk(X, 1, distribution="normal"),
-        ValueError,
-        "distribution must be one of logistic, .*optimal; got 'normal'",
-    ),
-    "steepness": (lambda: pyloss.soft_sort(X, steepness=0), ValueError, "steepness must be posit"),
-    "steepness_huge": (lambda: ce(steepness=1e31), ValueError, r"at most 1e\+30, got 1e\+31"),
-    "steepness_nan": (lambda: ce(steepness=math.nan), ValueError, "steepness.*nan"),
-    "steepness_inf": (lambda: ce(steepness=math.inf), ValueError, "steepness.*inf"),
-    "steepness_type": (lambda: ce(steepness="10"), TypeError, "steepness must be a number.*str"),
-    "steepness_shape": (
-        lambda: pyloss.soft_sort(X, steepness=torch.ones(4)),
-        ValueError,
-        r"steepness of shape \[4\] does not broadcast to the shape \[3\]",
-    ),
-    "steepness_dtype": (lambda: ce(steepness=torch.tensor(1)), TypeError, "steepness must be"),
-    "art_lambda": (lambda: pyloss.soft_sort(X, art_lambda=1.0), ValueError, r"in \[0, 1\), got 1"),
-    "art_lambda_nan": (lambda: ce(art_lambda=math.nan), ValueError, "art_lambda"),
-    "k_low": (lambda: pyloss.soft_topk(X, 0), ValueError, r"k must be in \[1, 4\].*got 0"),
-    "k_high": (lambda: pyloss.soft_topk(X, 5), ValueError, r"k must be in \[1, 4\].*got 5"),
-    "k_splitter": (
-        lambda: pyloss.soft_topk(X, 5, network="splitter_selection"),
-        ValueError,
-        r"k must be in \[1, 4\]",
-    ),
-    "k_type": (lambda: pyloss.soft_topk(X, 1.0), TypeError, "k must be an integer"),
-    "base": (lambda: pyloss.soft_rank(X, base="1"), TypeError, "base must be a number"),
-    "method": (lambda: pyloss.soft_sort(X, method="optimal"), ValueError, "method must be one of"),
-    "method_hard": (
-        lambda: pyloss.soft_sort(X, method="permutahedron", hard=True), ValueError, "hard"
-    ),
-    "method_matrix": (
-        lambda: pyloss.soft_sort(X, method="permutahedron", return_permutation=True),
-        ValueError,
-        "no permutation matrix",
-    ),
-    "regularization": (
-        lambda: pyloss.soft_rank(X, method="permutahedron", regularization="l1"),
-        ValueError,
-        "regularization",
-    ),
-    "feats": (lambda: pyloss.soft_permute(X, [1]), TypeError, "feats must be a Tensor"),
-    "feats_dtype": (lambda: pyloss.soft_permute(X, X.long()), TypeError, "feats must be float"),
-    "feats_size": (
-        lambda: pyloss.soft_permute(X, torch.ones(3, 5, 2)),
-        ValueError,
-        r"n = 4, .*\[3, 5, 2\]",
-    ),
-    "feats_dim": (lambda: pyloss.soft_permute(X, torch.ones(4)), ValueError, r"\(\.\.\., n, d\)"),
-    "feats_lead": (
-        lambda: pyloss.soft_permute(X, torch.ones(2, 4, 2)), ValueError, r"\[2\].*\[3\]"
-    ),
-    "feats_device": (
-        lambda: pyloss.soft_permute(X, torch.ones(4, 2, device="meta")), ValueError, "meta"
-    ),
-    "kind": (lambda: ce(kind="mse"), ValueError, "kind must be one of bce, row_ce, col_ce"),
-    "target_is": (lambda: ce(target_is="order"), ValueError, "target_is must be one of values"),
-    "reduction": (lambda: ce(reduction="avg"), ValueError, "reduction must be one of none"),
-    "ties": (lambda: ce(ties="mean"), ValueError, "ties must be one of stable, share"),
-    "target": (lambda: ce(target=[1]), TypeError, "target must be a Tensor"),
-    "target_shape": (
-        lambda: ce(target=X[:, :3]),
-        ValueError,
-        r"target must have the shape \[3, 4\] with target_is='values', got \[3, 3\]",
-    ),
-    "target_matrix": (
-        lambda: ce(target=X, target_is="permutation"), ValueError, r"\[3, 4, 4\].*got \[3, 4\]"
-    ),
-    "target_complex": (lambda: ce(target=X.cfloat()), ValueError, "real values.*complex64"),
-    "target_bool_ranks": (lambda: ce(target=X > 0, target_is="ranks"), ValueError, "torch.bool"),
-    "target_device": (lambda: ce(target=X.to("meta")), ValueError, "target is on meta"),
-    "ranks_range": (
-        lambda: ce(target=RANKS + 1, target_is="ranks", validate=True),
-        ValueError,
-        r"ranks must be in \[0, 3\]",
-    ),
-    "ranks_twice": (
-        lambda: ce(target=RANKS.clamp_max(2), target_is="ranks", validate=True),
-        ValueError,
-        "one of each.*ties='share'",
-    ),
-    "ranks_broken": (
-        lambda: ce(target=RANKS * 0.5, target_is="ranks", validate=True), ValueError, "whole"
-    ),
-    "not_a_permutation": (
-        lambda: ce(target=Q.clone().fill_(0.25), target_is="permutation", validate=True),
-        ValueError,
-        "not a permutation",
-    ),
-    "twice_a_column": (
-        lambda: ce(target=Q[:, [0, 0, 1, 2]], target_is="permutation", validate=True),
-        ValueError,
-        "not a permutation",
-    ),
-    "spearman_shape": (lambda: pyloss.spearman_loss(X, X[:2]), ValueError, "target must have"),
-    "spearman_method": (lambda: pyloss.spearman_loss(X, X, method="x"), ValueError, "method"),
-    "net_network": (lambda: pyloss.DiffSortNet("bubble", 4), ValueError, "network must be one"),
     "net_selector": (lambda: pyloss.DiffSortNet("splitter_selection", 4), ValueError, "network"),
     "net_size": (lambda: pyloss.DiffSortNet("bitonic", 0), ValueError, "size must be at least 1"),
     "net_size_type": (lambda: pyloss.DiffSortNet("bitonic", 4.0), TypeError, "size must be an int"),
@@ -144,14 +37,6 @@ BAD = {
     "net_shape": (
         lambda: pyloss.DiffSortNet("bitonic", 5)(X), ValueError, r"\(batch, 5\), got \[3, 4\]"
     ),
-    "net_dtype": (lambda: pyloss.DiffSortNet("bitonic", 4)(X.long()), TypeError, "int64"),
-    "net_input": (lambda: pyloss.DiffSortNet("bitonic", 4)([X]), TypeError, "vectors must be"),
-    "net_k": (lambda: pyloss.DiffTopkNet("bitonic", 4, 5), ValueError, r"k must be in \[1, 4\]"),
-    "net_k_type": (lambda: pyloss.DiffTopkNet("bitonic", 4, 1.0), TypeError, "k must be an int"),
-    "metric_shape": (lambda: ranking_accuracy(X, X[:2]), ValueError, r"\[3, 4\].*\[2, 4\]"),
-    "metric_dim": (lambda: ranking_accuracy(X, X, 5), IndexError, r"dim is 5.*\[3, 4\]"),
-    "metric_dtype": (lambda: ranking_accuracy(X.long(), X), TypeError, "input must be float"),
-    "metric_empty": (lambda: ranking_accuracy(X[:, :0], X[:, :0]), ValueError, "nothing to rank"),
 }  # fmt: skip
 
 
@@ -163,9 +48,9 @@ def test_errors(name):
 
 
 def test_unknown_names_raise_what_diffsort_raises_too():
-    for call in (BAD["network"][0], BAD["distribution"][0], BAD["net_network"][0]):
-        with pytest.raises(NotImplementedError):
-            call()
+    for error in (ValueError, NotImplementedError):
+        with pytest.raises(error):
+            pyloss.DiffSortNet("bubble", 4)
 
 
 # --- targets -------------------------------------------------------------------------------------
@@ -253,15 +138,6 @@ def test_nan_in_the_target():
         assert bool(g[1].isnan().all()) and bool(g[[0, 2]].isfinite().all())
 
 
-def test_no_gradient_to_the_target_and_no_change_of_it():
-    x, target = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    before = x.detach().clone(), target.detach().clone()
-    ce(x, target).backward()
-    pyloss.spearman_loss(x, target).backward()
-    assert target.grad is None
-    assert torch.equal(x, before[0]) and torch.equal(target, before[1])
-
-
 def test_masked_entries_get_no_gradient():
     """+inf marks padding: the others have nearly the gradient that they have without it."""
     x = torch.randn(2, 5, dtype=torch.float64)
@@ -279,24 +155,6 @@ def test_masked_entries_get_no_gradient():
 
 
 # --- spearman, metrics ---------------------------------------------------------------------------
-
-
-def pearson(a, b):
-    return torch.corrcoef(torch.stack([a, b]))[0, 1]
-
-
-def test_spearman_is_the_correlation_of_ranks():
-    x = torch.randn(6, 9, dtype=torch.float64)
-    y = torch.randint(5, (6, 9))  # ties: mean ranks
-    mean_rank = (y.unsqueeze(2) > y.unsqueeze(1)).sum(2) + (y.unsqueeze(2) >= y.unsqueeze(1)).sum(2)
-    for options in ({}, {"method": "permutahedron", "regularization_strength": 0.3}):
-        r = pyloss.soft_rank(x, **options)
-        found = pyloss.spearman_loss(x, y, "none", **options)
-        want = torch.stack([1 - pearson(a, b.double()) for a, b in zip(r, mean_rank)])
-        torch.testing.assert_close(found, want)
-        torch.testing.assert_close(pyloss.spearman_loss(x, y, "sum", **options), want.sum())
-    moved = pyloss.spearman_loss(x.t(), y.t(), "none", dim=0)
-    torch.testing.assert_close(moved, pyloss.spearman_loss(x, y, "none"))
 
 
 def test_spearman_of_exact_orders():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
-import pickle
 import subprocess
 import sys
 
@@ -215,23 +213,6 @@ def test_torch_func():
     torch.testing.assert_close(h, h.mT)
 
 
-def test_forward_mode():
-    x, tangent = draw(2, 5), draw(2, 5)
-    for key, f in functions().items():
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x, tangent)
-            out = f(dual)
-            out = out[1] if key == "both" else out
-            along = torch.autograd.forward_ad.unpack_dual(out).tangent
-
-        def last(x, f=f, key=key):
-            return f(x)[1] if key == "both" else f(x)
-
-        eps = 1e-6
-        want = (last(x + eps * tangent) - last(x - eps * tangent)) / (2 * eps)
-        torch.testing.assert_close(along, want, rtol=1e-4, atol=1e-6)
-
-
 # --- opcheck, compile ----------------------------------------------------------------------------
 
 
@@ -258,24 +239,6 @@ def test_opcheck():
         check(ops.sorting_network_loss, (x, draw(3, 6), None, [order, 0, 1], net, options, True))
 
 
-@pytest.mark.parametrize("key", functions())
-def test_compile(key):
-    torch._dynamo.reset()
-    f = functions(network="odd_even", steepness=5.0)[key]
-
-    def step(x):
-        out = f(x)
-        return sum((o.square() * 1.5).sum() for o in (out if isinstance(out, tuple) else (out,)))
-
-    x = draw(2, 5).requires_grad_()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    value, want = compiled(x), step(x)
-    torch.testing.assert_close(value, want)
-    torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(want, x))
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), want)
-
-
 def test_compile_with_hard_and_changing_numbers():
     torch._dynamo.reset()
 
@@ -295,67 +258,7 @@ def test_compile_with_hard_and_changing_numbers():
         torch.testing.assert_close(a, b)
 
 
-# --- autocast, modules, processes ----------------------------------------------------------------
-
-
-def test_autocast():
-    """float32 results of half inputs, computed from the inputs as they are."""
-    x = draw(2, 5, dtype=torch.bfloat16)
-    for f in functions().values():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = f(x)
-        want = f(x.float())
-        found, want = (t if isinstance(t, tuple) else (t,) for t in (found, want))
-        for a, b in zip(found, want):
-            assert a.dtype == torch.float32
-            torch.testing.assert_close(a, b)
-
-
-MODULES = (
-    lambda: pyloss.DiffSortNet("odd_even", 5, steepness=3.0, distribution="logistic_phi"),
-    lambda: pyloss.DiffTopkNet("splitter_selection", 5, 2, distribution="gaussian"),
-    lambda: pyloss.nn.SortingCrossEntropyLoss("row_ce", ties="share", network="batcher"),
-    lambda: pyloss.nn.SpearmanLoss("none", steepness=4.0),
-)
-
-
-@pytest.mark.parametrize("build", MODULES)
-def test_modules(build):
-    module = build()
-    x, y = torch.randn(4, 5), torch.randn(4, 5)
-    args = (x,) if hasattr(module, "size") else (x, y)
-    want = module(*args)
-    want = want if isinstance(want, tuple) else (want,)
-    assert not list(module.parameters()) and not list(module.buffers())
-    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to("cpu")):
-        found = clone(*args)
-        found = found if isinstance(found, tuple) else (found,)
-        assert repr(clone) == repr(module)
-        for a, b in zip(found, want):
-            assert a is b is None or torch.equal(a, b)
-    assert "steepness" in repr(module)
-
-
-def test_modules_are_the_functions():
-    x, y = draw(4, 5), torch.randn(4, 5)
-    options = dict(distribution="gaussian", steepness=3.0)
-    net = pyloss.DiffSortNet("batcher", 5, **options)
-    for a, b in zip(
-        net(x), pyloss.soft_sort(x, network="batcher", return_permutation=True, **options)
-    ):
-        assert torch.equal(a, b)
-    for name in op.NETWORKS:
-        nothing, p = pyloss.DiffTopkNet(name, 5, 2, **options)(x)
-        assert nothing is None
-        assert torch.equal(p, pyloss.soft_topk(x, 2, network=name, **options).flip(-1))
-    loss = pyloss.nn.SortingCrossEntropyLoss(kind="row_ce", reduction="sum", **options)
-    assert torch.equal(
-        loss(x, y), pyloss.sorting_cross_entropy(x, y, "row_ce", "values", "sum", **options)
-    )
-    assert torch.equal(
-        pyloss.nn.SpearmanLoss(method="permutahedron")(x, y),
-        pyloss.spearman_loss(x, y, method="permutahedron"),
-    )
+# --- backends, processes -------------------------------------------------------------------------
 
 
 def test_backend_override():

@@ -10,6 +10,7 @@ import torch
 from tensor_attention_cases import F32, F64, Problem, largest_error, with_gradients
 
 import pyloss
+from pyloss import backends
 from pyloss.functional import tensor_attention_cost, tensor_attention_n
 from pyloss.reference import tensor_attention as reference
 
@@ -22,91 +23,6 @@ def _draw(heads=2, n=N, d=D, dtype=F32, **kw):
 
 T = _draw()
 Q, K1, K2, V1, V2 = T
-
-
-def _with(at, tensor):
-    tensors = list(T)
-    tensors[at] = tensor
-    return tensors
-
-
-# name -> (arguments, options, error, words of the message)
-BAD = {
-    "not_a_tensor": (_with(1, [1.0]), {}, TypeError, "k1 must be a Tensor, got list"),
-    "rank": (_with(0, Q[0]), {}, ValueError, r"q must have 4 dimensions .* \[2, 6, 4\]"),
-    "value_rank": (_with(4, V2[0]), {}, ValueError, "v2 must have 4 dimensions"),
-    "integer": ([t.long() for t in T], {}, TypeError, "q must be float32.*torch.int64"),
-    "complex": ([t.cfloat() for t in T], {}, TypeError, "q must be float32"),
-    "dtypes": (_with(3, V1.double()), {}, TypeError, "q and v1 must have one dtype.*float64"),
-    "devices": (_with(2, K2.to("meta")), {}, RuntimeError, "q and k2 must be on one device.*meta"),
-    "batch": (_with(1, K1[:1]), {}, ValueError, r"q and k1.*\[2, 2, 6, 4\] and \[1, 2, 6, 4\]"),
-    "features": (_with(2, K2[..., :3]), {}, ValueError, "q and k2 must have one batch size and as"),
-    "no_features": ([t[..., :0] for t in T], {}, ValueError, "at least one feature"),
-    "heads": (_with(0, Q[:, :1]), {}, ValueError, "q and k1 must have as many heads unless enable"),
-    "heads_of_k2": (_with(2, K2[:, :1]), {}, ValueError, "k1 and k2 must have as many heads"),
-    "heads_of_v1": (_with(3, V1[:, :1]), {}, ValueError, "k1 and v1 must agree"),
-    "gqa": (
-        _with(0, torch.randn(2, 3, N, D)),
-        {"enable_gqa": True},
-        ValueError,
-        "the heads of q must be a multiple of those of k1",
-    ),
-    "length_1": (_with(3, V1[:, :, 1:]), {}, ValueError, r"k1 and v1 must agree.*length"),
-    "length_2": (_with(4, V2[:, :, 1:]), {}, ValueError, r"k2 and v2 must agree.*length"),
-    "value_features": (_with(4, V2[..., :3]), {}, ValueError, "v1 and v2 must have as many feat"),
-    "causal_lengths": (
-        _with(0, Q[:, :, :4]),
-        {"is_causal": True},
-        ValueError,
-        r"needs q_offset.*\[4, 6, 6\]",
-    ),
-    "window_lengths": (_with(0, Q[:, :, :4]), {"window": 3}, ValueError, "needs q_offset"),
-    "window_zero": (T, {"window": (0, 3)}, ValueError, "window must be positive.*got 0"),
-    "window_negative": (T, {"window": (3, -2)}, ValueError, "window must be positive.*got -2"),
-    "window_float": (T, {"window": (3, 2.0)}, TypeError, "window must hold integers"),
-    "window_bool": (T, {"window": (True, 2)}, TypeError, "window must hold integers"),
-    "window_count": (T, {"window": (3, 2, 1)}, ValueError, "window must be one number or 2"),
-    "q_offset": (T, {"q_offset": 1.0}, TypeError, "q_offset must be an integer, got float"),
-    "is_causal": (T, {"is_causal": 1}, TypeError, "is_causal must be a bool"),
-    "scale_name": (T, {"scale": "paper"}, ValueError, "scale must be a number or 'kronecker'"),
-    "scale_type": (T, {"scale": True}, TypeError, "scale must be a number, got bool"),
-    "kv_bias": (T, {"kv_bias": 1.0}, TypeError, "kv_bias must be a pair of numbers, got 1.0"),
-    "kv_bias_text": (T, {"kv_bias": (0.0, "1")}, TypeError, "kv_bias must be a pair"),
-    "form": (T, {"form": "cross"}, ValueError, "form must be product or determinant, got 'cross'"),
-    "determinant": (T, {"form": "determinant"}, ValueError, "d divisible by 3, got d = 4"),
-    "method": (T, {"method": "fast"}, ValueError, "method must be one of exact, lowrank, auto"),
-    "dropout": (T, {"dropout_p": 0.1}, NotImplementedError, "dropout"),
-    "dropout_range": (T, {"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1"),
-    "dropout_type": (T, {"dropout_p": None}, TypeError, "dropout_p must be a number"),
-    "mask_type": (T, {"mask1": [True]}, TypeError, "mask1 must be a Tensor, got list"),
-    "mask_dtype": (
-        T,
-        {"mask2": torch.ones(N, N, dtype=torch.int64)},
-        TypeError,
-        "mask2 must be bool or floating, got torch.int64",
-    ),
-    "mask_shape": (
-        T,
-        {"mask1": torch.ones(N, N + 1)},
-        ValueError,
-        r"mask1 must broadcast to .* = \[2, 2, 6, 6\], got \[6, 7\]",
-    ),
-    "mask_rank": (T, {"mask1": torch.ones(1, 1, 1, N, N)}, ValueError, "mask1 must broadcast"),
-    "attn_mask_shape": (T, {"attn_mask": torch.ones(3, N)}, ValueError, "attn_mask must broad"),
-    "mask_device": (
-        T,
-        {"mask1": torch.ones(N, N, device="meta")},
-        RuntimeError,
-        "q and mask1 must be on one device",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
-    args, options, error, words = BAD[name]
-    with pytest.raises(error, match=words):
-        pyloss.tensor_attention(*args, **options)
 
 
 def test_bad_input_of_any_order():
@@ -487,3 +403,18 @@ def test_transforms_of_order_three():
     (want,) = torch.func.vmap(torch.func.grad(lambda q: f(q).square().sum()))(q.detach()[None])
     torch.testing.assert_close(grad, want)
     torch.testing.assert_close((2 * out * tangent).sum(), (grad * direction).sum())
+
+
+def test_a_triton_that_is_too_old_is_named(monkeypatch):
+    pytest.importorskip("triton")
+    backends._old_triton.cache_clear()
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "3.3.1")
+    try:
+        with (
+            pyloss.backend("triton"),
+            pytest.raises(RuntimeError, match="needs Triton 3.4 or newer"),
+        ):
+            pyloss.tensor_attention(*(torch.randn(1, 1, 4, 8) for _ in range(5)))
+        assert backends._old_triton("linear_cross_entropy_fwd") is None
+    finally:
+        backends._old_triton.cache_clear()

@@ -11,8 +11,9 @@ from tensor_attention_lowrank_cases import F32, F64, PROBLEMS, Problem, masked_e
 import pyloss
 from pyloss.functional import _polynomials as polynomials
 from pyloss.functional import tensor_attention, tensor_attention_error, tensor_attention_n
-from pyloss.ops._tensor_attention_lowrank_cpu import largest_entry, rank
 from pyloss.ops.tensor_attention_lowrank import Settings, tensor_attention_lowrank
+from pyloss.ops.tensor_attention_lowrank.largest import largest_entry
+from pyloss.ops.tensor_attention_lowrank.plan import rank
 from pyloss.reference import tensor_attention as exact_reference
 from pyloss.reference import tensor_attention_lowrank as reference
 
@@ -598,7 +599,7 @@ def _rounding(device, dtype=F32, n=4096, d=16, degree=2, order=2, causal=False, 
 def test_rounding_of_tensor_cores():
     """On CUDA factors are split into tf32 and sums are cut off.
 
-    The numbers are those of kernels/tensor_attention_lowrank.py: 256 tokens, n / 256 of them,
+    The numbers are those of kernels/tensor_attention_lowrank: 256 tokens, n / 256 of them,
     ranges of 1024, all features in one sum; three products, each off by 3 * 2^-20.
     """
     cpu, cuda = _rounding("cpu"), _rounding("cuda")
@@ -669,7 +670,7 @@ def test_problems_know_their_device(monkeypatch):
 
 def test_split_products_are_as_near_as_the_bound_says():
     """Three products of factors cut to tf32, the parts cut off too, as the bound has them."""
-    from pyloss.ops._tensor_attention_lowrank_rounding import _TF32, _TF32X3
+    from pyloss.ops.tensor_attention_lowrank.rounding import _TF32, _TF32X3
 
     def cut(x):  # 10 bits after the point, toward 0: the worse of what hardware does
         return (x.view(torch.int32) & ~0x1FFF).view(F32)

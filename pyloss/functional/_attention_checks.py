@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._tensor_attention_lowrank_cpu import MOST_DEGREE
 from pyloss.ops._transforms import functorch_active
+from pyloss.ops.tensor_attention_lowrank.plan import MOST_DEGREE
 
 _METHODS = ("exact", "lowrank", "auto")
 _POLYNOMIALS = ("taylor", "chebyshev", "fit")

@@ -21,15 +21,11 @@ from pyloss.functional import _polynomials as polynomials
 from pyloss.functional._polynomials import Polynomial
 from pyloss.ops._deferred import when_known
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._tensor_attention_lowrank_cpu import (
-    MOST_DEGREE,
-    MOST_STATE_BYTES,
-    check_states,
-    largest_entry,
-)
-from pyloss.ops._tensor_attention_lowrank_cpu import rank as rank_of
-from pyloss.ops._tensor_attention_lowrank_rounding import allows_tf32, sum_error
 from pyloss.ops._transforms import functorch_active
+from pyloss.ops.tensor_attention_lowrank.largest import largest_entry
+from pyloss.ops.tensor_attention_lowrank.plan import MOST_DEGREE, MOST_STATE_BYTES, check_states
+from pyloss.ops.tensor_attention_lowrank.plan import rank as rank_of
+from pyloss.ops.tensor_attention_lowrank.rounding import allows_tf32, sum_error
 
 _FIT_SAMPLES = 20000
 # Low rank has to save this factor of the operations before "auto" takes it: its rate is lower, and

@@ -1,22 +1,30 @@
 """Plain PyTorch versions of every op: slow, on any device, and the definition of what is right."""
 
-from pyloss import _lazy
-
-__getattr__, __dir__, __all__ = _lazy.exports(
-    __name__,
-    {
-        "betti_matching": ("betti_matching_loss",),
-        "linear_cross_entropy": ("linear_cross_entropy", "token_logprobs"),
-        "linear_distillation": ("linear_distillation",),
-        "permutahedron": ("permutahedron_projection",),
-        "row_softmax": ("row_softmax",),
-        "sorting_network": (
-            "sorting_network_apply",
-            "sorting_network_loss",
-            "sorting_network_permutation",
-            "sorting_network_sort",
-        ),
-        "tensor_attention": ("tensor_attention",),
-        "tensor_attention_lowrank": ("tensor_attention_lowrank",),
-    },
+from pyloss.reference.betti_matching import betti_matching_loss
+from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
+from pyloss.reference.linear_distillation import linear_distillation
+from pyloss.reference.permutahedron import permutahedron_projection
+from pyloss.reference.row_softmax import row_softmax
+from pyloss.reference.sorting_network import (
+    sorting_network_apply,
+    sorting_network_loss,
+    sorting_network_permutation,
+    sorting_network_sort,
 )
+from pyloss.reference.tensor_attention import tensor_attention
+from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank
+
+__all__ = [
+    "betti_matching_loss",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "permutahedron_projection",
+    "row_softmax",
+    "sorting_network_apply",
+    "sorting_network_loss",
+    "sorting_network_permutation",
+    "sorting_network_sort",
+    "tensor_attention",
+    "tensor_attention_lowrank",
+    "token_logprobs",
+]

@@ -114,10 +114,10 @@ def row_softmax(
     else:
         # Probability targets: 'mean' divides by the number of rows whatever the class weights.
         row_weight = torch.ones_like(peak)
+    formula = dict(tau=tau, truncate=truncate, gamma=gamma)
     if prob is None and label_smoothing == 0.0:
         row = sum(
-            _weighted(r, _neg_log_prob(z, peak, i), tau, truncate, gamma)
-            for r, i in zip(weights, indices)
+            _weighted(r, _neg_log_prob(z, peak, i), **formula) for r, i in zip(weights, indices)
         )
     else:
         if prob is None:
@@ -125,7 +125,7 @@ def row_softmax(
         else:
             hot = prob.movedim(class_dim, -1).to(dtype)
         r = w * ((1.0 - label_smoothing) * hot + label_smoothing / n_classes)
-        row = _weighted(r, _neg_log_prob_all(z, peak), tau, truncate).sum(-1)
+        row = _weighted(r, _neg_log_prob_all(z, peak), **formula).sum(-1)
 
     lse = _logsumexp(z, peak)
     # The square may overflow, and 0 times infinity is not 0.
@@ -254,9 +254,7 @@ def _expm1(x: Tensor) -> Tensor:
     return torch.where(x < -0.5, torch.exp(x) - 1.0, torch.expm1(x))
 
 
-def _shape_loss(
-    nll: Tensor, tau: float, truncate: float | None, gamma: float | None = None
-) -> Tensor:
+def _shape_loss(nll: Tensor, tau: float, truncate: float | None, gamma: float | None) -> Tensor:
     """``f(L)``: the comp-sum family, truncated where ``p <= truncate``; or the focal loss."""
     if truncate is not None:
         bound = -math.log(truncate)
@@ -270,13 +268,11 @@ def _shape_loss(
     return nll if slope == 0.0 else _expm1(slope * nll) / slope
 
 
-def _weighted(
-    r: Tensor, nll: Tensor, tau: float, truncate: float | None, gamma: float | None = None
-) -> Tensor:
+def _weighted(r: Tensor, nll: Tensor, **formula: float | None) -> Tensor:
     """``r f(L)``, where a coefficient of 0 makes an infinite loss 0 (a NaN stays)."""
-    infinite = torch.isinf(_shape_loss(nll.detach(), tau, truncate, gamma))
+    infinite = torch.isinf(_shape_loss(nll.detach(), **formula))
     nll = torch.where(infinite & (r == 0.0), 0.0, nll)
-    return r * _shape_loss(nll, tau, truncate, gamma)
+    return r * _shape_loss(nll, **formula)
 
 
 def _entropy(z: Tensor, peak: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 A case is a dict:
   kernel      the @triton.jit function
-  signature   argument name -> type ("*bf16", "i32", ...), constexprs left out
-  constexprs  argument name -> value
+  signature   argument name -> type ("*bf16", "i32", ...) or tuple of types, constexprs left out
+  constexprs  argument name -> value; (argument, element) -> value of an element of a tuple, whose
+              type is "constexpr"
   options     optional launch options: {"num_warps": 8, "enable_fp_fusion": True, ...}
   ptx_has     optional: capability -> text that the PTX must contain ("wgmma" for 90, ...)
 """
@@ -35,7 +36,8 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
 
     kernel = case["kernel"]
     signature = dict(case["signature"])
-    signature.update(dict.fromkeys(case["constexprs"], "constexpr"))
+    named = [name for name in case["constexprs"] if isinstance(name, str)]
+    signature.update(dict.fromkeys(named, "constexpr"))
     source = ASTSource(kernel, signature, constexprs=case["constexprs"])
     target = GPUTarget("cuda", capability, 32)
     done = triton.compile(source, target=target, options=case.get("options", {}))

@@ -14,7 +14,9 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from pyloss.kernels import tensor_attention as K
-from pyloss.kernels._tensor_attention_table import TABLE, Config
+from pyloss.kernels.tensor_attention import forward, launch
+from pyloss.kernels.tensor_attention import problem as problems
+from pyloss.kernels.tensor_attention.table import TABLE, Config
 
 SMALL = Config(16, 16, num_warps=4, num_stages=1)
 INF, NAN = math.inf, math.nan
@@ -151,7 +153,7 @@ def check(
 
 
 def test_the_kernels_are_interpreted() -> None:
-    assert isinstance(K.tensor_attention_fwd_rows_kernel, InterpretedFunction)
+    assert isinstance(forward.tensor_attention_fwd_rows_kernel, InterpretedFunction)
 
 
 # One of everything; lengths below, at and above the tile, all different.
@@ -388,8 +390,8 @@ def test_only_what_is_wanted_is_computed() -> None:
 
 
 def test_many_heads_share_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(K, "SCRATCH_BYTES", 0)
-    monkeypatch.setattr(K, "FULL_GRID", 4)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(launch, "FULL_GRID", 4)
     p = problem(9, 9, 9, heads=(3, 3))
     check(p, "rows", causal=True)
     check(p, "pairs", causal=True, w1=3, w2=5)
@@ -435,14 +437,16 @@ def test_nothing_to_attend(n: tuple[int, int, int]) -> None:
 
 def chosen(
     n_q: int, n: int, heads: tuple[int, int] = (8, 8), d: int = 128, **options: Any
-) -> tuple[str, K.Cost]:
+) -> tuple[str, problems.Cost]:
     """Tiling of a bfloat16 problem, from shapes alone."""
     q = torch.empty(1, heads[0], n_q, d, dtype=torch.bfloat16)
     k = torch.empty(1, heads[1], n, d, dtype=torch.bfloat16)
     settings = {"causal": False, "w1": None, "w2": None, "q_offset": 0, **options}
-    p = K._problem(q, k, k, k, k, None, None, 1.0, kv_bias=(0.0, 0.0), **settings)
-    rows, pairs = (K.choose_config(f"fwd {t}", q.dtype, d, d, q.device) for t in ("rows", "pairs"))
-    return K.choose_tiling(p, rows, pairs), K.valid_share(p, rows, pairs)
+    p = problems.checked_problem(q, k, k, k, k, None, None, 1.0, kv_bias=(0.0, 0.0), **settings)
+    rows, pairs = (
+        problems.choose_config(f"fwd {t}", q.dtype, d, d, q.device) for t in ("rows", "pairs")
+    )
+    return problems.choose_tiling(p, rows, pairs), problems.valid_share(p, rows, pairs)
 
 
 def test_tilings_follow_the_shape() -> None:

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from pyloss.kernels import tensor_attention_lowrank as K
+from pyloss.kernels.tensor_attention_lowrank import whole as K
 from pyloss.ops import tensor_attention_lowrank as op
 from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as reference
 
@@ -107,11 +107,11 @@ def test_a_query_that_sees_nothing():
     mask = torch.ones(2, 1, 5, dtype=torch.bool)
     mask[1] = False
     arguments = (q, keys, values, [mask, None], *settings(2, 4))
-    out, lse, y, states = op._forward_triton(*arguments)
-    expected = op._forward_reference(*arguments)
+    out, lse, y, states = op.triton.forward(*arguments)
+    expected = op.reference.forward(*arguments)
     close(out[0], expected[0][0])
     assert torch.equal(out[1], torch.zeros_like(out[1])) and bool((lse[1] == -math.inf).all())
-    found = op._backward_triton(torch.ones_like(out), lse * 0 + 1, *arguments[:4], out, y, states,
+    found = op.triton.backward(torch.ones_like(out), lse * 0 + 1, *arguments[:4], out, y, states,
                                 *settings(2, 4))  # fmt: skip
     assert all(bool((g[1] == 0).all()) for g in (found[0], *found[1], *found[2]))
 
@@ -120,9 +120,9 @@ def test_a_query_that_sees_nothing():
 def test_empty_axes(lengths):
     q, keys, values, masks = problem(*lengths, 4, 3)
     arguments = (q, keys, values, masks)
-    out, lse, y, states = op._forward_triton(*arguments, *settings(2, 4))
+    out, lse, y, states = op.triton.forward(*arguments, *settings(2, 4))
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -math.inf).all())
-    found = op._backward_triton(out, None, *arguments, out, y, states, *settings(2, 4))
+    found = op.triton.backward(out, None, *arguments, out, y, states, *settings(2, 4))
     for g, t in zip((found[0], *found[1], *found[2]), (q, *keys, *values)):
         assert torch.equal(g, torch.zeros_like(t))
 
@@ -136,6 +136,6 @@ def test_what_the_kernels_do_not_take_runs_on_the_reference():
         ((q, keys, values, masks), settings(2, 4, True, (3, 2))),
     ):
         for got, want in zip(
-            op._forward_triton(*arguments, *s)[:3], op._forward_reference(*arguments, *s)[:3]
+            op.triton.forward(*arguments, *s)[:3], op.reference.forward(*arguments, *s)[:3]
         ):
             close(got, want)

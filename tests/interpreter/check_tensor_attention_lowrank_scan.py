@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from check_tensor_attention_lowrank import SMALL, close, coefficients, problem
 
 from pyloss.kernels import _tensor_attention_lowrank_plan as plan
-from pyloss.kernels import tensor_attention_lowrank_scan as K
+from pyloss.kernels.tensor_attention_lowrank import scan as K
 from pyloss.ops import tensor_attention_lowrank as op
 from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank as reference
 
@@ -158,14 +158,14 @@ def test_the_op_runs_them(causal, windows):
     q, keys, values, masks = problem(6, (6, 6), 4, 3)
     settings = op.Settings(tuple(coefficients(2, 4)), 0.0, causal, windows, 0)
     arguments = (q, keys, values, masks)
-    got, want = (f(*arguments, *settings) for f in (op._forward_triton, op._forward_reference))
+    got, want = (f(*arguments, *settings) for f in (op.triton.forward, op.reference.forward))
     assert got[3] == [] == want[3]
     for a, b in zip(got[:3], want[:3]):
         close(a, b)
     dout = torch.ones_like(got[0])
     got, want = (
         f(dout, None, *arguments, *got[::2][:2], [], *settings)
-        for f in (op._backward_triton, op._backward_reference)
+        for f in (op.triton.backward, op.reference.backward)
     )
     for a, b in zip((got[0], *got[1], *got[2]), (want[0], *want[1], *want[2])):
         close(a, b, 1e-4)

@@ -30,13 +30,13 @@ def test_equals_the_cpu_kernel(settings, want):
     tensors, masks = _tensors()
     if want == 31:
         masks = [masks[0][..., :1], None]  # broadcast along the keys
-    out, lse = op._forward_triton(*tensors, *masks, *settings)
-    expected, expected_lse = op._forward_cpu(*tensors, *masks, *settings)
+    out, lse = op.triton.forward(*tensors, *masks, *settings)
+    expected, expected_lse = op.cpu.forward(*tensors, *masks, *settings)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     arguments = (dout, dlse, *tensors, *masks, expected, expected_lse, *settings, want)
-    got, right = op._backward_triton(*arguments), op._backward_cpu(*arguments)
+    got, right = op.triton.backward(*arguments), op.cpu.backward(*arguments)
     assert len(got) == len(right) == bin(want).count("1")
     for a, b in zip(got, right):
         assert a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous()
@@ -47,9 +47,9 @@ def test_equals_the_cpu_kernel(settings, want):
 def test_empty_axes(lengths):
     tensors, _ = _tensors(*lengths)
     settings = op.Settings(0.3, False, 0, 0, 0, 0.0, 0.0)
-    out, lse = op._forward_triton(*tensors, None, None, *settings)
+    out, lse = op.triton.forward(*tensors, None, None, *settings)
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
-    found = op._backward_triton(out, None, *tensors, None, None, out, lse, *settings, 31)
+    found = op.triton.backward(out, None, *tensors, None, None, out, lse, *settings, 31)
     assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(found, tensors))
 
 
@@ -57,6 +57,6 @@ def test_what_the_kernels_do_not_take_runs_on_the_reference():
     tensors, masks = _tensors()
     tensors, masks = [t.double() for t in tensors], [m.double() for m in masks]
     settings = op.Settings(0.3, False, 0, 0, 0, 0.0, 0.0)
-    out, lse = op._forward_triton(*tensors, *masks, *settings)
+    out, lse = op.triton.forward(*tensors, *masks, *settings)
     assert out.dtype == lse.dtype == torch.float64
-    torch.testing.assert_close(out, op._forward_cpu(*tensors, *masks, *settings)[0])
+    torch.testing.assert_close(out, op.cpu.forward(*tensors, *masks, *settings)[0])

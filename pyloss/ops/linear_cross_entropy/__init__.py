@@ -303,7 +303,8 @@ def linear_cross_entropy(
     if filter is not None and not tiles().runs_on(t.input):
         filter = None  # it allows to leave out, it does not ask to
     settings = (chunk, strategy, exact, filter)
-    if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in t[:3]):
+    trained = (t.input, t.linear_weight, t.linear_bias)  # Dynamo of torch 2.6 slices no NamedTuple
+    if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in trained):
         call = (
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
             codes.scalar, settings,

@@ -104,8 +104,9 @@ class Call:
         if reduction == REDUCTIONS["mean"]:
             self._fold(t, codes)
             reduction = REDUCTIONS["sum"]
-        self.options = options._replace(num_items=0.0)
-        self.codes = codes._replace(reduction=reduction, zero_if_empty=0)
+        if options.num_items:
+            self.options = options._replace(num_items=0.0)
+        self.codes = Codes(codes.kind, codes.ignore_index, codes.loss, reduction, 0)
         self.scalar = self.codes.scalar
 
     def _fold(self, t, codes):

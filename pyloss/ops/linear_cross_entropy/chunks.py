@@ -90,5 +90,6 @@ class Chunks:
 
     def statistics(self, saved: Tensor, part: slice, with_extras: bool) -> RowStatistics:
         """A chunk's share of the buffer of statistics."""
-        whole = RowStatistics(saved, self.rows, self.height, with_extras)
-        return whole.part(part.start, part.stop - part.start, part.start // self.step)
+        begin, count = part.start, part.stop - part.start
+        number = begin // self.step
+        return RowStatistics.of_part(saved, begin, count, number, self.height, with_extras)

@@ -18,6 +18,7 @@ from pyloss.ops.row_softmax.records import (
     Forward,
     Hvp,
     Options,
+    new,
     problem,
     unpacked,
 )
@@ -44,9 +45,9 @@ def listed(loss, saved, index, grad):
 
 
 def unlisted(found, wants):
-    loss, saved, *rest = found
-    index = rest.pop(0) if wants & WANT_INDEX else None
-    return loss, saved, index, rest[0] if wants & WANT_GRAD else None
+    # By place: Dynamo of torch 2.6 cannot trace a pop.
+    index = found[2] if wants & WANT_INDEX else None
+    return found[0], found[1], index, found[-1] if wants & WANT_GRAD else None
 
 
 def run_forward(
@@ -63,11 +64,11 @@ def run_forward(
     """
     record, alive = problem(tensors, options, codes)
     stats, norm, extras = statistics.addresses()
-    forward = Forward(
+    fields = (
         loss.data_ptr(), DTYPE_CODES[loss.dtype], stats, norm, extras, address(index),
         address(grad), strides,
     )  # fmt: skip
-    launch(tensors[0], record, forward)
+    launch(tensors[0], record, new(Forward, fields))
     del alive
 
 
@@ -94,10 +95,10 @@ def _backward_records(
     grad_loss = grad_loss.contiguous()
     grad_extras = None if grad_extras is None else grad_extras.contiguous()
     stats, norm, extras = statistics.addresses()
-    backward = Backward(
+    fields = (
         grad_loss.data_ptr(), address(grad_extras), stats, norm, extras, grad.data_ptr(), strides
-    )
-    return record, backward, (alive, grad_loss, grad_extras)
+    )  # fmt: skip
+    return record, new(Backward, fields), (alive, grad_loss, grad_extras)
 
 
 def run_backward(launch, grad_loss, grad_extras, tensors, *rest) -> None:

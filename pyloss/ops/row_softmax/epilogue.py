@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops.row_softmax.records import FOCAL, Options
+from pyloss.ops.row_softmax.records import COMP_SUM, FOCAL, Options
 
 
 class Transform(NamedTuple):
@@ -51,12 +51,12 @@ def epilogue(o: Options, loss: int, nll: Tensor) -> LossOfNll:
     """A row's loss as a function of nll = -log p_y >= 0, and its derivative; nll may be infinite.
 
     Args:
-        loss: COMP_SUM or FOCAL.
+        loss: a key of LOSSES.
     """
     cut = nll >= o.max_nll if o.max_nll < math.inf else None
     if cut is not None:
         nll = torch.where(cut, o.max_nll, nll)
-    found = (_focal if loss == FOCAL else _comp_sum)(o, nll)
+    found = LOSSES[loss](o, nll)
     return found if cut is None else LossOfNll(found.value, torch.where(cut, 0.0, found.slope))
 
 
@@ -73,6 +73,9 @@ def _focal(o: Options, nll: Tensor) -> LossOfNll:
     # nll / miss -> 1 as p -> 1, and p nll -> 0 as p -> 0.
     p_ratio = torch.where(p > 0, p * torch.where(miss > 0, nll / miss, 1.0), 0.0)
     return LossOfNll(power * nll, power * (1 + o.gamma * p_ratio))
+
+
+LOSSES = {COMP_SUM: _comp_sum, FOCAL: _focal}
 
 
 class _Differentiable(torch.autograd.Function):

@@ -103,10 +103,13 @@ RECORDS = (Options, Codes, Problem, Forward, Backward, Hvp)
 PLAIN = Options()
 NO_STRIDES = (0, 0, 0)
 
+# new(Record, fields): the constructor of a NamedTuple is a Python function, twice as slow.
+new = tuple.__new__
+
 
 def unpacked(options, codes) -> tuple[Options, Codes]:
     """From the lists of an op's schema."""
-    return PLAIN if options is None else Options(*options), Codes(*codes)
+    return PLAIN if options is None else new(Options, options), new(Codes, codes)
 
 
 def is_soft(kind: int, options: Options) -> bool:
@@ -129,9 +132,9 @@ def problem(tensors, options: Options, codes: Codes) -> tuple[Problem, tuple[Ten
         small = (target2, mix, weight, token_weight)
         small = tuple(t if t is None else t.contiguous() for t in small)
         addresses = map(address, small)
-    record = Problem(
+    fields = (
         sizes, DTYPE_CODES[x.dtype], x.data_ptr(), strides,
         target.data_ptr(), DTYPE_CODES[target.dtype], target_strides,
         *addresses, codes, options,
     )  # fmt: skip
-    return record, (x, target, *small)
+    return new(Problem, fields), (x, target, *small)

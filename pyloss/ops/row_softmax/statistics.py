@@ -46,8 +46,16 @@ class RowStatistics:
         """With a buffer of its own, on the device of `like`, in its accumulator's dtype."""
         height = stat_rows(codes, options)
         size = saved_size(rows, height, with_extras)
-        saved = like.new_empty(size, dtype=accumulator_dtype(like.dtype))
+        saved = like.new_empty((size,), dtype=accumulator_dtype(like.dtype))
         return cls(saved, rows, height, with_extras)
+
+    @classmethod
+    def of_part(cls, saved: Tensor, begin: int, count: int, number: int, height: int, with_extras):
+        """In a buffer of all rows: part `number`, its rows begin, begin + 1, ..; every part has a
+        norm of its own."""
+        start = saved_size(begin, height, with_extras) + _NORM * (number - 1)
+        size = saved_size(count, height, with_extras)
+        return cls(saved[start : start + size], count, height, with_extras)
 
     def addresses(self) -> tuple[int, int, int]:
         """Of (stats, norm, extras)."""
@@ -55,13 +63,6 @@ class RowStatistics:
         stats = base + _NORM * size
         extras = stats + self.height * self.rows * size if self.with_extras else 0
         return stats, base, extras
-
-    def part(self, begin: int, count: int, number: int) -> RowStatistics:
-        """The share of rows begin, begin + 1, .. when parts 0, 1, .. have a norm each."""
-        start = saved_size(begin, self.height, self.with_extras) + _NORM * (number - 1)
-        size = saved_size(count, self.height, self.with_extras)
-        saved = self.saved[start : start + size]
-        return RowStatistics(saved, count, self.height, self.with_extras)
 
     def _row(self, i: int) -> Tensor:
         return self.saved[_NORM + i * self.rows : _NORM + (i + 1) * self.rows]

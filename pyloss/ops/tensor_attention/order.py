@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import forward_ad_active, functorch_active
-from pyloss.ops.tensor_attention import WANT, Settings, _FirstOrderOnly
+from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
+from pyloss.ops.tensor_attention.plan import WANT
 
 _ops = torch.ops.pyloss
 
@@ -33,21 +34,32 @@ class OrderSettings(NamedTuple):
     windows: tuple[int, ...]
     q_offset: int
 
-    def inner(self, first_query: int) -> OrderSettings:
-        """Without the first axis, for queries that start at `first_query`."""
-        return self._replace(windows=self.windows[1:], q_offset=self.q_offset + first_query)
 
-    def pair(self) -> Settings:
-        """For the last two axes."""
-        return Settings(self.scale, self.causal, *self.windows, self.q_offset, 0.0, 0.0)
+# Dynamo follows what comes now, in versions that neither take a NamedTuple through
+# Function.apply nor know _replace: the settings go on as a plain tuple.
+_Plain = tuple[float, bool, tuple[int, ...], int]
 
-    def queries(self, key: int, n_q: int) -> slice:
-        """Those that see a key of the first axis."""
-        window, position = self.windows[0], key - self.q_offset
-        first = position if self.causal else (position - window + 1 if window else 0)
-        last = position + window if window else n_q
-        first = min(max(first, 0), n_q)
-        return slice(first, max(first, min(last, n_q)))
+
+def _inner_settings(settings: _Plain, first_query: int) -> _Plain:
+    """Without the first axis, for queries that start at `first_query`."""
+    scale, causal, windows, q_offset = settings
+    return scale, causal, windows[1:], q_offset + first_query
+
+
+def _pair_settings(settings: _Plain) -> tuple[float, bool, int, int, int, float, float]:
+    """Those of the op, for the last two axes."""
+    scale, causal, (w1, w2), q_offset = settings
+    return scale, causal, w1, w2, q_offset, 0.0, 0.0
+
+
+def _queries(settings: _Plain, key: int, n_q: int) -> slice:
+    """Those that see a key of the first axis."""
+    _, causal, windows, q_offset = settings
+    window, position = windows[0], key - q_offset
+    first = position if causal else (position - window + 1 if window else 0)
+    last = position + window if window else n_q
+    first = min(max(first, 0), n_q)
+    return slice(first, max(first, min(last, n_q)))
 
 
 def _repeated(t: Tensor, heads: int) -> Tensor:
@@ -58,17 +70,17 @@ def _of_queries(mask: Tensor, at: slice) -> Tensor:
     return mask if mask.shape[2] == 1 else mask[:, :, at]
 
 
-def _forward(q, keys, values, masks, settings: OrderSettings):
+def _forward(q, keys, values, masks, settings: _Plain):
     """(out, lse) in the dtype of q, which is float32 or float64."""
     if len(keys) == 2:
-        return _ops.tensor_attention_fwd(q, *keys, *values, *masks, *settings.pair())
+        return _ops.tensor_attention_fwd(q, *keys, *values, *masks, *_pair_settings(settings))
     batch, heads, n_q, _ = q.shape
     acc = q.new_zeros((batch, heads, n_q, values[0].shape[3]))
     most = q.new_full((batch, heads, n_q), -math.inf)
     total = torch.zeros_like(most)
     k, v = _repeated(keys[0], heads), _repeated(values[0], heads)
     for j in range(k.shape[2]):
-        at = settings.queries(j, n_q)
+        at = _queries(settings, j, n_q)
         out, lse = _inner(q, k, keys, values, masks, settings, j, at)
         new = torch.maximum(most[:, :, at], lse)
         shift = torch.where(new == -math.inf, 0.0, new)
@@ -85,19 +97,21 @@ def _inner(q, k, keys, values, masks, settings, j, at):
     """(out, lse) of the queries `at` times key j of the first axis."""
     pairs = q[:, :, at] * k[:, :, j : j + 1]
     masks_inner = [m if m is None else _of_queries(m, at) for m in masks[1:]]
-    out, lse = _forward(pairs, keys[1:], values[1:], masks_inner, settings.inner(at.start))
+    out, lse = _forward(
+        pairs, keys[1:], values[1:], masks_inner, _inner_settings(settings, at.start)
+    )
     if masks[0] is not None:
         lse = lse + _of_queries(masks[0], at)[..., j]
     return out, lse
 
 
-def _backward(dout, delta, lse, q, keys, values, masks, settings: OrderSettings):
+def _backward(dout, delta, lse, q, keys, values, masks, settings: _Plain):
     """(dq, [dk], [dv]); delta is <dout, out> - dlse, lse that of all the axes together."""
     if len(keys) == 2:
         # The op forms delta itself, as <dout, out> - dlse.
         found = _ops.tensor_attention_bwd(
-            dout, -delta, q, *keys, *values, *masks, torch.zeros_like(dout), lse, *settings.pair(),
-            sum(WANT[:5]),
+            dout, -delta, q, *keys, *values, *masks, torch.zeros_like(dout), lse,
+            *_pair_settings(settings), sum(WANT[:5]),
         )  # fmt: skip
         return found[0], list(found[1:3]), list(found[3:5])
     heads, n_q = q.shape[1:3]
@@ -106,7 +120,7 @@ def _backward(dout, delta, lse, q, keys, values, masks, settings: OrderSettings)
     dkeys = [dk, *(torch.zeros_like(t) for t in keys[1:])]
     dvalues = [dv, *(torch.zeros_like(t) for t in values[1:])]
     for j in range(k.shape[2]):
-        at = settings.queries(j, n_q)
+        at = _queries(settings, j, n_q)
         key, value = k[:, :, j : j + 1], v[:, :, j : j + 1]
         out, lse_j = _inner(q, k, keys, values, masks, settings, j, at)
         whole = lse[:, :, at]
@@ -118,7 +132,8 @@ def _backward(dout, delta, lse, q, keys, values, masks, settings: OrderSettings)
         masks_inner = [m if m is None else _of_queries(m, at) for m in masks[1:]]
         dpairs, dinner, dvinner = _backward(
             (dout[:, :, at] * value).contiguous(), delta[:, :, at], whole.contiguous(),
-            q[:, :, at] * key, keys[1:], values[1:], masks_inner, settings.inner(at.start),
+            q[:, :, at] * key, keys[1:], values[1:], masks_inner,
+            _inner_settings(settings, at.start),
         )  # fmt: skip
         dq[:, :, at] += dpairs * key
         dk[:, :, j] = (dpairs * q[:, :, at]).sum(2)
@@ -132,7 +147,8 @@ def _backward(dout, delta, lse, q, keys, values, masks, settings: OrderSettings)
 
 class _TensorAttentionOrder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, order, q, *others):
+    def forward(ctx, scale, causal, windows, q_offset, q, *others):
+        order, settings = len(windows), (scale, causal, windows, q_offset)
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
         acc = accumulator_dtype(q.dtype)
         q, keys, values = q.to(acc), [t.to(acc) for t in keys], [t.to(acc) for t in values]
@@ -146,7 +162,7 @@ class _TensorAttentionOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * (3 + 3 * ctx.order)
+            return (None,) * (5 + 3 * ctx.order)
         q, *others, out, lse = ctx.saved_tensors
         m = ctx.order
         keys, values, masks = others[:m], others[m : 2 * m], others[2 * m :]
@@ -158,8 +174,8 @@ class _TensorAttentionOrder(torch.autograd.Function):
             dq, dk, dv = _backward(cotangent, delta, lse, q, keys, values, masks, ctx.settings)
         found = [g.to(ctx.dtypes[0]) for g in (dq, *dk, *dv)]
         if torch.is_grad_enabled():
-            found = _FirstOrderOnly.apply(len(found), *found, cotangent, q, *keys, *values)
-        return None, None, *found, *(None,) * m
+            found = FirstOrderOnly.apply(len(found), *found, cotangent, q, *keys, *values)
+        return *(None,) * 4, *found, *(None,) * m
 
 
 def tensor_attention_order(
@@ -183,4 +199,4 @@ def tensor_attention_order(
             windows=[w or None for w in settings.windows],
             q_offset=settings.q_offset,
         )
-    return _TensorAttentionOrder.apply(settings, len(keys), q, *keys, *values, *masks)
+    return _TensorAttentionOrder.apply(*settings, q, *keys, *values, *masks)

@@ -1,0 +1,274 @@
+"""The backward pass over queries: dq, and with pairs dk1 and dv1; and the gradients of masks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LOG2E,
+    NEG_INF,
+    POS_INF,
+    dot,
+    first_axis_span,
+    head_queries,
+    key_block,
+    key_walk,
+    keys_of,
+    load_row,
+    load_rows,
+    pair_keys,
+    pair_queries,
+    phase_bounds,
+    row_penalty,
+    row_queries,
+    scores,
+    split_range,
+    store_rows,
+)
+
+
+@triton.jit
+def tensor_attention_bwd_rows_stats_kernel(
+    out_ptr,  # [rows, dv]
+    dout_ptr,  # [rows, dv]
+    lse_ptr,  # float32 [rows]
+    dlse_ptr,  # float32 [rows] or None
+    shift_ptr,  # float32 [rows], this and the next: Upstream
+    delta_ptr,
+    total_rows,
+    dv,
+    DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = rows < total_rows
+    cols = tl.arange(0, DV)[None, :]
+    at = (rows * dv)[:, None] + cols
+    here = inside[:, None] & (cols < dv)
+    out = tl.load(out_ptr + at, mask=here, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=here, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, axis=1)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
+    empty = lse == NEG_INF
+    tl.store(shift_ptr + rows, tl.where(empty, POS_INF, lse * LOG2E), mask=inside)
+    tl.store(delta_ptr + rows, tl.where(empty, 0.0, delta), mask=inside)
+
+
+@triton.jit
+def _block(
+    a,  # [BLOCK_M, D] q * k1 with the scale
+    b,  # [BLOCK_M, DV] dout * v1
+    shift,  # [BLOCK_M] lse less the row's penalty
+    delta,  # [BLOCK_M]
+    x,
+    queries,
+    keys,
+    k0,
+    EDGE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """P, dS and the tiles of K2 and V2."""
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    k, near = key_block(x, k0, BLOCK_N, EDGE)
+    k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
+    v2 = load_rows(keys.v2 + near * x.dv, x.dv, C.DV, C.EVEN_DV)
+    s = scores(a, k2, x, queries, k, near, EDGE, C)
+    prob = tl.exp2(s - shift[:, None])
+    dp = tl.zeros((b.shape[0], BLOCK_N), tl.float32)
+    dp = dot(b, tl.trans(v2), dp, C)
+    return prob, prob * (dp - delta[:, None]), k2, v2
+
+
+@triton.jit
+def tensor_attention_bwd_q_rows_kernel(
+    x,  # Inputs
+    up,  # Upstream
+    dq_ptr,  # [splits, B, H, n_q, d]
+    total_rows,  # B H n_q
+    scale,
+    C: tl.constexpr,  # Constants
+):
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    D: tl.constexpr = C.D
+    n_tiles = tl.cdiv(x.n_q * C.PACK, BLOCK_M)
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    tile = n_tiles - 1 - pid % n_tiles
+    queries, inside = row_queries(x, tile, pid // n_tiles, C)
+    keys = keys_of(x, queries.key_head)
+    flat = queries.flat
+    q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
+    dout = load_rows(up.dout + flat * x.dv, x.dv, C.DV, C.EVEN_DV)
+    lse = tl.load(up.shift + flat)
+    delta = tl.load(up.delta + flat)
+    j_lo = tl.maximum(queries.p0 - x.left1, 0)
+    j_hi = tl.minimum(queries.p1 + x.right1 + 1, x.n_1)
+    j_lo, j_hi = split_range(j_lo, j_hi, split)
+    over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
+
+    dq = tl.zeros((BLOCK_M, D), tl.float32)
+    for j in range(j_lo, j_hi):
+        k1 = load_row(keys.k1 + j * x.d, x.d, D, C.EVEN_D)
+        v1 = load_row(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+        a = (q.to(tl.float32) * (k1 * x.logit_scale)[None, :]).to(q.dtype)
+        b = (dout.to(tl.float32) * v1[None, :]).to(dout.dtype)
+        shift = lse - row_penalty(x, queries, j, C)
+        dx = tl.zeros((BLOCK_M, D), tl.float32)
+        for phase in tl.static_range(3):
+            if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
+                start, stop = phase_bounds(over, phase)
+                for t in range(start, stop):
+                    k0 = over.lo + t * C.BLOCK_N
+                    _, ds, k2, _ = _block(a, b, shift, delta, x, queries, keys, k0, phase != 1, C)
+                    dx = dot(ds.to(k2.dtype), k2, dx, C)
+        dq += dx * k1[None, :]
+
+    flat += split.to(tl.int64) * total_rows
+    store_rows(dq_ptr + flat * x.d, dq * scale, inside, x.d, D)
+
+
+@triton.jit
+def tensor_attention_bwd_q_pairs_kernel(
+    x,
+    up,
+    dq_ptr,  # [B, H, n_q, d]
+    part_k_ptr,  # float32 [heads of this launch, tiles, span, d]: parts of dk1
+    part_v_ptr,  # float32 [heads of this launch, tiles, span, dv]: parts of dv1
+    first_head,  # of this launch, among B H
+    span,
+    scale,
+    C: tl.constexpr,
+    WANT_K: tl.constexpr,
+    WANT_V: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # holds every window of axis 1
+    SUM_ROWS: tl.constexpr,  # at least BLOCK_J + BLOCK_M / BLOCK_J - 1
+):
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
+    n_tiles = tl.cdiv(x.n_q, BLOCK_I)
+    pid = tl.program_id(0)
+    tile = pid % n_tiles
+    slab = pid // n_tiles + first_head
+    queries = pair_queries(x, tile, slab, C, BLOCK_J)
+    keys = keys_of(x, queries.key_head)
+    j, valid = pair_keys(x, queries.p, 0, BLOCK_J, BLOCK_M)
+    k1_rows = keys.k1 + j * x.d
+    q_rows = x.q + queries.flat * x.d
+    dout_rows = up.dout + queries.flat * x.dv
+    q = load_rows(q_rows, x.d, D, C.EVEN_D)
+    k1 = load_rows(k1_rows, x.d, D, C.EVEN_D)
+    a = (q.to(tl.float32) * k1.to(tl.float32) * x.logit_scale).to(q.dtype)
+    dout = load_rows(dout_rows, x.dv, DV, C.EVEN_DV)
+    v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
+    b = (dout.to(tl.float32) * v1.to(tl.float32)).to(dout.dtype)
+    # Repeated queries beyond the end count as invalid too.
+    i0 = tile * BLOCK_I
+    valid = valid & (i0 + tl.arange(0, BLOCK_M) // BLOCK_J < x.n_q)
+    shift = tl.load(up.shift + queries.flat)
+    if x.mask1 is not None:
+        rows = x.mask1 + queries.mask1_at + queries.i.to(tl.int64) * x.stride_mask1_row
+        shift -= tl.load(rows + j) * LOG2E
+    shift = tl.where(valid, shift, POS_INF)
+    delta = tl.load(up.delta + queries.flat)
+    over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
+
+    dx = tl.zeros((BLOCK_M, D), tl.float32)
+    if WANT_V:
+        y = tl.zeros((BLOCK_M, DV), tl.float32)
+    for phase in tl.static_range(3):
+        if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
+            start, stop = phase_bounds(over, phase)
+            for t in range(start, stop):
+                k0 = over.lo + t * C.BLOCK_N
+                prob, ds, k2, v2 = _block(a, b, shift, delta, x, queries, keys, k0, phase != 1, C)
+                dx = dot(ds.to(k2.dtype), k2, dx, C)
+                if WANT_V:
+                    y = dot(prob.to(v2.dtype), v2, y, C)
+
+    k1 = load_rows(k1_rows, x.d, D, C.EVEN_D).to(tl.float32)
+    dq = tl.sum(tl.reshape(dx * k1, (BLOCK_I, BLOCK_J, D)), axis=1) * scale
+    own = i0 + tl.arange(0, BLOCK_I)
+    flat = slab.to(tl.int64) * x.n_q + own
+    store_rows(dq_ptr + flat * x.d, dq, own < x.n_q, x.d, D)
+    if WANT_K or WANT_V:
+        # Rows (i, j) of one j stand on a diagonal: their sum is a product with zeros and ones.
+        _, _, j_lo, j_hi = first_axis_span(
+            tile, BLOCK_I, x.n_q, -x.q_offset, x.q_offset, x.n_q, x.n_1, x.q_offset, x.left1,
+            x.right1,
+        )  # fmt: skip
+        sums = tl.arange(0, SUM_ROWS)
+        place = pid.to(tl.int64) * span + sums
+        stored = sums < j_hi - j_lo
+        pick = (sums[:, None] == (j - j_lo)[None, :]) & valid[None, :]
+        pick = tl.where(pick, 1.0, 0.0)
+    if WANT_K:
+        z = dx * load_rows(q_rows, x.d, D, C.EVEN_D).to(tl.float32)
+        z = tl.dot(pick, z, input_precision=SUM_PRECISION)
+        store_rows(part_k_ptr + place * x.d, z, stored, x.d, D)
+    if WANT_V:
+        z = y * load_rows(dout_rows, x.dv, DV, C.EVEN_DV).to(tl.float32)
+        z = tl.dot(pick, z, input_precision=SUM_PRECISION)
+        store_rows(part_v_ptr + place * x.dv, z, stored, x.dv, DV)
+
+
+@triton.jit
+def tensor_attention_bwd_mask_kernel(
+    x,
+    up,
+    dmask_ptr,  # float32 [mask1's B, mask1's H, n_q, n_1], zeros on entry
+    mask_heads,  # 1 or n_heads
+    batches,  # this and the next: how many of either share one mask
+    heads,
+    C: tl.constexpr,
+    KEYS: tl.constexpr,  # of axis 1, per program
+):
+    """dmask1; called with the axes exchanged it gives dmask2.
+
+    Heads and batches that share the mask are added up by the program that owns the result.
+    """
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    n_tiles = tl.cdiv(x.n_q, BLOCK_M)
+    pid = tl.program_id(0)
+    tile = pid % n_tiles
+    slab = pid // n_tiles
+    batch0 = slab // mask_heads
+    head0 = slab % mask_heads
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.minimum(rows, x.n_q - 1)
+    p0 = tile * BLOCK_M + x.q_offset
+    p1 = tl.minimum(tile * BLOCK_M + BLOCK_M, x.n_q) - 1 + x.q_offset
+    j_lo = tl.maximum(tl.program_id(1) * KEYS, p0 - x.left1)
+    j_hi = tl.minimum(tl.minimum(tl.program_id(1) * KEYS + KEYS, x.n_1), p1 + x.right1 + 1)
+    over = key_walk(x, p0, p1, C.BLOCK_N)
+    out = dmask_ptr + (slab.to(tl.int64) * x.n_q + i) * x.n_1
+    for j in range(j_lo, j_hi):
+        acc = tl.zeros((BLOCK_M,), tl.float32)
+        for member in range(batches * heads):
+            batch = batch0 + member // heads
+            head = head0 + member % heads
+            queries = head_queries(x, batch, head, i, p0, p1, C)
+            keys = keys_of(x, queries.key_head)
+            q = load_rows(x.q + queries.flat * x.d, x.d, C.D, C.EVEN_D)
+            dout = load_rows(up.dout + queries.flat * x.dv, x.dv, C.DV, C.EVEN_DV)
+            k1 = load_row(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D)
+            v1 = load_row(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+            a = (q.to(tl.float32) * (k1 * x.logit_scale)[None, :]).to(q.dtype)
+            b = (dout.to(tl.float32) * v1[None, :]).to(dout.dtype)
+            shift = tl.load(up.shift + queries.flat) - row_penalty(x, queries, j, C)
+            delta = tl.load(up.delta + queries.flat)
+            for phase in tl.static_range(3):
+                if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
+                    start, stop = phase_bounds(over, phase)
+                    for t in range(start, stop):
+                        k0 = over.lo + t * C.BLOCK_N
+                        _, ds, _, _ = _block(
+                            a, b, shift, delta, x, queries, keys, k0, phase != 1, C
+                        )
+                        acc += tl.sum(ds, axis=1)
+        tl.store(out + j, acc, mask=rows < x.n_q)

@@ -1,0 +1,101 @@
+"""Exact Kronecker tensor attention as an op: (out, lse) forward, up to seven gradients backward.
+
+    S[i,j,k] = scale sum_l q[i,l] k1[j,l] (k2[k,l] + bk) + mask1[i,j] + mask2[i,k]
+    out[i,c] = sum_jk softmax_jk(S)[i,j,k] v1[j,c] (v2[k,c] + bv)
+
+Formulas, memory and cost: docs/tensor_attention.md. Kernels: csrc/cpu/tensor_attention.h,
+kernels/tensor_attention. Of more than two key axes: order.py.
+
+Paper: Alman, Song, arXiv 2310.04064.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention import cpu, reference, triton
+from pyloss.ops.tensor_attention.cpu import scratch_bytes
+from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
+from pyloss.ops.tensor_attention.plan import WANT, Settings, gradients, results
+
+__all__ = ["Settings", "scratch_bytes", "tensor_attention"]
+
+_TENSORS = "Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, Tensor? mask1, Tensor? mask2"
+_SETTINGS = "float scale, bool causal, SymInt w1, SymInt w2, SymInt q_offset, float bk, float bv"
+
+
+def _forward_fake(q, k1, k2, v1, v2, mask1, mask2, *settings):
+    return results(q, v1)
+
+
+def _backward_fake(dout, dlse, *args):
+    return [g for g in gradients(args[:7], args[-1]) if g is not None]
+
+
+define_op(
+    f"tensor_attention_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    impls={"cpu": cpu.forward, "triton": triton.forward, "reference": reference.forward},
+)
+define_op(
+    f"tensor_attention_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, "
+    f"{_SETTINGS}, int want) -> Tensor[]",
+    fake=_backward_fake,
+    impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
+)
+
+# --------------------------------------------------------------------------------------------------
+# Autograd
+
+_ops = torch.ops.pyloss
+
+
+class _TensorAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        tensors, settings = args[:7], args[7:]
+        out, lse = _ops.tensor_attention_fwd(*tensors, *settings)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        kept = ctx.saved_tensors
+        tensors, out, lse = kept[:7], kept[7], kept[8]
+        rest = (None,) * len(ctx.settings)
+        want = sum(bit for bit, yes in zip(WANT, ctx.needs_input_grad) if yes)
+        if want == 0 or (dout is None and dlse is None):
+            return *(None for _ in tensors), *rest
+        cotangent = torch.zeros_like(out) if dout is None else dout
+        found = _ops.tensor_attention_bwd(
+            cotangent, dlse, *(t if t is None else t.detach() for t in tensors), out.detach(),
+            lse.detach(), *ctx.settings, want,
+        )  # fmt: skip
+        if torch.is_grad_enabled():
+            found = FirstOrderOnly.apply(len(found), *found, cotangent, *tensors)
+        grads = list(found)
+        return *(grads.pop(0) if want & bit else None for bit in WANT), *rest
+
+
+def tensor_attention(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of checked arguments; masks are additive and floating."""
+    tensors = (q, k1, k2, v1, v2, mask1, mask2)
+    if functorch_active() or forward_ad_active():  # transforms must see into the op
+        return reference.found(*tensors, settings)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _TensorAttention.apply(*tensors, *settings)
+    return _ops.tensor_attention_fwd(*tensors, *settings)

@@ -1,0 +1,100 @@
+"""Low-rank tensor attention of any order m as an op: near-linear, with a polynomial for exp.
+
+    out[i] = sum_{j1..jm} p(S[i, j1..jm]) v_1[j1] * ... * v_m[jm] / y[i]
+    y[i]   = sum_{j1..jm} p(S[i, j1..jm]),   lse = log y + centre
+
+`coefficients` are p_t s^t, so that the scale is in them. Formulas, memory and cost:
+docs/tensor_attention_lowrank.md. Kernels: csrc/cpu/tensor_attention_lowrank.h,
+kernels/tensor_attention_lowrank. Tensors are float32 or float64; features of a half type would
+lose what the polynomial gains, and are refused.
+
+Paper: Alman, Song, arXiv 2310.04064.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss.ops._registry import define_op
+from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
+from pyloss.ops.tensor_attention_lowrank import cpu, plan, reference, triton
+from pyloss.ops.tensor_attention_lowrank.plan import Settings
+
+__all__ = ["Settings", "tensor_attention_lowrank"]
+
+_TENSORS = "Tensor q, Tensor[] keys, Tensor[] values, Tensor?[] key_masks"
+_SETTINGS = "float[] coefficients, float centre, bool causal, SymInt[] windows, SymInt q_offset"
+
+
+def _forward_fake(q, keys, values, key_masks, *settings):
+    plan.check_dtype(q)
+    return plan.results(q, keys, values, Settings(*settings))
+
+
+def _backward_fake(dout, dlse, q, keys, values, *rest):
+    return plan.gradients(q, keys, values)
+
+
+define_op(
+    f"tensor_attention_lowrank_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    fake=_forward_fake,
+    impls={"cpu": cpu.forward, "triton": triton.forward, "reference": reference.forward},
+)
+define_op(
+    f"tensor_attention_lowrank_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor y, "
+    f"Tensor[] states, {_SETTINGS}) -> (Tensor, Tensor[], Tensor[])",
+    fake=_backward_fake,
+    impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
+)
+
+# --------------------------------------------------------------------------------------------------
+# Autograd
+
+_ops = torch.ops.pyloss
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, order, coefficients, centre, causal, windows, q_offset, q, *others):
+        keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
+        settings = (coefficients, centre, causal, windows, q_offset)
+        out, lse, y, states = _ops.tensor_attention_lowrank_fwd(q, keys, values, masks, *settings)
+        ctx.save_for_backward(q, *others, out, y, *states)
+        ctx.settings, ctx.order = settings, order
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        m = ctx.order
+        if dout is None and dlse is None:
+            return (None,) * (7 + 3 * m)
+        q, *others = ctx.saved_tensors
+        keys, values, masks = others[:m], others[m : 2 * m], others[2 * m : 3 * m]
+        out, y, *states = others[3 * m :]
+        cotangent = torch.zeros_like(out) if dout is None else dout
+        with torch.no_grad():
+            dq, dkeys, dvalues = _ops.tensor_attention_lowrank_bwd(
+                cotangent, dlse, q, keys, values, masks, out, y, states, *ctx.settings
+            )
+        found = [dq, *dkeys, *dvalues]
+        if torch.is_grad_enabled():
+            found = FirstOrderOnly.apply(len(found), *found, cotangent, q, *keys, *values)
+        return *(None,) * 6, *found, *(None,) * m
+
+
+def tensor_attention_lowrank(
+    q: Tensor,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    key_masks: tuple[Tensor | None, ...],
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of checked arguments in float32 or float64; masks are bool, (B, G or 1, n)."""
+    if functorch_active() or forward_ad_active():  # transforms must see into the op
+        return reference.found(q, keys, values, key_masks, settings)[:2]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *keys, *values)):
+        return _LowRank.apply(len(keys), *settings, q, *keys, *values, *key_masks)
+    return _ops.tensor_attention_lowrank_fwd(q, keys, values, key_masks, *settings)[:2]

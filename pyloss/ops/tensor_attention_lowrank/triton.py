@@ -1,0 +1,42 @@
+"""The Triton implementations of the ops of low-rank tensor attention, which also know what to leave
+to the reference.
+"""
+
+from __future__ import annotations
+
+from pyloss.ops.tensor_attention_lowrank import plan, reference
+from pyloss.ops.tensor_attention_lowrank.plan import Settings
+
+
+def _kernels():
+    from pyloss.kernels import tensor_attention_lowrank  # with its first use
+
+    return tensor_attention_lowrank
+
+
+def forward(q, keys, values, key_masks, *settings):
+    plan.check(q, keys, values, settings[0])
+    kernels, found = _kernels(), Settings(*settings)
+    if not kernels.takes(q, values):
+        return reference.forward(q, keys, values, key_masks, *settings)
+    masks = key_masks or [None] * len(keys)
+    if found.banded:
+        return *kernels.tensor_attention_lowrank_scan_fwd(q, keys, values, masks, *settings), []
+    return kernels.tensor_attention_lowrank_fwd(
+        q, keys, values, masks, found.coefficients, found.centre
+    )
+
+
+def backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    kernels, found = _kernels(), Settings(*settings)
+    if not kernels.takes(q, values):
+        return reference.backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings)
+    masks = key_masks or [None] * len(keys)
+    if found.banded:
+        _, _, *band = settings
+        return kernels.tensor_attention_lowrank_scan_bwd(
+            dout, dlse, q, keys, values, masks, out, y, found.coefficients, *band
+        )
+    return kernels.tensor_attention_lowrank_bwd(
+        dout, dlse, q, keys, values, masks, out, y, states, found.coefficients
+    )

@@ -1,0 +1,312 @@
+"""DPO, GRPO and their helpers, against the formulas of the papers, number by number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyloss.functional import dpo_loss, group_advantages, grpo_loss, sequence_logprobs
+from pyloss.functional.preference import DPOMetrics, GRPOMetrics
+from pyloss.testing import make_logits
+from specs._spec import F64, Bad, Empty, Sample, Spec
+
+NAN = math.nan
+DPO_NAMES = tuple(
+    f"{who}_{which}_logps" for who in ("policy", "reference") for which in ("chosen", "rejected")
+)
+
+
+def mask(rows: int, steps: int) -> Tensor:
+    """Some tokens of each row, none of the second one, all of the third one."""
+    kept = make_logits((rows, steps), seed=5) < 0.6
+    kept[1:2], kept[2:3] = False, True
+    return kept
+
+
+# --------------------------------------------------------------------------------------------------
+# References
+
+
+def sequence_reference(token_logps, mask=None, average=False):
+    kept = torch.ones_like(token_logps) if mask is None else mask.double()
+    total = (token_logps * kept).sum(-1)
+    return total / kept.sum(-1).clamp(min=1) if average else total
+
+
+def dpo_reference(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+    *, beta=0.1, label_smoothing=0.0, loss_type="sigmoid", reduction="mean", return_metrics=False,
+):  # fmt: skip
+    def f(h):
+        if loss_type == "sigmoid":
+            return (1 + (-beta * h).exp()).log()
+        return (h - 1 / (2 * beta)) ** 2 if loss_type == "ipo" else (1 - beta * h).clamp(min=0)
+
+    chosen, rejected = policy_chosen_logps, policy_rejected_logps
+    if reference_chosen_logps is not None:
+        chosen, rejected = chosen - reference_chosen_logps, rejected - reference_rejected_logps
+    h = chosen - rejected
+    loss = (1 - label_smoothing) * f(h) + label_smoothing * f(-h)
+    loss = loss if reduction == "none" else getattr(loss, reduction)()
+    if not return_metrics:
+        return loss
+    a, b = (beta * t.detach() for t in (chosen, rejected))
+    return loss, DPOMetrics(a, b, beta * h.detach(), (h > 0).double())
+
+
+def advantages_reference(rewards, group_size, normalise=True, eps=1e-4):
+    groups = []
+    for r in rewards.double().split(group_size):
+        a = r - r.mean()
+        groups.append(a / (r.std() + eps) if normalise else a)
+    return torch.cat(groups)
+
+
+def grpo_reference(
+    logprobs, old_logprobs, advantages, *, mask=None, clip_low=0.2, clip_high=None,
+    ref_logprobs=None, kl_coef=0.0, entropy=None, entropy_coef=0.0, loss_type="grpo",
+    max_length=None, num_items=None, importance_sampling_level="token", reduction="mean",
+    return_metrics=False,
+):  # fmt: skip
+    """Token by token, with the minimum of the papers."""
+    lp, (rows, steps) = logprobs, logprobs.shape
+    old = lp.detach() if old_logprobs is None else old_logprobs
+    kept = torch.ones(rows, steps, dtype=torch.bool) if mask is None else mask.bool()
+    high = clip_low if clip_high is None else clip_high
+    zero = torch.zeros((), dtype=lp.dtype)
+    loss = [[zero] * steps for _ in range(rows)]
+    policy, low_clips, high_clips, kls = [], 0, 0, []
+    for b in range(rows):
+        for t in (t for t in range(steps) if kept[b, t]):
+            if importance_sampling_level == "token":
+                ratio = (lp[b, t] - old[b, t]).exp()
+            else:
+                ratio = (lp[b] - old[b])[kept[b]].mean().exp()
+            a = advantages[b] if advantages.dim() == 1 else advantages[b, t]
+            policy.append(-torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + high) * a))
+            loss[b][t] = policy[-1]
+            low_clips += int(ratio < 1 - clip_low and a < 0)
+            high_clips += int(ratio > 1 + high and a > 0)
+            if ref_logprobs is not None:
+                d = ref_logprobs[b, t] - lp[b, t]
+                kls.append(d.exp() - d - 1)
+                loss[b][t] = loss[b][t] + kl_coef * kls[-1]
+            if entropy is not None:
+                loss[b][t] = loss[b][t] - entropy_coef * entropy[b, t]
+    count = kept.sum(1)
+    sums = torch.stack([sum(row, zero) for row in loss])
+    if reduction == "none":
+        value = torch.stack([torch.stack(row) for row in loss])
+    elif loss_type == "grpo":
+        value = (sums / count.clamp(min=1)).sum() / (num_items or rows)
+    elif loss_type == "dr_grpo":
+        value = sums.sum() / max_length / (num_items or rows)
+    else:
+        value = sums.sum() / (num_items or count.sum())
+    if not return_metrics:
+        return value
+    n = count.sum().double()
+    return value, GRPOMetrics(
+        sum(policy).detach() / n,
+        low_clips / n,
+        high_clips / n,
+        sum(kls).detach() / n if kls else None,
+        None if entropy is None else entropy.detach()[kept].mean(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples
+
+
+def sequences(*shape: int, masked: bool = True, **options) -> Sample:
+    x = dict(token_logps=make_logits(shape, F64))
+    return Sample(x | dict(mask=mask(*shape)) if masked else x, options)
+
+
+def pairs(n: int, scale: float = 5.0, free: bool = False, **options) -> Sample:
+    x = {k: make_logits((n,), F64, seed=i, scale=scale) for i, k in enumerate(DPO_NAMES)}
+    if free:
+        x |= dict.fromkeys(DPO_NAMES[2:])
+    return Sample(x, options)
+
+
+def rewards(n: int, group_size: int, **options) -> Sample:
+    return Sample(dict(rewards=make_logits((n,), F64)), dict(group_size=group_size, **options))
+
+
+def tokens(
+    rows: int = 4, steps: int = 5, *, extras: bool = False, masked: bool = False, per_token=False,
+    **options,
+) -> Sample:  # fmt: skip
+    def draw(seed, *shape, scale=0.5):
+        return make_logits(shape or (rows, steps), F64, seed=seed, scale=scale)
+
+    lp = draw(0, scale=1.0)
+    inputs = dict(
+        logprobs=lp,
+        old_logprobs=lp + draw(1),
+        advantages=draw(2, *([rows, steps] if per_token else [rows]), scale=1.0),
+    )
+    if extras:
+        inputs |= dict(ref_logprobs=lp + draw(3), entropy=draw(4).abs())
+        options = dict(kl_coef=0.3, entropy_coef=0.1) | options
+    if masked:
+        inputs["mask"] = mask(rows, steps)
+    return Sample(inputs, options)
+
+
+def everything(loss_type: str, **options) -> Sample:
+    return tokens(
+        extras=True, masked=True, clip_high=0.28, loss_type=loss_type, max_length=11, **options
+    )
+
+
+BT, INTEGERS = torch.zeros(4, 5), torch.zeros(3, dtype=torch.int64)
+
+SPECS = (
+    Spec(
+        function=sequence_logprobs,
+        samples={
+            "all tokens": lambda: sequences(3, 5, masked=False),
+            "mask": lambda: sequences(3, 5),
+            "average": lambda: sequences(3, 5, average=True),
+        },
+        reference=sequence_reference,
+        gradients=("token_logps",),
+        result="wide",
+        empty={
+            "no tokens": Empty(lambda: sequences(3, 0, masked=False, average=True), 0.0, (3,)),
+            "no sequences": Empty(lambda: sequences(0, 4, masked=False), 0.0, (0,)),
+        },
+        vmap=("token_logps",),
+        nan={"token_logps": "row"},
+        large=lambda: sequences(300, 200),
+        errors=(
+            Bad(TypeError, "token_logps must be floating, got torch.int64",
+                dict(token_logps=INTEGERS)),
+            Bad(TypeError, "token_logps must be a Tensor, got list", dict(token_logps=[1.0])),
+            Bad(TypeError, "mask must be bool or integer.*float32", dict(mask=torch.ones(3, 5))),
+            Bad(ValueError, r"mask must have the shape.*\[3, 5\], got \[3\]",
+                dict(mask=torch.ones(3, dtype=torch.bool))),
+            Bad(ValueError, "0-d", dict(token_logps=torch.tensor(1.0))),
+        ),
+    ),
+    Spec(
+        function=dpo_loss,
+        samples={
+            "sigmoid": lambda: pairs(4),
+            "smoothed": lambda: pairs(4, beta=0.3, label_smoothing=0.2, reduction="none"),
+            "ipo": lambda: pairs(4, beta=0.3, loss_type="ipo", reduction="sum"),
+            "ipo smoothed": lambda: pairs(4, beta=0.3, loss_type="ipo", label_smoothing=0.2),
+            "hinge": lambda: pairs(4, beta=0.3, loss_type="hinge"),
+            "hinge smoothed": lambda: pairs(4, beta=0.3, loss_type="hinge", label_smoothing=0.2),
+            "metrics": lambda: pairs(4, beta=0.5, return_metrics=True),
+            "no reference": lambda: pairs(4, free=True),
+        },
+        reference=dpo_reference,
+        gradients=DPO_NAMES[:2],
+        result="wide",
+        empty={
+            "mean": Empty(lambda: pairs(0), NAN),
+            "sum": Empty(lambda: pairs(0, reduction="sum"), 0.0),
+        },
+        vmap=DPO_NAMES,
+        nan=dict.fromkeys(DPO_NAMES, "all"),
+        large=lambda: pairs(5000),
+        errors=(
+            Bad(ValueError, r"policy_rejected.*\[4\].*\[2\]",
+                dict(policy_rejected_logps=torch.zeros(2))),
+            Bad(ValueError, "both or neither", dict(reference_chosen_logps=None)),
+            Bad(TypeError, "reference_chosen_logps must be a Tensor",
+                dict(reference_chosen_logps=0.0)),
+            Bad(TypeError, "floating", dict(policy_chosen_logps=INTEGERS)),
+            Bad(ValueError, "beta must be finite and > 0", dict(beta=0.0)),
+            Bad(TypeError, "beta must be a number", dict(beta="1")),
+            Bad(ValueError, r"label_smoothing must be in \[0, 0.5\], got 0.6",
+                dict(label_smoothing=0.6)),
+            Bad(ValueError, "label_smoothing", dict(label_smoothing=NAN)),
+            Bad(ValueError, "loss_type must be one of sigmoid.*'kto'", dict(loss_type="kto")),
+            Bad(ValueError, "avg is not a valid value for reduction", dict(reduction="avg")),
+        ),
+    ),
+    Spec(
+        function=group_advantages,
+        samples={
+            "normalised": lambda: rewards(6, 3),
+            "eps": lambda: rewards(12, 4, eps=1e-3),
+            "centred": lambda: rewards(12, 4, normalise=False),
+        },
+        reference=advantages_reference,
+        result="wide",
+        empty={
+            "no rewards": Empty(lambda: rewards(0, 3), 0.0, (0,)),
+            "groups of one": Empty(lambda: rewards(2, 1), 0.0, (2,)),
+        },
+        vmap=("rewards",),
+        nan={"rewards": lambda found, _: found.isnan().tolist() == 3 * [True] + 3 * [False]},
+        large=lambda: rewards(60_000, 6),
+        errors=(
+            Bad(ValueError, "divide the number of rewards, 6, got 4", dict(group_size=4)),
+            Bad(ValueError, r"rewards must have shape \(B,\), got \[2, 2\]",
+                dict(rewards=torch.zeros(2, 2))),
+            Bad(TypeError, "group_size must be an int", dict(group_size=2.0)),
+            Bad(ValueError, "eps", dict(eps=-1.0)),
+        ),
+    ),
+    Spec(
+        function=grpo_loss,
+        samples={
+            "plain": tokens,
+            "grpo": lambda: everything("grpo", return_metrics=True),
+            "dapo": lambda: everything("dapo", num_items=17),
+            "bnpo": lambda: everything("bnpo", per_token=True),
+            "dr_grpo": lambda: everything("dr_grpo", importance_sampling_level="sequence"),
+            "sequence": lambda: everything("grpo", importance_sampling_level="sequence"),
+            "each token": lambda: tokens(masked=True, reduction="none", clip_low=0.1),
+        },
+        reference=grpo_reference,
+        gradients=("logprobs", "entropy"),
+        result="wide",
+        empty={
+            "no sequences": Empty(lambda: tokens(0, 4), 0.0),
+        },
+        compile_samples=("plain", "dr_grpo"),
+        vmap=("logprobs", "old_logprobs", "advantages"),
+        nan=dict.fromkeys(("logprobs", "old_logprobs", "advantages"), "all"),
+        large=lambda: tokens(200, 100, extras=True, masked=True),
+        errors=(
+            Bad(ValueError, r"logprobs must.*\(B, T\), got \[3\]", dict(logprobs=torch.zeros(3))),
+            Bad(TypeError, "logprobs must be a Tensor, got list", dict(logprobs=[1.0])),
+            Bad(ValueError, r"old_logprobs.*\[4, 5\], got \[2, 4\]",
+                dict(old_logprobs=torch.zeros(2, 4))),
+            Bad(ValueError, "ref_logprobs must have the shape", dict(ref_logprobs=torch.zeros(3))),
+            Bad(TypeError, "entropy must be floating", dict(entropy=BT.long())),
+            Bad(ValueError, r"advantages.*\(4,\).*\(4, 5\).*got \[3\]",
+                dict(advantages=torch.zeros(3))),
+            Bad(ValueError, "advantages must have shape", dict(advantages=torch.zeros(1, 5))),
+            Bad(TypeError, "mask must be bool or integer", dict(mask=torch.ones(4, 5))),
+            Bad(ValueError, "mask must have the shape",
+                dict(mask=torch.ones(4, dtype=torch.bool))),
+            Bad(ValueError, "kl_coef needs ref_logprobs", dict(kl_coef=0.1)),
+            Bad(ValueError, "entropy_coef needs entropy", dict(entropy_coef=0.1)),
+            Bad(ValueError, "kl_coef must be finite and >= 0", dict(kl_coef=-0.1, ref_logprobs=BT)),
+            Bad(ValueError, "clip_low", dict(clip_low=-0.1)),
+            Bad(ValueError, "clip_high", dict(clip_high=NAN)),
+            Bad(ValueError, "loss_type must be one of grpo, dapo.*'ppo'", dict(loss_type="ppo")),
+            Bad(ValueError, "needs max_length", dict(loss_type="dr_grpo")),
+            Bad(ValueError, "max_length must be positive",
+                dict(loss_type="dr_grpo", max_length=0)),
+            Bad(TypeError, "max_length must be an int",
+                dict(loss_type="dr_grpo", max_length=2.0)),
+            Bad(ValueError, "importance_sampling_level must be",
+                dict(importance_sampling_level="row")),
+            Bad(ValueError, "reduction must be 'mean' or 'none', got 'sum'",
+                dict(reduction="sum")),
+            Bad(ValueError, "num_items", dict(num_items=0)),
+            Bad(ValueError, "num_items must be one number", dict(num_items=torch.ones(2))),
+        ),
+    ),
+)  # fmt: skip
