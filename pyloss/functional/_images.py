@@ -138,7 +138,7 @@ def check_real(name: str, x) -> None:
 
 
 def check_class_indices(target: Tensor, num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+    if not checks.is_integer(num_classes):
         raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -152,7 +152,7 @@ def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
         spatial_dims = input.dim() - 2
         if spatial_dims < 1:
             raise ValueError(f"{name} must be (N, C, *spatial), got shape {tuple(input.shape)}")
-    if isinstance(spatial_dims, bool) or not isinstance(spatial_dims, int):
+    if not checks.is_integer(spatial_dims):
         raise TypeError(f"spatial_dims must be an integer, got {spatial_dims!r}")
     if spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
@@ -184,7 +184,7 @@ def checked_dims(dims, spatial: int) -> list[int]:
         raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
     dims = list(dims)
     for d in dims:
-        if isinstance(d, bool) or not isinstance(d, int) or d not in range(spatial):
+        if not checks.is_integer(d) or d not in range(spatial):
             raise ValueError(f"dims must be integers in 0..{spatial - 1}, got {dims}")
     if len(set(dims)) != len(dims):
         raise ValueError(f"dims must not repeat, got {dims}")

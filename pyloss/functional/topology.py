@@ -154,7 +154,7 @@ class BettiTarget:
     def __getitem__(self, item: int | slice) -> BettiTarget:
         if isinstance(item, slice):
             return self._map(lambda t: t[item])
-        if isinstance(item, bool) or not isinstance(item, int):
+        if not checks.is_integer(item):
             raise TypeError(f"an index must be an integer or a slice, got {item!r}; see select")
         if not -len(self) <= item < len(self):
             raise IndexError(f"item {item} of a target of {len(self)} items")

@@ -85,6 +85,8 @@ SPECS = (
         },
         vmap=("scores",),
         nan={"scores": "row"},
+        large=lambda: sample(40, 50),
+        threads=False,
         errors=errors(),
     ),
     Spec(
@@ -107,6 +109,8 @@ SPECS = (
         compile_samples=("plain", "pow 0.5"),
         vmap=("scores",),
         nan={"scores": "row"},
+        large=lambda: sample(40, 50),
+        threads=False,
         errors=(*errors(), Bad(ValueError, "pow", dict(pow=0.0))),
     ),
 )
