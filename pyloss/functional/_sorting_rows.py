@@ -210,6 +210,9 @@ def places(rows: Rows) -> Tensor:
 def shared(r: Tensor, x: Tensor) -> Tensor:
     """Each r (b, n) becomes the mean over the elements of x, (b, n), that are equal to its own."""
     first, count, _ = op.target_ranks(x.detach(), "shared")
+    eager = not (torch.compiler.is_compiling() or transformed())
+    if eager and x.device.type == "cpu" and bool((count <= 1).all()):
+        return r  # as mostly: nothing is kept for a backward then
     group = first.long().clamp_max(x.shape[1] - 1)  # a NaN is behind all others
     total = torch.zeros_like(r).scatter_add(1, group, r)
     return total.gather(1, group) / count
