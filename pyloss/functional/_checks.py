@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,6 +18,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CLASS_INDICES = (torch.int64, torch.uint8, torch.int32)
 REDUCTIONS = ("none", "mean", "sum")
+
+# numpy's dtype compares equal to its name, and so numpy is not imported.
+_BOOLS = ("bool", torch.bool)
 
 # The names that torch's own messages use.
 _SCALAR_NAMES = {
@@ -89,6 +93,18 @@ def check_range(name: str, value: float, low: float, open_low: bool = False) -> 
 def is_integer(value) -> bool:
     """An int or a size of a compiled graph, and no bool."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def as_integer(value) -> int | None:
+    """The int that a value stands for (numpy's too); None for a bool and for what is no integer."""
+    if is_integer(value):
+        return value
+    if isinstance(value, bool) or getattr(value, "dtype", None) in _BOOLS:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_integer(name: str, value, kind: str = "an integer") -> None:

@@ -154,17 +154,30 @@ class BettiTarget:
     def __getitem__(self, item: int | slice) -> BettiTarget:
         if isinstance(item, slice):
             return self._map(lambda t: t[item])
-        if isinstance(item, bool) or not isinstance(item, int):
+        index = checks.as_integer(item)
+        if index is None:
             raise TypeError(f"an index must be an integer or a slice, got {item!r}; see select")
+        item = index
         if not -len(self) <= item < len(self):
             raise IndexError(f"item {item} of a target of {len(self)} items")
         item %= len(self)
         return self._map(lambda t: t[item : item + 1])
 
     def select(self, indices: Tensor | Sequence[int]) -> BettiTarget:
-        """The target of these items of the batch, a 1-d tensor or a list of integers."""
-        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
-        return self._map(lambda t: t.index_select(0, indices))
+        """The target of these items of the batch.
+
+        Args:
+            indices: integers, negative ones from the end, in any order and repeated at will; or a
+                bool mask of the batch, which selects as ``target[mask]`` does. 1-d, a tensor or
+                what :func:`torch.as_tensor` takes.
+
+        Raises:
+            TypeError: neither bool nor integer.
+            ValueError: not 1-d, or a mask of another length.
+            IndexError: an item out of range (indices on the CPU).
+        """
+        places = _places(indices, len(self)).to(self.device)
+        return self._map(lambda t: t.index_select(0, places))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BettiTarget:
         """The same on another device."""
@@ -201,6 +214,27 @@ class BettiTarget:
         x, images = computed(input), self._images
         dtype = torch.promote_types(x.dtype, images[0].dtype)
         return x.to(dtype), images if images[0].dtype == dtype else self._prepared(dtype)
+
+
+def _places(indices: Tensor | Sequence[int], items: int) -> Tensor:
+    """Indices or a mask of a batch as int64 indices from 0 on."""
+    found = torch.as_tensor(indices)
+    if not isinstance(indices, Tensor) and found.numel() == 0:
+        found = found.long()  # an empty list has no dtype of its own
+    if found.dtype not in (torch.bool, *checks.INTEGERS):
+        raise TypeError(f"indices must be integers or a bool mask, got {found.dtype}")
+    if found.dim() != 1:
+        raise ValueError(f"indices must have one dimension, got shape {list(found.shape)}")
+    if found.dtype == torch.bool:
+        if len(found) != items:
+            raise ValueError(f"a mask of {len(found)} entries for a target of {items} items")
+        return found.nonzero().squeeze(1)
+    found = found.long()
+    if found.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = found[(found < -items) | (found >= items)]
+        if outside.numel():
+            raise IndexError(f"item {int(outside[0])} of a target of {items} items")
+    return torch.where(found < 0, found + items, found)
 
 
 def persistence_pairs(
@@ -263,7 +297,7 @@ def persistence_pairs(
         rows = _t_construction(cells, superlevel, dims, essential)
     pairs = PersistencePairs(images.flatten(1), rows, superlevel, shape)
     if min_persistence > 0:
-        b, d = pairs.values.detach().unbind(1)
+        b, d = pairs.values.detach().double().unbind(1)  # a half type would round the length
         keep = (b - d).abs() > min_persistence
         pairs = PersistencePairs(images.flatten(1), rows[keep], superlevel, shape)
     return pairs
