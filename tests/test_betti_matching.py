@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 
@@ -178,6 +179,70 @@ def test_large_integers_are_not_rounded():
     y = torch.tensor([2**24 + 1, 2**24, 2**24 + 1]).view(1, 1, 1, 3)
     assert pyloss.betti_matching(x, y).unmatched_target.shape[0] == 1
     assert pyloss.betti_matching_loss(x, y) == 1
+
+
+@pytest.mark.parametrize("construction", ["V", "T"])
+@pytest.mark.parametrize("start", [0, 2**24 + 1, -(2**24) - 1, 2**31 - 16, 2**40 + 1, 2**53 - 16])
+def test_values_of_integer_images_are_exact(start, construction):
+    base = torch.tensor([[0, 4, 3, 9]])
+    options = dict(construction=construction, essential=True)
+    for dtype in (torch.int32, torch.int64):
+        if start + 9 > torch.iinfo(dtype).max:
+            continue
+        image = (start + base).to(dtype)
+        for low in (0.0, 0.5, 1.5):
+            pairs = pyloss.persistence_pairs(image, 1, min_persistence=low, **options)
+            expected = pyloss.persistence_pairs(base.double(), 1, min_persistence=low, **options)
+            assert pairs.values.dtype == torch.float64
+            assert torch.equal(pairs.index, expected.index)
+            assert torch.equal(pairs.values - start, expected.values)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.bool):
+        assert pyloss.persistence_pairs(base.to(dtype), 1).values.dtype == torch.float32
+
+
+def test_small_integers_are_exact_whatever_the_default_dtype():
+    image = torch.tensor([[1, 255, 253, 254, 0]], dtype=torch.uint8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        values = pyloss.persistence_pairs(image, 1).values
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values.tolist() == [[1, 255], [253, 254]]
+
+
+def test_integers_that_float64_does_not_hold():
+    image = torch.tensor([[0, 2**53 + 1, 5, 7]])
+    for call in (
+        lambda: pyloss.persistence_pairs(image, 1),
+        lambda: pyloss.persistence_pairs(-image, 1),
+        lambda: pyloss.betti_matching(image, image, 1),
+    ):
+        with pytest.raises(ValueError, match="2\\*\\*53 are not exact"):
+            call()
+
+
+def test_lengths_of_half_types_are_not_rounded():
+    """256 - 1 is 255, and 256 in bfloat16."""
+    image = torch.tensor([[0.0, 256.0, 1.0, 300.0]], dtype=torch.bfloat16)
+    assert len(pyloss.persistence_pairs(image, 1, min_persistence=255.0).index) == 0
+    assert len(pyloss.persistence_pairs(image, 1, min_persistence=254.0).index) == 1
+
+
+@pytest.mark.parametrize("filtration", ["sublevel", "superlevel"])
+def test_betti_at_infinite_thresholds(filtration):
+    """The last set of a filtration is the whole image: one component."""
+    image = torch.rand(2, 1, 5, 6)
+    last = math.inf if filtration == "sublevel" else -math.inf
+    pairs = pyloss.persistence_pairs(image, filtration=filtration, essential=True)
+    assert pairs.betti(last).tolist() == [[1, 0], [1, 0]]
+    assert pairs.betti(-last).tolist() == [[0, 0], [0, 0]]
+    image[0, 0, 2, 3] = last  # a value of the image: it only comes last
+    pairs = pyloss.persistence_pairs(image, filtration=filtration, essential=True)
+    assert pairs.betti(last).tolist() == [[1, 0], [1, 0]]
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        pairs.betti(math.nan)
+    with pytest.raises(TypeError, match="threshold must be a number, got NoneType"):
+        pairs.betti(None)
 
 
 def test_float64_target_is_not_rounded():

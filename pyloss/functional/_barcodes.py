@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyloss.functional import _checks as checks
 from pyloss.functional import _cycles
 from pyloss.functional import _images as images
 from pyloss.functional._images import check_choice
@@ -24,6 +25,7 @@ class PersistencePairs:
         index: ``(P, 4)`` int64: batch item, dimension, flat index of the voxel of birth and of
             death, -1 for a class that never dies; sorted.
         values: ``(P, 2)``: values of the image there, differentiable; a missing death is infinite.
+            Exact: float64 for int32 and int64 images, float32 for the smaller integers and bool.
         counts: ``(N, D)`` number of bars per item and dimension.
 
     Example:
@@ -61,10 +63,15 @@ class PersistencePairs:
         Counts the oldest component only if the pairs were asked for with ``essential=True``.
         """
         b, d = self.values.detach().unbind(1)
+        checks.check_number("threshold", threshold)
+        if math.isnan(threshold):
+            raise ValueError("threshold must be a number, got nan")
+        # What never dies is alive at an infinite threshold too, which is no less than its death.
+        endless = self.index[:, 3] < 0
         if self._superlevel:
-            alive = (b >= threshold) & (threshold > d)
+            alive = (b >= threshold) & (endless | (threshold > d))
         else:
-            alive = (b <= threshold) & (threshold < d)
+            alive = (b <= threshold) & (endless | (threshold < d))
         return images.counts_of(self.index[alive], self._items, len(self._shape))
 
 

@@ -18,7 +18,10 @@ _REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
 def values_at(image: Tensor, item: Tensor, voxel: Tensor, missing: float) -> Tensor:
     values = image[item, voxel.clamp(min=0)]
     if not values.is_floating_point():
-        values = values.to(torch.get_default_dtype())
+        # A missing death is infinite, so they are floating; the dtype holds every value exactly.
+        wide = values.dtype in (torch.int32, torch.int64)
+        least = torch.float64 if wide else torch.float32
+        values = values.to(torch.promote_types(least, torch.get_default_dtype()))
     return torch.where(voxel < 0, missing, values)
 
 
@@ -80,17 +83,22 @@ def computed(x: Tensor) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         return x
     if x.dtype in (torch.int32, torch.int64):
-        small = x.device.type == "cpu" and not torch.compiler.is_compiling() and _fits(x)
-        return x.to(torch.float32 if small else torch.float64)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return x.to(torch.float64)
+        size = _largest(x)
+        if size > 2**53:
+            raise ValueError(
+                f"images of integers beyond 2**53 are not exact in float64, got {size} in size"
+            )
+        return x.to(torch.float32 if size <= 2**24 else torch.float64)
     return x.to(torch.float32)
 
 
-def _fits(x: Tensor) -> bool:
-    """Whether float32 holds every value."""
+def _largest(x: Tensor) -> int:
     if x.numel() == 0:
-        return True
+        return 0
     low, high = torch.aminmax(x)
-    return -(2**24) <= int(low) and int(high) <= 2**24
+    return max(-int(low), int(high))
 
 
 def common(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
