@@ -563,6 +563,16 @@ def test_metrics():
         torch.testing.assert_close(metric.compute(), f(x[1:], y[1:]))
 
 
+@pytest.mark.parametrize("threshold", [-1, 256, 300, -1.0, 127.5, 256.0])
+def test_thresholds_that_the_dtype_of_a_mask_does_not_hold(threshold):
+    """300 is no 44 of uint8, and -1 no 255."""
+    x, y = (
+        torch.tensor(t, dtype=torch.uint8)[None, None] for t in ([0, 255, 0, 1], [50, 0, 50, 0])
+    )
+    for metric in (pyloss.betti_number_error, pyloss.betti_matching_error):
+        assert torch.equal(metric(x, y, threshold), metric(x.double(), y.double(), threshold))
+
+
 def test_module():
     x, y = fields(16)
     alone = pyloss.BettiMatchingLoss(filtration="both", dims=[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyloss.functional import _images as images
 from pyloss.functional import topology as F
-from pyloss.functional._checks import REDUCTIONS
+from pyloss.functional._checks import REDUCTIONS, at_least, check_number
 from pyloss.functional._images import check_real
 
 
@@ -158,11 +158,12 @@ def _masks(input, target, threshold, include_background):
     images.check_same_shape(input, target)
     if not include_background and input.shape[1] > 1:
         input, target = input[:, 1:], target[:, 1:]
+    check_number("threshold", threshold)
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan")
     _check_no_nan("input", input)
     _check_no_nan("target", target)
-    return input >= threshold, target >= threshold
+    return at_least(input, threshold), at_least(target, threshold)
 
 
 def _check_no_nan(name, x):
