@@ -293,7 +293,7 @@ def test_dims_and_target_terms():
     assert left < sum(parts)
 
 
-@pytest.mark.parametrize("padding", ["foreground", "background", 0.25])
+@pytest.mark.parametrize("padding", ["foreground", "foreground_detached", "background", 0.25])
 @pytest.mark.parametrize("spatial", [1, 2])
 def test_padding(padding, spatial):
     rng = random.Random(6)
@@ -301,8 +301,11 @@ def test_padding(padding, spatial):
     x, y = image(rng, shape, 0).requires_grad_(), image(rng, shape, 2)
 
     def framed(t):
-        value = {"foreground": t.detach().amax(), "background": 0.0}.get(padding, padding)
-        return torch.nn.functional.pad(t, [1] * (2 * spatial), value=float(value))
+        sides = [1] * (2 * spatial)
+        frame = torch.nn.functional.pad(torch.zeros_like(t), sides, value=1.0)
+        value = {"foreground": t.amax(), "foreground_detached": t.detach().amax()}
+        value["background"] = 0.0
+        return torch.nn.functional.pad(t, sides) + frame * value.get(padding, padding)
 
     both = [torch.cat([framed(t[i : i + 1]) for i in range(2)]) for t in (x, y)]
     value = pyloss.betti_matching_loss(x, y, padding=padding)
@@ -351,15 +354,31 @@ def test_constant_images_and_empty_batches():
 # Derivatives
 
 
-def test_gradcheck_with_padding():
+@pytest.mark.parametrize("padding", ["foreground", "background"])
+@pytest.mark.parametrize("filtration", ["superlevel", "sublevel", "both"])
+def test_gradcheck_with_padding(padding, filtration):
     x = ((torch.randperm(2 * 36) + 1) / 73.0).double().view(2, 1, 6, 6).requires_grad_()
     y = (torch.rand(2, 1, 6, 6) > 0.5).double()
 
     def loss(t):
-        return pyloss.betti_matching_loss(t, y, padding="background")
+        return pyloss.betti_matching_loss(t, y, padding=padding, filtration=filtration)
 
     assert gradcheck(loss, (x,), eps=1e-4)
     assert gradgradcheck(loss, (x,), eps=1e-4)
+
+
+def test_a_detached_frame_has_the_value_but_no_gradient():
+    x = torch.rand(1, 1, 5, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.rand(1, 1, 5, 4)
+    found = []
+    for padding in ("foreground", "foreground_detached", float(x.detach().max())):
+        options = dict(padding=padding, include_target_unmatched=False)
+        # A number frames the target as well, so that both have the same largest value.
+        loss = pyloss.betti_matching_loss(x, y / y.max() * float(x.detach().max()), **options)
+        found.append((loss, torch.autograd.grad(loss, x)[0]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][0], found[2][0])
+    torch.testing.assert_close(found[1][1], found[2][1])
 
 
 def test_func_grad():

@@ -20,7 +20,7 @@ TARGETS = {
     "large int": (X.flip(0) * 4).long() + 2**25,
 }
 LABELS = (X[:, 0] * 2).long()
-PADDINGS = [None, "foreground", "background", 0.1]
+PADDINGS = [None, "foreground", "foreground_detached", "background", 0.1]
 
 
 def check(x, target, prepared, **options):

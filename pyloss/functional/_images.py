@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 
-_PADDINGS = ("foreground", "background")
+_PADDINGS = ("foreground", "foreground_detached", "background")
 _REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
 
 
@@ -58,12 +58,13 @@ def as_batch(x: Tensor, spatial: int) -> Tensor:
 
 
 def framed(x: Tensor, spatial: int, padding, superlevel: bool) -> Tensor:
-    """x in a frame of one voxel, which has no gradient."""
+    """x in a frame of one voxel."""
     sides = [1] * (2 * spatial)
     axes = tuple(range(x.dim() - spatial, x.dim()))
     padded = F.pad(x, sides)
-    if padding == "foreground":
-        value = x.detach().amax(axes, keepdim=True) if superlevel else x.detach().amin(axes, True)
+    if padding in ("foreground", "foreground_detached"):
+        inner = x if padding == "foreground" else x.detach()
+        value = inner.amax(axes, keepdim=True) if superlevel else inner.amin(axes, keepdim=True)
     elif padding == "background":
         return padded
     elif isinstance(padding, str) or isinstance(padding, bool):

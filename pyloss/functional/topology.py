@@ -344,7 +344,8 @@ def betti_matching(
         filtration: ``"superlevel"`` for probabilities of the foreground, or ``"sublevel"``.
         dims: homology dimensions that are wanted; default: ``0 .. spatial_dims - 1``.
         padding: a frame of one voxel around both images: ``"foreground"``, the value of each image
-            that enters first; ``"background"``, 0; or a number.
+            that enters first, with its gradient (equal values share it); ``"foreground_detached"``,
+            the same as a constant; ``"background"``, 0; or a number.
 
     Returns:
         :class:`BettiMatching`.
@@ -438,7 +439,7 @@ def betti_matching_loss(
     Raises:
         TypeError: an argument is no tensor.
         ValueError: shapes that do not fit, an unknown option, a negative weight, a spatial size of
-            0, NaN (CPU; on CUDA loss and gradient of that item are NaN).
+            0, softmax of one channel, NaN (CPU; on CUDA loss and gradient of that item are NaN).
         IndexError: a class index out of range (CPU).
         NotImplementedError: three spatial dimensions.
 
@@ -476,6 +477,8 @@ def betti_matching_loss(
         target = prepared.target
     if activation is not None:
         check_choice("activation", activation, _ACTIVATIONS)
+        if activation == "softmax" and input.shape[1] == 1:
+            raise ValueError("softmax over one channel is 1 everywhere: use activation='sigmoid'")
         input = input.sigmoid() if activation == "sigmoid" else input.softmax(1)
     first = int(not include_background and input.shape[1] > 1)
     dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else None
