@@ -381,6 +381,41 @@ def test_a_detached_frame_has_the_value_but_no_gradient():
     torch.testing.assert_close(found[1][1], found[2][1])
 
 
+@pytest.mark.parametrize("superlevel", [True, False])
+@pytest.mark.parametrize("unmatched", ["diagonal", "extreme"])
+def test_vmap(superlevel, unmatched):
+    """Loss, gradient and second derivative of each item, over one and two mapped dimensions."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.rand(2, 3, 1, 2, 4, 5, dtype=torch.float64, generator=generator).unbind(0)
+    options = dict(
+        filtration="superlevel" if superlevel else "sublevel", unmatched=unmatched, essential=True,
+        padding="foreground", min_persistence=0.1, target_weight=0.5,
+    )  # fmt: skip
+
+    def loss(a, b):
+        return pyloss.betti_matching_loss(a, b, **options)
+
+    def slope(a, b):
+        return torch.func.grad(loss)(a, b)
+
+    def curve(a, b):
+        return torch.func.grad(lambda t: slope(t, b).square().sum())(a)
+
+    for f in (loss, slope, curve):
+        expected = torch.stack([f(a, b) for a, b in zip(x, y)])
+        torch.testing.assert_close(torch.vmap(f)(x, y), expected)
+    leaf = x.clone().requires_grad_()
+    alone = torch.stack([loss(a, b) for a, b in zip(leaf, y)])
+    torch.testing.assert_close(torch.vmap(loss)(x, y), alone.detach())
+    (grad,) = torch.autograd.grad(alone.sum(), leaf)
+    torch.testing.assert_close(torch.vmap(slope)(x, y), grad)
+    torch.testing.assert_close(
+        torch.vmap(loss, in_dims=(0, None))(x, y[0]), torch.stack([loss(a, y[0]) for a in x])
+    )
+    nested = torch.vmap(torch.vmap(loss))(x[None], y[None])
+    torch.testing.assert_close(nested[0], alone.detach())
+
+
 def test_func_grad():
     x, y = fields(16)
     found = torch.func.grad(lambda t: pyloss.betti_matching_loss(t, y))(x)

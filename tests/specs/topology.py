@@ -234,6 +234,7 @@ SPECS = (
         reference=loss_reference,
         gradients=("input", "target"),
         forward_mode=False,
+        vmap=("input", "target"),
         empty={
             "no items": Empty(lambda: two(0, 1, 4, 3), 0.0),
             "none": Empty(lambda: two(0, 2, 4, 3, reduction="none"), 0.0, (0, 2)),
