@@ -627,6 +627,43 @@ def test_thresholds_that_the_dtype_of_a_mask_does_not_hold(threshold):
         assert torch.equal(metric(x, y, threshold), metric(x.double(), y.double(), threshold))
 
 
+def test_essential_of_a_matching():
+    x, y = (t.requires_grad_() for t in torch.rand(2, 2, 1, 5, 6, dtype=torch.float64))
+    for filtration in ("superlevel", "sublevel"):
+        matching = pyloss.betti_matching(x, y, filtration=filtration)
+        loss = pyloss.betti_matching_loss(
+            x, y, filtration=filtration, essential=True, reduction="none"
+        )
+        torch.testing.assert_close(matching.loss(include_essential=True), loss[:, 0])
+        assert not torch.equal(matching.loss(), matching.loss(include_essential=True))
+
+
+def test_cycles_of_no_bar():
+    matching = pyloss.betti_matching(torch.rand(2, 1, 6, 6), torch.rand(2, 1, 6, 6) > 0.5)
+    for index in (99, -1):
+        with pytest.raises(IndexError, match=f"index must be that of one of .* bars, got {index}"):
+            matching.representative_cycles(0, index=index)
+    with pytest.raises(IndexError, match=r"item must be in 0\.\.1, got 7"):
+        matching.representative_cycles(7)
+
+
+def test_numpy_integers():
+    np = pytest.importorskip("numpy")
+    x, y = torch.rand(2, 1, 5, 6), torch.rand(2, 1, 5, 6) > 0.5
+    options = dict(spatial_dims=np.int64(2), dims=np.array([1]))
+    assert rows(pyloss.betti_matching(x, y, **options)) == rows(
+        pyloss.betti_matching(x, y, 2, dims=[1])
+    )
+    with pytest.raises(TypeError, match="spatial_dims must be an integer"):
+        pyloss.betti_matching(x, y, np.bool_(True))
+
+
+@pytest.mark.parametrize("name", ["filtration", "unmatched", "reduction", "activation"])
+def test_typos_are_found_at_construction(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*got 'misspelt'"):
+        pyloss.BettiMatchingLoss(**{name: "misspelt"})
+
+
 def test_module():
     x, y = fields(16)
     alone = pyloss.BettiMatchingLoss(filtration="both", dims=[0])

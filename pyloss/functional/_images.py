@@ -161,8 +161,9 @@ def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
         spatial_dims = input.dim() - 2
         if spatial_dims < 1:
             raise ValueError(f"{name} must be (N, C, *spatial), got shape {tuple(input.shape)}")
-    if isinstance(spatial_dims, bool) or not isinstance(spatial_dims, int):
-        raise TypeError(f"spatial_dims must be an integer, got {spatial_dims!r}")
+    given, spatial_dims = spatial_dims, checks.as_integer(spatial_dims)
+    if spatial_dims is None:
+        raise TypeError(f"spatial_dims must be an integer, got {given!r}")
     if spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
     if spatial_dims == 3:
@@ -192,9 +193,11 @@ def checked_dims(dims, spatial: int) -> list[int]:
     if isinstance(dims, (str, int)) or not isinstance(dims, Iterable):
         raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
     dims = list(dims)
-    for d in dims:
-        if isinstance(d, bool) or not isinstance(d, int) or d not in range(spatial):
+    found = [checks.as_integer(d) for d in dims]
+    for d in found:
+        if d is None or d not in range(spatial):
             raise ValueError(f"dims must be integers in 0..{spatial - 1}, got {dims}")
+    dims = found
     if len(set(dims)) != len(dims):
         raise ValueError(f"dims must not repeat, got {dims}")
     return dims

@@ -251,7 +251,8 @@ def persistence_pairs(
 
     The sublevel sets :math:`\{x \le t\}` grow with t; a component (dimension 0) or a hole (the last
     dimension) that appears at value b and vanishes at d is the bar (b, d). Bars of length 0 are
-    left out.
+    left out. **Sublevel** sets are the default here, as in other packages of persistent homology;
+    :func:`pyloss.betti_matching` and its loss take **superlevel** sets.
 
     Args:
         input: ``(*batch, *spatial)``, any real dtype; the batch is flattened.
@@ -335,7 +336,9 @@ def betti_matching(
     r"""Betti matching: which topological features of two images are the same one, in place.
 
     A bar of the comparison image :math:`\min(f_I, f_T)`, whose sublevel sets contain those of both
-    images, matches the two bars that the induced maps of homology send to it.
+    images, matches the two bars that the induced maps of homology send to it. By default it is of
+    **superlevel** sets (bright is foreground), where :func:`pyloss.persistence_pairs` takes
+    **sublevel** sets.
 
     Args:
         input: ``(*batch, *spatial)``, any real dtype; the batch is flattened.
@@ -380,6 +383,15 @@ def betti_matching(
     x, y = (as_batch(t, spatial_dims) for t in (x, y))
     tables = op.betti_matching(x, y, superlevel, dims)
     return BettiMatching(x, y, tables, superlevel, int(padding is not None))
+
+
+def check_options(options: dict) -> None:
+    """The names among the options of :func:`betti_matching_loss`: a typo is found at once."""
+    check_choice("filtration", options["filtration"], (*_FILTRATIONS, "both"))
+    check_choice("unmatched", options["unmatched"], UNMATCHED)
+    check_choice("reduction", options["reduction"], checks.REDUCTIONS)
+    if options["activation"] is not None:
+        check_choice("activation", options["activation"], _ACTIVATIONS)
 
 
 def betti_matching_loss(

@@ -232,6 +232,11 @@ def persistence_pairs(input: Tensor, superlevel: bool, dims: list[int], essentia
     return _ops.persistence_pairs(input.detach(), superlevel, dims, essential)
 
 
+def essential_rows(input: Tensor, target: Tensor, superlevel: bool) -> Tensor:
+    """Rows that match the components that never die."""
+    return reference.formulas().essential_rows(input.detach(), target.detach(), superlevel)
+
+
 def loss_terms(*args, **options) -> Tensor:
     """The loss terms of a matching's rows, as torch operations."""
     return reference.formulas().loss_terms(*args, **options)
