@@ -11,14 +11,16 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 JOBS ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST_ARGS ?= --timeout=600 --durations=20 -n $(JOBS) --dist worksteal
 # Without PYLOSS_CUDA_ARCHS the build is for the GPUs of this machine, else for 90.
-PYLOSS_CMAKE_ARGS ?= -DPYLOSS_CUDA_WERROR=ON $(if $(CUDA_ARCHS),"-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)")
+PYLOSS_CMAKE_ARGS ?= -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA_WERROR=ON \
+  $(if $(CUDA_ARCHS),"-DPYLOSS_CUDA_ARCHS=$(CUDA_ARCHS)")
 export PYLOSS_CMAKE_ARGS
 
 DEPS := $(VENV)/.deps.stamp
 BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-all gpu-proof ctest sanitize other-archs pytest peers bench lint format docs clean help
+.PHONY: build demo test test-all gpu-proof ctest sanitize other-archs pytest peers bench lint format \
+  docs clean help
 .DEFAULT_GOAL := build
 
 ## the environment in .venv and an editable install (what `make` alone does)
@@ -37,20 +39,17 @@ $(BUILT): $(DEPS) $(SOURCES)
 demo: $(BUILT)
 	$(PY) -m pyloss.demo
 
-# What a change must pass: the C++ tests, the CUDA kernels on the CPU shim, and all Python tests but
-# those marked exhaustive. At most 8 minutes on 2 cores.
-## what a change must pass: C++ tests, then Python tests
+# All that a change must pass; at most 8 minutes on 2 cores after the build.
+## builds everything and runs the tests: C++, CUDA kernels on the CPU, Python
 test: ctest pytest
 
-# Everything that needs no GPU, as the nightly workflow runs it. Two threads in each Python process,
-# where `make test` has one a core.
-## all tests that need no GPU, as every night: also the slow exhaustive ones and the sanitizers
+# As the nightly workflow runs it. Two threads in each Python process, where `make test` has one a
+# core.
+## all tests that need no GPU: test, sanitize, gpu-proof, and those marked exhaustive
 test-all: $(BUILT) ctest sanitize other-archs
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
-# What can be shown of the GPU code without a GPU, beyond what `make test` shows: the kernels on the
-# shim under AddressSanitizer and UBSan, CUDA C++ and Triton compiled for sm_80 and sm_100.
-## what can be shown of the GPU code without a GPU, beyond `make test`
+## GPU code without a GPU, beyond `make test`: CUDA under sanitizers, sm_80 and sm_100
 gpu-proof: $(BUILT) other-archs
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
@@ -65,17 +64,18 @@ SANITIZE := -DPYLOSS_SANITIZE=ON -DPYLOSS_BUILD_TESTS=ON -DPYLOSS_CUDA=OFF
 configure = $(TOOLS) cmake -S . -B $(1) -G Ninja -DPython_EXECUTABLE="$(abspath $(PY))" \
   -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" $(2)
 
-## the C++ tests
-ctest: $(DEPS)
-	$(call configure,build/cpp,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF -DPYLOSS_CUDA=OFF)
-	$(TOOLS) cmake --build build/cpp $(MAKE_JOBS)
-	$(TOOLS) ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
+# The folder of the build, whose objects the C++ tests link.
+BUILD_DIR = build/cmake-$(shell $(PY) -c "import sysconfig; print(sysconfig.get_config_var('SOABI'))")
+## the C++ tests, and the CUDA kernels on the CPU
+ctest: $(BUILT)
+	$(TOOLS) cmake -DPYLOSS_BUILD_TESTS=ON $(BUILD_DIR)
+	$(TOOLS) cmake --build $(BUILD_DIR) $(MAKE_JOBS) --target cpp_tests
+	$(TOOLS) ctest --test-dir $(BUILD_DIR) --output-on-failure -j $(JOBS)
 
-# The C++ tests, the shim and the boundary fuzz under AddressSanitizer and UBSan.
-## C++ tests, shim and boundary fuzz under AddressSanitizer and UBSan
+## C++ tests, CUDA kernels and the boundary fuzz under AddressSanitizer and UBSan
 sanitize: $(DEPS)
 	$(call configure,build/sanitize,$(SANITIZE))
-	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS)
+	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target cpp_tests
 	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
 # For tests/compile/test_nvcc_compile.py. Nothing without nvcc.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -66,6 +67,23 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# The kernels of attention take tuples, with constants that go by name.
+_NEEDS_TRITON = {"tensor_attention": (3, 4)}
+
+
+@functools.cache
+def _old_triton(op: str) -> str | None:
+    """Why the installed Triton is too old for an op, in words."""
+    needed = next((v for name, v in _NEEDS_TRITON.items() if op.startswith(name)), None)
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name: a build of its own
+        return None
+    if needed is None or tuple(map(int, found.split(".")[:2])) >= needed:
+        return None
+    return f"it needs Triton {'.'.join(map(str, needed))} or newer, {found} is installed"
+
+
 def why_not(name: str, op: str, device_type: str, available: Collection[str]) -> str | None:
     """The reason why a backend cannot run an op on a device, in words; None when it can."""
     if name not in available:
@@ -76,6 +94,8 @@ def why_not(name: str, op: str, device_type: str, available: Collection[str]) ->
         return "pyloss was built without CUDA; build it where nvcc is on PATH"
     if name == "triton" and not _has_triton():
         return "Triton is not installed"
+    if name == "triton" and (reason := _old_triton(op)):
+        return reason
     needed = "cpu" if name == "cpu" else "cuda"
     if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1":
         needed = device_type if device_type == "cpu" else needed

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import check_ranks
 from linear_cross_entropy_cases import Memory
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -740,47 +741,11 @@ def test_compile(fullgraph: bool) -> None:
     torch._dynamo.reset()
 
 
-WRONG_NUMBERS = 3  # exit status of fsdp2_worker.py
-
-
-def run_ranks(folder: Path, attempt: int, world: int = 2) -> list[tuple[int, str]]:
-    """(exit status, output) of each rank; a fresh rendezvous file for each attempt."""
-    rendezvous = folder / f"rendezvous{attempt}"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    worker = str(ROOT / "tests" / "fsdp2_worker.py")
-    logs = [open(folder / f"rank{rank}-{attempt}", "w+") for rank in range(world)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(world), str(rendezvous)],
-            stdout=log, stderr=subprocess.STDOUT, env=environment,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        for process in ranks:
-            process.wait(timeout=150)
-    except subprocess.TimeoutExpired:
-        pass  # shown below as a status that is not 0
-    finally:
-        for process in ranks:
-            process.kill()
-    found = []
-    for process, log in zip(ranks, logs):
-        log.seek(0)
-        found.append((process.wait(), log.read()))
-        log.close()
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_fsdp2(tmp_path: Path) -> None:
-    found = run_ranks(tmp_path, 0)
-    statuses = [status for status, _ in found]
-    if any(statuses) and WRONG_NUMBERS not in statuses:  # the transport, once
-        found = run_ranks(tmp_path, 1)
-    assert [status for status, _ in found] == [0, 0], "\n".join(text[-3000:] for _, text in found)
-    assert all(text.count(": ok") == 11 for _, text in found)
+    texts = check_ranks(tmp_path, 2, str(ROOT / "tests" / "fsdp2_worker.py"))
+    assert all(text.count(": ok") == 11 for text in texts)
 
 
 def run_script(*command: str) -> str:

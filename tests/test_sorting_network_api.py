@@ -26,7 +26,6 @@ def ce(x=X, target=None, **options):
 
 # name -> (call, error, words of the message)
 BAD = {
-    "net_network": (lambda: pyloss.DiffSortNet("bubble", 4), ValueError, "network must be one"),
     "net_selector": (lambda: pyloss.DiffSortNet("splitter_selection", 4), ValueError, "network"),
     "net_size": (lambda: pyloss.DiffSortNet("bitonic", 0), ValueError, "size must be at least 1"),
     "net_size_type": (lambda: pyloss.DiffSortNet("bitonic", 4.0), TypeError, "size must be an int"),
@@ -38,10 +37,6 @@ BAD = {
     "net_shape": (
         lambda: pyloss.DiffSortNet("bitonic", 5)(X), ValueError, r"\(batch, 5\), got \[3, 4\]"
     ),
-    "net_dtype": (lambda: pyloss.DiffSortNet("bitonic", 4)(X.long()), TypeError, "int64"),
-    "net_input": (lambda: pyloss.DiffSortNet("bitonic", 4)([X]), TypeError, "vectors must be"),
-    "net_k": (lambda: pyloss.DiffTopkNet("bitonic", 4, 5), ValueError, r"k must be in \[1, 4\]"),
-    "net_k_type": (lambda: pyloss.DiffTopkNet("bitonic", 4, 1.0), TypeError, "k must be an int"),
 }  # fmt: skip
 
 

@@ -36,6 +36,12 @@ def test_spec(spec, check):
     assert_spec(spec, check)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in SPECS.values()])
+def test_value_on_a_gpu(spec):
+    assert_spec(spec, "value", device="cuda")
+
+
 # --------------------------------------------------------------------------------------------------
 # The tester itself
 
@@ -100,6 +106,10 @@ def test_every_public_callable_has_a_spec():
     missing = [n for n, value in public_callables().items()
                if not any(value is x for x in covered) and n not in WITHOUT_SPEC]  # fmt: skip
     assert not missing, f"write a Spec in tests/specs for {', '.join(missing)}"
+
+
+def test_every_spec_says_what_nothing_and_nan_do():
+    assert not [s.name for s in SPECS.values() if not s.empty or not s.nan]
 
 
 def test_exemptions_are_needed():

@@ -10,6 +10,7 @@ import torch
 from tensor_attention_cases import F32, F64, Problem, largest_error, with_gradients
 
 import pyloss
+from pyloss import backends
 from pyloss.functional import tensor_attention_cost, tensor_attention_n
 from pyloss.reference import tensor_attention as reference
 
@@ -402,3 +403,18 @@ def test_transforms_of_order_three():
     (want,) = torch.func.vmap(torch.func.grad(lambda q: f(q).square().sum()))(q.detach()[None])
     torch.testing.assert_close(grad, want)
     torch.testing.assert_close((2 * out * tangent).sum(), (grad * direction).sum())
+
+
+def test_a_triton_that_is_too_old_is_named(monkeypatch):
+    pytest.importorskip("triton")
+    backends._old_triton.cache_clear()
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "3.3.1")
+    try:
+        with (
+            pyloss.backend("triton"),
+            pytest.raises(RuntimeError, match="needs Triton 3.4 or newer"),
+        ):
+            pyloss.tensor_attention(*(torch.randn(1, 1, 4, 8) for _ in range(5)))
+        assert backends._old_triton("linear_cross_entropy_fwd") is None
+    finally:
+        backends._old_triton.cache_clear()

@@ -599,7 +599,7 @@ def _rounding(device, dtype=F32, n=4096, d=16, degree=2, order=2, causal=False, 
 def test_rounding_of_tensor_cores():
     """On CUDA factors are split into tf32 and sums are cut off.
 
-    The numbers are those of kernels/tensor_attention_lowrank.py: 256 tokens, n / 256 of them,
+    The numbers are those of kernels/tensor_attention_lowrank: 256 tokens, n / 256 of them,
     ranges of 1024, all features in one sum; three products, each off by 3 * 2^-20.
     """
     cpu, cuda = _rounding("cpu"), _rounding("cuda")

@@ -29,6 +29,7 @@
 
 #include "common/math.h"
 #include "common/multiversion.h"
+#include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -107,9 +108,8 @@ namespace base {
 
 SortingOps ops_for(DType t) {
 #if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return v4::ops_of(t);
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::ops_of(t);
+  if (instruction_set() == InstructionSet::kV4) return v4::ops_of(t);
+  if (instruction_set() == InstructionSet::kV3) return v3::ops_of(t);
 #endif
   return base::ops_of(t);
 }

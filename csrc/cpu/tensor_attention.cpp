@@ -16,6 +16,7 @@
 
 #include "common/math.h"
 #include "common/multiversion.h"
+#include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
 #include "cpu/tasks.h"
@@ -70,9 +71,8 @@ namespace base {
 
 Tasks tasks_for(DType t) {
 #if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return v4::tasks_of(t);
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::tasks_of(t);
+  if (instruction_set() == InstructionSet::kV4) return v4::tasks_of(t);
+  if (instruction_set() == InstructionSet::kV3) return v3::tasks_of(t);
 #endif
   return base::tasks_of(t);
 }

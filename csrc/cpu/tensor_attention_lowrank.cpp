@@ -27,6 +27,7 @@
 
 #include "common/math.h"
 #include "common/multiversion.h"
+#include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -133,9 +134,8 @@ namespace base {
 template <class R>
 LowrankTasks best_tasks() {
 #if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return v4::lowrank_tasks<R>();
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::lowrank_tasks<R>();
+  if (instruction_set() == InstructionSet::kV4) return v4::lowrank_tasks<R>();
+  if (instruction_set() == InstructionSet::kV3) return v3::lowrank_tasks<R>();
 #endif
   return base::lowrank_tasks<R>();
 }

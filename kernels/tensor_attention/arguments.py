@@ -1,7 +1,8 @@
 """What the kernels take, grouped: tuples of tensors and numbers, and one of compile-time constants.
 
 Triton specialises the elements of a tuple as it does single arguments (None and 1 become constants,
-multiples of 16 are remembered). A tuple that a kernel makes holds no None: Triton 3.6 refuses it.
+multiples of 16 are remembered). A tuple that a kernel makes holds no None, and a constant that goes
+into a shape or a static_range gets a name of its own first: Triton 3.6 refuses either otherwise.
 """
 
 from __future__ import annotations

@@ -66,7 +66,11 @@ def tensor_attention_bwd_kv_rows_kernel(
     WANT_K: tl.constexpr,
     WANT_V: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(x.n_2, C.BLOCK_M)
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    n_blocks = tl.cdiv(x.n_2, BLOCK_M)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     block = pid % n_blocks
@@ -80,46 +84,46 @@ def tensor_attention_bwd_kv_rows_kernel(
     inside = tile.k < x.n_2
 
     p_lo, p_hi, j_lo, j_hi = first_axis_span(
-        block, C.BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
+        block, BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
     )
     part_row = (pid.to(tl.int64) * span - j_lo).to(tl.int64)
     j_start, j_stop = split_range(j_lo, j_hi, split)
-    d_cols = tl.arange(0, C.D)
-    dv_cols = tl.arange(0, C.DV)
+    d_cols = tl.arange(0, D)
+    dv_cols = tl.arange(0, DV)
 
     if WANT_K:
-        dk2 = tl.zeros((C.BLOCK_M, C.D), tl.float32)
+        dk2 = tl.zeros((BLOCK_M, D), tl.float32)
     if WANT_V:
-        dv2 = tl.zeros((C.BLOCK_M, C.DV), tl.float32)
+        dv2 = tl.zeros((BLOCK_M, DV), tl.float32)
     for j in range(j_start, j_stop):
-        k1 = load_row(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D)
-        v1 = load_row(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+        k1 = load_row(keys.k1 + j * x.d, x.d, D, C.EVEN_D)
+        v1 = load_row(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
         a = (tile.k2.to(tl.float32) * (k1 * x.logit_scale)[None, :]).to(tile.k2.dtype)
         if WANT_K:
             b = (tile.v2.to(tl.float32) * v1[None, :]).to(tile.v2.dtype)
-            g = tl.zeros((C.BLOCK_M, C.D), tl.float32)
+            g = tl.zeros((BLOCK_M, D), tl.float32)
         if WANT_V:
-            w = tl.zeros((C.BLOCK_M, C.DV), tl.float32)
+            w = tl.zeros((BLOCK_M, DV), tl.float32)
         # Queries with j in their window: an exact range. Not so for the block's keys k.
         over, row_hi = _query_walk(
             tile, x, tl.maximum(p_lo, j - x.right1), tl.minimum(p_hi, j + x.left1), C.GROUP,
-            C.BLOCK_N,
+            BLOCK_N,
         )  # fmt: skip
         for phase in tl.static_range(3):
             # Rows beyond the end need no masked tile: their shift is +inf.
             if phase != 0 or C.LIMITED:
                 start, stop = phase_bounds(over, phase)
                 for t in range(start, stop):
-                    rows = over.lo + t * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
+                    rows = over.lo + t * BLOCK_N + tl.arange(0, BLOCK_N)
                     live = rows < row_hi
                     near = tl.minimum(rows, row_hi - 1)
                     i = near // C.GROUP
                     head = near % C.GROUP
                     flat = flat0 + head.to(tl.int64) * x.n_q + i
-                    q = load_rows(x.q + flat * x.d, x.d, C.D, C.EVEN_D)
-                    dout = load_rows(up.dout + flat * x.dv, x.dv, C.DV, C.EVEN_DV)
+                    q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
+                    dout = load_rows(up.dout + flat * x.dv, x.dv, DV, C.EVEN_DV)
                     shift = tl.load(up.shift + flat, mask=live, other=POS_INF)
-                    s = tl.zeros((C.BLOCK_M, C.BLOCK_N), tl.float32)
+                    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     s = dot(a, tl.trans(q), s, C)
                     if x.mask1 is not None:
                         at = batch * x.stride_mask1_b + (head0 + head) * x.stride_mask1_h
@@ -136,7 +140,7 @@ def tensor_attention_bwd_kv_rows_kernel(
                         w = dot(prob.to(dout.dtype), dout, w, C)
                     if WANT_K:
                         delta = tl.load(up.delta + flat, mask=live, other=0.0)
-                        dp = tl.zeros((C.BLOCK_M, C.BLOCK_N), tl.float32)
+                        dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(b, tl.trans(dout), dp, C)
                         ds = prob * (dp - delta[None, :])
                         g = dot(ds.to(q.dtype), q, g, C)
@@ -158,9 +162,9 @@ def tensor_attention_bwd_kv_rows_kernel(
 
     flat_k = split.to(tl.int64) * total_keys + key_head * x.n_2 + tile.k
     if WANT_K:
-        store_rows(dk2_ptr + flat_k * x.d, dk2 * scale, inside, x.d, C.D)
+        store_rows(dk2_ptr + flat_k * x.d, dk2 * scale, inside, x.d, D)
     if WANT_V:
-        store_rows(dv2_ptr + flat_k * x.dv, dv2, inside, x.dv, C.DV)
+        store_rows(dv2_ptr + flat_k * x.dv, dv2, inside, x.dv, DV)
 
 
 @triton.jit
@@ -219,8 +223,12 @@ def tensor_attention_bwd_kv_pairs_kernel(
     WANT_V: tl.constexpr,
     BLOCK_J: tl.constexpr,  # holds every window of axis 1
 ):
-    BLOCK_I: tl.constexpr = C.BLOCK_N // BLOCK_J
-    n_blocks = tl.cdiv(x.n_2, C.BLOCK_M)
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    BLOCK_I: tl.constexpr = BLOCK_N // BLOCK_J
+    n_blocks = tl.cdiv(x.n_2, BLOCK_M)
     pid = tl.program_id(0)
     block = pid % n_blocks
     key_head = (pid // n_blocks).to(tl.int64)
@@ -230,13 +238,13 @@ def tensor_attention_bwd_kv_pairs_kernel(
     tile = key_tile(x, keys, block, C)
 
     p_lo, p_hi, _, _ = first_axis_span(
-        block, C.BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
+        block, BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
     )
     over, i_hi = _query_walk(tile, x, p_lo, p_hi, 1, BLOCK_I)
     if WANT_K:
-        dk2 = tl.zeros((C.BLOCK_M, C.D), tl.float32)
+        dk2 = tl.zeros((BLOCK_M, D), tl.float32)
     if WANT_V:
-        dv2 = tl.zeros((C.BLOCK_M, C.DV), tl.float32)
+        dv2 = tl.zeros((BLOCK_M, DV), tl.float32)
     for member in range(C.GROUP):
         head = key_head % key_heads * C.GROUP + member
         flat0 = (batch * x.n_heads + head) * x.n_q
@@ -244,15 +252,15 @@ def tensor_attention_bwd_kv_pairs_kernel(
             if phase != 0 or C.LIMITED:
                 start, stop = phase_bounds(over, phase)
                 for t in range(start, stop):
-                    i = over.lo + t * BLOCK_I + tl.arange(0, C.BLOCK_N) // BLOCK_J
+                    i = over.lo + t * BLOCK_I + tl.arange(0, BLOCK_N) // BLOCK_J
                     live = i < i_hi
                     i = tl.minimum(i, i_hi - 1)
-                    j, valid = pair_keys(x, i + x.q_offset, 0, BLOCK_J, C.BLOCK_N)
-                    q = load_rows(x.q + (flat0 + i) * x.d, x.d, C.D, C.EVEN_D).to(tl.float32)
-                    k1 = load_rows(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D).to(tl.float32)
+                    j, valid = pair_keys(x, i + x.q_offset, 0, BLOCK_J, BLOCK_N)
+                    q = load_rows(x.q + (flat0 + i) * x.d, x.d, D, C.EVEN_D).to(tl.float32)
+                    k1 = load_rows(keys.k1 + j * x.d, x.d, D, C.EVEN_D).to(tl.float32)
                     a = (q * k1 * x.logit_scale).to(tile.k2.dtype)
-                    dout = load_rows(up.dout + (flat0 + i) * x.dv, x.dv, C.DV, C.EVEN_DV)
-                    v1 = load_rows(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+                    dout = load_rows(up.dout + (flat0 + i) * x.dv, x.dv, DV, C.EVEN_DV)
+                    v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
                     b = (dout.to(tl.float32) * v1.to(tl.float32)).to(tile.v2.dtype)
                     shift = tl.load(up.shift + flat0 + i)
                     if x.mask1 is not None:
@@ -260,7 +268,7 @@ def tensor_attention_bwd_kv_pairs_kernel(
                         at += i.to(tl.int64) * x.stride_mask1_row
                         shift -= tl.load(x.mask1 + at + j) * LOG2E
                     shift = tl.where(live & valid, shift, POS_INF)
-                    s = tl.zeros((C.BLOCK_M, C.BLOCK_N), tl.float32)
+                    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     s = dot(tile.k2, tl.trans(a), s, C)
                     mask2_at = batch * x.stride_mask2_b + head * x.stride_mask2_h
                     s = _masked(s, x, tile, i, mask2_at, C.LIMITED and phase != 1, C)
@@ -269,7 +277,7 @@ def tensor_attention_bwd_kv_pairs_kernel(
                         dv2 = dot(prob.to(b.dtype), b, dv2, C)
                     if WANT_K:
                         delta = tl.load(up.delta + flat0 + i)
-                        dp = tl.zeros((C.BLOCK_M, C.BLOCK_N), tl.float32)
+                        dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(tile.v2, tl.trans(b), dp, C)
                         ds = prob * (dp - delta[None, :])
                         dk2 = dot(ds.to(a.dtype), a, dk2, C)
@@ -277,6 +285,6 @@ def tensor_attention_bwd_kv_pairs_kernel(
     flat_k = key_head * x.n_2 + tile.k
     inside = tile.k < x.n_2
     if WANT_K:  # a holds s log2(e)
-        store_rows(dk2_ptr + flat_k * x.d, dk2 * LN2, inside, x.d, C.D)
+        store_rows(dk2_ptr + flat_k * x.d, dk2 * LN2, inside, x.d, D)
     if WANT_V:
-        store_rows(dv2_ptr + flat_k * x.dv, dv2, inside, x.dv, C.DV)
+        store_rows(dv2_ptr + flat_k * x.dv, dv2, inside, x.dv, DV)

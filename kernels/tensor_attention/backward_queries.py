@@ -71,12 +71,13 @@ def _block(
     C: tl.constexpr,
 ):
     """P, dS and the tiles of K2 and V2."""
-    k, near = key_block(x, k0, C.BLOCK_N, EDGE)
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    k, near = key_block(x, k0, BLOCK_N, EDGE)
     k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
     v2 = load_rows(keys.v2 + near * x.dv, x.dv, C.DV, C.EVEN_DV)
     s = scores(a, k2, x, queries, k, near, EDGE, C)
     prob = tl.exp2(s - shift[:, None])
-    dp = tl.zeros((b.shape[0], C.BLOCK_N), tl.float32)
+    dp = tl.zeros((b.shape[0], BLOCK_N), tl.float32)
     dp = dot(b, tl.trans(v2), dp, C)
     return prob, prob * (dp - delta[:, None]), k2, v2
 
@@ -90,14 +91,16 @@ def tensor_attention_bwd_q_rows_kernel(
     scale,
     C: tl.constexpr,  # Constants
 ):
-    n_tiles = tl.cdiv(x.n_q * C.PACK, C.BLOCK_M)
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    D: tl.constexpr = C.D
+    n_tiles = tl.cdiv(x.n_q * C.PACK, BLOCK_M)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     tile = n_tiles - 1 - pid % n_tiles
     queries, inside = row_queries(x, tile, pid // n_tiles, C)
     keys = keys_of(x, queries.key_head)
     flat = queries.flat
-    q = load_rows(x.q + flat * x.d, x.d, C.D, C.EVEN_D)
+    q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
     dout = load_rows(up.dout + flat * x.dv, x.dv, C.DV, C.EVEN_DV)
     lse = tl.load(up.shift + flat)
     delta = tl.load(up.delta + flat)
@@ -106,14 +109,14 @@ def tensor_attention_bwd_q_rows_kernel(
     j_lo, j_hi = split_range(j_lo, j_hi, split)
     over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
 
-    dq = tl.zeros((C.BLOCK_M, C.D), tl.float32)
+    dq = tl.zeros((BLOCK_M, D), tl.float32)
     for j in range(j_lo, j_hi):
-        k1 = load_row(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D)
+        k1 = load_row(keys.k1 + j * x.d, x.d, D, C.EVEN_D)
         v1 = load_row(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
         a = (q.to(tl.float32) * (k1 * x.logit_scale)[None, :]).to(q.dtype)
         b = (dout.to(tl.float32) * v1[None, :]).to(dout.dtype)
         shift = lse - row_penalty(x, queries, j, C)
-        dx = tl.zeros((C.BLOCK_M, C.D), tl.float32)
+        dx = tl.zeros((BLOCK_M, D), tl.float32)
         for phase in tl.static_range(3):
             if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
                 start, stop = phase_bounds(over, phase)
@@ -124,7 +127,7 @@ def tensor_attention_bwd_q_rows_kernel(
         dq += dx * k1[None, :]
 
     flat += split.to(tl.int64) * total_rows
-    store_rows(dq_ptr + flat * x.d, dq * scale, inside, x.d, C.D)
+    store_rows(dq_ptr + flat * x.d, dq * scale, inside, x.d, D)
 
 
 @triton.jit
@@ -144,26 +147,29 @@ def tensor_attention_bwd_q_pairs_kernel(
     BLOCK_J: tl.constexpr,  # holds every window of axis 1
     SUM_ROWS: tl.constexpr,  # at least BLOCK_J + BLOCK_M / BLOCK_J - 1
 ):
-    BLOCK_I: tl.constexpr = C.BLOCK_M // BLOCK_J
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
     n_tiles = tl.cdiv(x.n_q, BLOCK_I)
     pid = tl.program_id(0)
     tile = pid % n_tiles
     slab = pid // n_tiles + first_head
     queries = pair_queries(x, tile, slab, C, BLOCK_J)
     keys = keys_of(x, queries.key_head)
-    j, valid = pair_keys(x, queries.p, 0, BLOCK_J, C.BLOCK_M)
+    j, valid = pair_keys(x, queries.p, 0, BLOCK_J, BLOCK_M)
     k1_rows = keys.k1 + j * x.d
     q_rows = x.q + queries.flat * x.d
     dout_rows = up.dout + queries.flat * x.dv
-    q = load_rows(q_rows, x.d, C.D, C.EVEN_D)
-    k1 = load_rows(k1_rows, x.d, C.D, C.EVEN_D)
+    q = load_rows(q_rows, x.d, D, C.EVEN_D)
+    k1 = load_rows(k1_rows, x.d, D, C.EVEN_D)
     a = (q.to(tl.float32) * k1.to(tl.float32) * x.logit_scale).to(q.dtype)
-    dout = load_rows(dout_rows, x.dv, C.DV, C.EVEN_DV)
-    v1 = load_rows(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+    dout = load_rows(dout_rows, x.dv, DV, C.EVEN_DV)
+    v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
     b = (dout.to(tl.float32) * v1.to(tl.float32)).to(dout.dtype)
     # Repeated queries beyond the end count as invalid too.
     i0 = tile * BLOCK_I
-    valid = valid & (i0 + tl.arange(0, C.BLOCK_M) // BLOCK_J < x.n_q)
+    valid = valid & (i0 + tl.arange(0, BLOCK_M) // BLOCK_J < x.n_q)
     shift = tl.load(up.shift + queries.flat)
     if x.mask1 is not None:
         rows = x.mask1 + queries.mask1_at + queries.i.to(tl.int64) * x.stride_mask1_row
@@ -172,9 +178,9 @@ def tensor_attention_bwd_q_pairs_kernel(
     delta = tl.load(up.delta + queries.flat)
     over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
 
-    dx = tl.zeros((C.BLOCK_M, C.D), tl.float32)
+    dx = tl.zeros((BLOCK_M, D), tl.float32)
     if WANT_V:
-        y = tl.zeros((C.BLOCK_M, C.DV), tl.float32)
+        y = tl.zeros((BLOCK_M, DV), tl.float32)
     for phase in tl.static_range(3):
         if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
             start, stop = phase_bounds(over, phase)
@@ -185,11 +191,11 @@ def tensor_attention_bwd_q_pairs_kernel(
                 if WANT_V:
                     y = dot(prob.to(v2.dtype), v2, y, C)
 
-    k1 = load_rows(k1_rows, x.d, C.D, C.EVEN_D).to(tl.float32)
-    dq = tl.sum(tl.reshape(dx * k1, (BLOCK_I, BLOCK_J, C.D)), axis=1) * scale
+    k1 = load_rows(k1_rows, x.d, D, C.EVEN_D).to(tl.float32)
+    dq = tl.sum(tl.reshape(dx * k1, (BLOCK_I, BLOCK_J, D)), axis=1) * scale
     own = i0 + tl.arange(0, BLOCK_I)
     flat = slab.to(tl.int64) * x.n_q + own
-    store_rows(dq_ptr + flat * x.d, dq, own < x.n_q, x.d, C.D)
+    store_rows(dq_ptr + flat * x.d, dq, own < x.n_q, x.d, D)
     if WANT_K or WANT_V:
         # Rows (i, j) of one j stand on a diagonal: their sum is a product with zeros and ones.
         _, _, j_lo, j_hi = first_axis_span(
@@ -202,13 +208,13 @@ def tensor_attention_bwd_q_pairs_kernel(
         pick = (sums[:, None] == (j - j_lo)[None, :]) & valid[None, :]
         pick = tl.where(pick, 1.0, 0.0)
     if WANT_K:
-        z = dx * load_rows(q_rows, x.d, C.D, C.EVEN_D).to(tl.float32)
+        z = dx * load_rows(q_rows, x.d, D, C.EVEN_D).to(tl.float32)
         z = tl.dot(pick, z, input_precision=SUM_PRECISION)
-        store_rows(part_k_ptr + place * x.d, z, stored, x.d, C.D)
+        store_rows(part_k_ptr + place * x.d, z, stored, x.d, D)
     if WANT_V:
-        z = y * load_rows(dout_rows, x.dv, C.DV, C.EVEN_DV).to(tl.float32)
+        z = y * load_rows(dout_rows, x.dv, DV, C.EVEN_DV).to(tl.float32)
         z = tl.dot(pick, z, input_precision=SUM_PRECISION)
-        store_rows(part_v_ptr + place * x.dv, z, stored, x.dv, C.DV)
+        store_rows(part_v_ptr + place * x.dv, z, stored, x.dv, DV)
 
 
 @triton.jit
@@ -226,22 +232,23 @@ def tensor_attention_bwd_mask_kernel(
 
     Heads and batches that share the mask are added up by the program that owns the result.
     """
-    n_tiles = tl.cdiv(x.n_q, C.BLOCK_M)
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    n_tiles = tl.cdiv(x.n_q, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % n_tiles
     slab = pid // n_tiles
     batch0 = slab // mask_heads
     head0 = slab % mask_heads
-    rows = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     i = tl.minimum(rows, x.n_q - 1)
-    p0 = tile * C.BLOCK_M + x.q_offset
-    p1 = tl.minimum(tile * C.BLOCK_M + C.BLOCK_M, x.n_q) - 1 + x.q_offset
+    p0 = tile * BLOCK_M + x.q_offset
+    p1 = tl.minimum(tile * BLOCK_M + BLOCK_M, x.n_q) - 1 + x.q_offset
     j_lo = tl.maximum(tl.program_id(1) * KEYS, p0 - x.left1)
     j_hi = tl.minimum(tl.minimum(tl.program_id(1) * KEYS + KEYS, x.n_1), p1 + x.right1 + 1)
     over = key_walk(x, p0, p1, C.BLOCK_N)
     out = dmask_ptr + (slab.to(tl.int64) * x.n_q + i) * x.n_1
     for j in range(j_lo, j_hi):
-        acc = tl.zeros((C.BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M,), tl.float32)
         for member in range(batches * heads):
             batch = batch0 + member // heads
             head = head0 + member % heads

@@ -62,8 +62,10 @@ def _block(
 @triton.jit
 def _attend(a, m, penalty, x, queries, keys, over, C: tl.constexpr):
     """Softmax attention of the rows `a` over K2, V2, from the running maximum m on."""
-    total = tl.zeros((C.BLOCK_M,), tl.float32)
-    o = tl.zeros((C.BLOCK_M, C.DV), tl.float32)
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    DV: tl.constexpr = C.DV
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    o = tl.zeros((BLOCK_M, DV), tl.float32)
     for phase in tl.static_range(3):
         if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
             start, stop = phase_bounds(over, phase)
@@ -88,7 +90,9 @@ def tensor_attention_fwd_rows_kernel(
     total_rows,  # B H n_q
     C: tl.constexpr,  # Constants
 ):
-    n_tiles = tl.cdiv(x.n_q * C.PACK, C.BLOCK_M)
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    DV: tl.constexpr = C.DV
+    n_tiles = tl.cdiv(x.n_q * C.PACK, BLOCK_M)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     tile = n_tiles - 1 - pid % n_tiles  # causal: the longest first
@@ -100,9 +104,9 @@ def tensor_attention_fwd_rows_kernel(
     j_lo, j_hi = split_range(j_lo, j_hi, split)
     over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
 
-    m = tl.full((C.BLOCK_M,), NEG_INF, tl.float32)
-    total = tl.zeros((C.BLOCK_M,), tl.float32)
-    acc = tl.zeros((C.BLOCK_M, C.DV), tl.float32)
+    m = tl.full((BLOCK_M,), NEG_INF, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DV), tl.float32)
     for j in range(j_lo, j_hi):
         k1 = load_row(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D) * x.logit_scale
         a = (q.to(tl.float32) * k1[None, :]).to(q.dtype)
@@ -111,13 +115,13 @@ def tensor_attention_fwd_rows_kernel(
         m_j, total_j, o = _attend(a, m, penalty, x, queries, keys, over, C)
         shrink = tl.exp2(m - finite_floor(m_j))
         total = total * shrink + total_j
-        v1 = load_row(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+        v1 = load_row(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
         acc = acc * shrink[:, None] + o * v1[None, :]
         m = m_j
 
     inverse, lse = _finish(m, total)
     flat = queries.flat + split.to(tl.int64) * total_rows
-    store_rows(out_ptr + flat * x.dv, acc * inverse[:, None], inside, x.dv, C.DV)
+    store_rows(out_ptr + flat * x.dv, acc * inverse[:, None], inside, x.dv, DV)
     tl.store(lse_ptr + flat, lse, mask=inside)
 
 
@@ -130,7 +134,9 @@ def tensor_attention_fwd_pairs_kernel(
     C: tl.constexpr,
     BLOCK_J: tl.constexpr,  # divides BLOCK_M; row = query BLOCK_J + key
 ):
-    BLOCK_I: tl.constexpr = C.BLOCK_M // BLOCK_J
+    DV: tl.constexpr = C.DV
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
     n_tiles = tl.cdiv(x.n_q, BLOCK_I)
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -147,12 +153,12 @@ def tensor_attention_fwd_pairs_kernel(
 
     m_i = tl.full((BLOCK_I,), NEG_INF, tl.float32)
     total_i = tl.zeros((BLOCK_I,), tl.float32)
-    acc = tl.zeros((BLOCK_I, C.DV), tl.float32)
+    acc = tl.zeros((BLOCK_I, DV), tl.float32)
     for chunk in range(chunk_lo, chunk_hi):
-        j, valid = pair_keys(x, p, chunk, BLOCK_J, C.BLOCK_M)
+        j, valid = pair_keys(x, p, chunk, BLOCK_J, BLOCK_M)
         k1 = load_rows(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D)
         a = (q.to(tl.float32) * k1.to(tl.float32) * x.logit_scale).to(q.dtype)
-        m = tl.full((C.BLOCK_M,), NEG_INF, tl.float32)
+        m = tl.full((BLOCK_M,), NEG_INF, tl.float32)
         m, total, o = _attend(a, m, None, x, queries, keys, over, C)
         # The sum over the keys j of a query: rows of one softmax, weighted by v1_j.
         if x.mask1 is not None:
@@ -166,16 +172,16 @@ def tensor_attention_fwd_pairs_kernel(
         shrink = tl.exp2(m_i - shift)
         part = tl.sum(weight * tl.reshape(total, (BLOCK_I, BLOCK_J)), axis=1)
         total_i = total_i * shrink + part
-        v1 = load_rows(keys.v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV).to(tl.float32)
-        o = o * v1 * tl.reshape(weight, (C.BLOCK_M,))[:, None]
-        acc = acc * shrink[:, None] + tl.sum(tl.reshape(o, (BLOCK_I, BLOCK_J, C.DV)), axis=1)
+        v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV).to(tl.float32)
+        o = o * v1 * tl.reshape(weight, (BLOCK_M,))[:, None]
+        acc = acc * shrink[:, None] + tl.sum(tl.reshape(o, (BLOCK_I, BLOCK_J, DV)), axis=1)
         m_i = new_m
 
     inverse, lse = _finish(m_i, total_i)
     own = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     flat = slab.to(tl.int64) * x.n_q + split.to(tl.int64) * total_rows + own
     inside = own < x.n_q
-    store_rows(out_ptr + flat * x.dv, acc * inverse[:, None], inside, x.dv, C.DV)
+    store_rows(out_ptr + flat * x.dv, acc * inverse[:, None], inside, x.dv, DV)
     tl.store(lse_ptr + flat, lse, mask=inside)
 
 

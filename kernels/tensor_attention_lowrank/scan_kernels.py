@@ -86,11 +86,12 @@ def tensor_attention_lowrank_scan_query_gradient_kernel(
     C: tl.constexpr,
     R: tl.constexpr,  # Scatter
 ):
+    AXES: tl.constexpr = C.AXES
     t = chunk_of(b, C)
     dsums_ptr += (t.head * b.n + t.begin) * b.dv
     dy_ptr += t.head * b.n + t.begin
     state = b.rank * (b.dv + 1)
-    totals_ptr += (t.chunk * C.AXES * t.all_heads + t.head) * state
+    totals_ptr += (t.chunk * AXES * t.all_heads + t.head) * state
     du_ptr += t.program * b.length * C.BLOCK_F
     dq_ptr += ((t.share * t.all_heads + t.head) * b.n + t.begin) * b.d
     c = tl.arange(0, C.BLOCK_C)
@@ -98,8 +99,8 @@ def tensor_attention_lowrank_scan_query_gradient_kernel(
     for first in range(t.share * C.BLOCK_F, b.rank, b.shares * C.BLOCK_F):
         f = first + local
         weight = tl.load(b.weight + f, mask=f < b.rank, other=0.0)
-        s, z = load_states(t.starts, t.states, f, c, b.rank, b.dv, C.AXES)
-        g, gz = zeros(f, c, C.AXES)
+        s, z = load_states(t.starts, t.states, f, c, b.rank, b.dv, AXES)
+        g, gz = zeros(f, c, AXES)
         new = first == t.share * C.BLOCK_F
         for block in range(0, t.count, C.BLOCK_T):
             some = tl.minimum(C.BLOCK_T, t.count - block)
@@ -109,18 +110,18 @@ def tensor_attention_lowrank_scan_query_gradient_kernel(
                 s, z = advanced(s, z, t, block, step, local, c, b, C)
                 dsums = tl.load(dsums_ptr + (block + step) * b.dv + c, mask=c < b.dv, other=0.0)
                 dy = tl.load(dy_ptr + block + step)
-                du = tl.sum(dsums[None, :] * product(s, s[0], -1, C.AXES), 1)
-                du = weight * (du + dy * product(z, du, -1, C.AXES))
+                du = tl.sum(dsums[None, :] * product(s, s[0], -1, AXES), 1)
+                du = weight * (du + dy * product(z, du, -1, AXES))
                 tl.store(du_ptr + (block + step) * C.BLOCK_F + local, du)
                 u = tl.load(t.u0 + step * C.BLOCK_F + local)
                 more, more_z = (), ()
-                for x in tl.static_range(C.AXES):
+                for x in tl.static_range(AXES):
                     ds = u[:, None] * dsums[None, :]
-                    more = more + (g[x] + ds * product(s, ds, x, C.AXES),)
-                    more_z = more_z + (gz[x] + u * dy * product(z, u, x, C.AXES),)
+                    more = more + (g[x] + ds * product(s, ds, x, AXES),)
+                    more_z = more_z + (gz[x] + u * dy * product(z, u, x, AXES),)
                 g, gz = more, more_z
             tl.debug_barrier()
-        store_states(totals_ptr, t.all_heads * state, g, gz, f, c, b.rank, b.dv, C.AXES)
+        store_states(totals_ptr, t.all_heads * state, g, gz, f, c, b.rank, b.dv, AXES)
         scatter(dq_ptr, du_ptr, t.q, b.stride_q_row, t.count, new, f, b, C, R)
         tl.debug_barrier()
 
@@ -149,24 +150,26 @@ def tensor_attention_lowrank_scan_key_gradient_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
 ):
+    AXES: tl.constexpr = C.AXES
+    MOVES: tl.constexpr = C.MOVES
     t = chunk_of(b, C)
     anchors = tl.cdiv(t.count, C.BLOCK_T)
     dsums_ptr += (t.head * b.n + t.begin) * b.dv
     dy_ptr += t.head * b.n + t.begin
     state = b.rank * (b.dv + 1)
-    ends_ptr += (t.chunk * C.AXES * t.all_heads + t.head) * state
-    du_ptr += t.program * C.MOVES * b.length * C.BLOCK_F
+    ends_ptr += (t.chunk * AXES * t.all_heads + t.head) * state
+    du_ptr += t.program * MOVES * b.length * C.BLOCK_F
     anchor_stride = C.BLOCK_F * (b.dv + 1)
-    anchors_ptr += t.program * tl.cdiv(b.length, C.BLOCK_T) * C.AXES * anchor_stride
-    dx_ptr += ((t.share * C.MOVES * t.all_heads + t.head) * b.n + t.begin) * b.d
-    dv_ptr += ((t.share * C.MOVES * t.all_heads + t.head) * b.n + t.begin) * b.dv
+    anchors_ptr += t.program * tl.cdiv(b.length, C.BLOCK_T) * AXES * anchor_stride
+    dx_ptr += ((t.share * MOVES * t.all_heads + t.head) * b.n + t.begin) * b.d
+    dv_ptr += ((t.share * MOVES * t.all_heads + t.head) * b.n + t.begin) * b.dv
     c = tl.arange(0, C.BLOCK_C)
     local = tl.arange(0, C.BLOCK_F)
     for first in range(t.share * C.BLOCK_F, b.rank, b.shares * C.BLOCK_F):
         f = first + local
         weight = tl.load(b.weight + f, mask=f < b.rank, other=0.0)
         new = first == t.share * C.BLOCK_F
-        s, z = load_states(t.starts, t.states, f, c, b.rank, b.dv, C.AXES)
+        s, z = load_states(t.starts, t.states, f, c, b.rank, b.dv, AXES)
         for anchor in range(anchors):
             block = anchor * C.BLOCK_T
             some = tl.minimum(C.BLOCK_T, t.count - block)
@@ -174,16 +177,16 @@ def tensor_attention_lowrank_scan_key_gradient_kernel(
             tl.debug_barrier()
             for step in range(some):
                 s, z = advanced(s, z, t, block, step, local, c, b, C)
-            saved = anchors_ptr + anchor * C.AXES * anchor_stride
-            store_states(saved, anchor_stride, s, z, local, c, C.BLOCK_F, b.dv, C.AXES)
+            saved = anchors_ptr + anchor * AXES * anchor_stride
+            store_states(saved, anchor_stride, s, z, local, c, C.BLOCK_F, b.dv, AXES)
             tl.debug_barrier()
-        g, gz = load_states(ends_ptr, t.all_heads * state, f, c, b.rank, b.dv, C.AXES)
+        g, gz = load_states(ends_ptr, t.all_heads * state, f, c, b.rank, b.dv, AXES)
         for back in range(anchors):
             anchor = anchors - 1 - back
             block = anchor * C.BLOCK_T
             some = tl.minimum(C.BLOCK_T, t.count - block)
-            saved = anchors_ptr + anchor * C.AXES * anchor_stride
-            s, z = load_states(saved, anchor_stride, local, c, C.BLOCK_F, b.dv, C.AXES)
+            saved = anchors_ptr + anchor * AXES * anchor_stride
+            s, z = load_states(saved, anchor_stride, local, c, C.BLOCK_F, b.dv, AXES)
             stage_tokens(t, block, some, weight, f, b, C)
             tl.debug_barrier()
             for down in range(some):
@@ -192,18 +195,18 @@ def tensor_attention_lowrank_scan_key_gradient_kernel(
                 dy = tl.load(dy_ptr + block + step)
                 u0 = tl.load(t.u0 + step * C.BLOCK_F + local)
                 sums, counts, after, after_z = (), (), (), ()
-                for x in tl.static_range(C.AXES):
+                for x in tl.static_range(AXES):
                     ds = u0[:, None] * dsums[None, :]
-                    gx = g[x] + ds * product(s, ds, x, C.AXES)
-                    gzx = gz[x] + u0 * dy * product(z, u0, x, C.AXES)
+                    gx = g[x] + ds * product(s, ds, x, AXES)
+                    gzx = gz[x] + u0 * dy * product(z, u0, x, AXES)
                     u, v = _key_gradients(
                         gx, gzx, x, block, step, du_ptr, dv_ptr, local, c, new, t, b, C
                     )
                     sx = s[x] - u[:, None] * v[None, :]
                     zx = z[x] - u
-                    if C.MOVES > C.AXES:
+                    if MOVES > AXES:
                         u, v = _key_gradients(
-                            gx, gzx, x + C.AXES, block, step, du_ptr, dv_ptr, local, c, new, t, b,
+                            gx, gzx, x + AXES, block, step, du_ptr, dv_ptr, local, c, new, t, b,
                             C,
                         )  # fmt: skip
                         sx += u[:, None] * v[None, :]
@@ -212,7 +215,7 @@ def tensor_attention_lowrank_scan_key_gradient_kernel(
                     sums, counts = sums + (sx,), counts + (zx,)
                 s, z, g, gz = sums, counts, after, after_z
             tl.debug_barrier()
-        for x in tl.static_range(C.MOVES):
+        for x in tl.static_range(MOVES):
             scatter(
                 dx_ptr + x * t.all_heads * b.n * b.d, du_ptr + x * b.length * C.BLOCK_F,
                 b.x + (x * t.pitch + t.key_row) * b.d, b.d, t.count, new, f, b, C, R,

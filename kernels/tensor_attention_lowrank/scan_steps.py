@@ -125,13 +125,15 @@ def _stage(u_ptr, rows_ptr, stride, kept_ptr, count, weight, f, b, C: tl.constex
 @triton.jit
 def stage_keys(t, block, count, f, b, C: tl.constexpr):
     """Those of the keys from token `block` of the chunk on, per move."""
-    ones = tl.full((C.BLOCK_F,), 1.0, tl.float32)
-    for x in tl.static_range(C.MOVES):
+    MOVES: tl.constexpr = C.MOVES
+    BLOCK_F: tl.constexpr = C.BLOCK_F
+    ones = tl.full((BLOCK_F,), 1.0, tl.float32)
+    for x in tl.static_range(MOVES):
         at = x * t.pitch + t.key_row + block
         kept_ptr = b.kept
         if b.kept is not None:
             kept_ptr = b.kept + at
-        u_ptr = t.u + x * C.BLOCK_T * C.BLOCK_F
+        u_ptr = t.u + x * C.BLOCK_T * BLOCK_F
         _stage(u_ptr, b.x + at * b.d, b.d, kept_ptr, count, ones, f, b, C)
 
 
@@ -163,15 +165,16 @@ def staged_key(t, move, block, step, local, c, b, C: tl.constexpr):
 @triton.jit
 def advanced(s, z, t, block, step, local, c, b, C: tl.constexpr):
     """The states after the moves of a token."""
+    AXES: tl.constexpr = C.AXES
     u_ptr = t.u + step * C.BLOCK_F
     v_ptr = b.v + (t.key_row + block + step) * b.dv
     sums, counts = (), ()
-    for x in tl.static_range(C.AXES):
+    for x in tl.static_range(AXES):
         u, v = _key(u_ptr, v_ptr, t.pitch, x, local, c, b, C)
         sx = s[x] + u[:, None] * v[None, :]
         zx = z[x] + u
-        if C.MOVES > C.AXES:
-            u, v = _key(u_ptr, v_ptr, t.pitch, x + C.AXES, local, c, b, C)
+        if C.MOVES > AXES:
+            u, v = _key(u_ptr, v_ptr, t.pitch, x + AXES, local, c, b, C)
             sx -= u[:, None] * v[None, :]
             zx -= u
         sums, counts = sums + (sx,), counts + (zx,)
@@ -232,21 +235,24 @@ def add(ptr, value, inside, new):
 @triton.jit
 def scatter(dx_ptr, du_ptr, x_ptr, stride_x, count, new, f, b, C: tl.constexpr, R: tl.constexpr):
     """Adds the gradients of `count` rows x to dx [count, d], from those of their features."""
-    l = tl.arange(0, R.D)
-    for first in range(0, count, R.BLOCK_R):
-        rows = first + tl.arange(0, R.BLOCK_R)
+    DEGREE: tl.constexpr = C.DEGREE
+    BLOCK_R: tl.constexpr = R.BLOCK_R
+    D: tl.constexpr = R.D
+    l = tl.arange(0, D)
+    for first in range(0, count, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
         kept = rows < count
         at = du_ptr + rows[:, None] * C.BLOCK_F + tl.arange(0, C.BLOCK_F)[None, :]
         du = tl.load(at, mask=kept[:, None], other=0.0)
         row_ptrs = x_ptr + rows.to(tl.int64) * stride_x
-        dx = tl.zeros((R.BLOCK_R, R.D), tl.float32)
-        for t in tl.static_range(C.DEGREE):
+        dx = tl.zeros((BLOCK_R, D), tl.float32)
+        for t in tl.static_range(DEGREE):
             others = du
-            for o in tl.static_range(C.DEGREE):
+            for o in tl.static_range(DEGREE):
                 if o != t:
-                    column = column_of(b.index, f, b.rank, b.d, o, C.DEGREE)
+                    column = column_of(b.index, f, b.rank, b.d, o, DEGREE)
                     others *= factor(row_ptrs, kept, column, b.d)
-            column = column_of(b.index, f, b.rank, b.d, t, C.DEGREE)
+            column = column_of(b.index, f, b.rank, b.d, t, DEGREE)
             hit = (column[:, None] == l[None, :]).to(tl.float32)
             dx = tl.dot(others, hit, dx, input_precision=R.PRECISION)
         at = dx_ptr + rows.to(tl.int64)[:, None] * b.d + l[None, :]

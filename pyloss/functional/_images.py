@@ -147,7 +147,7 @@ def check_real(name: str, x) -> None:
 
 
 def check_class_indices(target: Tensor, num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+    if not checks.is_integer(num_classes):
         raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")

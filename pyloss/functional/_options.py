@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class FormulaOptions(TypedDict, total=False):
@@ -154,7 +156,7 @@ def options_of(
     positional: int | None = 0,
     after: Mapping[str, str] | None = None,
     annotations: Mapping[str, str] | None = None,
-) -> Callable[[Callable], Callable]:
+) -> Callable[[_F], _F]:
     """Decorator: says what ``**options`` of a function stands for.
 
     ``inspect.signature`` and ``help`` show the options in its place, a call fills in the defaults,
@@ -181,7 +183,7 @@ def options_of(
         group.append(parameters[name].replace(kind=kind, annotation=annotation))
     defaults = {parameter.name: parameter.default for parameter in group}
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
         signature = signature.replace(parameters=_shown(signature, group, after or {}))
         known = dict.fromkeys(signature.parameters)
@@ -198,7 +200,7 @@ def options_of(
             return function(*args, **options)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
-        return call
+        return cast(_F, call)
 
     return decorate
 

@@ -21,7 +21,6 @@ from pyloss.ops._launch import accumulator_dtype
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
 _INDEX_STATS = ("argmax", "correct", "rank")
-_PLAIN = tuple(op.PLAIN)[:-1]
 
 
 class RowStats(NamedTuple):
@@ -136,7 +135,7 @@ def prepare(
             checks.check_number("num_items", num_items)
     options = None
     if numbers is not None or items is not None:
-        options = op.Options(*(numbers or _PLAIN), 0.0 if items is None else items)
+        options = op.Options(num_items=0.0 if items is None else items, **(numbers or {}))
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
     # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
@@ -291,7 +290,7 @@ def _checked_formula(
     logit_scale=1.0,
     temperature=1.0,
 ):
-    """All fields of op.Options but the last; None for the plain cross entropy."""
+    """The fields of op.Options that are the formula's; None for the plain cross entropy."""
     if (
         label_smoothing == 0.0
         and tau == 1.0
@@ -319,15 +318,15 @@ def _checked_formula(
         if kind == op.DENSE or label_smoothing > 0.0:
             raise ValueError("truncate needs class indices without label smoothing")
         max_nll = -math.log(truncate)
-    return (
-        float(logit_scale),
-        float(softcap or 0.0),
-        float(temperature),
-        float(tau),
-        max_nll,
-        float(gamma),
-        float(z_loss),
-        float(label_smoothing),
+    return dict(
+        logit_scale=float(logit_scale),
+        softcap=float(softcap or 0.0),
+        temperature=float(temperature),
+        tau=float(tau),
+        max_nll=max_nll,
+        gamma=float(gamma),
+        z_loss=float(z_loss),
+        smoothing=float(label_smoothing),
     )
 
 

@@ -20,6 +20,7 @@ from pyloss.functional._attention_checks import (
     checked_tensors,
     key_masks,
 )
+from pyloss.functional._checks import is_integer
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._launch import accumulator_dtype
@@ -458,7 +459,7 @@ def tensor_attention_error(
         of_keys = key_masks(q, keys, (attn_mask, *masks), names)
     except NotOfKeys as error:
         raise ValueError(str(error)) from None
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+    if not is_integer(samples) or samples < 1:
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
     s = checked_scale(scale, q.shape[3])
     problem = lowrank.Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from pyloss.functional import _images as images
 from pyloss.functional import topology as F
 from pyloss.functional._checks import REDUCTIONS, at_least, check_number
 from pyloss.functional._images import check_real
+from pyloss.functional._options import check_names, names_of
 
 
 @torch.no_grad()
@@ -182,12 +184,12 @@ def _reduced(x: Tensor, reduction: str) -> Tensor:
 class _Mean:
     """Mean of a metric over all items and channels seen since the last reset."""
 
+    _function: Callable[..., Tensor]
+
     def __init__(self, **options) -> None:
+        check_names(type(self).__name__, options, names_of(self._function, without=("reduction",)))
         self.options = options
         self.reset()
-
-    def _measure(self, input: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -196,7 +198,7 @@ class _Mean:
 
     def update(self, input: Tensor, target: Tensor) -> None:
         """Adds a batch; arguments as for the function."""
-        found = self._measure(input, target).double()
+        found = self._function(input, target, **self.options, reduction="none").double()
         total = found.sum((0, 1))
         self._total = total if self._total is None else self._total + total
         self._count += found.shape[0] * found.shape[1]
@@ -234,11 +236,10 @@ class BettiNumberError(_Mean):
         Stucki et al. arXiv 2211.15272.
     """
 
+    _function = staticmethod(betti_number_error)
+
     def __init__(self, threshold: float = 0.5, **options) -> None:
         super().__init__(threshold=threshold, **options)
-
-    def _measure(self, input, target):
-        return betti_number_error(input, target, **self.options, reduction="none")
 
 
 class BettiMatchingError(_Mean):
@@ -266,8 +267,7 @@ class BettiMatchingError(_Mean):
         Stucki et al. arXiv 2211.15272.
     """
 
+    _function = staticmethod(betti_matching_error)
+
     def __init__(self, threshold: float = 0.5, **options) -> None:
         super().__init__(threshold=threshold, **options)
-
-    def _measure(self, input, target):
-        return betti_matching_error(input, target, **self.options, reduction="none")

@@ -31,7 +31,9 @@ def kernels_of(path: Path) -> list[str]:
 
 
 OPS = [HERE / "sample_kernel.py"] + sorted(
-    p for p in KERNELS.iterdir() if p.name[0] != "_" and (p.suffix == ".py" or p.is_dir())
+    p  # modules and packages
+    for p in KERNELS.iterdir()
+    if p.name[0] != "_" and (p.suffix == ".py" or (p / "__init__.py").is_file())
 )
 # By architecture, and by kernel, so that the processes of pytest-xdist share the work.
 EXHAUSTIVE = pytest.mark.exhaustive

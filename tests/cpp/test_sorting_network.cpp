@@ -1,7 +1,6 @@
 // Sorting networks in every instruction set that this CPU has, against loops in double whose
-// gradients are finite differences; and the ranks of target values. The choice of
-// sorting_network.cpp takes the best set only, hence the include of the file itself.
-#include "cpu/sorting_network.cpp"
+// gradients are finite differences; and the ranks of target values.
+#include "cpu/sorting_network.h"
 
 #include <cstdio>
 #include <functional>
@@ -9,6 +8,9 @@
 #include <random>
 
 #include "check.h"
+#include "cpu/sorting_network_plan.h"
+#include "cpu/sorting_network_ranks.h"
+#include "instruction_sets.h"
 
 using namespace pyloss;
 using namespace pyloss::cpu;
@@ -187,54 +189,49 @@ void compare(const char* level, const char* name, const Case& c, const std::vect
 }
 
 template <class R>
-void check(const char* level, const SortingOps& ops, const Case& c, const Data<R>& data) {
+void check(const char* level, const Case& c, const Data<R>& data) {
   const sorting::Problem& p = data.p;
-  const Net net(p);
   const bool wide = sizeof(R) == 8;
   const double values = wide ? 1e-12 : 4e-6, slopes = wide ? 3e-6 : 2e-4;  // of the differences
   const int64_t size = p.items * p.n;
   std::vector<R> y(size), gx(size), matrix(size * p.n), loss(p.items);
 
-  ops.sort(p, net, y.data(), 1);
+  sorting_sort(p, y.data(), 1);
   compare(level, "sort", c, y, data.y, values);
-  ops.sort_backward(p, net, data.cotangent_y.data(), gx.data(), 1);
+  sorting_sort_backward(p, data.cotangent_y.data(), gx.data(), 1);
   compare(level, "sort backward", c, gx, data.gx_y, slopes);
-  ops.permutation(p, net, y.data(), matrix.data(), 2);
+  sorting_permutation(p, y.data(), matrix.data(), 2);
   compare(level, "y of P", c, y, data.y, values);
   compare(level, "P", c, matrix, data.matrix, values);
-  ops.permutation_backward(p, net, nullptr, data.cotangent_p.data(), gx.data(), 2);
+  sorting_permutation_backward(p, nullptr, data.cotangent_p.data(), gx.data(), 2);
   compare(level, "P backward", c, gx, data.gx_p, slopes);
   for (int kind = 0; kind < 2; ++kind) {
-    const RankTargets targets{data.first.data(), nullptr, sorting::Loss(kind)};
-    ops.loss(p, net, targets, loss.data(), gx.data(), 1);
+    const SortingTargets targets{TargetOrder::kRanks, data.first.data(), DType::kI32, nullptr,
+                                 sorting::Loss(kind)};
+    sorting_loss(p, targets, Reduction::kNone, loss.data(), gx.data(), 1);
     compare(level, "loss", c, loss, data.losses[kind], values);
     compare(level, "loss backward", c, gx, data.gx_loss[kind], slopes);
-    ops.loss(p, net, targets, loss.data(), nullptr, 1);
+    sorting_loss(p, targets, Reduction::kNone, loss.data(), nullptr, 1);
     compare(level, "loss alone", c, loss, data.losses[kind], values);
   }
 
   // P^T x is the sort, and P^T and P of the unit matrix are the matrix's rows and columns.
   std::vector<R> out(size);
-  ops.apply(p, net, {data.x.data(), false, true, 1}, out.data(), 1);
+  sorting_apply(p, {data.x.data(), false, true, 1}, out.data(), 1);
   compare(level, "P^T x", c, out, data.y, values);
   std::vector<R> unit(p.n * p.n), product(size * p.n);
   for (int64_t i = 0; i < p.n; ++i) unit[i * p.n + i] = 1;
-  ops.apply(p, net, {unit.data(), true, false, p.n}, product.data(), 1);
+  sorting_apply(p, {unit.data(), true, false, p.n}, product.data(), 1);
   compare(level, "P I", c, product, data.matrix, values);
-  ops.apply_backward(p, net, {unit.data(), true, false, p.n}, data.cotangent_p.data(), gx.data(),
-                     nullptr, 1);
+  sorting_apply_backward(p, {unit.data(), true, false, p.n}, data.cotangent_p.data(), gx.data(),
+                         nullptr, 1);
   compare(level, "P I backward", c, gx, data.gx_p, slopes);
 }
 
 template <class R>
 void check_all_levels(const Case& c) {
   const Data<R> data(c);
-  check("base", base::ops_of(data.p.dtype), c, data);
-#if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) check("v3", v3::ops_of(data.p.dtype), c, data);
-  if (__builtin_cpu_supports("x86-64-v4")) check("v4", v4::ops_of(data.p.dtype), c, data);
-#endif
+  for_all_instruction_sets([&](const char* level) { check(level, c, data); });
 }
 
 // --- ranks ---------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-// Tensor attention in every instruction set that this CPU has, against loops in double. The choice
-// of tensor_attention.cpp takes the best one only, hence the include of the file itself.
-#include "cpu/tensor_attention.cpp"
+// Tensor attention in every instruction set that this CPU has, against loops in double.
+#include "cpu/tensor_attention.h"
 
 #include <cstdio>
 #include <random>
 #include <vector>
 
 #include "check.h"
+#include "instruction_sets.h"
 
 using namespace pyloss;
 using namespace pyloss::cpu;
@@ -172,20 +172,16 @@ void compare(const char* level, const char* name, const std::vector<float>& got,
   CHECK(same_kind && error <= tolerance * size);
 }
 
-void check(const char* level, const Tasks& run, const Data& data, const Results& want) {
-  const TensorAttentionProblem p = ordered(data.p);
-  Results none;
+void check(const char* level, const Data& data, const Results& want) {
+  const TensorAttentionProblem& p = data.p;
   const bool masks = !data.mask[0].empty();
   std::vector<float> out(want.out.size()), lse(want.lse.size()), dq(want.dq.size());
   std::vector<float> dk[2], dv[2], dmask[2];
-  const ForwardPlan plan(p);
-  std::vector<char> scratch(forward_slot_bytes(p, plan) + 64);
   const auto aligned = [](std::vector<char>& x) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(x.data()) + 63) / 64 * 64);
   };
-  for (int64_t t = 0; t < p.heads * plan.blocks; ++t) {
-    run.forward(p, {out.data(), lse.data()}, plan, t, aligned(scratch));
-  }
+  std::vector<char> scratch(tensor_attention_forward_scratch(p, 2) + 64);
+  tensor_attention_forward(p, {out.data(), lse.data()}, aligned(scratch), 2);
   compare(level, "out", out, want.out, 2e-5);
   compare(level, "lse", lse, want.lse, 1e-5);
 
@@ -207,13 +203,8 @@ void check(const char* level, const Tasks& run, const Data& data, const Results&
       b.dmask[x] = dmask[x].data();
     }
   }
-  b = ordered(b, data.p);
-  const BackwardPlan cuts(p, masks);
-  std::vector<char> slot(backward_slot_bytes(p, cuts) + 64), partial(partial_bytes(p, cuts) + 64);
-  for (int64_t t = 0; t < p.heads * int64_t(cuts.ranges.size()); ++t) {
-    run.backward(p, b, cuts, t, aligned(slot), aligned(partial));
-  }
-  add_up<float, float>(p, b, cuts, reinterpret_cast<const float*>(aligned(partial)), 1);
+  scratch.resize(tensor_attention_backward_scratch(p, masks, 2) + 64);
+  tensor_attention_backward(p, b, aligned(scratch), 2);
   compare(level, "dq", dq, want.dq, 1e-4);
   for (int x = 0; x < 2; ++x) {
     compare(level, x ? "dk2" : "dk1", dk[x], want.dk[x], 1e-4);
@@ -225,12 +216,7 @@ void check(const char* level, const Tasks& run, const Data& data, const Results&
 void check_all_levels(Data data) {
   connect(data);
   const Results want = by_loops(data);
-  check("base", base::tasks_of(DType::kF32), data, want);
-#if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) check("v3", v3::tasks_of(DType::kF32), data, want);
-  if (__builtin_cpu_supports("x86-64-v4")) check("v4", v4::tasks_of(DType::kF32), data, want);
-#endif
+  for_all_instruction_sets([&](const char* level) { check(level, data, want); });
 }
 
 }  // namespace

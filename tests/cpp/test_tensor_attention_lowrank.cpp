@@ -1,7 +1,6 @@
 // Near-linear tensor attention in every instruction set that this CPU has, in float and double,
-// against loops over all tuples of keys with the polynomial in the place of exp. The choice of
-// tensor_attention_lowrank.cpp takes the best set only, hence the include of the file itself.
-#include "cpu/tensor_attention_lowrank.cpp"
+// against loops over all tuples of keys with the polynomial in the place of exp.
+#include "cpu/tensor_attention_lowrank.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "instruction_sets.h"
 
 using namespace pyloss;
 using namespace pyloss::cpu;
@@ -239,8 +239,8 @@ class Scratch {
 };
 
 template <class R>
-void check(const char* level, const LowrankTasks& run, const Data<R>& data, const Results& want,
-           int threads, std::vector<R>* all) {
+void check(const char* level, const Data<R>& data, const Results& want, int threads,
+           std::vector<R>* all) {
   const LowrankProblem& p = data.p;
   const size_t m = p.axes.size();
   const int64_t count = monomial_count(p.d, p.degree());
@@ -252,7 +252,7 @@ void check(const char* level, const LowrankTasks& run, const Data<R>& data, cons
     f.states.push_back(states[x].data());
   }
   Scratch forward_scratch(tensor_attention_lowrank_forward_scratch(p, threads));
-  CHECK(forward<R>(run, p, f, forward_scratch.get(), threads) == 0);
+  CHECK(tensor_attention_lowrank_forward(p, f, forward_scratch.get(), threads) == 0);
   compare(level, "out", out, want.out);
   compare(level, "lse", lse, want.lse);
   compare(level, "y", y, want.y);
@@ -273,7 +273,7 @@ void check(const char* level, const LowrankTasks& run, const Data<R>& data, cons
     b.dv.push_back(dv[x].data());
   }
   Scratch backward_scratch(tensor_attention_lowrank_backward_scratch(p, threads));
-  backward<R>(run, p, b, backward_scratch.get(), threads);
+  tensor_attention_lowrank_backward(p, b, backward_scratch.get(), threads);
   compare(level, "dq", dq, want.dq);
   *all = out;
   all->insert(all->end(), dq.begin(), dq.end());
@@ -290,19 +290,13 @@ void check_levels(const Shape& shape) {
   Data<R> data = make<R>(shape);
   connect(data);
   const Results want = by_loops(data);
-  const auto both = [&](const char* level, const LowrankTasks& run) {
+  for_all_instruction_sets([&](const char* level) {
     std::vector<R> one, three;
-    check(level, run, data, want, 1, &one);
-    check(level, run, data, want, 3, &three);
+    check(level, data, want, 1, &one);
+    check(level, data, want, 3, &three);
     CHECK(one.size() == three.size() &&
           std::memcmp(one.data(), three.data(), one.size() * sizeof(R)) == 0);
-  };
-  both("base", base::lowrank_tasks<R>());
-#if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) both("v3", v3::lowrank_tasks<R>());
-  if (__builtin_cpu_supports("x86-64-v4")) both("v4", v4::lowrank_tasks<R>());
-#endif
+  });
 }
 
 void check_all(const Shape& shape) {

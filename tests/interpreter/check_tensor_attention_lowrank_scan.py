@@ -86,7 +86,7 @@ def test_windows_equal_the_reference(n_q, lengths, offset, causal, windows, head
 
 
 def check(n_q, lengths, offset, d, dv, degree, heads, masked, windows=None, causal=True):
-    q, keys, values, masks = problem(n_q, lengths, d, dv, heads, 2 if d < 4 else 1, masked)
+    q, keys, values, masks = problem(n_q, lengths, d, dv, heads, 2 if n_q in (6, 12) else 1, masked)
     c = coefficients(degree, d)
     band = {"coefficients": c, "key_masks": masks, "causal": causal, "q_offset": offset}
     band["windows"] = windows

@@ -146,6 +146,13 @@ class Plain(Distance):
         self.weight = weight
 
 
+class Lenient(Distance):
+    """Takes what its function refuses."""
+
+    def __init__(self, scale: float = 1.0, weight: Tensor | None = None) -> None:
+        super().__init__(abs(scale) or 1.0, weight)
+
+
 class OtherDefault(Distance):
     def __init__(self, scale: float = 2.0, weight: Tensor | None = None) -> None:
         super().__init__(scale, weight)
@@ -252,7 +259,14 @@ WRONG: dict[str, dict[str, Spec]] = {
     "state_dict": {"weight is no buffer": replace(KEPT, module=Plain)},
     "signature": {"another default": replace(KEPT, module=OtherDefault)},
     "autocast": {"stays half": _function(_stays_half)},
-    "nan": {"hidden": _function(_hides_nan), "everywhere": _function(_spreads_nan)},
+    "nan": {
+        "hidden": _function(_hides_nan),
+        "everywhere": _function(_spreads_nan),
+        "declared to spread": replace(KEPT, nan={"input": "all"}),
+        "declared to raise": replace(KEPT, nan={"input": "raises"}),
+        "hidden somewhere": replace(_function(_hides_nan), nan={"input": "any"}),
+        "another number": replace(KEPT, nan={"input": torch.equal}),
+    },
     "inputs_unchanged": {
         "bits": _function(_writes),
         "version": _function(_writes_the_same),
@@ -264,6 +278,7 @@ WRONG: dict[str, dict[str, Spec]] = {
     },
     "errors": {
         "none": _function(lambda f, x, y, o: f(x, y, **{**o, "scale": 1.0})),
+        "none of the module": replace(KEPT, module=Lenient),
         "another message": replace(KEPT, errors=(Bad(TypeError, "got a list", dict(input=[1])),)),
         "another type": replace(KEPT, errors=(Bad(ValueError, "got list", dict(input=[1])),)),
     },

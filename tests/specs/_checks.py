@@ -69,7 +69,10 @@ def with_leaves(spec: Spec, sample: Sample) -> tuple[Sample, dict[str, Tensor]]:
 def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Multiples of 1/8, which every dtype has."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(4, 13, t.shape, generator=generator).to(t.dtype).div_(8) for t in outputs]
+    return [
+        torch.randint(4, 13, t.shape, generator=generator).to(t.device, t.dtype).div_(8)
+        for t in outputs
+    ]
 
 
 def gradients(outputs: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,22 +142,21 @@ def has_module(spec: Spec) -> bool:
 
 
 @check()
-def value(spec: Spec) -> None:
+def value(spec: Spec, device: str = "cpu") -> None:
     """Value and gradient of every sample in every dtype, against the reference in float64."""
     for name, sample in each_sample(spec):
         for dtype in spec.dtypes:
             with naming(f"sample {name}, {dtype}"):
                 rounded = spec.cast(sample, dtype)
-                found = run(spec, rounded)
+                found = run(spec, rounded.each(lambda _, t: t.to(device)))
+                found = {k: t.cpu() for k, t in found.items()}
                 assert found["result 0"].dtype == spec.result_dtype(dtype), "dtype of the result"
                 exact, leaves = with_leaves(spec, rounded.map(lambda _, t: t.double()))
                 outputs = spec.exact(exact)
                 expected = named(outputs)
-                if leaves and spec.reference_gradient:
+                if leaves:
                     live = gradients(outputs, leaves)
                     expected |= {f"gradient of {k}": g for k, g in live.items()}
-                else:
-                    found = {k: found[k] for k in expected}
                 for k, t in found.items():
                     want = spec.cast(sample, dtype).inputs.get(k.removeprefix("gradient of "))
                     assert want is None or want.dtype == t.dtype, f"dtype of {k}"
@@ -178,9 +180,7 @@ def strides(spec: Spec) -> None:
     """Other memory layouts of the inputs give the same values and gradients."""
     dtype = F64 if F64 in spec.dtypes else F32
     sample = spec.cast(spec.first(), dtype)
-    names = spec.layouts
-    if names is None:
-        names = [k for k, v in sample.inputs.items() if isinstance(v, Tensor) and v.dim()]
+    names = [k for k, v in sample.inputs.items() if isinstance(v, Tensor) and v.dim()]
     for layout, f in STRIDES.items():
         for name in names:
             with naming(f"{layout} {name}"):
@@ -468,22 +468,26 @@ def autocast(spec: Spec) -> None:
 
 @check(lambda spec: bool(spec.nan))
 def nan(spec: Spec) -> None:
-    """NaN in, NaN out: never a plausible number."""
+    """NaN in, NaN out or an error: never a plausible number."""
     for dtype in spec.dtypes:
-        for name, where in spec.nan.items():
+        for name, rule in spec.nan.items():
             with naming(f"{name}, {dtype}"):
-                sample = spec.cast(spec.first(), dtype)
-                bad = sample.inputs[name].clone()
+                clean = spec.cast(spec.first(), dtype)
+                bad = clean.inputs[name].clone()
                 bad.view(-1)[0] = float("nan")
-                result = spec.call(sample.replace({name: bad}))[0]
-                if where == "all":
-                    assert result.isnan().all(), "a result that is no NaN"
-                elif where == "any":
-                    assert result.isnan().any(), "no NaN in the result"
-                else:
-                    assert where == "row", where
+                sample = clean.replace({name: bad})
+                if rule == "raises":
+                    with raises(ValueError, "must not contain NaN"):
+                        spec.call(sample)
+                    continue
+                result = spec.call(sample)[0]
+                if callable(rule):
+                    assert rule(result, spec.call(clean)[0]), f"the result {result}"
+                elif rule == "row":
                     assert result[0].isnan().all(), "a number in the row of the NaN"
                     assert not result[1:].isnan().any(), "a NaN in another row"
+                else:
+                    assert {"all": torch.all, "any": torch.any}[rule](result.isnan()), "no NaN"
 
 
 @check()
@@ -526,7 +530,7 @@ def deterministic(spec: Spec) -> None:
         expected = run(spec, sample)
         with naming("second run"):
             assert_same_bits(run(spec, sample), expected)
-        torch.set_num_threads(2)
+        torch.set_num_threads(2 if spec.threads else 1)
         with naming("two threads"):
             assert_same_bits(run(spec, sample), expected)
     finally:
@@ -545,16 +549,25 @@ def raises(error, match: str):
 
 @check(lambda spec: bool(spec.errors))
 def errors(spec: Spec) -> None:
-    """Wrong arguments raise the declared exception with its message, with and without gradients."""
+    """Wrong arguments raise the declared exception with its message, with and without gradients.
+
+    Of a module too, unless it has parameters, which are right by its construction.
+    """
     for bad in spec.errors:
         base = spec.cast(spec.first(), F32 if F32 in spec.dtypes else F64)
         change = bad.change(base.arguments) if callable(bad.change) else bad.change
-        for sample in (base.replace(change), with_leaves(spec, base.replace(change))[0]):
+        sample = base.replace(change)
+        for given in (sample, with_leaves(spec, sample)[0]):
             with naming(f"{bad.error} {bad.match!r}"), raises(bad.error, bad.match):
-                spec.call(sample)
+                spec.call(given)
+        if spec.module is not None and not spec.parameters:
+            match = bad.match if bad.of_module is None else bad.of_module
+            with naming(f"{bad.error} {match!r} of the module"), raises(bad.error, match):
+                twin, inputs = spec.build(spec, sample)
+                twin(**inputs)
 
 
-def assert_spec(spec: Spec, name: str) -> None:
+def assert_spec(spec: Spec, name: str, **options) -> None:
     """Runs one check; a failure names the spec and the check."""
     with naming(f"spec {spec.name}, check {name}"):
-        CHECKS[name][1](spec)
+        CHECKS[name][1](spec, **options)

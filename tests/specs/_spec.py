@@ -24,17 +24,21 @@ class Sample:
     def arguments(self) -> dict[str, Any]:
         return {**self.inputs, **self.options}
 
-    def map(self, f: Callable[[str, Tensor], Tensor]) -> Sample:
-        """Every floating tensor replaced by f(name, tensor); those inside tuples too."""
+    def each(self, f: Callable[[str, Tensor], Tensor]) -> Sample:
+        """Every tensor replaced by f(name, tensor); those inside tuples too."""
 
         def one(name, value):
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor):
                 return f(name, value.detach())
             if type(value) in (tuple, list):
                 return type(value)(one(name, v) for v in value)
             return value
 
         return Sample(*({k: one(k, v) for k, v in d.items()} for d in (self.inputs, self.options)))
+
+    def map(self, f: Callable[[str, Tensor], Tensor]) -> Sample:
+        """The same for the floating ones."""
+        return self.each(lambda name, t: f(name, t) if t.is_floating_point() else t)
 
     def replace(self, change: Mapping[str, Any]) -> Sample:
         """With other values; a name that is not an input is an option."""
@@ -53,11 +57,15 @@ class Empty:
 
 @dataclass(frozen=True)
 class Bad:
-    """A call that raises. `change` replaces arguments of the first sample."""
+    """A call that raises, of the function and of its module, when made or when called.
+
+    `change` replaces arguments of the first sample; `of_module`: the module has other words for it.
+    """
 
     error: type[Exception] | tuple[type[Exception], ...]
     match: str
     change: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
+    of_module: str | None = None
 
 
 def _build(spec: Spec, sample: Sample) -> tuple[nn.Module, Mapping[str, Any]]:
@@ -101,8 +109,6 @@ class Spec:
     wide: tuple[str, ...] = ()  # arguments that stay float32 beside half types
     # (rtol, atol) of assert_matches_reference in place of those of pyloss.testing
     tolerances: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
-    reference_gradient: bool = True  # the reference can be differentiated
-    layouts: tuple[str, ...] | None = None  # inputs whose strides vary; None: all
     # result dtype under bfloat16 autocast by input dtype; {} for what autocast does not concern
     autocast: Mapping[torch.dtype, torch.dtype] = field(
         default_factory=lambda: {BF16: F32, F32: F32, F64: F64}
@@ -121,10 +127,11 @@ class Spec:
     vmap: tuple[str, ...] = ()  # inputs that are mapped over in the first sample
 
     # -- numbers
-    # input -> where a NaN in its first entry shows: "all", "row" (the first one and no other),
-    # "any" (somewhere)
-    nan: Mapping[str, str] = field(default_factory=dict)
+    # input -> what a NaN in its first entry does to the first result. "all" of it is NaN; the first
+    # "row" and no other; "any" entry; "raises"; or a test of (the result, that without the NaN).
+    nan: Mapping[str, str | Callable[[Tensor, Tensor], bool]] = field(default_factory=dict)
     large: Callable[[], Sample] | None = None  # enough work for two threads; default: the first
+    threads: bool = True  # False: sums whose order torch takes from the number of threads
     errors: tuple[Bad, ...] = ()
 
     # -- the module twin

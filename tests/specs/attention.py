@@ -133,8 +133,8 @@ def multi_head_reference(*args, **options) -> Tensor:
     return _layer(attention_reference, *args, **options)
 
 
-def layer_sample(**options) -> Sample:
-    shapes = dict.fromkeys(("query", "key", "value"), (2, LENGTH, EMBED)) | {
+def layer_sample(batch: int = 2, **options) -> Sample:
+    shapes = dict.fromkeys(("query", "key", "value"), (batch, LENGTH, EMBED)) | {
         "in_weight": (3 * EMBED, EMBED),
         "in_bias": (3 * EMBED,),
         **{f"{k}_weight": (EMBED, EMBED) for k in ("out", "k", "v")},
@@ -142,6 +142,11 @@ def layer_sample(**options) -> Sample:
     }
     inputs = {k: make_logits(s, F64, seed=i, scale=0.5) for i, (k, s) in enumerate(shapes.items())}
     return Sample(inputs, dict(embed_dim=EMBED, num_heads=HEADS, batch_first=True, **options))
+
+
+def _one_query(found: Tensor, _: Tensor) -> bool:
+    """NaN in all features of one query, and in no other."""
+    return found.isnan().sum(-1).flatten().tolist() == [EMBED] + 5 * [0]
 
 
 def build_layer(spec: Spec, sample: Sample):
@@ -265,7 +270,9 @@ SPECS = (
         autocast={BF16: BF16, F32: BF16, F64: F64},
         autocast_rounds=True,
         compile_samples=("two",),
+        empty={"no keys": Empty(lambda: tuples(2, 0), 0.0, (2, 1, 0, 2))},
         nan=dict.fromkeys(("q", "k1", "v1"), "any"),
+        large=lambda: tuples(3, 12),
         errors=(
             Bad(ValueError, "as many, and at least one, got 2 and 1", dict(k2=torch.zeros(1))),
             Bad(ValueError, "masks must be 1, one per axis, got 2", dict(masks=[None, None])),
@@ -284,6 +291,8 @@ SPECS = (
         autocast={F32: BF16, F64: F64},
         autocast_rounds=True,
         gradgrad="no second derivative",
-        nan={"query": "any"},
+        empty={"no items": Empty(lambda: layer_sample(batch=0), 0.0, (0, LENGTH, EMBED))},
+        nan={"query": _one_query},
+        large=lambda: layer_sample(batch=30),
     ),
 )

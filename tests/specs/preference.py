@@ -183,6 +183,7 @@ SPECS = (
         },
         vmap=("token_logps",),
         nan={"token_logps": "row"},
+        large=lambda: sequences(300, 200),
         errors=(
             Bad(TypeError, "token_logps must be floating, got torch.int64",
                 dict(token_logps=INTEGERS)),
@@ -214,6 +215,7 @@ SPECS = (
         },
         vmap=DPO_NAMES,
         nan=dict.fromkeys(DPO_NAMES, "all"),
+        large=lambda: pairs(5000),
         errors=(
             Bad(ValueError, r"policy_rejected.*\[4\].*\[2\]",
                 dict(policy_rejected_logps=torch.zeros(2))),
@@ -244,6 +246,8 @@ SPECS = (
             "groups of one": Empty(lambda: rewards(2, 1), 0.0, (2,)),
         },
         vmap=("rewards",),
+        nan={"rewards": lambda found, _: found.isnan().tolist() == 3 * [True] + 3 * [False]},
+        large=lambda: rewards(60_000, 6),
         errors=(
             Bad(ValueError, "divide the number of rewards, 6, got 4", dict(group_size=4)),
             Bad(ValueError, r"rewards must have shape \(B,\), got \[2, 2\]",
@@ -272,6 +276,7 @@ SPECS = (
         compile_samples=("plain", "dr_grpo"),
         vmap=("logprobs", "old_logprobs", "advantages"),
         nan=dict.fromkeys(("logprobs", "old_logprobs", "advantages"), "all"),
+        large=lambda: tokens(200, 100, extras=True, masked=True),
         errors=(
             Bad(ValueError, r"logprobs must.*\(B, T\), got \[3\]", dict(logprobs=torch.zeros(3))),
             Bad(TypeError, "logprobs must be a Tensor, got list", dict(logprobs=[1.0])),

@@ -81,6 +81,8 @@ SPECS = (
         empty={"no rows": Empty(lambda: sample(0, 3), 0.0, (0, 3, 3))},
         vmap=("scores",),
         nan={"scores": "row"},
+        large=lambda: sample(40, 50),
+        threads=False,
         errors=errors(),
     ),
     Spec(
@@ -100,6 +102,8 @@ SPECS = (
         compile_samples=("plain", "pow 0.5"),
         vmap=("scores",),
         nan={"scores": "row"},
+        large=lambda: sample(40, 50),
+        threads=False,
         errors=(*errors(), Bad(ValueError, "pow", dict(pow=0.0))),
     ),
 )

@@ -304,7 +304,9 @@ CROSS_ENTROPY = {
 def accuracy_sample(*shape: int, **options) -> Sample:
     """Scores of which some orders are right, some nearly."""
     target = make_logits(shape, F64, scale=1.0)
-    return Sample(dict(input=(4 * target).round(), target=target), options)
+    scores = (4 * target).round()
+    scores[:1] = target[:1]
+    return Sample(dict(input=scores, target=target), options)
 
 
 # The modules that stand in for those of the diffsort package.
@@ -318,9 +320,18 @@ def diff_topk_net(vectors, sorting_network_type, size, k, **options):
     return soft_topk(vectors, k, network=sorting_network_type, **options).flip(-1)
 
 
-def net(kind: str = "odd_even", **options) -> Sample:
+NET_ERRORS = (
+    Bad(ValueError, "network must be one", dict(sorting_network_type="bubble")),
+    Bad(NotImplementedError, "network must be one", dict(sorting_network_type="bubble")),
+    Bad(ValueError, "steepness must be posit", dict(steepness=0)),
+    Bad(TypeError, "int64", dict(vectors=X.long())),
+    Bad(TypeError, "x must be a Tensor", dict(vectors=[X]), of_module="vectors must be"),
+)
+
+
+def net(kind: str = "odd_even", rows: int = 2, **options) -> Sample:
     options = dict(sorting_network_type=kind, size=5, **options)
-    return Sample(dict(vectors=scores().inputs["x"]), options)
+    return Sample(dict(vectors=scores(rows, 5).inputs["x"]), options)
 
 
 SPECS = (
@@ -479,8 +490,11 @@ SPECS = (
             vectors, network=sorting_network_type, return_permutation=True, **options
         ),
         gradients=("vectors",),
+        empty={"no rows": Empty(lambda: net(rows=0), 0.0, (0, 5))},
+        large=lambda: net(rows=3000),
         vmap=("vectors",),
         nan={"vectors": "row"},
+        errors=NET_ERRORS,
     ),
     Spec(
         function=diff_topk_net,
@@ -493,8 +507,15 @@ SPECS = (
             vectors, k, network=sorting_network_type, **options
         ).flip(-1),
         gradients=("vectors",),
+        empty={"no rows": Empty(lambda: net(rows=0, k=2), 0.0, (0, 5, 2))},
+        large=lambda: net(rows=3000, k=2),
         vmap=("vectors",),
         nan={"vectors": "row"},
+        errors=(
+            *NET_ERRORS,
+            Bad(ValueError, r"k must be in \[1, 5\]", dict(k=6)),
+            Bad(TypeError, "k must be an int", dict(k=1.0)),
+        ),
     ),
     Spec(
         function=ranking_accuracy,
@@ -509,6 +530,8 @@ SPECS = (
         autocast=dict.fromkeys((*HALF, F32, F64), F32),
         empty={"no sets": Empty(lambda: accuracy_sample(0, 6), math.nan)},
         vmap=("input", "target"),
+        nan=dict.fromkeys(("input", "target"), lambda found, clean: bool(found < clean)),
+        large=lambda: accuracy_sample(300, 100),
         errors=(
             Bad(ValueError, r"\[6, 6\].*\[2, 6\]", dict(target=torch.ones(2, 6))),
             Bad(IndexError, r"dim is 5.*\[6, 6\]", dict(dim=5)),

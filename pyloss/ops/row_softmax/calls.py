@@ -45,9 +45,9 @@ def listed(loss, saved, index, grad):
 
 
 def unlisted(found, wants):
-    loss, saved, *rest = found
-    index = rest.pop(0) if wants & WANT_INDEX else None
-    return loss, saved, index, rest[0] if wants & WANT_GRAD else None
+    # By place: Dynamo of torch 2.6 cannot trace a pop.
+    index = found[2] if wants & WANT_INDEX else None
+    return found[0], found[1], index, found[-1] if wants & WANT_GRAD else None
 
 
 def run_forward(

@@ -1,0 +1,49 @@
+"""What several test files need and is no part of pyloss.testing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WRONG_NUMBERS = 3  # exit status of a worker whose results differ: never tried again
+
+
+def run_ranks(folder: Path, attempt: int, world: int, *command: str) -> list[tuple[int, str]]:
+    """(exit status, output) of each rank; a fresh rendezvous file for each attempt."""
+    rendezvous = str(folder / f"rendezvous{attempt}")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    logs = [open(folder / f"rank{rank}-{attempt}", "w+") for rank in range(world)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command, str(rank), str(world), rendezvous],
+            stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        for process in ranks:
+            process.wait(timeout=150)
+    except subprocess.TimeoutExpired:
+        pass  # shown below as a status that is not 0
+    finally:
+        for process in ranks:
+            process.kill()
+    found = []
+    for process, log in zip(ranks, logs):
+        log.seek(0)
+        found.append((process.wait(), log.read()))
+        log.close()
+    return found
+
+
+def check_ranks(folder: Path, world: int, *command: str) -> list[str]:
+    """The output of each rank; a crash of the transport is tried once more."""
+    found = run_ranks(folder, 0, world, *command)
+    statuses = [status for status, _ in found]
+    if any(statuses) and WRONG_NUMBERS not in statuses:
+        found = run_ranks(folder, 1, world, *command)
+    assert not any(status for status, _ in found), "\n".join(text[-3000:] for _, text in found)
+    return [text for _, text in found]
