@@ -49,7 +49,7 @@ def test_masks_of_one_channel(dtype):
     mask = (torch.rand(2, 5, 6) > 0.5).to(dtype)
     expected = dice_formula(x.sigmoid(), mask[:, None]).mean()
     for target in (mask, mask[:, None]):
-        ours = soft_dice_loss(x, target, sigmoid=True, include_background=False)
+        ours = soft_dice_loss(x, target, sigmoid=True)
         torch.testing.assert_close(ours, expected)
 
 
@@ -333,3 +333,11 @@ def test_all_voxels_ignored(channels):
     assert total == 0 and not torch.autograd.grad(total, x)[0].any()
     dice = soft_dice_loss(x, y, ignore_index=255, **options)
     assert dice == 0 and not torch.autograd.grad(dice, x)[0].any()
+
+
+def test_one_channel_without_background_warns():
+    x, y = torch.randn(1, 1, 4), torch.ones(1, 4)
+    for function in (soft_dice_loss, dice_cross_entropy_loss):
+        with pytest.warns(UserWarning, match="include_background=False has no effect"):
+            found = function(x, y, sigmoid=True, include_background=False)
+        assert torch.equal(found, function(x, y, sigmoid=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -184,6 +185,11 @@ def dice_cross_entropy_loss(
         checks.check_tensor("weight", weight)
     # What is wrong with the tensors is found here, before they are indexed below.
     channels = _checked_channels(input)
+    if weight is not None and tuple(weight.shape) != (channels,):
+        raise ValueError(
+            f"weight must have one entry for each of the {channels} channels, background included, "
+            f"got shape {list(weight.shape)}"
+        )
     dice_weight = weight if channels > 1 else None
     if dice_weight is not None and not include_background:
         dice_weight = dice_weight[1:]
@@ -266,6 +272,8 @@ def _dice(
     labels, is_index = _split_target(input, target, to_onehot_y)
     if ignore_index is not None and not is_index and channels > 1:
         raise ValueError("ignore_index needs class indices, target is one-hot")
+    if channels == 1 and not include_background and not torch.compiler.is_compiling():
+        warnings.warn("include_background=False has no effect: input has one channel", stacklevel=3)
     first = 0 if include_background or channels == 1 else 1
     weight = _checked_weight(weight, channels - first, input)
 
