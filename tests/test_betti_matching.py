@@ -638,6 +638,11 @@ def test_essential_of_a_matching():
         assert not torch.equal(matching.loss(), matching.loss(include_essential=True))
 
 
+def test_repr_of_a_metric():
+    metric = pyloss.metrics.BettiMatchingError(0.25, normalize=True)
+    assert repr(metric) == "BettiMatchingError(threshold=0.25, normalize=True)"
+
+
 def test_cycles_of_no_bar():
     matching = pyloss.betti_matching(torch.rand(2, 1, 6, 6), torch.rand(2, 1, 6, 6) > 0.5)
     for index in (99, -1):

@@ -191,6 +191,10 @@ class _Mean:
         self.options = options
         self.reset()
 
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}({options})"
+
     def reset(self) -> None:
         """Forgets everything."""
         self._total: Tensor | None = None
