@@ -1,6 +1,6 @@
 """Draws the figure of docs/betti_matching.md: features of a prediction matched with its target's.
 
-python examples/betti_matching_figure.py docs/img/betti_matching_features.png
+python examples/betti_matching_figure.py [PATH]  # default: betti_matching_features.png, here
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else "betti_matching_features.png")

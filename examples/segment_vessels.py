@@ -35,7 +35,11 @@ def main() -> int:
     add("--rate", type=float, default=LONGER.rate)
     add("--alphas", type=float, nargs="+", default=LONGER.alphas, help="of the Betti matching loss")
     add("--dims", type=int, nargs="+", default=LONGER.dims, help="0: pieces, 1: holes")
-    add("--padding", default=LONGER.padding, choices=["foreground", "background", "none"])
+    add(
+        "--padding",
+        default=LONGER.padding,
+        choices=["foreground", "foreground_detached", "background", "none"],
+    )
     add("--blur", type=float, default=LONGER.blur)
     add("--noise", type=float, default=LONGER.noise)
     add("--gaps", type=int, default=LONGER.gaps, help="holes in the vessels of a patch")

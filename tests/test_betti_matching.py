@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 
@@ -180,6 +181,70 @@ def test_large_integers_are_not_rounded():
     assert pyloss.betti_matching_loss(x, y) == 1
 
 
+@pytest.mark.parametrize("construction", ["V", "T"])
+@pytest.mark.parametrize("start", [0, 2**24 + 1, -(2**24) - 1, 2**31 - 16, 2**40 + 1, 2**53 - 16])
+def test_values_of_integer_images_are_exact(start, construction):
+    base = torch.tensor([[0, 4, 3, 9]])
+    options = dict(construction=construction, essential=True)
+    for dtype in (torch.int32, torch.int64):
+        if start + 9 > torch.iinfo(dtype).max:
+            continue
+        image = (start + base).to(dtype)
+        for low in (0.0, 0.5, 1.5):
+            pairs = pyloss.persistence_pairs(image, 1, min_persistence=low, **options)
+            expected = pyloss.persistence_pairs(base.double(), 1, min_persistence=low, **options)
+            assert pairs.values.dtype == torch.float64
+            assert torch.equal(pairs.index, expected.index)
+            assert torch.equal(pairs.values - start, expected.values)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.bool):
+        assert pyloss.persistence_pairs(base.to(dtype), 1).values.dtype == torch.float32
+
+
+def test_small_integers_are_exact_whatever_the_default_dtype():
+    image = torch.tensor([[1, 255, 253, 254, 0]], dtype=torch.uint8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        values = pyloss.persistence_pairs(image, 1).values
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values.tolist() == [[1, 255], [253, 254]]
+
+
+def test_integers_that_float64_does_not_hold():
+    image = torch.tensor([[0, 2**53 + 1, 5, 7]])
+    for call in (
+        lambda: pyloss.persistence_pairs(image, 1),
+        lambda: pyloss.persistence_pairs(-image, 1),
+        lambda: pyloss.betti_matching(image, image, 1),
+    ):
+        with pytest.raises(ValueError, match="2\\*\\*53 are not exact"):
+            call()
+
+
+def test_lengths_of_half_types_are_not_rounded():
+    """256 - 1 is 255, and 256 in bfloat16."""
+    image = torch.tensor([[0.0, 256.0, 1.0, 300.0]], dtype=torch.bfloat16)
+    assert len(pyloss.persistence_pairs(image, 1, min_persistence=255.0).index) == 0
+    assert len(pyloss.persistence_pairs(image, 1, min_persistence=254.0).index) == 1
+
+
+@pytest.mark.parametrize("filtration", ["sublevel", "superlevel"])
+def test_betti_at_infinite_thresholds(filtration):
+    """The last set of a filtration is the whole image: one component."""
+    image = torch.rand(2, 1, 5, 6)
+    last = math.inf if filtration == "sublevel" else -math.inf
+    pairs = pyloss.persistence_pairs(image, filtration=filtration, essential=True)
+    assert pairs.betti(last).tolist() == [[1, 0], [1, 0]]
+    assert pairs.betti(-last).tolist() == [[0, 0], [0, 0]]
+    image[0, 0, 2, 3] = last  # a value of the image: it only comes last
+    pairs = pyloss.persistence_pairs(image, filtration=filtration, essential=True)
+    assert pairs.betti(last).tolist() == [[1, 0], [1, 0]]
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        pairs.betti(math.nan)
+    with pytest.raises(TypeError, match="threshold must be a number, got NoneType"):
+        pairs.betti(None)
+
+
 def test_float64_target_is_not_rounded():
     x = torch.zeros(1, 1, 1, 3)
     y = torch.tensor([1.0 + 1e-12, 1.0, 1.0 + 1e-12], dtype=torch.float64).view(1, 1, 1, 3)
@@ -228,7 +293,7 @@ def test_dims_and_target_terms():
     assert left < sum(parts)
 
 
-@pytest.mark.parametrize("padding", ["foreground", "background", 0.25])
+@pytest.mark.parametrize("padding", ["foreground", "foreground_detached", "background", 0.25])
 @pytest.mark.parametrize("spatial", [1, 2])
 def test_padding(padding, spatial):
     rng = random.Random(6)
@@ -236,8 +301,11 @@ def test_padding(padding, spatial):
     x, y = image(rng, shape, 0).requires_grad_(), image(rng, shape, 2)
 
     def framed(t):
-        value = {"foreground": t.detach().amax(), "background": 0.0}.get(padding, padding)
-        return torch.nn.functional.pad(t, [1] * (2 * spatial), value=float(value))
+        sides = [1] * (2 * spatial)
+        frame = torch.nn.functional.pad(torch.zeros_like(t), sides, value=1.0)
+        value = {"foreground": t.amax(), "foreground_detached": t.detach().amax()}
+        value["background"] = 0.0
+        return torch.nn.functional.pad(t, sides) + frame * value.get(padding, padding)
 
     both = [torch.cat([framed(t[i : i + 1]) for i in range(2)]) for t in (x, y)]
     value = pyloss.betti_matching_loss(x, y, padding=padding)
@@ -286,15 +354,66 @@ def test_constant_images_and_empty_batches():
 # Derivatives
 
 
-def test_gradcheck_with_padding():
+@pytest.mark.parametrize("padding", ["foreground", "background"])
+@pytest.mark.parametrize("filtration", ["superlevel", "sublevel", "both"])
+def test_gradcheck_with_padding(padding, filtration):
     x = ((torch.randperm(2 * 36) + 1) / 73.0).double().view(2, 1, 6, 6).requires_grad_()
     y = (torch.rand(2, 1, 6, 6) > 0.5).double()
 
     def loss(t):
-        return pyloss.betti_matching_loss(t, y, padding="background")
+        return pyloss.betti_matching_loss(t, y, padding=padding, filtration=filtration)
 
     assert gradcheck(loss, (x,), eps=1e-4)
     assert gradgradcheck(loss, (x,), eps=1e-4)
+
+
+def test_a_detached_frame_has_the_value_but_no_gradient():
+    x = torch.rand(1, 1, 5, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.rand(1, 1, 5, 4)
+    found = []
+    for padding in ("foreground", "foreground_detached", float(x.detach().max())):
+        options = dict(padding=padding, include_target_unmatched=False)
+        # A number frames the target as well, so that both have the same largest value.
+        loss = pyloss.betti_matching_loss(x, y / y.max() * float(x.detach().max()), **options)
+        found.append((loss, torch.autograd.grad(loss, x)[0]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][0], found[2][0])
+    torch.testing.assert_close(found[1][1], found[2][1])
+
+
+@pytest.mark.parametrize("superlevel", [True, False])
+@pytest.mark.parametrize("unmatched", ["diagonal", "extreme"])
+def test_vmap(superlevel, unmatched):
+    """Loss, gradient and second derivative of each item, over one and two mapped dimensions."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.rand(2, 3, 1, 2, 4, 5, dtype=torch.float64, generator=generator).unbind(0)
+    options = dict(
+        filtration="superlevel" if superlevel else "sublevel", unmatched=unmatched, essential=True,
+        padding="foreground", min_persistence=0.1, target_weight=0.5,
+    )  # fmt: skip
+
+    def loss(a, b):
+        return pyloss.betti_matching_loss(a, b, **options)
+
+    def slope(a, b):
+        return torch.func.grad(loss)(a, b)
+
+    def curve(a, b):
+        return torch.func.grad(lambda t: slope(t, b).square().sum())(a)
+
+    for f in (loss, slope, curve):
+        expected = torch.stack([f(a, b) for a, b in zip(x, y)])
+        torch.testing.assert_close(torch.vmap(f)(x, y), expected)
+    leaf = x.clone().requires_grad_()
+    alone = torch.stack([loss(a, b) for a, b in zip(leaf, y)])
+    torch.testing.assert_close(torch.vmap(loss)(x, y), alone.detach())
+    (grad,) = torch.autograd.grad(alone.sum(), leaf)
+    torch.testing.assert_close(torch.vmap(slope)(x, y), grad)
+    torch.testing.assert_close(
+        torch.vmap(loss, in_dims=(0, None))(x, y[0]), torch.stack([loss(a, y[0]) for a in x])
+    )
+    nested = torch.vmap(torch.vmap(loss))(x[None], y[None])
+    torch.testing.assert_close(nested[0], alone.detach())
 
 
 def test_func_grad():
@@ -496,6 +615,58 @@ def test_metrics():
         metric.reset()
         metric.update(x[1:], y[1:])
         torch.testing.assert_close(metric.compute(), f(x[1:], y[1:]))
+
+
+@pytest.mark.parametrize("threshold", [-1, 256, 300, -1.0, 127.5, 256.0])
+def test_thresholds_that_the_dtype_of_a_mask_does_not_hold(threshold):
+    """300 is no 44 of uint8, and -1 no 255."""
+    x, y = (
+        torch.tensor(t, dtype=torch.uint8)[None, None] for t in ([0, 255, 0, 1], [50, 0, 50, 0])
+    )
+    for metric in (pyloss.betti_number_error, pyloss.betti_matching_error):
+        assert torch.equal(metric(x, y, threshold), metric(x.double(), y.double(), threshold))
+
+
+def test_essential_of_a_matching():
+    x, y = (t.requires_grad_() for t in torch.rand(2, 2, 1, 5, 6, dtype=torch.float64))
+    for filtration in ("superlevel", "sublevel"):
+        matching = pyloss.betti_matching(x, y, filtration=filtration)
+        loss = pyloss.betti_matching_loss(
+            x, y, filtration=filtration, essential=True, reduction="none"
+        )
+        torch.testing.assert_close(matching.loss(include_essential=True), loss[:, 0])
+        assert not torch.equal(matching.loss(), matching.loss(include_essential=True))
+
+
+def test_repr_of_a_metric():
+    metric = pyloss.metrics.BettiMatchingError(0.25, normalize=True)
+    assert repr(metric) == "BettiMatchingError(threshold=0.25, normalize=True)"
+
+
+def test_cycles_of_no_bar():
+    matching = pyloss.betti_matching(torch.rand(2, 1, 6, 6), torch.rand(2, 1, 6, 6) > 0.5)
+    for index in (99, -1):
+        with pytest.raises(IndexError, match=f"index must be that of one of .* bars, got {index}"):
+            matching.representative_cycles(0, index=index)
+    with pytest.raises(IndexError, match=r"item must be in 0\.\.1, got 7"):
+        matching.representative_cycles(7)
+
+
+def test_numpy_integers():
+    np = pytest.importorskip("numpy")
+    x, y = torch.rand(2, 1, 5, 6), torch.rand(2, 1, 5, 6) > 0.5
+    options = dict(spatial_dims=np.int64(2), dims=np.array([1]))
+    assert rows(pyloss.betti_matching(x, y, **options)) == rows(
+        pyloss.betti_matching(x, y, 2, dims=[1])
+    )
+    with pytest.raises(TypeError, match="spatial_dims must be an integer"):
+        pyloss.betti_matching(x, y, np.bool_(True))
+
+
+@pytest.mark.parametrize("name", ["filtration", "unmatched", "reduction", "activation"])
+def test_typos_are_found_at_construction(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*got 'misspelt'"):
+        pyloss.BettiMatchingLoss(**{name: "misspelt"})
 
 
 def test_module():

@@ -20,7 +20,7 @@ TARGETS = {
     "large int": (X.flip(0) * 4).long() + 2**25,
 }
 LABELS = (X[:, 0] * 2).long()
-PADDINGS = [None, "foreground", "background", 0.1]
+PADDINGS = [None, "foreground", "foreground_detached", "background", 0.1]
 
 
 def check(x, target, prepared, **options):
@@ -102,6 +102,23 @@ def test_selection_transfer_and_pickle(kind):
     check(X, y, prepared.to("cpu"), **options)
     moved = prepared.to("meta")
     assert moved.device.type == "meta" and all(t.is_meta for t in moved._images)
+
+
+def test_selection_by_mask_and_from_the_end():
+    y = TARGETS["float"]
+    prepared = pyloss.BettiTarget.precompute(y, padding="foreground")
+    options = dict(padding="foreground")
+    for mask in ([True, False, True], [False] * 3, [True] * 3):
+        kept = torch.tensor(mask)
+        for given in (mask, kept, kept.numpy()):
+            assert torch.equal(prepared.select(given).target, y[kept])
+    check(X[[2, 0]], y[[2, 0]], prepared.select([-1, -3]), **options)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(prepared.select(torch.tensor([2, 1], dtype=dtype)).target, y[[2, 1]])
+    assert len(prepared.select([])) == 0
+    one = torch.tensor(2)
+    for item in (one, one.numpy()[()], one.int().numpy()[()]):
+        assert torch.equal(prepared[item].target, y[2:])
 
 
 def test_plain_float_target_is_not_copied():
@@ -188,6 +205,13 @@ make = pyloss.BettiTarget.precompute
         (ValueError, "class indices must be", lambda: make(LABELS, 1, num_classes=2)),
         (IndexError, "item 3 of a target of 3", lambda: PLAIN[3]),
         (TypeError, "see select", lambda: PLAIN[[0, 1]]),
+        (TypeError, "see select", lambda: PLAIN[torch.tensor(True)]),
+        (TypeError, "see select", lambda: PLAIN[torch.tensor(True).numpy()[()]]),
+        (TypeError, "integers or a bool mask, got torch.float32", lambda: PLAIN.select([0.0])),
+        (ValueError, "one dimension, got shape .1, 2.", lambda: PLAIN.select([[0, 1]])),
+        (ValueError, "a mask of 2 entries for a target of 3", lambda: PLAIN.select([True, False])),
+        (IndexError, "item 3 of a target of 3", lambda: PLAIN.select([0, 3])),
+        (IndexError, "item -4 of a target of 3", lambda: PLAIN.select(torch.tensor([-4]))),
     ],
 )  # fmt: skip
 def test_errors(error, message, call):

@@ -49,7 +49,7 @@ def test_masks_of_one_channel(dtype):
     mask = (torch.rand(2, 5, 6) > 0.5).to(dtype)
     expected = dice_formula(x.sigmoid(), mask[:, None]).mean()
     for target in (mask, mask[:, None]):
-        ours = soft_dice_loss(x, target, sigmoid=True, include_background=False)
+        ours = soft_dice_loss(x, target, sigmoid=True)
         torch.testing.assert_close(ours, expected)
 
 
@@ -270,3 +270,74 @@ def test_func_transforms():
     t = one_hot(y, 3)
     expected = soft_dice_loss(x, t, sigmoid=True, reduction="none").mean(1)
     torch.testing.assert_close(each(x, t), expected)
+
+
+# --- labels of narrow dtypes -------------------------------------------------------------------
+
+
+def compiled_anew(function):
+    torch.compiler.reset()  # one graph a dtype is soon one too many
+    return torch.compile(function, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("classes", [100, 200, 300, 70_000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_more_classes_than_the_label_dtype_holds(dtype, classes, compiled):
+    x = torch.randn(1, classes, 6, dtype=F64)
+    labels = torch.tensor([[0, 4, 99, 1, 2, 3]])
+    for function in (soft_dice_loss, dice_cross_entropy_loss):
+        call = compiled_anew(function) if compiled else function
+        for ignored in (None, -1, 3, 255, 2**40):
+            options = dict(softmax=True, ignore_index=ignored)
+            expected = function(x, labels, **options)
+            assert torch.equal(call(x, labels.to(dtype), **options), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_ignored_class_is_not_wrapped(compiled):
+    """255 is no -1 of uint8, and -1 no 255 of int8."""
+    x = torch.randn(1, 256, 4, dtype=F64)
+    high = torch.tensor([[0, 255, 1, 2]], dtype=torch.uint8)
+    low = torch.tensor([[0, -1, 1, 2]], dtype=torch.int8)
+    for function in (soft_dice_loss, dice_cross_entropy_loss):
+        call = compiled_anew(function) if compiled else function
+        found = call(x, high, softmax=True, ignore_index=-1)
+        assert torch.equal(found, function(x, high.long(), softmax=True))
+        if compiled and function is soft_dice_loss:  # in torch operations: NaN, not an error
+            assert call(x, low, softmax=True, ignore_index=255).isnan()
+        else:
+            with pytest.raises(IndexError, match="Target -1"):
+                call(x, low, softmax=True, ignore_index=255)
+
+
+def test_an_ignored_value_of_a_mask_is_not_wrapped():
+    x = torch.randn(2, 1, 3, dtype=F64)
+    mask = torch.tensor([[0, 1, 255], [1, 0, 0]], dtype=torch.uint8)
+    for function in (soft_dice_loss, dice_cross_entropy_loss):
+        found = function(x, mask, sigmoid=True, ignore_index=-1)
+        assert torch.equal(found, function(x, mask.double(), sigmoid=True))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_voxels_ignored(channels):
+    """As F.cross_entropy: the mean of nothing is NaN, and its gradient 0."""
+    x = torch.randn(2, channels, 4, 5, requires_grad=True)
+    y = torch.full((2, 4, 5), 255)
+    options = dict(sigmoid=True) if channels == 1 else dict(softmax=True)
+    loss = dice_cross_entropy_loss(x, y, ignore_index=255, **options)
+    assert loss.isnan()
+    loss.backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    total = dice_cross_entropy_loss(x, y, ignore_index=255, reduction="sum", **options)
+    assert total == 0 and not torch.autograd.grad(total, x)[0].any()
+    dice = soft_dice_loss(x, y, ignore_index=255, **options)
+    assert dice == 0 and not torch.autograd.grad(dice, x)[0].any()
+
+
+def test_one_channel_without_background_warns():
+    x, y = torch.randn(1, 1, 4), torch.ones(1, 4)
+    for function in (soft_dice_loss, dice_cross_entropy_loss):
+        with pytest.warns(UserWarning, match="include_background=False has no effect"):
+            found = function(x, y, sigmoid=True, include_background=False)
+        assert torch.equal(found, function(x, y, sigmoid=True))

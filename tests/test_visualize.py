@@ -223,3 +223,10 @@ def test_examples():
         globs = {"torch": torch, "pyloss": pyloss}
         (test,) = doctest.DocTestFinder().find(function, function.__name__, globs=globs)
         assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_matching_of_arrays():
+    x, y = torch.rand(1, 8, 8), (torch.rand(1, 8, 8) > 0.5).float()
+    matching = pyloss.betti_matching(x, y, spatial_dims=2)
+    left, right = pyloss.visualize.draw_matching(x[0].numpy(), y[0].numpy(), matching)
+    assert left.get_title().startswith("input") and right.get_title().startswith("target")

@@ -52,7 +52,7 @@ class Size:
     # of the upper part, with two other seeds.
     alphas: tuple[float, ...] = (0.02, 0.5)
     dims: tuple[int, ...] = (0, 1)
-    padding: str | None = "foreground"
+    padding: str | None = "foreground_detached"
     blur: float = 1.0  # standard deviation in voxels
     noise: float = 0.8  # standard deviation; that of the image is 1
     gaps: int = 4  # holes in the vessels of a patch

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyloss.functional import _checks as checks
 from pyloss.functional import _cycles
 from pyloss.functional import _images as images
 from pyloss.functional._images import check_choice
@@ -24,6 +25,7 @@ class PersistencePairs:
         index: ``(P, 4)`` int64: batch item, dimension, flat index of the voxel of birth and of
             death, -1 for a class that never dies; sorted.
         values: ``(P, 2)``: values of the image there, differentiable; a missing death is infinite.
+            Exact: float64 for int32 and int64 images, float32 for the smaller integers and bool.
         counts: ``(N, D)`` number of bars per item and dimension.
 
     Example:
@@ -61,10 +63,15 @@ class PersistencePairs:
         Counts the oldest component only if the pairs were asked for with ``essential=True``.
         """
         b, d = self.values.detach().unbind(1)
+        checks.check_number("threshold", threshold)
+        if math.isnan(threshold):
+            raise ValueError("threshold must be a number, got nan")
+        # What never dies is alive at an infinite threshold too, which is no less than its death.
+        endless = self.index[:, 3] < 0
         if self._superlevel:
-            alive = (b >= threshold) & (threshold > d)
+            alive = (b >= threshold) & (endless | (threshold > d))
         else:
-            alive = (b <= threshold) & (threshold < d)
+            alive = (b <= threshold) & (endless | (threshold < d))
         return images.counts_of(self.index[alive], self._items, len(self._shape))
 
 
@@ -136,16 +143,24 @@ class BettiMatching:
         target_weight: float = 1.0,
         unmatched: str = "diagonal",
         min_persistence: float = 0.0,
+        include_essential: bool = False,
     ) -> Tensor:
-        """Loss of each item ``(N)``, differentiable by both images; arguments of the loss."""
+        """Loss of each item ``(N)``, differentiable by both images; arguments of the loss.
+
+        ``include_essential`` is its ``essential``: the components that never die, by their birth.
+        """
         check_choice("unmatched", unmatched, UNMATCHED)
         spatial = len(self._shape)
         images.check_not_negative(
             matched_weight=matched_weight, unmatched_weight=unmatched_weight,
             target_weight=target_weight, min_persistence=min_persistence,
         )  # fmt: skip
+        matched, *others = self._tables
+        if include_essential:
+            rows = op.essential_rows(self._input, self._target, self._superlevel)
+            matched = torch.cat([matched, rows.to(matched.device)])
         terms = op.loss_terms(
-            self._input.flatten(1), self._target.flatten(1), *self._tables, dim_count=spatial,
+            self._input.flatten(1), self._target.flatten(1), matched, *others, dim_count=spatial,
             superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
         )  # fmt: skip
         factors = terms.new_tensor([matched_weight, unmatched_weight, target_weight])
@@ -171,6 +186,10 @@ class BettiMatching:
             kind: ``"matched"`` or ``"unmatched"``.
             index: only this bar, a row of ``coordinates(...)``.
 
+        Raises:
+            ValueError: an unknown ``which`` or ``kind``, a ``dim`` that the image does not have.
+            IndexError: an ``item`` outside the batch, an ``index`` that is no bar.
+
         The work per bar grows with the size of the component; on the CPU.
         """
         check_choice("which", which, ("input", "target", "comparison"))
@@ -179,12 +198,17 @@ class BettiMatching:
             raise ValueError("which='comparison' knows matched bars only, got kind='unmatched'")
         if dim not in range(len(self._shape)):
             raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
+        if item not in range(self._input.shape[0]):
+            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
         if kind == "matched":
             table, cell = self._tables[0], {"input": 6, "target": 8, "comparison": 10}[which]
         else:
             table, cell = self._tables[1 if which == "input" else 2], 4
         rows = table[(table[:, 0] == item) & (table[:, 1] == dim)]
-        rows = rows if index is None else rows[index : index + 1]
+        if index is not None:
+            if index not in range(len(rows)):
+                raise IndexError(f"index must be that of one of {len(rows)} bars, got {index}")
+            rows = rows[index : index + 1]
         images = [x[item].detach().double() for x in (self._input, self._target)]
         images = [-x if self._superlevel else x for x in images]
         image = torch.minimum(*images) if which == "comparison" else images[which == "target"]

@@ -19,6 +19,9 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CLASS_INDICES = (torch.int64, torch.uint8, torch.int32)
 REDUCTIONS = ("none", "mean", "sum")
 
+# numpy's dtype compares equal to its name, and so numpy is not imported.
+_BOOLS = ("bool", torch.bool)
+
 # The names that torch's own messages use.
 _SCALAR_NAMES = {
     torch.float64: "Double",
@@ -52,6 +55,27 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
     if dtype in (torch.float32, torch.float64) or not autocast_on(x):
         return dtype
     return torch.float32
+
+
+def equals(labels: Tensor, number: int) -> Tensor:
+    """Where labels are a number; in a narrow dtype `==` would wrap it (-1 is 255 in uint8)."""
+    if _outside(labels, number):
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return labels == number
+
+
+def at_least(labels: Tensor, number: float) -> Tensor:
+    """Where labels are a number or more, which a narrow dtype would wrap."""
+    if not (labels.is_floating_point() or labels.dtype == torch.bool):
+        labels = labels.to(torch.float64 if isinstance(number, float) else torch.int64)
+    return labels >= number
+
+
+def _outside(labels: Tensor, number: int) -> bool:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return False
+    info = torch.iinfo(labels.dtype)
+    return not info.min <= number <= info.max
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,6 +114,18 @@ def check_range(name: str, value: float, low: float, open_low: bool = False) -> 
 def is_integer(value) -> bool:
     """An int or a size of a compiled graph, and no bool."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def as_integer(value) -> int | None:
+    """The int that a value stands for (numpy's too); None for a bool and for what is no integer."""
+    if is_integer(value):
+        return value
+    if isinstance(value, bool) or getattr(value, "dtype", None) in _BOOLS:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_integer(name: str, value, kind: str = "an integer") -> None:

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 
-_PADDINGS = ("foreground", "background")
+_PADDINGS = ("foreground", "foreground_detached", "background")
 _REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
 
 
 def values_at(image: Tensor, item: Tensor, voxel: Tensor, missing: float) -> Tensor:
     values = image[item, voxel.clamp(min=0)]
     if not values.is_floating_point():
-        values = values.to(torch.get_default_dtype())
+        # A missing death is infinite, so they are floating; the dtype holds every value exactly.
+        wide = values.dtype in (torch.int32, torch.int64)
+        least = torch.float64 if wide else torch.float32
+        values = values.to(torch.promote_types(least, torch.get_default_dtype()))
     return torch.where(voxel < 0, missing, values)
 
 
@@ -55,12 +58,13 @@ def as_batch(x: Tensor, spatial: int) -> Tensor:
 
 
 def framed(x: Tensor, spatial: int, padding, superlevel: bool) -> Tensor:
-    """x in a frame of one voxel, which has no gradient."""
+    """x in a frame of one voxel."""
     sides = [1] * (2 * spatial)
     axes = tuple(range(x.dim() - spatial, x.dim()))
     padded = F.pad(x, sides)
-    if padding == "foreground":
-        value = x.detach().amax(axes, keepdim=True) if superlevel else x.detach().amin(axes, True)
+    if padding in ("foreground", "foreground_detached"):
+        inner = x if padding == "foreground" else x.detach()
+        value = inner.amax(axes, keepdim=True) if superlevel else inner.amin(axes, keepdim=True)
     elif padding == "background":
         return padded
     elif isinstance(padding, str) or isinstance(padding, bool):
@@ -80,17 +84,22 @@ def computed(x: Tensor) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         return x
     if x.dtype in (torch.int32, torch.int64):
-        small = x.device.type == "cpu" and not torch.compiler.is_compiling() and _fits(x)
-        return x.to(torch.float32 if small else torch.float64)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return x.to(torch.float64)
+        size = _largest(x)
+        if size > 2**53:
+            raise ValueError(
+                f"images of integers beyond 2**53 are not exact in float64, got {size} in size"
+            )
+        return x.to(torch.float32 if size <= 2**24 else torch.float64)
     return x.to(torch.float32)
 
 
-def _fits(x: Tensor) -> bool:
-    """Whether float32 holds every value."""
+def _largest(x: Tensor) -> int:
     if x.numel() == 0:
-        return True
+        return 0
     low, high = torch.aminmax(x)
-    return -(2**24) <= int(low) and int(high) <= 2**24
+    return max(-int(low), int(high))
 
 
 def common(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,8 +161,9 @@ def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
         spatial_dims = input.dim() - 2
         if spatial_dims < 1:
             raise ValueError(f"{name} must be (N, C, *spatial), got shape {tuple(input.shape)}")
-    if not checks.is_integer(spatial_dims):
-        raise TypeError(f"spatial_dims must be an integer, got {spatial_dims!r}")
+    given, spatial_dims = spatial_dims, checks.as_integer(spatial_dims)
+    if spatial_dims is None:
+        raise TypeError(f"spatial_dims must be an integer, got {given!r}")
     if spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
     if spatial_dims == 3:
@@ -183,9 +193,11 @@ def checked_dims(dims, spatial: int) -> list[int]:
     if isinstance(dims, (str, int)) or not isinstance(dims, Iterable):
         raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
     dims = list(dims)
-    for d in dims:
-        if not checks.is_integer(d) or d not in range(spatial):
+    found = [checks.as_integer(d) for d in dims]
+    for d in found:
+        if d is None or d not in range(spatial):
             raise ValueError(f"dims must be integers in 0..{spatial - 1}, got {dims}")
+    dims = found
     if len(set(dims)) != len(dims):
         raise ValueError(f"dims must not repeat, got {dims}")
     return dims

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -184,6 +185,11 @@ def dice_cross_entropy_loss(
         checks.check_tensor("weight", weight)
     # What is wrong with the tensors is found here, before they are indexed below.
     channels = _checked_channels(input)
+    if weight is not None and tuple(weight.shape) != (channels,):
+        raise ValueError(
+            f"weight must have one entry for each of the {channels} channels, background included, "
+            f"got shape {list(weight.shape)}"
+        )
     dice_weight = weight if channels > 1 else None
     if dice_weight is not None and not include_background:
         dice_weight = dice_weight[1:]
@@ -212,8 +218,9 @@ def dice_cross_entropy_loss(
         ce = _binary_cross_entropy(input, labels, weight, reduction, ignore_index)
     else:
         if is_index:
-            # The class numbers were checked above; the op takes three of the integer dtypes.
-            labels = labels if labels.dtype in checks.CLASS_INDICES else labels.long()
+            # The class numbers were checked above; the op takes three of the integer dtypes, and a
+            # narrow one does not hold every ignored class.
+            labels = labels if labels.dtype in (torch.int64, torch.int32) else labels.long()
             # Without an ignored class nothing may be: a negative label is an error above.
             ignored = -100 if ignore_index is None else ignore_index
         else:
@@ -265,11 +272,15 @@ def _dice(
     labels, is_index = _split_target(input, target, to_onehot_y)
     if ignore_index is not None and not is_index and channels > 1:
         raise ValueError("ignore_index needs class indices, target is one-hot")
+    if channels == 1 and not include_background and not torch.compiler.is_compiling():
+        warnings.warn("include_background=False has no effect: input has one channel", stacklevel=3)
     first = 0 if include_background or channels == 1 else 1
     weight = _checked_weight(weight, channels - first, input)
 
     p = _activated(input, sigmoid, softmax, other_act)[:, first:]
-    ignored = None if ignore_index is None else _as_channel(labels, input) == ignore_index
+    ignored = None
+    if ignore_index is not None:
+        ignored = checks.equals(_as_channel(labels, input), ignore_index)
     poison = None
     if is_index:
         poison = _checked_classes(labels, channels, ignore_index)
@@ -363,12 +374,13 @@ def _checked_classes(labels, channels, ignore_index) -> Tensor | None:
     """Raises on the CPU; where that would need a synchronisation, NaN for the items at fault."""
     raises = labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if raises and ignore_index is None and labels.numel():
-        low, high = torch.aminmax(labels)  # one pass and no mask, the usual way out
+        # One pass and no mask, the usual way out.
+        low, high = (int(v) for v in torch.aminmax(labels))
         if low >= 0 and high < channels:
             return None
-    bad = (labels < 0) | (labels >= channels)
+    bad = (labels < 0) | checks.at_least(labels, channels)
     if ignore_index is not None:
-        bad &= labels != ignore_index
+        bad &= ~checks.equals(labels, ignore_index)
     if raises:
         if bad.any():
             raise IndexError(f"Target {int(labels[bad][0])} is out of bounds.")
@@ -404,8 +416,9 @@ def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
         pos_weight = pos_weight.to(dtype).view([-1] + [1] * (input.dim() - 2))
     counted = None
     if ignore_index is not None:
-        counted = mask != ignore_index
-        mask = mask.masked_fill(~counted, 0)
+        ignored = checks.equals(mask, ignore_index)
+        counted = ~ignored
+        mask = mask.masked_fill(ignored, 0)
     value = F.binary_cross_entropy_with_logits(
         input.to(dtype),
         mask.to(dtype),
@@ -413,4 +426,8 @@ def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
         pos_weight=pos_weight,
         reduction="sum" if counted is not None else reduction,
     )
-    return value / counted.sum() if counted is not None and reduction == "mean" else value
+    if counted is None or reduction != "mean":
+        return value
+    # Over no voxel the mean is NaN, and its gradient 0, as that of F.cross_entropy.
+    count = counted.sum()
+    return torch.where(count == 0, torch.nan, value / count.clamp(min=1))

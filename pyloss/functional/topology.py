@@ -154,17 +154,30 @@ class BettiTarget:
     def __getitem__(self, item: int | slice) -> BettiTarget:
         if isinstance(item, slice):
             return self._map(lambda t: t[item])
-        if not checks.is_integer(item):
+        index = checks.as_integer(item)
+        if index is None:
             raise TypeError(f"an index must be an integer or a slice, got {item!r}; see select")
+        item = index
         if not -len(self) <= item < len(self):
             raise IndexError(f"item {item} of a target of {len(self)} items")
         item %= len(self)
         return self._map(lambda t: t[item : item + 1])
 
     def select(self, indices: Tensor | Sequence[int]) -> BettiTarget:
-        """The target of these items of the batch, a 1-d tensor or a list of integers."""
-        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
-        return self._map(lambda t: t.index_select(0, indices))
+        """The target of these items of the batch.
+
+        Args:
+            indices: integers, negative ones from the end, in any order and repeated at will; or a
+                bool mask of the batch, which selects as ``target[mask]`` does. 1-d, a tensor or
+                what :func:`torch.as_tensor` takes.
+
+        Raises:
+            TypeError: neither bool nor integer.
+            ValueError: not 1-d, or a mask of another length.
+            IndexError: an item out of range (indices on the CPU).
+        """
+        places = _places(indices, len(self)).to(self.device)
+        return self._map(lambda t: t.index_select(0, places))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BettiTarget:
         """The same on another device."""
@@ -203,6 +216,27 @@ class BettiTarget:
         return x.to(dtype), images if images[0].dtype == dtype else self._prepared(dtype)
 
 
+def _places(indices: Tensor | Sequence[int], items: int) -> Tensor:
+    """Indices or a mask of a batch as int64 indices from 0 on."""
+    found = torch.as_tensor(indices)
+    if not isinstance(indices, Tensor) and found.numel() == 0:
+        found = found.long()  # an empty list has no dtype of its own
+    if found.dtype not in (torch.bool, *checks.INTEGERS):
+        raise TypeError(f"indices must be integers or a bool mask, got {found.dtype}")
+    if found.dim() != 1:
+        raise ValueError(f"indices must have one dimension, got shape {list(found.shape)}")
+    if found.dtype == torch.bool:
+        if len(found) != items:
+            raise ValueError(f"a mask of {len(found)} entries for a target of {items} items")
+        return found.nonzero().squeeze(1)
+    found = found.long()
+    if found.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = found[(found < -items) | (found >= items)]
+        if outside.numel():
+            raise IndexError(f"item {int(outside[0])} of a target of {items} items")
+    return torch.where(found < 0, found + items, found)
+
+
 def persistence_pairs(
     input: Tensor,
     spatial_dims: int | None = None,
@@ -217,7 +251,8 @@ def persistence_pairs(
 
     The sublevel sets :math:`\{x \le t\}` grow with t; a component (dimension 0) or a hole (the last
     dimension) that appears at value b and vanishes at d is the bar (b, d). Bars of length 0 are
-    left out.
+    left out. **Sublevel** sets are the default here, as in other packages of persistent homology;
+    :func:`pyloss.betti_matching` and its loss take **superlevel** sets.
 
     Args:
         input: ``(*batch, *spatial)``, any real dtype; the batch is flattened.
@@ -263,7 +298,7 @@ def persistence_pairs(
         rows = _t_construction(cells, superlevel, dims, essential)
     pairs = PersistencePairs(images.flatten(1), rows, superlevel, shape)
     if min_persistence > 0:
-        b, d = pairs.values.detach().unbind(1)
+        b, d = pairs.values.detach().double().unbind(1)  # a half type would round the length
         keep = (b - d).abs() > min_persistence
         pairs = PersistencePairs(images.flatten(1), rows[keep], superlevel, shape)
     return pairs
@@ -301,7 +336,9 @@ def betti_matching(
     r"""Betti matching: which topological features of two images are the same one, in place.
 
     A bar of the comparison image :math:`\min(f_I, f_T)`, whose sublevel sets contain those of both
-    images, matches the two bars that the induced maps of homology send to it.
+    images, matches the two bars that the induced maps of homology send to it. By default it is of
+    **superlevel** sets (bright is foreground), where :func:`pyloss.persistence_pairs` takes
+    **sublevel** sets.
 
     Args:
         input: ``(*batch, *spatial)``, any real dtype; the batch is flattened.
@@ -310,7 +347,8 @@ def betti_matching(
         filtration: ``"superlevel"`` for probabilities of the foreground, or ``"sublevel"``.
         dims: homology dimensions that are wanted; default: ``0 .. spatial_dims - 1``.
         padding: a frame of one voxel around both images: ``"foreground"``, the value of each image
-            that enters first; ``"background"``, 0; or a number.
+            that enters first, with its gradient (equal values share it); ``"foreground_detached"``,
+            the same as a constant; ``"background"``, 0; or a number.
 
     Returns:
         :class:`BettiMatching`.
@@ -345,6 +383,15 @@ def betti_matching(
     x, y = (as_batch(t, spatial_dims) for t in (x, y))
     tables = op.betti_matching(x, y, superlevel, dims)
     return BettiMatching(x, y, tables, superlevel, int(padding is not None))
+
+
+def check_options(options: dict) -> None:
+    """The names among the options of :func:`betti_matching_loss`: a typo is found at once."""
+    check_choice("filtration", options["filtration"], (*_FILTRATIONS, "both"))
+    check_choice("unmatched", options["unmatched"], UNMATCHED)
+    check_choice("reduction", options["reduction"], checks.REDUCTIONS)
+    if options["activation"] is not None:
+        check_choice("activation", options["activation"], _ACTIVATIONS)
 
 
 def betti_matching_loss(
@@ -404,7 +451,7 @@ def betti_matching_loss(
     Raises:
         TypeError: an argument is no tensor.
         ValueError: shapes that do not fit, an unknown option, a negative weight, a spatial size of
-            0, NaN (CPU; on CUDA loss and gradient of that item are NaN).
+            0, softmax of one channel, NaN (CPU; on CUDA loss and gradient of that item are NaN).
         IndexError: a class index out of range (CPU).
         NotImplementedError: three spatial dimensions.
 
@@ -442,6 +489,8 @@ def betti_matching_loss(
         target = prepared.target
     if activation is not None:
         check_choice("activation", activation, _ACTIVATIONS)
+        if activation == "softmax" and input.shape[1] == 1:
+            raise ValueError("softmax over one channel is 1 everywhere: use activation='sigmoid'")
         input = input.sigmoid() if activation == "sigmoid" else input.softmax(1)
     first = int(not include_background and input.shape[1] > 1)
     dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyloss.functional import _images as images
 from pyloss.functional import topology as F
-from pyloss.functional._checks import REDUCTIONS
+from pyloss.functional._checks import REDUCTIONS, at_least, check_number
 from pyloss.functional._images import check_real
 from pyloss.functional._options import check_names, names_of
 
@@ -160,11 +160,12 @@ def _masks(input, target, threshold, include_background):
     images.check_same_shape(input, target)
     if not include_background and input.shape[1] > 1:
         input, target = input[:, 1:], target[:, 1:]
+    check_number("threshold", threshold)
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan")
     _check_no_nan("input", input)
     _check_no_nan("target", target)
-    return input >= threshold, target >= threshold
+    return at_least(input, threshold), at_least(target, threshold)
 
 
 def _check_no_nan(name, x):
@@ -189,6 +190,10 @@ class _Mean:
         check_names(type(self).__name__, options, names_of(self._function, without=("reduction",)))
         self.options = options
         self.reset()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}({options})"
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -53,6 +53,7 @@ class BettiMatchingLoss(LossModule):
         alpha: float = 0.5,
         **options: Unpack[BettiOptions],
     ) -> None:
+        F.check_options(options)
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0, got {alpha}")
         for name in ("dims", "weight"):

@@ -291,30 +291,74 @@ def loss_terms(
     def take(image, rows, column):
         return image[rows[:, 0], rows[:, column].clamp(min=0)]
 
-    def difference(a, b):
-        return torch.where(a == b, 0.0, a - b)
-
     def add(terms, rows, column, values):
         at = (rows[:, 0] * dim_count + rows[:, 1]) * len(TERMS) + column
         return terms.index_add(0, at, values)
 
-    births = difference(take(input, matched, 2), take(target, matched, 4))
-    deaths = difference(take(input, matched, 3), take(target, matched, 5))
-    deaths = torch.where(matched[:, 3] < 0, 0.0, deaths)
-    terms = add(terms, matched, 0, 2 * (births**2 + deaths**2))
+    ends = [take(input, matched, 2), take(input, matched, 3)]
+    ends += [take(target, matched, 4), take(target, matched, 5)]
+    terms = add(terms, matched, 0, _matched_cost(*ends, matched[:, 3] < 0))
     for column, image, rows in ((1, input, unmatched_input), (2, target, unmatched_target)):
+        least = min_persistence if column == 1 else None
         b, d = take(image, rows, 2), take(image, rows, 3)
-        length = difference(b, d)
-        if unmatched == "diagonal":
-            values = length**2
-        elif superlevel:
-            values = 2 * (b**2 + (1 - d) ** 2)
-        else:
-            values = 2 * ((b - 1) ** 2 + d**2)
-        if column == 1:
-            values = torch.where(length.abs() > min_persistence, values, 0.0)
-        terms = add(terms, rows, column, values)
+        terms = add(terms, rows, column, _unmatched_cost(b, d, superlevel, unmatched, least))
     return terms.view(input.shape[0], dim_count, len(TERMS))
+
+
+def _difference(a, b):
+    return torch.where(a == b, 0.0, a - b)  # of equal infinities too
+
+
+def _matched_cost(birth, death, target_birth, target_death, endless):
+    births = _difference(birth, target_birth)
+    deaths = torch.where(endless, 0.0, _difference(death, target_death))
+    return 2 * (births**2 + deaths**2)
+
+
+def _unmatched_cost(birth, death, superlevel, unmatched, least):
+    """Of bars longer than `least`; None: of all."""
+    length = _difference(birth, death)
+    if unmatched == "diagonal":
+        values = length**2
+    elif superlevel:
+        values = 2 * (birth**2 + (1 - death) ** 2)
+    else:
+        values = 2 * ((birth - 1) ** 2 + death**2)
+    return values if least is None else torch.where(length.abs() > least, values, 0.0)
+
+
+def dense_loss_terms(
+    input: Tensor,
+    target: Tensor,
+    matched: Tensor,
+    unmatched_input: Tensor,
+    unmatched_target: Tensor,
+    *,
+    dim_count: int,
+    superlevel: bool = True,
+    unmatched: str = "diagonal",
+    min_persistence: float = 0.0,
+) -> Tensor:
+    """:func:`loss_terms` of rows by item ``(N, K, 5 or 3)`` that begin with dim, -1 for no row."""
+
+    def take(image, rows, column):
+        found = image.gather(1, rows[..., column].clamp(min=0))
+        return torch.where(rows[..., 0] < 0, 0.0, found)  # nothing infinite where no row is
+
+    def by_dim(rows, values):
+        zero = values.new_zeros(())
+        each = [torch.where(rows[..., 0] == d, values, zero).sum(1) for d in range(dim_count)]
+        return torch.stack(each, -1)
+
+    ends = [take(input, matched, 1), take(input, matched, 2)]
+    ends += [take(target, matched, 3), take(target, matched, 4)]
+    terms = [by_dim(matched, _matched_cost(*ends, matched[..., 2] < 0))]
+    for image, rows, least in (
+        (input, unmatched_input, min_persistence), (target, unmatched_target, None)
+    ):  # fmt: skip
+        b, d = take(image, rows, 1), take(image, rows, 2)
+        terms.append(by_dim(rows, _unmatched_cost(b, d, superlevel, unmatched, least)))
+    return torch.stack(terms, -1)
 
 
 def betti_matching_loss(

@@ -106,7 +106,7 @@ def draw_matching(
     .. math:: (b, d) \leftrightarrow (b', d')
 
     Args:
-        image, target: ``(H, W)``, the pair that was matched.
+        image, target: ``(H, W)``, the pair that was matched; tensors or arrays.
         matching: :class:`pyloss.BettiMatching`, or what has its ``coordinates`` and, for the
             cycles, its ``representative_cycles``.
         ax: two matplotlib axes, for image and target, or one, for the image alone; None makes a
@@ -135,6 +135,7 @@ def draw_matching(
         Stucki et al. arXiv 2211.15272.
     """
     pyplot = _pyplot()
+    image, target = torch.as_tensor(image), torch.as_tensor(target)
     if image.dim() != 2 or target.shape != image.shape:
         raise ValueError(
             f"image and target must be 2D and of one shape, got {list(image.shape)} and "

@@ -227,7 +227,11 @@ SPECS = (
             Bad(ValueError, "lambda_dice", dict(lambda_dice=math.nan)),
             Bad(TypeError, "weight must be a Tensor", dict(weight=[1.0, 1.0, 1.0]),
                 of_module="'weight' .*Tensor or None required"),
-            Bad(ValueError, "weight must be one number", dict(weight=torch.ones(2))),
+            Bad(ValueError, r"each of the 3 channels, background included, got shape \[2\]",
+                dict(weight=torch.ones(2))),
+            Bad(ValueError, r"each of the 3 channels, background included, got shape \[2\]",
+                dict(weight=torch.ones(2), include_background=False)),
+            Bad(ValueError, "each of the 3 channels", dict(weight=torch.tensor(1.0))),
             Bad(ValueError, "2 channels", lambda a: dict(
                 input=X[:, :1], target=Y, softmax=False, label_smoothing=0.1)),
         ),

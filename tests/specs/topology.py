@@ -87,17 +87,27 @@ def matching_reference(input, target, spatial_dims=None, *, filtration="superlev
     return (terms.sum((1, 2)), *(t[:, :w] for t, w in zip(tables, (6, 4, 4))))
 
 
+def _in_foreground(x: Tensor, superlevel: bool) -> Tensor:
+    """Framed by the largest value of each image, or the smallest; column by column."""
+    extreme = (torch.max if superlevel else torch.min)(x.flatten(2), 2).values[..., None, None]
+    column = extreme.expand(*x.shape[:3], 1)
+    wide = torch.cat([column, x, column], 3)
+    row = extreme.expand(*x.shape[:2], 1, wide.shape[3])
+    return torch.cat([row, wide, row], 2)
+
+
 def loss_reference(
     input, target, *, filtration="superlevel", dims=None, weight=None, matched_weight=1.0,
     unmatched_weight=1.0, target_weight=1.0, unmatched="diagonal", min_persistence=0.0,
-    essential=False, include_background=True, activation=None, reduction="mean",
+    essential=False, include_background=True, activation=None, reduction="mean", padding=None,
 ):  # fmt: skip
     x = {None: input, "sigmoid": input.sigmoid(), "softmax": input.softmax(1)}[activation]
     x, y = _channels(x, target, include_background)
     total = 0.0
     for superlevel in {"both": (True, False)}.get(filtration, (filtration == "superlevel",)):
+        a, b = (t if padding is None else _in_foreground(t, superlevel) for t in (x, y))
         terms = reference.betti_matching_loss(
-            _flat(x), _flat(y), superlevel=superlevel, dims=dims, essential=essential,
+            _flat(a), _flat(b), superlevel=superlevel, dims=dims, essential=essential,
             unmatched=unmatched, min_persistence=min_persistence,
         )  # fmt: skip
         factors = terms.new_tensor([matched_weight, unmatched_weight, target_weight])
@@ -218,10 +228,13 @@ SPECS = (
             ),
             "extreme": lambda: two(unmatched="extreme", filtration="sublevel", essential=True),
             "labels": lambda: labels(include_background=False),
+            "frame": lambda: two(padding="foreground"),
+            "frame, both": lambda: two(padding="foreground", filtration="both"),
         },
         reference=loss_reference,
         gradients=("input", "target"),
         forward_mode=False,
+        vmap=("input", "target"),
         empty={
             "no items": Empty(lambda: two(0, 1, 4, 3), 0.0),
             "none": Empty(lambda: two(0, 2, 4, 3, reduction="none"), 0.0, (0, 2)),
@@ -240,6 +253,8 @@ SPECS = (
             Bad(ValueError, "'diagonal', 'extreme'", dict(unmatched="x")),
             Bad(ValueError, "'none', 'mean', 'sum'", dict(reduction="x")),
             Bad(ValueError, "'sigmoid', 'softmax'", dict(activation="relu")),
+            Bad(ValueError, "softmax over one channel.*'sigmoid'",
+                dict(input=X, target=X, activation="softmax")),
             Bad(ValueError, "padding", dict(padding="zero")),
             Bad(TypeError, "padding must be", dict(padding=[1])),
             Bad(ValueError, "padding must not be NaN", dict(padding=math.nan)),

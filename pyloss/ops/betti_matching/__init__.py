@@ -2,6 +2,7 @@
 
     betti_loss_fused     loss terms and the gradient of the input; static shapes, no host sync
     betti_matching       tables of the matched and the unmatched bars
+    betti_matching_dense the same, of static shapes, so that vmap can fold its dimension away
     persistence_pairs    table of the bars of one image
 
 The loss with a gradient of the target, or with a second derivative, is a gather at the rows of
@@ -12,11 +13,13 @@ Papers: arXiv 2211.15272, 2407.04683.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyloss.ops._reference import gradients
-from pyloss.ops._registry import define_op
+from pyloss.ops._registry import define_op, lib
 from pyloss.ops._transforms import functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
 from pyloss.ops.betti_matching.records import (
@@ -66,10 +69,78 @@ define_op(
     impls={"cpu": cpu.pairs, "cuda": cuda.pairs, "reference": reference.pairs},
 )
 
+_ops = torch.ops.pyloss
+
+
+# --------------------------------------------------------------------------------------------------
+# Under torch.func: rows by item, with void ones
+
+
+def _dense(input, target, superlevel, dims, essential):
+    """The rows of each item (N, K, 6 or 4) without its number: dim -1 where there is none."""
+    tables = list(_ops.betti_matching(input, target, superlevel, dims))
+    if essential and 0 in dims:
+        rows = reference.formulas().essential_rows(input, target, superlevel)
+        tables[0] = torch.cat([tables[0], rows.to(input.device)])
+    items, room = input.shape[0], _room(input)
+    found = []
+    for table, width in zip(tables, (6, 4, 4)):
+        table = table[table[:, 0].argsort(stable=True), :width]
+        counts = torch.bincount(table[:, 0], minlength=items)
+        start = counts.cumsum(0) - counts
+        place = torch.arange(len(table), device=table.device) - start[table[:, 0]]
+        dense = table.new_full((items, room, width - 1), -1)
+        dense[table[:, 0], place] = table[:, 1:]
+        found.append(dense)
+    return tuple(found)
+
+
+def _room(input: Tensor) -> int:
+    """As many bars as an image can have: fewer than voxels in each dimension, and the oldest."""
+    return (input.dim() - 1) * math.prod(input.shape[1:]) + 1
+
+
+def _dense_fake(input, target, superlevel, dims, essential):
+    shape = (input.shape[0], _room(input))
+    return tuple(input.new_empty((*shape, width), dtype=torch.int64) for width in (5, 3, 3))
+
+
+def _dense_vmap(info, in_dims, input, target, superlevel, dims, essential):
+    """The batch as further items."""
+    images = []
+    for x, d in zip((input, target), in_dims):
+        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+        images.append(x.flatten(0, 1))
+    found = _ops.betti_matching_dense(*images, superlevel, dims, essential)
+    return tuple(t.unflatten(0, (info.batch_size, -1)) for t in found), (0, 0, 0)
+
+
+define_op(
+    "betti_matching_dense(Tensor input, Tensor target, bool superlevel, int[] dims, "
+    "bool essential) -> (Tensor, Tensor, Tensor)",
+    fake=_dense_fake,
+    impls={"cpu": _dense, "cuda": _dense, "reference": _dense},
+)
+torch.library.register_vmap("pyloss::betti_matching_dense", _dense_vmap, lib=lib)
+
+
+def _dense_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
+    """As :func:`composed_terms`, in operations that every transform of torch.func knows."""
+    x, y = pair(input, target)
+    spatial = x.dim() - 2
+    dims = [d for d in wanted(int(o.dims)) if d < spatial]
+    a, b = x.flatten(0, 1), y.flatten(0, 1)
+    tables = _ops.betti_matching_dense(
+        a.detach(), b.detach(), bool(o.superlevel), dims, bool(o.essential)
+    )
+    columns = reference.formulas().dense_loss_terms(
+        a.flatten(1), b.flatten(1), *tables, dim_count=spatial, **reference.terms_options(o)
+    )
+    return columns.unflatten(0, x.shape[:2])
+
+
 # --------------------------------------------------------------------------------------------------
 # Autograd
-
-_ops = torch.ops.pyloss
 
 
 def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Tensor:
@@ -141,7 +212,9 @@ def _numbers(o: Options, want_grad: bool) -> tuple[float, ...]:
 def betti_loss(input: Tensor, target: Tensor, options: Options, target_weight: float) -> Tensor:
     """Loss of each item and channel (N, C), of checked arguments."""
     grad_mode = torch.is_grad_enabled()
-    if functorch_active() or (grad_mode and target.requires_grad):
+    if functorch_active():
+        return _total(_dense_terms(input, target, options), options, target_weight)
+    if grad_mode and target.requires_grad:
         return _total(composed_terms(input, target, options), options, target_weight)
     if grad_mode and input.requires_grad:
         return _BettiLoss.apply(input, target, _numbers(options, True), target_weight)
@@ -157,6 +230,11 @@ def betti_matching(input: Tensor, target: Tensor, superlevel: bool, dims: list[i
 def persistence_pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
     """The bars of images (N, *spatial)."""
     return _ops.persistence_pairs(input.detach(), superlevel, dims, essential)
+
+
+def essential_rows(input: Tensor, target: Tensor, superlevel: bool) -> Tensor:
+    """Rows that match the components that never die."""
+    return reference.formulas().essential_rows(input.detach(), target.detach(), superlevel)
 
 
 def loss_terms(*args, **options) -> Tensor:
