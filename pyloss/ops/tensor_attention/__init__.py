@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import cpu, reference, triton
 from pyloss.ops.tensor_attention.cpu import scratch_bytes
 from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
@@ -97,5 +97,5 @@ def tensor_attention(
     if functorch_active() or forward_ad_active():  # transforms must see into the op
         return reference.found(*tensors, settings)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _TensorAttention.apply(*tensors, *settings)
+        return _TensorAttention.apply(*distinct(tensors), *settings)
     return _ops.tensor_attention_fwd(*tensors, *settings)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
 from pyloss.ops.tensor_attention.plan import WANT
 
@@ -199,4 +199,5 @@ def tensor_attention_order(
             windows=[w or None for w in settings.windows],
             q_offset=settings.q_offset,
         )
-    return _TensorAttentionOrder.apply(*settings, q, *keys, *values, *masks)
+    tensors = distinct((q, *keys, *values, *masks))
+    return _TensorAttentionOrder.apply(*settings, *tensors)
