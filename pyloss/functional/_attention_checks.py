@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -164,6 +165,14 @@ def _bias_found(mask: Tensor) -> str:
     if bool((other <= -1e4).all()):
         return text + ": where that means hidden, pass mask > -1"
     return text
+
+
+def known_finite(*tensors: Tensor) -> bool:
+    """Whether a look at the numbers is free, and found neither NaN nor infinity."""
+    return all(
+        _readable(t) and math.isfinite(t.detach().sum(dtype=accumulator_dtype(t.dtype)))
+        for t in tensors
+    )
 
 
 def _key_mask(name, mask, q, k):

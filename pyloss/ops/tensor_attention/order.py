@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention import hidden
 from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
 from pyloss.ops.tensor_attention.plan import WANT
 
@@ -152,7 +153,14 @@ class _TensorAttentionOrder(torch.autograd.Function):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
         acc = accumulator_dtype(q.dtype)
         q, keys, values = q.to(acc), [t.to(acc) for t in keys], [t.to(acc) for t in values]
+        given = (q, keys, values, masks, causal, windows, q_offset)
+        # On a GPU the look would wait, and the loop over keys is slow enough to go without.
+        unclean = hidden.hides(masks, causal, windows) and (q.is_cuda or hidden.unclean(*given))
+        if unclean:
+            keys, values = hidden.cleared(*keys), hidden.cleared(*values)
         out, lse = _forward(q, keys, values, masks, settings)
+        if unclean:
+            hidden.spoil(out, lse, *given)
         ctx.save_for_backward(q, *keys, *values, *masks, out, lse)
         ctx.settings, ctx.order = settings, order
         ctx.dtypes = [t.dtype for t in others[: 2 * order]]
