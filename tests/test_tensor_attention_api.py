@@ -455,3 +455,22 @@ def test_a_triton_that_is_too_old_is_named(monkeypatch):
         assert backends._old_triton("linear_cross_entropy_fwd") is None
     finally:
         backends._old_triton.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{}, dict(method="lowrank", degree=2, check="none")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_batched_cotangents(options, causal):
+    """is_grads_batched, jacobian(vectorize=True), gradcheck(check_batched_grad=True)."""
+    tensors = [0.3 * torch.randn(1, 1, 4, 3, dtype=F64) for _ in range(5)]
+
+    def function(*t):
+        return pyloss.tensor_attention(*t, is_causal=causal, return_lse=True, **options)
+
+    jacobian = torch.autograd.functional.jacobian
+    for x in (0, 1):
+        call = lambda *t: function(*t)[x]  # noqa: B023, E731
+        torch.testing.assert_close(
+            jacobian(call, tuple(tensors), vectorize=True), jacobian(call, tuple(tensors))
+        )
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True)
