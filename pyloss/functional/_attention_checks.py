@@ -157,7 +157,7 @@ def _readable(t: Tensor) -> bool:
 def _bias_found(mask: Tensor) -> str:
     """What a floating mask holds, for a message."""
     if not _readable(mask):
-        return f"got {mask.dtype} on {mask.device.type}"
+        return f"got {mask.dtype}, whose numbers cannot be read here"
     if mask.requires_grad:
         return f"got {mask.dtype} that requires a gradient"
     other = mask[(mask != 0) & (mask != -torch.inf)]
@@ -181,7 +181,7 @@ def _key_mask(name, mask, q, k):
         readable = _readable(mask) and not mask.requires_grad
         if not readable or not ((mask == 0) | (mask == -torch.inf)).all():
             raise NotOfKeys(
-                f'method="lowrank" takes no bias: {name} must be bool (True: keep), or on the CPU '
+                f'method="lowrank" takes no bias: {name} must be bool, or on the CPU '
                 f"hold 0 and -inf only, {_bias_found(mask)}"
             )
         if (mask == 0).all():
