@@ -264,3 +264,19 @@ def test_causal_over_other_lengths_starts_at_the_first_key():
     want = layer(q, k, k, attn_mask=hidden, need_weights=False)[0]
     got = ours(q, k, k, attn_mask=hidden, is_causal=True, need_weights=False)[0]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes_are_named():
+    layer = pyloss.nn.TensorAttention(8, 2, window=2, batch_first=True)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
+    with pytest.raises(TypeError, match="key_padding_mask must be bool .* got torch.int64"):
+        layer(x, x, x, key_padding_mask=torch.ones(2, 5, dtype=torch.int64), need_weights=False)
+    with pytest.raises(
+        ValueError, match="with a window needs query and key of one length.* 5 and 7"
+    ):
+        layer(x, y, y, need_weights=False)
+    assert layer(x, y, y, need_weights=False, is_causal=True)[0].shape == x.shape
+    with pytest.raises(ValueError, match="method must be one of exact, lowrank, auto, got 'fast'"):
+        pyloss.nn.TensorAttention(8, 2, method="fast")
+    with pytest.raises(AttributeError, match="pyloss.nn.TensorAttention"):
+        pyloss.TensorAttention  # noqa: B018

@@ -203,6 +203,43 @@ def test_compile(order, fresh_dynamo):
             torch.testing.assert_close(a, b)
 
 
+def _n(q, keys, values, **options):
+    return lambda *t: tensor_attention_n(
+        t[q], [t[k] for k in keys], [t[v] for v in values], **options
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _n(0, (1, 1), (2, 2)),
+        _n(0, (0, 0), (0, 0)),
+        _n(0, (1, 1), (1, 1), window=3),
+        _n(0, (0,), (0,), window=3),
+        _n(0, (1, 1, 1), (2, 2, 2)),
+        _n(0, (1, 1), (2, 2), method="lowrank", degree=2, check="none"),
+        lambda q, k, v: pyloss.tensor_attention(
+            q, k, k, v, v, mask1=q[0, 0] @ k[0, 0].mT, mask2=None
+        ),
+        lambda q, k, v: pyloss.tensor_attention(
+            q, k, k, v, v, mask1=v[..., :1].mT, mask2=v[..., :1].mT
+        ),
+    ],
+)
+def test_compile_with_one_tensor_twice(function, fresh_dynamo):
+    """Dynamo takes no tensor twice into an autograd.Function."""
+    tensors = [t.clone().requires_grad_() for t in T[:3]]
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+    want = function(*tensors)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(
+        *(torch.autograd.grad(o.square().sum(), tensors, allow_unused=True) for o in (got, want))
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
 def test_compile_dynamic_offset(fresh_dynamo):
     """Decoding: a longer cache at every step."""
 
@@ -418,3 +455,22 @@ def test_a_triton_that_is_too_old_is_named(monkeypatch):
         assert backends._old_triton("linear_cross_entropy_fwd") is None
     finally:
         backends._old_triton.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{}, dict(method="lowrank", degree=2, check="none")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_batched_cotangents(options, causal):
+    """is_grads_batched, jacobian(vectorize=True), gradcheck(check_batched_grad=True)."""
+    tensors = [0.3 * torch.randn(1, 1, 4, 3, dtype=F64) for _ in range(5)]
+
+    def function(*t):
+        return pyloss.tensor_attention(*t, is_causal=causal, return_lse=True, **options)
+
+    jacobian = torch.autograd.functional.jacobian
+    for x in (0, 1):
+        call = lambda *t: function(*t)[x]  # noqa: B023, E731
+        torch.testing.assert_close(
+            jacobian(call, tuple(tensors), vectorize=True), jacobian(call, tuple(tensors))
+        )
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True)

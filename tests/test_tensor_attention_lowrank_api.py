@@ -79,6 +79,7 @@ def test_masks_of_query_heads_are_refused():
     q, *rest = small(heads=4)
     rest = [t[:, :2] for t in rest]
     mask = torch.ones(1, 4, 1, 12, dtype=torch.bool)
+    mask[0, 1, 0, 3] = False  # heads 0 and 1 share a key head
     with pytest.raises(ValueError, match="heads of a key head"):
         attend(q, *rest, mask1=mask, enable_gqa=True, degree=2)
     attend(q, *rest, mask1=mask[:, :1], enable_gqa=True, degree=2)
@@ -825,3 +826,69 @@ def test_gpu_does_not_wait():
         attend(*[4 * t for t in tensors], degree=1)
         torch.cuda.synchronize()
         deferred.settle()
+
+
+def _near_band(causal, windows, offset, n_q, n):
+    """What bands of Python integers of any size hide, one by one."""
+    seen = torch.ones(len(windows), n_q, n, dtype=torch.bool)
+    for x, w in enumerate(windows):
+        for i in range(n_q):
+            for j in range(n):
+                p = i + offset
+                if causal and j > p or w and (j <= p - w or not causal and j >= p + w):
+                    seen[x, i, j] = False
+    return seen
+
+
+@pytest.mark.parametrize("method", ["exact", "auto", "lowrank"])
+@pytest.mark.parametrize("far", [2**31, 2**40, 2**62])
+def test_numbers_beyond_any_length(method, far):
+    """Windows and offsets of any size hide what they say, whatever the method."""
+    options = dict(method=method, tol=1e-2, degree=3)
+    if method == "exact":
+        options = dict(method=method)
+    tensors = small(n=20)
+    for causal, window, offset in (
+        (True, None, far),
+        (True, None, -far),
+        (True, far, 0),
+        (False, far, 0),
+        (True, far, far - 3),
+        (True, far - 7, far),
+        (False, far, 5 - far),
+        (True, 3, far),
+        (False, 3, -far),
+    ):
+        got = attend(*tensors, is_causal=causal, window=window, q_offset=offset, **options)
+        seen = _near_band(causal, (window, window), offset, 20, 20)
+        want = attend(*tensors, mask1=seen[0], mask2=seen[1], method="exact")
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if method == "exact" else 2e-2)
+
+
+def test_masks_of_grouped_heads():
+    """A mask per query head will do where those of a key head agree; the message says what fits."""
+    q, k1, k2, v1, v2 = small(heads=4, n=16)
+    k1, k2, v1, v2 = (t[:, ::2] for t in (k1, k2, v1, v2))
+    options = dict(enable_gqa=True)
+    keep = torch.rand(q.shape[0], 2, 1, 16) < 0.7
+    keep[..., 0] = True
+    mask = keep.repeat_interleave(2, 1)
+    got = attend(q, k1, k2, v1, v2, mask1=mask, method="lowrank", degree=4, **options)
+    want = attend(q, k1, k2, v1, v2, mask1=mask, method="exact", **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+    mask[:, 1] = ~mask[:, 1]
+    with pytest.raises(
+        ValueError, match=r"\(batch, 1, 1, keys\), or on the CPU one for each query"
+    ):
+        attend(q, k1, k2, v1, v2, mask1=mask, method="lowrank", degree=4, **options)
+    got = attend(q, k1, k2, v1, v2, mask1=mask, method="auto", **options)
+    assert torch.equal(got, attend(q, k1, k2, v1, v2, mask1=mask, method="exact", **options))
+
+
+def test_large_negative_masks_are_named():
+    tensors = small(n=16)
+    mask = torch.zeros(16).masked_fill(torch.arange(16) > 9, -1e9)
+    with pytest.raises(ValueError, match=r"got torch.float32 with -1e\+09: .* pass mask > -1"):
+        attend(*tensors, attn_mask=mask, method="lowrank", degree=2)
+    with pytest.raises(ValueError, match="got torch.float32 with 0.5$"):
+        attend(*tensors, attn_mask=mask.clamp(min=0) + 0.5, method="lowrank", degree=2)

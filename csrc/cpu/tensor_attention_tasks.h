@@ -38,13 +38,15 @@ PYLOSS_INLINE R largest(const R* s, int64_t n, R most) {
   return most;
 }
 
+// A bias of -inf hides whatever the score is, infinity and NaN included.
 template <class R>
 PYLOSS_INLINE void add_bias(R* s, int64_t n, R row_bias, const R* column_bias) {
   constexpr int kLanes = Vec<R>::kLanes;
+  using V = typename Vec<R>::V;
   for (int64_t c = 0; c < n; c += kLanes) {
-    typename Vec<R>::V x = load(s + c) + row_bias;
-    if (column_bias) x += load_part(column_bias + c, n - c);
-    store(s + c, x);
+    V bias = V{} + row_bias;
+    if (column_bias) bias += load_part(column_bias + c, n - c);
+    store(s + c, bias == V{} - infinity_<R>() ? bias : load(s + c) + bias);
   }
 }
 
@@ -161,14 +163,20 @@ PYLOSS_INLINE R softmax_backward_row(R* s, R* dp, int64_t begin, int64_t end, in
                                      R lse, R delta, R row_bias, const R* column_bias, R* dmask) {
   using V = typename Vec<R>::V;
   constexpr int kLanes = Vec<R>::kLanes;
+  if (row_bias == -infinity_<R>() || lse == infinity_<R>()) end = begin;  // hidden: all is 0
   for (int64_t c = 0; c < begin; ++c) s[c] = dp[c] = R(0);
   V sum{};
   const R shift = row_bias - lse;
   for (int64_t c = begin; c < end; c += kLanes) {
     V x = load(s + c) + shift;
-    if (column_bias) x += load_part(column_bias + c, end - c);
-    V prob = exp_of(x);
+    const V bias = column_bias ? load_part(column_bias + c, end - c) : V{};
+    V prob = exp_of(x + bias);
     V grad = prob * (load(dp + c) - delta);
+    if (column_bias) {
+      const auto hidden = bias == V{} - infinity_<R>();
+      prob = hidden ? V{} : prob;
+      grad = hidden ? V{} : grad;
+    }
     if (end - c < kLanes) {
       prob = first_lanes<R>(end - c) ? prob : V{};
       grad = first_lanes<R>(end - c) ? grad : V{};

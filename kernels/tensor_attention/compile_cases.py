@@ -23,6 +23,7 @@ from .forward import (
     tensor_attention_fwd_rows_kernel,
     tensor_attention_merge_kernel,
 )
+from .hidden import tensor_attention_clear_kernel, tensor_attention_spoil_kernel
 from .launch import launch_options
 from .table import TABLE, Config
 
@@ -36,6 +37,8 @@ _SIZES += ("batches", "heads", "mask_heads")
 
 def _type(name: str, dtype: str) -> str:
     if name.endswith("_ptr") or name in _POINTERS:
+        if name == "count_ptr":
+            return "*i32"
         return "*fp32" if name in _FLOAT32 else f"*{dtype}"
     if name in ("logit_scale", "scale", "factor"):
         return "fp32"
@@ -142,6 +145,10 @@ COMPILE_CASES = [
     *_cases_of_type("fp32", 64, "tf32")[:4],
     *_cases_of_type("fp32", 64, "ieee")[2:5],
     *_cases_of_type("bf16", 64, one=True)[:4:3],
+    _case(tensor_attention_clear_kernel, None, "bf16", BLOCK=1024),
+    # No products, hence no instructions to look for.
+    _case(tensor_attention_spoil_kernel, "fwd rows", "bf16", even=False) | {"ptx_has": {}},
+    _case(tensor_attention_spoil_kernel, "fwd rows", "bf16", 256, even=False) | {"ptx_has": {}},
     _case(tensor_attention_merge_kernel, None, "bf16", DV=64, BLOCK_R=64),
     _case(tensor_attention_bwd_rows_stats_kernel, None, "bf16", even=False, DV=64, BLOCK_R=64),
     _case(tensor_attention_parts_kernel, None, "bf16", HEADS=1, STEP=64, W=64, BLOCK_R=32),

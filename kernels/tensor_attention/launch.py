@@ -27,6 +27,7 @@ from .forward import (
     tensor_attention_fwd_rows_kernel,
     tensor_attention_merge_kernel,
 )
+from .hidden import cleared, hides, tensor_attention_spoil_kernel
 from .problem import Problem, checked_problem, choose_config, choose_tiling, padded
 from .table import Config
 
@@ -91,6 +92,10 @@ def tensor_attention_fwd(
     lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
     if p.empty or not out.numel():
         return out.zero_(), lse.fill_(-math.inf)
+    given, count = p, None
+    if hides(p):
+        with device_guard(q):
+            p, count = cleared(p)
     row_config = config or choose_config("fwd rows", q.dtype, d, dv, q.device)
     pair_config = config or choose_config("fwd pairs", q.dtype, d, dv, q.device)
     tiling = tiling or choose_tiling(p, row_config, pair_config)
@@ -133,6 +138,16 @@ def tensor_attention_fwd(
                 splits,
                 DV=padded(dv),
                 BLOCK_R=block_r,
+                num_warps=4,
+                **OPTIONS,
+            )
+        if count is not None:
+            tensor_attention_spoil_kernel[(total,)](
+                given.inputs(),
+                out,
+                lse,
+                count,
+                C=given.constants(row_config, None),
                 num_warps=4,
                 **OPTIONS,
             )
@@ -190,6 +205,8 @@ def tensor_attention_bwd(
     if dout.dtype != q.dtype:
         raise TypeError(f"dout must be {q.dtype}, got {dout.dtype}")
     with device_guard(q):
+        if hides(p):
+            p, _ = cleared(p)  # NaN that a query sees is in its out or lse
         up = _upstream(p, dout.contiguous(), out, lse, dlse)
         wanted = _Wanted(*want[:5])
         if p.swapped:

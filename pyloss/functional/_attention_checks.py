@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -148,23 +149,55 @@ def key_masks(q, keys, masks, names):
     return tuple(found)
 
 
+def _readable(t: Tensor) -> bool:
+    """Whether a look at the numbers waits for nothing and traces."""
+    return not (t.is_cuda or t.is_meta or torch.compiler.is_compiling() or functorch_active())
+
+
+def _bias_found(mask: Tensor) -> str:
+    """What a floating mask holds, for a message."""
+    if not _readable(mask):
+        return f"got {mask.dtype}, whose numbers cannot be read here"
+    if mask.requires_grad:
+        return f"got {mask.dtype} that requires a gradient"
+    other = mask[(mask != 0) & (mask != -torch.inf)]
+    text = f"got {mask.dtype} with {float(other[0]):g}"
+    if bool((other <= -1e4).all()):
+        return text + ": where that means hidden, pass mask > -1"
+    return text
+
+
+def known_finite(*tensors: Tensor) -> bool:
+    """Whether a look at the numbers is free, and found neither NaN nor infinity."""
+    return all(
+        _readable(t) and math.isfinite(t.detach().sum(dtype=accumulator_dtype(t.dtype)))
+        for t in tensors
+    )
+
+
 def _key_mask(name, mask, q, k):
     if mask.dtype != torch.bool:
         # Floating: nothing but 0 and -inf, which only a look at the numbers tells.
-        plain = not (mask.is_cuda or mask.is_meta or torch.compiler.is_compiling())
-        plain = plain and not functorch_active()
-        if mask.requires_grad or not plain or not ((mask == 0) | (mask == -torch.inf)).all():
+        readable = _readable(mask) and not mask.requires_grad
+        if not readable or not ((mask == 0) | (mask == -torch.inf)).all():
             raise NotOfKeys(
-                f'method="lowrank" takes no bias: {name} must be bool, or on the CPU hold 0 and '
-                f"-inf only, got {mask.dtype}"
+                f'method="lowrank" takes no bias: {name} must be bool, or on the CPU '
+                f"hold 0 and -inf only, {_bias_found(mask)}"
             )
         if (mask == 0).all():
             return None
         mask = mask == 0
-    if mask.shape[2] != 1 and q.shape[2] != 1 or mask.shape[1] not in (1, k.shape[1]):
+    heads, kv_heads = mask.shape[1], k.shape[1]
+    if heads not in (1, kv_heads):  # one for each query head: fine where those of a key head agree
+        groups = mask.unflatten(1, (kv_heads, -1))
+        if _readable(mask) and (groups == groups[:, :, :1]).all():
+            mask = groups[:, :, 0]
+    if mask.shape[2] != 1 and q.shape[2] != 1 or mask.shape[1] not in (1, kv_heads):
+        per_head = "1" if q.shape[1] != kv_heads else "1 or heads"
         raise NotOfKeys(
             f'method="lowrank" takes masks of keys, equal for all queries and query heads of a '
-            f"key head, (batch, 1 or key heads, 1, keys), got {name} of shape {_shape(mask)}"
+            f"key head: (batch, {per_head}, 1, keys), or on the CPU one for each query head whose "
+            f"groups agree, got {name} of shape {_shape(mask)}"
         )
     return mask.expand(q.shape[0], mask.shape[1], 1, k.shape[2]).squeeze(2)
 
@@ -196,7 +229,7 @@ def _fitting_mask(name, mask, q, n):
 
 
 def checked_band(q, keys, is_causal, window, q_offset):
-    """(causal, a window per axis with 0 for none, offset)."""
+    """(causal, a window per axis with 0 for none, offset), the numbers clamped: see _near."""
     if is_causal is not None and not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool or None, got {type(is_causal).__name__}")
     if window is None or checks.is_integer(window):
@@ -224,7 +257,25 @@ def checked_band(q, keys, is_causal, window, q_offset):
                 "a causal mask or a window over lengths that differ needs q_offset, the position "
                 f"of query 0, got lengths {lengths}"
             )
-    return causal, tuple(windows), 0 if q_offset is None else q_offset
+    return causal, *_near(windows, 0 if q_offset is None else q_offset)
+
+
+# Farther than any two tokens are apart, and as far as every kernel counts (kernels/
+# tensor_attention/problem.py, csrc/bind/tensor_attention_lowrank.cpp).
+_FAR = 2**28 - 1
+
+
+def _near(windows, offset):
+    """(windows, offset) that hide the same keys, in numbers that every kernel takes.
+
+    What a window hides is decided by offset - w and offset + w. Symbols of a compiled graph stay:
+    a comparison would fix them.
+    """
+    if type(offset) is int and abs(offset) > _FAR:
+        excess = abs(offset) - _FAR
+        windows = [max(w - excess, 1) if w else 0 for w in windows]
+        offset = _FAR if offset > 0 else -_FAR
+    return tuple(min(w, 4 * _FAR) if type(w) is int else w for w in windows), offset
 
 
 def checked_scale(scale, d) -> float:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack  # torch has imported it
 
+from pyloss.functional._attention_checks import check_choices
 from pyloss.functional._options import LOW_RANK, LowRankOptions, options_of
 from pyloss.functional.attention import Window, tensor_attention_n
 from pyloss.nn._module import OptionsModule
@@ -106,6 +107,7 @@ class TensorAttention(OptionsModule):
             )
         if order < 1:
             raise ValueError(f"order must be at least 1, got {order}")
+        check_choices(low_rank.get("method", "exact"), "product", 0.0)
         if init not in ("identity", "random"):
             raise ValueError(f"init must be identity or random, got {init!r}")
         if dropout > 0.0:
@@ -231,6 +233,11 @@ class TensorAttention(OptionsModule):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
 
         q, keys, values = self._projected(query, key, value)
+        if self.window is not None and not is_causal and q.shape[2] != keys[0].shape[2]:
+            raise ValueError(
+                "a layer with a window needs query and key of one length, or is_causal=True, where "
+                f"the first query sees the first key, got {q.shape[2]} and {keys[0].shape[2]}"
+            )
         mask = self._mask(q, keys[0], key_padding_mask, None if is_causal else attn_mask)
         out = tensor_attention_n(
             q,
@@ -281,6 +288,11 @@ class TensorAttention(OptionsModule):
                 raise ValueError(
                     f"key_padding_mask must have shape {[batch, k.shape[2]]}, got "
                     f"{list(padding.shape)}"
+                )
+            if padding.dtype != torch.bool and not padding.is_floating_point():
+                raise TypeError(
+                    "key_padding_mask must be bool (True: leave out) or floating, got "
+                    f"{padding.dtype}; of a tokenizer's attention_mask, pass attention_mask == 0"
                 )
             parts.append(padding[:, None, None])
         if mask is not None:

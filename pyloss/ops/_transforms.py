@@ -27,6 +27,19 @@ def is_batched(t: torch.Tensor) -> bool:
     return _is_batched(t) or _is_legacy_batched(t)
 
 
+def distinct(tensors):
+    """The same for Function.apply under torch.compile, which takes no tensor twice: a view for
+    each repetition there, nothing at all in eager mode.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found = []
+    for at, t in enumerate(tensors):
+        again = t is not None and any(t is other for other in tensors[:at])
+        found.append(t.view_as(t) if again else t)
+    return tuple(found)
+
+
 # Private in torch, hence the fallbacks: without them an optimisation stays on where it should not,
 # or a transform fails loudly.
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -8,7 +8,9 @@ and values, query i and keys j1, ..., jm::
     out[i, c] = sum_{j1..jm} P[i, j1..jm] prod_x v_x[jx, c]
 
 The bias of ``kv_bias`` is added to the last pair before all of it. A row whose pairs are all masked
-gives out = 0 and lse = -inf.
+gives out = 0 and lse = -inf. What a query does not see does not reach it, NaN and infinity
+included; where anything is hidden, a query that does see one in a key gets NaN, and in a value NaN
+in its feature.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from pyloss.reference._hidden import band, cleared
 
 # The cube of scores at its own precision; the softmax needs a second and third of that size.
 _MOST_CUBE_BYTES = 2 << 30
@@ -65,39 +69,72 @@ def tensor_attention(
     group = heads // max(keys[0].shape[1], 1)
     keys = [k.to(dtype).repeat_interleave(group, 1) for k in keys]
     values = [v.to(dtype).repeat_interleave(group, 1) for v in values]
+    axes = "jkmnpqrstu"[:order]
+    windows = [None] * order if windows is None else windows
+    masks = [None] * order if masks is None else masks
+    hidden, bias = _masks(q, sizes, masks, mask, causal, windows, q_offset, dtype)
+    by_key = by_value = None
+    if hidden is not None:
+        by_key, by_value = _spoiled(keys, values, hidden.expand(batch, heads, n_q, *sizes), axes)
+        keys, values = [cleared(k) for k in keys], [cleared(v) for v in values]
     keys[-1], values[-1] = keys[-1] + kv_bias[0], values[-1] + kv_bias[1]
     if scale is None:
         scale = d**-0.5
 
-    axes = "jkmnpqrstu"[:order]
     key_names = ",".join(f"bh{a}l" for a in axes)
     scores = torch.einsum(f"bhil,{key_names}->bhi{axes}", q.to(dtype) * scale, *keys)
-    for x, n in enumerate(sizes):
-        shape = [1] * (3 + order)
-        shape[3 + x] = n
-        band = _band(n_q, n, causal, None if windows is None else windows[x], q_offset, q.device)
-        if band is not None:
-            shape[2] = n_q
-            scores = scores.masked_fill(~band.view(shape), -math.inf)
-        m = None if masks is None else masks[x]
-        if m is not None:
-            m = m.expand(*m.shape[:-1], n)
-            at = (*m.shape[:-1], *(n if y == x else 1 for y in range(order)))
-            scores = _masked(scores, m.reshape(at), dtype)
-    if mask is not None:
-        scores = _masked(scores, mask, dtype)
-
-    flat = scores.flatten(3)
-    lse, weights = _softmax(flat)
+    for part in bias:
+        scores = scores + part
+    if hidden is not None:
+        # Last of all, so that nothing that is hidden counts, nor gets a gradient.
+        scores = torch.where(by_key, math.nan, 1.0) * scores
+        scores = torch.where(hidden, -math.inf, scores)
+    lse, weights = _softmax(scores.flatten(3))
+    weights = weights.view(scores.shape)
     value_names = ",".join(f"bh{a}c" for a in axes)
-    out = torch.einsum(f"bhi{axes},{value_names}->bhic", weights.view(scores.shape), *values)
+    out = torch.einsum(f"bhi{axes},{value_names}->bhic", weights, *values)
+    if by_value is not None:
+        out = torch.where(by_value, math.nan, 1.0) * out
     return out.to(q.dtype), lse
 
 
-def _masked(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -math.inf)
-    return scores + mask.to(dtype)
+def _masks(q, sizes, masks, mask, causal, windows, q_offset, dtype):
+    """What hides a tuple of keys from a query, all of it together, or None; and what is added."""
+    order, n_q, hidden, bias = len(sizes), q.shape[2], None, []
+    given = []
+    for x, n in enumerate(sizes):
+        near = band(n_q, n, causal, windows[x], q_offset, q.device)
+        m = masks[x]
+        if m is not None:
+            m = m.expand(*m.shape[:-1], n)
+        for t in (near, m):
+            if t is not None:
+                others = [n if y == x else 1 for y in range(order)]
+                given.append(t.reshape(*t.shape[:-1], *others))
+    if mask is not None:
+        given.append(mask)
+    for t in given:
+        kept = t
+        if t.dtype != torch.bool:
+            kept = t != -math.inf
+            bias.append(torch.where(kept, t.to(dtype), 0.0))
+        hidden = ~kept if hidden is None else hidden | ~kept
+    return hidden, bias
+
+
+def _spoiled(keys, values, hidden, axes):
+    """Which scores and which outputs are NaN because of NaN or infinity that is not hidden."""
+    by_key, by_value = torch.zeros_like(hidden), 0.0
+    for x, (k, v) in enumerate(zip(keys, values)):
+        shape = [1] * len(axes)
+        shape[x] = k.shape[2]
+        bad = (~k.isfinite()).any(-1)
+        by_key = by_key | bad.view(*bad.shape[:2], 1, *shape)
+        seen = (~hidden).to(v.dtype)
+        by_value = by_value + torch.einsum(
+            f"bhi{axes},bh{axes[x]}c->bhic", seen, (~v.isfinite()).to(v.dtype)
+        )
+    return by_key & ~hidden, by_value > 0
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,16 +146,3 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(torch.where(empty, 0.0, scores), -1, keepdim=True)
     weights = torch.where(empty, 0.0, torch.exp(torch.where(empty, 0.0, scores) - lse))
     return torch.where(empty, -math.inf, lse).squeeze(-1), weights
-
-
-def _band(n_q, n, causal, window, q_offset, device) -> Tensor | None:
-    """Which keys a query sees, ``(n_q, n)``; None: all."""
-    if not causal and window is None:
-        return None
-    position = torch.arange(n_q, device=device).unsqueeze(1) + q_offset
-    key = torch.arange(n, device=device)
-    seen = key <= position if causal else torch.ones(n_q, n, dtype=torch.bool, device=device)
-    if window is not None:
-        near = position - key < window
-        seen = seen & (near if causal else near & (key - position < window))
-    return seen

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
 from pyloss.ops.tensor_attention import cpu, reference, triton
 from pyloss.ops.tensor_attention.cpu import scratch_bytes
 from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
@@ -72,7 +72,10 @@ class _TensorAttention(torch.autograd.Function):
         if want == 0 or (dout is None and dlse is None):
             return *(None for _ in tensors), *rest
         cotangent = torch.zeros_like(out) if dout is None else dout
-        found = _ops.tensor_attention_bwd(
+        # is_grads_batched, jacobian(vectorize=True): vmap cannot look into the op.
+        batched = any(g is not None and is_batched(g) for g in (dout, dlse))
+        run = reference.backward if batched else _ops.tensor_attention_bwd
+        found = run(
             cotangent, dlse, *(t if t is None else t.detach() for t in tensors), out.detach(),
             lse.detach(), *ctx.settings, want,
         )  # fmt: skip
@@ -97,5 +100,5 @@ def tensor_attention(
     if functorch_active() or forward_ad_active():  # transforms must see into the op
         return reference.found(*tensors, settings)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _TensorAttention.apply(*tensors, *settings)
+        return _TensorAttention.apply(*distinct(tensors), *settings)
     return _ops.tensor_attention_fwd(*tensors, *settings)

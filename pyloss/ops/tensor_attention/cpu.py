@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops._launch import accumulator_dtype, address, scratch
-from pyloss.ops.tensor_attention import records
+from pyloss.ops.tensor_attention import hidden, records
 from pyloss.ops.tensor_attention.plan import Settings, finished, gradients, results, rows
 
 
@@ -32,6 +32,10 @@ def _laid_out(tensors, masks):
 def forward(q, k1, k2, v1, v2, mask1, mask2, *settings):
     out, lse = results(q, v1)
     if lse.numel():
+        given = (q, (k1, k2), (v1, v2), (mask1, mask2), *hidden.of_settings(settings))
+        unclean = hidden.unclean(*given)
+        if unclean:
+            k1, k2, v1, v2 = hidden.cleared(k1, k2, v1, v2)
         kept = _laid_out((q, k1, k2, v1, v2), (mask1, mask2))
         problem = records.problem(*kept, settings)
         threads = torch.get_num_threads()
@@ -39,6 +43,8 @@ def forward(q, k1, k2, v1, v2, mask1, mask2, *settings):
         buffer, start = scratch(q, size)
         _C.tensor_attention_fwd(problem, address(out), address(lse), start, size, threads)
         del kept, buffer
+        if unclean:
+            hidden.spoil(out, lse, *given)
     return out, lse
 
 
@@ -59,6 +65,8 @@ def backward(dout, dlse, *args):
     else:
         dout = rows(dout)
         dlse = None if dlse is None else dlse.to(acc).contiguous()
+        if hidden.unclean(q, tensors[1:3], tensors[3:], masks, *hidden.of_settings(settings)):
+            tensors = (q, *hidden.cleared(*tensors[1:]))  # NaN that a query sees is in out or lse
         kept = _laid_out(tensors, masks)
         problem = records.problem(*kept, settings)
         threads = torch.get_num_threads()

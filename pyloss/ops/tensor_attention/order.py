@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention import hidden
 from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
 from pyloss.ops.tensor_attention.plan import WANT
 
@@ -152,7 +153,16 @@ class _TensorAttentionOrder(torch.autograd.Function):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
         acc = accumulator_dtype(q.dtype)
         q, keys, values = q.to(acc), [t.to(acc) for t in keys], [t.to(acc) for t in values]
+        given = (q, keys, values, masks, causal, windows, q_offset)
+        # A look at the numbers waits for a GPU and does not trace; the loop over the keys is slow
+        # enough to go without.
+        blind = q.is_cuda or torch.compiler.is_compiling()
+        unclean = hidden.hides(masks, causal, windows) and (blind or hidden.unclean(*given))
+        if unclean:
+            keys, values = hidden.cleared(*keys), hidden.cleared(*values)
         out, lse = _forward(q, keys, values, masks, settings)
+        if unclean:
+            hidden.spoil(out, lse, *given)
         ctx.save_for_backward(q, *keys, *values, *masks, out, lse)
         ctx.settings, ctx.order = settings, order
         ctx.dtypes = [t.dtype for t in others[: 2 * order]]
@@ -199,4 +209,5 @@ def tensor_attention_order(
             windows=[w or None for w in settings.windows],
             q_offset=settings.q_offset,
         )
-    return _TensorAttentionOrder.apply(*settings, q, *keys, *values, *masks)
+    tensors = distinct((q, *keys, *values, *masks))
+    return _TensorAttentionOrder.apply(*settings, *tensors)

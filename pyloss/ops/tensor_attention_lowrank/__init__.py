@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
 from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
 from pyloss.ops.tensor_attention_lowrank import cpu, plan, reference, triton
 from pyloss.ops.tensor_attention_lowrank.plan import Settings
@@ -76,7 +76,10 @@ class _LowRank(torch.autograd.Function):
         out, y, *states = others[3 * m :]
         cotangent = torch.zeros_like(out) if dout is None else dout
         with torch.no_grad():
-            dq, dkeys, dvalues = _ops.tensor_attention_lowrank_bwd(
+            # is_grads_batched, jacobian(vectorize=True): vmap cannot look into the op.
+            batched = any(g is not None and is_batched(g) for g in (dout, dlse))
+            run = reference.backward_batched if batched else _ops.tensor_attention_lowrank_bwd
+            dq, dkeys, dvalues = run(
                 cotangent, dlse, q, keys, values, masks, out, y, states, *ctx.settings
             )
         found = [dq, *dkeys, *dvalues]
@@ -96,5 +99,6 @@ def tensor_attention_lowrank(
     if functorch_active() or forward_ad_active():  # transforms must see into the op
         return reference.found(q, keys, values, key_masks, settings)[:2]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *keys, *values)):
-        return _LowRank.apply(len(keys), *settings, q, *keys, *values, *key_masks)
+        tensors = distinct((q, *keys, *values, *key_masks))
+        return _LowRank.apply(len(keys), *settings, *tensors)
     return _ops.tensor_attention_lowrank_fwd(q, keys, values, key_masks, *settings)[:2]

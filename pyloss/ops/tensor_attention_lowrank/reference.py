@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pyloss.ops._reference import gradients
 from pyloss.ops.tensor_attention_lowrank import plan
 from pyloss.ops.tensor_attention_lowrank.plan import Settings
 
@@ -43,3 +44,15 @@ def backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
         dout, dlse, q, keys, values, out, y, states, **_keywords(key_masks, Settings(*settings))
     )
     return dq.contiguous(), [g.contiguous() for g in dkeys], [g.contiguous() for g in dvalues]
+
+
+def backward_batched(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
+    """As backward, through the forward: of cotangents that vmap carries."""
+    order = len(keys)
+
+    def function(q, *others):
+        out, lse, *_ = found(q, others[:order], others[order:], key_masks, Settings(*settings))
+        return out, torch.where(lse == -torch.inf, 0.0, lse)
+
+    dq, *rest = gradients(function, (q, *keys, *values), (dout, dlse))
+    return dq, rest[:order], rest[order:]
