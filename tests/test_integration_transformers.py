@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 transformers = pytest.importorskip("transformers")
+
+from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
 
 import pyloss.integrations.transformers as integration  # noqa: E402
 from pyloss import fused_cross_entropy  # noqa: E402
@@ -187,6 +190,11 @@ def test_nothing_to_learn_from() -> None:
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     for extra in ({}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}):
         assert model(**inputs, **extra).loss.isnan() and patched(**inputs, **extra).loss.isnan()
+    zeros = ({"num_items_in_batch": n} for n in (0, torch.tensor(0), torch.tensor([0])))
+    for extra in ({}, *zeros):
+        got = gradients(patched, patched(**inputs, **extra).loss.sum())
+        want = gradients(model, model(**inputs, **extra).loss.sum())
+        assert all(not g.any() for g in (*got.values(), *want.values()))  # 0, and not NaN
     zero = patched(**inputs, num_items_in_batch=4).loss
     assert zero == 0 == model(**inputs, num_items_in_batch=4).loss
     assert all(not g.any() for g in gradients(patched, zero).values())
@@ -411,6 +419,51 @@ def test_everything_is_back_after_an_error() -> None:
 # Patching, copies, files
 
 
+def test_other_threads_see_the_model_as_it_is() -> None:
+    model, patched = pair()
+    inside, done = threading.Event(), threading.Event()
+    losses = []
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(60)
+
+    def train() -> None:
+        losses.append(patched(**batch()).loss)
+
+    # Once while the layers run, and once inside the output layer, where the loss is computed.
+    for place in (patched.model.norm, patched.lm_head):
+        inside.clear(), done.clear()
+        hook = place.register_forward_hook(wait)
+        thread = threading.Thread(target=train)
+        thread.start()
+        assert inside.wait(60)
+        tokens = {k: v for k, v in batch().items() if k != "labels"}
+        want = model(**tokens).logits
+        torch.testing.assert_close(patched(**tokens).logits, want)
+        assert type(patched.lm_head) is torch.nn.Linear
+        torch.testing.assert_close(
+            patched.lm_head(torch.ones(2, 32)), model.lm_head(torch.ones(2, 32))
+        )
+        losses.append(patched(**batch()).loss)  # a step of its own
+        done.set()
+        thread.join()
+        hook.remove()
+    assert len(losses) == 4
+    for loss in losses:
+        torch.testing.assert_close(loss, model(**batch()).loss, atol=2e-6, rtol=2e-6)
+
+
+def test_what_a_forward_keeps_on_its_model() -> None:
+    """As Qwen-VL models do with their rope_deltas."""
+    patched = patch_loss(Keeping(make().config).train())
+    loss = patched(**batch()).loss
+    assert patched.kept == 3 and isinstance(patched.state, torch.Tensor)
+    assert "_loss_function" not in vars(patched) and type(patched.lm_head) is torch.nn.Linear
+    loss.backward()
+
+
 def test_patch_twice_and_unpatch() -> None:
     model = make()
     original = type(model)
@@ -445,6 +498,18 @@ def replica(model: Any) -> Any:
     for name, module in model._modules.items():
         result._modules[name] = copy.deepcopy(module)
     return result
+
+
+class Keeping(transformers.LlamaForCausalLM):
+    kept = 0
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        self.kept = len(input_ids)
+        self.state = input_ids.double()
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, VOCABULARY)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, replica])
@@ -743,8 +808,9 @@ def test_compile(fullgraph: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_fsdp2(tmp_path: Path) -> None:
-    texts = check_ranks(tmp_path, 2, str(ROOT / "tests" / "fsdp2_worker.py"))
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_fsdp2(tmp_path: Path, ranks: int) -> None:
+    texts = check_ranks(tmp_path, ranks, str(ROOT / "tests" / "fsdp2_worker.py"))
     assert all(text.count(": ok") == 11 for text in texts)
 
 

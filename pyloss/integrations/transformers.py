@@ -10,6 +10,10 @@ does not know is an error, never a wrong number.
 
 The loss itself runs inside a call of the output layer with another `forward`, so that the layer's
 hooks run: under FSDP2 they gather its weight before and free it after, and again in the backward.
+
+Nothing of this is seen from outside: what is exchanged is exchanged on a view of the model, an
+object of its own that shares all the rest, so that other threads may call the model meanwhile.
+Under torch.compile, which cannot make such an object, it is exchanged on the model, while tracing.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -52,6 +57,10 @@ _RESERVED = {
 }
 
 _STATE = "_pyloss_loss"
+_LOSS = "_loss_function"  # where transformers keeps a model's loss
+_FORWARDS = ("forward", "_old_forward")
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_ABSENT = object()
 
 
 class _LossPatch(NamedTuple):
@@ -225,14 +234,13 @@ def _has_another_loss(model: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     # Not model.loss_function itself, which may log, and torch.compile cannot trace that.
-    return model.__dict__.get("_loss_function", ForCausalLMLoss) is not ForCausalLMLoss
+    return model.__dict__.get(_LOSS, ForCausalLMLoss) is not ForCausalLMLoss
 
 
 def _linear_of(head: nn.Module) -> nn.Linear:
     """The output layer below the wrappers that it may have got since the patch."""
-    wrapped = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
     inner = head
-    while name := next((name for name in wrapped if name in inner._modules), None):
+    while name := next((name for name in _WRAPPED if name in inner._modules), None):
         inner = inner._modules[name]
     # accelerate's hooks (offloading) are a forward of their own, which calls _old_forward.
     forward = inner.__dict__.get("_old_forward" if hasattr(inner, "_hf_hook") else "forward")
@@ -267,32 +275,71 @@ def _patched_class(cls: type) -> type:
         keep = given("logits_to_keep")
         if isinstance(keep, Tensor) or keep or _has_another_loss(self):
             return cls.forward(self, *args, **kwargs)
-        with _exchanged(self, patch):
-            output = cls.forward(self, *args, **kwargs)
+        with _deferred(self, patch) as view:
+            output = cls.forward(view, *args, **kwargs)
         return _without_logits(output)
 
     return lookalike(cls, forward, _patched_class)
 
 
 @contextmanager
-def _exchanged(model: Any, patch: _LossPatch) -> Iterator[None]:
-    """The model with a deferred output layer and the loss function for it."""
-    parent, _, name = patch.head.rpartition(".")
-    owner = model.get_submodule(parent)
-    head = owner._modules[name]
-    before = model.__dict__.get("_loss_function")
+def _deferred(model: Any, patch: _LossPatch) -> Iterator[Any]:
+    """A view of the model with a deferred output layer and the loss function for it."""
+    head = model.get_submodule(patch.head)
     linear = _linear_of(head)
     loss = functools.partial(_deferred_loss, head, linear, patch.options)
-    owner._modules[name] = _DeferredHead(linear)
-    model.__dict__["_loss_function"] = loss
+    if torch.compiler.is_compiling():
+        parent, _, name = patch.head.rpartition(".")
+        modules = model.get_submodule(parent)._modules
+        with _set(modules, name, _DeferredHead(linear)), _set(model.__dict__, _LOSS, loss):
+            yield model
+        return
+    view, before = _view(model, patch.head.split("."), _DeferredHead(linear)), dict(model.__dict__)
+    view.__dict__[_LOSS] = loss
+    yield view
+    for name, value in view.__dict__.items():  # what a forward keeps on its model
+        if name not in (_LOSS, "_modules", *_FORWARDS) and value is not before.get(name, _ABSENT):
+            model.__dict__[name] = value
+
+
+def _view(module: nn.Module, path: list[str], end: nn.Module) -> Any:
+    """The module as another object, with `end` at the path; parameters and hooks are shared.
+
+    The module stays as it is, for other threads that use it.
+    """
+    if not path:
+        return end
+    view = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
+    view.__dict__.update(module.__dict__)
+    inner = _view(module._modules[path[0]], path[1:], end)
+    view.__dict__["_modules"] = {**module._modules, path[0]: inner}
+    _bind_to(view, module)
+    return view
+
+
+def _bind_to(view: nn.Module, module: nn.Module) -> None:
+    """Forwards that accelerate keeps on the module itself must not lead back to it."""
+    for slot in _FORWARDS:
+        bound = view.__dict__.get(slot)
+        if getattr(bound, "__self__", None) is module:
+            view.__dict__[slot] = types.MethodType(bound.__func__, view)
+        elif isinstance(bound, functools.partial) and bound.args and bound.args[0] is module:
+            rest = bound.args[1:]
+            view.__dict__[slot] = functools.partial(bound.func, view, *rest, **bound.keywords)
+
+
+@contextmanager
+def _set(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """A dictionary with another entry, as long as it takes."""
+    present, before = name in entries, entries.get(name)
+    entries[name] = value
     try:
         yield
     finally:
-        owner._modules[name] = head
-        if before is None:
-            del model.__dict__["_loss_function"]
+        if present:
+            entries[name] = before
         else:
-            model.__dict__["_loss_function"] = before
+            del entries[name]
 
 
 def _without_logits(output: Any) -> Any:
@@ -451,50 +498,80 @@ def _deferred_loss(
         target = target.to(hidden.device)
         return fused_linear_cross_entropy(hidden, weight, target, bias, shift=shift, **options)
 
-    with _forward_replaced(linear, loss), _no_checkpoint(head):
-        value = head(logits.hidden)  # all hooks and the other wrappers run
-    return value if divisor is None else value / divisor
+    value = _called_with(head, linear, loss, logits.hidden)  # all hooks and other wrappers run
+    return value if divisor is None else _divided(value, divisor)
 
 
 def _set_denominator(options: dict[str, Any], num_items: Any) -> Any:
-    """Put num_items_in_batch into the options. Returns what is left to divide the loss by."""
+    """Put num_items_in_batch into the options. Returns what is left to divide the loss by.
+
+    0 labels are left to _divided: behind the loss, where their factor 1 / 0 meets no gradient.
+    """
     if num_items is None:
         options["reduction"] = "mean"
         return None
-    single = num_items.dim() == 0 if isinstance(num_items, Tensor) else num_items > 0
-    if single:
-        options["reduction"], options["num_items"] = "mean", num_items
+    if isinstance(num_items, Tensor):
+        single = num_items.dim() == 0
+    else:
+        single = num_items > 0
+    if not single:
+        # One entry per device, under DataParallel; or a batch without labels, 0 / 0.
+        options["reduction"] = "sum"
+        return torch.as_tensor(num_items, dtype=torch.float32)
+    options["reduction"], options["num_items"] = "mean", num_items
+    if not isinstance(num_items, Tensor):
         return None
-    # One entry per device, under DataParallel; or a batch without labels, 0 / 0.
-    options["reduction"] = "sum"
-    return num_items
+    options["num_items"] = torch.where(num_items == 0, 1, num_items)
+    return torch.where(num_items == 0, 0.0, 1.0)  # the rest of the division
 
 
-@contextmanager
-def _forward_replaced(linear: nn.Linear, function: Callable) -> Iterator[None]:
+def _divided(value: Tensor, divisor: Tensor) -> Tensor:
+    """value / divisor; by 0 the value is torch's, NaN, and the gradient 0, which it also is there:
+    that of each row is 0, and nothing is multiplied by the infinite factor."""
+    divisor = divisor.to(value.device)
+    none = divisor == 0
+    return torch.where(none, value.detach() / divisor, value / torch.where(none, 1, divisor))
+
+
+def _called_with(head: nn.Module, linear: nn.Linear, function: Callable, hidden: Tensor) -> Tensor:
+    """What the output layer returns when function is the forward of the Linear in it."""
     slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-    before = linear.__dict__.get(slot)
-    linear.__dict__[slot] = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del linear.__dict__[slot]
-        else:
-            linear.__dict__[slot] = before
+    # Without its checkpoint_wrapper, which would call it again in the backward: nothing is lost,
+    # since there are no logits to save the memory of.
+    if torch.compiler.is_compiling():
+        inner = head._modules.get("_fsdp_wrapped_module", head)
+        layer = inner._modules.get("_checkpoint_wrapped_module")
+        with _set(linear.__dict__, slot, function):
+            if layer is None:
+                return head(hidden)
+            with _set(inner.__dict__, "forward", layer):
+                return head(hidden)
+    reached = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        reached.append(True)
+        return function(hidden)
+
+    value = _layer_view(head, slot, forward)(hidden)
+    if not reached:
+        raise TypeError(
+            f"patch_loss needs an output layer with the forward of torch.nn.Linear, but hooks of "
+            f"this {_full_name(head)} call another one"
+        )
+    return value
 
 
-@contextmanager
-def _no_checkpoint(head: nn.Module) -> Iterator[None]:
-    """The output layer without its checkpoint_wrapper, which would call it again in the backward:
-    then with its own forward. Nothing is lost, since there are no logits to save the memory of."""
-    inner = head._modules.get("_fsdp_wrapped_module", head)
-    layer = inner._modules.get("_checkpoint_wrapped_module")
-    if layer is None:
-        yield
-        return
-    inner.__dict__["forward"] = layer
-    try:
-        yield
-    finally:
-        del inner.__dict__["forward"]
+def _layer_view(layer: nn.Module, slot: str, function: Callable) -> nn.Module:
+    """A view of the output layer, wrappers included, with function as the Linear's forward."""
+    name = next((name for name in _WRAPPED if name in layer._modules), None)
+    view = object.__new__(type(layer))
+    view.__dict__.update(layer.__dict__)
+    _bind_to(view, layer)
+    if name is None:
+        view.__dict__[slot] = function
+        return view
+    inner = _layer_view(layer._modules[name], slot, function)
+    view.__dict__["_modules"] = {**layer._modules, name: inner}
+    if name == "_checkpoint_wrapped_module":
+        view.__dict__["forward"] = inner
+    return view
