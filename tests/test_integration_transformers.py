@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -787,6 +788,105 @@ def test_trainer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a[key], b[key])
     for p, q in zip(model.parameters(), patched.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)
+
+
+def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, optim="sgd",
+        gradient_accumulation_steps=2, learning_rate=0.3, logging_steps=1, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **options,
+    )  # fmt: skip
+    data = dict(train_dataset=Tokens(), eval_dataset=Tokens(6))
+    return transformers.Trainer(model=model, args=arguments, **data)
+
+
+def test_trainer_with_label_smoothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    calls = []
+    function = integration.fused_linear_cross_entropy
+
+    @functools.wraps(function)  # patch_loss looks at the signature
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs["label_smoothing"])
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "fused_linear_cross_entropy", counted)
+    model, patched = make(), make()
+    plain = trainer_of(model, tmp_path, label_smoothing_factor=0.3)
+    trainer = patch_loss(trainer_of(patched, tmp_path, label_smoothing_factor=0.3))
+    for t in (plain, trainer):
+        t.train()
+        t.evaluate()  # smoothed, too
+    assert calls == [0.3] * 6
+    for a, b in zip(plain.state.log_history, trainer.state.log_history, strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "eval_loss", "train_loss"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a[key], b[key])
+    for p, q in zip(model.parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)
+    with pytest.raises(ValueError, match="label_smoothing=0.1, but .* label_smoothing_factor=0.3"):
+        patch_loss(trainer, label_smoothing=0.1)
+    unpatch_loss(trainer)
+    assert "compute_loss" not in vars(trainer) and type(patched) is transformers.LlamaForCausalLM
+    assert not patched._forward_hooks and not patched._forward_pre_hooks_with_kwargs
+    trainer.compute_loss_func = print
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        patch_loss(trainer)
+
+
+def test_trainer_with_a_batch_without_labels(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, patched = pair()
+    for m in (model, patched):
+        trainer = trainer_of(m, tmp_path)
+        trainer.train_dataset.labels[:] = -100
+        trainer.train_dataset.labels[:4] = trainer.train_dataset.tokens[:4]
+        trainer.train()
+    for p, q in zip(model.parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)  # NaN is not close to NaN here
+
+
+def test_training_without_the_patched_loss(recwarn: pytest.WarningsRecorder) -> None:
+    def texts() -> list[str]:
+        found = [str(w.message) for w in recwarn if "patched by patch_loss" in str(w.message)]
+        recwarn.clear()
+        return found
+
+    patched = patch_loss(make())
+    tokens = batch()["input_ids"]
+    patched(**batch()).loss.backward()
+    with torch.no_grad():
+        patched(tokens)
+    patched.eval()(tokens), patched.train()
+    assert not texts()
+    patched(tokens), patched(tokens)
+    (text,) = texts()  # once
+    assert "gave no labels" in text and "label_smoothing_factor" in text
+    original = type(patched)._pyloss_original.forward
+    patched = patch_loss(make())
+    patched.forward = functools.partial(original, patched)  # as Liger's kernels
+    for _ in range(2):
+        assert patched(**batch()).logits is not None
+    (text,) = texts()
+    assert "forward has been replaced" in text
+
+
+def test_the_fused_output_layer_of_trl() -> None:
+    """TRL sets a forward of its own on the model, which never calls the patched one."""
+    patched = patch_loss(make())
+
+    @functools.wraps(type(patched).forward)
+    def fused(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return self.model(kwargs["input_ids"]) if fused_lm_head else None
+
+    patched.forward = fused.__get__(patched)
+    with pytest.raises(RuntimeError, match=r"no effect.*fused output layer.*unpatch_loss\(model\)"):
+        patched(**batch(), fused_lm_head=True)
+    with torch.no_grad():
+        patched(**batch(), fused_lm_head=True)
+    unpatch_loss(patched)(**batch(), fused_lm_head=True)
+    trainer = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    with pytest.raises(TypeError, match="TRL's trainers, such as this SFTTrainer"):
+        patch_loss(object.__new__(trainer))
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

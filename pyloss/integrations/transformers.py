@@ -21,7 +21,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -61,6 +63,16 @@ _LOSS = "_loss_function"  # where transformers keeps a model's loss
 _FORWARDS = ("forward", "_old_forward")
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ABSENT = object()
+_WARNED = "_pyloss_warned"
+_NO_LABELS = (
+    "a call in training mode gave no labels, as Trainer's with label_smoothing_factor (call "
+    "patch_loss with the trainer instead of the model) or with compute_loss_func"
+)
+_TRL = (
+    "they compute their loss with a fused output layer of their own, which leaves out the model's "
+    "loss; call unpatch_loss(model), or train with transformers.Trainer"
+)
+_calls = threading.local()  # reached: whether the patched forward has run in this call
 
 
 class _LossPatch(NamedTuple):
@@ -82,12 +94,14 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
     in place. The loss is used in training mode, when ``labels`` are given; the output then holds no
     logits. In eval mode, without ``labels``, with ``logits_to_keep``, or with another
     ``loss_function``, the original forward runs. Patching twice is patching once, with the options
-    of the second call.
+    of the second call. A model that trains without the patched loss says so once, by a warning.
 
     Args:
         model: a ``transformers`` model for causal language modelling, such as
             ``LlamaForCausalLM``, before ``torch.compile`` or ``DistributedDataParallel`` wrap it;
-            before or after ``fully_shard``.
+            before or after ``fully_shard``. Or a ``transformers.Trainer``, whose model is patched;
+            its ``label_smoothing_factor``, which else needs the logits, becomes the loss's
+            ``label_smoothing`` in training.
         loss_options: options of :func:`pyloss.fused_linear_cross_entropy`: ``z_loss``,
             ``label_smoothing``, ``tau``, ``truncate``, ``temperature``, ``weight``,
             ``ignore_index`` (for calls that name none), ``empty``, ``loss_dtype``, ``chunk``,
@@ -99,8 +113,11 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
     Raises:
         TypeError: ``model`` is not a transformers model, or not one whose output layer and
             ``forward`` are of the kind described in docs/transformers.md; an unknown option. In the
-            first training step: the model does something to its logits that is not known here.
-        ValueError: the model's loss function is not ``ForCausalLMLoss``.
+            first training step: the model does something to its logits that is not known here. A
+            trainer of TRL, which computes its loss without the model's.
+        ValueError: the model's loss function is not ``ForCausalLMLoss``; a trainer with a
+            ``compute_loss_func``, or with another ``label_smoothing_factor`` than the option.
+        RuntimeError: in a training step: TRL's fused output layer stands before the patched loss.
 
     Example:
         >>> import torch
@@ -118,11 +135,16 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
     Reference:
         Wijmans et al. Cut Your Losses in Large-Vocabulary Language Models. arXiv 2411.09009.
     """
+    if _is_trainer(model):
+        return _patch_trainer(model, loss_options)
     _check_options(loss_options)
     head = _check_model(model)
     if not hasattr(type(model), "_pyloss_original"):
         change_class(model, _patched_class(type(model)), "patch_loss")
     model.__dict__[_STATE] = _LossPatch(head, loss_options)
+    if _call_begins not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_call_begins, with_kwargs=True)
+        model.register_forward_hook(_call_ends)
     return model
 
 
@@ -130,7 +152,7 @@ def unpatch_loss(model: Any) -> Any:
     """Undo `patch_loss`: the model's own forward, class and loss again.
 
     Args:
-        model: a model; one that is not patched stays as it is.
+        model: a model, or a trainer; one that is not patched stays as it is.
 
     Returns:
         ``model``.
@@ -146,14 +168,102 @@ def unpatch_loss(model: Any) -> Any:
         >>> type(model) is GPT2LMHeadModel
         True
     """
+    if _is_trainer(model):
+        model.__dict__.pop("compute_loss", None)
+        unpatch_loss(_model_of(model))
+        return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model.__dict__.pop(_STATE, None)
+    for name in (_STATE, _WARNED):
+        model.__dict__.pop(name, None)
+    for hooks, function, names in (
+        (model._forward_pre_hooks, _call_begins, model._forward_pre_hooks_with_kwargs),
+        (model._forward_hooks, _call_ends, {}),
+    ):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key]
+            names.pop(key, None)
     # fully_shard puts a class of its own over the patched one. That stays: without the state the
     # patched forward is the original one.
     if "_pyloss_original" in vars(type(model)):
         model.__class__ = type(model)._pyloss_original
     return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Trainers, and models that train without the patched loss
+
+
+def _is_trainer(model: Any) -> bool:
+    names = {(cls.__module__, cls.__name__) for cls in type(model).__mro__}
+    return ("transformers.trainer", "Trainer") in names
+
+
+def _model_of(trainer: Any) -> Any:
+    model = trainer.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+
+
+def _patch_trainer(trainer: Any, options: dict[str, Any]) -> Any:
+    name = type(trainer).__name__
+    if any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__):
+        raise TypeError(f"patch_loss has no effect in TRL's trainers, such as this {name}: {_TRL}")
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            f"this {name} has a compute_loss_func, which takes the place of the model's loss, "
+            "patched or not"
+        )
+    if trainer.label_smoother is not None:
+        factor = trainer.label_smoother.epsilon
+        if options.setdefault("label_smoothing", factor) != factor:
+            raise ValueError(
+                f"label_smoothing={options['label_smoothing']}, but this {name} has "
+                f"label_smoothing_factor={factor}"
+            )
+    patch_loss(_model_of(trainer), **options)
+    trainer.__dict__.pop("compute_loss", None)
+    trainer.compute_loss = types.MethodType(_compute_loss, trainer)
+    return trainer
+
+
+def _compute_loss(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Trainer.compute_loss which, in training, leaves the label smoothing to the model."""
+    smoother = trainer.label_smoother
+    if model.training:
+        trainer.label_smoother = None
+    try:
+        return type(trainer).compute_loss(trainer, model, *args, **kwargs)
+    finally:
+        trainer.label_smoother = smoother
+
+
+def _trains(model: Any) -> bool:
+    return model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _call_begins(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a patched model."""
+    _calls.reached = False
+    if kwargs.get("fused_lm_head") and _trains(model):
+        raise RuntimeError(f"patch_loss has no effect on this {type(model).__name__}: {_TRL}")
+
+
+def _call_ends(model: Any, args: tuple, output: Any) -> None:
+    """Forward hook of a patched model."""
+    own = model.__dict__.get("forward")
+    compiled = hasattr(own, "_torchdynamo_orig_callable")  # does not set the mark
+    if own is not None and _trains(model) and not _calls.reached and not compiled:
+        _warn(model, "its forward has been replaced since the patch; patch it after that")
+
+
+def _warn(model: Any, reason: str) -> None:
+    if not model.__dict__.get(_WARNED):
+        model.__dict__[_WARNED] = True
+        warnings.warn(
+            f"this {type(model).__name__} is patched by patch_loss, but trains without the patched "
+            f"loss: {reason} (docs/transformers.md lists when it has no effect)",
+            stacklevel=3,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,8 +379,14 @@ def _patched_class(cls: type) -> type:
             i = position.get(name, -1)
             return args[i] if 0 <= i < len(args) else kwargs.get(name)
 
+        if not torch.compiler.is_compiling():
+            _calls.reached = True
         patch = self.__dict__.get(_STATE)
-        if patch is None or not self.training or given("labels") is None:
+        if patch is None or not self.training:
+            return cls.forward(self, *args, **kwargs)
+        if given("labels") is None:
+            if _trains(self):
+                _warn(self, _NO_LABELS)
             return cls.forward(self, *args, **kwargs)
         keep = given("logits_to_keep")
         if isinstance(keep, Tensor) or keep or _has_another_loss(self):
