@@ -350,14 +350,14 @@ def test_ratios_that_overflow() -> None:
     loss = grpo_loss(logprobs, old, advantages, loss_type="sapo")
     loss.backward()
     want = (4 + 2) / 1.05 / 2  # sigmoid is 1 and 1/2
-    assert math.isclose(loss, want, rel_tol=1e-6) and logprobs.grad.tolist() == [[0.0, 0.5]]
+    assert math.isclose(loss.item(), want, rel_tol=1e-6) and logprobs.grad.tolist() == [[0.0, 0.5]]
     logprobs.grad = None
     zeros = dict(
         ref_logprobs=torch.zeros(1, 2), kl_coef=1.0, kl_clip=2.0, advantages=torch.zeros(1)
     )
     loss = grpo_loss(-logprobs, -logprobs.detach(), **zeros)
     loss.backward()
-    assert math.isclose(loss, (math.exp(2) - 3) / 2, rel_tol=1e-6)
+    assert math.isclose(loss.item(), (math.exp(2) - 3) / 2, rel_tol=1e-6)
     assert logprobs.grad.tolist() == [[0.0, 0.0]]
 
 

@@ -152,9 +152,9 @@ def dpo_loss(
     and further losses with the names of TRL; docs/preference.md has their formulas.
 
     Args:
-        policy_chosen_logps: of the preferred answers under the policy, any shape, one entry per
-            pair, not per token; see :func:`sequence_logprobs`. float32, float64 or half (computed
-            in float32).
+        policy_chosen_logps: of the preferred answers under the policy, ``(B,)`` or ``(B, 1)``, one
+            entry per pair, not per token; see :func:`sequence_logprobs`. float32, float64 or half
+            (computed in float32).
         policy_rejected_logps: of the other answers, same shape.
         reference_chosen_logps: the same under the reference model; constants, no gradient flows
             into them. None (both): a reference that rates all answers the same.
@@ -209,11 +209,10 @@ def dpo_loss(
         named["reference_rejected_logps"] = reference_rejected_logps
     for name, t in named.items():
         check_floating(name, t)
-        if t.shape != policy_chosen_logps.shape and policy_chosen_logps.dim() > 1:
+        if t.dim() > 1 and t.shape[-1] > 1:
             raise ValueError(
-                f"{name} must have the shape of policy_chosen_logps, "
-                f"{list(policy_chosen_logps.shape)}, got {list(t.shape)}. One entry per pair is "
-                "meant: sequence_logprobs sums log-probabilities of tokens"
+                f"{name} must have one entry per pair, (B,), got {list(t.shape)}; "
+                "sequence_logprobs sums those of tokens; flatten pairs in other shapes"
             )
         _check_same_shape(name, t, "policy_chosen_logps", policy_chosen_logps)
     checks.check_one_of("loss_type", loss_type, _DPO_LOSSES)

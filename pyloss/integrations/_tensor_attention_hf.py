@@ -127,9 +127,9 @@ def convert(
         raise ValueError(
             f"the configuration of this {name} says that it has been converted before "
             f"(config.{NAME} = {settings}), but it has no converted layer. If it is a new model, "
-            f"`del model.config.{NAME}`, then convert it. If its files were loaded by transformers' own from_pretrained, the trained "
-            "k2_proj and v2_proj are lost: load them with pyloss.integrations.transformers."
-            "from_pretrained"
+            f"`del model.config.{NAME}`, then convert it. If its files were loaded by "
+            "transformers' own from_pretrained, the trained k2_proj and v2_proj are lost: load "
+            "them with pyloss.integrations.transformers.from_pretrained"
         )
     if init not in ("identity", "random"):
         raise ValueError(f"init must be identity or random, got {init!r}")
