@@ -659,6 +659,40 @@ def test_twice() -> None:
         convert(model, layers=[2])
 
 
+def test_a_new_model_of_a_converted_configuration() -> None:
+    config = convert(make(), layers=[1]).config
+    new = transformers.LlamaForCausalLM(config)
+    with pytest.raises(
+        ValueError, match=r"no converted layer. If it is a new model, `del model.co"
+    ):
+        convert(new, layers=[1])
+    del new.config.tensor_attention
+    assert hasattr(convert(new, layers=[1]).model.layers[1].self_attn, "k2_proj")
+
+
+SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("Mamba", SIZES, "MambaForCausalLM: .* It has MambaMixer without one"),
+        ("GPT2", dict(vocab_size=64, n_embd=32, n_layer=1, n_head=2), "GPT2Attention.*cross-atten"),
+        ("Bloom", dict(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
+         "BloomAttention: its forward does not update a cache"),
+        ("T5", dict(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8),
+         "several with layer_idx 0, of types T5Attention.*encoders and cross-attention"),
+        ("Gemma2", SIZES | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+         "Gemma2Attention: it has attn_logit_softcapping"),
+    ],
+)  # fmt: skip
+def test_models_that_it_does_not_support(name: str, sizes: dict[str, int], message: str) -> None:
+    kind = "ForConditionalGeneration" if name == "T5" else "ForCausalLM" if name != "GPT2" else ""
+    model_class = getattr(transformers, f"{name}{kind}" if kind else "GPT2LMHeadModel")
+    with pytest.raises(TypeError, match=message):
+        convert(model_class(getattr(transformers, f"{name}Config")(**sizes)), layers="all")
+
+
 def test_models_that_do_not_fit() -> None:
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         convert(torch.nn.Linear(2, 2))

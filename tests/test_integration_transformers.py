@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -11,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 transformers = pytest.importorskip("transformers")
+
+from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
 
 import pyloss.integrations.transformers as integration  # noqa: E402
 from pyloss import fused_cross_entropy  # noqa: E402
@@ -187,6 +191,11 @@ def test_nothing_to_learn_from() -> None:
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     for extra in ({}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}):
         assert model(**inputs, **extra).loss.isnan() and patched(**inputs, **extra).loss.isnan()
+    zeros = ({"num_items_in_batch": n} for n in (0, torch.tensor(0), torch.tensor([0])))
+    for extra in ({}, *zeros):
+        got = gradients(patched, patched(**inputs, **extra).loss.sum())
+        want = gradients(model, model(**inputs, **extra).loss.sum())
+        assert all(not g.any() for g in (*got.values(), *want.values()))  # 0, and not NaN
     zero = patched(**inputs, num_items_in_batch=4).loss
     assert zero == 0 == model(**inputs, num_items_in_batch=4).loss
     assert all(not g.any() for g in gradients(patched, zero).values())
@@ -411,6 +420,51 @@ def test_everything_is_back_after_an_error() -> None:
 # Patching, copies, files
 
 
+def test_other_threads_see_the_model_as_it_is() -> None:
+    model, patched = pair()
+    inside, done = threading.Event(), threading.Event()
+    losses = []
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(60)
+
+    def train() -> None:
+        losses.append(patched(**batch()).loss)
+
+    # Once while the layers run, and once inside the output layer, where the loss is computed.
+    for place in (patched.model.norm, patched.lm_head):
+        inside.clear(), done.clear()
+        hook = place.register_forward_hook(wait)
+        thread = threading.Thread(target=train)
+        thread.start()
+        assert inside.wait(60)
+        tokens = {k: v for k, v in batch().items() if k != "labels"}
+        want = model(**tokens).logits
+        torch.testing.assert_close(patched(**tokens).logits, want)
+        assert type(patched.lm_head) is torch.nn.Linear
+        torch.testing.assert_close(
+            patched.lm_head(torch.ones(2, 32)), model.lm_head(torch.ones(2, 32))
+        )
+        losses.append(patched(**batch()).loss)  # a step of its own
+        done.set()
+        thread.join()
+        hook.remove()
+    assert len(losses) == 4
+    for loss in losses:
+        torch.testing.assert_close(loss, model(**batch()).loss, atol=2e-6, rtol=2e-6)
+
+
+def test_what_a_forward_keeps_on_its_model() -> None:
+    """As Qwen-VL models do with their rope_deltas."""
+    patched = patch_loss(Keeping(make().config).train())
+    loss = patched(**batch()).loss
+    assert patched.kept == 3 and isinstance(patched.state, torch.Tensor)
+    assert "_loss_function" not in vars(patched) and type(patched.lm_head) is torch.nn.Linear
+    loss.backward()
+
+
 def test_patch_twice_and_unpatch() -> None:
     model = make()
     original = type(model)
@@ -445,6 +499,18 @@ def replica(model: Any) -> Any:
     for name, module in model._modules.items():
         result._modules[name] = copy.deepcopy(module)
     return result
+
+
+class Keeping(transformers.LlamaForCausalLM):
+    kept = 0
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        self.kept = len(input_ids)
+        self.state = input_ids.double()
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, VOCABULARY)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, replica])
@@ -724,6 +790,105 @@ def test_trainer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)
 
 
+def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, optim="sgd",
+        gradient_accumulation_steps=2, learning_rate=0.3, logging_steps=1, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **options,
+    )  # fmt: skip
+    data = dict(train_dataset=Tokens(), eval_dataset=Tokens(6))
+    return transformers.Trainer(model=model, args=arguments, **data)
+
+
+def test_trainer_with_label_smoothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    calls = []
+    function = integration.fused_linear_cross_entropy
+
+    @functools.wraps(function)  # patch_loss looks at the signature
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs["label_smoothing"])
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "fused_linear_cross_entropy", counted)
+    model, patched = make(), make()
+    plain = trainer_of(model, tmp_path, label_smoothing_factor=0.3)
+    trainer = patch_loss(trainer_of(patched, tmp_path, label_smoothing_factor=0.3))
+    for t in (plain, trainer):
+        t.train()
+        t.evaluate()  # smoothed, too
+    assert calls == [0.3] * 6
+    for a, b in zip(plain.state.log_history, trainer.state.log_history, strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "eval_loss", "train_loss"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a[key], b[key])
+    for p, q in zip(model.parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)
+    with pytest.raises(ValueError, match="label_smoothing=0.1, but .* label_smoothing_factor=0.3"):
+        patch_loss(trainer, label_smoothing=0.1)
+    unpatch_loss(trainer)
+    assert "compute_loss" not in vars(trainer) and type(patched) is transformers.LlamaForCausalLM
+    assert not patched._forward_hooks and not patched._forward_pre_hooks_with_kwargs
+    trainer.compute_loss_func = print
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        patch_loss(trainer)
+
+
+def test_trainer_with_a_batch_without_labels(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, patched = pair()
+    for m in (model, patched):
+        trainer = trainer_of(m, tmp_path)
+        trainer.train_dataset.labels[:] = -100
+        trainer.train_dataset.labels[:4] = trainer.train_dataset.tokens[:4]
+        trainer.train()
+    for p, q in zip(model.parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)  # NaN is not close to NaN here
+
+
+def test_training_without_the_patched_loss(recwarn: pytest.WarningsRecorder) -> None:
+    def texts() -> list[str]:
+        found = [str(w.message) for w in recwarn if "patched by patch_loss" in str(w.message)]
+        recwarn.clear()
+        return found
+
+    patched = patch_loss(make())
+    tokens = batch()["input_ids"]
+    patched(**batch()).loss.backward()
+    with torch.no_grad():
+        patched(tokens)
+    patched.eval()(tokens), patched.train()
+    assert not texts()
+    patched(tokens), patched(tokens)
+    (text,) = texts()  # once
+    assert "gave no labels" in text and "label_smoothing_factor" in text
+    original = type(patched)._pyloss_original.forward
+    patched = patch_loss(make())
+    patched.forward = functools.partial(original, patched)  # as Liger's kernels
+    for _ in range(2):
+        assert patched(**batch()).logits is not None
+    (text,) = texts()
+    assert "forward has been replaced" in text
+
+
+def test_the_fused_output_layer_of_trl() -> None:
+    """TRL sets a forward of its own on the model, which never calls the patched one."""
+    patched = patch_loss(make())
+
+    @functools.wraps(type(patched).forward)
+    def fused(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return self.model(kwargs["input_ids"]) if fused_lm_head else None
+
+    patched.forward = fused.__get__(patched)
+    with pytest.raises(RuntimeError, match=r"no effect.*fused output layer.*unpatch_loss\(model\)"):
+        patched(**batch(), fused_lm_head=True)
+    with torch.no_grad():
+        patched(**batch(), fused_lm_head=True)
+    unpatch_loss(patched)(**batch(), fused_lm_head=True)
+    trainer = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    with pytest.raises(TypeError, match="TRL's trainers, such as this SFTTrainer"):
+        patch_loss(object.__new__(trainer))
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compile(fullgraph: bool) -> None:
     model, patched = pair("gemma2")
@@ -743,8 +908,9 @@ def test_compile(fullgraph: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_fsdp2(tmp_path: Path) -> None:
-    texts = check_ranks(tmp_path, 2, str(ROOT / "tests" / "fsdp2_worker.py"))
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_fsdp2(tmp_path: Path, ranks: int) -> None:
+    texts = check_ranks(tmp_path, ranks, str(ROOT / "tests" / "fsdp2_worker.py"))
     assert all(text.count(": ok") == 11 for text in texts)
 
 

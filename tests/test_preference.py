@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from specs.preference import grpo_reference
+from specs.preference import everything, grpo_reference
 from torch import Tensor
 
 import pyloss
@@ -324,3 +324,46 @@ def test_entropy_bonus_raises_the_entropy() -> None:
         loss.backward()
         optimizer.step()
     assert found[1] > found[0]
+
+
+def test_cispo() -> None:
+    """Not a sample of the Spec: its gradient is not that of its value, the ratio is a constant."""
+    x = everything("cispo", return_metrics=True).arguments
+    results = []
+    for function in (grpo_loss, grpo_reference):
+        logprobs = x["logprobs"].clone().requires_grad_()
+        loss, metrics = function(**x | dict(logprobs=logprobs))
+        results.append((loss, *metrics, *torch.autograd.grad(loss, logprobs)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    assert results[0][3] > 0 and results[0][2] == 0  # some are clipped from above, none from below
+
+
+def test_ratios_that_overflow() -> None:
+    """-min(rho A, ...) has no upper bound where A < 0, unless max_ratio sets it."""
+    logprobs = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    old, advantages = torch.zeros(1, 2), torch.tensor([-1.0])
+    loss = grpo_loss(logprobs, old, advantages, max_ratio=4.0)
+    loss.backward()
+    assert loss == 2.5 and logprobs.grad.tolist() == [[0.0, 0.5]]
+    logprobs.grad = None
+    loss = grpo_loss(logprobs, old, advantages, loss_type="sapo")
+    loss.backward()
+    want = (4 + 2) / 1.05 / 2  # sigmoid is 1 and 1/2
+    assert math.isclose(loss.item(), want, rel_tol=1e-6) and logprobs.grad.tolist() == [[0.0, 0.5]]
+    logprobs.grad = None
+    zeros = dict(
+        ref_logprobs=torch.zeros(1, 2), kl_coef=1.0, kl_clip=2.0, advantages=torch.zeros(1)
+    )
+    loss = grpo_loss(-logprobs, -logprobs.detach(), **zeros)
+    loss.backward()
+    assert math.isclose(loss.item(), (math.exp(2) - 3) / 2, rel_tol=1e-6)
+    assert logprobs.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_discopop_of_a_pair_that_is_far_off() -> None:
+    """0 * inf in the blend as written: here the logistic part is all there is."""
+    chosen = torch.tensor([-2000.0], requires_grad=True)
+    loss = dpo_loss(chosen, torch.zeros(1), None, None, beta=1.0, loss_type="discopop")
+    loss.backward()
+    assert loss == 2000 and chosen.grad == -1

@@ -16,9 +16,14 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_floating, check_range
 from pyloss.ops._launch import accumulator_dtype
 
-_DPO_LOSSES = ("sigmoid", "ipo", "hinge")
-_GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo")
+_DPO_SMOOTHED = ("sigmoid", "ipo", "hinge", "robust", "exo_pair")
+_DPO_LOSSES = (
+    *_DPO_SMOOTHED, "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"
+)  # fmt: skip
+_GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo")
 _LEVELS = ("token", "sequence")
+_DISCOPOP_TAU = 0.05
+_SAPO_TEMPERATURES = 1.0, 1.05  # of advantages > 0 and of the others
 
 
 class DPOMetrics(NamedTuple):
@@ -144,18 +149,24 @@ def dpo_loss(
         \end{cases}
         \qquad \ell = (1 - \epsilon) f(h) + \epsilon f(-h)
 
+    and further losses with the names of TRL; docs/preference.md has their formulas.
+
     Args:
-        policy_chosen_logps: of the preferred answers under the policy, any shape, one entry per
-            pair; see :func:`sequence_logprobs`. float32, float64 or half (computed in float32).
+        policy_chosen_logps: of the preferred answers under the policy, ``(B,)`` or ``(B, 1)``, one
+            entry per pair, not per token; see :func:`sequence_logprobs`. float32, float64 or half
+            (computed in float32).
         policy_rejected_logps: of the other answers, same shape.
         reference_chosen_logps: the same under the reference model; constants, no gradient flows
             into them. None (both): a reference that rates all answers the same.
         reference_rejected_logps: likewise.
         beta: strength of the pull to the reference, > 0.
         label_smoothing: probability epsilon that the two answers of a pair were swapped, in
-            [0, 0.5]; with ``"sigmoid"`` this is conservative DPO.
-        loss_type: ``"sigmoid" | "ipo" | "hinge"``. IPO is meant for the ``average=True`` of
-            :func:`sequence_logprobs` when lengths differ: its target 1/(2 beta) has no length.
+            [0, 0.5]; with ``"sigmoid"`` this is conservative DPO. ``"robust"`` needs less than
+            0.5, ``"exo_pair"`` more than 0 (1e-3, say); losses after these have none.
+        loss_type: ``"sigmoid" | "ipo" | "hinge" | "robust" | "exo_pair" | "nca_pair" | "bco_pair" |
+            "sppo_hard" | "apo_zero" | "apo_down" | "discopop"``. IPO is meant for the
+            ``average=True`` of :func:`sequence_logprobs` when lengths differ: its target
+            1/(2 beta) has no length.
         reduction: ``"mean" | "sum" | "none"`` over the pairs.
         return_metrics: also return the implicit rewards.
 
@@ -180,7 +191,10 @@ def dpo_loss(
 
     Reference:
         Rafailov et al. Direct Preference Optimization. arXiv 2305.18290. IPO: Azar et al.
-        arXiv 2310.12036. Hinge: Zhao et al. SLiC-HF. arXiv 2305.10425.
+        arXiv 2310.12036. Hinge: Zhao et al. SLiC-HF. arXiv 2305.10425. Robust: Ray Chowdhury et al.
+        arXiv 2403.00409. EXO: Ji et al. arXiv 2402.00856. NCA: Chen et al. arXiv 2402.05369. BCO:
+        Jung et al. arXiv 2404.04656. SPPO: Wu et al. arXiv 2405.00675. APO: D'Oosterlinck et al.
+        arXiv 2408.06266. DiscoPOP: Lu et al. arXiv 2406.08414.
     """
     named = {
         "policy_chosen_logps": policy_chosen_logps,
@@ -195,6 +209,11 @@ def dpo_loss(
         named["reference_rejected_logps"] = reference_rejected_logps
     for name, t in named.items():
         check_floating(name, t)
+        if t.dim() > 1 and t.shape[-1] > 1:
+            raise ValueError(
+                f"{name} must have one entry per pair, (B,), got {list(t.shape)}; "
+                "sequence_logprobs sums those of tokens; flatten pairs in other shapes"
+            )
         _check_same_shape(name, t, "policy_chosen_logps", policy_chosen_logps)
     checks.check_one_of("loss_type", loss_type, _DPO_LOSSES)
     checks.check_reduction(reduction)
@@ -202,6 +221,12 @@ def dpo_loss(
     checks.check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5], got {label_smoothing}")
+    if label_smoothing and loss_type not in _DPO_SMOOTHED:
+        raise ValueError(f"loss_type {loss_type!r} has no label_smoothing, got {label_smoothing}")
+    if loss_type == "robust" and label_smoothing == 0.5:
+        raise ValueError("loss_type 'robust' needs label_smoothing < 0.5: it divides by 1 - 2 * it")
+    if loss_type == "exo_pair" and label_smoothing == 0:
+        raise ValueError("loss_type 'exo_pair' needs label_smoothing > 0: it takes its logarithm")
 
     wide = any(t.dtype == torch.float64 for t in named.values())
     dtype = torch.float64 if wide else torch.float32
@@ -213,17 +238,7 @@ def dpo_loss(
         rejected = rejected - reference_rejected_logps.detach().to(dtype)
     h = chosen - rejected
 
-    def loss_of(h):
-        if loss_type == "sigmoid":
-            return -torch.nn.functional.logsigmoid(beta * h)
-        if loss_type == "ipo":
-            return (h - 1 / (2 * beta)).square()
-        return torch.relu(1 - beta * h)
-
-    # Without smoothing the second term is left out: 0 * inf where the policy excludes an answer.
-    loss = loss_of(h)
-    if label_smoothing > 0:
-        loss = (1 - label_smoothing) * loss + label_smoothing * loss_of(-h)
+    loss = _dpo(loss_type, chosen, rejected, beta, label_smoothing)
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     if not return_metrics:
@@ -231,6 +246,48 @@ def dpo_loss(
     chosen, rejected = beta * chosen.detach(), beta * rejected.detach()
     margins = beta * h.detach()
     return loss, DPOMetrics(chosen, rejected, margins, (margins > 0).to(dtype))
+
+
+def _dpo(loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    """The loss of each pair, of its two log-ratios to the reference."""
+    log_sigmoid = torch.nn.functional.logsigmoid
+    h = chosen - rejected
+
+    def smoothed(f):
+        # Without smoothing there is no second term: 0 * inf where the policy excludes an answer.
+        loss = f(h)
+        return loss if smoothing == 0 else (1 - smoothing) * loss + smoothing * f(-h)
+
+    if loss_type == "sigmoid":
+        return smoothed(lambda h: -log_sigmoid(beta * h))
+    if loss_type == "ipo":
+        return smoothed(lambda h: (h - 1 / (2 * beta)).square())
+    if loss_type == "hinge":
+        return smoothed(lambda h: torch.relu(1 - beta * h))
+    if loss_type == "robust":
+        loss = -log_sigmoid(beta * h)
+        if smoothing:
+            loss = (1 - smoothing) * loss + smoothing * log_sigmoid(-beta * h)
+        return loss / (1 - 2 * smoothing)
+    if loss_type == "exo_pair":
+        win, lose = log_sigmoid(beta * h), log_sigmoid(-beta * h)
+        return win.exp() * (win - math.log1p(-smoothing)) + lose.exp() * (
+            lose - math.log(smoothing)
+        )
+    if loss_type == "sppo_hard":
+        return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+    if loss_type == "discopop":
+        x = beta * h  # (1 - gate) * -log sigmoid(x) + gate * exp(-x), which may be 0 * inf
+        gate = x / _DISCOPOP_TAU
+        return (log_sigmoid(gate) - x).exp() - torch.sigmoid(-gate) * log_sigmoid(x)
+    a, b = beta * chosen, beta * rejected
+    if loss_type == "nca_pair":
+        return -log_sigmoid(a) - 0.5 * log_sigmoid(-a) - 0.5 * log_sigmoid(-b)
+    if loss_type == "bco_pair":
+        return -log_sigmoid(a) - log_sigmoid(-b)
+    if loss_type == "apo_zero":
+        return torch.sigmoid(-a) + torch.sigmoid(b)
+    return torch.sigmoid(a) + torch.sigmoid(-beta * h)  # apo_down
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,6 +369,8 @@ def grpo_loss(
     importance_sampling_level: str = "token",
     reduction: str = "mean",
     return_metrics: bool = False,
+    max_ratio: float | None = None,
+    kl_clip: float | None = None,
 ) -> Tensor | tuple[Tensor, GRPOMetrics]:
     r"""Clipped policy-gradient loss of GRPO and its relatives, with KL and entropy terms.
 
@@ -344,18 +403,31 @@ def grpo_loss(
             - ``"grpo"``: the mean of each sequence, then the mean over the B sequences
             - ``"dapo"``, ``"bnpo"``: sum over all tokens / number of tokens
             - ``"dr_grpo"``: sum over all tokens / (B * ``max_length``)
+            - ``"luspo"``: the sum of each sequence, then the mean over the B sequences; meant for
+              the level ``"sequence"``
+
+            and with another term than the clipped one, A the advantage:
+
+            - ``"cispo"``: :math:`-\min(\rho_t, 1 + \epsilon_\mathrm{high}) A \log\pi(y_t)` with a
+              constant ratio, averaged as ``"dapo"``; no lower clip
+            - ``"sapo"``: :math:`-\frac{4}{\tau}\sigma(\tau(\rho_t - 1)) A`, with tau 1 for A > 0
+              and 1.05 else, averaged as ``"grpo"``; no clip
 
             A sequence without tokens adds 0 (it does count in B); a batch without tokens gives 0.
         max_length: the length that ``"dr_grpo"`` divides by, a constant of the training run (the
             limit of the generation); only read there.
         num_items: a number or a 0-d tensor that replaces the count in the denominator: of sequences
-            for ``"grpo"`` and ``"dr_grpo"``, of tokens for ``"dapo"`` and ``"bnpo"``. For gradient
-            accumulation and several processes.
+            for ``"grpo"``, ``"sapo"``, ``"luspo"`` and ``"dr_grpo"``, of tokens for ``"dapo"``,
+            ``"bnpo"`` and ``"cispo"``. For gradient accumulation and several processes.
         importance_sampling_level: ``"token"``, or ``"sequence"``: all tokens of a sequence share
             the geometric mean of their ratios (GSPO; its clipping range is about 3e-4).
         reduction: ``"mean"``: by ``loss_type``; ``"none"``: the loss of each token, ``(B, T)``, 0
             where masked.
         return_metrics: also return KL, entropy and the share of clipped tokens.
+        max_ratio: bound of the ratio from above where A < 0, where the minimum has none (TRL's
+            ``delta``); > 1 + ``clip_high``. For the clipped losses. None: none.
+        kl_clip: bound of :math:`|d_t|` in the KL estimate, > 0; a token beyond it has the bound's
+            value and gradient 0 from this term. None: none.
 
     Returns:
         The loss, float32 (float64 for float64 ``logprobs``); with ``return_metrics`` the pair
@@ -376,7 +448,8 @@ def grpo_loss(
 
     Reference:
         GRPO: Shao et al. arXiv 2402.03300. DAPO: Yu et al. arXiv 2503.14476. Dr. GRPO: Liu et al.
-        arXiv 2503.20783. Sequence level: Zheng et al. GSPO. arXiv 2507.18071.
+        arXiv 2503.20783. Sequence level: Zheng et al. GSPO. arXiv 2507.18071. CISPO: MiniMax-M1.
+        arXiv 2506.13585. SAPO: arXiv 2511.20347. LUSPO: arXiv 2602.05261.
     """
     check_floating("logprobs", logprobs)
     if logprobs.dim() != 2:
@@ -405,6 +478,12 @@ def grpo_loss(
         raise ValueError("entropy_coef needs entropy")
     if loss_type == "dr_grpo":
         _check_max_length(max_length)
+    if max_ratio is not None:
+        check_range("max_ratio", max_ratio, 1 + clip_high, open_low=True)
+        if loss_type in ("cispo", "sapo"):
+            raise ValueError(f"loss_type {loss_type!r} has no max_ratio, got {max_ratio}")
+    if kl_clip is not None:
+        check_range("kl_clip", kl_clip, 0.0, open_low=True)
 
     def kept(t):
         return _kept(t.to(dtype), mask)
@@ -424,12 +503,23 @@ def grpo_loss(
     top = math.log1p(clip_high)
     bottom = math.log1p(-clip_low) if clip_low < 1 else -math.inf
     positive = advantages >= 0
-    bounded = torch.where(positive, log_ratio.clamp(max=top), log_ratio.clamp(min=bottom))
-    policy = -advantages * bounded.exp()
+    if loss_type == "cispo":
+        policy = -advantages * log_ratio.detach().clamp(max=top).exp() * logps
+    elif loss_type == "sapo":
+        # From exp(10) on the sigmoid is 1 and its slope 0, which must not meet an infinite ratio.
+        pos, neg = _SAPO_TEMPERATURES
+        tau = torch.full_like(advantages, neg).masked_fill(advantages > 0, pos)
+        policy = -advantages * 4 / tau * torch.sigmoid(tau * torch.expm1(log_ratio.clamp(max=10)))
+    else:
+        most = None if max_ratio is None else math.log(max_ratio)
+        below = log_ratio.clamp(bottom, most)
+        policy = -advantages * torch.where(positive, log_ratio.clamp(max=top), below).exp()
 
     loss, kl = policy, None
     if ref_logprobs is not None and (kl_coef or return_metrics):
         d = kept(ref_logprobs.detach()) - logps
+        if kl_clip is not None:
+            d = d.clamp(-kl_clip, kl_clip)
         kl = torch.expm1(d) - d
         if kl_coef:
             loss = loss + kl_coef * kl
@@ -449,14 +539,18 @@ def grpo_loss(
         return None if t is None else t.detach().to(dtype).sum() / count.sum().clamp(min=1)
 
     real = True if mask is None else mask
+    if loss_type in ("cispo", "sapo"):  # no lower clip; none
+        bottom, top = -math.inf, top if loss_type == "cispo" else math.inf
     clip_below = (log_ratio < bottom) & ~positive & real
     clip_above = (log_ratio > top) & (advantages > 0) & real
     return reduced, GRPOMetrics(*map(mean, (policy, clip_below, clip_above, kl, entropy)))
 
 
 def _averaged(loss, count, loss_type, max_length, num_items):
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         items, total = loss.shape[0], (loss.sum(1) / count.clamp(min=1)).sum()
+    elif loss_type == "luspo":
+        items, total = loss.shape[0], loss.sum()
     elif loss_type == "dr_grpo":
         items, total = loss.shape[0], loss.sum() / max_length
     else:

@@ -117,12 +117,19 @@ def convert(
             f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; convert a "
             "model before torch.compile, DistributedDataParallel or PEFT wrap it"
         )
-    if getattr(model.config, NAME, None) is not None:
+    if (settings := getattr(model.config, NAME, None)) is not None:
+        name = type(model).__name__
+        if any(hasattr(module, "_pyloss_settings") for module in model.modules()):
+            raise ValueError(
+                f"this {name} has been converted before (config.{NAME} = {settings}); choose all "
+                "layers in one call"
+            )
         raise ValueError(
-            f"this {type(model).__name__} has been converted before (config.{NAME} = "
-            f"{getattr(model.config, NAME)}); choose all layers in one call. If its files were "
-            "loaded by transformers' own from_pretrained, the trained k2_proj and v2_proj are "
-            "lost: load them with pyloss.integrations.transformers.from_pretrained"
+            f"the configuration of this {name} says that it has been converted before "
+            f"(config.{NAME} = {settings}), but it has no converted layer. If it is a new model, "
+            f"`del model.config.{NAME}`, then convert it. If its files were loaded by "
+            "transformers' own from_pretrained, the trained k2_proj and v2_proj are lost: load "
+            "them with pyloss.integrations.transformers.from_pretrained"
         )
     if init not in ("identity", "random"):
         raise ValueError(f"init must be identity or random, got {init!r}")
@@ -240,7 +247,10 @@ def _convert(model, layers, window, init, method):
     chosen = _chosen(layers, max(found, default=-1) + 1)
     absent = [i for i in chosen if i not in found]
     if absent:
-        raise ValueError(f"layers {absent} of this {type(model).__name__} have no attention")
+        raise ValueError(
+            f"layers {absent} of this {type(model).__name__} have no attention that convert knows; "
+            f"layers {sorted(found)} have one"
+        )
     # All checks come before the first change.
     shapes = {i: _checked_layer(found[i]) for i in chosen}
     with torch.no_grad():
@@ -268,13 +278,17 @@ def _attention_layers(model) -> dict[int, nn.Module]:
             raise TypeError(
                 f"convert needs a model with one attention per layer, but {type(model).__name__} "
                 f"has several with layer_idx {index}, of types {type(found[index]).__name__} and "
-                f"{type(module).__name__}"
+                f"{type(module).__name__}, as encoders and cross-attention make it; decoders of "
+                "the Llama kind are supported"
             )
         found[index] = module
     if not found:
+        classes = {type(module).__name__ for module in model.modules()}
+        others = sorted(c for c in classes if any(w in c for w in ("Attention", "Mixer")))
         raise TypeError(
             f"convert found no attention that it knows in {type(model).__name__}: modules named "
-            "...Attention with a layer_idx, as in Llama"
+            "...Attention with a layer_idx, as in Llama. It has "
+            + (f"{', '.join(others)} without one" if others else "no attention")
         )
     return found
 

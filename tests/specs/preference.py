@@ -40,15 +40,40 @@ def dpo_reference(
     *, beta=0.1, label_smoothing=0.0, loss_type="sigmoid", reduction="mean", return_metrics=False,
 ):  # fmt: skip
     def f(h):
-        if loss_type == "sigmoid":
+        if loss_type in ("sigmoid", "robust"):
             return (1 + (-beta * h).exp()).log()
         return (h - 1 / (2 * beta)) ** 2 if loss_type == "ipo" else (1 - beta * h).clamp(min=0)
+
+    def sigma(x):
+        return 1 / (1 + (-x).exp())
+
+    def unsmoothed(c, r):
+        """As in the papers: probabilities, not their logarithms."""
+        a, b = beta * c, beta * r
+        p, e = sigma(a - b), label_smoothing
+        return {
+            "exo_pair": lambda: p * (p / (1 - e)).log() + (1 - p) * ((1 - p) / e).log(),
+            "nca_pair": lambda: -sigma(a).log() - (sigma(-a).log() + sigma(-b).log()) / 2,
+            "bco_pair": lambda: -(sigma(a) * sigma(-b)).log(),
+            "sppo_hard": lambda: (c - 1 / (2 * beta)) ** 2 + (r + 1 / (2 * beta)) ** 2,
+            "apo_zero": lambda: 1 - sigma(a) + sigma(b),
+            "apo_down": lambda: sigma(a) + 1 - p,
+            "discopop": lambda: (
+                -p.log() * (1 - sigma((a - b) / 0.05)) + (b - a).exp() * sigma((a - b) / 0.05)
+            ),
+        }[loss_type]()
 
     chosen, rejected = policy_chosen_logps, policy_rejected_logps
     if reference_chosen_logps is not None:
         chosen, rejected = chosen - reference_chosen_logps, rejected - reference_rejected_logps
     h = chosen - rejected
-    loss = (1 - label_smoothing) * f(h) + label_smoothing * f(-h)
+    if loss_type == "robust":
+        e = label_smoothing
+        loss = ((1 - e) * f(h) - e * f(-h)) / (1 - 2 * e)
+    elif loss_type in ("sigmoid", "ipo", "hinge"):
+        loss = (1 - label_smoothing) * f(h) + label_smoothing * f(-h)
+    else:
+        loss = unsmoothed(chosen, rejected)
     loss = loss if reduction == "none" else getattr(loss, reduction)()
     if not return_metrics:
         return loss
@@ -68,7 +93,7 @@ def grpo_reference(
     logprobs, old_logprobs, advantages, *, mask=None, clip_low=0.2, clip_high=None,
     ref_logprobs=None, kl_coef=0.0, entropy=None, entropy_coef=0.0, loss_type="grpo",
     max_length=None, num_items=None, importance_sampling_level="token", reduction="mean",
-    return_metrics=False,
+    return_metrics=False, max_ratio=None, kl_clip=None,
 ):  # fmt: skip
     """Token by token, with the minimum of the papers."""
     lp, (rows, steps) = logprobs, logprobs.shape
@@ -85,12 +110,20 @@ def grpo_reference(
             else:
                 ratio = (lp[b] - old[b])[kept[b]].mean().exp()
             a = advantages[b] if advantages.dim() == 1 else advantages[b, t]
-            policy.append(-torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + high) * a))
+            if loss_type == "cispo":
+                policy.append(-ratio.detach().clamp(max=1 + high) * a * lp[b, t])
+            elif loss_type == "sapo":
+                tau = 1.0 if a > 0 else 1.05
+                policy.append(-a * 4 / tau / (1 + (-tau * (ratio - 1)).exp()))
+            else:
+                free = ratio if max_ratio is None else ratio.clamp(max=max_ratio)
+                policy.append(-torch.minimum(free * a, ratio.clamp(1 - clip_low, 1 + high) * a))
             loss[b][t] = policy[-1]
-            low_clips += int(ratio < 1 - clip_low and a < 0)
-            high_clips += int(ratio > 1 + high and a > 0)
+            low_clips += int(ratio < 1 - clip_low and a < 0 and loss_type not in ("cispo", "sapo"))
+            high_clips += int(ratio > 1 + high and a > 0 and loss_type != "sapo")
             if ref_logprobs is not None:
                 d = ref_logprobs[b, t] - lp[b, t]
+                d = d if kl_clip is None else d.clamp(-kl_clip, kl_clip)
                 kls.append(d.exp() - d - 1)
                 loss[b][t] = loss[b][t] + kl_coef * kls[-1]
             if entropy is not None:
@@ -99,7 +132,9 @@ def grpo_reference(
     sums = torch.stack([sum(row, zero) for row in loss])
     if reduction == "none":
         value = torch.stack([torch.stack(row) for row in loss])
-    elif loss_type == "grpo":
+    elif loss_type == "luspo":
+        value = sums.sum() / (num_items or rows)
+    elif loss_type in ("grpo", "sapo"):
         value = (sums / count.clamp(min=1)).sum() / (num_items or rows)
     elif loss_type == "dr_grpo":
         value = sums.sum() / max_length / (num_items or rows)
@@ -204,6 +239,14 @@ SPECS = (
             "hinge": lambda: pairs(4, beta=0.3, loss_type="hinge"),
             "hinge smoothed": lambda: pairs(4, beta=0.3, loss_type="hinge", label_smoothing=0.2),
             "metrics": lambda: pairs(4, beta=0.5, return_metrics=True),
+            "robust": lambda: pairs(4, beta=0.3, loss_type="robust", label_smoothing=0.1),
+            "exo_pair": lambda: pairs(4, beta=0.3, loss_type="exo_pair", label_smoothing=1e-3),
+            "nca_pair": lambda: pairs(4, beta=0.3, loss_type="nca_pair"),
+            "bco_pair": lambda: pairs(4, beta=0.3, loss_type="bco_pair"),
+            "sppo_hard": lambda: pairs(4, beta=0.3, loss_type="sppo_hard"),
+            "apo_zero": lambda: pairs(4, beta=0.3, loss_type="apo_zero"),
+            "apo_down": lambda: pairs(4, beta=0.3, loss_type="apo_down"),
+            "discopop": lambda: pairs(4, scale=1.0, beta=0.3, loss_type="discopop"),
             "no reference": lambda: pairs(4, free=True),
         },
         reference=dpo_reference,
@@ -228,6 +271,13 @@ SPECS = (
             Bad(ValueError, r"label_smoothing must be in \[0, 0.5\], got 0.6",
                 dict(label_smoothing=0.6)),
             Bad(ValueError, "label_smoothing", dict(label_smoothing=NAN)),
+            Bad(ValueError, "'robust' needs label_smoothing < 0.5",
+                dict(loss_type="robust", label_smoothing=0.5)),
+            Bad(ValueError, "'exo_pair' needs label_smoothing > 0", dict(loss_type="exo_pair")),
+            Bad(ValueError, "'bco_pair' has no label_smoothing, got 0.1",
+                dict(loss_type="bco_pair", label_smoothing=0.1)),
+            Bad(ValueError, r"policy_chosen_logps must have one entry per pair.*\[4, 5\]; sequence",
+                {name: torch.zeros(4, 5) for name in DPO_NAMES}),
             Bad(ValueError, "loss_type must be one of sigmoid.*'kto'", dict(loss_type="kto")),
             Bad(ValueError, "avg is not a valid value for reduction", dict(reduction="avg")),
         ),
@@ -265,6 +315,9 @@ SPECS = (
             "bnpo": lambda: everything("bnpo", per_token=True),
             "dr_grpo": lambda: everything("dr_grpo", importance_sampling_level="sequence"),
             "sequence": lambda: everything("grpo", importance_sampling_level="sequence"),
+            "sapo": lambda: everything("sapo", return_metrics=True, num_items=3),
+            "luspo": lambda: everything("luspo", importance_sampling_level="sequence"),
+            "bounds": lambda: everything("grpo", max_ratio=1.5, kl_clip=0.4, return_metrics=True),
             "each token": lambda: tokens(masked=True, reduction="none", clip_low=0.1),
         },
         reference=grpo_reference,
@@ -296,6 +349,9 @@ SPECS = (
             Bad(ValueError, "clip_low", dict(clip_low=-0.1)),
             Bad(ValueError, "clip_high", dict(clip_high=NAN)),
             Bad(ValueError, "loss_type must be one of grpo, dapo.*'ppo'", dict(loss_type="ppo")),
+            Bad(ValueError, "max_ratio must be finite and > 1.2", dict(max_ratio=1.1)),
+            Bad(ValueError, "'sapo' has no max_ratio", dict(max_ratio=3.0, loss_type="sapo")),
+            Bad(ValueError, "kl_clip must be finite and > 0", dict(kl_clip=0.0)),
             Bad(ValueError, "needs max_length", dict(loss_type="dr_grpo")),
             Bad(ValueError, "max_length must be positive",
                 dict(loss_type="dr_grpo", max_length=0)),
