@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from pyloss.ops._labels import outside, wide
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CLASS_INDICES = (torch.int64, torch.uint8, torch.int32)
@@ -150,7 +152,7 @@ def check_index_dtype(name: str, labels: Tensor) -> None:
 
 def check_index_values(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Looks at every label: waits for the device."""
-    bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
+    bad = labels[outside(labels, classes) & (wide(labels) != ignore_index)]
     if bad.numel():
         raise IndexError(f"Target {int(bad[0])} is out of bounds.")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.row_softmax.records import DENSE, MIX, REDUCTIONS, Codes, Options
 
@@ -57,13 +58,8 @@ def ignored_rows(t: Tensors, codes: Codes) -> Tensor | None:
     """Mask of the rows to leave out; None where no row can be."""
     if codes.kind == DENSE:
         return None
-    ignored = _equal(t.target, codes.ignore_index)
-    return ignored | _equal(t.target2, codes.ignore_index) if codes.kind == MIX else ignored
-
-
-def _equal(labels: Tensor, value: int) -> Tensor:
-    # torch compares in the labels' own dtype, where the uint8 label 156 equals -100.
-    return (labels.long() if labels.dtype == torch.uint8 else labels) == value
+    ignored = wide(t.target) == codes.ignore_index
+    return ignored | (wide(t.target2) == codes.ignore_index) if codes.kind == MIX else ignored
 
 
 def _mass(t: Tensors, codes: Codes, ignored) -> tuple[Tensor, Tensor]:
@@ -81,8 +77,7 @@ def _mass(t: Tensors, codes: Codes, ignored) -> tuple[Tensor, Tensor]:
 
     def of(labels):
         # Out of range, and not ignored: the kernel will say so.
-        inside = (labels >= 0) & (labels < t.weight.shape[0])
-        return t.weight.double()[torch.where(inside, labels, 0).long()]
+        return t.weight.double()[torch.where(outside(labels, t.weight.shape[0]), 0, wide(labels))]
 
     picked = of(t.target)
     if codes.kind == MIX:

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors
 from pyloss.ops.linear_cross_entropy.chunks import Chunks
@@ -225,7 +226,7 @@ def _vocab_parallel(
     """
     target, token_weight, weight = labels
     o = options or PLAIN
-    ignored = (target.long() if target.dtype == torch.uint8 else target) == codes.ignore_index
+    ignored = wide(target) == codes.ignore_index
     smoothing = 1.0 if o.smoothing > 0 else 0.0
     transform = PLAIN._replace(
         logit_scale=o.logit_scale, softcap=o.softcap, temperature=o.temperature, smoothing=smoothing
