@@ -355,6 +355,30 @@ def empty_batches() -> None:
             assert not x.grad.any()
 
 
+def nothing_counts() -> None:
+    """A step without rows that count: gradients are 0 whatever comes from above."""
+    world = dist.get_world_size()
+    sizes, none, k = SIZES[world], torch.full((N,), -100), torch.zeros(N, dtype=torch.float64)
+    no_items = torch.tensor(0.0)
+    calls = (
+        (none, 1.0, dict(num_items=no_items)),
+        (none, float("inf"), dict(reduction="sum")),
+        (none, float("inf"), dict()),
+        (labels(), 1.0, dict(num_items=no_items, empty="zero")),
+        (labels(), 1.0, dict(token_weight=k)),
+        (labels(), 1.0, dict(token_weight=k, z_loss=0.1, empty="zero")),
+        (labels(), float("inf"), dict(token_weight=k, reduction="sum", label_smoothing=0.1)),
+    )
+    for y, factor, options in calls:
+        h = random(N, D, seed=2).requires_grad_()
+        w = piece(random(V, D, seed=3), sizes)
+        loss = vocab_parallel_linear_cross_entropy(h, w, y, **options)
+        zero = options.get("empty") == "zero" or options.get("reduction") == "sum"
+        assert loss == 0 if zero else loss.isnan(), options
+        (loss * factor).backward()
+        assert not h.grad.any() and not w.grad.any(), options
+
+
 def dtensors() -> None:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
@@ -539,6 +563,7 @@ def cases() -> dict[str, Callable]:
         "sizes change": sizes_change,
         "megatron": megatron_smoothing,
         "empty": empty_batches,
+        "nothing counts": nothing_counts,
         "DTensor": dtensors,
         "refusals": refusals,
         "group of one": one_process_group,

@@ -111,6 +111,11 @@ def check_reduction(reduction, known: Iterable[str] = REDUCTIONS) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction")
 
 
+def check_empty(empty) -> None:
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
+
+
 def one_number(name: str, t: Tensor) -> Tensor:
     """The 0-d tensor of one that holds one number."""
     if t.numel() != 1:

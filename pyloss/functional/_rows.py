@@ -17,6 +17,7 @@ from typing_extensions import Unpack  # torch has imported it
 from pyloss.functional import _checks as checks
 from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
+from pyloss.ops._empty import divided
 from pyloss.ops._launch import accumulator_dtype
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
@@ -136,8 +137,7 @@ def prepare(
     options = None
     if numbers is not None or items is not None:
         options = op.Options(num_items=0.0 if items is None else items, **(numbers or {}))
-    if empty not in ("nan", "zero"):
-        raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
+    checks.check_empty(empty)
     # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
     loss = op.FOCAL if options is not None and options.gamma else op.COMP_SUM
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
@@ -167,11 +167,7 @@ def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
         input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
     )
     if p.divisor is not None:
-        divisor = p.divisor.to(dtype)
-        value = value / divisor
-        if p.empty == "zero":
-            value = torch.where(divisor == 0, 0.0, value)
-        value = value.to(p.loss_dtype)
+        value = divided(value, p.divisor.to(dtype), p.empty == "zero").to(p.loss_dtype)
     if not p.return_stats:
         return value
     return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))

@@ -16,6 +16,7 @@ from pyloss.functional.classification import MixUpTarget, RowStats
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops.row_softmax.epilogue import unless_zero
 
 
 def fused_linear_cross_entropy(
@@ -221,8 +222,9 @@ def _with_divisor(p, input):
     if p.empty == "zero":
         factor = torch.where(divisor == 0, 0.0, factor)
     *labels, token_weight = p.labels
-    token_weight = factor.expand(input.shape[0]) if token_weight is None else token_weight * factor
-    return (*labels, token_weight)
+    if token_weight is None:
+        return (*labels, factor.expand(input.shape[0]))
+    return (*labels, unless_zero(token_weight, token_weight * factor))
 
 
 def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shift, arguments):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.row_softmax.epilogue import unless_zero
 from pyloss.ops.row_softmax.records import DENSE, MIX, REDUCTIONS, Codes, Options
 
 # Bits of `wants` besides those of row_softmax: the gradients of input, weight and bias.
@@ -112,7 +113,8 @@ class Call:
             loss_mass, z_mass = _mass(t, codes, self.ignored)
             factor = 1 / z_mass
             if t.weight is not None:
-                ratio = z_mass / loss_mass
+                # Without any row the class weights do not matter, but must not become NaN.
+                ratio = torch.where(z_mass == 0, 1.0, z_mass / loss_mass)
                 if codes.zero_if_empty:
                     ratio = torch.where(loss_mass == 0, 0.0, ratio)
                 self.weight = (t.weight * ratio).to(acc)
@@ -120,5 +122,7 @@ class Call:
                 factor = torch.where(z_mass == 0, 0.0, factor)
             else:
                 self.empty = loss_mass == 0
-        token = factor if t.token_weight is None else t.token_weight * factor
+        token = factor
+        if t.token_weight is not None:
+            token = unless_zero(t.token_weight, t.token_weight * factor)
         self.token_weight = token.to(acc).expand(t.input.shape[0])

@@ -223,7 +223,7 @@ class Coefficients(NamedTuple):
 
 def _coefficients(call: Call, r: Terms, grad_loss, grad_extras, ez) -> Coefficients:
     o = call.options
-    g = torch.where(call.ignored, 0.0, grad_loss.float() * r.token)
+    g = torch.where(call.ignored, 0.0, unless_zero(r.token, grad_loss.float() * r.token))
     c1 = unless_zero(r.first, g * r.first * r.f.slope)
     other, b, spread = torch.zeros_like(g), None, None
     if o.smoothing > 0:
