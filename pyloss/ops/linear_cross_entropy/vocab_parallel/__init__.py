@@ -39,7 +39,7 @@ from pyloss.ops.linear_cross_entropy.products import Linear
 from pyloss.ops.linear_cross_entropy.vocab_parallel.group import (
     all_gather,
     eager,
-    exchange_sizes,
+    exchange,
     merge,
 )
 from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import (
@@ -58,7 +58,7 @@ from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import (
 from pyloss.ops.row_softmax.epilogue import differentiable_epilogue, unless_zero
 from pyloss.ops.row_softmax.records import PLAIN, REDUCTIONS, Codes, Options
 
-__all__ = ["Shard", "exchange_sizes", "vocab_parallel"]
+__all__ = ["Shard", "exchange", "vocab_parallel"]
 
 # --------------------------------------------------------------------------------------------------
 # All rows: of given logits, and of a layer by chunks
