@@ -171,6 +171,8 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     """The checked layer, its rows flattened and its labels shifted, through the op."""
     lead, classes = tuple(input.shape[:-1]), linear_weight.shape[0]
     shift = layers.checked_shift(shift, lead)
+    if not lead:
+        target = rows.without_batch(target)
     layers.check_target_shape(target, lead, classes)
     if token_weight is not None:
         checks.check_token_weight(token_weight, lead)
