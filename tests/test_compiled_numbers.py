@@ -34,3 +34,11 @@ def test_num_items_as_a_tensor_compiles_once(call: Callable) -> None:
     for n in range(1, 12):  # one more than the graphs that torch.compile keeps
         torch.testing.assert_close(compiled(torch.tensor(float(n))), call(n))
     assert len(graphs) == 1
+
+
+def test_one_tensor_as_both_labels_of_mixup_compiles() -> None:
+    x = torch.randn(4, 5, requires_grad=True)
+    compiled = torch.compile(
+        lambda x, y: pyloss.fused_cross_entropy(x, (y, y, 0.5)), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x, Y), pyloss.fused_cross_entropy(x, Y))

@@ -217,7 +217,8 @@ def _checked_mixup(target):
             f"the two labels of a MixUp target must agree, got {list(y.shape)} {y.dtype} and "
             f"{list(y2.shape)} {y2.dtype}"
         )
-    return y, y2, lam
+    # Dynamo refuses an autograd.Function that gets one tensor twice.
+    return y, y2.view_as(y2) if y2 is y else y2, lam
 
 
 def _broadcast_mix(lam, target, dtype):
