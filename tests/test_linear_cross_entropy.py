@@ -35,6 +35,7 @@ from row_softmax_cases import DTYPES, OPTION_NAMES, exact
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyloss
+from pyloss.functional import _checks as checks
 from pyloss.reference import linear_cross_entropy as reference
 from pyloss.reference import token_logprobs as logprobs_reference
 from pyloss.testing import make_logits, make_target
@@ -516,6 +517,49 @@ def test_all_values_of_uint8_are_classes():
     assert_close(run(fused, layer, y), run(referenced, layer, y.long()))
     y[3] = 156  # what -100 would wrap to
     assert_close(run(fused, layer, y), run(referenced, layer, y.long()))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("classes", [256, 257, 300, 512])
+def test_class_weights_of_more_classes_than_a_byte_counts(classes, mixed):
+    """As uint8, 257 classes are one, and every other label would be none of them."""
+    layer = make_layer(40, D, classes)
+    y = make_target((40, 256))
+    w = torch.linspace(0.1, 2.0, classes, dtype=F64)
+    found = fused(layer, (y.byte(), y.byte().flip(0), 0.3) if mixed else y.byte(), weight=w)
+    logits = F.linear(*layer)
+    if not mixed:
+        assert_close(found, F.cross_entropy(logits, y, w))
+    else:
+        first, second = F.one_hot(y, classes).double(), F.one_hot(y.flip(0), classes).double()
+        share = 0.3 * first + 0.7 * second
+        rows = -(share * w * logits.log_softmax(1)).sum(1)
+        assert_close(found, rows.sum() / (share * w).sum())
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ignore_index_that_the_labels_cannot_hold(dtype, linear):
+    """In the dtype of the labels it would wrap, and be a class."""
+    layer = make_layer(6, D, V)
+    y = torch.tensor([0, 1, 2, 1, 4, 1])
+    call = fused if linear else unfused
+    assert_close(
+        call(layer, y.to(dtype), ignore_index=2**32 + 1, reduction="none"),
+        call(layer, y, reduction="none"),
+    )
+    three = layer._replace(input=layer.input.view(2, 3, D))
+    for shift in (0, 1) if linear else ():
+        found = fused(three, y.view(2, 3).to(dtype), ignore_index=2**32 + 1, shift=shift)
+        assert_close(found, fused(three, y.view(2, 3), shift=shift))
+
+
+def test_check_of_label_values_counts_past_a_byte():
+    """What PYLOSS_CHECK looks at."""
+    y = torch.tensor([0, 3, 255], dtype=torch.uint8)
+    checks.check_index_values(y, 257, -100)
+    with pytest.raises(IndexError, match="Target 255 is out of bounds"):
+        checks.check_index_values(y, 255, -1)  # -1 is 255 as uint8
 
 
 def test_strided_options():

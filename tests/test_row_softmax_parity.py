@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,47 @@ def test_ignore_index(ignore_index):
     for smoothing in (0.0, 0.2):
         for reduction in ("mean", "sum", "none"):
             _both(x, y, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_one_row_and_a_label_of_one_entry(reduction):
+    x = torch.randn(10, requires_grad=True)
+    y = torch.tensor([3])
+    ours, want = (
+        f(x, y, reduction=reduction) for f in (pyloss.fused_cross_entropy, F.cross_entropy)
+    )
+    assert ours.shape == want.shape == ()
+    torch.testing.assert_close(ours, want)
+    # torch's own backward refuses this target.
+    (got,) = torch.autograd.grad(ours, x)
+    torch.testing.assert_close(got, torch.autograd.grad(F.cross_entropy(x, y[0]), x)[0])
+    h, w = torch.randn(4), torch.randn(10, 4)
+    linear = pyloss.fused_linear_cross_entropy(h, w, y, reduction=reduction)
+    torch.testing.assert_close(linear, F.cross_entropy(w @ h, y[0]))
+
+
+@pytest.mark.parametrize(
+    "labels, options, error",
+    [([1, 2, 3], {}, ValueError), ([1, 2, 3], dict(label_smoothing=1.2), RuntimeError)],
+)
+def test_exceptions_are_those_of_torch(labels, options, error):
+    for function in (pyloss.fused_cross_entropy, F.cross_entropy):
+        with pytest.raises(error, match="label_smoothing must be" if options else "size 1"):
+            function(torch.randn(10), torch.tensor(labels), **options)
+
+
+def test_ignore_index_is_an_integer():
+    x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    for value in (None, -100.0):
+        with pytest.raises(TypeError, match="ignore_index must be an integer, got"):
+            pyloss.fused_cross_entropy(x, y, ignore_index=value)
+    found = pyloss.fused_cross_entropy(x, y, ignore_index=numpy.int64(1))
+    torch.testing.assert_close(found, F.cross_entropy(x, y, ignore_index=1))
+
+
+def test_labels_as_floats_are_told_what_they_are():
+    with pytest.raises(RuntimeError, match="class labels must be integers"):
+        pyloss.fused_cross_entropy(torch.randn(3, 5), torch.tensor([0.0, 1.0, 2.0]))
 
 
 def test_uint8_targets():

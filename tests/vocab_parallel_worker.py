@@ -355,6 +355,74 @@ def empty_batches() -> None:
             assert not x.grad.any()
 
 
+def nothing_counts() -> None:
+    """A step without rows that count: gradients are 0 whatever comes from above."""
+    world = dist.get_world_size()
+    sizes, none, k = SIZES[world], torch.full((N,), -100), torch.zeros(N, dtype=torch.float64)
+    no_items = torch.tensor(0.0)
+    calls = (
+        (none, 1.0, dict(num_items=no_items)),
+        (none, float("inf"), dict(reduction="sum")),
+        (none, float("inf"), dict()),
+        (labels(), 1.0, dict(num_items=no_items, empty="zero")),
+        (labels(), 1.0, dict(token_weight=k)),
+        (labels(), 1.0, dict(token_weight=k, z_loss=0.1, empty="zero")),
+        (labels(), float("inf"), dict(token_weight=k, reduction="sum", label_smoothing=0.1)),
+    )
+    for y, factor, options in calls:
+        h = random(N, D, seed=2).requires_grad_()
+        w = piece(random(V, D, seed=3), sizes)
+        loss = vocab_parallel_linear_cross_entropy(h, w, y, **options)
+        zero = options.get("empty") == "zero" or options.get("reduction") == "sum"
+        assert loss == 0 if zero else loss.isnan(), options
+        (loss * factor).backward()
+        assert not h.grad.any() and not w.grad.any(), options
+
+
+def fsdp() -> None:
+    """fully_shard leaves Shard(0) too, on ranks with rows of their own."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    head = torch.nn.Linear(D, V, bias=False, dtype=torch.float64)
+    full = head.weight.detach().clone()
+    fully_shard(head, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    h = random(N, D, seed=20 + rank)
+    y = torch.randint(V, (N,), generator=torch.Generator().manual_seed(rank))
+    same_y, other_n = labels(), labels()[: N - rank]
+    for hidden, target in ((h, y), (h, same_y), (h[: N - rank], other_n)):
+        for call in (pyloss.token_logprobs, pyloss.fused_linear_cross_entropy):
+            try:
+                call(hidden, head.weight, target)
+            except RuntimeError as error:
+                assert "fully_shard" in str(error) and "unshard" in str(error), error
+            else:
+                raise AssertionError("no error")
+    head.unshard()
+    found = pyloss.token_logprobs(h, head.weight, y)
+    want = torch.log_softmax(h @ full.T, 1).gather(1, y[:, None]).squeeze(1)
+    close(found, want, torch.float64, "unsharded")
+    head.reshard()
+
+
+def different_rows() -> None:
+    """An error on every rank, and no abort of the process by the gather."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    w, x = piece(random(V, D, seed=3), SIZES[world]), piece(random(N, V, seed=1), SIZES[world], 1)
+    h, n = random(N, D, seed=2), N - rank
+    for call in (
+        lambda: vocab_parallel_cross_entropy(x[:n], labels()[:n]),
+        lambda: vocab_parallel_linear_cross_entropy(h[:n], w, labels()[:n]),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "must hold the same rows" in str(error), error
+        else:
+            raise AssertionError("no error")
+
+
 def dtensors() -> None:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
@@ -539,7 +607,10 @@ def cases() -> dict[str, Callable]:
         "sizes change": sizes_change,
         "megatron": megatron_smoothing,
         "empty": empty_batches,
+        "nothing counts": nothing_counts,
         "DTensor": dtensors,
+        "FSDP2": fsdp,
+        "different rows": different_rows,
         "refusals": refusals,
         "group of one": one_process_group,
         "reference backend": reference_backend,

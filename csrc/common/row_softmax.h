@@ -423,13 +423,35 @@ struct RowUpstream {
   R entropy_value;
 };
 
+// What comes from above, times a row's token weight. A row of weight 0 adds nothing: 0 * infinity,
+// of a mean over no more than such rows, is not its own.
+template <class R>
+PYLOSS_HD inline R weighted_upstream(R token, R g) {
+  return token == 0 ? R(0) : token * g;
+}
+
+// The upstream of a gradient that is written in the forward.
+template <class R>
+PYLOSS_HD inline RowUpstream<R> first_upstream(const R* norm, R token) {
+  return {weighted_upstream(token, norm[kNormLoss]),
+          weighted_upstream(token, norm[kNormZ]),
+          0,
+          0,
+          0,
+          0};
+}
+
 template <class R>
 PYLOSS_HD inline RowUpstream<R> load_upstream(const RowSoftmaxProblem& p,
                                               const RowSoftmaxBackward& b, int64_t row, R token) {
   const R* norm = static_cast<const R*>(b.norm);
   R g = static_cast<const R*>(b.grad_loss)[p.options.reduction == Reduction::kNone ? row : 0];
-  g *= token;
-  RowUpstream<R> u{g * norm[kNormLoss], g * norm[kNormZ], 0, 0, 0, 0};
+  RowUpstream<R> u{weighted_upstream(token, g * norm[kNormLoss]),
+                   weighted_upstream(token, g * norm[kNormZ]),
+                   0,
+                   0,
+                   0,
+                   0};
   if (b.grad_extras) {
     const R* c = static_cast<const R*>(b.grad_extras);
     const int64_t n = p.rows();

@@ -37,8 +37,7 @@ inline bool should_stream(const RowSoftmaxProblem& p, const void* out) {
 // The cotangents of a gradient written in the forward.
 template <class R>
 inline RowUpstream<R> unit_upstream(const RowSoftmaxForward& f, R token) {
-  const R* norm = static_cast<const R*>(f.norm);
-  return {token * norm[kNormLoss], token * norm[kNormZ], 0, 0, 0, 0};
+  return first_upstream(static_cast<const R*>(f.norm), token);
 }
 
 // Checks the labels and fills `norm`.

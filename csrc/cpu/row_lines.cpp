@@ -94,7 +94,7 @@ PYLOSS_INLINE void plain_epilogue_of(const RowSoftmaxProblem& p, const R* norm, 
   }
   for (int64_t l = 0; l < n_pad; ++l) {
     const RowTarget<R> t{0, -1, rows.first[l], 0, 0, rows.token[l]};
-    const RowUpstream<R> u{t.token * factors[kNormLoss], 0, 0, 0, 0, 0};
+    const RowUpstream<R> u{weighted_upstream(t.token, factors[kNormLoss]), 0, 0, 0, 0, 0};
     const RowCoeffs<R> c = row_coeffs(q, t, plain_terms(q, t, rows, l), u, R(0), R(0));
     a[l] = c.a;
     label[l] = c.label;

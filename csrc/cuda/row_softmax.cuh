@@ -642,8 +642,7 @@ __device__ __forceinline__ GradRow<R> make_grad_row(const RowTerms<R>& terms, co
 
 template <class R>
 __device__ __forceinline__ RowUpstream<R> unit_upstream(const void* norm, R token) {
-  const R* n = static_cast<const R*>(norm);
-  return {token * n[kNormLoss], token * n[kNormZ], 0, 0, 0, 0};
+  return first_upstream(static_cast<const R*>(norm), token);
 }
 
 // Replaces a batch of z by the gradient with respect to the logits.

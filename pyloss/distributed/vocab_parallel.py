@@ -46,9 +46,10 @@ def vocab_parallel_cross_entropy(
         group: process group; None: the default one, or the mesh's of a ``DTensor``.
         num_classes: V, where the last entries of the shards are padding, which is then not looked
             at. Default: the sum of the shards.
-        first_class: first class of each rank, ascending from 0. Without it (and without a
-            ``DTensor``) the ranks tell each other their sizes in every call, one more all_gather of
-            one integer, and on CUDA a synchronisation. Needs ``num_classes``.
+        first_class: first class of each rank, ascending from 0. Without it the ranks
+            tell each other in every call how many classes and rows they hold, one more all_gather
+            of four integers, and on CUDA a synchronisation; different numbers of rows are an
+            error. Needs ``num_classes``.
         weight: weight of each class, ``(V)``: of all classes, on every rank.
         ignore_index: rows with this target add nothing, and their logits are not read.
         reduction, tau, z_loss, softcap, logit_scale, temperature, token_weight, empty, loss_dtype,

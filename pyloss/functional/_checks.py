@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from pyloss.ops._labels import outside, wide
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CLASS_INDICES = (torch.int64, torch.uint8, torch.int32)
@@ -146,6 +148,11 @@ def check_reduction(reduction, known: Iterable[str] = REDUCTIONS) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction")
 
 
+def check_empty(empty) -> None:
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
+
+
 def one_number(name: str, t: Tensor) -> Tensor:
     """The 0-d tensor of one that holds one number."""
     if t.numel() != 1:
@@ -201,7 +208,7 @@ def check_index_dtype(name: str, labels: Tensor) -> None:
 
 def check_index_values(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Looks at every label: waits for the device."""
-    bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
+    bad = labels[outside(labels, classes) & (wide(labels) != ignore_index)]
     if bad.numel():
         raise IndexError(f"Target {int(bad[0])} is out of bounds.")
 

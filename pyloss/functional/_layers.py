@@ -10,6 +10,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._rows import FLOAT_STATS
 from pyloss.ops import linear_cross_entropy as op
+from pyloss.ops._labels import wide
 
 STRATEGIES = ("auto", "forward", "recompute", "tiles")
 
@@ -146,8 +147,8 @@ def flat_labels(target, lead, shift, ignore_index):
     def flat(labels):
         if not isinstance(labels, Tensor):
             return labels  # to be refused by name
-        if shift and labels.dtype == torch.uint8:  # has no room for -100
-            labels = labels.long()
+        if shift:  # a narrow dtype has no room for every ignore_index
+            labels = wide(labels)
         return shifted(labels, shift, ignore_index).reshape(-1)
 
     if not isinstance(target, tuple) or len(target) != 3:

@@ -7,6 +7,7 @@ logits that are never whole; all three come here.
 from __future__ import annotations
 
 import math
+import operator
 import os
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from typing_extensions import Unpack  # torch has imported it
 from pyloss.functional import _checks as checks
 from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
+from pyloss.ops._empty import divided
 from pyloss.ops._launch import accumulator_dtype
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
@@ -86,6 +88,8 @@ def prepare(
     checks.check_reduction(reduction, op.REDUCTIONS)
     if loss_dtype is not None and loss_dtype not in checks.FLOATS:
         raise ValueError(f"loss_dtype must be a floating dtype, got {loss_dtype}")
+    ignore_index = _checked_ignore_index(ignore_index)
+    _check_smoothing(formula.get("label_smoothing", 0.0))
 
     target2 = mix = None
     if isinstance(target, Tensor):
@@ -136,8 +140,7 @@ def prepare(
     options = None
     if numbers is not None or items is not None:
         options = op.Options(num_items=0.0 if items is None else items, **(numbers or {}))
-    if empty not in ("nan", "zero"):
-        raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
+    checks.check_empty(empty)
     # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
     loss = op.FOCAL if options is not None and options.gamma else op.COMP_SUM
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
@@ -158,6 +161,8 @@ def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
 
 def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
     """Checks and packs the arguments, calls the op, names the statistics."""
+    if isinstance(input, Tensor) and input.dim() == 1:
+        target = without_batch(target)
     input, p = prepare(input, target, **options)
     if inplace:
         inplace = _checked_inplace(input)
@@ -167,14 +172,32 @@ def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
         input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
     )
     if p.divisor is not None:
-        divisor = p.divisor.to(dtype)
-        value = value / divisor
-        if p.empty == "zero":
-            value = torch.where(divisor == 0, 0.0, value)
-        value = value.to(p.loss_dtype)
+        value = divided(value, p.divisor.to(dtype), p.empty == "zero").to(p.loss_dtype)
     if not p.return_stats:
         return value
     return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))
+
+
+def without_batch(target):
+    """torch takes a label of shape (1,) with one row of logits, and gives a 0-d loss."""
+    if isinstance(target, Tensor) and target.shape == (1,) and not target.is_floating_point():
+        return target.reshape(())
+    return target
+
+
+def _checked_ignore_index(value) -> int:
+    if checks.is_integer(value) or torch.compiler.is_compiling():
+        return value
+    try:
+        return operator.index(value)  # numpy's integers
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"ignore_index must be an integer, got {value!r} ({kind})") from None
+
+
+def _check_smoothing(value) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {value}")
 
 
 def _checked_mixup(target):
@@ -194,7 +217,8 @@ def _checked_mixup(target):
             f"the two labels of a MixUp target must agree, got {list(y.shape)} {y.dtype} and "
             f"{list(y2.shape)} {y2.dtype}"
         )
-    return y, y2, lam
+    # Dynamo refuses an autograd.Function that gets one tensor twice.
+    return y, y2.view_as(y2) if y2 is y else y2, lam
 
 
 def _broadcast_mix(lam, target, dtype):
@@ -218,9 +242,11 @@ def _broadcast_mix(lam, target, dtype):
 def _check_probabilities(input, target, ignore_index):
     if input.shape != target.shape:
         _check_batch(input, target)
+        labels = target.dim() == input.dim() - 1
+        hint = "; class labels must be integers, target.long()" if labels else ""
         raise RuntimeError(
             f"Expected floating point type for target with class probabilities to have the shape "
-            f"of input, {list(input.shape)}, got {list(target.shape)}"
+            f"of input, {list(input.shape)}, got {list(target.shape)}{hint}"
         )
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
@@ -243,10 +269,14 @@ def _check_labels(input, target, name):
     checks.check_index_dtype(name, target)
     checks.check_has_dimension("input", input)
     if input.dim() == 1:
-        if target.dim() > 0:
+        if target.dim() > 1:
             raise RuntimeError(
-                f"0D {name} expected for 1D input of shape {list(input.shape)}, "
+                f"0D or 1D {name} expected for 1D input of shape {list(input.shape)}, "
                 f"got {list(target.shape)}"
+            )
+        if target.numel() != 1:
+            raise ValueError(
+                f"For 1D input, 1D {name} must have size 1, but got {name} size: {target.numel()}"
             )
         return
     _check_batch(input, target)
@@ -302,8 +332,6 @@ def _checked_formula(
         and temperature == 1.0
     ):
         return None
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     checks.check_range("tau", tau, 0.0)
     checks.check_range("z_loss", z_loss, 0.0)
     checks.check_range("temperature", temperature, 0.0, open_low=True)

@@ -144,8 +144,33 @@ def _evenly(size: int, classes: int, group) -> list[int]:
     return first
 
 
-def shard_of(size: int, device, group, num_classes, first_class, dtensor_classes) -> op.Shard:
+def _check_same_rows(held, of_dtensor: bool) -> None:
+    """On every rank alike, so that none waits for another.
+
+    Who passes shards says what they are: of those only the number of rows is looked at, without
+    which the gather to come would abort the process. A label out of range keeps its own error.
+    """
+    if of_dtensor and not held.same_rows():
+        raise RuntimeError(
+            "a DTensor that is split by Shard holds a part of the classes for rows that all ranks "
+            f"of its mesh share, but these ranks hold different rows ({list(held.rows)} rows): "
+            "data parallelism, as of fully_shard. Gather the weight first: call this inside a "
+            "forward of the sharded module, after module.unshard(), or with weight.full_tensor()"
+        )
+    if len(set(held.rows)) > 1:
+        raise RuntimeError(
+            "the ranks of a vocab-parallel loss must hold the same rows, but their numbers of rows "
+            f"are {list(held.rows)}"
+        )
+
+
+def shard_of(
+    size: int, device, group, num_classes, first_class, dtensor_classes, target, input=None
+) -> op.Shard:
     """The classes of this rank, of which the last ones of all may be padding.
+
+    Unless the caller says which classes each rank has, the ranks tell each other in one gather what
+    they hold: Shard(0) is also what fully_shard makes of a weight, where each has rows of its own.
 
     Sizes are exchanged anew in each call that does not say them. A rank that remembered them could
     not tell that another rank's have changed, and the two would wait for each other.
@@ -155,11 +180,16 @@ def shard_of(size: int, device, group, num_classes, first_class, dtensor_classes
         checks.check_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if first_class is None:
+        known = isinstance(target, Tensor) and target.device == device
+        labels = target if known else torch.zeros(0, dtype=torch.int64, device=device)
+        held = op.exchange(size, labels, input, device, group)
+        _check_same_rows(held, dtensor_classes is not None)
     if dtensor_classes is not None and first_class is None:
         num_classes = dtensor_classes if num_classes is None else num_classes
         first_class = [min(c, num_classes) for c in _evenly(size, dtensor_classes, group)]
     if first_class is None:
-        sizes = op.exchange_sizes(size, device, group)
+        sizes = held.sizes
         bounds = (0, *itertools.accumulate(sizes))
         if num_classes is not None:
             if num_classes > bounds[-1]:
@@ -265,7 +295,7 @@ def cross_entropy(
     checks.check_supported("vocab_parallel_cross_entropy", logits)
     lead = tuple(logits.shape[:-1])
     shard = shard_of(
-        logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes
+        logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes, target
     )
     target, token_weight = _flat_rows(target, token_weight, lead, shard.bounds[-1])
     flat = logits.reshape(math.prod(lead), logits.shape[-1])[:, : shard.width]
@@ -303,8 +333,9 @@ def linear_cross_entropy(
     lead = tuple(input.shape[:-1])
     shift = layers.checked_shift(shift, lead)
     shard = shard_of(
-        weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes
-    )
+        weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes, target,
+        input if dtensor_classes is not None else None,
+    )  # fmt: skip
     _flat_rows(target, token_weight, lead, shard.bounds[-1])
     target = layers.flat_labels(target, lead, shift, arguments["ignore_index"])
     if token_weight is not None:

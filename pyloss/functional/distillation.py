@@ -27,6 +27,7 @@ def linear_distillation_loss(
     beta: float = 0.5,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    empty: str = "nan",
     scale_by_temperature: bool = True,
     shift: int = 0,
     chunk: int | str = "auto",
@@ -73,6 +74,7 @@ def linear_distillation_loss(
             :func:`torch.nn.functional.kl_div`.
         num_items: number or 0-d tensor that replaces the denominator of ``"mean"``, for gradient
             accumulation.
+        empty: value of the mean over no rows, or over ``num_items`` of 0: ``"nan"`` or ``"zero"``.
         scale_by_temperature: the factor T^2, which keeps the size of the gradient when T changes.
         shift: ``target`` is that many positions ahead: row t of the sequence dimension (the last
             but one of the hidden states) goes with ``target[..., t + shift]``, and the last
@@ -81,8 +83,8 @@ def linear_distillation_loss(
 
     Returns:
         The loss, float32 (float64 for a float64 student): 0-d, or with ``reduction="none"`` of
-        shape ``(...)``, 0 where ignored. The mean over no rows is NaN, its gradient 0. It can be
-        differentiated once.
+        shape ``(...)``, 0 where ignored. The mean over no rows is NaN unless ``empty``
+        says otherwise, its gradient 0. It can be differentiated once.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -118,6 +120,7 @@ def linear_distillation_loss(
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta must be in (0, 1), got {beta}")
     checks.check_reduction(reduction, op.REDUCTIONS)
+    checks.check_empty(empty)
     checks.check_integer("shift", shift, "an int")
 
     _check_head("student", student_hidden, student_weight, student_bias)
@@ -155,6 +158,8 @@ def linear_distillation_loss(
     divisor = None
     if reduction != "none":
         divisor = _divisor(reduction, lead, labels, ignore_index, num_items, acc, student_hidden)
+        if empty == "zero":  # both the loss and its gradient are then 0
+            divisor = torch.where(divisor == 0, torch.inf, divisor)
     square = temperature**2 if scale_by_temperature else 1.0
     options = op.Options(
         float(temperature), float(beta), (1.0 - ce_weight) * square, float(ce_weight)

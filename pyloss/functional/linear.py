@@ -16,6 +16,7 @@ from pyloss.functional.classification import MixUpTarget, RowStats
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops.row_softmax.epilogue import unless_zero
 
 
 def fused_linear_cross_entropy(
@@ -170,6 +171,8 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     """The checked layer, its rows flattened and its labels shifted, through the op."""
     lead, classes = tuple(input.shape[:-1]), linear_weight.shape[0]
     shift = layers.checked_shift(shift, lead)
+    if not lead:
+        target = rows.without_batch(target)
     layers.check_target_shape(target, lead, classes)
     if token_weight is not None:
         checks.check_token_weight(token_weight, lead)
@@ -221,8 +224,9 @@ def _with_divisor(p, input):
     if p.empty == "zero":
         factor = torch.where(divisor == 0, 0.0, factor)
     *labels, token_weight = p.labels
-    token_weight = factor.expand(input.shape[0]) if token_weight is None else token_weight * factor
-    return (*labels, token_weight)
+    if token_weight is None:
+        return (*labels, factor.expand(input.shape[0]))
+    return (*labels, unless_zero(token_weight, token_weight * factor))
 
 
 def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shift, arguments):

@@ -132,9 +132,9 @@ def row_softmax(
     z_row = z_loss * lse.square() if z_loss != 0.0 else torch.zeros_like(lse)
 
     k = torch.ones_like(peak) if token_weight is None else token_weight.to(dtype)
-    row = torch.where(ignored | ((k == 0) & torch.isinf(row)), 0.0, k * row)
+    row = torch.where(ignored | ((k == 0) & ~torch.isnan(row)), 0.0, k * row)
     z_stat = torch.where(ignored, 0.0, z_row)
-    z_row = k * z_stat
+    z_row = torch.where((k == 0) & ~torch.isnan(z_stat), 0.0, k * z_stat)
     if reduction == "none":
         loss = row + z_row
     elif reduction == "sum":
@@ -142,13 +142,10 @@ def row_softmax(
     elif reduction == "mean":
         if num_items is None:
             mass = torch.where(ignored, 0.0, k * row_weight).sum()
-            loss = row.sum() / mass
-            if empty == "zero":
-                loss = torch.where(mass == 0, 0.0, loss)
+            loss = _divided(row.sum(), mass, empty)
             if z_loss != 0.0:
                 mass = torch.where(ignored, 0.0, k).sum()
-                z_mean = z_row.sum() / mass
-                loss = loss + (torch.where(mass == 0, 0.0, z_mean) if empty == "zero" else z_mean)
+                loss = loss + _divided(z_row.sum(), mass, empty)
         else:
             loss = (row.sum() + z_row.sum()) / num_items
     else:
@@ -202,6 +199,13 @@ def _split_target(
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
+
+
+def _divided(total: Tensor, mass: Tensor, empty: str) -> Tensor:
+    """The quotient, or 0 with a gradient of 0 for a mass of 0."""
+    if empty != "zero":
+        return total / mass
+    return torch.where(mass == 0, 0.0, total / torch.where(mass == 0, 1.0, mass))
 
 
 def _transform(x: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:

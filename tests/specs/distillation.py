@@ -86,6 +86,12 @@ SPECS = (
         empty={
             "mean": Empty(lambda: sample(0), math.nan),
             "sum": Empty(lambda: sample(0, reduction="sum"), 0.0),
+            "all ignored, zero": Empty(
+                lambda: Sample(
+                    {**sample().inputs, "target": torch.full((N,), -100)}, {"empty": "zero"}
+                ),
+                0.0,
+            ),
             "none": Empty(lambda: sample(0, reduction="none"), 0.0, (0,)),
         },
         gradgrad="linear_distillation_loss has no second derivative",
@@ -127,6 +133,7 @@ SPECS = (
             Bad(ValueError, "avg is not a valid value for reduction", dict(reduction="avg")),
             Bad(ValueError, "num_items", dict(num_items=0)),
             Bad(ValueError, "num_items must be one number", dict(num_items=torch.ones(2))),
+            Bad(ValueError, "empty must be 'nan' or 'zero', got 'one'", dict(empty="one")),
             Bad(ValueError, r"shift must be in \[0, 5\].*got 6", dict(shift=6)),
             Bad(ValueError, "shift must be in", dict(shift=-1)),
             Bad(TypeError, "shift must be an int", dict(shift=1.0)),

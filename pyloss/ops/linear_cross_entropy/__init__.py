@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops import row_softmax as rows
+from pyloss.ops._empty import scaled
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
@@ -206,7 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if ctx.early and ctx.compiling and not create_graph:
             grads = kept[9:]
-            return *(g if g is None else g * grad_loss.to(g.dtype) for g in grads), *none
+            return *(g if g is None else scaled(g, grad_loss) for g in grads), *none
         if ctx.early and grads is not None and not (create_graph or is_batched(grad_loss)):
             # Handed over, not kept: a second backward computes them anew, autograd may adopt them.
             if not rows.is_one(grad_loss):

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.row_softmax.epilogue import unless_zero
 from pyloss.ops.row_softmax.records import DENSE, MIX, REDUCTIONS, Codes, Options
 
 # Bits of `wants` besides those of row_softmax: the gradients of input, weight and bias.
@@ -57,13 +59,8 @@ def ignored_rows(t: Tensors, codes: Codes) -> Tensor | None:
     """Mask of the rows to leave out; None where no row can be."""
     if codes.kind == DENSE:
         return None
-    ignored = _equal(t.target, codes.ignore_index)
-    return ignored | _equal(t.target2, codes.ignore_index) if codes.kind == MIX else ignored
-
-
-def _equal(labels: Tensor, value: int) -> Tensor:
-    # torch compares in the labels' own dtype, where the uint8 label 156 equals -100.
-    return (labels.long() if labels.dtype == torch.uint8 else labels) == value
+    ignored = wide(t.target) == codes.ignore_index
+    return ignored | (wide(t.target2) == codes.ignore_index) if codes.kind == MIX else ignored
 
 
 def _mass(t: Tensors, codes: Codes, ignored) -> tuple[Tensor, Tensor]:
@@ -81,8 +78,7 @@ def _mass(t: Tensors, codes: Codes, ignored) -> tuple[Tensor, Tensor]:
 
     def of(labels):
         # Out of range, and not ignored: the kernel will say so.
-        inside = (labels >= 0) & (labels < t.weight.shape[0])
-        return t.weight.double()[torch.where(inside, labels, 0).long()]
+        return t.weight.double()[torch.where(outside(labels, t.weight.shape[0]), 0, wide(labels))]
 
     picked = of(t.target)
     if codes.kind == MIX:
@@ -117,7 +113,8 @@ class Call:
             loss_mass, z_mass = _mass(t, codes, self.ignored)
             factor = 1 / z_mass
             if t.weight is not None:
-                ratio = z_mass / loss_mass
+                # Without any row the class weights do not matter, but must not become NaN.
+                ratio = torch.where(z_mass == 0, 1.0, z_mass / loss_mass)
                 if codes.zero_if_empty:
                     ratio = torch.where(loss_mass == 0, 0.0, ratio)
                 self.weight = (t.weight * ratio).to(acc)
@@ -125,5 +122,7 @@ class Call:
                 factor = torch.where(z_mass == 0, 0.0, factor)
             else:
                 self.empty = loss_mass == 0
-        token = factor if t.token_weight is None else t.token_weight * factor
+        token = factor
+        if t.token_weight is not None:
+            token = unless_zero(t.token_weight, t.token_weight * factor)
         self.token_weight = token.to(acc).expand(t.input.shape[0])

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.ops._labels import outside
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors
 from pyloss.ops.row_softmax.calls import WANT_EXTRAS
 from pyloss.ops.row_softmax.epilogue import LossOfNll, Transform, epilogue, transform, unless_zero
@@ -176,8 +177,8 @@ def forward(t: Tensors, options, codes, loss_dtype, wants) -> list[Tensor]:
     )
     stats = layer.back(torch.stack([s for s in found if s is not None]), 1)
     # A label out of range has no column: its row becomes NaN.
-    outside = (t.target < 0) | (t.target >= call.classes)
-    stats[1] = torch.where(outside & ~call.ignored, math.nan, stats[1])
+    bad = outside(t.target, call.classes) & ~call.ignored
+    stats[1] = torch.where(bad, math.nan, stats[1])
 
     r = _terms(t, call, *stats[:3])
     losses, z = _row_losses(call, r, stats[-1] if smoothing else None)
@@ -222,7 +223,7 @@ class Coefficients(NamedTuple):
 
 def _coefficients(call: Call, r: Terms, grad_loss, grad_extras, ez) -> Coefficients:
     o = call.options
-    g = torch.where(call.ignored, 0.0, grad_loss.float() * r.token)
+    g = torch.where(call.ignored, 0.0, unless_zero(r.token, grad_loss.float() * r.token))
     c1 = unless_zero(r.first, g * r.first * r.f.slope)
     other, b, spread = torch.zeros_like(g), None, None
     if o.smoothing > 0:

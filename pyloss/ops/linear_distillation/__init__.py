@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops._empty import scale_
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
 from pyloss.ops.linear_distillation import by_chunks
@@ -110,7 +111,7 @@ class _Distillation(torch.autograd.Function):
             *tensors, divisor = ctx.saved_tensors  # once: checkpointing allows no more
         with torch.no_grad():
             if early is not None and not is_batched(grad):
-                found = [g.mul_(grad) for g in early]
+                found = [scale_(g, grad) for g in early]
             else:
                 scale = grad if divisor is None else grad * _inverse(divisor)
                 found = torch.ops.pyloss.linear_distillation(

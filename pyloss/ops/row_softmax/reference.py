@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from pyloss.ops import _empty
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._reference import gradients
 from pyloss.ops.row_softmax.calls import (
@@ -145,4 +146,4 @@ def hvp(v, grad_loss, grad_extras, input, *rest):
 
 
 def scale_(data, factor):
-    data.mul_(factor)
+    _empty.scale_(data, factor)

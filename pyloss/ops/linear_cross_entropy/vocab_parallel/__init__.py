@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyloss.ops._empty import divided
+from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors
 from pyloss.ops.linear_cross_entropy.chunks import Chunks
@@ -37,7 +39,7 @@ from pyloss.ops.linear_cross_entropy.products import Linear
 from pyloss.ops.linear_cross_entropy.vocab_parallel.group import (
     all_gather,
     eager,
-    exchange_sizes,
+    exchange,
     merge,
 )
 from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import (
@@ -56,7 +58,7 @@ from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import (
 from pyloss.ops.row_softmax.epilogue import differentiable_epilogue, unless_zero
 from pyloss.ops.row_softmax.records import PLAIN, REDUCTIONS, Codes, Options
 
-__all__ = ["Shard", "exchange_sizes", "vocab_parallel"]
+__all__ = ["Shard", "exchange", "vocab_parallel"]
 
 # --------------------------------------------------------------------------------------------------
 # All rows: of given logits, and of a layer by chunks
@@ -225,7 +227,7 @@ def _vocab_parallel(
     """
     target, token_weight, weight = labels
     o = options or PLAIN
-    ignored = (target.long() if target.dtype == torch.uint8 else target) == codes.ignore_index
+    ignored = wide(target) == codes.ignore_index
     smoothing = 1.0 if o.smoothing > 0 else 0.0
     transform = PLAIN._replace(
         logit_scale=o.logit_scale, softcap=o.softcap, temperature=o.temperature, smoothing=smoothing
@@ -247,11 +249,11 @@ def _vocab_parallel(
     if smooth is not None:
         row = row + (o.smoothing / classes) * smooth
     k = torch.ones_like(nll) if token_weight is None else token_weight.to(nll.dtype)
-    row = torch.where(ignored | ((k == 0) & torch.isinf(row)), 0.0, k * row)
+    row = torch.where(ignored | ((k == 0) & ~row.isnan()), 0.0, k * row)
     z_stat = (
         torch.where(ignored, 0.0, o.z_loss * lse.square()) if o.z_loss else torch.zeros_like(lse)
     )
-    z_row = k * z_stat
+    z_row = torch.where((k == 0) & ~z_stat.isnan(), 0.0, k * z_stat)
     if codes.reduction == REDUCTIONS["none"]:
         loss = row + z_row
     else:
@@ -266,16 +268,13 @@ def _reduced(row, z_row, k, first, ignored, o: Options, codes: Codes, divisor):
     """Sums in float64: then their order, which depends on the threads, does not show."""
     row, z_row, k = row.double().sum(), z_row.double().sum(), torch.where(ignored, 0.0, k).double()
 
-    def divided(total, mass):
-        value = total / mass
-        return torch.where(mass == 0, 0.0, value) if codes.zero_if_empty else value
-
+    zero = bool(codes.zero_if_empty)
     if codes.reduction == REDUCTIONS["mean"]:
         if o.num_items > 0:
             return (row + z_row) / o.num_items
-        loss = divided(row, (k * first.double()).sum())
-        return loss + divided(z_row, k.sum()) if o.z_loss else loss
-    return row + z_row if divisor is None else divided(row + z_row, divisor.double())
+        loss = divided(row, (k * first.double()).sum(), zero)
+        return loss + divided(z_row, k.sum(), zero) if o.z_loss else loss
+    return row + z_row if divisor is None else divided(row + z_row, divisor.double(), zero)
 
 
 vocab_parallel = eager(_vocab_parallel)
