@@ -130,6 +130,14 @@ def as_integer(value) -> int | None:
         return None
 
 
+def checked_integer(name: str, value) -> int:
+    """The int that a value stands for."""
+    found = as_integer(value)
+    if found is None:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return found
+
+
 def check_integer(name: str, value, kind: str = "an integer") -> None:
     if not is_integer(value):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
@@ -163,15 +171,6 @@ def one_number(name: str, t: Tensor) -> Tensor:
 def check_dense(name: str, x: Tensor) -> None:
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense Tensor, got one of layout {x.layout}")
-
-
-def as_integer(name: str, value) -> int:
-    """An int, or what stands for one, such as numpy's."""
-    if is_integer(value):
-        return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    return operator.index(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def check_has_dimension(name: str, x: Tensor, got: str = "a 0-d tensor") -> None
 
 def check_along(name: str, x: Tensor, dim: int, empty: bool = False) -> None:
     """That x has something along dim, or may have nothing."""
-    as_integer("dim", dim)
+    checked_integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
         low, high = -x.dim(), x.dim() - 1
         raise IndexError(f"dim must be in [{low}, {high}] for {x.dim()} dimensions, got {dim}")

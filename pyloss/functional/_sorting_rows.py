@@ -72,7 +72,7 @@ def check_ordered(name: str, x) -> None:
 
 def check_dim(x: Tensor, dim: int) -> None:
     """In torch's words."""
-    checks.as_integer("dim", dim)
+    checks.checked_integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
         raise IndexError(
             f"Dimension out of range (expected to be in range of [{-x.dim()}, {x.dim() - 1}], "

@@ -533,7 +533,7 @@ def soft_topk(
         Petersen, Kuehne, Borgelt, Deussen. arXiv 2206.07290.
     """
     if mask is not None or lengths is not None:
-        k = checks.as_integer("k", k)
+        k = checks.checked_integer("k", k)
         return by_length(
             lambda rows, **options: soft_topk(rows, k, **options),
             ("element", k),
@@ -548,7 +548,7 @@ def soft_topk(
             art_lambda=art_lambda,
             hard=hard,
         )
-    k = checks.as_integer("k", k)
+    k = checks.checked_integer("k", k)
     settings = checked_settings(network, distribution, steepness, art_lambda, k, SELECTORS)
     rows = rows_of("x", x, dim, not largest, settings)  # either way the largest of the rows
     if not 1 <= k <= rows.n:
@@ -618,7 +618,7 @@ def check_loss_options(
         raise ValueError(
             "ties='share' has no effect with target_is='permutation', which has no ties"
         )
-    checks.as_integer("base", base)
+    checks.checked_integer("base", base)
     if base and target_is != "ranks":
         raise ValueError(f"base has no effect with target_is={target_is!r}")
     checked_settings(network, distribution, steepness, art_lambda)

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import sorting as F
-from pyloss.functional._checks import as_integer, check_tensor
+from pyloss.functional._checks import check_tensor, checked_integer
 from pyloss.functional._options import SortingLossOptions, SpearmanOptions, options_of
 from pyloss.functional._sorting_rows import SELECTORS, SORTERS, checked_settings
 from pyloss.nn._module import LossModule, OptionsModule
@@ -29,7 +29,7 @@ class _Network(OptionsModule):
                     f"which is {distribution!r}"
                 )
             distribution = interpolation_type
-        size = as_integer("size", size)
+        size = checked_integer("size", size)
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if art_lambda is None and distribution != "logistic_phi":  # of which alone it is an option
@@ -155,7 +155,7 @@ class DiffTopkNet(_Network):
             sorting_network_type, size, steepness, art_lambda, interpolation_type, distribution,
             SELECTORS, k,
         )  # fmt: skip
-        k = as_integer("k", k)
+        k = checked_integer("k", k)
         if not 1 <= k <= size:
             raise ValueError(f"k must be in [1, {size}], the size; got {k}")
         self.k = k
