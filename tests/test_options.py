@@ -20,8 +20,8 @@ GROUPS = [
     (groups.RowOptions, F.fused_cross_entropy, {"size_average", "reduce", "inplace"}, {"gamma"}),
     (groups.DiceOptions, F.soft_dice_loss, set(), set()),
     (groups.DiceCrossEntropyOptions, F.dice_cross_entropy_loss, set(), set()),
-    (groups.SortingLossOptions, F.sorting_cross_entropy, set(), set()),
-    (groups.SpearmanOptions, F.spearman_loss, set(), set()),
+    (groups.SortingLossOptions, F.sorting_cross_entropy, {"mask", "lengths"}, set()),
+    (groups.SpearmanOptions, F.spearman_loss, {"mask", "lengths"}, set()),
     (groups.BettiOptions, F.betti_matching_loss, set(), set()),
 ]
 
