@@ -24,6 +24,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,6 +43,15 @@ def find_tool(name: str, bin_dir_attribute: str) -> str:
     if path is None:
         raise RuntimeError(f"{name} was not found; install it with `pip install {name}`")
     return path
+
+
+class FreshBuild(build_py):
+    """A wheel holds what the sources hold: what an earlier build left of deleted modules goes."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "pyloss", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -94,7 +104,7 @@ def long_description() -> str:
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("pyloss._C", sources=[])],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuild},
         long_description=long_description(),
         long_description_content_type="text/markdown",
     )

@@ -5,6 +5,9 @@
     python -m bench.run --op row_softmax --quick --case 'fwd 4096' --threads 1
     python -m bench.run --op row_softmax --json new.json --compare old.json [--shared]
 
+Runs in a checkout with an editable install (`make build`): no wheel holds `bench/`, and in a
+checkout without a build `./pyloss` stands before an installed one.
+
 Exit status: 0 fine, 1 a pyloss provider failed or was wrong, 2 slower than the file compared with.
 """
 
