@@ -148,3 +148,16 @@ def test_options_may_be_set_between_calls() -> None:
     betti = pyloss.nn.BettiMatchingLoss(dims=[0])
     betti.dims = (1,)
     assert torch.equal(betti(image, mask), F.betti_matching_loss(image, mask, dims=[1]))
+
+
+def test_options_of_a_module_are_read_and_set() -> None:
+    betti = pyloss.nn.BettiMatchingLoss(reduction="sum")
+    assert betti.options["reduction"] == "sum"
+    betti.options = {**betti.options, "reduction": "none"}
+    assert betti.reduction == "none"
+    with pytest.raises(TypeError, match="BettiMatchingLoss.*'reductoin'"):
+        betti.options = {"reductoin": "sum"}
+    linear = pyloss.nn.LinearCrossEntropyLoss(8, 4, z_loss=1e-3)
+    assert linear.loss_options["z_loss"] == 1e-3
+    linear.z_loss = 2e-3
+    assert linear.loss_options["z_loss"] == 2e-3

@@ -40,7 +40,14 @@ class LossModule(OptionsModule):
 
     @property
     def options(self) -> dict:
+        """The options at present, as a copy: set one by its attribute, or all by assignment."""
         return self._options
+
+    @options.setter
+    def options(self, values: dict) -> None:
+        check_names(type(self).__name__, values, self._option_names)
+        for name, value in values.items():
+            setattr(self, name, value)
 
 
 class WeightedLoss(LossModule):

@@ -120,6 +120,11 @@ class LinearCrossEntropyLoss(OptionsModule):
         self._borrowed = (module,)
         return self
 
+    @property
+    def loss_options(self) -> dict:
+        """The options at present; each is an attribute of its name, which may be set."""
+        return self._options
+
     def _keep(self, num_classes, out_features, weight, options) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(
