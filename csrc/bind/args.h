@@ -65,13 +65,6 @@ inline DType checked_float(const char* name, int64_t code) {
   return t;
 }
 
-// An enumerator below `count`.
-template <class E>
-E checked_enum(const char* name, int64_t value, int64_t count) {
-  if (value < 0 || value >= count) bad_argument(name, "unknown code " + std::to_string(value));
-  return static_cast<E>(value);
-}
-
 inline int checked_threads(int64_t threads) {
   if (threads < 1 || threads > 4096) bad_argument("threads", std::to_string(threads));
   return static_cast<int>(threads);

@@ -57,9 +57,9 @@ PYLOSS_HD inline double scaled(const Problem& p, double x) {
 PYLOSS_HD inline double mean_w(const Problem& p, int64_t a, int64_t b) {
   return double(p.n) - 0.5 * double(a + b - 1);
 }
-// What centred ranks are less than ranks.
-PYLOSS_HD inline double middle(const Problem& p) {
-  return p.centred ? 0.5 * double(p.n + 1) : 0.0;
+// The mean of w, less (n + 1) / 2 for centred ranks; exact.
+PYLOSS_HD inline double mean_rank(const Problem& p, int64_t a, int64_t b) {
+  return 0.5 * double((p.centred ? p.n : 2 * p.n + 1) - a - b);
 }
 PYLOSS_HD inline double sum_w(const Problem& p, int64_t a, int64_t b) {
   return double(b - a) * mean_w(p, a, b);
@@ -117,28 +117,46 @@ PYLOSS_HD int64_t pool(const Problem& p, int64_t begin, int64_t end, const S& s,
   return depth;
 }
 
-// The output at sorted position i of the block [a, b); `rest`: sum of exp(s - top) - 1 over the
-// block (centred ranks of kl only).
+// The output at sorted position i of the block [a, b), but for the centred ranks of kl.
 PYLOSS_HD inline double output(const Problem& p, int64_t a, int64_t b, int64_t i, double sum,
-                               double top, double s_i, double rest) {
-  if (p.rank && p.kl && p.centred) {
-    // m (1 + d) / (1 + mean d) - c, with d = exp(s - top) - 1: c and m, nearly equal, cancel first.
-    const double m = mean_w(p, a, b), c = middle(p), mean = rest / double(b - a);
-    return ((m - c) + (m * expm1_(s_i - top) - c * mean)) / (1 + mean);
-  }
+                               double top, double s_i) {
   if (p.rank) {
     if (p.kl) return exp_(s_i - top) / sum * sum_w(p, a, b);
-    return (s_i - sum / double(b - a)) + (mean_w(p, a, b) - middle(p));
+    return (s_i - sum / double(b - a)) + mean_rank(p, a, b);
   }
   if (p.kl) return double(i - a) / p.strength + lse_w_rest(p, b - a) - (top + log_(sum));
   return (mean_w(p, a, b) - double(p.n - i)) / p.strength - sum / double(b - a);
 }
 
+// The centred ranks of kl on the block [a, b): m (1 + d) / (1 + mean d) - c, d = exp(s - top) - 1,
+// where c and m, nearly equal, cancel first.
+template <class S, class Index, class Put, class Mark>
+PYLOSS_HD void centred_kl_block(const Problem& p, int64_t a, int64_t b, const S& s,
+                                const Index& index, const Put& put, const Mark& mark) {
+  const double top = s(a), m = mean_w(p, a, b), from_middle = mean_rank(p, a, b);
+  double mean = 0;
+  for (int64_t i = a; i < b; ++i) mean += expm1_(s(i) - top);
+  mean /= double(b - a);
+  const double scale = 1 / (1 + mean), rest = (from_middle - (m - from_middle) * mean) * scale;
+  for (int64_t i = a; i < b; ++i) {
+    const int32_t element = index(i);
+    put(element, m * scale * expm1_(s(i) - top) + rest);
+    mark(i, element | (i == a ? kStart : 0));
+  }
+}
+
+// Whether a row's outputs are those of centred_kl_block.
+PYLOSS_HD inline bool is_centred_kl(const Problem& p) {
+  return p.rank && p.kl && p.centred;
+}
+
 // Forward of a sorted row. x(i): value at a sorted position, index(i): its element;
-// put(element or position, y), mark(position, packed).
-template <class X, class Index, class Put, class Mark>
-PYLOSS_HD void forward_row(const Problem& p, bool has_nan, Stack t, const X& x, const Index& index,
+// put(element or position, y), mark(position, packed). kCentredKl is is_centred_kl(p), known when
+// compiled: on a GPU, a kernel with both kinds of output spills registers.
+template <bool kCentredKl, class X, class Index, class Put, class Mark>
+PYLOSS_HD void forward_row(Problem p, bool has_nan, Stack t, const X& x, const Index& index,
                            const Put& put, const Mark& mark) {
+  if constexpr (kCentredKl) p.rank = p.kl = p.centred = true;
   const auto s = [&](int64_t i) { return scaled(p, x(i)); };
   if (has_nan) {
     for (int64_t i = 0; i < p.n; ++i) {
@@ -154,7 +172,7 @@ PYLOSS_HD void forward_row(const Problem& p, bool has_nan, Stack t, const X& x, 
       while (end < p.n && s(end) == first) ++end;
       for (int64_t i = begin; i < end; ++i) {
         const int32_t element = index(i);
-        put(p.rank ? element : i, p.rank ? mean_w(p, begin, end) - middle(p) : -first);
+        put(p.rank ? element : i, p.rank ? mean_rank(p, begin, end) : -first);
         mark(i, element | kFixed | (i == begin ? kStart : 0));
       }
       continue;
@@ -164,15 +182,15 @@ PYLOSS_HD void forward_row(const Problem& p, bool has_nan, Stack t, const X& x, 
     for (int64_t k = 0; k < depth; ++k) {
       const int64_t a = t.start[k * t.step];
       const int64_t b = k + 1 < depth ? t.start[(k + 1) * t.step] : end;
-      const double sum = t.sum[k * t.step], top = s(a);
-      double rest = 0;
-      if (p.rank && p.kl && p.centred) {
-        for (int64_t i = a; i < b; ++i) rest += expm1_(s(i) - top);
-      }
-      for (int64_t i = a; i < b; ++i) {
-        const int32_t element = index(i);
-        put(p.rank ? element : i, output(p, a, b, i, sum, top, s(i), rest));
-        mark(i, element | (i == a ? kStart : 0));
+      if constexpr (kCentredKl) {
+        centred_kl_block(p, a, b, s, index, put, mark);
+      } else {
+        const double sum = t.sum[k * t.step], top = s(a);
+        for (int64_t i = a; i < b; ++i) {
+          const int32_t element = index(i);
+          put(p.rank ? element : i, output(p, a, b, i, sum, top, s(i)));
+          mark(i, element | (i == a ? kStart : 0));
+        }
       }
     }
   }

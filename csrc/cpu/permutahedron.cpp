@@ -121,10 +121,15 @@ void forward(const Problem& p, const R* x, R* y, int32_t* packed, Scratch<R>& sc
   }
   const permutahedron::Stack stack{scratch.numbers.get(), scratch.numbers.get() + p.n,
                                    scratch.starts.get(), 1};
-  permutahedron::forward_row(
-      p, has_nan, stack, [&](int64_t i) { return double(number_of<R>(sorted[i].key ^ flip)); },
-      [&](int64_t i) { return sorted[i].element; }, [&](int64_t i, double v) { y[i] = R(v); },
-      [&](int64_t i, int32_t v) { packed[i] = v; });
+  const auto x_at = [&](int64_t i) { return double(number_of<R>(sorted[i].key ^ flip)); };
+  const auto element = [&](int64_t i) { return sorted[i].element; };
+  const auto put = [&](int64_t i, double v) { y[i] = R(v); };
+  const auto mark = [&](int64_t i, int32_t v) { packed[i] = v; };
+  if (permutahedron::is_centred_kl(p)) {
+    permutahedron::forward_row<true>(p, has_nan, stack, x_at, element, put, mark);
+  } else {
+    permutahedron::forward_row<false>(p, has_nan, stack, x_at, element, put, mark);
+  }
 }
 
 // Elements are places in g and x: a list that no forward has made must not be followed.

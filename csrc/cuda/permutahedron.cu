@@ -18,7 +18,7 @@ using permutahedron::Problem;
 
 constexpr int kThreads = 64;  // few rows must still reach several multiprocessors
 
-template <class R>
+template <class R, bool kCentredKl>
 __global__ void __launch_bounds__(kThreads)
     permutahedron_fwd_kernel(Problem p, const R* sorted, const int64_t* order, R* y,
                              int32_t* packed, permutahedron::Stack stack) {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
                                   stack.step};
   // torch sorts NaN as the largest.
   const R suspect = x[p.rank ? 0 : p.n - 1];
-  permutahedron::forward_row(
+  permutahedron::forward_row<kCentredKl>(
       p, suspect != suspect, mine, [&](int64_t i) { return double(x[i]); },
       [&](int64_t i) { return int32_t(index[i]); }, [&](int64_t i, double v) { out[i] = R(v); },
       [&](int64_t i, int32_t v) { marks[i] = v; });
@@ -77,8 +77,10 @@ void permutahedron_forward(const Problem& p, const void* sorted, const int64_t* 
                                    p.rows};
   for_dtype(p, [&](auto zero) {
     using R = decltype(zero);
-    launch(permutahedron_fwd_kernel<R>, dim3(grid_size(ceil_div(p.rows, kThreads))), dim3(kThreads),
-           0, stream, p, static_cast<const R*>(sorted), order, static_cast<R*>(y), packed, stack);
+    auto* kernel = permutahedron::is_centred_kl(p) ? permutahedron_fwd_kernel<R, true>
+                                                   : permutahedron_fwd_kernel<R, false>;
+    launch(kernel, dim3(grid_size(ceil_div(p.rows, kThreads))), dim3(kThreads), 0, stream, p,
+           static_cast<const R*>(sorted), order, static_cast<R*>(y), packed, stack);
   });
 }
 

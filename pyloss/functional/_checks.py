@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from pyloss.ops._labels import at_least as at_least
+from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,27 +59,6 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
     if dtype in (torch.float32, torch.float64) or not autocast_on(x):
         return dtype
     return torch.float32
-
-
-def equals(labels: Tensor, number: int) -> Tensor:
-    """Where labels are a number; in a narrow dtype `==` would wrap it (-1 is 255 in uint8)."""
-    if _outside(labels, number):
-        return torch.zeros_like(labels, dtype=torch.bool)
-    return labels == number
-
-
-def at_least(labels: Tensor, number: float) -> Tensor:
-    """Where labels are a number or more, which a narrow dtype would wrap."""
-    if not (labels.is_floating_point() or labels.dtype == torch.bool):
-        labels = labels.to(torch.float64 if isinstance(number, float) else torch.int64)
-    return labels >= number
-
-
-def _outside(labels: Tensor, number: int) -> bool:
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        return False
-    info = torch.iinfo(labels.dtype)
-    return not info.min <= number <= info.max
 
 
 # --------------------------------------------------------------------------------------------------
