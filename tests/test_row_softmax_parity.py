@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TORCH
 
 import pyloss
 from pyloss.testing import make_logits, make_target
@@ -100,9 +101,8 @@ def test_ignore_index(ignore_index):
 def test_one_row_and_a_label_of_one_entry(reduction):
     x = torch.randn(10, requires_grad=True)
     y = torch.tensor([3])
-    ours, want = (
-        f(x, y, reduction=reduction) for f in (pyloss.fused_cross_entropy, F.cross_entropy)
-    )
+    ours = pyloss.fused_cross_entropy(x, y, reduction=reduction)
+    want = F.cross_entropy(x, y if TORCH >= (2, 11) else y[0], reduction=reduction)
     assert ours.shape == want.shape == ()
     torch.testing.assert_close(ours, want)
     # torch's own backward refuses this target.
@@ -118,7 +118,8 @@ def test_one_row_and_a_label_of_one_entry(reduction):
     [([1, 2, 3], {}, ValueError), ([1, 2, 3], dict(label_smoothing=1.2), RuntimeError)],
 )
 def test_exceptions_are_those_of_torch(labels, options, error):
-    for function in (pyloss.fused_cross_entropy, F.cross_entropy):
+    as_torch = options or TORCH >= (2, 11)
+    for function in (pyloss.fused_cross_entropy, *([F.cross_entropy] if as_torch else [])):
         with pytest.raises(error, match="label_smoothing must be" if options else "size 1"):
             function(torch.randn(10), torch.tensor(labels), **options)
 
@@ -321,7 +322,8 @@ def test_same_errors(name):
     theirs = _error(F_CE, args, options)
     ours = _error(pyloss.fused_cross_entropy, args, options)
     assert theirs is not None, "the example must be an error in PyTorch"
-    assert type(ours) is type(theirs), f"{ours!r} instead of {theirs!r}"
+    earlier = name == "integer_logits" and TORCH < (2, 8)
+    assert type(ours) is (NotImplementedError if earlier else type(theirs)), f"{ours!r}, {theirs!r}"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,8 @@ def test_same_errors(name):
 )
 def test_error_messages(name, message):
     args, options = ERRORS[name]
-    for function in (F_CE, pyloss.fused_cross_entropy):
+    as_torch = name != "bool_target" or TORCH >= (2, 13)
+    for function in (pyloss.fused_cross_entropy, *([F_CE] if as_torch else [])):
         error = _error(function, args, options)
         assert re.search(re.escape(message), str(error)), f"{function.__name__}: {error}"
 

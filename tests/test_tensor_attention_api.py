@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from tensor_attention_cases import F32, F64, Problem, largest_error, with_gradients
+from torch.utils.checkpoint import checkpoint
 
 import pyloss
 from pyloss import backends
@@ -85,7 +86,7 @@ def test_gradients_twice_and_in_place():
 def test_checkpointing():
     tensors = [t.clone().requires_grad_() for t in T]
     want = torch.autograd.grad(pyloss.tensor_attention(*tensors).sum(), tensors)
-    out = torch.utils.checkpoint.checkpoint(pyloss.tensor_attention, *tensors, use_reentrant=False)
+    out = checkpoint(pyloss.tensor_attention, *tensors, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(out.sum(), tensors), want):
         assert torch.equal(a, b)
 

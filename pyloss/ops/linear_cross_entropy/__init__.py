@@ -157,10 +157,13 @@ _ops = torch.ops.pyloss
 
 def _unlisted(found, wants):
     """(loss, saved, extras, index, [grads]) of a forward's result."""
-    loss, saved, *rest = found
-    extras = rest.pop(0) if wants & WANT_EXTRAS else None
-    index = rest.pop(0) if wants & WANT_INDEX else None
-    return loss, saved, extras, index, spread(rest, wants)
+    # By place: Dynamo of torch 2.6 cannot trace a pop.
+    place = 2
+    extras = found[place] if wants & WANT_EXTRAS else None
+    place += bool(wants & WANT_EXTRAS)
+    index = found[place] if wants & WANT_INDEX else None
+    place += bool(wants & WANT_INDEX)
+    return found[0], found[1], extras, index, spread(found[place:], wants)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

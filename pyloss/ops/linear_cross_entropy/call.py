@@ -51,8 +51,11 @@ def wanted(wants: int) -> tuple[bool, ...]:
 
 def spread(grads, wants: int) -> list[Tensor | None]:
     """Gradients in the order (input, weight, bias), None for those not formed."""
-    grads = list(grads)
-    return [grads.pop(0) if wants & bit else None for bit in WANT_GRADS]
+    found, place = [], 0
+    for bit in WANT_GRADS:  # by place: Dynamo of torch 2.6 cannot trace a pop
+        found.append(grads[place] if wants & bit else None)
+        place += bool(wants & bit)
+    return found
 
 
 def ignored_rows(t: Tensors, codes: Codes) -> Tensor | None:
