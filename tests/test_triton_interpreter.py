@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 HERE = Path(__file__).resolve().parent
 CHECKS: dict[str, list[Path]] = {}  # by the first two words of the op's name
