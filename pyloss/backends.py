@@ -85,6 +85,11 @@ def _old_triton() -> str | None:
     return f"its kernels need Triton {needed} or newer (that of PyTorch 2.8), {found} is installed"
 
 
+def has_triton() -> bool:
+    """Whether there is a Triton that the kernels can be compiled with."""
+    return _has_triton() and _old_triton() is None
+
+
 def why_not(name: str, op: str, device_type: str, available: Collection[str]) -> str | None:
     """The reason why a backend cannot run an op on a device, in words; None when it can."""
     if name not in available:

@@ -304,7 +304,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss, extras, index) of checked arguments; their rows as in row_softmax."""
     chunk, strategy, exact, filter = settings
-    if filter is not None and not tiles().runs_on(t.input):
+    if filter is not None and not tiles().can_filter(t.input):
         filter = None  # it allows to leave out, it does not ask to
     settings = (chunk, strategy, exact, filter)
     trained = (t.input, t.linear_weight, t.linear_bias)  # Dynamo of torch 2.6 slices no NamedTuple
