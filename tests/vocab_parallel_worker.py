@@ -19,6 +19,7 @@ if sys.platform == "linux":
 
 import torch
 import torch.distributed as dist
+from helpers import TORCH
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -609,7 +610,8 @@ def cases() -> dict[str, Callable]:
         "empty": empty_batches,
         "nothing counts": nothing_counts,
         "DTensor": dtensors,
-        "FSDP2": fsdp,
+        # With torch 2.6 any model crashes under FSDP2 on the CPU.
+        **({"FSDP2": fsdp} if TORCH >= (2, 8) else {}),
         "different rows": different_rows,
         "refusals": refusals,
         "group of one": one_process_group,
