@@ -124,6 +124,14 @@ def check_integer(name: str, value, kind: str = "an integer") -> None:
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
 
 
+def check_flag(name: str, value) -> None:
+    """A bool, numpy's too; or 0 or 1."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in _BOOLS:
+        return
+    if not (is_integer(value) and value in (0, 1)):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
 def check_one_of(
     name: str, value, known: Iterable[str], show: Callable[[str], str] = str, then: str = ", "
 ) -> None:
@@ -181,8 +189,10 @@ def check_supported(function: str, t: Tensor, where: str = "") -> None:
 
 def check_index_dtype(name: str, labels: Tensor) -> None:
     if labels.dtype not in CLASS_INDICES:
+        hint = f"; class labels must be integers, {name}.long()"
         raise RuntimeError(
             f"expected {name} dtype to be Long or Byte, but got {scalar_name(labels.dtype)}"
+            + (hint if labels.is_floating_point() else "")
         )
 
 

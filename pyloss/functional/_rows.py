@@ -90,9 +90,7 @@ def prepare(
         raise ValueError(f"loss_dtype must be a floating dtype, got {loss_dtype}")
     if type(ignore_index) is not int:
         ignore_index = _checked_ignore_index(ignore_index)
-    smoothing = formula.get("label_smoothing")
-    if smoothing and not 0.0 <= smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing}")
+    check_smoothing(formula.get("label_smoothing"))
 
     target2 = mix = None
     if isinstance(target, Tensor):
@@ -150,6 +148,21 @@ def prepare(
     wants = _checked_stats(return_stats, kind) if return_stats else 0
     labels = (target, target2, mix, weight, token_weight)
     return input, Prepared(labels, options, codes, loss_dtype, wants, return_stats, divisor, empty)
+
+
+def check_smoothing(smoothing) -> None:
+    if smoothing and not 0.0 <= smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing}")
+
+
+def check_target_of(input, target) -> None:
+    """The dtype and the shape of a target, in prepare's words; of `input` only the shape counts."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        _check_probabilities(input, target, -100, "the logits")
+        return
+    pair = (target,) if isinstance(target, Tensor) else _checked_mixup(target)[:2]
+    for name, labels in zip(("target", "target[1]"), pair):
+        _check_labels(input, labels, name)
 
 
 def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
@@ -236,14 +249,14 @@ def _broadcast_mix(lam, target, dtype):
         ) from None
 
 
-def _check_probabilities(input, target, ignore_index):
+def _check_probabilities(input, target, ignore_index, whose="input"):
     if input.shape != target.shape:
         _check_batch(input, target)
         labels = target.dim() == input.dim() - 1
         hint = "; class labels must be integers, target.long()" if labels else ""
         raise RuntimeError(
             f"Expected floating point type for target with class probabilities to have the shape "
-            f"of input, {list(input.shape)}, got {list(target.shape)}{hint}"
+            f"of {whose}, {list(input.shape)}, got {list(target.shape)}{hint}"
         )
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
@@ -299,9 +312,9 @@ def _checked_weight(weight, input, classes):
             f"got weight tensor of shape: {list(weight.shape)}"
         )
     if weight.dtype not in (input.dtype, torch.float32, acc):
+        kinds = " or ".join(map(checks.scalar_name, dict.fromkeys((input.dtype, torch.float32))))
         raise RuntimeError(
-            f"expected scalar type {checks.scalar_name(input.dtype)} or Float for weight but found "
-            f"{checks.scalar_name(weight.dtype)}"
+            f"expected scalar type {kinds} for weight but found {checks.scalar_name(weight.dtype)}"
         )
     checks.check_device("weight", weight, input)
     checks.check_constant("weight", weight)

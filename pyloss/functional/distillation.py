@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional import _layers as layers
 from pyloss.functional._checks import check_range
 from pyloss.ops import linear_distillation as op
 from pyloss.ops._launch import accumulator_dtype
@@ -123,7 +124,9 @@ def linear_distillation_loss(
             raise ValueError(f"beta must be in (0, 1), got {beta}")
     checks.check_reduction(reduction, op.REDUCTIONS)
     checks.check_empty(empty)
-    checks.check_integer("shift", shift, "an int")
+    checks.check_flag("scale_by_temperature", scale_by_temperature)
+    ignore_index = checks.checked_integer("ignore_index", ignore_index)
+    shift = checks.checked_integer("shift", shift)
 
     _check_head("student", student_hidden, student_weight, student_bias)
     _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
@@ -262,11 +265,5 @@ def _check_target(target, student_hidden):
 
 
 def _checked_chunk(chunk, weight):
-    if isinstance(chunk, str):
-        if chunk != "auto":
-            raise ValueError(f"chunk must be a positive int or 'auto', got {chunk!r}")
-        return op.auto_chunk(weight.device.type, weight.shape[0])
-    checks.check_integer("chunk", chunk, "a positive int or 'auto'")
-    if chunk < 1:
-        raise ValueError(f"chunk must be a positive int or 'auto', got {chunk}")
-    return chunk
+    chunk = layers.checked_chunk(chunk)
+    return op.auto_chunk(weight.device.type, weight.shape[0]) if chunk is None else chunk

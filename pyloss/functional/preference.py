@@ -110,6 +110,7 @@ def sequence_logprobs(
     """
     check_floating("token_logps", token_logps)
     checks.check_has_dimension("token_logps", token_logps)
+    checks.check_flag("average", average)
     logps = token_logps.to(accumulator_dtype(token_logps.dtype))
     mask = _checked_mask(mask, "token_logps", token_logps)
     if mask is None:
@@ -217,6 +218,7 @@ def dpo_loss(
         _check_same_shape(name, t, "policy_chosen_logps", policy_chosen_logps)
     checks.check_one_of("loss_type", loss_type, _DPO_LOSSES)
     checks.check_reduction(reduction)
+    checks.check_flag("return_metrics", return_metrics)
     check_range("beta", beta, 0.0, open_low=True)
     checks.check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 0.5:
@@ -332,7 +334,8 @@ def group_advantages(
     checks.check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (B,), got {list(rewards.shape)}")
-    checks.check_integer("group_size", group_size, "an int")
+    group_size = checks.checked_integer("group_size", group_size)
+    checks.check_flag("normalise", normalise)
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
             f"group_size must be positive and divide the number of rewards, {rewards.shape[0]}, "
@@ -467,6 +470,7 @@ def grpo_loss(
     checks.check_one_of("importance_sampling_level", importance_sampling_level, _LEVELS)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    checks.check_flag("return_metrics", return_metrics)
     clip_high = clip_low if clip_high is None else clip_high
     check_range("clip_low", clip_low, 0.0)
     check_range("clip_high", clip_high, 0.0)
@@ -477,7 +481,7 @@ def grpo_loss(
     if entropy_coef and entropy is None:
         raise ValueError("entropy_coef needs entropy")
     if loss_type == "dr_grpo":
-        _check_max_length(max_length)
+        max_length = _checked_max_length(max_length)
     if max_ratio is not None:
         check_range("max_ratio", max_ratio, 1 + clip_high, open_low=True)
         if loss_type in ("cispo", "sapo"):
@@ -605,12 +609,13 @@ def _checked_advantages(advantages, shape):
     return advantages.detach().expand(rows, tokens)
 
 
-def _check_max_length(max_length):
+def _checked_max_length(max_length):
     if max_length is None:
         raise ValueError(
             "loss_type 'dr_grpo' needs max_length: it divides by a constant, not by the length of "
             "the batch"
         )
-    checks.check_integer("max_length", max_length, "an int")
+    max_length = checks.checked_integer("max_length", max_length)
     if max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")
+    return max_length

@@ -87,6 +87,7 @@ def linear() -> None:
     w = torch.randn(7, 10)
     pyloss.fused_linear_cross_entropy(x, w, y, shift=0, chunk=2, filter=1e-4)
     pyloss.token_logprobs(x, w, y, return_entropy=True)
+    pyloss.token_logprobs(x, w, y, temperature=torch.ones(4))
     pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
     pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
     linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
