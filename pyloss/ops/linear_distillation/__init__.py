@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyloss import backends
 from pyloss.ops._empty import scale_
+from pyloss.ops._flops import count_by
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import (
     distinct,
@@ -79,6 +80,16 @@ lib.define(
 )
 lib.impl("linear_distillation", _forward, "CompositeExplicitAutograd")
 register_fake("linear_distillation", _pass_fake)
+
+
+def _flops(student, weight, bias, teacher, *rest, out_shape=None) -> int:
+    """Of both models' logits, and of the gradients that are wanted; all rows, ignored ones too."""
+    wants = rest[-1]
+    grads = bool(wants & GRAD_HIDDEN) + bool(wants & GRAD_WEIGHT)
+    return 2 * student[0] * weight[0] * (teacher[1] + student[1] * (1 + grads))
+
+
+count_by("linear_distillation", _flops)
 
 
 class _Distillation(torch.autograd.Function):
