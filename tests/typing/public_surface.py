@@ -97,6 +97,7 @@ def preference() -> None:
     logps = sequence_logprobs(x, mask=None, average=True)
     assert_type(logps, Tensor)
     assert_type(dpo_loss(logps, logps, None, None), Tensor | tuple[Tensor, DPOMetrics])
+    dpo_loss(logps, logps, logps, logps, loss_type="sigmoid", f_divergence_type="js_divergence")
     assert_type(group_advantages(torch.rand(8), 4), Tensor)
     assert_type(grpo_loss(x, None, y, kl_coef=0.1), Tensor | tuple[Tensor, GRPOMetrics])
 
