@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -63,6 +64,12 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
 
 # --------------------------------------------------------------------------------------------------
 # Types and numbers
+
+
+def is_dtensor(t) -> bool:
+    """Whether t is a DTensor; nobody has one before the module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def check_tensor(name: str, x) -> None:

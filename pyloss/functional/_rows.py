@@ -102,15 +102,15 @@ def prepare(
         target, target2, lam = _checked_mixup(target)
     classes = 0 if input.dim() == 0 else input.shape[0 if input.dim() == 1 else 1]
     if kind == op.DENSE:
-        _check_probabilities(input, target, ignore_index)
+        check_probabilities(input, target, ignore_index)
         result_dtype = torch.promote_types(input.dtype, target.dtype)
         if result_dtype == torch.float64:
             input, target = input.double(), target.double()
     else:
         result_dtype = input.dtype
-        _check_labels(input, target, "target")
+        check_labels(input, target, "target")
         if kind == op.MIX:
-            _check_labels(input, target2, "target[1]")
+            check_labels(input, target2, "target[1]")
             mix = _broadcast_mix(lam, target, input.dtype)
         # The CPU kernels look at every label anyway.
         if not input.is_cpu and os.environ.get("PYLOSS_CHECK", "0") not in ("", "0"):
@@ -163,6 +163,10 @@ def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
 
 def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
     """Checks and packs the arguments, calls the op, names the statistics."""
+    if type(input) is not Tensor and checks.is_dtensor(input):
+        from pyloss.functional._row_dtensors import row_loss_of_dtensors
+
+        return row_loss_of_dtensors(input, target, inplace, options)
     if isinstance(input, Tensor) and input.dim() == 1:
         target = without_batch(target)
     input, p = prepare(input, target, **options)
@@ -236,7 +240,7 @@ def _broadcast_mix(lam, target, dtype):
         ) from None
 
 
-def _check_probabilities(input, target, ignore_index):
+def check_probabilities(input, target, ignore_index):
     if input.shape != target.shape:
         _check_batch(input, target)
         labels = target.dim() == input.dim() - 1
@@ -257,7 +261,7 @@ def _check_batch(input, target):
         )
 
 
-def _check_labels(input, target, name):
+def check_labels(input, target, name):
     # The usual case, at a quarter of the cost: checks are a part of what a small call costs.
     if (
         input.dim() == 2
