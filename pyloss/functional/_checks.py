@@ -86,7 +86,9 @@ def check_floating(name: str, x) -> None:
 def check_number(name: str, value) -> None:
     # The common types first: asking an abstract class is slow. While compiling, a changing number
     # is a symbol, of no Python type.
-    if type(value) in (float, int) or torch.compiler.is_compiling():
+    if type(value) in (float, int):
+        return
+    if torch.compiler.is_compiling() and not isinstance(value, (Tensor, str)):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

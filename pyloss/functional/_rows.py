@@ -231,7 +231,11 @@ def _broadcast_mix(lam, target, dtype):
         checks.check_number("lam", lam)
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-    lam = torch.as_tensor(lam, dtype=acc, device=target.device)
+    if torch.compiler.is_compiling() and not isinstance(lam, Tensor):
+        # A product with a number that changes stays in the graph, a tensor made of it does not.
+        lam = torch.ones((), dtype=acc, device=target.device) * lam
+    else:
+        lam = torch.as_tensor(lam, dtype=acc, device=target.device)
     try:
         return lam.expand(target.shape)
     except RuntimeError:
