@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional import _rows as rows
+from pyloss.functional._checks import is_dtensor as is_dtensor
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import functorch_active
 
 STRATEGIES = ("auto", "forward", "recompute", "tiles")
-
-
-def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats):

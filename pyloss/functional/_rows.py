@@ -100,15 +100,15 @@ def prepare(
         target, target2, lam = _checked_mixup(target)
     classes = 0 if input.dim() == 0 else input.shape[0 if input.dim() == 1 else 1]
     if kind == op.DENSE:
-        _check_probabilities(input, target, ignore_index)
+        check_probabilities(input, target, ignore_index)
         result_dtype = torch.promote_types(input.dtype, target.dtype)
         if result_dtype == torch.float64:
             input, target = input.double(), target.double()
     else:
         result_dtype = input.dtype
-        _check_labels(input, target, "target")
+        check_labels(input, target, "target")
         if kind == op.MIX:
-            _check_labels(input, target2, "target[1]")
+            check_labels(input, target2, "target[1]")
             mix = _broadcast_mix(lam, target, input.dtype)
         # The CPU kernels look at every label anyway.
         if not input.is_cpu and os.environ.get("PYLOSS_CHECK", "0") not in ("", "0"):
@@ -158,11 +158,11 @@ def check_smoothing(smoothing) -> None:
 def check_target_of(input, target) -> None:
     """The dtype and the shape of a target, in prepare's words; of `input` only the shape counts."""
     if isinstance(target, Tensor) and target.is_floating_point():
-        _check_probabilities(input, target, -100, "the logits")
+        check_probabilities(input, target, -100, "the logits")
         return
     pair = (target,) if isinstance(target, Tensor) else _checked_mixup(target)[:2]
     for name, labels in zip(("target", "target[1]"), pair):
-        _check_labels(input, labels, name)
+        check_labels(input, labels, name)
 
 
 def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
@@ -176,6 +176,10 @@ def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
 
 def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
     """Checks and packs the arguments, calls the op, names the statistics."""
+    if type(input) is not Tensor and checks.is_dtensor(input):
+        from pyloss.functional._row_dtensors import row_loss_of_dtensors
+
+        return row_loss_of_dtensors(input, target, inplace, options)
     if isinstance(input, Tensor) and input.dim() == 1:
         target = without_batch(target)
     input, p = prepare(input, target, **options)
@@ -240,7 +244,11 @@ def _broadcast_mix(lam, target, dtype):
         checks.check_number("lam", lam)
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-    lam = torch.as_tensor(lam, dtype=acc, device=target.device)
+    if torch.compiler.is_compiling() and not isinstance(lam, Tensor):
+        # A product with a number that changes stays in the graph, a tensor made of it does not.
+        lam = torch.ones((), dtype=acc, device=target.device) * lam
+    else:
+        lam = torch.as_tensor(lam, dtype=acc, device=target.device)
     try:
         return lam.expand(target.shape)
     except RuntimeError:
@@ -249,7 +257,7 @@ def _broadcast_mix(lam, target, dtype):
         ) from None
 
 
-def _check_probabilities(input, target, ignore_index, whose="input"):
+def check_probabilities(input, target, ignore_index, whose="input"):
     if input.shape != target.shape:
         _check_batch(input, target)
         labels = target.dim() == input.dim() - 1
@@ -270,7 +278,7 @@ def _check_batch(input, target):
         )
 
 
-def _check_labels(input, target, name):
+def check_labels(input, target, name):
     # The usual case, at a quarter of the cost: checks are a part of what a small call costs.
     if (
         input.dim() == 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional import _layers as layers
 from pyloss.functional import _rows as rows
-from pyloss.functional._layers import is_dtensor
+from pyloss.functional._checks import is_dtensor
 from pyloss.functional._rows import RowStats
 from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 
@@ -131,7 +131,7 @@ def checked_group(group):
     return group
 
 
-def _evenly(size: int, classes: int, group) -> list[int]:
+def evenly(size: int, classes: int, group) -> list[int]:
     """The first class of each rank of a DTensor, without asking: DTensor splits as torch.chunk."""
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     step = -(-classes // world)
@@ -188,7 +188,7 @@ def shard_of(
         _check_same_rows(held, dtensor_classes is not None)
     if dtensor_classes is not None:
         num_classes = dtensor_classes if num_classes is None else num_classes
-        split = [min(c, num_classes) for c in _evenly(size, dtensor_classes, group)]
+        split = [min(c, num_classes) for c in evenly(size, dtensor_classes, group)]
         if first_class is not None and [int(c) for c in first_class] != split:
             raise ValueError(
                 f"first_class of this DTensor must be {split}, got {list(first_class)}"
