@@ -193,6 +193,25 @@ def test_backends_checkpoint_and_module() -> None:
     torch.testing.assert_close(module(h, y, temperature=t), loss(*leaves))
 
 
+def test_a_temperature_that_changes_is_compiled_once() -> None:
+    """As a tensor; a Python number is a constant of the graph."""
+    h, w, b, y, _ = make(torch.float32)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(token_logprobs, backend=backend, fullgraph=True)
+    for i in range(10):  # more than the graphs that torch.compile keeps
+        t = 0.5 + i / 10
+        torch.testing.assert_close(
+            compiled(h, w, y, b, torch.tensor(t)), token_logprobs(h, w, y, b, t)
+        )
+    assert len(graphs) == 1
+
+
 def test_filter_and_tiles() -> None:
     h, w, b, y, t = make(torch.float32)
     loss = fused_linear_cross_entropy(h, w, y, b, temperature=t, filter=1e-3)

@@ -175,9 +175,11 @@ def fused_linear_cross_entropy(
     layers.check_target_shape(target, layers.logits_like(input, *lead, linear_weight.shape[0]))
     if token_weight is not None:
         checks.check_token_weight(token_weight, lead)
+    if linear_weight.shape[0] == 0:
+        return _stored(*layer, target, token_weight, shift, arguments)
     if isinstance(temperature, Tensor):
         if softcap is not None:
-            return _capped(*layer, target, token_weight, shift, arguments)
+            return _stored(*layer, target, token_weight, shift, arguments, temperature)
         input, linear_weight = layers.tempered(
             *layer, target, temperature, shift, arguments["ignore_index"]
         )
@@ -211,27 +213,31 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     return _shaped(value, stats, lead, shift, arguments["reduction"])
 
 
-def _capped(input, linear_weight, linear_bias, target, token_weight, shift, arguments):
-    """A soft cap below a temperature of each row, through stored logits: over the temperature the
-    cap is another one in each row."""
-    softcap, scale = arguments["softcap"], arguments["logit_scale"]
-    checks.check_range("softcap", softcap, 0.0, open_low=True)
-    checks.check_range("logit_scale", scale, -math.inf)
-    ignore = arguments["ignore_index"]
-    input, temperature = layers.scored_at(input, target, arguments["temperature"], shift, ignore)
+def _stored(
+    input, linear_weight, linear_bias, target, token_weight, shift, arguments, temperature=None
+):
+    """Through stored logits: a soft cap below a temperature of each row, which over the temperature
+    is another cap in each; and a layer of no classes, where nothing is stored."""
+    ignore, given = arguments["ignore_index"], input.dtype
+    if temperature is not None:
+        input, temperature = layers.scored_at(input, target, temperature, shift, ignore)
     bias = linear_bias if linear_bias is None else linear_bias.to(input.dtype)
-    logits = F.linear(input, linear_weight.to(input.dtype), bias).to(temperature.dtype)
-    logits = softcap * torch.tanh(logits * (scale / softcap)) / temperature.unsqueeze(-1)
+    logits = F.linear(input, linear_weight.to(input.dtype), bias)
+    if temperature is not None:
+        softcap, scale = arguments["softcap"], arguments["logit_scale"]
+        checks.check_range("softcap", softcap, 0.0, open_low=True)
+        checks.check_range("logit_scale", scale, -math.inf)
+        logits = softcap * torch.tanh(logits.to(temperature.dtype) * (scale / softcap))
+        logits = logits / temperature.unsqueeze(-1)
+        arguments.update(softcap=None, logit_scale=1.0, temperature=1.0)
     flat, target, token_weight, lead, shift = _flat(
         logits, target, token_weight, shift, logits.shape[-1], ignore
     )
     if arguments["loss_dtype"] is None:
-        dtype = input.dtype
         if isinstance(target, Tensor) and target.is_floating_point():
-            dtype = torch.promote_types(dtype, target.dtype)
-        arguments["loss_dtype"] = checks.result_dtype(dtype, input)
-    arguments.update(softcap=None, logit_scale=1.0, temperature=1.0, token_weight=token_weight)
-    found = rows.row_loss(flat, target, **arguments)
+            given = torch.promote_types(given, target.dtype)
+        arguments["loss_dtype"] = checks.result_dtype(given, input)
+    found = rows.row_loss(flat, target, **{**arguments, "token_weight": token_weight})
     value, stats = found if arguments["return_stats"] else (found, None)
     if stats is not None:
         stats = RowStats(*(s if s is None else s.view(lead) for s in stats))
