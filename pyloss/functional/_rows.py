@@ -20,6 +20,8 @@ from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
 from pyloss.ops._empty import divided
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import functorch_active
+from pyloss.ops.row_softmax.masses import ignored_rows
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
 _INDEX_STATS = ("argmax", "correct", "rank")
@@ -77,12 +79,13 @@ def prepare(
     empty="nan",
     loss_dtype=None,
     num_items=None,
+    no_classes=False,
     **formula: Unpack[FormulaOptions],
 ) -> tuple[Tensor, Prepared]:
     """Checks the arguments of a row loss in torch's order and packs them.
 
     Of `input`, the logits, only shape, dtype and device are looked at. Returns them, as float64
-    where the probabilities are.
+    where the probabilities are. Rows of no classes are refused, unless `no_classes`.
     """
     checks.check_tensor("input", input)
     checks.check_reduction(reduction, op.REDUCTIONS)
@@ -120,7 +123,8 @@ def prepare(
     checks.check_supported("fused_cross_entropy", input)
     if loss_dtype is None:
         loss_dtype = checks.result_dtype(result_dtype, input)
-    if classes == 0 and (target.numel() > 0 or kind == op.DENSE):
+    rows_of_nothing = classes == 0 and (target.numel() > 0 or kind == op.DENSE)
+    if rows_of_nothing and (return_stats or not no_classes):
         raise IndexError("input has no classes: cannot take a softmax over a dimension of size 0")
     if weight is not None:
         weight = _checked_weight(weight, input, classes)
@@ -182,19 +186,46 @@ def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
         return row_loss_of_dtensors(input, target, inplace, options)
     if isinstance(input, Tensor) and input.dim() == 1:
         target = without_batch(target)
-    input, p = prepare(input, target, **options)
+    input, p = prepare(input, target, no_classes=True, **options)
     if inplace:
         inplace = _checked_inplace(input)
     # What is divided afterwards is rounded to its dtype afterwards.
     dtype = p.loss_dtype if p.divisor is None else accumulator_dtype(p.loss_dtype)
-    value, extras, index = op.row_softmax(
-        input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
-    )
+    if input.numel() == 0 and _has_no_classes(input):
+        value, extras, index = _without_classes(input, p, dtype), None, None
+    else:
+        value, extras, index = op.row_softmax(
+            input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
+        )
     if p.divisor is not None:
         value = divided(value, p.divisor.to(dtype), p.empty == "zero").to(p.loss_dtype)
     if not p.return_stats:
         return value
     return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))
+
+
+def _has_no_classes(input) -> bool:
+    return input.shape[0 if input.dim() == 1 else 1] == 0
+
+
+def _without_classes(input, p: Prepared, dtype) -> Tensor:
+    """The loss of rows of no classes, as torch has it: 0, and NaN for the mean of any number."""
+    o, c = p.options or op.PLAIN, p.codes
+    # Nothing, but of the rows' shape, and with a gradient.
+    rows = input.sum(0 if input.dim() == 1 else 1, dtype=accumulator_dtype(input.dtype))
+    ignored = ignored_rows(p.labels, c)
+    if ignored is None:
+        rows = rows + (math.inf if o.z_loss else 0.0)  # log of the sum of nothing
+    else:
+        if input.is_cpu and not (torch.compiler.is_compiling() or functorch_active()):
+            checks.check_index_values(p.labels[0][~ignored], 0, c.ignore_index)
+        rows = torch.where(ignored, rows, math.nan)
+    if c.reduction == op.REDUCTIONS["none"]:
+        return rows.to(dtype)
+    total = rows.sum()
+    if c.reduction == op.REDUCTIONS["mean"]:
+        total = total / o.num_items if o.num_items else divided(total, total * 0, c.zero_if_empty)
+    return total.to(dtype)
 
 
 def without_batch(target):
