@@ -572,6 +572,9 @@ def refusals() -> None:
     raises(ValueError, "filter", lambda: linear(h, w, y, group=group, filter=0.1))
     raises(ValueError, "tiles", lambda: linear(h, w, y, group=group, strategy="tiles"))
     raises(RuntimeError, "same dtype", lambda: linear(h.float(), w, y, group=group))
+    raises(RuntimeError, "torch.func", lambda: torch.func.grad(partial(vp, target=y))(x))
+    raises(RuntimeError, "torch.func", lambda: torch.vmap(lambda h: linear(h, w, y, group=group))(
+        h.detach()[None]))  # fmt: skip
     loss = linear(h, w, y, group=group)
     raises(RuntimeError, "create_graph", lambda: torch.autograd.grad(loss, h, create_graph=True))
 

@@ -16,6 +16,7 @@ from pyloss.functional import _layers as layers
 from pyloss.functional import _rows as rows
 from pyloss.functional._checks import is_dtensor
 from pyloss.functional._rows import RowStats
+from pyloss.ops._transforms import functorch_active
 from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 
 # --------------------------------------------------------------------------------------------------
@@ -122,6 +123,8 @@ def checked_group(group):
         raise RuntimeError(
             "vocab-parallel losses need torch.distributed: call init_process_group first"
         )
+    if functorch_active():
+        raise RuntimeError("vocab-parallel losses do not run under the transforms of torch.func")
     if group is None:
         return dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
