@@ -379,17 +379,21 @@ def _checked_formula(
     temperature=1.0,
 ):
     """The fields of op.Options that are the formula's; None for the plain cross entropy."""
-    if (
-        label_smoothing == 0.0
-        and tau == 1.0
-        and gamma == 0.0
-        and truncate is None
-        and z_loss == 0.0
-        and softcap is None
-        and logit_scale == 1.0
-        and temperature == 1.0
-    ):
-        return None
+    try:
+        plain = (
+            label_smoothing == 0.0
+            and tau == 1.0
+            and gamma == 0.0
+            and truncate is None
+            and z_loss == 0.0
+            and softcap is None
+            and logit_scale == 1.0
+            and temperature == 1.0
+        )
+        if plain:
+            return None
+    except RuntimeError:  # a tensor of several numbers; its name follows
+        pass
     checks.check_range("tau", tau, 0.0)
     checks.check_range("z_loss", z_loss, 0.0)
     checks.check_range("temperature", temperature, 0.0, open_low=True)

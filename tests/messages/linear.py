@@ -89,8 +89,10 @@ ROWS = (
             temperature=torch.ones(4)),
     refused(TypeError, "temperature must be a number, got Tensor",
             linear_distillation_loss, H, W, H, W, temperature=torch.tensor(2.0)),
-    refused(TypeError, "temperature must be a number, got Tensor",
-            pyloss.fused_cross_entropy, W, Y[0, :4].repeat(2)[:5], temperature=torch.tensor(2.0)),
+    *(refused(TypeError, f"{name} must be a number, got Tensor",
+              of_class_scores, *TWO, Y[0], **{name: value})
+      for name in ("temperature", "z_loss", "tau", "logit_scale")
+      for value in (torch.tensor(2.0), torch.ones(4))),
     # -- the layer
     refused(RuntimeError, "expected linear_weight with dimensionality at least 2, got 0",
             token_logprobs, H, torch.tensor(1.0), Y),
