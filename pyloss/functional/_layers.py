@@ -16,8 +16,10 @@ STRATEGIES = ("auto", "forward", "recompute", "tiles")
 
 def checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats):
     if chunk != "auto":
-        if not checks.is_integer(chunk):
+        rows = checks.as_integer(chunk)
+        if rows is None:
             raise TypeError(f"chunk must be 'auto' or a number of rows, got {chunk!r}")
+        chunk = rows
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
     checks.check_one_of("strategy", strategy, STRATEGIES)
@@ -73,8 +75,7 @@ def checked_layer(input, weight, bias):
 
 
 def checked_shift(shift, lead) -> int:
-    checks.check_integer("shift", shift)
-    shift = int(shift)
+    shift = int(checks.checked_integer("shift", shift))
     if shift < 0:
         raise ValueError(f"shift must be at least 0, got {shift}")
     if shift and not lead:

@@ -177,7 +177,7 @@ def shard_of(
     """
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     if num_classes is not None:
-        checks.check_integer("num_classes", num_classes)
+        num_classes = checks.checked_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if first_class is None:
