@@ -137,6 +137,35 @@ def test_by_assignment(monkeypatch):
     assert calls
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_script_by_assignment(monkeypatch):
+    """torch.jit.script finds torch's own function; at 6750e06 it tried to compile ours."""
+    monkeypatch.setattr(F, "cross_entropy", pyloss.fused_cross_entropy)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 5)
+            self.criterion = torch.nn.CrossEntropyLoss(torch.rand(5), label_smoothing=0.1)
+
+        def forward(self, x, y):
+            return self.criterion(self.layer(x), y)
+
+    def functional(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x, y, reduction="sum")
+
+    model, y = Model(), torch.tensor([0, 4, -100])
+    loss = torch.jit.script(model)(torch.eye(3), y)
+    want = model(torch.eye(3), y)
+    torch.testing.assert_close(loss, want)
+    weight = model.layer.weight
+    grads = [torch.autograd.grad(out, weight)[0] for out in (loss, want)]
+    torch.testing.assert_close(*grads)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(torch.jit.script(torch.nn.CrossEntropyLoss())(x, y), F_CE(x, y))
+    torch.testing.assert_close(torch.jit.script(functional)(x, y), F_CE(x, y, reduction="sum"))
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2, 0, 4, 250])
 def test_ignore_index(ignore_index):
     x = make_logits((40, 5), torch.float64)

@@ -129,7 +129,11 @@ def prepare(
     if rows_of_nothing and (return_stats or not no_classes):
         raise IndexError("input has no classes: cannot take a softmax over a dimension of size 0")
     if weight is not None:
-        weight = _checked_weight(weight, input, classes)
+        learned = kind == op.DENSE and weight.requires_grad and torch.is_grad_enabled()
+        weight = _checked_weight(weight, input, classes, learned)
+        if learned:
+            target = _weighted(target, weight, formula.pop("label_smoothing", 0.0))
+            weight = None
     if token_weight is not None:
         token_weight = _checked_token_weight(token_weight, input, target)
 
@@ -373,7 +377,15 @@ def check_class_weight(weight) -> None:
         )
 
 
-def _checked_weight(weight, input, classes):
+def _weighted(target, weight, smoothing):
+    """The coefficients of all classes, through which a class weight gets a gradient."""
+    target = target.to(weight.dtype)
+    if smoothing:
+        target = (1.0 - smoothing) * target + smoothing / weight.shape[0]
+    return target * weight.view(-1, *[1] * (target.dim() - 2))
+
+
+def _checked_weight(weight, input, classes, learned):
     checks.check_tensor("weight", weight)
     acc = accumulator_dtype(input.dtype)
     if weight.dim() != 1 or weight.shape[0] != classes:
@@ -388,7 +400,8 @@ def _checked_weight(weight, input, classes):
             f"found {checks.scalar_name(weight.dtype)}"
         )
     checks.check_device("weight", weight, input)
-    checks.check_constant("weight", weight)
+    if not learned:
+        checks.check_constant("weight", weight)
     return weight.to(acc)
 
 

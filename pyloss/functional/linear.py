@@ -196,7 +196,7 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     flat = flat.to(like.dtype)  # float64 probabilities make all of it float64
     tensors = op.Tensors(flat, linear_weight, linear_bias, *_with_divisor(p, flat))
     # Transforms must see into the op; a gradient of the probabilities needs all logits.
-    unfused = functorch_active() or forward_ad_active() or (dense and target.requires_grad)
+    unfused = functorch_active() or forward_ad_active() or (dense and p.labels[0].requires_grad)
     if unfused:
         found = op.composed(tensors, p.options, p.codes, p.loss_dtype, p.wants)
     else:
