@@ -114,6 +114,19 @@ def test_signature():
     assert all(p.kind == p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_types_in_float32(dtype):
+    """As flash-attention and cut-cross-entropy return it; rounded, it is that of torch."""
+    x, y = make_logits((64, 100), dtype).requires_grad_(), make_target((64, 100))
+    rounded = pyloss.fused_cross_entropy(x, y)
+    loss = pyloss.fused_cross_entropy(x, y, loss_dtype=torch.float32)
+    assert rounded.dtype == dtype and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F_CE(x.float(), y))
+    assert rounded == loss.to(dtype) != loss
+    grads = [torch.autograd.grad(out, x)[0] for out in (loss, rounded)]
+    assert grads[0].dtype == dtype and torch.equal(*grads)
+
+
 def test_positional_arguments():
     x, y = make_logits((4, 5)), torch.tensor([0, 2, 2, 4])
     w = torch.rand(5)
