@@ -196,6 +196,19 @@ def other_functions(mesh) -> None:
     close(placed.grad.full_tensor(), whole.grad)
 
 
+def learned_weight(mesh) -> None:
+    """The gradient of a class weight is the sum over the rows of all ranks."""
+    x, p = normal(ROWS, CLASSES, seed=2), normal(ROWS, CLASSES, seed=4).softmax(1)
+    given, target = (distribute_tensor(t, mesh, [Shard(0)]) for t in (x, p))
+    weight = distribute_tensor(WEIGHT.clone(), mesh, [Replicate()]).requires_grad_()
+    whole = WEIGHT.clone().requires_grad_()
+    pyloss.fused_cross_entropy(given, target, weight, label_smoothing=0.1).backward()
+    pyloss.fused_cross_entropy(x, p, whole, label_smoothing=0.1).backward()
+    close(weight.grad.full_tensor(), whole.grad)
+    raises(RuntimeError, "weight must be a DTensor",
+           lambda: pyloss.fused_cross_entropy(given, target, whole))  # fmt: skip
+
+
 def compiled(mesh) -> None:
     """One graph, the denominator of split rows in it."""
     x, y = normal(4, CLASSES, seed=2), with_ignored((4, CLASSES), -100)
@@ -269,6 +282,7 @@ def cases(world: int) -> dict[str, Callable]:
     if world == 2:
         found |= {
             "other functions": lambda: other_functions(mesh),
+            "learned weight": lambda: learned_weight(mesh),
             "compiled": lambda: compiled(mesh),
             "refusals": lambda: refusals(mesh),
         }

@@ -115,6 +115,19 @@ def test_signature():
     assert all(p.kind == p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_types_in_float32(dtype):
+    """As flash-attention and cut-cross-entropy return it; rounded, it is that of torch."""
+    x, y = make_logits((64, 100), dtype).requires_grad_(), make_target((64, 100))
+    rounded = pyloss.fused_cross_entropy(x, y)
+    loss = pyloss.fused_cross_entropy(x, y, loss_dtype=torch.float32)
+    assert rounded.dtype == dtype and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F_CE(x.float(), y))
+    assert rounded == loss.to(dtype) != loss
+    grads = [torch.autograd.grad(out, x)[0] for out in (loss, rounded)]
+    assert grads[0].dtype == dtype and torch.equal(*grads)
+
+
 def test_positional_arguments():
     x, y = make_logits((4, 5)), torch.tensor([0, 2, 2, 4])
     w = torch.rand(5)
@@ -136,6 +149,35 @@ def test_by_assignment(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", counted)
     torch.testing.assert_close(torch.nn.CrossEntropyLoss(label_smoothing=0.1)(x, y), expected)
     assert calls
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_script_by_assignment(monkeypatch):
+    """torch.jit.script finds torch's own function; at 6750e06 it tried to compile ours."""
+    monkeypatch.setattr(F, "cross_entropy", pyloss.fused_cross_entropy)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 5)
+            self.criterion = torch.nn.CrossEntropyLoss(torch.rand(5), label_smoothing=0.1)
+
+        def forward(self, x, y):
+            return self.criterion(self.layer(x), y)
+
+    def functional(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x, y, reduction="sum")
+
+    model, y = Model(), torch.tensor([0, 4, -100])
+    loss = torch.jit.script(model)(torch.eye(3), y)
+    want = model(torch.eye(3), y)
+    torch.testing.assert_close(loss, want)
+    weight = model.layer.weight
+    grads = [torch.autograd.grad(out, weight)[0] for out in (loss, want)]
+    torch.testing.assert_close(*grads)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(torch.jit.script(torch.nn.CrossEntropyLoss())(x, y), F_CE(x, y))
+    torch.testing.assert_close(torch.jit.script(functional)(x, y), F_CE(x, y, reduction="sum"))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2, 0, 4, 250])

@@ -150,7 +150,11 @@ def check_one_of(
 
 def check_reduction(reduction, known: Iterable[str] = REDUCTIONS) -> None:
     """In torch's words."""
-    if reduction not in known:
+    try:
+        valid = reduction in known
+    except TypeError:  # a list
+        valid = False
+    if not valid:
         raise ValueError(f"{reduction} is not a valid value for reduction")
 
 

@@ -54,8 +54,10 @@ class _Rows:
             if t.device_mesh != self.mesh:
                 raise RuntimeError(f"{name} must be on the mesh of input, {self.mesh}")
             wanted = placements or [Replicate()] * self.mesh.ndim
-            return t.redistribute(placements=wanted).to_local()
-        if placements and self.are_split:
+            # What all have alike, a learned class weight, gets its gradient in parts.
+            grads = placements or [Partial() if p.is_shard() else p for p in self.of_rows]
+            return t.redistribute(placements=wanted).to_local(grad_placements=grads)
+        if self.are_split and (placements or t.requires_grad):
             raise RuntimeError(
                 f"{name} must be a DTensor, as input is one whose rows are split, {self.shown}; "
                 f"got a plain {type(t).__name__}"

@@ -308,7 +308,7 @@ def cross_entropy(
     shard = shard_of(
         logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes, target
     )
-    rows.check_smoothing(arguments["label_smoothing"])
+    rows.checked_smoothing(arguments["label_smoothing"])
     like = layers.logits_like(logits, *lead, shard.bounds[-1])
     target, token_weight = _flat_rows(target, token_weight, like)
     flat = logits.reshape(math.prod(lead), logits.shape[-1])[:, : shard.width]
@@ -349,7 +349,7 @@ def linear_cross_entropy(
         weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes, target,
         input if dtensor_classes is not None else None,
     )  # fmt: skip
-    rows.check_smoothing(arguments["label_smoothing"])
+    rows.checked_smoothing(arguments["label_smoothing"])
     if not lead:
         target = rows.without_batch(target)
     _flat_rows(target, token_weight, layers.logits_like(input, *lead, shard.bounds[-1]))

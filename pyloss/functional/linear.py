@@ -171,7 +171,7 @@ def fused_linear_cross_entropy(
     shift = layers.checked_shift(shift, lead)
     if not lead:
         target = rows.without_batch(target)
-    rows.check_smoothing(label_smoothing)
+    rows.checked_smoothing(label_smoothing)
     layers.check_target_shape(target, layers.logits_like(input, *lead, linear_weight.shape[0]))
     if token_weight is not None:
         checks.check_token_weight(token_weight, lead)
@@ -199,7 +199,7 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     tensors = op.Tensors(flat, linear_weight, linear_bias, *_with_divisor(p, flat))
     # Transforms must see into the op; a gradient of the probabilities needs all logits.
     dense = isinstance(target, Tensor) and target.is_floating_point()
-    unfused = functorch_active() or forward_ad_active() or (dense and target.requires_grad)
+    unfused = functorch_active() or forward_ad_active() or (dense and p.labels[0].requires_grad)
     if unfused:
         found = op.composed(tensors, p.options, p.codes, p.loss_dtype, p.wants)
     else:
