@@ -181,10 +181,11 @@ class _RowSoftmax(torch.autograd.Function):
     probabilities."""
 
     # What is no tensor comes as one tuple `call`: autograd looks at each argument. It holds plain
-    # tuples: Dynamo does not take NamedTuples here in all versions of torch.
+    # tuples: Dynamo does not take NamedTuples here in all versions of torch. The tensor of numbers,
+    # which there is under torch.compile alone, is in it too.
     @staticmethod
-    def forward(ctx, input, target, target2, mix, weight, token_weight, numbers, call):
-        options, codes, loss_dtype, wants, inplace, scalar, soft = call
+    def forward(ctx, input, target, target2, mix, weight, token_weight, call):
+        options, codes, loss_dtype, wants, inplace, scalar, soft, numbers = call
         # An upstream scalar can be multiplied in later; a row's own upstream gradient cannot.
         if (
             not torch.compiler.is_compiling()
@@ -219,7 +220,7 @@ class _RowSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *others):
-        none = (None,) * 6
+        none = (None,) * 5
         early, ctx.early_grad = ctx.early_grad, None
         if grad_loss is None and all(g is None for g in others):
             return None, None, *none
@@ -359,9 +360,9 @@ def row_softmax(
         run = _DualRowSoftmax if dual else _RowSoftmax
         call = (
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
-            inplace and differentiable, codes.scalar, is_soft(codes.kind, options or PLAIN),
+            inplace and differentiable, codes.scalar, is_soft(codes.kind, options or PLAIN), numbers,
         )  # fmt: skip
-        found = run.apply(*tensors, numbers, call)
+        found = run.apply(*tensors, call)
         found = (found,) if wants == 0 else found
         extras = found[1] if wants & WANT_EXTRAS else None
         return found[0], extras, found[-1] if wants & WANT_INDEX else None
