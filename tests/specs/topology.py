@@ -233,7 +233,6 @@ SPECS = (
         },
         reference=loss_reference,
         gradients=("input", "target"),
-        forward_mode=False,
         vmap=("input", "target"),
         empty={
             "no items": Empty(lambda: two(0, 1, 4, 3), 0.0),
@@ -276,7 +275,6 @@ SPECS = (
         },
         reference=loss_reference,
         gradients=("input", "target"),
-        forward_mode=False,
         empty={"no items": Empty(lambda: two(0, 1, 4, 3, activation="sigmoid"), 0.0)},
         rounded=False,  # the probabilities are in the dtype of the logits
         tolerances={BF16: (2.0**-6, 2.0**-4), F16: (2.0**-9, 2.0**-7)},
