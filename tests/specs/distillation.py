@@ -94,9 +94,8 @@ SPECS = (
             ),
             "none": Empty(lambda: sample(0, reduction="none"), 0.0, (0,)),
         },
-        gradgrad="linear_distillation_loss has no second derivative",
-        forward_mode="forward AD",
         compile_samples=("jsd and cross entropy",),
+        vmap=("student_hidden", "teacher_hidden"),
         nan={"student_hidden": "all", "teacher_hidden": "all", "student_weight": "all"},
         large=lambda: sample(600, targets=True, ce_weight=0.5, chunk=100),
         errors=(

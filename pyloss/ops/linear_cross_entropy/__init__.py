@@ -25,7 +25,7 @@ from pyloss.ops import row_softmax as rows
 from pyloss.ops._empty import scaled
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
+from pyloss.ops._transforms import distinct, is_batched, saved_tensor_hooks_active
 from pyloss.ops.linear_cross_entropy import cpu, cuda, reference
 from pyloss.ops.linear_cross_entropy.by_chunks import listed, result_buffers
 from pyloss.ops.linear_cross_entropy.call import (
@@ -310,7 +310,7 @@ def linear_cross_entropy(
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
             codes.scalar, settings,
         )  # fmt: skip
-        found = _LinearCrossEntropy.apply(*t, call)
+        found = _LinearCrossEntropy.apply(*distinct(tuple(t)), call)
         found = (found,) if wants == 0 else found
         extras = found[1] if wants & WANT_EXTRAS else None
         return found[0], extras, found[-1] if wants & WANT_INDEX else None
