@@ -44,6 +44,13 @@ class PersistencePairs:
         self.values = torch.stack([b, d], 1)
         self._items = image.shape[0]
 
+    def __repr__(self) -> str:
+        by_dim = enumerate(self.counts.sum(0).tolist())
+        found = ", ".join(f"{count} of dimension {d}" for d, count in by_dim)
+        return (
+            f"PersistencePairs({found}; {_of_images(self._items, self._shape, self._superlevel)})"
+        )
+
     @property
     def counts(self) -> Tensor:
         return images.counts_of(self.index, self._items, len(self._shape))
@@ -96,15 +103,23 @@ class BettiMatching:
         ([[0, 0, 4, 3, 4, 3]], [[0, 0, 2, 1]])
     """
 
-    def __init__(self, input, target, tables, superlevel, frame) -> None:
+    def __init__(self, input, target, tables, superlevel, frame, dims) -> None:
         self._input, self._target = input, target  # (N, *spatial), padded
         self._tables, self._superlevel, self._frame = tables, superlevel, frame
+        self._dims = dims  # those that were asked for
         shape = tuple(input.shape[1:])
         self._shape = tuple(s - 2 * frame for s in shape)
         public = [t[:, :6] if i == 0 else t[:, :4] for i, t in enumerate(tables)]
         if frame:
             public = [images.unpadded(t, shape) for t in public]
         self.matched, self.unmatched_input, self.unmatched_target = public
+
+    def __repr__(self) -> str:
+        tables = (self.matched, self.unmatched_input, self.unmatched_target)
+        names = ("matched", "of the input alone", "of the target alone")
+        found = ", ".join(f"{len(rows)} {name}" for rows, name in zip(tables, names))
+        pairs = _of_images(self._input.shape[0], self._shape, self._superlevel, "pair")
+        return f"BettiMatching({found}; {pairs})"
 
     @property
     def counts(self) -> Tensor:
@@ -127,12 +142,29 @@ class BettiMatching:
             IndexError: an ``item`` outside the batch.
         """
         table = getattr(self, check_choice("kind", kind, _KINDS))
-        if dim not in range(len(self._shape)):
-            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
-        if item not in range(self._input.shape[0]):
-            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
+        self._check_place(item, dim)
         rows = table[(table[:, 0] == item) & (table[:, 1] == dim)]
         return images.unravelled(rows[:, 2:], self._shape)
+
+    def essential(self, item: int) -> Tensor:
+        """Voxels of birth of the components of one item that never die, ``(2, spatial dims)``: in
+        the input, in the target; -1 for a voxel of the padding.
+
+        Raises:
+            IndexError: an ``item`` outside the batch.
+        """
+        self._check_place(item, 0)
+        pair = (t[item : item + 1] for t in (self._input, self._target))
+        rows = op.essential_rows(*pair, self._superlevel)
+        if self._frame:
+            rows = images.unpadded(rows[:, :6], tuple(self._input.shape[1:]))
+        return images.unravelled(rows[0, [2, 4]], self._shape)
+
+    def _check_place(self, item: int, dim: int) -> None:
+        if checks.checked_integer("dim", dim) not in range(len(self._shape)):
+            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
+        if checks.checked_integer("item", item) not in range(self._input.shape[0]):
+            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
 
     def loss(
         self,
@@ -147,7 +179,8 @@ class BettiMatching:
     ) -> Tensor:
         """Loss of each item ``(N)``, differentiable by both images; arguments of the loss.
 
-        ``include_essential`` is its ``essential``: the components that never die, by their birth.
+        ``include_essential`` is its ``essential``: the components that never die, by their birth,
+        where dimension 0 was asked for.
         """
         check_choice("unmatched", unmatched, UNMATCHED)
         spatial = len(self._shape)
@@ -156,7 +189,7 @@ class BettiMatching:
             target_weight=target_weight, min_persistence=min_persistence,
         )  # fmt: skip
         matched, *others = self._tables
-        if include_essential:
+        if include_essential and 0 in self._dims:
             rows = op.essential_rows(self._input, self._target, self._superlevel)
             matched = torch.cat([matched, rows.to(matched.device)])
         terms = op.loss_terms(
@@ -196,16 +229,14 @@ class BettiMatching:
         check_choice("kind", kind, ("matched", "unmatched"))
         if which == "comparison" and kind == "unmatched":
             raise ValueError("which='comparison' knows matched bars only, got kind='unmatched'")
-        if dim not in range(len(self._shape)):
-            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
-        if item not in range(self._input.shape[0]):
-            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
+        self._check_place(item, dim)
         if kind == "matched":
             table, cell = self._tables[0], {"input": 6, "target": 8, "comparison": 10}[which]
         else:
             table, cell = self._tables[1 if which == "input" else 2], 4
         rows = table[(table[:, 0] == item) & (table[:, 1] == dim)]
         if index is not None:
+            index = checks.checked_integer("index", index)
             if index not in range(len(rows)):
                 raise IndexError(f"index must be that of one of {len(rows)} bars, got {index}")
             rows = rows[index : index + 1]
@@ -215,6 +246,11 @@ class BettiMatching:
         cycles = _cycles.representatives(image, dim, rows[:, cell : cell + 2].tolist())
         frame = self._frame
         return [c - frame for c in cycles]
+
+
+def _of_images(items: int, shape: tuple, superlevel: bool, what: str = "image") -> str:
+    size, sets = "x".join(map(str, shape)), "superlevel" if superlevel else "sublevel"
+    return f"{items} {what}{'' if items == 1 else 's'} {size}, {sets} sets"
 
 
 # Public there, and shown there.

@@ -121,6 +121,8 @@ class BettiOptions(TypedDict, total=False):
     padding: str | float | None
     include_background: bool
     activation: str | None
+    ignore_index: int | None
+    spatial_dims: int | None
     reduction: str
 
 

@@ -124,11 +124,13 @@ def segmentation() -> None:
 
 def topology() -> None:
     assert_type(pyloss.betti_matching_loss(p, mask, unmatched="extreme"), Tensor)
-    target = pyloss.BettiTarget.precompute(mask)
+    target = pyloss.BettiTarget.precompute(mask, ignore_index=255)
+    pyloss.betti_matching_loss(p, target, ignore_index=255, spatial_dims=2)
     assert_type(target.select([0]).to("cpu").device, torch.device)
     matching = pyloss.betti_matching(p, target)
     assert_type(matching, pyloss.BettiMatching)
     assert_type(matching.counts, Tensor)
+    assert_type(matching.essential(0), Tensor)
     assert_type(matching.representative_cycles(0, "input", dim=1), list[Tensor])
     pairs = pyloss.persistence_pairs(p, construction="T")
     assert_type(pairs, pyloss.PersistencePairs)
@@ -138,7 +140,9 @@ def topology() -> None:
     pyloss.betti_matching_error(p, mask, normalize=True)
     for metric in (BettiNumberError(0.5), BettiMatchingError(0.5)):
         metric.update(p, mask)
+        assert_type(metric(p, mask), Tensor)
         assert_type(metric.compute(), Tensor)
+        assert_type(metric.aggregate(), Tensor)
         metric.reset()
     pyloss.BettiMatchingLoss(base_loss=nn.BCELoss(), alpha=0.5)
     pyloss.visualize.draw_barcode(pairs)
