@@ -71,6 +71,8 @@ class DiceOptions(TypedDict, total=False):
     weight: float | Sequence[float] | Tensor | None
     soft_label: bool
     ignore_index: int | None
+    empty: str
+    validate: bool | None
 
 
 class DiceCrossEntropyOptions(DiceOptions, total=False):

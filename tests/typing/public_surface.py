@@ -117,9 +117,9 @@ def attention() -> None:
 
 
 def segmentation() -> None:
-    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0]), Tensor)
+    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0], validate=False), Tensor)
     assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
-    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(jaccard=True)])
+    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(empty="zero")])
 
 
 def topology() -> None:
