@@ -162,7 +162,7 @@ def sorting() -> None:
     assert_type(permutahedron_sort(x, descending=True), Tensor)
     assert_type(neural_sort(x, 0.1), Tensor)
     assert_type(soft_sort_matrix(x, 0.1, 2.0), Tensor)
-    assert_type(ranking_accuracy(x, x), RankingAccuracy)
+    assert_type(ranking_accuracy(x, x, mask=x > 0), RankingAccuracy)
     nn.ModuleList(
         [
             pyloss.DiffSortNet("bitonic", 10),
