@@ -15,6 +15,7 @@ from pyloss.functional._images import check_choice
 from pyloss.ops import betti_matching as op
 
 UNMATCHED = ("diagonal", "extreme")
+_FILTRATIONS = ("sublevel", "superlevel")
 _KINDS = ("matched", "unmatched_input", "unmatched_target")
 
 
@@ -27,6 +28,7 @@ class PersistencePairs:
         values: ``(P, 2)``: values of the image there, differentiable; a missing death is infinite.
             Exact: float64 for int32 and int64 images, float32 for the smaller integers and bool.
         counts: ``(N, D)`` number of bars per item and dimension.
+        filtration: ``"sublevel"`` or ``"superlevel"``.
 
     Example:
         >>> import torch, pyloss
@@ -47,9 +49,11 @@ class PersistencePairs:
     def __repr__(self) -> str:
         by_dim = enumerate(self.counts.sum(0).tolist())
         found = ", ".join(f"{count} of dimension {d}" for d, count in by_dim)
-        return (
-            f"PersistencePairs({found}; {_of_images(self._items, self._shape, self._superlevel)})"
-        )
+        return f"PersistencePairs({found}; {_of_images(self._items, self._shape, self.filtration)})"
+
+    @property
+    def filtration(self) -> str:
+        return _FILTRATIONS[self._superlevel]
 
     @property
     def counts(self) -> Tensor:
@@ -93,6 +97,7 @@ class BettiMatching:
         unmatched_input: ``(U, 4)``: item, dimension, voxels of birth and death.
         unmatched_target: ``(V, 4)``, likewise.
         counts: ``(N, D, 3)`` number of matched bars, of unmatched ones of the input, of the target.
+        filtration: ``"sublevel"`` or ``"superlevel"``.
 
     Example:
         >>> import torch, pyloss
@@ -118,8 +123,12 @@ class BettiMatching:
         tables = (self.matched, self.unmatched_input, self.unmatched_target)
         names = ("matched", "of the input alone", "of the target alone")
         found = ", ".join(f"{len(rows)} {name}" for rows, name in zip(tables, names))
-        pairs = _of_images(self._input.shape[0], self._shape, self._superlevel, "pair")
+        pairs = _of_images(self._input.shape[0], self._shape, self.filtration, "pair")
         return f"BettiMatching({found}; {pairs})"
+
+    @property
+    def filtration(self) -> str:
+        return _FILTRATIONS[self._superlevel]
 
     @property
     def counts(self) -> Tensor:
@@ -248,9 +257,9 @@ class BettiMatching:
         return [c - frame for c in cycles]
 
 
-def _of_images(items: int, shape: tuple, superlevel: bool, what: str = "image") -> str:
-    size, sets = "x".join(map(str, shape)), "superlevel" if superlevel else "sublevel"
-    return f"{items} {what}{'' if items == 1 else 's'} {size}, {sets} sets"
+def _of_images(items: int, shape: tuple, filtration: str, what: str = "image") -> str:
+    size = "x".join(map(str, shape))
+    return f"{items} {what}{'' if items == 1 else 's'} {size}, {filtration} sets"
 
 
 # Public there, and shown there.

@@ -88,7 +88,9 @@ def ranking_accuracy(
 def _masked(x: Tensor, y: Tensor, mask: Tensor) -> RankingAccuracy:
     count = mask.sum(-1)
     right = _right(x, y, mask) & mask
-    front = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :5]  # what counts, in its order
+    front = (
+        (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :5]
+    )  # what counts, in its order
     x, y, kept = (t.gather(-1, front) for t in (x, y, mask))
     first = _right(x, y, kept)
 

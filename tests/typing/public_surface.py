@@ -145,8 +145,9 @@ def topology() -> None:
         assert_type(metric.aggregate(), Tensor)
         metric.reset()
     pyloss.BettiMatchingLoss(base_loss=nn.BCELoss(), alpha=0.5)
-    pyloss.visualize.draw_barcode(pairs)
-    pyloss.visualize.draw_matching(p, mask, matching)
+    assert_type(pairs.filtration, str)
+    pyloss.visualize.draw_barcode(pairs, min_persistence=0.1)
+    pyloss.visualize.draw_matching(p, mask, matching, legend=False)
 
 
 def sorting() -> None:
