@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyloss
 from pyloss.functional._images import one_hot
@@ -287,6 +288,17 @@ def test_no_look_at_the_numbers_in_graphs():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         f(8 * X - 4, MASK[:, None])
+
+
+def test_fake_tensors_have_no_numbers_to_look_at():
+    dice, ce = pyloss.functional.soft_dice_loss, pyloss.functional.dice_cross_entropy_loss
+    with FakeTensorMode():
+        p, t, labels = torch.rand(2, 3, 6, 6), torch.rand(2, 3, 6, 6), torch.randint(3, (2, 6, 6))
+        for loss in (pyloss.betti_matching_loss, dice, ce):
+            for target in (t, t > 0.5, labels):
+                assert loss(p, target).shape == ()
+        weight = torch.rand(3)
+        assert dice(p, t, weight=weight).shape == ()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def functorch_active() -> bool:
@@ -28,8 +29,9 @@ def is_batched(t: torch.Tensor) -> bool:
 
 
 def is_transformed(t: torch.Tensor) -> bool:
-    """Whether a torch.func transform has wrapped a tensor, so that its numbers may be many."""
-    return _is_wrapped(t)
+    """Whether a tensor has no numbers of its own to look at: a torch.func transform has wrapped
+    it, and they may be many, or it is a fake one."""
+    return _is_wrapped(t) or isinstance(t, FakeTensor)
 
 
 def distinct(tensors):
