@@ -358,3 +358,27 @@ def test_representations():
         "BettiTarget(shape=(2, 1, 9, 8), filtration='superlevel', dims=[0, 1], "
         "padding='background', num_classes=None, ignore_index=None, device='cpu')"
     )
+
+
+def test_nothing_waits_for_a_device():
+    """Meta tensors have no number to give; as on CUDA, nothing may ask."""
+    dice, ce = pyloss.functional.soft_dice_loss, pyloss.functional.dice_cross_entropy_loss
+    like = dict(device="meta", requires_grad=True)
+    logits, one = torch.rand(2, 3, 6, 6, **like), torch.rand(2, 1, 6, 6, **like)
+    labels = torch.randint(3, (2, 6, 6), device="meta")
+    for loss in (
+        pyloss.betti_matching_loss(logits, labels, ignore_index=255, padding="foreground"),
+        pyloss.betti_matching_loss(one[:, 0], labels, spatial_dims=2, filtration="both"),
+        dice(logits, labels, ignore_index=255, empty="zero"),
+        dice(logits, logits.detach(), weight=logits[0, :, 0, 0].detach()),
+        ce(logits, labels, softmax=True, ignore_index=255, empty="zero"),
+        ce(one, labels, sigmoid=True, ignore_index=255, empty="zero"),
+    ):
+        assert loss.shape == () and loss.is_meta
+        loss.backward()
+    for waits in (  # as is documented
+        lambda: dice(logits, logits.detach(), validate=True),
+        lambda: pyloss.BettiTarget.precompute(labels.unsqueeze(1)),
+    ):
+        with pytest.raises(RuntimeError, match="meta tensor"):
+            waits()
