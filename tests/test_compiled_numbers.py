@@ -13,6 +13,7 @@ import pyloss
 from pyloss.functional import linear_distillation_loss
 
 H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
+IMAGE = torch.rand(2, 1, 6, 5)
 
 
 @pytest.mark.parametrize(
@@ -21,10 +22,11 @@ H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
         lambda n: pyloss.fused_cross_entropy(H @ W.T, Y, num_items=n),
         lambda n: pyloss.fused_linear_cross_entropy(H, W, Y, num_items=n),
         lambda n: linear_distillation_loss(H, W, H + 1, W, num_items=n),
+        lambda n: pyloss.betti_matching_loss(IMAGE, IMAGE > 0.5) * n,
     ],
-    ids=["row", "linear", "distillation"],
+    ids=["row", "linear", "distillation", "betti"],
 )
-def test_num_items_as_a_tensor_compiles_once(call: Callable) -> None:
+def test_a_tensor_compiles_once(call: Callable) -> None:
     graphs = []
 
     def backend(graph, _):

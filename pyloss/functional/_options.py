@@ -71,6 +71,8 @@ class DiceOptions(TypedDict, total=False):
     weight: float | Sequence[float] | Tensor | None
     soft_label: bool
     ignore_index: int | None
+    empty: str
+    validate: bool | None
 
 
 class DiceCrossEntropyOptions(DiceOptions, total=False):
@@ -121,6 +123,8 @@ class BettiOptions(TypedDict, total=False):
     padding: str | float | None
     include_background: bool
     activation: str | None
+    ignore_index: int | None
+    spatial_dims: int | None
     reduction: str
 
 

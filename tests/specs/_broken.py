@@ -255,7 +255,6 @@ WRONG: dict[str, dict[str, Spec]] = {
     "forward_mode": {
         "missing": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o)),
         "declared to raise": replace(KEPT, forward_mode="no forward mode"),
-        "declared missing": replace(KEPT, forward_mode=False),
     },
     "transforms": {
         "missing": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o)),

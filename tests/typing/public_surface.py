@@ -119,18 +119,20 @@ def attention() -> None:
 
 
 def segmentation() -> None:
-    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0]), Tensor)
+    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0], validate=False), Tensor)
     assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
-    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(jaccard=True)])
+    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(empty="zero")])
 
 
 def topology() -> None:
     assert_type(pyloss.betti_matching_loss(p, mask, unmatched="extreme"), Tensor)
-    target = pyloss.BettiTarget.precompute(mask)
+    target = pyloss.BettiTarget.precompute(mask, ignore_index=255)
+    pyloss.betti_matching_loss(p, target, ignore_index=255, spatial_dims=2)
     assert_type(target.select([0]).to("cpu").device, torch.device)
     matching = pyloss.betti_matching(p, target)
     assert_type(matching, pyloss.BettiMatching)
     assert_type(matching.counts, Tensor)
+    assert_type(matching.essential(0), Tensor)
     assert_type(matching.representative_cycles(0, "input", dim=1), list[Tensor])
     pairs = pyloss.persistence_pairs(p, construction="T")
     assert_type(pairs, pyloss.PersistencePairs)
@@ -140,11 +142,14 @@ def topology() -> None:
     pyloss.betti_matching_error(p, mask, normalize=True)
     for metric in (BettiNumberError(0.5), BettiMatchingError(0.5)):
         metric.update(p, mask)
+        assert_type(metric(p, mask), Tensor)
         assert_type(metric.compute(), Tensor)
+        assert_type(metric.aggregate(), Tensor)
         metric.reset()
     pyloss.BettiMatchingLoss(base_loss=nn.BCELoss(), alpha=0.5)
-    pyloss.visualize.draw_barcode(pairs)
-    pyloss.visualize.draw_matching(p, mask, matching)
+    assert_type(pairs.filtration, str)
+    pyloss.visualize.draw_barcode(pairs, min_persistence=0.1)
+    pyloss.visualize.draw_matching(p, mask, matching, legend=False)
 
 
 def sorting() -> None:
@@ -160,7 +165,7 @@ def sorting() -> None:
     assert_type(permutahedron_sort(x, descending=True), Tensor)
     assert_type(neural_sort(x, 0.1), Tensor)
     assert_type(soft_sort_matrix(x, 0.1, 2.0), Tensor)
-    assert_type(ranking_accuracy(x, x), RankingAccuracy)
+    assert_type(ranking_accuracy(x, x, mask=x > 0), RankingAccuracy)
     nn.ModuleList(
         [
             pyloss.DiffSortNet("bitonic", 10),
