@@ -114,7 +114,7 @@ def tensor_attention(
     Returns:
         out ``(B, H, n_q, dv)`` in the dtype of ``q``, or the pair ``(out, lse)``, lse
         ``(B, H, n_q)`` in float32 (float64 for float64). A query that sees no pair gets 0 and
-        -inf, and gradients 0. First derivatives only.
+        -inf, and gradients 0.
 
     Raises:
         ValueError: shapes, heads or lengths that do not fit, d = 0, a window of 0, causality over
@@ -122,8 +122,8 @@ def tensor_attention(
             pairs, biases and dropout, states above 2 GiB, no degree that keeps ``tol``
             (``degree=None``), a bound above ``tol`` (``check="strict"``).
         TypeError: not a tensor, dtypes that differ, integer inputs.
-        RuntimeError: devices that differ; a second derivative; ``"lowrank"`` on a CPU where the sum
-            of the polynomial over all pairs is not positive and finite for some query.
+        RuntimeError: devices that differ; ``"lowrank"`` on a CPU where the sum of the polynomial
+            over all pairs is not positive and finite for some query.
         NotImplementedError: ``dropout_p`` > 0.
 
     Example:

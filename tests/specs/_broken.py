@@ -178,6 +178,10 @@ def _compiles_to_something_else(f, x, y, options):
     return f(x, y, **options) * (1.001 if torch.compiler.is_compiling() else 1.0)
 
 
+def _otherwise_under_transforms(f, x, y, options):
+    return f(x, y, **options) * (1.001 if torch._C._are_functorch_transforms_active() else 1.0)
+
+
 def _looks(f, x, y, options):
     return f(x, y, **options) if float(x.detach().sum()) != 0.125 else x.sum(-1)
 
@@ -251,6 +255,13 @@ WRONG: dict[str, dict[str, Spec]] = {
         "a graph break": _function(_looks),
         "another value": _function(_compiles_to_something_else),
         "declared missing": replace(KEPT, compile="cannot be compiled"),
+    },
+    "transforms": {
+        "another value": _function(_otherwise_under_transforms),
+        "declared missing": replace(KEPT, transforms="no transforms"),
+        "no second derivative": _function(
+            lambda f, x, y, o: _FirstDerivativeOnly.apply(x - y.detach()).sum(-1)
+        ),
     },
     "vmapped": {"looks at the values": _function(_looks)},
     "module": {"loses an option": replace(KEPT, build=_ignores_scale)},

@@ -295,6 +295,54 @@ def forward_mode(spec: Spec) -> None:
                     f(*duals)
 
 
+@check(differentiable)
+def transforms(spec: Spec) -> None:
+    """torch.func's transforms agree with autograd, or raise as declared."""
+    for name in spec.transform_samples or [next(iter(spec.samples))]:
+        with naming(f"sample {name}"):
+            f, leaves = _of_leaves(spec, spec.samples[name]())
+            if spec.transforms is True:
+                _assert_transforms(spec, f, leaves)
+                continue
+            with raises((RuntimeError, NotImplementedError), spec.transforms):
+                torch.func.vjp(f, *(t.detach() for t in leaves))
+
+
+def _assert_transforms(spec: Spec, f, leaves: tuple[Tensor, ...]) -> None:
+    inputs, argnums = tuple(t.detach() for t in leaves), tuple(range(len(leaves)))
+    outputs = f(*leaves)
+    weights = upstream(outputs)
+
+    def total(*values: Tensor) -> Tensor:
+        return sum((w * t * t).sum() for w, t in zip(weights, f(*values)))
+
+    def same(what: str, found, expected) -> None:
+        with naming(what):
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+    func, plain = torch.func, torch.autograd.functional
+    gradient = torch.autograd.grad(total(*leaves), leaves)
+    same("grad", func.grad(total, argnums)(*inputs), gradient)
+    same(
+        "vjp",
+        func.vjp(f, *inputs)[1](tuple(weights)),
+        torch.autograd.grad(outputs, leaves, weights),
+    )
+    jacobian = plain.jacobian(f, inputs)
+    same("jacrev", func.jacrev(f, argnums)(*inputs), jacobian)
+    same("jacobian(vectorize=True)", plain.jacobian(f, inputs, vectorize=True), jacobian)
+    if spec.forward_mode is not True:
+        return
+    same("jacfwd", func.jacfwd(f, argnums)(*inputs), jacobian)
+    tangents = tuple(upstream(inputs))
+    slope = sum((g * t).sum() for g, t in zip(gradient, tangents))
+    same("jvp", func.jvp(total, inputs, tangents)[1], slope)
+    if spec.gradgrad is True:
+        hessian = plain.hessian(total, inputs)
+        same("hessian", func.hessian(total, argnums)(*inputs), hessian)
+        same("hessian(vectorize=True)", plain.hessian(total, inputs, vectorize=True), hessian)
+
+
 @check()
 def compiled(spec: Spec) -> None:
     """torch.compile(fullgraph=True) gives the same value and gradient, or raises as declared."""

@@ -125,6 +125,10 @@ class Spec:
     compile: bool | str = True
     compile_samples: tuple[str, ...] = ()  # default: the first
     vmap: tuple[str, ...] = ()  # inputs that are mapped over in the first sample
+    # grad, vjp and jacrev of torch.func, with a forward mode jvp and jacfwd, with a second
+    # derivative too hessian, are what autograd finds. Of the first sample, or of these.
+    transforms: bool | str = True
+    transform_samples: tuple[str, ...] = ()
 
     # -- numbers
     # input -> what a NaN in its first entry does to the first result. "all" of it is NaN; the first

@@ -95,6 +95,7 @@ SPECS = (
             "none": Empty(lambda: sample(0, reduction="none"), 0.0, (0,)),
         },
         gradgrad="linear_distillation_loss has no second derivative",
+        transforms="must override the setup_context staticmethod",
         forward_mode="forward AD",
         compile_samples=("jsd and cross entropy",),
         nan={"student_hidden": "all", "teacher_hidden": "all", "student_weight": "all"},

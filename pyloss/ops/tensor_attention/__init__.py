@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.tensor_attention import cpu, reference, triton
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention import cpu, reference, second_order, triton
 from pyloss.ops.tensor_attention.cpu import scratch_bytes
-from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
 from pyloss.ops.tensor_attention.plan import WANT, Settings, gradients, results
 
 __all__ = ["Settings", "scratch_bytes", "tensor_attention"]
@@ -68,21 +67,23 @@ class _TensorAttention(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, out, lse = kept[:7], kept[7], kept[8]
         rest = (None,) * len(ctx.settings)
-        want = sum(bit for bit, yes in zip(WANT, ctx.needs_input_grad) if yes)
-        if want == 0 or (dout is None and dlse is None):
+        needed = ctx.needs_input_grad[:7]
+        if not any(needed) or (dout is None and dlse is None):
             return *(None for _ in tensors), *rest
-        cotangent = torch.zeros_like(out) if dout is None else dout
-        # is_grads_batched, jacobian(vectorize=True): vmap cannot look into the op.
-        batched = any(g is not None and is_batched(g) for g in (dout, dlse))
-        run = reference.backward if batched else _ops.tensor_attention_bwd
-        found = run(
-            cotangent, dlse, *(t if t is None else t.detach() for t in tensors), out.detach(),
-            lse.detach(), *ctx.settings, want,
-        )  # fmt: skip
+        part = reference.part(2, *reference.of_settings(ctx.settings))
+        if second_order.batched(dout, dlse):
+            return *second_order.by_reference(part, tensors, (dout, dlse), needed), *rest
+        with torch.no_grad():
+            grads = _ops.tensor_attention_bwd(
+                torch.zeros_like(out) if dout is None else dout, dlse, *tensors, out, lse,
+                *ctx.settings, sum(bit for bit, yes in zip(WANT, needed) if yes),
+            )  # fmt: skip
+        grads = iter(grads)
+        grads = [next(grads) if yes else None for yes in needed]
         if torch.is_grad_enabled():
-            found = FirstOrderOnly.apply(len(found), *found, cotangent, *tensors)
-        grads = list(found)
-        return *(grads.pop(0) if want & bit else None for bit in WANT), *rest
+            blocks = reference.blocks(tensors[0], tensors[1:3])
+            grads = second_order.differentiable(grads, part, blocks, tensors, (dout, dlse))
+        return *grads, *rest
 
 
 def tensor_attention(
