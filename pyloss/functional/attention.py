@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.functional import _checks as checks
 from pyloss.functional._attention_checks import (
     NotOfKeys,
     check_choices,
     checked_band,
     checked_bias,
+    checked_list,
     checked_masks,
     checked_options,
     checked_scale,
@@ -21,7 +23,6 @@ from pyloss.functional._attention_checks import (
     key_masks,
     known_finite,
 )
-from pyloss.functional._checks import is_integer
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._launch import accumulator_dtype
@@ -231,7 +232,7 @@ def tensor_attention_n(
         Alman, Song. arXiv 2310.04064. Liang et al. Tensor Attention Training: Provably Efficient
         Learning of Higher-order Transformers. arXiv 2405.16411.
     """
-    keys, values = tuple(keys), tuple(values)
+    keys, values = checked_list("keys", keys), checked_list("values", values)
     order = len(keys)
     if order == 0 or len(values) != order:
         raise ValueError(
@@ -331,6 +332,7 @@ def tensor_attention_cost(
         >>> pyloss.functional.tensor_attention_cost((1, 8, 2048, 64), window=(32, 128)).triples
         64984448
     """
+    shape = tuple(_sizes(shape))
     if len(shape) == 4:
         batch, heads, n_q, d = shape
         n_1 = n_2 = n_q
@@ -343,6 +345,8 @@ def tensor_attention_cost(
         )
     if direction not in ("forward", "backward", "both"):
         raise ValueError(f"direction must be forward, backward or both, got {direction!r}")
+    if rate is not None:
+        checks.check_range("rate", rate, 0.0, open_low=True)
     q = torch.empty((), dtype=dtype).expand(batch, heads, n_q, d)
     keys = [q.new_empty(()).expand(batch, heads, n, d) for n in (n_1, n_2)]
     values = [q.new_empty(()).expand(batch, heads, n, dv) for n in (n_1, n_2)]
@@ -373,8 +377,17 @@ def tensor_attention_cost(
         exps=triples * (forward + backward),
         tensor_bytes=elements * dtype.itemsize + rows * accumulator_dtype(dtype).itemsize,
         extra_bytes=extra,
-        seconds=None if rate is None else triples * per_triple / rate,
+        seconds=None if rate is None else float(triples * per_triple / rate),
     )
+
+
+def _sizes(shape) -> Iterator[int]:
+    for size in checked_list("shape", shape, "integers"):
+        found = checks.as_integer(size)
+        if found is None or found < 0:
+            error = TypeError if found is None else ValueError
+            raise error(f"shape must hold integers >= 0, got {size!r}")
+        yield found
 
 
 def tensor_attention_error(
@@ -460,14 +473,15 @@ def tensor_attention_error(
         of_keys = key_masks(q, keys, (attn_mask, *masks), names)
     except NotOfKeys as error:
         raise ValueError(str(error)) from None
-    if not is_integer(samples) or samples < 1:
+    count = checks.as_integer(samples)
+    if count is None or count < 1:
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
     s = checked_scale(scale, q.shape[3])
     problem = lowrank.Problem(
         q, keys, found[0].shape[3], of_keys, s, causal, windows, q.device.type
     )
     checked_values = None if values is None else found
-    return lowrank.report(problem, lowrank.Options(*options), checked_values, samples)
+    return lowrank.report(problem, lowrank.Options(*options), checked_values, count)
 
 
 # --------------------------------------------------------------------------------------------------
