@@ -141,7 +141,7 @@ def test_triton_backend_needs_a_gpu():
 
 
 @pytest.mark.parametrize(
-    "settings", [(0.5, False, 0, 0, 0, 0.0, 0.0), (0.5, True, 3, 4, 1, 0.25, 1.0)]
+    "settings", [(0.5, False, 0, 0, 0, 0.0, 0.0, 0.0), (0.5, True, 3, 4, 1, 0.25, 1.0, 2.5)]
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(settings, masked):

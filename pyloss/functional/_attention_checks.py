@@ -315,6 +315,16 @@ def checked_scale(scale, d) -> float:
     return float(scale)
 
 
+def checked_softcap(softcap, method: str) -> float:
+    checks.check_range("softcap", softcap, 0.0, open_low=True)
+    if method == "lowrank":
+        raise ValueError(
+            'method="lowrank" takes no softcap: its polynomial stands for exp alone; use '
+            'method="exact"'
+        )
+    return float(softcap)
+
+
 def checked_bias(kv_bias) -> tuple[float, float]:
     try:
         bk, bv = kv_bias

@@ -19,6 +19,7 @@ from pyloss.functional._attention_checks import (
     checked_masks,
     checked_options,
     checked_scale,
+    checked_softcap,
     checked_tensors,
     key_masks,
     known_finite,
@@ -45,6 +46,7 @@ def tensor_attention(
     window: Window = None,
     q_offset: int | None = None,
     scale: float | str | None = None,
+    softcap: float | None = None,
     kv_bias: tuple[float, float] = (0.0, 0.0),
     form: str = "product",
     enable_gqa: bool = False,
@@ -88,6 +90,8 @@ def tensor_attention(
         q_offset: position of query 0. Default 0, and required where a causal mask or a window meets
             lengths that differ.
         scale: s; None: ``d ** -0.5``; ``"kronecker"``: 1/d, that of the paper; or a number.
+        softcap: a bound c > 0 of the scores: c tanh(x / c) in the place of each, scaled, before
+            masks are added, as in Gemma. Not with ``"lowrank"``; a GPU takes the reference.
         kv_bias: numbers ``(b_k, b_v)`` added to k2 and v2.
         form: ``"product"``, or ``"determinant"``: S sums the determinants of (q, k1, k2) over
             triples of features, which rotations of all three leave unchanged; d divisible by 3.
@@ -153,10 +157,11 @@ def tensor_attention(
     given, names = (mask1, mask2), ("mask1", "mask2")
     causal, windows, offset = checked_band(q, keys, is_causal, window, q_offset)
     s = checked_scale(scale, q.shape[3])
+    cap = 0.0 if softcap is None else checked_softcap(softcap, method)
     bk, bv = checked_bias(kv_bias)
     if form == "determinant":
         q, keys, bk = _determinant(q, keys, bk)
-    if method != "exact":
+    if method != "exact" and not cap:
         shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
         found = _low_rank(
@@ -165,7 +170,7 @@ def tensor_attention(
         if found is not None:
             return found if return_lse else found[0]
     masks = checked_masks(q, keys, attn_mask, given, names)
-    settings = op.Settings(s, causal, *windows, offset, bk, bv)
+    settings = op.Settings(s, causal, *windows, offset, bk, bv, cap)
     out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
     return (out, lse) if return_lse else out
 
@@ -181,6 +186,7 @@ def tensor_attention_n(
     window: Window = None,
     q_offset: int | None = None,
     scale: float | str | None = None,
+    softcap: float | None = None,
     kv_bias: tuple[float, float] = (0.0, 0.0),
     enable_gqa: bool = False,
     method: str = "exact",
@@ -211,8 +217,8 @@ def tensor_attention_n(
             where m < 3.
         window: one number or m of them.
         kv_bias: added to the last keys and values.
-        is_causal, q_offset, scale, enable_gqa, return_lse, method, degree, poly, tol, check,
-            logit_bound: as in :func:`tensor_attention`.
+        is_causal, q_offset, scale, softcap, enable_gqa, return_lse, method, degree, poly, tol,
+            check, logit_bound: as in :func:`tensor_attention`.
 
     Returns:
         As :func:`tensor_attention`.
@@ -249,8 +255,9 @@ def tensor_attention_n(
     q, keys, values = checked_tensors(q, keys, values, enable_gqa, key_names, value_names)
     causal, windows, offset = checked_band(q, keys, is_causal, window, q_offset)
     s = checked_scale(scale, q.shape[3])
+    cap = 0.0 if softcap is None else checked_softcap(softcap, method)
     bk, bv = checked_bias(kv_bias)
-    if method != "exact":
+    if method != "exact" and not cap:
         shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
         given, names = (attn_mask, *masks), ("attn_mask", *mask_names)
@@ -259,21 +266,21 @@ def tensor_attention_n(
             return found if return_lse else found[0]
     masks = checked_masks(q, keys, attn_mask, masks, mask_names)
     if order == 2:
-        settings = op.Settings(s, causal, *windows, offset, bk, bv)
+        settings = op.Settings(s, causal, *windows, offset, bk, bv, cap)
         out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
         return (out, lse) if return_lse else out
 
     keys, values = _shifted(keys, values, bk, bv)
     if order == 1:
         out, lse = _plain(
-            q, keys[0], values[0], masks[0], s, causal, windows[0], offset, return_lse
+            q, keys[0], values[0], masks[0], s, causal, windows[0], offset, cap, return_lse
         )
     else:
         if torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in masks):
             raise NotImplementedError(
                 "a mask that requires a gradient needs order 1 or 2, got order " + str(order)
             )
-        settings = orders.OrderSettings(s, causal, windows, offset)
+        settings = orders.OrderSettings(s, causal, windows, offset, cap)
         out, lse = orders.tensor_attention_order(q, keys, values, masks, settings)
     return (out, lse) if return_lse else out
 
@@ -529,19 +536,20 @@ def _shifted(keys, values, bk, bv, dtype=None):
     return (*keys[:-1], k + bk), (*values[:-1], v + bv)
 
 
-def _plain(q, k, v, mask, scale, causal, window, offset, return_lse):
+def _plain(q, k, v, mask, scale, causal, window, offset, softcap, return_lse):
     """(out, lse or None) of order 1."""
     square = offset == 0 and q.shape[2] == k.shape[2]
     # Causality hides no NaN there. A GPU is not asked: the page says so.
     clean = not causal or q.is_cuda or known_finite(k, v)
-    if mask is None and not window and not return_lse and (square or not causal) and clean:
+    bare = mask is None and not window and not softcap and not return_lse
+    if bare and (square or not causal) and clean:
         heads = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, **({"enable_gqa": True} if heads else {})
         ), None
     # A second axis of one key of ones, at the first position that any query sees.
     one = k.new_ones(k.shape[0], k.shape[1], 1, 1)
-    settings = op.Settings(scale, causal, window, 0, offset, 0.0, 0.0)
+    settings = op.Settings(scale, causal, window, 0, offset, 0.0, 0.0, softcap)
     ones = (one.expand(-1, -1, 1, k.shape[3]), one.expand(-1, -1, 1, v.shape[3]))
     return op.tensor_attention(q, k, ones[0], v, ones[1], mask, None, settings)
 

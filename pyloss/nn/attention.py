@@ -14,6 +14,7 @@ from pyloss.functional._attention_checks import (
     check_choices,
     checked_options,
     checked_scale,
+    checked_softcap,
     checked_windows,
 )
 from pyloss.functional._options import LOW_RANK, LowRankOptions, options_of
@@ -43,7 +44,8 @@ class TensorAttention(OptionsModule):
         window: causal windows, as in :func:`pyloss.tensor_attention`; one number or ``order`` ones.
         qk_norm: RMS norm with weights over the features of each query and first key.
         init: ``"identity"``, or ``"random"``: the further projections as those of ``Linear``.
-        scale, method, degree, poly, tol, check, logit_bound: as in :func:`pyloss.tensor_attention`.
+        scale, softcap, method, degree, poly, tol, check, logit_bound: as in
+            :func:`pyloss.tensor_attention`.
 
     Shape:
         As ``MultiheadAttention``: query ``(L, N, E)``, or ``(N, L, E)`` with ``batch_first``, or
@@ -95,6 +97,7 @@ class TensorAttention(OptionsModule):
         qk_norm: bool = False,
         init: str = "identity",
         scale: float | str | None = None,
+        softcap: float | None = None,
         **low_rank: Unpack[LowRankOptions],
     ) -> None:
         super().__init__(**low_rank)
@@ -123,6 +126,8 @@ class TensorAttention(OptionsModule):
         check_choices(self.method, "product", 0.0)
         checked_options(self.method, self.degree, self.poly, self.tol, self.check, self.logit_bound)
         checked_scale(scale, embed_dim // num_heads)
+        if softcap is not None:
+            checked_softcap(softcap, self.method)
         checked_windows(window, order)
         checks.check_number("dropout", dropout)
         if init not in ("identity", "random"):
@@ -136,6 +141,7 @@ class TensorAttention(OptionsModule):
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
         self.order, self.window, self.init, self.scale = order, window, init, scale
+        self.softcap = softcap
 
         to = dict(device=device, dtype=dtype)
         width = kv_heads * self.head_dim
@@ -273,6 +279,7 @@ class TensorAttention(OptionsModule):
             q_offset=0 if is_causal else None,
             window=self.window,
             scale=self.scale,
+            softcap=self.softcap,
             enable_gqa=self.num_kv_heads != self.num_heads,
             **self._options,
         )
@@ -356,6 +363,10 @@ class TensorAttention(OptionsModule):
             text += f", num_kv_heads={self.num_kv_heads}"
         if self.window is not None:
             text += f", window={self.window}"
+        if self.scale is not None:
+            text += f", scale={self.scale!r}"
+        if self.softcap is not None:
+            text += f", softcap={self.softcap!r}"
         if self.method != "exact":
             text += f", method={self.method}, degree={self.degree}, poly={self.poly}"
         return text + f", batch_first={self.batch_first}"

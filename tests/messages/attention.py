@@ -63,6 +63,7 @@ ROWS: tuple[Refused | Accepted, ...] = (
             accepted(call, window=(np.array([2, 3]), (2, 3))),
             accepted(call, is_causal=(True, True), q_offset=(np.int16(1), 1)),
             accepted(call, scale=(np.float32(0.5), 0.5)),
+            accepted(call, softcap=(np.float32(0.5), 0.5)),
             accepted(call, kv_bias=((np.float64(0.5), np.int64(1)), (0.5, 1))),
             accepted(call, enable_gqa=(np.False_, False), return_lse=(np.True_, True)),
             accepted(call, **{k: (v, v) for k, v in LOW_RANK.items()} | dict(
@@ -127,6 +128,9 @@ ROWS: tuple[Refused | Accepted, ...] = (
     refused(ValueError, "tol must be positive, got 0.0", layer, tol=0.0),
     refused(ValueError, "logit_bound must be positive, got -1", layer, logit_bound=-1),
     refused(ValueError, "scale must be a number or 'kronecker', got 'paper'", layer, scale="paper"),
+    refused(ValueError, "softcap must be finite and > 0, got -1.0", layer, softcap=-1.0),
+    refused(ValueError, 'method="lowrank" takes no softcap', layer, softcap=50.0,
+            method="lowrank"),
     refused(ValueError, "window must be one number or 2, got (1, 2, 3)", layer, window=(1, 2, 3)),
     refused(ValueError, "window must be positive, or -1 or None for no limit, got 0", layer,
             window=0),

@@ -1,7 +1,9 @@
 """Exact Kronecker tensor attention as an op: (out, lse) forward, up to seven gradients backward.
 
-    S[i,j,k] = scale sum_l q[i,l] k1[j,l] (k2[k,l] + bk) + mask1[i,j] + mask2[i,k]
+    S[i,j,k] = cap(scale sum_l q[i,l] k1[j,l] (k2[k,l] + bk)) + mask1[i,j] + mask2[i,k]
     out[i,c] = sum_jk softmax_jk(S)[i,j,k] v1[j,c] (v2[k,c] + bv)
+
+with cap(x) = softcap tanh(x / softcap), or x where softcap is 0.
 
 Formulas, memory and cost: docs/tensor_attention.md. Kernels: csrc/cpu/tensor_attention.h,
 kernels/tensor_attention. Of more than two key axes: order.py.
@@ -23,7 +25,10 @@ from pyloss.ops.tensor_attention.plan import WANT, Settings, gradients, results
 __all__ = ["Settings", "scratch_bytes", "tensor_attention"]
 
 _TENSORS = "Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, Tensor? mask1, Tensor? mask2"
-_SETTINGS = "float scale, bool causal, SymInt w1, SymInt w2, SymInt q_offset, float bk, float bv"
+_SETTINGS = (
+    "float scale, bool causal, SymInt w1, SymInt w2, SymInt q_offset, float bk, float bv, "
+    "float softcap"
+)
 
 
 def _forward_fake(q, k1, k2, v1, v2, mask1, mask2, *settings):

@@ -33,28 +33,29 @@ class OrderSettings(NamedTuple):
     causal: bool
     windows: tuple[int, ...]
     q_offset: int
+    softcap: float
 
 
 # Dynamo follows what comes now, in versions that neither take a NamedTuple through
 # Function.apply nor know _replace: the settings go on as a plain tuple.
-_Plain = tuple[float, bool, tuple[int, ...], int]
+_Plain = tuple[float, bool, tuple[int, ...], int, float]
 
 
 def _inner_settings(settings: _Plain, first_query: int) -> _Plain:
     """Without the first axis, for queries that start at `first_query`."""
-    scale, causal, windows, q_offset = settings
-    return scale, causal, windows[1:], q_offset + first_query
+    scale, causal, windows, q_offset, softcap = settings
+    return scale, causal, windows[1:], q_offset + first_query, softcap
 
 
-def _pair_settings(settings: _Plain) -> tuple[float, bool, int, int, int, float, float]:
+def _pair_settings(settings: _Plain) -> tuple:
     """Those of the op, for the last two axes."""
-    scale, causal, (w1, w2), q_offset = settings
-    return scale, causal, w1, w2, q_offset, 0.0, 0.0
+    scale, causal, (w1, w2), q_offset, softcap = settings
+    return scale, causal, w1, w2, q_offset, 0.0, 0.0, softcap
 
 
 def _queries(settings: _Plain, key: int, n_q: int) -> slice:
     """Those that see a key of the first axis."""
-    _, causal, windows, q_offset = settings
+    _, causal, windows, q_offset, _ = settings
     window, position = windows[0], key - q_offset
     first = position if causal else (position - window + 1 if window else 0)
     last = position + window if window else n_q
@@ -145,8 +146,8 @@ def _backward(dout, delta, out, lse, q, keys, values, masks, settings: _Plain):
 
 class _TensorAttentionOrder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, causal, windows, q_offset, *tensors):
-        order, settings = len(windows), (scale, causal, windows, q_offset)
+    def forward(ctx, scale, causal, windows, q_offset, softcap, *tensors):
+        order, settings = len(windows), (scale, causal, windows, q_offset, softcap)
         q, keys, values, masks = _accumulated(tensors, order)
         given = (q, keys, values, masks, causal, windows, q_offset)
         # A look at the numbers waits for a GPU and does not trace; the loop over the keys is slow
@@ -166,14 +167,14 @@ class _TensorAttentionOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * (5 + 3 * ctx.order)
+            return (None,) * (6 + 3 * ctx.order)
         *tensors, out, lse = ctx.saved_tensors
         m, inputs = ctx.order, 1 + 2 * ctx.order
         part = reference.part(m, *ctx.settings)
-        needed = (*ctx.needs_input_grad[4 : 4 + inputs], *(False,) * m)
+        needed = (*ctx.needs_input_grad[5 : 5 + inputs], *(False,) * m)
         if second_order.batched(dout, dlse):
             grads = second_order.by_reference(part, tensors, (dout, dlse), needed)
-            return *(None,) * 4, *grads
+            return *(None,) * 5, *grads
         with torch.no_grad():
             q, keys, values, masks = _accumulated(tensors, m)
             if ctx.unclean:
@@ -188,7 +189,7 @@ class _TensorAttentionOrder(torch.autograd.Function):
         if torch.is_grad_enabled():
             blocks = reference.blocks(tensors[0], tensors[1 : 1 + m])
             grads = second_order.differentiable(grads, part, blocks, tensors, (dout, dlse))
-        return *(None,) * 4, *grads
+        return *(None,) * 5, *grads
 
 
 def _accumulated(tensors, order):

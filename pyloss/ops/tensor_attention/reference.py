@@ -17,7 +17,7 @@ from pyloss.ops.tensor_attention.plan import Settings, wanted
 _BLOCK_BYTES = 1 << 25
 
 
-def of_order(q, keys, values, masks, scale, causal, windows, q_offset, bk=0.0, bv=0.0):
+def of_order(q, keys, values, masks, scale, causal, windows, q_offset, softcap, bk=0.0, bv=0.0):
     """(out, lse) of any order in torch operations."""
     from pyloss.reference.tensor_attention import tensor_attention  # with its first use
 
@@ -31,13 +31,14 @@ def of_order(q, keys, values, masks, scale, causal, windows, q_offset, bk=0.0, b
         windows=[w or None for w in windows],
         q_offset=q_offset,
         kv_bias=(bk, bv),
+        softcap=softcap or None,
     )
 
 
 def of_settings(settings: Sequence) -> tuple:
     """What `of_order` takes after the masks, of the op's settings."""
-    scale, causal, w1, w2, q_offset, bk, bv = settings
-    return scale, causal, (w1, w2), q_offset, bk, bv
+    scale, causal, w1, w2, q_offset, bk, bv, softcap = settings
+    return scale, causal, (w1, w2), q_offset, softcap, bk, bv
 
 
 def found(q, k1, k2, v1, v2, mask1, mask2, settings: Sequence):
@@ -45,14 +46,15 @@ def found(q, k1, k2, v1, v2, mask1, mask2, settings: Sequence):
     return of_order(q, (k1, k2), (v1, v2), (mask1, mask2), *of_settings(settings))
 
 
-def part(order: int, scale, causal, windows, q_offset, *bias) -> Callable:
+def part(order: int, scale, causal, windows, q_offset, softcap, *bias) -> Callable:
     """(out, lse) of some queries, as a function of (rows, q, *keys, *values, *masks)."""
 
     def of_rows(rows: slice, q: Tensor, *others: Tensor | None):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
         masks = [m if m is None or m.shape[2] == 1 else m[:, :, rows] for m in masks]
         first = q_offset + (rows.start or 0)
-        return of_order(q[:, :, rows], keys, values, masks, scale, causal, windows, first, *bias)
+        band = (causal, windows, first)
+        return of_order(q[:, :, rows], keys, values, masks, scale, *band, softcap, *bias)
 
     return of_rows
 
