@@ -56,6 +56,57 @@ def test_shapes_and_reductions(shape, smoothing, reduction, dtype):
             _both(x, target, weight=w, reduction=reduction, label_smoothing=smoothing)
 
 
+# Indices of maps are left out: F.cross_entropy itself has no such call.
+NO_CLASSES = [
+    ((5, 0), torch.full((5,), -100)),
+    ((0, 0), torch.zeros(0, dtype=torch.int64)),
+    ((0,), torch.tensor(-100)),
+    *((shape, torch.zeros(shape)) for shape in [(5, 0), (0, 0), (0,), (2, 0, 3), (0, 0, 3)]),
+]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape, target", NO_CLASSES)
+def test_no_classes(shape, target, reduction):
+    """NaN for a mean of any number of rows, 0 for the rest; at 6750e06 an IndexError."""
+    options = [{}, dict(weight=torch.zeros(0))]
+    if target.is_floating_point():  # smoothed labels are NaN there, even of ignored rows
+        options.append(dict(label_smoothing=0.1))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = torch.zeros(shape, dtype=dtype)
+        y = target.to(dtype) if target.is_floating_point() else target
+        for o in options:
+            o = {name: v.to(dtype) if name == "weight" else v for name, v in o.items()}
+            _both(x, y, reduction=reduction, **o)
+            with pyloss.backend("reference"):
+                _both(x, y, reduction=reduction, **o)
+    torch._dynamo.reset()
+    compiled = torch.compile(pyloss.fused_cross_entropy, fullgraph=True, backend="aot_eager")
+    x = torch.zeros(shape, requires_grad=True)
+    loss = compiled(x, target, reduction=reduction)
+    want = F_CE(x, target, reduction=reduction)
+    torch.testing.assert_close(loss, want, equal_nan=True)
+    assert torch.autograd.grad(loss.sum(), x)[0].shape == shape
+
+
+def test_no_classes_elsewhere():
+    x, y, p = torch.zeros(3, 0), torch.full((3,), -100), torch.zeros(3, 0)
+    ce = pyloss.fused_cross_entropy
+    for call in (ce, F_CE):
+        with pytest.raises(IndexError, match="Target 0 is out of bounds"):
+            call(x, torch.zeros(3, dtype=torch.int64))
+    assert ce(x, y, empty="zero") == ce(x, p, empty="zero") == 0
+    assert ce(x, y, num_items=4) == ce(x, p, num_items=torch.tensor(4.0)) == 0
+    assert pyloss.focal_loss(x, y).isnan() and pyloss.focal_loss(x, y, reduction="sum") == 0
+    assert pyloss.nn.CompSumLoss(0.0, reduction="none")(x, (y, y, 0.5)).tolist() == [0.0] * 3
+    assert torch.vmap(ce)(torch.zeros(2, 3, 0), y.expand(2, 3)).isnan().all()
+    with pytest.raises(IndexError, match="no classes"):
+        ce(x, y, return_stats=("lse",))
+    layer = torch.zeros(3, 2), torch.zeros(0, 2)
+    assert pyloss.fused_linear_cross_entropy(*layer, y).isnan()
+    assert pyloss.fused_linear_cross_entropy(*layer, p, reduction="sum") == 0
+
+
 def test_signature():
     ours = list(inspect.signature(pyloss.fused_cross_entropy).parameters.values())
     theirs = list(inspect.signature(F_CE).parameters.values())

@@ -51,7 +51,8 @@ def fused_cross_entropy(
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float32, bfloat16, float16 or
-            float64. Any strides; half types are computed in float32.
+            float64. Any strides; half types are computed in float32. A ``DTensor`` gives a
+            ``DTensor``: rows and classes may be split.
         target: one of
 
             - class indices ``()``, ``(N)`` or ``(N, d1, ..., dk)``; int64, uint8 or int32

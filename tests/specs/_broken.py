@@ -178,12 +178,18 @@ def _compiles_to_something_else(f, x, y, options):
     return f(x, y, **options) * (1.001 if torch.compiler.is_compiling() else 1.0)
 
 
-def _otherwise_under_transforms(f, x, y, options):
-    return f(x, y, **options) * (1.001 if torch._C._are_functorch_transforms_active() else 1.0)
-
-
 def _looks(f, x, y, options):
     return f(x, y, **options) if float(x.detach().sum()) != 0.125 else x.sum(-1)
+
+
+def _constant_curvature(f, x, y, options):
+    """Right to the first order."""
+    fixed = x.detach()
+    result = f(fixed, y, **options)
+    slope = 2 * options["scale"] * (fixed - y)
+    weight = options["weight"]
+    slope = slope if weight is None else slope * weight.to(x.dtype)
+    return result + (slope * (x - fixed)).sum(-1)
 
 
 def _writes(f, x, y, options):
@@ -251,17 +257,16 @@ WRONG: dict[str, dict[str, Spec]] = {
         "declared to raise": replace(KEPT, forward_mode="no forward mode"),
         "declared missing": replace(KEPT, forward_mode=False),
     },
+    "transforms": {
+        "missing": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o)),
+        "looks at the values": _function(_looks),
+        "the second derivative": _function(_constant_curvature),
+        "declared missing": replace(KEPT, transforms={"hessian": "no hessian"}),
+    },
     "compiled": {
         "a graph break": _function(_looks),
         "another value": _function(_compiles_to_something_else),
         "declared missing": replace(KEPT, compile="cannot be compiled"),
-    },
-    "transforms": {
-        "another value": _function(_otherwise_under_transforms),
-        "declared missing": replace(KEPT, transforms="no transforms"),
-        "no second derivative": _function(
-            lambda f, x, y, o: _FirstDerivativeOnly.apply(x - y.detach()).sum(-1)
-        ),
     },
     "vmapped": {"looks at the values": _function(_looks)},
     "module": {"loses an option": replace(KEPT, build=_ignores_scale)},

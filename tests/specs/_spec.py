@@ -122,13 +122,12 @@ class Spec:
     gradgrad: bool | str = True
     forward_mode: bool | str = True  # False: dual numbers come out without a tangent
     thorough: bool = False  # both of every entry, not along random directions
+    # What torch.func cannot do: grad, vjp, jvp, vmap, jacrev, jacfwd or hessian -> the message of
+    # the error.
+    transforms: Mapping[str, str] = field(default_factory=dict)
     compile: bool | str = True
     compile_samples: tuple[str, ...] = ()  # default: the first
     vmap: tuple[str, ...] = ()  # inputs that are mapped over in the first sample
-    # grad, vjp and jacrev of torch.func, with a forward mode jvp and jacfwd, with a second
-    # derivative too hessian, are what autograd finds. Of the first sample, or of these.
-    transforms: bool | str = True
-    transform_samples: tuple[str, ...] = ()
 
     # -- numbers
     # input -> what a NaN in its first entry does to the first result. "all" of it is NaN; the first

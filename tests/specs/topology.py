@@ -172,6 +172,7 @@ SPECS = (
         tensors=lambda pairs: pairs if isinstance(pairs, tuple) else (pairs.values, pairs.index),
         gradients=("input",),
         derivative_samples=("plain", "dims"),  # the death of the oldest is infinite
+        transforms={"vmap": "dynamic shape"},  # as many pairs as the image has
         autocast={},
         empty={"no items": Empty(lambda: Sample(dict(input=image(0, 1, 4, 3))), 0.0, (0, 2))},
         large=lambda: Sample(dict(input=image(8, 2, 60, 60))),

@@ -87,6 +87,7 @@ def linear() -> None:
     w = torch.randn(7, 10)
     pyloss.fused_linear_cross_entropy(x, w, y, shift=0, chunk=2, filter=1e-4)
     pyloss.token_logprobs(x, w, y, return_entropy=True)
+    pyloss.token_logprobs(x, w, y, temperature=torch.ones(4))
     pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
     pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
     linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
@@ -96,6 +97,7 @@ def preference() -> None:
     logps = sequence_logprobs(x, mask=None, average=True)
     assert_type(logps, Tensor)
     assert_type(dpo_loss(logps, logps, None, None), Tensor | tuple[Tensor, DPOMetrics])
+    dpo_loss(logps, logps, logps, logps, loss_type="sigmoid", f_divergence_type="js_divergence")
     assert_type(group_advantages(torch.rand(8), 4), Tensor)
     assert_type(grpo_loss(x, None, y, kl_coef=0.1), Tensor | tuple[Tensor, GRPOMetrics])
 

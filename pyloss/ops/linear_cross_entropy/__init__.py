@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pyloss.ops import row_softmax as rows
 from pyloss.ops._empty import scaled
+from pyloss.ops._flops import count_by
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
+from pyloss.ops._transforms import distinct, is_batched, saved_tensor_hooks_active
 from pyloss.ops.linear_cross_entropy import cpu, cuda, reference
 from pyloss.ops.linear_cross_entropy.by_chunks import listed, result_buffers
 from pyloss.ops.linear_cross_entropy.call import (
@@ -148,6 +149,37 @@ define_op(
     fake=lambda grad_loss, grad_extras, *args: _fake_grads(_of_tiles(args[:6]), args[9]),
     impls={"triton": _tiles_backward, "reference": _tiles_backward_reference},
 )
+
+# --------------------------------------------------------------------------------------------------
+# Multiplications and additions, of all rows: which ones are ignored is not known from shapes
+
+
+def _flops(input, linear_weight, products: int, wants: int) -> int:
+    """Of the given products and of those for the gradients that are wanted; a bias takes none."""
+    return 2 * input[0] * linear_weight[0] * input[1] * (products + sum(wanted(wants)[:2]))
+
+
+def _forward_flops(input, linear_weight, *rest, out_shape=None) -> int:
+    return _flops(input, linear_weight, 1, rest[9])
+
+
+def _backward_flops(grad_loss, grad_extras, input, linear_weight, *rest, out_shape=None) -> int:
+    return _flops(input, linear_weight, 1, rest[9])
+
+
+def _tiles_forward_flops(input, linear_weight, *rest, out_shape=None) -> int:
+    return _flops(input, linear_weight, 1, 0)
+
+
+def _tiles_backward_flops(grad_loss, grad_extras, input, linear_weight, *rest, out_shape=None):
+    """With all tiles: what a filter leaves out is not known before."""
+    return _flops(input, linear_weight, 1, rest[7])
+
+
+count_by("linear_cross_entropy_fwd", _forward_flops)
+count_by("linear_cross_entropy_bwd", _backward_flops)
+count_by("linear_cross_entropy_tiles_fwd", _tiles_forward_flops)
+count_by("linear_cross_entropy_tiles_bwd", _tiles_backward_flops)
 
 # --------------------------------------------------------------------------------------------------
 # Autograd
@@ -310,7 +342,7 @@ def linear_cross_entropy(
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
             codes.scalar, settings,
         )  # fmt: skip
-        found = _LinearCrossEntropy.apply(*t, call)
+        found = _LinearCrossEntropy.apply(*distinct(tuple(t)), call)
         found = (found,) if wants == 0 else found
         extras = found[1] if wants & WANT_EXTRAS else None
         return found[0], extras, found[-1] if wants & WANT_INDEX else None
