@@ -27,6 +27,7 @@ from pyloss.functional._attention_checks import (
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.tensor_attention import cost
 from pyloss.ops.tensor_attention import order as orders
 
 Window = int | None | Sequence[int | None]
@@ -358,13 +359,7 @@ def tensor_attention_cost(
     keys = [q.new_empty(()).expand(batch, heads, n, d) for n in (n_1, n_2)]
     values = [q.new_empty(()).expand(batch, heads, n, dv) for n in (n_1, n_2)]
     causal, windows, offset = checked_band(q, keys, is_causal, window, 0)
-    p = torch.arange(n_q, dtype=torch.int64)
-    seen = []
-    for n, w in zip((n_1, n_2), windows):
-        first = (p - w + 1).clamp(0, n) if w else torch.zeros_like(p)
-        last = p + 1 if causal else (p + w if w else torch.full_like(p, n))
-        seen.append(last.clamp(0, n) - first)
-    triples = batch * heads * int((seen[0] * seen[1]).sum())
+    triples = batch * heads * cost.tuples(n_q, (n_1, n_2), causal, windows, offset)
     forward, backward = direction != "backward", direction != "forward"
     per_triple = (2 * (d + dv) if forward else 0) + (6 * d + 4 * dv if backward else 0)
     keys_and_values = batch * heads * (n_1 + n_2) * (d + dv)

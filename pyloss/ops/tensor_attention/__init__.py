@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
-from pyloss.ops.tensor_attention import cpu, reference, second_order, triton
+from pyloss.ops.tensor_attention import cost, cpu, reference, second_order, triton
 from pyloss.ops.tensor_attention.cpu import scratch_bytes
 from pyloss.ops.tensor_attention.plan import WANT, Settings, gradients, results
 
@@ -50,6 +51,9 @@ define_op(
     fake=_backward_fake,
     impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
 )
+
+count_by("tensor_attention_fwd", cost.forward_flops)
+count_by("tensor_attention_bwd", cost.backward_flops)
 
 # --------------------------------------------------------------------------------------------------
 # Autograd

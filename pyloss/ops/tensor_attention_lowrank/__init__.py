@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
 from pyloss.ops.tensor_attention import second_order
@@ -48,6 +49,27 @@ define_op(
     fake=_backward_fake,
     impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
 )
+
+
+def _flops(q, keys, values, degree: int) -> int:
+    """Of one product with the features of each token: 2 r (dv + 1)."""
+    tokens = q[0] * (q[1] * q[2] + sum(k[1] * k[2] for k in keys))
+    return 2 * tokens * plan.rank(q[3], degree) * (values[0][3] + 1)
+
+
+def _forward_flops(q, keys, values, key_masks, coefficients, *rest, out_shape=None) -> int:
+    return _flops(q, keys, values, len(coefficients) - 1)
+
+
+def _backward_flops(
+    dout, dlse, q, keys, values, key_masks, out, y, states, coefficients, *rest, out_shape=None
+) -> int:
+    """dv_x and dU_x of each token of keys, [E | e] and dU_0 of each query."""
+    return 2 * _flops(q, keys, values, len(coefficients) - 1)
+
+
+count_by("tensor_attention_lowrank_fwd", _forward_flops)
+count_by("tensor_attention_lowrank_bwd", _backward_flops)
 
 # --------------------------------------------------------------------------------------------------
 # Autograd
