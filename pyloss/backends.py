@@ -124,12 +124,19 @@ def choose(op: str, device_type: str, available: Collection[str]) -> str:
     reason = why_not(own, op, device_type, available)
     if reason is None:
         return own
+    say_reference(op, device_type, reason)
+    return "reference"
+
+
+def say_reference(op: str, device_type: str, reason: str) -> None:
+    """That a call runs on the reference though nobody asked for it: an error or a line of the log,
+    once per op.
+    """
     if os.environ.get("PYLOSS_STRICT", "0") not in ("", "0"):
         raise RuntimeError(f"PYLOSS_STRICT is set and {op} would run on the reference: {reason}")
     if (op, device_type) not in _fallbacks_logged:
         _fallbacks_logged.add((op, device_type))
         _log.info("%s runs on the reference implementation: %s", op, reason)
-    return "reference"
 
 
 def show_config() -> str:

@@ -34,6 +34,19 @@ def test_functional_hvp(kwargs):
     torch.testing.assert_close(got, want)
 
 
+def test_the_graph_of_a_second_derivative():
+    """The loss enters nonlinearly, so that its cotangent depends on the logits too."""
+    x, y = _problem()
+
+    def second(loss):
+        t = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(t, y, reduction="none").square().sum(), t,
+                                   create_graph=True)  # fmt: skip
+        return torch.autograd.grad(g.sin().sum(), t, create_graph=True)[0]
+
+    torch.testing.assert_close(second(pyloss.fused_cross_entropy), second(F.cross_entropy))
+
+
 def test_third_derivative():
     x, y = _problem()
 

@@ -131,14 +131,6 @@ def test_half_features_are_refused_by_the_op():
         )
 
 
-def test_second_derivatives_are_refused():
-    tensors = [t.requires_grad_() for t in small(dtype=F64)]
-    out = attend(*tensors, degree=2)
-    (g,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*tensor_attention_lowrank"):
-        g.sum().backward()
-
-
 def test_errors_are_those_of_torch():
     """No class of our own: what a caller catches, and what a traceback shows."""
     pairs = torch.ones(12, 12).bool()

@@ -128,6 +128,16 @@ def checked_integer(name: str, value) -> int:
     return found
 
 
+def checked_flag(name: str, value) -> bool:
+    """The bool that a value stands for (numpy's too)."""
+    if isinstance(value, bool):
+        return value
+    # numpy's dtype alone compares equal to the name: a tensor would be waited for.
+    if getattr(value, "dtype", None) == "bool" and value.ndim == 0:
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_integer(name: str, value, kind: str = "an integer") -> None:
     if not is_integer(value):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")

@@ -166,7 +166,10 @@ class _RowSoftmaxGrad(torch.autograd.Function):
 def _third_derivative(ctx, v):
     """The backward of _RowSoftmaxGrad as torch operations: it will be differentiated itself, by a
     third derivative or by the double-backward trick of a Hessian-vector product."""
-    grad_loss, grad_extras, input, *tensors, _ = ctx.saved_tensors
+    *given, target, target2, mix, weight, token_weight, _ = ctx.saved_tensors
+    # Views: the cotangents may depend on the logits, and the derivatives here are partial ones.
+    grad_loss, grad_extras, input = (t if t is None else t.view_as(t) for t in given)
+    tensors = (target, target2, mix, weight, token_weight)
     dx = composed_gradient(
         grad_loss, grad_extras, input, *tensors, ctx.options, ctx.codes, create_graph=True
     )[0]
