@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WIDEST = 128  # features of q and of v that the kernels take
-MOST_HEADS = 65535  # batch times heads times axes: a dimension of the grid
 SUMMED = 256  # tokens that are summed before they join the running sum
 STATE_BYTES = 1 << 28  # of the states that the chunks of a causal call start with
 

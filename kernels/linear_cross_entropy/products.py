@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FULL_GRID, cdiv, check_rows, device_guard, dot_precision
+from .._launch import FULL_GRID, cdiv, check_rows, device_guard, dot_precision, widens
 from . import launch
 from .gradient import TileMask
-from .launch import OPTIONS, Config, wide
+from .launch import OPTIONS, Config
 from .tiles import dot, live_rows, patch
 
 
@@ -331,7 +331,7 @@ def masked_matmul_nn(
                 ACCUMULATE=accumulate,
                 EVEN_N=d % c.block_n == 0,
                 EVEN_K=b % c.block_k == 0,
-                WIDE=wide(dz),
+                WIDE=widens(dz.dtype),
                 PRECISION=dot_precision(dz.dtype),
                 TILE=c.block_k if mask is None else mask.block_n,
                 BLOCK_M=c.block_m,
@@ -390,7 +390,7 @@ def masked_matmul_tn(
                 x.stride(0),
                 out.stride(0),
                 ACCUMULATE=accumulate,
-                WIDE=wide(dz),
+                WIDE=widens(dz.dtype),
                 PRECISION=dot_precision(dz.dtype),
                 TILE=c.block_k if mask is None else mask.block_m,
                 BLOCK_M=c.block_m,

@@ -26,7 +26,8 @@ def live_rows(n_valid_ptr, n_rows):
     if n_valid_ptr is None:
         return n_rows
     else:
-        return tl.minimum(tl.load(n_valid_ptr), n_rows)
+        # Of 32 bits like n_rows: a number of steps made of it types what loops carry.
+        return tl.minimum(tl.load(n_valid_ptr), n_rows).to(tl.int32)
 
 
 @triton.jit

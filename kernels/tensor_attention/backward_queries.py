@@ -223,6 +223,7 @@ def tensor_attention_bwd_mask_kernel(
     up,
     dmask_ptr,  # float32 [mask1's B, mask1's H, n_q, n_1], zeros on entry
     mask_heads,  # 1 or n_heads
+    slabs,  # mask_heads times the masks of a batch
     batches,  # this and the next: how many of either share one mask
     heads,
     C: tl.constexpr,
@@ -236,15 +237,16 @@ def tensor_attention_bwd_mask_kernel(
     n_tiles = tl.cdiv(x.n_q, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % n_tiles
-    slab = pid // n_tiles
+    slab = pid // n_tiles % slabs
+    j0 = pid // n_tiles // slabs * KEYS
     batch0 = slab // mask_heads
     head0 = slab % mask_heads
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     i = tl.minimum(rows, x.n_q - 1)
     p0 = tile * BLOCK_M + x.q_offset
     p1 = tl.minimum(tile * BLOCK_M + BLOCK_M, x.n_q) - 1 + x.q_offset
-    j_lo = tl.maximum(tl.program_id(1) * KEYS, p0 - x.left1)
-    j_hi = tl.minimum(tl.minimum(tl.program_id(1) * KEYS + KEYS, x.n_1), p1 + x.right1 + 1)
+    j_lo = tl.maximum(j0, p0 - x.left1)
+    j_hi = tl.minimum(tl.minimum(j0 + KEYS, x.n_1), p1 + x.right1 + 1)
     over = key_walk(x, p0, p1, C.BLOCK_N)
     out = dmask_ptr + (slab.to(tl.int64) * x.n_q + i) * x.n_1
     for j in range(j_lo, j_hi):

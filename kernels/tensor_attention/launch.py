@@ -502,12 +502,13 @@ def _mask_gradient(p: Problem, up: Upstream, config: Config | None) -> torch.Ten
     c = _bwd_config("bwd mask", p, config)
     dmask = torch.zeros((*shape[:2], n_q, n_1), dtype=torch.float32, device=p.q.device)
     keys = 32
-    grid = (cdiv(n_q, c.block_m) * shape[0] * shape[1], cdiv(n_1, keys))
-    tensor_attention_bwd_mask_kernel[grid](
+    programs = cdiv(n_q, c.block_m) * shape[0] * shape[1] * cdiv(n_1, keys)
+    tensor_attention_bwd_mask_kernel[(programs,)](
         p.inputs(),
         up,
         dmask,
         shape[1],
+        shape[0] * shape[1],
         b // shape[0],
         h // shape[1],
         C=p.constants(c, c.block_n),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .._launch import cdiv, dot_precision
+from .._launch import cdiv, dot_precision, widens
 from .arguments import Constants, Inputs
 from .table import TABLE, Config
 
@@ -85,7 +85,7 @@ class Problem(NamedTuple):
             EVEN_DV=padded(dv) == dv,
             # Heads side by side may have rows of their own.
             MASK2_ROWS=stride_row != 0 or (pack > 1 and stride_h != 0),
-            WIDE=not q.is_cuda and q.dtype == torch.bfloat16,
+            WIDE=widens(q.dtype),
             PRECISION=dot_precision(q.dtype),
             D=padded(d),
             DV=padded(dv),

@@ -165,8 +165,9 @@ def _prefix(parts: torch.Tensor, first: torch.Tensor | None, reverse: bool) -> N
     count, size = parts.shape[0], parts[0].numel()
     with device_guard(parts):
         tensor_attention_lowrank_prefix_kernel[(cdiv(size, 1024),)](
-            parts, first, count, size, parts.stride(0), REVERSE=reverse, BLOCK=1024, num_warps=4
-        )
+            parts, first, count, size, parts.stride(0), REVERSE=reverse, BLOCK=1024,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _scan(q, keys, values, masks, coefficients, shifts, offset, state_config, precision) -> _Scan:
@@ -227,13 +228,13 @@ def _sees_nothing(q, keys, masks, shifts, offset: int) -> torch.Tensor:
 
 
 def _band(q, scan: _Scan, config: Config) -> Band:
-    heads, (n, dv) = q.shape[1], scan.v.shape[3:]
-    programs = scan.grid * q.shape[0] * heads
+    (batch, heads), (n, dv) = q.shape[:2], scan.v.shape[3:]
+    programs = scan.grid * batch * heads
     staged = q.new_empty((programs, scan.x.shape[0] + 1, config.block_t, BLOCK_F))
     return Band(
         q, scan.x, scan.v, scan.kept, scan.starts, scan.weights, scan.index, staged, n, q.shape[3],
-        dv, scan.weights.shape[0], heads, heads // scan.x.shape[2], scan.length, scan.shares,
-        *q.stride()[:3],
+        dv, scan.weights.shape[0], heads, batch * heads, heads // scan.x.shape[2], scan.length,
+        scan.shares, *q.stride()[:3],
     )  # fmt: skip
 
 
@@ -287,7 +288,7 @@ def tensor_attention_lowrank_scan_fwd(
     )
     parts = q.new_empty((scan.shares, batch, heads, n, dv + 1))
     with device_guard(q):
-        tensor_attention_lowrank_scan_kernel[(scan.grid, batch * heads)](
+        tensor_attention_lowrank_scan_kernel[(scan.grid * batch * heads,)](
             _band(q, scan, config), parts, **_constants(scan, config)
         )
     sums = parts[0] if scan.shares == 1 else parts.sum(0)
@@ -337,7 +338,7 @@ def tensor_attention_lowrank_scan_bwd(
     programs = scan.grid * batch * heads
     du = q.new_empty((programs, moves, scan.length, BLOCK_F))
     scatter = Scatter(BLOCK_R, max(16, triton.next_power_of_2(d)), precision)
-    grid = (scan.grid, batch * heads)
+    grid = (programs,)
     totals = q.new_empty((chunks, axes, batch, heads, rank, dv + 1))
     parts = q.new_empty((scan.shares, batch, heads, n, d))
     with device_guard(q):
