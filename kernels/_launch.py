@@ -36,6 +36,19 @@ def allows_tf32() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+# Of these a block has 99 KiB of shared memory, not 163 or more.
+_LITTLE_SHARED = {(8, 6), (8, 9), (12, 0), (12, 1)}
+
+
+def little_shared(device: torch.device) -> bool:
+    return device_capability(device) in _LITTLE_SHARED
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot that follows PyTorch's setting for float32 products."""
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
