@@ -234,6 +234,12 @@ class _Wanted(NamedTuple):
         return _Wanted(self.q, self.k2, self.k1, self.v2, self.v1)
 
 
+def _sizes(p: Problem) -> torch.Tensor:
+    """At least |v1_j v2_k|_2 of all keys j, k, per key head: float32 [B, H / GROUP]."""
+    v1 = torch.linalg.vector_norm(p.v1, dim=-1, dtype=torch.float32).amax(-1)
+    return v1 * torch.linalg.vector_norm(p.v2, math.inf, dim=(-2, -1), dtype=torch.float32)
+
+
 def _upstream(
     p: Problem,
     dout: torch.Tensor,
@@ -242,6 +248,9 @@ def _upstream(
     dlse: torch.Tensor | None,
 ) -> Upstream:
     shift, delta = torch.empty_like(lse), torch.empty_like(lse)
+    sizes = factor = common = None
+    if p.q.dtype == torch.float16:
+        sizes, factor = _sizes(p), torch.empty_like(lse)
     dv, total = out.shape[3], lse.numel()
     block_r = _vector_rows(dv)
     tensor_attention_bwd_rows_stats_kernel[(cdiv(total, block_r),)](
@@ -249,16 +258,21 @@ def _upstream(
         dout,
         lse.contiguous(),
         None if dlse is None else dlse.contiguous(),
+        sizes,
         shift,
         delta,
+        factor,
         total,
+        p.group * lse.shape[2],
         dv,
         DV=padded(dv),
         BLOCK_R=block_r,
         num_warps=4,
         **OPTIONS,
     )
-    return Upstream(dout, shift, delta)
+    if factor is not None:
+        common = factor.unflatten(1, (-1, p.group)).amin((2, 3))
+    return Upstream(dout, shift, delta, factor, common)
 
 
 def _bwd_config(name: str, p: Problem, config: Config | None) -> Config:

@@ -87,6 +87,7 @@ class Problem(NamedTuple):
             MASK2_ROWS=stride_row != 0 or (pack > 1 and stride_h != 0),
             WIDE=widens(q.dtype),
             PRECISION=dot_precision(q.dtype),
+            LIFT=15 if q.dtype == torch.float16 else 0,
             D=padded(d),
             DV=padded(dv),
             BLOCK_M=c.block_m,

@@ -80,7 +80,7 @@ def _as_on_a_device(capability: int) -> Iterator[list[torch.device]]:
     replaced = {"device_guard": guard, "device_capability": lambda device: major_minor}
     with contextlib.ExitStack() as stack:
         for module in list(sys.modules.values()):
-            if module.__name__.startswith("pyloss.kernels"):
+            if module.__name__.startswith(("pyloss.kernels", "sample_kernel")):
                 for name, value in replaced.items():
                     if hasattr(module, name):
                         stack.enter_context(_patched(module, name, value))
