@@ -73,13 +73,14 @@ def _common(up, key_head, C: tl.constexpr):
 def tensor_attention_bwd_kv_rows_kernel(
     x,  # Inputs
     up,  # Upstream
-    dk2_ptr,  # [splits, B, H / GROUP, n_2, d], used with WANT_K
-    dv2_ptr,  # [splits, B, H / GROUP, n_2, dv], used with WANT_V
+    dk2_ptr,  # [splits, heads, n_2, d], used with WANT_K
+    dv2_ptr,  # [splits, heads, n_2, dv], used with WANT_V
     part_k_ptr,  # float32 [heads of this launch, blocks, span, d]: parts of dk1
     part_v_ptr,  # float32 [heads of this launch, blocks, span, dv]: parts of dv1
     first_head,  # of this launch, among B H / GROUP
+    result_head,  # the head that dk2 and dv2 begin with
     span,
-    total_keys,  # B H / GROUP n_2
+    split_keys,  # from one split of dk2, dv2 to the next
     scale,
     C: tl.constexpr,  # Constants; BLOCK_M of axis 2, BLOCK_N rows: query GROUP + head of the group
     WANT_K: tl.constexpr,
@@ -184,7 +185,7 @@ def tensor_attention_bwd_kv_rows_kernel(
             ptrs = part_v_ptr + (part_row + j) * x.dv + dv_cols
             tl.store(ptrs, tl.sum(w, axis=0), mask=dv_cols < x.dv)
 
-    flat_k = split.to(tl.int64) * total_keys + key_head * x.n_2 + tile.k
+    flat_k = split.to(tl.int64) * split_keys + (key_head - result_head) * x.n_2 + tile.k
     if WANT_K:
         store_rows(dk2_ptr + flat_k * x.d, dk2 * scale, inside, x.d, D)
     if WANT_V:

@@ -290,10 +290,17 @@ def _take_pairs(p: Problem, tiling: str | None, config: Config | None) -> bool:
     return (tiling or choose_tiling(p, rows, pairs)) == "pairs"
 
 
-def _heads_per_launch(heads: int, scratch: int, programs: int) -> int:
-    """Heads at a time: as SCRATCH_BYTES allow, but enough of them for FULL_GRID / 2 programs."""
+def _heads_per_launch(p: Problem, scratch: int, programs: int) -> int:
+    """Key heads at a time, given the bytes and programs of one.
+
+    As SCRATCH_BYTES allow, but enough of them for FULL_GRID / 2 programs; of these, no more than
+    twice the inputs have room for.
+    """
     fits = SCRATCH_BYTES // max(1, scratch)
-    return min(heads, max(1, fits, cdiv(FULL_GRID // 2, programs)))
+    inputs = (p.q, p.k1, p.k2, p.v1, p.v2)
+    room = max(4 * SCRATCH_BYTES, 2 * sum(t.numel() * t.element_size() for t in inputs))
+    wanted = min(cdiv(FULL_GRID // 2, programs), room // max(1, scratch))
+    return min(p.k1.shape[0] * p.k1.shape[1], max(1, fits, wanted))
 
 
 def _sum_splits(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -342,6 +349,14 @@ def _sum_parts(
     )
 
 
+def _results_of(result: torch.Tensor, parts: int, at_once: int) -> torch.Tensor:
+    """Where a launch writes: `result` itself, or splits of `at_once` heads."""
+    if parts == 1:
+        return result
+    shape = (parts, at_once, *result.shape[2:])
+    return torch.empty(shape, dtype=torch.float32, device=result.device)
+
+
 def _backward_rows(
     p: Problem,
     up: Upstream,
@@ -386,18 +401,17 @@ def _backward_rows(
         if not (turn_k or turn_v):
             continue
         width = d * turn_k + dv * turn_v
-        at_once = _heads_per_launch(heads, blocks * span * width * 4, blocks)
+        at_once = _heads_per_launch(p, blocks * span * width * 4, blocks)
         parts = splits or _splits(blocks * at_once, span, 16)
-        out_dtype = dtype if parts == 1 else torch.float32
         g_k, g_v, part_k, part_v = p.k2, p.v2, None, None
         if turn_k:
-            g_k = torch.empty((parts, *p.k2.shape), dtype=out_dtype, device=device)
             part_k = torch.empty((at_once, blocks, span, d), dtype=torch.float32, device=device)
-            dk1 = torch.empty_like(p.k1)
+            dk1, dk2 = torch.empty_like(p.k1), torch.empty_like(p.k2)
+            g_k = _results_of(dk2, parts, at_once)
         if turn_v:
-            g_v = torch.empty((parts, *p.v2.shape), dtype=out_dtype, device=device)
             part_v = torch.empty((at_once, blocks, span, dv), dtype=torch.float32, device=device)
-            dv1 = torch.empty_like(p.v1)
+            dv1, dv2 = torch.empty_like(p.v1), torch.empty_like(p.v2)
+            g_v = _results_of(dv2, parts, at_once)
         inputs, constants = p.inputs(), p.constants(c, c.block_m, p.group)
         for first in range(0, heads, at_once):
             count = min(at_once, heads - first)
@@ -409,8 +423,9 @@ def _backward_rows(
                 part_k,
                 part_v,
                 first,
+                first if parts > 1 else 0,
                 span,
-                heads * n_2,
+                at_once * n_2,
                 p.scale,
                 C=constants,
                 WANT_K=turn_k,
@@ -422,10 +437,10 @@ def _backward_rows(
                 _sum_parts(p, part_k, dk1, first, count, p.scale, *where)
             if part_v is not None:
                 _sum_parts(p, part_v, dv1, first, count, 1.0, *where)
-        if turn_k:
-            dk2 = _sum_splits(g_k, dtype)
-        if turn_v:
-            dv2 = _sum_splits(g_v, dtype)
+            if parts > 1:
+                for g, result in ((g_k, dk2 if turn_k else None), (g_v, dv2 if turn_v else None)):
+                    if result is not None:
+                        result.flatten(0, 1)[first : first + count] = g[:, :count].sum(0)
     return (
         dq,
         dk1 if want.k1 else None,
@@ -454,7 +469,7 @@ def _backward_pairs(
         tiles = cdiv(n_q, block_i)
         span = min(p.k1.shape[2], block_j + block_i - 1)
         scratch = tiles * span * (d * want.k1 + dv * want.v1) * 4 * p.group
-        at_once = _heads_per_launch(key_heads, scratch, tiles * p.group)
+        at_once = _heads_per_launch(p, scratch, tiles * p.group)
         dq = torch.empty_like(p.q)
         part_k, part_v = (
             torch.empty((at_once, p.group, tiles, span, n), dtype=torch.float32, device=device)

@@ -76,7 +76,7 @@ def test_the_guard_is_that_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(seen) == 1
 
 
-# ------------------------------------------------------------------------------------------ settings
+# ------------------------------------------------------------------------------ settings
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_precision_set_by_the_newer_name() -> None:
     assert _launch.dot_precision(torch.float32) == "ieee"
 
 
-# -------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------ memory
 
 
 class Allocations(TorchDispatchMode):
@@ -136,6 +136,53 @@ class Allocations(TorchDispatchMode):
         return found
 
 
+def backward_bytes(call: Callable[..., Any]) -> tuple[int, int]:
+    """(bytes at once, at most, of the backward besides its results, bytes of its inputs)."""
+    found = {}
+
+    def counted(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
+            sizes = [t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)]
+            with Allocations() as inside:
+                results = backward(*args)
+            flat = [t for r in results for t in (r if isinstance(r, (list, tuple)) else (r,))]
+            kept = sum(t.untyped_storage().nbytes() for t in flat if t is not None)
+            found["bytes"] = (inside.peak - kept, sum(sizes))
+            return results
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (scenarios.linear, scenarios.attention, scenarios.lowrank):
+            patch.setattr(module, "backward", counted(module.backward))
+        record(call)
+    return found["bytes"]
+
+
+LONG = {
+    "causal": scenarios.lowrank_of(65536, 64, heads=(32, 32), batch=2, causal=True),
+    "one head": scenarios.lowrank_of(65536, 64, heads=(1, 1), causal=True),
+    "grouped heads": scenarios.lowrank_of(65536, 64, heads=(32, 4), causal=True),
+    "windows": scenarios.lowrank_of(65536, 64, heads=(16, 16), batch=3, causal=True, window=512),
+    "wide": scenarios.lowrank_of(16384, 128, heads=(8, 8), batch=2, causal=True),
+    "without": scenarios.lowrank_of(65536, 64, heads=(32, 32), batch=2),
+    "exact rows": scenarios.attention_of(8192, 8192, 64, heads=(16, 16)),
+    "exact windows": scenarios.attention_of(65536, 65536, 128, heads=(16, 16), **scenarios.WINDOWS),
+    "tiles": scenarios.linear_loss(16384, 4096, 128256),
+    "filtered tiles": scenarios.linear_loss(16384, 4096, 128256, filter=1e-3, exact=True),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_scratch_of_the_backward(name: str) -> None:
+    """At most 4 times the inputs; the docs say so."""
+    scratch, inputs = backward_bytes(LONG[name])
+    assert scratch <= max(4 * inputs, 256 << 20), (
+        f"{scratch / inputs:.2f} times {inputs / 2**30} GiB"
+    )
+
+
 def test_allocations_are_counted() -> None:
     with Allocations() as counted:
         a = torch.empty(1000, device="meta")
@@ -145,7 +192,7 @@ def test_allocations_are_counted() -> None:
     assert counted.peak == 4 * 1000 + 4 * 990
 
 
-# -------------------------------------------------------------------------------- waits, float atomics
+# --------------------------------------------------------------------- waits, atomics
 
 WAITS = {"item", "cpu", "tolist", "nonzero", "numpy", "synchronize", "masked_select", "unique"}
 
