@@ -28,6 +28,7 @@ class Band(NamedTuple):
     dv: Any
     rank: Any
     heads: Any
+    all_heads: Any  # of all batches
     group: Any  # query heads of a key head
     length: Any  # tokens of a chunk
     shares: Any  # programs that share the features of a chunk
@@ -74,15 +75,16 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def chunk_of(b, C: tl.constexpr):
-    chunk, share = tl.program_id(0) // b.shares, tl.program_id(0) % b.shares
-    head = tl.program_id(1).to(tl.int64)
-    all_heads = tl.num_programs(1).to(tl.int64)
-    key_heads = (tl.num_programs(1) // b.group).to(tl.int64)
+    place = tl.program_id(0) // b.all_heads  # chunk and share
+    chunk, share = place // b.shares, place % b.shares
+    head = (tl.program_id(0) % b.all_heads).to(tl.int64)
+    all_heads = tl.cast(b.all_heads, tl.int64)
+    key_heads = tl.cast(b.all_heads // b.group, tl.int64)
     key_head = head // b.group  # group divides heads: the batch carries over
     begin = (chunk * b.length).to(tl.int64)
     count = tl.minimum(b.length, b.n - chunk * b.length)
     q = b.q + head // b.heads * b.stride_q_batch + head % b.heads * b.stride_q_head
-    program = tl.program_id(0) * all_heads + head
+    program = tl.program_id(0).to(tl.int64)
     u = b.staged + program * (C.MOVES + 1) * C.BLOCK_T * C.BLOCK_F
     state = b.rank * (b.dv + 1)
     return Chunk(
