@@ -223,11 +223,12 @@ def _broadcast_mix(lam, target, dtype):
     if isinstance(lam, Tensor):
         if lam.requires_grad:
             raise RuntimeError("the loss is not differentiable with respect to lam")
+        lam = lam.to(target.device, acc)
     else:
         checks.check_number("lam", lam)
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-    lam = torch.as_tensor(lam, dtype=acc, device=target.device)
+        lam = torch.full((), lam, dtype=acc, device=target.device)  # a copy would wait for a GPU
     try:
         return lam.expand(target.shape)
     except RuntimeError:

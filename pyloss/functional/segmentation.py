@@ -12,7 +12,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_range
 from pyloss.functional._rows import row_loss
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, constants
 
 
 def soft_dice_loss(
@@ -394,9 +394,12 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
         return None
     given = isinstance(weight, Tensor)
     if not given:
-        for value in weight if isinstance(weight, Sequence) else (weight,):
+        several = isinstance(weight, Sequence)
+        values = weight if several else (weight,)
+        for value in values:
             check_range("weight", value, 0.0)
-        weight = torch.tensor(weight, dtype=accumulator_dtype(input.dtype), device=input.device)
+        weight = constants(values, accumulator_dtype(input.dtype), input.device)
+        weight = weight if several else weight[0]
     checks.check_device("weight", weight, input)
     if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != classes):
         raise ValueError(
