@@ -25,7 +25,7 @@ template <class T>
 constexpr int kBlocksWanted = sizeof(T) == 8 ? 2 : 5;
 
 template <class T>
-__device__ void write_zeros(T* out, int64_t cls, int64_t classes) {
+__device__ void write_zeros_alone(T* out, int64_t cls, int64_t classes) {
   for (int64_t c = 0; c < classes; ++c) out[c * cls] = from_real<T>(RealOf<T>(0));
 }
 
@@ -35,7 +35,7 @@ __device__ void write_gradient(const RowSoftmaxProblem& p, const RowTransform<R>
                                int64_t cls) {
   for_each_alone<kBatch>(x, p.x_strides.cls, p.classes,
                          [&](auto, auto& z, int first, int step, int limit) {
-                           transform_batch<1>(transform, z, first, step, limit);
+                           transform_batch<Mode::kSoft, 1>(transform, z, first, step, limit);
                            gradient_batch<Mode::kSoft, 1>(v, transform, g, z, first, step, limit);
                            store_batch<T, 1>(out, cls, z, first, step, limit);
                          });
@@ -44,8 +44,10 @@ __device__ void write_gradient(const RowSoftmaxProblem& p, const RowTransform<R>
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
     row_softmax_alone_fwd_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
-                                 RowSoftmaxForward f) {
+                                 RowSoftmaxForward f, KnownNorm<RealOf<T>> norm) {
   using R = RealOf<T>;
+  __shared__ R shared_norm[kNormCount];
+  norm.use(shared_norm, &f);
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.rows()) return;
   T* grad = f.grad ? static_cast<T*>(f.grad) + row_offset(p, f.grad_strides, row) : nullptr;
@@ -53,18 +55,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
   RowTarget<R> t;
   if (!load_target(p, row, &t)) {
     store_ignored<R>(p, f, row);
-    if (grad) write_zeros(grad, f.grad_strides.cls, p.classes);
+    if (grad) write_zeros_alone(grad, f.grad_strides.cls, p.classes);
     return;
   }
   const bool valid = target_in_range(p, t);
   RowView<R> v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
   RowResult<R> r;
   if (valid) {
-    read_labels(transform, x, &v);
-    RowState<R> s = start_state(v);
+    read_labels<Mode::kSoft>(transform, x, &v);
+    RowState<R> s;
     for_each_alone<kBatch>(x, p.x_strides.cls, p.classes,
                            [&](auto, auto& z, int first, int step, int limit) {
-                             transform_batch<1>(transform, z, first, step, limit);
+                             transform_batch<Mode::kSoft, 1>(transform, z, first, step, limit);
                              accumulate<Mode::kSoft, 1>(v, z, first, step, limit, &s);
                            });
     if (v.index && (s.part.rest != s.part.rest || v.zy != v.zy)) {
@@ -73,11 +75,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
         if (value != value) s.first_nan = c;
       }
     }
-    r = finish_state(v, s);
+    r = finish_state<Mode::kSoft>(v, s);
     if (two_pass_soft(p)) {
       for_each_alone<kBatch>(x, p.x_strides.cls, p.classes,
                              [&](auto, auto& z, int first, int step, int limit) {
-                               transform_batch<1>(transform, z, first, step, limit);
+                               transform_batch<Mode::kSoft, 1>(transform, z, first, step, limit);
                                accumulate_soft<1>(v, r.terms, z, first, step, limit, &r.soft);
                              });
     }
@@ -87,8 +89,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
   store_result(f, row, v, r);
   if (!grad) return;
   const R weight_sum = static_cast<const R*>(f.norm)[kNormWeightSum];
-  const GradRow<R> g = make_grad_row(
-      r.terms,
+  const GradRow<R> g = make_grad_row<Mode::kSoft>(
+      transform, r.terms,
       row_coeffs(p, t, r.terms, unit_upstream<R>(f.norm, t.token), weight_sum, r.soft.mass), v.zy);
   write_gradient(p, transform, v, g, x, grad, f.grad_strides.cls);
 }
@@ -103,15 +105,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
   T* out = static_cast<T*>(b.grad) + row_offset(p, b.grad_strides, row);
   const T* x = static_cast<const T*>(p.x) + row_offset(p, p.x_strides, row);
   RowTarget<R> t;
-  if (!load_target(p, row, &t)) return write_zeros(out, b.grad_strides.cls, p.classes);
+  if (!load_target(p, row, &t)) return write_zeros_alone(out, b.grad_strides.cls, p.classes);
   RowView<R> v = make_view(p, t, row, false, false);
   R soft_mass;
   const RowTerms<R> terms = load_terms(p, b.stats, row, t, &v.zy, &soft_mass);
   const RowUpstream<R> u =
       b.grad_loss ? load_upstream(p, b, row, t.token) : unit_upstream<R>(b.norm, t.token);
   const R weight_sum = static_cast<const R*>(b.norm)[kNormWeightSum];
-  const GradRow<R> g =
-      make_grad_row(terms, row_coeffs(p, t, terms, u, weight_sum, soft_mass), v.zy);
+  const GradRow<R> g = make_grad_row<Mode::kSoft>(
+      transform, terms, row_coeffs(p, t, terms, u, weight_sum, soft_mass), v.zy);
   write_gradient(p, transform, v, g, x, out, b.grad_strides.cls);
 }
 
@@ -123,9 +125,9 @@ dim3 grid_of(const RowSoftmaxProblem& p) {
 
 template <class T>
 void row_softmax_forward_alone(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
-                               void* stream) {
+                               const KnownNorm<RealOf<T>>& norm, void* stream) {
   launch(row_softmax_alone_fwd_kernel<T>, grid_of(p), dim3(kThreads), 0, stream, p,
-         RowTransform<RealOf<T>>(p.options), f);
+         RowTransform<RealOf<T>>(p.options), f, norm);
 }
 
 template <class T>
@@ -137,7 +139,7 @@ void row_softmax_backward_alone(const RowSoftmaxProblem& p, const RowSoftmaxBack
 
 #define PYLOSS_INSTANTIATE(T)                                                                      \
   template void row_softmax_forward_alone<T>(const RowSoftmaxProblem&, const RowSoftmaxForward&,   \
-                                             void*);                                               \
+                                             const KnownNorm<RealOf<T>>&, void*);                  \
   template void row_softmax_backward_alone<T>(const RowSoftmaxProblem&, const RowSoftmaxBackward&, \
                                               void*);
 PYLOSS_INSTANTIATE(double)
