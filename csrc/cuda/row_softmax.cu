@@ -355,16 +355,7 @@ __global__ void __launch_bounds__(kWarp)
   if (load_target(p, row, &t) && target_in_range(p, t)) {
     const RowView<R> v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
     const RowState<R>* own = records + row * splits;
-    for (int i = threadIdx.x; i < splits; i += kWarp) {
-      const RowState<R>& next = own[i];
-      if (v.index) {
-        if (next.part.m > s.part.m) s.argmax = kNoClass;
-        if (next.part.m >= s.part.m && next.argmax < s.argmax) s.argmax = next.argmax;
-        s.rank += next.rank;
-        if (next.first_nan < s.first_nan) s.first_nan = next.first_nan;
-      }
-      s.part = merge(s.part, next.part);
-    }
+    for (int i = threadIdx.x; i < splits; i += kWarp) merge_state(&s, own[i], v.index);
     warp_merge<Mode::kSoft>(v, &s);
     s.first_nan = warp_reduce(s.first_nan, MinOp{});
   }

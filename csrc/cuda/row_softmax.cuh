@@ -404,17 +404,16 @@ __device__ __forceinline__ void write_zeros(const RowSpan<T>& s, T* out) {
   }
 }
 
-// The same for one thread that walks a whole row alone.
+// The same for one thread that walks classes [begin, end) of a row alone.
 template <int K, class T, class Fn>
-__device__ __forceinline__ void for_each_alone(const T* x_row, int64_t cls, int classes,
+__device__ __forceinline__ void for_each_alone(const T* x_row, int64_t cls, int begin, int end,
                                                const Fn& fn) {
   using R = RealOf<T>;
-  for (int c = 0; c < classes; c += K) {
+  for (int c = begin; c < end; c += K) {
     R x[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      x[k] = c + k < classes ? to_real(x_row[int64_t(c + k) * cls]) : R(0);
-    fn(std::integral_constant<int, 1>{}, x, c, 1, classes);
+    for (int k = 0; k < K; ++k) x[k] = c + k < end ? to_real(x_row[int64_t(c + k) * cls]) : R(0);
+    fn(std::integral_constant<int, 1>{}, x, c, 1, end);
   }
 }
 
@@ -680,6 +679,18 @@ __device__ __forceinline__ void warp_merge(const RowView<R>& v, RowState<R>* s) 
       s->part.w = warp_reduce(s->part.w, AddOp{});
     }
   }
+}
+
+// Adds the state of the next part of a row.
+template <class R>
+__device__ __forceinline__ void merge_state(RowState<R>* s, const RowState<R>& next, bool index) {
+  if (index) {
+    if (next.part.m > s->part.m) s->argmax = kNoClass;
+    if (next.part.m >= s->part.m && next.argmax < s->argmax) s->argmax = next.argmax;
+    s->rank += next.rank;
+    if (next.first_nan < s->first_nan) s->first_nan = next.first_nan;
+  }
+  s->part = merge(s->part, next.part);
 }
 
 // Every thread of the team's first warp ends with the state of all of them; of the others, too,
@@ -985,11 +996,16 @@ inline void check_classes(const RowSoftmaxProblem& p) {
   if (p.classes > kMaxClasses) throw std::invalid_argument("row_softmax: too many classes");
 }
 
-// One thread per row where rows are short, or where neighbouring rows are adjacent in memory and
-// there are enough of them to fill the device; a team per row otherwise.
-inline bool use_alone(const RowSoftmaxProblem& p) {
+// Classes that lie far apart, of neighbouring rows that are adjacent in memory.
+inline bool transposed(const RowSoftmaxProblem& p) {
   const bool adjacent = (p.inner > 1 ? p.x_strides.inner : p.x_strides.outer) == 1;
-  return p.classes <= kWarp || (p.x_strides.cls != 1 && adjacent && p.rows() >= 8192);
+  return p.x_strides.cls != 1 && adjacent;
+}
+
+// A thread per row where rows are short, or transposed and enough to fill warps; a team per row
+// otherwise.
+inline bool use_alone(const RowSoftmaxProblem& p) {
+  return p.classes <= kWarp || (transposed(p) && p.rows() >= 1024);
 }
 
 // Blocks of a team kernel that the device holds at a time.
