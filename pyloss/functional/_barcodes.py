@@ -13,6 +13,7 @@ from pyloss.functional import _cycles
 from pyloss.functional import _images as images
 from pyloss.functional._images import check_choice
 from pyloss.ops import betti_matching as op
+from pyloss.ops._launch import constants
 
 UNMATCHED = ("diagonal", "extreme")
 _FILTRATIONS = ("sublevel", "superlevel")
@@ -205,9 +206,10 @@ class BettiMatching:
             self._input.flatten(1), self._target.flatten(1), matched, *others, dim_count=spatial,
             superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
         )  # fmt: skip
-        factors = terms.new_tensor([matched_weight, unmatched_weight, target_weight])
-        by_dim = terms.new_tensor(images.checked_weight(weight, list(range(spatial)), spatial))
-        factors = factors * by_dim[:, None]
+        of_terms = (matched_weight, unmatched_weight, target_weight)
+        by_dim = images.checked_weight(weight, list(range(spatial)), spatial)
+        factors = constants([d * t for d in by_dim for t in of_terms], terms.dtype, terms.device)
+        factors = factors.view(spatial, -1)
         return torch.where(factors == 0, 0.0, terms * factors).sum((1, 2))  # 0 times infinity
 
     def representative_cycles(

@@ -71,7 +71,7 @@ def framed(x: Tensor, spatial: int, padding, superlevel: bool) -> Tensor:
     elif padding == "background":
         return padded
     else:
-        value = x.new_tensor(float(padding))
+        value = x.new_full((), float(padding))  # filled there: a copy would wait for a GPU
     inside = F.pad(torch.ones(x.shape[-spatial:], dtype=torch.bool, device=x.device), sides)
     return torch.where(inside, padded, value)
 

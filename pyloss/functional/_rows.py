@@ -307,15 +307,16 @@ def _broadcast_mix(lam, target, dtype):
     if isinstance(lam, Tensor):
         if lam.requires_grad:
             raise RuntimeError("the loss is not differentiable with respect to lam")
+        lam = lam.to(target.device, acc)
     else:
         checks.check_number("lam", lam)
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-    if torch.compiler.is_compiling() and not isinstance(lam, Tensor):
-        # A product with a number that changes stays in the graph, a tensor made of it does not.
-        lam = torch.ones((), dtype=acc, device=target.device) * lam
-    else:
-        lam = torch.as_tensor(lam, dtype=acc, device=target.device)
+        if torch.compiler.is_compiling():
+            # A product with a number that changes stays in the graph, a tensor made of it does not.
+            lam = torch.ones((), dtype=acc, device=target.device) * lam
+        else:  # a copy from the host would wait for a GPU
+            lam = torch.full((), lam, dtype=acc, device=target.device)
     try:
         return lam.expand(target.shape)
     except RuntimeError:

@@ -13,7 +13,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_range
 from pyloss.functional._ranges import bounds, can_look, outside, warn
 from pyloss.functional._rows import row_loss
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, constants
 
 
 def soft_dice_loss(
@@ -488,7 +488,10 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
     given = isinstance(weight, Tensor)
     if not given:
         check_weight_values(weight)
-        weight = torch.tensor(weight, dtype=accumulator_dtype(input.dtype), device=input.device)
+        several = isinstance(weight, Sequence)
+        values = weight if several else (weight,)
+        weight = constants(values, accumulator_dtype(input.dtype), input.device)
+        weight = weight if several else weight[0]
     checks.check_device("weight", weight, input)
     if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != classes):
         raise ValueError(

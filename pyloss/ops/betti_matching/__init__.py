@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._empty import scaled
+from pyloss.ops._launch import constants
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op, lib
 from pyloss.ops._transforms import forward_ad_active, functorch_active
@@ -146,7 +147,8 @@ def _dense_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
 
 def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Tensor:
     terms = (o.matched_weight, o.unmatched_weight, target_weight)
-    return like.new_tensor([[w * t for t in terms] for w in dim_weights(o)[:spatial]])
+    found = [w * t for w in dim_weights(o)[:spatial] for t in terms]
+    return constants(found, like.dtype, like.device).view(-1, TERMS)
 
 
 def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:

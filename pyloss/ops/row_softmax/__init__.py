@@ -28,7 +28,7 @@ from pyloss.ops.row_softmax.calls import (
     outputs,
     unlisted,
 )
-from pyloss.ops.row_softmax.layout import row_count, row_shape
+from pyloss.ops.row_softmax.layout import gradient_like, row_count, row_shape
 from pyloss.ops.row_softmax.records import (
     COMP_SUM,
     DENSE,
@@ -80,7 +80,7 @@ def _forward_fake(
     numbers=None,
 ):  # fmt: skip
     loss, statistics, index = outputs(input, *unpacked(options, codes), loss_dtype, wants)
-    grad = torch.empty_like(input) if wants & WANT_GRAD else None
+    grad = gradient_like(input) if wants & WANT_GRAD else None
     return listed(loss, statistics.saved, index, grad)
 
 
@@ -105,7 +105,7 @@ define_op(
 )
 define_op(
     f"row_softmax_bwd(Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) -> Tensor",
-    fake=lambda grad_loss, grad_extras, input, *rest: torch.empty_like(input),
+    fake=lambda grad_loss, grad_extras, input, *rest: gradient_like(input),
     impls=_impls("backward"),
 )
 define_op(
@@ -123,7 +123,7 @@ define_op(
     f"row_softmax_hvp(Tensor v, Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) "
     "-> (Tensor grad_input, Tensor grad_rows, Tensor grad_grad_extras)",
     fake=lambda v, grad_loss, grad_extras, input, *rest: (
-        torch.empty_like(input),
+        gradient_like(input),
         *hvp_outputs(input, grad_extras),
     ),
     impls=_impls("hvp"),
