@@ -217,7 +217,10 @@ OPS = sorted(p.stem for p in (ROOT / "pyloss" / "ops").glob("[a-z]*"))
 
 
 # Ops of torch operations alone have no kernels; the page is that of their family.
-COMPOSED = {"linear_distillation": "docs/preference.md"}
+COMPOSED = {
+    "linear_distillation": "docs/preference.md",
+    "similarity_topk": "docs/groco.md",
+}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "classification": ("RowStats", "comp_sum_loss", "focal_loss", "fused_cross_entropy"),
         "distillation": ("linear_distillation_loss",),
+        "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "preference": (

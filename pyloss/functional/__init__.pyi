@@ -12,6 +12,7 @@ from pyloss.functional.classification import (
     fused_cross_entropy,
 )
 from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.groco import groco_from_scores, groco_loss
 from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
 from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
 from pyloss.functional.preference import (
@@ -60,6 +61,8 @@ __all__ = [
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
     "group_advantages",
+    "groco_from_scores",
+    "groco_loss",
     "grpo_loss",
     "linear_distillation_loss",
     "neural_sort",

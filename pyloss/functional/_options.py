@@ -105,6 +105,16 @@ class SpearmanOptions(NetworkOptions, total=False):
     ties: str
 
 
+class GroCoOptions(NetworkOptions, total=False):
+    """See :func:`pyloss.groco_loss`."""
+
+    n_pos: int | None
+    topk_neg: int
+    stop_grad: bool
+    reduction: str
+    group: Any
+
+
 class BettiOptions(TypedDict, total=False):
     """See :func:`pyloss.betti_matching_loss`."""
 

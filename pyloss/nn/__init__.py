@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "FocalLoss",
             "GeneralizedCrossEntropyLoss",
         ),
+        "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
         "relaxed_sort": ("NeuralSort", "SoftSort"),
         "segmentation": ("DiceCELoss", "SoftDiceLoss"),

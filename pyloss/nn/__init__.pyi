@@ -5,6 +5,7 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
@@ -25,6 +26,7 @@ __all__ = [
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "GroCoLoss",
     "LinearCrossEntropyLoss",
     "NeuralSort",
     "SoftDiceLoss",
