@@ -53,6 +53,7 @@ __getattr__, __dir__, _names = _lazy.exports(
             "tensor_attention_error",
             "tensor_attention_n",
             "token_logprobs",
+            "topk_cross_entropy",
         ),
         "metrics": ("betti_matching_error", "betti_number_error", "betti_numbers"),
         "nn": (
@@ -66,6 +67,7 @@ __getattr__, __dir__, _names = _lazy.exports(
             "GroCoLoss",
             "LinearCrossEntropyLoss",
             "SortingCrossEntropyLoss",
+            "TopKCrossEntropyLoss",
         ),
     },
     submodules=(

@@ -35,6 +35,7 @@ from pyloss.functional import (
     tensor_attention_error,
     tensor_attention_n,
     token_logprobs,
+    topk_cross_entropy,
 )
 from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
 from pyloss.nn import (
@@ -48,6 +49,7 @@ from pyloss.nn import (
     GroCoLoss,
     LinearCrossEntropyLoss,
     SortingCrossEntropyLoss,
+    TopKCrossEntropyLoss,
 )
 
 __version__: str
@@ -67,6 +69,7 @@ __all__ = [
     "PersistencePairs",
     "RowStats",
     "SortingCrossEntropyLoss",
+    "TopKCrossEntropyLoss",
     "backend",
     "betti_matching",
     "betti_matching_error",
@@ -96,4 +99,5 @@ __all__ = [
     "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
+    "topk_cross_entropy",
 ]

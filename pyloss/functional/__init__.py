@@ -37,6 +37,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "sorting_cross_entropy",
             "spearman_loss",
         ),
+        "topk": ("topk_cross_entropy",),
         "topology": (
             "BettiMatching",
             "BettiTarget",

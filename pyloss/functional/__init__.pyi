@@ -35,6 +35,7 @@ from pyloss.functional.sorting import (
     sorting_cross_entropy,
     spearman_loss,
 )
+from pyloss.functional.topk import topk_cross_entropy
 from pyloss.functional.topology import (
     BettiMatching,
     BettiTarget,
@@ -85,4 +86,5 @@ __all__ = [
     "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
+    "topk_cross_entropy",
 ]

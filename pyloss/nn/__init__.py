@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "relaxed_sort": ("NeuralSort", "SoftSort"),
         "segmentation": ("DiceCELoss", "SoftDiceLoss"),
         "sorting": ("DiffSortNet", "DiffTopkNet", "SortingCrossEntropyLoss", "SpearmanLoss"),
+        "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),
     },
 )

@@ -15,6 +15,7 @@ from pyloss.nn.sorting import (
     SortingCrossEntropyLoss,
     SpearmanLoss,
 )
+from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
     "TensorAttention",
+    "TopKCrossEntropyLoss",
 ]
