@@ -25,6 +25,13 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "grpo_loss",
             "sequence_logprobs",
         ),
+        "ranking": (
+            "approx_ndcg_loss",
+            "lambda_loss",
+            "list_mle",
+            "list_net",
+            "neural_ndcg_loss",
+        ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
         "sorting": (

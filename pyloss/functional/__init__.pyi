@@ -23,6 +23,13 @@ from pyloss.functional.preference import (
     grpo_loss,
     sequence_logprobs,
 )
+from pyloss.functional.ranking import (
+    approx_ndcg_loss,
+    lambda_loss,
+    list_mle,
+    list_net,
+    neural_ndcg_loss,
+)
 from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
 from pyloss.functional.sorting import (
@@ -53,6 +60,7 @@ __all__ = [
     "PersistencePairs",
     "RowStats",
     "TensorAttentionCost",
+    "approx_ndcg_loss",
     "betti_matching",
     "betti_matching_loss",
     "comp_sum_loss",
@@ -61,11 +69,15 @@ __all__ = [
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
-    "group_advantages",
     "groco_from_scores",
     "groco_loss",
+    "group_advantages",
     "grpo_loss",
+    "lambda_loss",
     "linear_distillation_loss",
+    "list_mle",
+    "list_net",
+    "neural_ndcg_loss",
     "neural_sort",
     "permutahedron_rank",
     "permutahedron_sort",

@@ -115,6 +115,49 @@ class GroCoOptions(NetworkOptions, total=False):
     group: Any
 
 
+class ListNetOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.list_net`."""
+
+    temperature: float
+    reduction: str
+
+
+class ListMLEOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.list_mle`."""
+
+    k: int | None
+    reduction: str
+
+
+class ApproxNDCGOptions(ListNetOptions, total=False):
+    """See :func:`pyloss.functional.approx_ndcg_loss`."""
+
+    gain: str
+
+
+class NeuralNDCGOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.neural_ndcg_loss`."""
+
+    relaxation: str
+    steepness: float
+    distribution: str
+    k: int | None
+    gain: str
+    sinkhorn: int
+    reduction: str
+
+
+class LambdaOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.lambda_loss`."""
+
+    weighting: str
+    sigma: float
+    k: int | None
+    mu: float
+    gain: str
+    reduction: str
+
+
 class BettiOptions(TypedDict, total=False):
     """See :func:`pyloss.betti_matching_loss`."""
 

@@ -14,6 +14,13 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
+        "ranking": (
+            "ApproxNDCGLoss",
+            "LambdaLoss",
+            "ListMLELoss",
+            "ListNetLoss",
+            "NeuralNDCGLoss",
+        ),
         "relaxed_sort": ("NeuralSort", "SoftSort"),
         "segmentation": ("DiceCELoss", "SoftDiceLoss"),
         "sorting": ("DiffSortNet", "DiffTopkNet", "SortingCrossEntropyLoss", "SpearmanLoss"),

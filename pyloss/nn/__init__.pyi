@@ -7,6 +7,13 @@ from pyloss.nn.classification import (
 )
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.ranking import (
+    ApproxNDCGLoss,
+    LambdaLoss,
+    ListMLELoss,
+    ListNetLoss,
+    NeuralNDCGLoss,
+)
 from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
 from pyloss.nn.sorting import (
@@ -19,6 +26,7 @@ from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
+    "ApproxNDCGLoss",
     "BettiMatchingLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
@@ -28,7 +36,11 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "GroCoLoss",
+    "LambdaLoss",
     "LinearCrossEntropyLoss",
+    "ListMLELoss",
+    "ListNetLoss",
+    "NeuralNDCGLoss",
     "NeuralSort",
     "SoftDiceLoss",
     "SoftSort",
