@@ -21,7 +21,7 @@ PYTHON_LAYERS = {
     "pyloss.reference": {"torch"},
     "pyloss.kernels": {"torch", "triton"},
     "pyloss.ops": {"torch", "pyloss._C", "pyloss.kernels", "pyloss.reference", "pyloss.backends"},
-    "pyloss.functional": {"torch", "pyloss.ops"},
+    "pyloss.functional": {"torch", "scipy", "pyloss.ops"},  # scipy: an extra, where it is used
     "pyloss.distributed": {"torch", "pyloss.ops", "pyloss.functional"},
     "pyloss.integrations": {"torch", "transformers", "pyloss", "pyloss.functional"},
     "pyloss.metrics": {"torch", "pyloss.functional"},

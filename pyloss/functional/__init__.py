@@ -34,6 +34,13 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
+        "sets": (
+            "chamfer_set_loss",
+            "hungarian_set_loss",
+            "order_search_loss",
+            "order_search_loss_from_table",
+            "sinkhorn_set_loss",
+        ),
         "sorting": (
             "soft_argsort",
             "soft_permutation",

@@ -32,6 +32,13 @@ from pyloss.functional.ranking import (
 )
 from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.sets import (
+    chamfer_set_loss,
+    hungarian_set_loss,
+    order_search_loss,
+    order_search_loss_from_table,
+    sinkhorn_set_loss,
+)
 from pyloss.functional.sorting import (
     soft_argsort,
     soft_permutation,
@@ -63,6 +70,7 @@ __all__ = [
     "approx_ndcg_loss",
     "betti_matching",
     "betti_matching_loss",
+    "chamfer_set_loss",
     "comp_sum_loss",
     "dice_cross_entropy_loss",
     "dpo_loss",
@@ -73,16 +81,20 @@ __all__ = [
     "groco_loss",
     "group_advantages",
     "grpo_loss",
+    "hungarian_set_loss",
     "lambda_loss",
     "linear_distillation_loss",
     "list_mle",
     "list_net",
     "neural_ndcg_loss",
     "neural_sort",
+    "order_search_loss",
+    "order_search_loss_from_table",
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
     "sequence_logprobs",
+    "sinkhorn_set_loss",
     "soft_argsort",
     "soft_dice_loss",
     "soft_permutation",

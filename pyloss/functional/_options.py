@@ -158,6 +158,26 @@ class LambdaOptions(TypedDict, total=False):
     reduction: str
 
 
+class ChamferOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.chamfer_set_loss`."""
+
+    cost: str
+    reduction: str
+
+
+class HungarianOptions(ChamferOptions, total=False):
+    """See :func:`pyloss.functional.hungarian_set_loss`."""
+
+    return_matching: bool
+
+
+class SinkhornOptions(ChamferOptions, total=False):
+    """See :func:`pyloss.functional.sinkhorn_set_loss`."""
+
+    epsilon: float
+    iterations: int
+
+
 class BettiOptions(TypedDict, total=False):
     """See :func:`pyloss.betti_matching_loss`."""
 

@@ -16,6 +16,16 @@ from pyloss.nn.ranking import (
 )
 from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.sets import (
+    ChamferSetLoss,
+    HungarianSetLoss,
+    OrderSearchSchedule,
+    PointerDecoder,
+    Pointers,
+    ReadProcess,
+    ReadProcessWrite,
+    SinkhornSetLoss,
+)
 from pyloss.nn.sorting import (
     DiffSortNet,
     DiffTopkNet,
@@ -28,6 +38,7 @@ from pyloss.nn.topology import BettiMatchingLoss
 __all__ = [
     "ApproxNDCGLoss",
     "BettiMatchingLoss",
+    "ChamferSetLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
     "DiceCELoss",
@@ -36,12 +47,19 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "GroCoLoss",
+    "HungarianSetLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
+    "OrderSearchSchedule",
+    "PointerDecoder",
+    "Pointers",
+    "ReadProcess",
+    "ReadProcessWrite",
+    "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
     "SortingCrossEntropyLoss",
