@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ def groco_loss(
     art_lambda: float = 0.25,
     stop_grad: bool = True,
     reduction: str = "mean",
-    group=None,
+    group: Any = None,
 ) -> Tensor:
     r"""GroCo: views of one image nearer to each other than the nearest other images are.
 
