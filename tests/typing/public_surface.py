@@ -21,15 +21,26 @@ from pyloss.functional import (
     DPOMetrics,
     GRPOMetrics,
     TensorAttentionCost,
+    approx_ndcg_loss,
+    chamfer_set_loss,
     dice_cross_entropy_loss,
     dpo_loss,
+    groco_from_scores,
     group_advantages,
     grpo_loss,
+    hungarian_set_loss,
+    lambda_loss,
     linear_distillation_loss,
+    list_mle,
+    list_net,
+    neural_ndcg_loss,
     neural_sort,
+    order_search_loss,
+    order_search_loss_from_table,
     permutahedron_rank,
     permutahedron_sort,
     sequence_logprobs,
+    sinkhorn_set_loss,
     soft_dice_loss,
     soft_sort_matrix,
 )
@@ -37,6 +48,9 @@ from pyloss.metrics import (
     BettiMatchingError,
     BettiNumberError,
     RankingAccuracy,
+    mrr,
+    ndcg,
+    precision_at_k,
     ranking_accuracy,
 )
 from pyloss.testing import Tolerance, make_logits, tolerance_for
@@ -174,6 +188,54 @@ def sorting() -> None:
             pyloss.nn.SpearmanLoss(),
             pyloss.nn.NeuralSort(0.1),
             pyloss.nn.SoftSort(0.1),
+        ]
+    )
+
+
+def order() -> None:
+    views = [torch.randn(16, 8), torch.randn(16, 8)]
+    assert_type(pyloss.groco_loss(views, topk_neg=5, group=None), Tensor)
+    assert_type(groco_from_scores(x[:, :1], x, steepness=2.0), Tensor)
+    assert_type(pyloss.topk_cross_entropy(x, y, 3, sorter="neuralsort"), Tensor)
+    assert_type(list_net(x, y.expand(4, 4), temperature=0.5), Tensor)
+    assert_type(list_mle(x, x, k=3), Tensor)
+    assert_type(approx_ndcg_loss(x, x, gain="linear"), Tensor)
+    assert_type(neural_ndcg_loss(x, x, relaxation="neuralsort", sinkhorn=3), Tensor)
+    assert_type(lambda_loss(x, x, weighting="ndcg_loss2++", mu=3.0), Tensor)
+    assert_type(ndcg(x, x, 3), Tensor)
+    assert_type(mrr(x, x), Tensor)
+    assert_type(precision_at_k(x, x, 3), Tensor)
+    nn.ModuleList(
+        [
+            pyloss.GroCoLoss(topk_neg=5),
+            pyloss.TopKCrossEntropyLoss("bitonic", 1.0, [0.5, 0.5], 10, m=4),
+            pyloss.nn.ListNetLoss(temperature=0.5),
+            pyloss.nn.ListMLELoss(k=3),
+            pyloss.nn.ApproxNDCGLoss(),
+            pyloss.nn.NeuralNDCGLoss(k=3),
+            pyloss.nn.LambdaLoss(k=3),
+        ]
+    )
+
+
+def sets() -> None:
+    a, b = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    assert_type(chamfer_set_loss(a, b), Tensor)
+    hungarian_set_loss(a, b, cost="l2", return_matching=True)
+    assert_type(sinkhorn_set_loss(a, b, epsilon=0.5), Tensor)
+    loss, chosen = order_search_loss(lambda prefix: x[: len(prefix)], y.view(2, 2), mode="beam")
+    assert_type(loss, Tensor)
+    assert_type(order_search_loss_from_table(torch.randn(2, 3, 3)), tuple[Tensor, Tensor])
+    schedule = pyloss.nn.OrderSearchSchedule(warmup_steps=3, mode="greedy")
+    assert_type(schedule.step(), str)
+    pyloss.nn.PointerDecoder(8, glimpses=2)
+    memory, state = pyloss.nn.ReadProcess(3, 8)(a)
+    assert_type(pyloss.nn.ReadProcessWrite(3, 8).forward(a, target=chosen), pyloss.nn.Pointers)
+    nn.ModuleList(
+        [
+            pyloss.nn.ChamferSetLoss(),
+            pyloss.nn.HungarianSetLoss(return_matching=True),
+            pyloss.nn.SinkhornSetLoss(iterations=5),
         ]
     )
 
