@@ -363,7 +363,8 @@ def row_softmax(
         run = _DualRowSoftmax if dual else _RowSoftmax
         call = (
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
-            inplace and differentiable, codes.scalar, is_soft(codes.kind, options or PLAIN), numbers,
+            inplace and differentiable, codes.scalar, is_soft(codes.kind, options or PLAIN),
+            numbers,
         )  # fmt: skip
         found = run.apply(*tensors, call)
         found = (found,) if wants == 0 else found
