@@ -234,9 +234,7 @@ def _tensor(x: Any) -> Tensor:
     """Of a tensor or of what numpy takes for an array, flipped ones included."""
     if isinstance(x, Tensor):
         return x
-    import numpy
-
-    return torch.as_tensor(numpy.ascontiguousarray(x))
+    return torch.as_tensor(x.copy() if hasattr(x, "strides") else x)
 
 
 def _pyplot() -> Any:
