@@ -280,3 +280,14 @@ def test_mistakes_are_named():
         pyloss.nn.TensorAttention(8, 2, method="fast")
     with pytest.raises(AttributeError, match="pyloss.nn.TensorAttention"):
         pyloss.TensorAttention  # noqa: B018
+
+
+@pytest.mark.parametrize("kdim", [None, 3])
+def test_attributes_of_multihead_attention(kdim):
+    """What code written for it asks for is there, None where it is None."""
+    theirs, ours = (c(E, H, kdim=kdim) for c in (nn.MultiheadAttention, TensorAttention))
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight",
+                 "in_proj_bias", "bias_k", "bias_v"):  # fmt: skip
+        a, b = getattr(theirs, name), getattr(ours, name)
+        assert (a is None) == (b is None) and (a is None or a.shape == b.shape)
+    assert ours.add_zero_attn is theirs.add_zero_attn is False

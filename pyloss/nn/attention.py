@@ -140,6 +140,9 @@ class TensorAttention(OptionsModule):
         self.kdim, self.vdim = kdim, vdim
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
+        # What code written for MultiheadAttention asks for.
+        self.bias_k = self.bias_v = None
+        self.add_zero_attn = False
         self.order, self.window, self.init, self.scale = order, window, init, scale
         self.softcap = softcap
 
@@ -147,6 +150,9 @@ class TensorAttention(OptionsModule):
         width = kv_heads * self.head_dim
         # One matrix where torch has one, so that checkpoints can be exchanged.
         self._one_matrix = self.kdim == self.vdim == embed_dim and kv_heads == num_heads
+        three = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        for name in three if self._one_matrix else ("in_proj_weight",):
+            self.register_parameter(name, None)
         if self._one_matrix:
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **to))
         else:

@@ -118,7 +118,7 @@ def preference() -> None:
 
 def attention() -> None:
     q = torch.randn(1, 2, 8, 16)
-    pyloss.tensor_attention(q, q, q, q, q, window=(4, 8), scale="kronecker")
+    pyloss.tensor_attention(q, q, q, q, q, window=(4, 8), scale="kronecker", softcap=30.0)
     pyloss.tensor_attention_n(q, [q, q, q], [q, q, q])
     cost = pyloss.tensor_attention_cost((1, 2, 8, 16), window=4)
     assert_type(cost, TensorAttentionCost)
