@@ -167,7 +167,8 @@ class _TensorAttentionOrder(torch.autograd.Function):
         ctx.settings, ctx.order = settings, order
         ctx.dtypes = [t.dtype for t in others[: 2 * order]]
         ctx.set_materialize_grads(False)
-        return out.to(ctx.dtypes[0]), lse.clone()
+        # Not the tensors that are saved: torch.compile of torch 2.11 gives those no gradient.
+        return out.to(ctx.dtypes[0], copy=torch.compiler.is_compiling()), lse.clone()
 
     @staticmethod
     def backward(ctx, dout, dlse):
