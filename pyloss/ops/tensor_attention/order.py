@@ -162,7 +162,8 @@ class _TensorAttentionOrder(torch.autograd.Function):
         ctx.save_for_backward(*tensors, out, lse)
         ctx.settings, ctx.order, ctx.unclean = settings, order, unclean
         ctx.set_materialize_grads(False)
-        return out.to(tensors[0].dtype), lse.clone()
+        # Not the tensors that are saved: torch.compile of torch 2.11 gives those no gradient.
+        return out.to(tensors[0].dtype, copy=torch.compiler.is_compiling()), lse.clone()
 
     @staticmethod
     def backward(ctx, dout, dlse):
