@@ -18,6 +18,8 @@ Paper: recomputation, Wijmans et al., arXiv 2411.09009; formulas, csrc/common/ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -244,12 +246,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = kept[9:]
             return *(g if g is None else scaled(g, grad_loss) for g in grads), *none
         if ctx.early and grads is not None and not (create_graph or is_batched(grad_loss)):
-            # Handed over, not kept: a second backward computes them anew, autograd may adopt them.
-            if not rows.is_one(grad_loss):
-                for g in grads:
-                    if g is not None:
-                        _ops.scale_(g, grad_loss.to(accumulator_dtype(g.dtype)))
-            return *grads, *none
+            factor = rows.known(grad_loss)
+            if factor is None or math.isfinite(factor):
+                # Handed over, not kept: a second backward computes them anew, autograd may adopt
+                # them.
+                if factor != 1.0:
+                    for g in grads:
+                        if g is not None:
+                            _ops.scale_(g, grad_loss.to(accumulator_dtype(g.dtype)))
+                return *grads, *none
 
         input, target = tensors[0], tensors[3]
         acc = accumulator_dtype(input.dtype)

@@ -18,6 +18,8 @@ only and therefore serves every device; being an op, torch.compile takes it whol
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ from pyloss.ops.linear_distillation.call import (
     Options,
     outputs,
 )
+from pyloss.ops.row_softmax import known
 
 __all__ = [
     "DIRECTIONS",
@@ -123,8 +126,10 @@ class _Distillation(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         none = (None,) * 6
         if early is not None and not (create_graph or is_batched(grad)):
-            found = iter([scale_(g, grad) for g in early])
-            return *_narrowed(ctx, found), *none
+            factor = known(grad)
+            if factor is None or math.isfinite(factor):
+                found = iter([scale_(g, grad) for g in early])
+                return *_narrowed(ctx, found), *none
         *tensors, divisor = ctx.saved_tensors  # once: checkpointing allows no more
         scale = grad if divisor is None else grad * _inverse(divisor)
         # Of higher order; and vmap sees into torch operations, not into an op.

@@ -7,6 +7,8 @@ C++ in records.py, what a forward saves in statistics.py. A loss is one case of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ __all__ = [
     "WANT_INDEX",
     "Codes",
     "Options",
-    "is_one",
+    "known",
     "row_softmax",
 ]
 
@@ -230,10 +232,13 @@ class _RowSoftmax(torch.autograd.Function):
         if early is not None and not (
             torch.is_grad_enabled() or ctx.needs_input_grad[1] or is_batched(grad_loss)
         ):
-            # Handed over, not kept: a second backward computes it anew, and autograd may adopt it.
-            if not is_one(grad_loss):
-                _ops.scale_(early, grad_loss.float())
-            return early, None, *none
+            factor = known(grad_loss)
+            if factor is None or math.isfinite(factor):
+                # Handed over, not kept: a second backward computes it anew, and autograd may adopt
+                # it.
+                if factor != 1.0:
+                    _ops.scale_(early, grad_loss.float())
+                return early, None, *none
         grad_extras = others[0] if ctx.wants & WANT_EXTRAS else None
         *tensors, saved, numbers = ctx.saved_tensors
         input, options, codes = tensors[0], ctx.options, ctx.codes
@@ -310,10 +315,15 @@ class _DualRowSoftmax(_RowSoftmax):
         return tangents[0] if len(tangents) == 1 else tuple(tangents)
 
 
-def is_one(scalar: Tensor) -> bool:
-    """Whether a scalar is known to be 1 without waiting for a device."""
-    known = type(scalar) is Tensor and scalar.is_cpu and not torch.compiler.is_compiling()
-    return known and scalar.item() == 1.0
+def known(scalar: Tensor) -> float | None:
+    """The value of a scalar, where that is known without waiting for a device.
+
+    An upstream factor that is known not to be finite is no factor for an early gradient: 0 may be a
+    row that is ignored, which stays 0, or one that is certain, which does not.
+    """
+    if type(scalar) is Tensor and scalar.is_cpu and not torch.compiler.is_compiling():
+        return scalar.item()
+    return None
 
 
 def _inplace_gradient(arguments):
