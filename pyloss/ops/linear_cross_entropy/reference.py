@@ -82,12 +82,13 @@ def _record_for_tiles(saved, t: Tensors, options: Options, codes: Codes) -> None
 
 def forward(*args):
     t = Tensors(*args[:8])
-    options, codes, loss_dtype, wants, chunk, exact = args[8:]
-    buffers = result_buffers(t.input, *unpacked(options, codes), loss_dtype, wants)
+    options, codes, loss_dtype, wants, chunk, exact, *numbers = args[8:]
+    options, codes = unpacked(options, codes, *numbers)
+    buffers = result_buffers(t.input, options, codes, loss_dtype, wants)
     loss, saved, extras, index = buffers
     with torch.no_grad():
         found = composed(t, options, codes, loss_dtype, wants)
-        _record(saved, found[1], t, *unpacked(options, codes), chunk)
+        _record(saved, found[1], t, options, codes, chunk)
     for out, value in zip((loss, extras, index), found):
         if out is not None:
             out.copy_(value)
@@ -99,21 +100,24 @@ def forward(*args):
 
 
 def backward(grad_loss, grad_extras, *args):
-    saved, options, codes, wants, chunk, exact = args[8:]
+    saved, options, codes, wants, chunk, exact, *numbers = args[8:]
+    options, codes = unpacked(options, codes, *numbers)
     t = Tensors(*args[:8])
     return _composed_gradients(grad_loss, grad_extras, t, options, codes, wants)
 
 
-def tiles_forward(results, t: Tensors, options, codes, loss_dtype, wants):
+def tiles_forward(results, t: Tensors, options, codes, loss_dtype, wants, numbers=None):
     """Into the empty results of the forward by tiles."""
+    options, codes = unpacked(options, codes, numbers)
     with torch.no_grad():
         loss, extras, _ = composed(t, options, codes, loss_dtype, wants)
-        _record_for_tiles(results[1], t, *unpacked(options, codes))
+        _record_for_tiles(results[1], t, options, codes)
     results[0].copy_(loss)
     if extras is not None:
         results[2].copy_(extras)
     return results
 
 
-def tiles_backward(grad_loss, grad_extras, t: Tensors, options, codes, wants):
+def tiles_backward(grad_loss, grad_extras, t: Tensors, options, codes, wants, numbers=None):
+    options, codes = unpacked(options, codes, numbers)
     return _composed_gradients(grad_loss, grad_extras, t, options, codes, wants)

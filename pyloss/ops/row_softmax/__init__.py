@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.ops._changing import NUMBERS, split
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import (
@@ -20,7 +21,7 @@ from pyloss.ops._transforms import (
     is_batched,
     saved_tensor_hooks_active,
 )
-from pyloss.ops.row_softmax import changing, cpu, cuda, reference
+from pyloss.ops.row_softmax import cpu, cuda, reference
 from pyloss.ops.row_softmax.calls import (
     WANT_EXTRAS,
     WANT_GRAD,
@@ -95,13 +96,11 @@ _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? target2, Tensor? mix, Tensor? weight, "
     "Tensor? token_weight"
 )
-# numbers: all options, where torch.compile has symbols for some; the list then serves the fakes.
-_NUMBERS = "Tensor? numbers=None"
-_SAVED = f"Tensor saved, float[]? options, int[] codes, {_NUMBERS}"
+_SAVED = f"Tensor saved, float[]? options, int[] codes, {NUMBERS}"
 
 define_op(
     f"row_softmax_fwd({_ARGUMENTS}, float[]? options, int[] codes, ScalarType loss_dtype, "
-    f"int wants, {_NUMBERS}) -> Tensor[]",
+    f"int wants, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls=_impls("forward"),
 )
@@ -366,7 +365,8 @@ def row_softmax(
     numbers = None
     # What autograd composes for the probabilities takes the numbers as they are.
     if options is not None and torch.compiler.is_compiling() and not target.requires_grad:
-        options, numbers = changing.split(options)
+        options, numbers = split(options)
+        options = Options(*options)
     differentiable = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     dual = forward_ad_active()
     if differentiable or dual:
