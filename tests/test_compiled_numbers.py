@@ -10,11 +10,12 @@ import torch.fx.experimental.symbolic_shapes
 from torch._dynamo.testing import CompileCounter
 
 import pyloss
-from pyloss.functional import linear_distillation_loss
+from pyloss.functional import linear_distillation_loss, tensor_attention
 from pyloss.ops.row_softmax.records import COMP_SUM, INDEX, PLAIN
 
 H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
 IMAGE = torch.rand(2, 1, 6, 5)
+Q = torch.randn(1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,10 @@ IMAGE = torch.rand(2, 1, 6, 5)
         lambda n: pyloss.fused_linear_cross_entropy(H, W, Y, num_items=n),
         lambda n: linear_distillation_loss(H, W, H + 1, W, num_items=n),
         lambda n: pyloss.betti_matching_loss(IMAGE, IMAGE > 0.5) * n,
+        lambda n: tensor_attention(Q * n, Q, Q + 1, Q, Q - 1, scale=1.0, softcap=5.0),
+        lambda n: pyloss.token_logprobs(H, W, Y, temperature=n),
     ],
-    ids=["row", "linear", "distillation", "betti"],
+    ids=["row", "linear", "distillation", "betti", "attention", "logprobs"],
 )
 def test_a_tensor_compiles_once(call: Callable) -> None:
     graphs = []
