@@ -96,6 +96,13 @@ for name, values in (
     ("tau", ABOVE_ONE),
 ):  # fmt: skip
     CHANGING[f"linear, {name}"] = linear()(name), values
+
+
+def soft_targets(x, n):
+    return pyloss.fused_cross_entropy(x, (X.flip(0) - x).softmax(1), temperature=n)
+
+
+CHANGING["probabilities with a gradient"] = soft_targets, ABOVE_ONE
 CHANGING["distillation, num_items"] = distillation("num_items"), tuple(range(1, 12))
 CHANGING["distillation, temperature"] = distillation("temperature"), ABOVE_ONE
 CHANGING["distillation, ce_weight"] = distillation("ce_weight", target=Y), BELOW_ONE

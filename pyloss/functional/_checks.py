@@ -138,11 +138,6 @@ def checked_flag(name: str, value) -> bool:
     raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
-def check_integer(name: str, value, kind: str = "an integer") -> None:
-    if not is_integer(value):
-        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
-
-
 def check_flag(name: str, value) -> None:
     """A bool, numpy's too; or 0 or 1."""
     if isinstance(value, bool) or getattr(value, "dtype", None) in _BOOLS:

@@ -130,6 +130,20 @@ define_op(
     impls=_impls("hvp"),
 )
 
+
+def _target_grad(grad_loss, input, target, target2, mix, weight, token_weight, *rest):
+    tensors = (target, target2, mix, weight, token_weight)
+    return _target_gradient(grad_loss, (input, *tensors), *unpacked(*rest)).contiguous()
+
+
+# For graphs, which cannot hold a call of torch.autograd.grad.
+define_op(
+    f"row_softmax_target_bwd(Tensor grad_loss, {_ARGUMENTS}, float[]? options, int[] codes, "
+    f"{NUMBERS}) -> Tensor",
+    fake=lambda grad_loss, input, target, *rest: target.new_empty(target.shape),
+    impls=dict.fromkeys(("cpu", "cuda", "reference"), _target_grad),
+)
+
 # --------------------------------------------------------------------------------------------------
 # Autograd
 
@@ -270,7 +284,9 @@ class _RowSoftmax(torch.autograd.Function):
             dx = _RowSoftmaxGrad.apply(*arguments)
         elif need_input:
             dx = _ops.row_softmax_bwd(*arguments, numbers)
-        if need_target:  # rare, so there is no kernel for it
+        if need_target and torch.compiler.is_compiling():
+            target_grad = _ops.row_softmax_target_bwd(grad_loss, *tensors, options, codes, numbers)
+        elif need_target:  # rare, so there is no kernel for it
             target_grad = _target_gradient(grad_loss, tensors, options, codes)
         return dx, target_grad, *none
 
@@ -363,8 +379,7 @@ def row_softmax(
         # torch.func transforms must see into the op: the same as torch operations.
         return reference.composed(input, tensors[1:], options, codes, loss_dtype, wants)
     numbers = None
-    # What autograd composes for the probabilities takes the numbers as they are.
-    if options is not None and torch.compiler.is_compiling() and not target.requires_grad:
+    if options is not None and torch.compiler.is_compiling():
         options, numbers = split(options)
         options = Options(*options)
     differentiable = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
