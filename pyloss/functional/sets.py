@@ -357,6 +357,10 @@ def order_search_loss(
         Vinyals, Bengio, Kudlur. Order Matters: Sequence to sequence for sets. arXiv 1511.06391.
     """
     check_search(mode, beam, temperature, reduction)
+    if not callable(step_logprob):
+        raise TypeError(
+            f"step_logprob must be a function of the prefix, got {type(step_logprob).__name__}"
+        )
     mask = _checked_set(target_set, mask)
     y = target_set.long()
     if mode == "exhaustive" and y.shape[1] > _EXHAUSTIVE:
