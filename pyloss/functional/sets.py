@@ -468,6 +468,8 @@ def _hidden_last(order: Tensor, mask: Tensor) -> Tensor:
 def _best_order(step_logprob, y: Tensor, mask: Tensor, width: int) -> Tensor:
     """(B, n): the most probable of the orders that a beam of this width finds."""
     b, n = y.shape
+    if b == 0:
+        return y.clone()
     orders = torch.zeros(b, 1, 0, dtype=torch.int64, device=y.device)
     total = torch.zeros(b, 1, device=y.device)
     left = mask.unsqueeze(1)
