@@ -76,7 +76,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--noise", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="share of labels replaced")
-    add("--m", type=int, default=16, help="classes that take part in the top-k loss")
+    add("--m", type=int, default=16, help="classes that take part in the top-k loss, < 100")
     add("--images", type=int, default=4000, help="of the training set")
     add("--test-images", type=int, default=2000)
     add("--steps", type=int, default=400)
