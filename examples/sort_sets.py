@@ -6,7 +6,7 @@ without steps that is empty, and what it knows of the set comes through its glim
 Printed: shares of held-out sets that are wholly right, and of elements at their place, both
 when the model goes on from what it wrote itself. Nothing keeps it from pointing at an element
 twice: with --mask-used any score that falls with the number sorts, and 100 steps give 100 %.
-Run: python examples/sort_sets.py [--n 5 10] [--process 0 5] [--steps 250] [--quick] [--help]
+Run: python examples/sort_sets.py [--n 5 10] [--process 0 5] [--steps 400] [--quick] [--help]
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def main() -> None:
     add("--n", type=int, nargs="+", default=[5, 10], help="numbers in a set")
     add("--process", type=int, nargs="+", default=[0, 5], help="process steps")
     add("--glimpses", type=int, nargs="+", default=[0, 1])
-    add("--steps", type=int, default=250, help="of the training")
+    add("--steps", type=int, default=400, help="of the training")
     add("--batch", type=int, default=64)
     add("--hidden", type=int, default=64)
     add("--rate", type=float, default=3e-3)
     add("--seeds", type=int, default=3)
     add("--test-sets", type=int, default=1000)
-    add("--every", type=int, default=25, help="steps between measurements")
+    add("--every", type=int, default=40, help="steps between measurements")
     add("--mask-used", action="store_true", help="an element is pointed at once")
     add("--threads", type=int, default=1)
     add("--plot", type=Path, default=Path("demo_out/sort_sets.png"))

@@ -35,11 +35,14 @@ def pairs(digits: Digits, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def losses(m: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    topk = functools.partial(pyloss.topk_cross_entropy, m=m)
+    topk = pyloss.topk_cross_entropy
+    both = [0.5, 0, 0, 0, 0.5]
     return {
         "cross entropy": F.cross_entropy,
-        "half k = 1, half k = 5": functools.partial(topk, p_k=[0.5, 0, 0, 0, 0.5]),
+        "k = 1 and 5": functools.partial(topk, p_k=both),
         "k = 5": functools.partial(topk, p_k=5),
+        f"k = 1 and 5, m = {m}": functools.partial(topk, p_k=both, m=m),
+        f"k = 5, m = {m}": functools.partial(topk, p_k=5, m=m),
     }
 
 
@@ -76,7 +79,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--noise", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="share of labels replaced")
-    add("--m", type=int, default=16, help="classes that take part in the top-k loss, < 100")
+    add("--m", type=int, default=16, help="classes that take part in two of the top-k losses")
     add("--images", type=int, default=4000, help="of the training set")
     add("--test-images", type=int, default=2000)
     add("--steps", type=int, default=400)
