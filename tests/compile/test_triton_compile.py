@@ -115,6 +115,7 @@ def test_compiles_everywhere(module: str, kernel: str, capability: int) -> None:
     "module, kernel, scenario",
     [
         ("linear_cross_entropy", "linear_softmax_stats_kernel", "plain"),
+        ("linear_cross_entropy", "masked_matmul_tn_kernel", "float32 accumulation"),
         ("tensor_attention", "tensor_attention_fwd_rows_kernel", "full"),
     ],
 )
