@@ -87,6 +87,8 @@ KERNELS = (
     Kernel("sorting_fill_kernel", 256, 26, 0, "0 + 4"),
     Kernel("sorting_find_nan_kernel", 256, 24, 0, "4 + 0"),
     Kernel("sorting_copy_kernel", 256, 32, 0, "4 + 4"),
+    Kernel("permutahedron_warp_fwd_kernel", 32, 58, 0, "12 + 8"),
+    Kernel("permutahedron_warp_bwd_kernel", 32, 49, 0, "12 + 4"),
     Kernel("permutahedron_fwd_kernel", 64, 62, 0, "8 a pool and step + 8"),
     Kernel("permutahedron_bwd_kernel", 64, 48, 0, "12 + 4"),
 )
@@ -169,12 +171,13 @@ def _seconds() -> dict[str, float]:
         **_row_seconds(),
         **_product_seconds(),
         # By reading: latency of one block a multiprocessor; about 145 launches and the passes over
-        # 2 M voxels; a chain walked hop by hop; one thread a row.
+        # 2 M voxels; 1,400 links walked by each block of a million, and one chain in one block; one
+        # lane pools a row in shared memory, about 200 cycles an element, sort and gradient beside it.
         "sorting fwd+bwd 64x1024": 4.5e-3,
         "betti fwd+bwd 8x512x512 smooth": 145 * LAUNCH + 60 * 8 * 2**21 / COPY + 2e-3,
         "betti fwd+bwd 8x512x512 noise": 145 * LAUNCH + 90 * 8 * 2**21 / COPY + 3e-3,
-        "betti fwd+bwd ramp of 10^6": 0.2,
-        "permutahedron fwd+bwd 64x1024": 2e-3,
+        "betti fwd+bwd ramp of 10^6": 1400 * LATENCY + 2000 * 2e-6 + 145 * LAUNCH,
+        "permutahedron fwd+bwd 64x1024": 1024 * (200 + 150) / CLOCK + 10 * LAUNCH,
     }
 
 
