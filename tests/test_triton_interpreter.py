@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
+if [int(n) for n in np.__version__.split(".")[:2]] >= [2, 4]:  # int() of an array of one number
+    pytest.importorskip("triton", minversion="3.7", reason="the interpreter wants numpy before 2.4")
 
 HERE = Path(__file__).resolve().parent
 CHECKS: dict[str, list[Path]] = {}  # by the first two words of the op's name
