@@ -67,8 +67,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# That of PyTorch 2.8. The kernels of attention take tuples, with constants that go by name; of those
-# of the linear loss a third does not compile with 3.2.
+# That of PyTorch 2.8. The kernels of attention take tuples, with constants that go by name; of
+# those of the linear loss a third does not compile with 3.2.
 _NEEDS_TRITON = (3, 4)
 
 
