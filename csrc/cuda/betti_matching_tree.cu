@@ -1,5 +1,6 @@
 // Minimum spanning trees, their merge trees, and the pairs of the elder rule, for all runs of all
 // items at once. How and why: betti_matching.cu.
+#include "cuda/atomic.cuh"
 #include "cuda/betti_matching.cuh"
 
 namespace pyloss::cuda {
@@ -14,13 +15,9 @@ struct EdgeRecord {
 
 // ---- Rounds ------------------------------------------------------------------------------------
 
-// Others may write `p` meanwhile: any value that was ever there will do.
-__device__ u32 peek(const u32* p) {
-  return *static_cast<const volatile u32*>(p);
-}
-
+// What was there once will do: it only ever falls.
 __device__ void lower(u64* p, u64 key) {
-  if (key < *static_cast<const volatile u64*>(p)) atomicMin(p, key);
+  if (key < load_relaxed(p)) atomicMin(p, key);
 }
 
 // The lowest edge of every vertex. Those of the outside, which start at kNoKey, need atomics.
@@ -109,10 +106,11 @@ __global__ void __launch_bounds__(kThreads) betti_jump_kernel(BettiWork w, int l
   if (blockIdx.x == 0 && threadIdx.x == 0) w.counters->begin[level + 2] = w.counters->nodes;
   for_each(begin, end, [&](u32 x) {
     if (w.lowest[x] == kNoKey) return;
-    u32 to = peek(w.link + x);
+    // Others shorten links too: every value that a link ever had leads to the root.
+    u32 to = load_relaxed(w.link + x);
     if (to == x) return;
-    for (u32 next = peek(w.link + to); next != to; next = peek(w.link + to)) {
-      *static_cast<volatile u32*>(w.link + x) = next;
+    for (u32 next = load_relaxed(w.link + to); next != to; next = load_relaxed(w.link + to)) {
+      store_relaxed(w.link + x, next);
       to = next;
     }
     w.parent[x] = w.parent[to];
