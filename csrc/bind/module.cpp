@@ -5,7 +5,7 @@
 #include "bind/register.h"
 #include "common/multiversion.h"
 #if PYLOSS_WITH_CUDA
-#include "cuda/row_softmax.h"
+#include "cuda/device.h"
 #endif
 
 #ifndef PYLOSS_VERSION
