@@ -561,6 +561,8 @@ void check_sizes(bool few) {
   // Several tiles of rows a block, forward.
   sized(T::kPermutation, Network::kBitonic, 1, 100, 0, f64, 228, 2, 1);
   sized(T::kApply, Network::kOddEven, 2, 60, 33, f32, 228, 2, 1);
+  // A window and single layers.
+  sized(T::kSortBackward, Network::kBitonic, 1, 4097, 0, f32, 228, 1);
   if (few) return;
   // All rows of t in shared memory; in segments; in global memory.
   for (int kib : {228, 40, 16}) {
