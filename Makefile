@@ -46,7 +46,7 @@ test: ctest pytest
 # As the nightly workflow runs it. Two threads in each Python process, where `make test` has one a
 # core.
 ## all tests that need no GPU: test, sanitize, gpu-proof, and those marked exhaustive
-test-all: $(BUILT) ctest sanitize other-archs
+test-all: $(BUILT) ctest sanitize other-archs races
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
 ## GPU code without a GPU, beyond `make test`: CUDA under sanitizers, sm_80 and sm_100

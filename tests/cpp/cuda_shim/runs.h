@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
+#include <vector>
 
 #include "shim.h"
 
@@ -20,6 +22,12 @@ inline void start_run(int run) {
   settings.order = run == 0 ? Order::kForward : run == 1 ? Order::kReverse : Order::kRandom;
   settings.seed = unsigned(run);
   settings.poison = poison_of(run);
+}
+
+// Fills what a run is to write, or may have found.
+template <class T>
+void poison(std::vector<T>& v) {
+  if (!v.empty()) std::memset(v.data(), settings.poison, v.size() * sizeof(T));
 }
 
 // Whether `later`, of that run, holds what `first` holds, of run 0: the same bytes, or those with

@@ -348,7 +348,7 @@ Outputs run(Case& c, int number) {
   for (auto* table : {&r.birth, &r.death, &r.mate}) table->resize(images * items * dims * n);
   r.essential.resize(images * items);
   for (auto* table : {&r.birth, &r.death, &r.mate, &r.essential}) {
-    std::memset(table->data(), shim::settings.poison, table->size() * sizeof(int32_t));
+    shim::poison(*table);
   }
   if (c.pairs) r.mate.clear();  // nobody is asked for it
   cuda::BettiTables t{r.birth.data(), r.death.data(), c.pairs ? nullptr : r.mate.data(),

@@ -170,12 +170,9 @@ void check(std::mt19937_64& rnd, bool large) {
     std::vector<R> out(2 * count);  // y, dx
     std::vector<int32_t> packed(count);
     std::vector<double> scratch(size_t(scratch_bytes) / 8 + 1);
-    const auto poison = [](auto& v) {
-      std::memset(v.data(), shim::settings.poison, v.size() * sizeof v[0]);
-    };
-    poison(out);
-    poison(packed);
-    poison(scratch);
+    shim::poison(out);
+    shim::poison(packed);
+    shim::poison(scratch);
     try {
       cuda::permutahedron_forward(p, sorted.data(), order.data(), out.data(), packed.data(),
                                   scratch.data(), scratch_bytes, nullptr);
@@ -186,7 +183,7 @@ void check(std::mt19937_64& rnd, bool large) {
       return;
     }
     if (run > 0) {
-      require(std::memcmp(out.data(), first.data(), out.size() * sizeof(R)) == 0 &&
+      require(shim::same_bytes(first.data(), out.data(), out.size() * sizeof(R), run) &&
                   packed == first_packed,
               std::string("the order of threads, or old memory, changes the result, ") + text);
       continue;
