@@ -49,12 +49,19 @@ test: ctest pytest
 test-all: $(BUILT) ctest sanitize other-archs races
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
-## GPU code without a GPU, beyond `make test`: CUDA under sanitizers, sm_80 and sm_100
+# A Triton of its own folder, older than that of .venv: PyTorch 2.11 comes with it.
+TRITON_36 := build/triton-3.6
+## GPU code without a GPU, beyond `make test`: sanitizers, races, all architectures, Triton 3.6
 gpu-proof: $(BUILT) other-archs races
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
 	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS) -L shim
 	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile
+	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/test_triton_interpreter.py
+	test -d $(TRITON_36) || $(PY) -m pip install --disable-pip-version-check --no-deps \
+	  --target $(TRITON_36) triton==3.6.0 || echo "skipped: Triton 3.6 cannot be installed"
+	if test -d $(TRITON_36)/triton; then PYTHONPATH=$(TRITON_36) \
+	  $(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile/test_triton_compile.py; fi
 
 # All problems under ThreadSanitizer; then each barrier of the kernels is left out in turn.
 ## races in the CUDA kernels, on the CPU

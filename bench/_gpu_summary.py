@@ -1,29 +1,47 @@
-"""Last step of gpu_check.sh: one table and summary.json out of what the steps left behind.
+"""summary.json and a table out of what the stages of gpu_check.sh have left behind until now.
 
-Needs the standard library only, so that it also works where the build failed.
+    python bench/_gpu_summary.py STEPS OUT [--quiet]
+
+Written again after every stage, and complete each time: a stage that was not reached is in it, and
+so is the prediction of a time that was not measured. Needs the standard library only, so that it
+also works where the build failed.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+SCRIPT = Path(__file__).with_name("gpu_check.sh")
+
+
+def stages() -> list[str]:
+    """The stages in their order, as the script runs them."""
+    calls = re.findall(r"^(?: *if ! )?(?:stage|tests|sanitize) (\w+) \d", SCRIPT.read_text(), re.M)
+    return list(dict.fromkeys(calls))
+
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
+    """What has been noted, then the stages that have not been reached."""
     steps = []
     for line in path.read_text().splitlines():
         name, status, seconds, remark = line.split("\t", 3)
-        steps.append({"step": name, "status": status, "seconds": int(seconds), "remark": remark})
+        steps.append({"stage": name, "status": status, "seconds": int(seconds), "remark": remark})
+    noted = {s["stage"] for s in steps}
+    steps += [
+        {"stage": name, "status": "not reached", "seconds": 0, "remark": ""}
+        for name in stages()
+        if name not in noted
+    ]
     return steps
 
 
-def read_junit(path: Path) -> dict[str, Any] | None:
-    """Counts and the names of what failed; None where that run did not take place."""
-    if not path.exists():
-        return None
+def read_junit(path: Path) -> dict[str, Any]:
+    """Counts and the names of what failed."""
     try:
         suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     except ElementTree.ParseError as error:  # pytest was killed while writing
@@ -37,67 +55,70 @@ def read_junit(path: Path) -> dict[str, Any] | None:
     return {**counts, "failed": failed}
 
 
-def bench_lines(path: Path, title: str) -> list[str]:
-    """One line per shape with all providers.
-
-    In multiples of the bare matrix products where there are some, else in % of the copy bandwidth.
-    """
-    if not path.exists():
-        return [f"{title}: no result"]
-    document = json.loads(path.read_text())
-    copies = ", ".join(f"{b['copy_gbs']:.0f}" for b in document["bandwidth"])
-    results = document["results"]
-    if any("x_products" in r for r in results):
-        keys, unit = ("x_products", "ratio_to_pyloss"), "times the bare matrix products or pyloss"
-    else:
-        keys, unit = ("pct_copy",), "% of it"
-    lines = [f"{title}: copy bandwidth {copies} GB/s; below, {unit}"]
-    cases: dict[str, dict[str, str]] = {}
-    for record in results:
-        key = next((key for key in keys if key in record), None)
-        if key is None or record["threads"] != document["options"]["threads"][0]:
-            continue
-        text = f"{record[key]:.1f}" if key == "pct_copy" else f"{record[key]:.2f}"
-        if "extra_mb" in record:
-            text += f" (+{record['extra_mb']:.0f} MB)"
-        cases.setdefault(record["case"], {})[record["provider"]] = text
-    for case, values in cases.items():
-        shown = ", ".join(f"{name} {text}" for name, text in values.items())
-        lines.append(f"{case:<34} {shown}")
-    for record in results:
-        if record["status"] in ("failed", "wrong"):
-            where = f"{record['case']}, {record['provider']}"
-            lines.append(f"{where}: {record['status']}, {record['reason']}")
-    return lines
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # not written, or killed while writing
+        return None
 
 
-def main(steps_file: str, out: str) -> int:
-    folder, work = Path(out), Path(steps_file).parent
-    steps = read_steps(Path(steps_file))
-    tests = {}
-    for name in ("tests_gpu", "tests_cpu"):
-        tests[name] = read_junit(folder / f"{name}.xml")
-        tests[f"{name}_again"] = read_junit(work / f"{name}_again.xml")
-    failed = [s["step"] for s in steps if s["status"] == "failed"]
-    summary = {"ok": not failed, "failed": failed, "steps": steps, "tests": tests}
-    others = sorted(work.glob("bench_*.json"))
-    for path in others:  # in here, because OUT is limited to eight files
-        summary[path.stem] = json.loads(path.read_text())
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+def read_times(folder: Path) -> list[dict[str, Any]]:
+    """Measured beside predicted; predictions alone for what was not measured."""
+    sys.path.insert(0, str(SCRIPT.parent.parent))
+    from bench import _predictions
 
-    print("\n".join(bench_lines(folder / "bench.json", "bench")))
-    for path in others:
-        print("\n".join(bench_lines(path, path.stem)))
-    for name, result in tests.items():
-        if result:
-            print(f"{name}: {json.dumps({k: v for k, v in result.items() if k != 'failed'})}")
-            for test in result.get("failed", [])[:20]:
-                print(f"  failed: {test}")
-    print(f"{'step':<24} {'status':<8} {'seconds':>7}  remark")
-    for s in steps:
-        print(f"{s['step']:<24} {s['status']:<8} {s['seconds']:>7}  {s['remark']}")
-    print("result:", "FAILED: " + ", ".join(failed) if failed else "ok")
-    return 1 if failed else 0
+    measured = read_json(folder / "times.json") or []
+    return measured or _predictions.planned()
+
+
+def summary(steps: Path, folder: Path) -> dict[str, Any]:
+    rows = read_steps(steps)
+    failed = [s["stage"] for s in rows if s["status"] == "failed"]
+    return {
+        "ok": not failed,
+        "complete": all(s["status"] != "not reached" for s in rows),
+        "failed": failed,
+        "stages": rows,
+        "first": read_json(folder / "first.json"),
+        "tests": {p.stem: read_junit(p) for p in sorted(folder.glob("*.xml"))},
+        "times": read_times(folder),
+        "bench": read_json(folder / "bench.json"),
+    }
+
+
+def time_line(record: dict[str, Any]) -> str:
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    ratio = record.get("ratio")
+    text = f"{record['case']:<34} {shown(record['predicted_ms']):>10} "
+    text += f"{shown(record['measured_ms']):>10} {'-' if ratio is None else f'{ratio:.2f}':>6}"
+    return text + ("  look here first" if record.get("look_here_first") else "")
+
+
+def print_table(found: dict[str, Any]) -> None:
+    print(f"{'case':<34} {'predicted':>10} {'measured':>10} {'ratio':>6}  (ms)")
+    for record in found["times"]:
+        print(time_line(record))
+    for name, result in found["tests"].items():
+        print(f"{name}: {json.dumps({k: v for k, v in result.items() if k != 'failed'})}")
+        for test in result.get("failed", [])[:20]:
+            print(f"  failed: {test}")
+    print(f"{'stage':<16} {'status':<12} {'seconds':>7}  remark")
+    for s in found["stages"]:
+        print(f"{s['stage']:<16} {s['status']:<12} {s['seconds']:>7}  {s['remark']}")
+    print("result:", "FAILED: " + ", ".join(found["failed"]) if found["failed"] else "ok")
+
+
+def main(steps: str, out: str, quiet: str = "") -> int:
+    folder = Path(out)
+    found = summary(Path(steps), folder)
+    partial = folder / "summary.json.part"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(folder / "summary.json")
+    if not quiet:
+        print_table(found)
+    return 1 if found["failed"] else 0
 
 
 if __name__ == "__main__":

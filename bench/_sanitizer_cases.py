@@ -4,15 +4,17 @@
 
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
-derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, the
-gathers and scans of low-rank tensor attention, and every op of sorting_network, in all its kernels.
-Each result is compared with the reference; exit status 1 if one differs.
+derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, tensor
+attention by rows, by pairs and with masks, the gathers and scans of its low-rank form, every op of
+sorting_network, in all its kernels, Betti matching and the permutahedron. Each result is compared
+with the reference or with the CPU; exit status 1 if one differs.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,11 +50,21 @@ LOWRANK_SIZES = ((2, 65, 5, 3), (1, 2100, 16, 2), (1, 70, 100, 1))
 
 
 def errors(device: str) -> Iterator[tuple[str, float]]:
-    """Name and error in units of the tolerance of every case."""
-    yield from _row_errors(device)
-    yield from _linear_errors(device)
-    yield from _sorting_errors(device)
-    yield from _lowrank_errors(device)
+    """Name and error in units of the tolerance of every case; what raises counts as infinite."""
+    for group in (
+        _betti_errors,
+        _permutahedron_errors,
+        _row_errors,
+        _linear_errors,
+        _sorting_errors,
+        _attention_errors,
+        _lowrank_errors,
+    ):
+        try:
+            yield from group(device)
+        except Exception as error:  # the other ops are still worth having
+            traceback.print_exc()
+            yield f"{group.__name__}: {type(error).__name__}: {str(error)[:200]}", math.inf
 
 
 # Wires: registers, a warp and more of comparators, tiles in segments, more than a block holds.
@@ -115,6 +127,98 @@ def _linear_errors(device: str) -> Iterator[tuple[str, float]]:
                 for mode in ("fwd", "fwd+bwd"):
                     provider = linear.pyloss_provider(problem, mode, how=how, **options)
                     yield f"linear {way} {kind} {mode} {shape} {dtype}", provider.build().check()
+
+
+def _distance(found: Tensor, want: Tensor) -> float:
+    """Largest deviation over the largest entry; infinite entries must be the same."""
+    found, want = found.detach().cpu().double(), want.detach().cpu().double()
+    finite = want.isfinite()
+    if not torch.equal(found[~finite], want[~finite]):
+        return math.inf
+    return ((found - want)[finite].abs().max() / want[finite].abs().max().clamp_min(1e-30)).item()
+
+
+def _with_gradients(fn: Any, *inputs: Tensor) -> list[Tensor]:
+    """The value, and the gradients of a weighted sum of it."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    value = fn(*leaves)
+    weights = torch.linspace(1, 2, value.numel()).to(value).view_as(value)
+    return [value, *torch.autograd.grad(value, leaves, weights)]
+
+
+# One voxel; lines both ways; more voxels than a block has threads; more items than one.
+BETTI_SHAPES = ((1, 1, 1, 1), (1, 1, 1, 70), (1, 1, 300), (2, 2, 7, 5), (1, 1, 90, 110))
+
+
+def _betti_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against the CPU, in units of a relative error of 1e-5."""
+    for shape in BETTI_SHAPES:
+        generator = torch.Generator().manual_seed(len(shape))
+        x, y = torch.rand((2, *shape), generator=generator)
+        ramp = torch.arange(x.numel()).view(shape) / x.numel()
+        for kind, image in {"noise": x, "ties": (4 * x).floor(), "ramp": ramp}.items():
+            for what, options in {"": {}, "options": _BETTI_OPTIONS}.items():
+
+                def loss(t: Tensor, target: Tensor = y, options: Any = options) -> Tensor:
+                    target = target.to(t.device)
+                    return pyloss.betti_matching_loss(t, target, reduction="none", **options)
+
+                want, found = (_with_gradients(loss, image.to(at)) for at in ("cpu", device))
+                error = max(_distance(a, b) for a, b in zip(found, want))
+                yield f"betti {shape} {kind} {what}", error / 1e-5
+
+
+_BETTI_OPTIONS = dict(
+    filtration="sublevel",
+    matched_weight=1.5,
+    target_weight=0.3,
+    unmatched="extreme",
+    essential=True,
+)
+
+
+def _permutahedron_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against the CPU in float64, in units of a relative error of 1e-10."""
+    from pyloss import functional
+
+    for shape in ((1, 1), (5, 33), (3, 1100)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for kind in ("l2", "kl"):
+            for op in (functional.permutahedron_rank, functional.permutahedron_sort):
+                fn = lambda t, op=op, kind=kind: op(t, kind, 0.3)  # noqa: E731
+                want, found = (_with_gradients(fn, x.to(at)) for at in ("cpu", device))
+                error = max(_distance(a, b) for a, b in zip(found, want))
+                yield f"permutahedron {op.__name__} {kind} {shape}", error / 1e-10
+
+
+# Heads, n, d, options; whether there are masks: bool of (i, j), float with a gradient of (i, k).
+ATTENTION_CASES: tuple[tuple[int, int, int, dict[str, Any], bool], ...] = (
+    (2, 70, 32, {}, False),
+    (1, 130, 64, {"is_causal": True}, False),
+    (1, 100, 64, {"window": (9, 40), "is_causal": True}, True),
+    (1, 40, 128, {}, True),
+    (1, 33, 256, {"window": (5, 7)}, False),
+)
+
+
+def _attention_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against float64 on the CPU."""
+    for heads, n, d, options, masked in ATTENTION_CASES:
+        generator = torch.Generator().manual_seed(n)
+        tensors = [torch.randn((1, heads, n, d), generator=generator) for _ in range(5)]
+        seen = torch.rand((n, n), generator=generator) < 0.8
+        mask = [torch.randn((n, n), generator=generator)] if masked else []
+
+        def attend(*t: Tensor, options: Any = options, seen: Any = seen) -> Tensor:
+            masks = {"mask1": seen.to(t[0].device), "mask2": t[5]} if len(t) > 5 else {}
+            return pyloss.tensor_attention(*t[:5], **masks, **options)
+
+        for dtype, limit in ((torch.float32, 2e-3), (torch.bfloat16, 6e-2)):
+            rounded = [t.to(dtype) for t in tensors] + mask
+            want = _with_gradients(attend, *(t.double() for t in rounded))
+            found = _with_gradients(attend, *(t.to(device) for t in rounded))
+            error = max(_distance(a, b) for a, b in zip(found, want))
+            yield f"attention {heads}x{n}x{d} {options} masks {masked} {dtype}", error / limit
 
 
 def _lowrank_errors(device: str) -> Iterator[tuple[str, float]]:

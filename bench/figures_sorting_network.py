@@ -1,10 +1,11 @@
-"""Figures and the steepness table of docs/sorting_network.md.
+"""Figures and the tables by steepness of docs/sorting_network.md.
 
-    python -m bench.figures_sorting_network            # prints the table
+    python -m bench.figures_sorting_network            # prints the tables
     python -m bench.figures_sorting_network --write    # updates docs/ and docs/img/
 
-The table: how far a relaxed comparator lies above the minimum at worst, and how far `soft_sort` is
-from `sort` in all, on normal numbers. Measured in float64, on inputs from a fixed generator.
+The first: how far a relaxed comparator lies above the minimum at worst, and how far `soft_sort` is
+from `sort` in all, on normal numbers. The second: how much the rank of an element moves with the
+order in which the elements come. Measured in float64, on inputs from a fixed generator.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import pyloss.functional as PF
 from bench import plot
 
 BLOCK = "sorting_network_steepness"
+PLACES = "sorting_network_places"
 DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal", "optimal")
 NETWORKS = ("bitonic", "odd_even")
 STEEPNESS = (1.0, 3.0, 10.0, 30.0, 100.0)
 LENGTHS = (8, 32, 128)
 ROWS = 64
+ORDERS = 16
 
 
 def largest_gap(distribution: str, steepness: float) -> float:
@@ -52,6 +55,45 @@ def steepness_table() -> str:
             for network in NETWORKS:
                 for n in LENGTHS:
                     row.append(f"{total_error(distribution, steepness, network, n):.3g}")
+            rows.append(row)
+    return plot.markdown_table(head, rows)
+
+
+def move_of_ranks(
+    distribution: str, steepness: float, network: str, n: int, both_ways: bool = False
+) -> float:
+    """Mean over the elements of the range of their soft rank, over orders of the row.
+
+    `both_ways`: of the mean of the ranks of the row and of the row read from its end.
+    """
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(ROWS, n, generator=generator, dtype=torch.float64)
+    options = dict(network=network, distribution=distribution, steepness=steepness)
+    found = []
+    for _ in range(ORDERS):
+        order = torch.randperm(n, generator=generator)
+        ranks = PF.soft_rank(x[:, order], **options)
+        if both_ways:
+            ranks = (ranks + PF.soft_rank(x[:, order.flip(0)], **options).flip(1)) / 2
+        found.append(ranks[:, order.argsort()])
+    ranks = torch.stack(found)
+    return (ranks.amax(0) - ranks.amin(0)).mean().item()
+
+
+def places_table() -> str:
+    networks = ("bitonic", "batcher", "odd_even")
+    lengths = LENGTHS[:2]
+    head = ["distribution", "steepness"]
+    head += [f"{network}, n = {n}" for network in networks for n in lengths]
+    rows = []
+    for distribution in DISTRIBUTIONS:
+        for steepness in STEEPNESS:
+            row = [f"`{distribution}`", f"{steepness:g}"]
+            for network in networks:
+                for n in lengths:
+                    setting = (distribution, steepness, network, n)
+                    one, both = (move_of_ranks(*setting, both_ways=b) for b in (False, True))
+                    row.append(f"{one:.2g}; {both:.2g}")
             rows.append(row)
     return plot.markdown_table(head, rows)
 
@@ -94,7 +136,8 @@ def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
 def write(root: Path) -> list[Path]:
     page = root / "docs" / "sorting_network.md"
-    page.write_text(plot.replace_block(page.read_text(), steepness_table(), BLOCK))
+    text = plot.replace_block(page.read_text(), steepness_table(), BLOCK)
+    page.write_text(plot.replace_block(text, places_table(), PLACES))
     folder = root / "docs" / "img"
     return [page, relaxations(folder), permutation(folder)]
 
@@ -108,7 +151,7 @@ def main() -> None:
         for path in write(args.root):
             print("wrote", path)
     else:
-        print(steepness_table())
+        print(steepness_table(), places_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(path: str) -> None:
 
     prediction, target = make_pair()
     matching = pyloss.betti_matching(prediction[None], target[None], 2)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 5.2), layout="constrained")
     pyloss.visualize.draw_matching(prediction, target, matching, axes, min_persistence=0.3)
     for axis, title in zip(axes, ("prediction", "target")):
         axis.set_title(title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch
 # the way in which a reduction is split, and with it every bit of the result, depends on the shape
 # of the problem only.
 FULL_GRID = 512
+
+# Whether Triton's interpreter runs the kernels, on CPU tensors. Triton looks at this once too.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def cdiv(a: int, b: int) -> int:
@@ -22,11 +26,37 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch may round the factors of float32 products on CUDA to tf32.
+
+    From torch 2.9 on the older questions raise once the newer setting has been used.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+# Of these a block has 99 KiB of shared memory, not 163 or more.
+_LITTLE_SHARED = {(8, 6), (8, 9), (12, 0), (12, 1)}
+
+
+def little_shared(device: torch.device) -> bool:
+    return device_capability(device) in _LITTLE_SHARED
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot that follows PyTorch's setting for float32 products."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products need float32 factors: the interpreter multiplies the bits of bfloat16."""
+    return INTERPRETED and dtype == torch.bfloat16
 
 
 def check_rows(**tensors: torch.Tensor | None) -> None:

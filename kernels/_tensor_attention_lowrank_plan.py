@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WIDEST = 128  # features of q and of v that the kernels take
-MOST_HEADS = 65535  # batch times heads times axes: a dimension of the grid
 SUMMED = 256  # tokens that are summed before they join the running sum
 STATE_BYTES = 1 << 28  # of the states that the chunks of a causal call start with
 
@@ -30,13 +29,15 @@ def shift(n: int, queries: int, causal: bool, window: int, q_offset: int) -> Shi
     return Shift(0 if causal else window - 1, window)
 
 
-def chunk_length(n: int, state_bytes: int, span: int = 0) -> int:
+def chunk_length(n: int, state_bytes: int, span: int = 0, most_bytes: int | None = None) -> int:
     """Tokens of a chunk of n queries; by the shape alone, so that the order of sums is fixed.
 
     Args:
         n: queries.
         state_bytes: of one chunk, all axes and heads.
         span: of the longest window, which a chunk is not shorter than.
+        most_bytes: of the states of all chunks; None: STATE_BYTES.
     """
-    chunks = max(1, min(-(-n // SUMMED), STATE_BYTES // max(1, state_bytes)))
+    most_bytes = STATE_BYTES if most_bytes is None else most_bytes
+    chunks = max(1, min(-(-n // SUMMED), most_bytes // max(1, state_bytes)))
     return -(-max(n, span * chunks) // (chunks * SUMMED)) * SUMMED

@@ -38,6 +38,7 @@ __getattr__, __dir__, _names = _lazy.exports(
             "focal_loss",
             "fused_cross_entropy",
             "fused_linear_cross_entropy",
+            "groco_loss",
             "persistence_pairs",
             "soft_argsort",
             "soft_permutation",
@@ -52,6 +53,7 @@ __getattr__, __dir__, _names = _lazy.exports(
             "tensor_attention_error",
             "tensor_attention_n",
             "token_logprobs",
+            "topk_cross_entropy",
         ),
         "metrics": ("betti_matching_error", "betti_number_error", "betti_numbers"),
         "nn": (
@@ -62,8 +64,10 @@ __getattr__, __dir__, _names = _lazy.exports(
             "DiffTopkNet",
             "FocalLoss",
             "GeneralizedCrossEntropyLoss",
+            "GroCoLoss",
             "LinearCrossEntropyLoss",
             "SortingCrossEntropyLoss",
+            "TopKCrossEntropyLoss",
         ),
     },
     submodules=(

@@ -20,6 +20,7 @@ from pyloss.functional import (
     focal_loss,
     fused_cross_entropy,
     fused_linear_cross_entropy,
+    groco_loss,
     persistence_pairs,
     soft_argsort,
     soft_permutation,
@@ -34,6 +35,7 @@ from pyloss.functional import (
     tensor_attention_error,
     tensor_attention_n,
     token_logprobs,
+    topk_cross_entropy,
 )
 from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
 from pyloss.nn import (
@@ -44,8 +46,10 @@ from pyloss.nn import (
     DiffTopkNet,
     FocalLoss,
     GeneralizedCrossEntropyLoss,
+    GroCoLoss,
     LinearCrossEntropyLoss,
     SortingCrossEntropyLoss,
+    TopKCrossEntropyLoss,
 )
 
 __version__: str
@@ -60,10 +64,12 @@ __all__ = [
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "GroCoLoss",
     "LinearCrossEntropyLoss",
     "PersistencePairs",
     "RowStats",
     "SortingCrossEntropyLoss",
+    "TopKCrossEntropyLoss",
     "backend",
     "betti_matching",
     "betti_matching_error",
@@ -75,6 +81,7 @@ __all__ = [
     "functional",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
+    "groco_loss",
     "metrics",
     "nn",
     "persistence_pairs",
@@ -92,4 +99,5 @@ __all__ = [
     "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
+    "topk_cross_entropy",
 ]

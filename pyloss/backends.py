@@ -78,21 +78,27 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# The kernels of attention take tuples, with constants that go by name.
-_NEEDS_TRITON = {"tensor_attention": (3, 4)}
+# That of PyTorch 2.8. The kernels of attention take tuples, with constants that go by name; of those
+# of the linear loss a third does not compile with 3.2.
+_NEEDS_TRITON = (3, 4)
 
 
 @functools.cache
-def _old_triton(op: str) -> str | None:
-    """Why the installed Triton is too old for an op, in words."""
-    needed = next((v for name, v in _NEEDS_TRITON.items() if op.startswith(name)), None)
+def _old_triton() -> str | None:
+    """Why the installed Triton is too old, in words."""
     try:
         found = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # under another name: a build of its own
         return None
-    if needed is None or tuple(map(int, found.split(".")[:2])) >= needed:
+    if tuple(map(int, found.split(".")[:2])) >= _NEEDS_TRITON:
         return None
-    return f"it needs Triton {'.'.join(map(str, needed))} or newer, {found} is installed"
+    needed = ".".join(map(str, _NEEDS_TRITON))
+    return f"its kernels need Triton {needed} or newer (that of PyTorch 2.8), {found} is installed"
+
+
+def has_triton() -> bool:
+    """Whether there is a Triton that the kernels can be compiled with."""
+    return _has_triton() and _old_triton() is None
 
 
 def why_not(name: str, op: str, device_type: str, available: Collection[str]) -> str | None:
@@ -105,7 +111,7 @@ def why_not(name: str, op: str, device_type: str, available: Collection[str]) ->
         return "pyloss was built without CUDA; build it where nvcc is on PATH"
     if name == "triton" and not _has_triton():
         return "Triton is not installed"
-    if name == "triton" and (reason := _old_triton(op)):
+    if name == "triton" and (reason := _old_triton()):
         return reason
     needed = "cpu" if name == "cpu" else "cuda"
     if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -129,12 +135,19 @@ def choose(op: str, device_type: str, available: Collection[str]) -> str:
     reason = why_not(own, op, device_type, available)
     if reason is None:
         return own
+    say_reference(op, device_type, reason)
+    return "reference"
+
+
+def say_reference(op: str, device_type: str, reason: str) -> None:
+    """That a call runs on the reference though nobody asked for it: an error or a line of the log,
+    once per op.
+    """
     if os.environ.get("PYLOSS_STRICT", "0") not in ("", "0"):
         raise RuntimeError(f"PYLOSS_STRICT is set and {op} would run on the reference: {reason}")
     if (op, device_type) not in _fallbacks_logged:
         _fallbacks_logged.add((op, device_type))
         _log.info("%s runs on the reference implementation: %s", op, reason)
-    return "reference"
 
 
 def show_config() -> str:

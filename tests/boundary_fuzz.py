@@ -47,6 +47,7 @@ class Field:
         self.good, self.hostile = good, hostile
 
 
+NOWHERE = [0, -1, -(2**63)]  # what is no address
 HUGE = [2**62, 2**63 - 1, -(2**63), 2**31, -(2**31), 2**32 + 1]
 # Of a type or a size that no argument takes; pybind11 refuses them.
 MISTYPED = [None, "x", 2**70, [], (1, 2), object()]
@@ -76,7 +77,7 @@ def integer(*good: int) -> Field:
 
 def address(buffer: Buffer | None) -> Field:
     """`buffer` None: an optional argument that is not given."""
-    return Field([buffer.address if buffer else 0], [0])
+    return Field([buffer.address if buffer else 0], NOWHERE)
 
 
 def record(module: Any, op: str, name: str, **fields: Field | list[Any]) -> list[Any]:
@@ -94,7 +95,7 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
     b = {name: address(buffer) for name, buffer in buffers.items()}
 
     def maybe(name: str) -> Field:
-        return Field([0, buffers[name].address], [0])
+        return Field([0, buffers[name].address], NOWHERE)
 
     def strides() -> list[Field]:
         return [stride(CLASSES * INNER), stride(INNER), stride(1)]
@@ -176,7 +177,7 @@ def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any
 
 def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
-    maybe = {name: Field([0, buffer.address], [0]) for name, buffer in buffers.items()}
+    maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
     (n_q, n_1, n_2), features, heads, dv = (3, 4, 5), 3, 2, 2
 
     def outer(count: int, width: int) -> list[Field]:
@@ -198,8 +199,8 @@ def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str,
         *(module, "tensor_attention", "Problem"),
         **dict(batch=size(1), heads=size(heads), kv_heads=size(1), n_q=size(n_q)),
         **dict(d=size(features), dv=size(dv), dtype=code(0, 1, 2, 3), scale=number(1.0, 0.5)),
-        **dict(causal=Field([0, 1], [2, -1, *HUGE]), q_offset=integer(0, 1, -2)),
-        **dict(q=b["x"], q_strides=outer(n_q, features)),
+        **dict(softcap=number(0.0, 2.5), causal=Field([0, 1], [2, -1, *HUGE])),
+        **dict(q_offset=integer(0, 1, -2), q=b["x"], q_strides=outer(n_q, features)),
         axis1=axis(n_1, "v", "grad", "target", number(0.0), number(0.0)),
         axis2=axis(n_2, "target2", "mix", "weight", number(0.0, 0.5), number(0.0, 1.0)),
     )
@@ -220,7 +221,7 @@ def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str,
 
 def tensor_attention_lowrank_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
-    maybe = {name: Field([0, buffer.address], [0]) for name, buffer in buffers.items()}
+    maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
     (n_q, n_1, n_2), features, heads, dv = (3, 4, 5), 3, 2, 2
     op = "tensor_attention_lowrank"
 
@@ -286,7 +287,7 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
         **dict(matched_weight=number(1.0), unmatched_weight=number(1.0, 2.0)),
         dim_weight=[number(1.0), number(1.0), number(1.0)],
     )
-    grad = Field([0, buffers["grad"].address], [0])
+    grad = Field([0, buffers["grad"].address], NOWHERE)
     # As above: a host address would be a valid number on a device.
     on_device = problem(none, none, code(0, 1))
     return {
@@ -322,16 +323,16 @@ def sorting_network_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, 
 
     here = problem(b["x"], b["target"])
     f = features(b["v"])
-    gf = Field([0, buffers["grad_rows"].address], [0])
-    gy = Field([0, buffers["grad_loss"].address], [0])
-    gx = Field([0, buffers["grad"].address], [0])
+    gf = Field([0, buffers["grad_rows"].address], NOWHERE)
+    gy = Field([0, buffers["grad_loss"].address], NOWHERE)
+    gx = Field([0, buffers["grad"].address], NOWHERE)
     matrix = b["scratch"]
     targets = record(
         *(*op, "Targets"),
         **dict(order=code(0, 1, 2, 3, 4), target=b["target2"]),
         # Of values any bits will do, and all of them are ordered.
         **dict(dtype=Field([5], [-1, 2, 3, 6, 7, *HUGE])),
-        **dict(count=Field([0, buffers["mix"].address], [0])),
+        **dict(count=Field([0, buffers["mix"].address], NOWHERE)),
         **dict(kind=code(0, 1, 2), reduction=code(0, 1, 2)),
     )
     # As above: a host address would be a valid number on a device.

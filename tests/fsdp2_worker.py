@@ -20,6 +20,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 import torch.distributed as dist
+from helpers import TORCH
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import (
@@ -190,7 +191,8 @@ CASES = {
     "tied in the root": lambda: case(gpt2, shard_layers),
     "tied in one group": lambda: case(lambda: llama(tied=True), shard_embedding_with_head),
     "bfloat16 parameters": lambda: case(llama, shard_head_alone, half=True, tolerance=0.03),
-    "tied in two groups": separate_embedding,
+    # torch 2.11 lets it pass
+    **({"tied in two groups": separate_embedding} if TORCH >= (2, 13) else {}),
     "weight left sharded": weight_left_sharded,
 }
 

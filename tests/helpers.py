@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
 ROOT = Path(__file__).resolve().parents[1]
 WRONG_NUMBERS = 3  # exit status of a worker whose results differ: never tried again
+
+
+def needs_torch(version: tuple[int, int], why: str) -> pytest.MarkDecorator:
+    """Skips a test of what earlier versions of torch cannot do, as the documentation says."""
+    text = ".".join(map(str, version))
+    return pytest.mark.skipif(TORCH < version, reason=f"{why}: needs torch {text}")
 
 
 def run_ranks(folder: Path, attempt: int, world: int, *command: str) -> list[tuple[int, str]]:

@@ -78,7 +78,9 @@ def make_options(name: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple
 
 def fused(layer: Layer, target, **options):
     """The function under test, on a layer."""
-    return pyloss.fused_linear_cross_entropy(*layer[:2], target, layer.bias, **options)
+    return pyloss.fused_linear_cross_entropy(
+        layer.input, layer.weight, target, layer.bias, **options
+    )
 
 
 def referenced(layer: Layer, target, **options):

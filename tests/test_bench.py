@@ -1,12 +1,10 @@
-"""The benchmark machinery: cases, records, targets, comparison, tables, figures, gpu_check.sh."""
+"""The benchmark machinery: cases, records, targets, comparison, tables, figures."""
 
 from __future__ import annotations
 
 import copy
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # At the end, so that an installed pyloss stays ahead of the one in the source tree.
 sys.path.append(str(ROOT))
 
-from bench import _core, _gpu_summary, _targets, plot, run  # noqa: E402
+from bench import _core, _targets, plot, run  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
@@ -562,43 +560,3 @@ def test_plot_refuses_another_schema_and_missing_markers(document, tmp_path):
         plot.load([path])
     with pytest.raises(ValueError, match="exactly one pair"):
         plot.replace_block("no markers", "text", "row_softmax")
-
-
-# --- gpu_check.sh -------------------------------------------------------------------------------
-
-SCRIPT = ROOT / "bench" / "gpu_check.sh"
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_gpu_check_parses_and_explains_its_use():
-    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
-    done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, check=False)
-    assert done.returncode == 64
-    assert "OUT [WHEELS]" in done.stderr
-
-
-def test_gpu_summary(tmp_path, capsys, gpu_document, linear_document):
-    (tmp_path / "bench.json").write_text(json.dumps(gpu_document))
-    (tmp_path / "bench_linear_cross_entropy.json").write_text(json.dumps(linear_document))
-    (tmp_path / "tests_gpu.xml").write_text(
-        '<testsuites><testsuite tests="3" skipped="1" failures="1">'
-        '<testcase classname="tests.test_gpu" name="a"/>'
-        '<testcase classname="tests.test_gpu" name="b"><skipped/></testcase>'
-        '<testcase classname="tests.test_x" name="c"><failure/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    steps = tmp_path / "steps.tsv"
-    steps.write_text("build\tok\t12\t\nracecheck\tskipped\t1\tdevice not supported\n")
-    assert _gpu_summary.main(str(steps), str(tmp_path)) == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["ok"]
-    assert summary["tests"]["tests_gpu"]["failed"] == ["tests.test_x::c"]
-    assert summary["tests"]["tests_cpu"] is None
-    output = capsys.readouterr().out
-    assert "pyloss 95.2, pyloss all options" in output
-    assert summary["bench_linear_cross_entropy"]["op"] == "linear_cross_entropy"
-    assert re.search(r"^fwd\+bwd 2048x32000x256 fp32 +bare products 1.00, pyloss ", output, re.M)
-    assert output.endswith("result: ok\n")
-
-    steps.write_text("tests\tfailed\t12\tsee tests.log\n")
-    assert _gpu_summary.main(str(steps), str(tmp_path)) == 1

@@ -1,4 +1,4 @@
-"""Numbers that change from step to step under torch.compile: as tensors they compile once."""
+"""Numbers that change from step to step under torch.compile: one graph for all, not one each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes
+from torch._dynamo.testing import CompileCounter
 
 import pyloss
 from pyloss.functional import linear_distillation_loss
 
 H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
+IMAGE = torch.rand(2, 1, 6, 5)
 
 
 @pytest.mark.parametrize(
@@ -19,10 +22,11 @@ H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
         lambda n: pyloss.fused_cross_entropy(H @ W.T, Y, num_items=n),
         lambda n: pyloss.fused_linear_cross_entropy(H, W, Y, num_items=n),
         lambda n: linear_distillation_loss(H, W, H + 1, W, num_items=n),
+        lambda n: pyloss.betti_matching_loss(IMAGE, IMAGE > 0.5) * n,
     ],
-    ids=["row", "linear", "distillation"],
+    ids=["row", "linear", "distillation", "betti"],
 )
-def test_num_items_as_a_tensor_compiles_once(call: Callable) -> None:
+def test_a_tensor_compiles_once(call: Callable) -> None:
     graphs = []
 
     def backend(graph, _):
@@ -34,6 +38,94 @@ def test_num_items_as_a_tensor_compiles_once(call: Callable) -> None:
     for n in range(1, 12):  # one more than the graphs that torch.compile keeps
         torch.testing.assert_close(compiled(torch.tensor(float(n))), call(n))
     assert len(graphs) == 1
+
+
+X = torch.linspace(-2.0, 3.0, 20).reshape(4, 5)
+ABOVE_ONE = tuple(1.0 + n / 10 for n in range(1, 12))
+BELOW_ONE = tuple(n / 20 for n in range(1, 12))
+# A function of (logits, number), and eleven numbers: torch.compile keeps eight graphs.
+CHANGING: dict[str, tuple[Callable, tuple]] = {
+    "num_items": (lambda x, n: pyloss.fused_cross_entropy(x, Y, num_items=n), tuple(range(1, 12))),
+    "num_items, a float": (lambda x, n: pyloss.fused_cross_entropy(x, Y, num_items=n), ABOVE_ONE),
+    "temperature": (lambda x, n: pyloss.fused_cross_entropy(x, Y, temperature=n), ABOVE_ONE),
+    "logit_scale": (lambda x, n: pyloss.fused_cross_entropy(x, Y, logit_scale=n), ABOVE_ONE),
+    "softcap": (lambda x, n: pyloss.fused_cross_entropy(x, Y, softcap=n), ABOVE_ONE),
+    "z_loss": (lambda x, n: pyloss.fused_cross_entropy(x, Y, z_loss=n), BELOW_ONE),
+    "label_smoothing": (
+        lambda x, n: pyloss.fused_cross_entropy(x, Y, label_smoothing=n), BELOW_ONE
+    ),
+    "tau": (lambda x, n: pyloss.comp_sum_loss(x, Y, n), ABOVE_ONE),
+    "smoothing and tau, two sums a row": (
+        lambda x, n: pyloss.fused_cross_entropy(x, Y, label_smoothing=n, tau=1.0 + n), BELOW_ONE
+    ),
+    "gamma": (lambda x, n: pyloss.focal_loss(x, Y, gamma=n), ABOVE_ONE),
+    "share of a MixUp label": (
+        lambda x, n: pyloss.fused_cross_entropy(x, (Y, Y.flip(0), n)), BELOW_ONE
+    ),
+    "statistics": (
+        lambda x, n: pyloss.fused_cross_entropy(
+            x, Y, temperature=n, return_stats=("lse", "entropy")
+        )[1].entropy.sum(),
+        ABOVE_ONE,
+    ),
+    "probabilities": (
+        lambda x, n: pyloss.fused_cross_entropy(x, X.flip(0).softmax(1), temperature=n), ABOVE_ONE
+    ),
+}  # fmt: skip
+
+
+# torch 2.6 cannot tell constants from symbols: one graph a number, as docs/row_softmax.md says.
+needs_symbols = pytest.mark.skipif(
+    not hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value"),
+    reason="this torch cannot tell constants from symbols",
+)
+
+
+@needs_symbols
+@pytest.mark.parametrize("name", CHANGING)
+def test_numbers_of_a_row_loss_compile_once(name: str) -> None:
+    """One graph for a constant, one more as soon as it is none; at 6750e06 one for each number."""
+    call, numbers = CHANGING[name]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    for n in numbers:
+        x, reference = (X.clone().requires_grad_() for _ in range(2))
+        loss, want = compiled(x, n), call(reference, n)
+        torch.testing.assert_close(loss, want)
+        loss.backward()
+        want.backward()
+        torch.testing.assert_close(x.grad, reference.grad)
+    assert len(graphs) == 2
+
+
+@needs_symbols
+def test_numbers_that_need_no_gradient() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    call = CHANGING["temperature"][0]
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for n in ABOVE_ONE:
+        torch.testing.assert_close(compiled(X, n), call(X, n))
+    assert counter.frame_count == 2
+
+
+def test_a_constant_stays_in_the_graph() -> None:
+    """No tensor of numbers, which would keep a graph on a GPU from being captured."""
+    found = []
+
+    def backend(graph, _):
+        found.extend(n for n in graph.graph.nodes if "row_softmax_fwd" in str(n.target))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(CHANGING["temperature"][0], backend=backend, fullgraph=True)(X, 1.5)
+    assert len(found) == 1 and found[0].args[-1] is None
 
 
 def test_one_tensor_as_both_labels_of_mixup_compiles() -> None:

@@ -166,3 +166,33 @@ def test_row_softmax_in_place() -> None:
         half.scale_(gradient, torch.tensor(0.5))
         found.append(gradient)
     assert torch.equal(*found) and not torch.equal(found[0], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("pad", "begin"), [(3, 0), (5, 1), (8, 2), (16, 0), (0, 0)])
+def test_gradients_of_a_slice_lie_as_the_slice_does(dtype, pad, begin, monkeypatch) -> None:
+    """On a GPU: a row then takes vectors in both, and the scaling reaches its end."""
+    monkeypatch.setattr(row_softmax.layout, "_by_vectors", lambda x: True)
+    rows, classes = 7, 21
+    store = torch.randn(rows, classes + pad).to(dtype)
+    x, y = store[:, min(begin, pad) :][:, :classes], torch.randint(classes, (rows,))
+    codes = [row_softmax.INDEX, -100, row_softmax.COMP_SUM, row_softmax.REDUCTIONS["sum"], 0]
+    wants = row_softmax.WANT_GRAD
+    tensors = (x, y, *[None] * 4, None, codes, torch.float32, wants)
+    found, wanted = row_softmax.cuda.forward(*tensors), row_softmax.cpu.forward(*tensors)
+    again = row_softmax.cuda.backward(
+        torch.ones(()), None, x, y, *[None] * 4, found[1], None, codes
+    )
+    fake = row_softmax._forward_fake(*tensors)
+    vector = 16 // x.element_size()
+    for grad in (found[-1], again):
+        torch.testing.assert_close(grad, wanted[-1], rtol=0, atol=0)
+        assert (grad.stride(), grad.storage_offset()) == (
+            fake[-1].stride(),
+            fake[-1].storage_offset(),
+        )
+        if pad % vector:
+            assert (grad.stride(0) - x.stride(0)) % vector == 0
+            assert (grad.storage_offset() - x.storage_offset()) % vector == 0
+    row_softmax.cuda.scale_(found[-1], torch.tensor(0.5))
+    torch.testing.assert_close(found[-1], wanted[-1] * 0.5, rtol=1e-2, atol=0)

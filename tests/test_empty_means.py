@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -147,3 +148,45 @@ def test_rows_of_weight_zero_beside_others() -> None:
         loss = pyloss.fused_cross_entropy(x.to(dtype), Y, token_weight=k)
         (grad,) = torch.autograd.grad(loss * math.inf, x)
         assert torch.equal(grad[::2], torch.zeros(2, V)) and not grad[1::2].isfinite().any()
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses whose forward finds the gradient: elsewhere 0 times what comes from above was NaN
+
+
+def betti(x: Tensor) -> Tensor:
+    return pyloss.betti_matching_loss(x.view(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), reduction="sum")
+
+
+def sorting(x: Tensor) -> Tensor:
+    return pyloss.sorting_cross_entropy(x, torch.zeros_like(x), reduction="sum", ties="share")
+
+
+RING = torch.tensor([[0.9, 0.8, 0.7, 0.0], [0.9, 0.1, 0.7, 0.0], [0.9, 0.8, 0.7, 0.0], [0.0] * 4])
+EARLY = {
+    "no bar": (betti, torch.full((16,), 0.5)),
+    "a hole": (betti, RING.flatten()),
+    "rows of one element": (sorting, torch.randn(3, 1)),
+}
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+@pytest.mark.parametrize("way", ["early", "again", "hooked", "compiled", "graph", "reference"])
+@pytest.mark.parametrize("case", EARLY)
+def test_what_takes_no_part_stays_zero(case: str, way: str, factor: float) -> None:
+    f, values = EARLY[case]
+    x = values.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(f(x), x)
+    assert plain.any() == (case == "a hole")
+    if way == "compiled":
+        torch._dynamo.reset()
+        f = torch.compile(f, backend="aot_eager")
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with pyloss.backend("reference" if way == "reference" else None):
+        with hooks(lambda t: t, lambda t: t) if way == "hooked" else nullcontext():
+            loss = f(x) * factor
+        if way == "again":
+            torch.autograd.grad(loss, x, retain_graph=True)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=way == "graph")
+    assert torch.equal(grad.detach()[plain == 0], plain[plain == 0])
+    assert not grad[plain != 0].isfinite().any()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import needs_torch
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -493,6 +494,8 @@ def test_trainer(tmp_path: Path) -> None:
     close(logits(from_pretrained(tmp_path / "end"), **batch()), logits(model.eval(), **batch()))
 
 
+# Not even the model of transformers as it is, before.
+@needs_torch((2, 8), "fullgraph=True of transformers 5")
 @pytest.mark.parametrize("training", [False, True])
 def test_compile(training: bool) -> None:
     model = converted(layers=[1, 3], window=(8, 3)).train(training)

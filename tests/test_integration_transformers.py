@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_ranks
+from helpers import TORCH, check_ranks, needs_torch
 from linear_cross_entropy_cases import Memory
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -889,7 +889,11 @@ def test_the_fused_output_layer_of_trl() -> None:
         patch_loss(object.__new__(trainer))
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+# Before torch 2.11, not even the model of transformers as it is; in 2.11 the patch is in the way.
+NEEDS_GRAPH = needs_torch((2, 13), "fullgraph=True of patch_loss")
+
+
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=NEEDS_GRAPH)])
 def test_compile(fullgraph: bool) -> None:
     model, patched = pair("gemma2")
     torch._dynamo.reset()
@@ -906,12 +910,17 @@ def test_compile(fullgraph: bool) -> None:
     torch._dynamo.reset()
 
 
+# Any model crashes on the CPU with torch 2.6, and gets twice its gradient with 2.8.
+NEEDS_FSDP2 = needs_torch((2, 11), "FSDP2 on the CPU")
+
+
 @pytest.mark.slow
+@NEEDS_FSDP2
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_fsdp2(tmp_path: Path, ranks: int) -> None:
     texts = check_ranks(tmp_path, ranks, str(ROOT / "tests" / "fsdp2_worker.py"))
-    assert all(text.count(": ok") == 11 for text in texts)
+    assert all(text.count(": ok") == 10 + (TORCH >= (2, 13)) for text in texts)
 
 
 def run_script(*command: str) -> str:
@@ -925,6 +934,7 @@ def run_script(*command: str) -> str:
 
 
 @pytest.mark.slow
+@NEEDS_FSDP2
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_fsdp2_example_of_the_documentation(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "transformers.md").read_text()

@@ -21,7 +21,7 @@ PYTHON_LAYERS = {
     "pyloss.reference": {"torch"},
     "pyloss.kernels": {"torch", "triton"},
     "pyloss.ops": {"torch", "pyloss._C", "pyloss.kernels", "pyloss.reference", "pyloss.backends"},
-    "pyloss.functional": {"torch", "pyloss.ops"},
+    "pyloss.functional": {"torch", "scipy", "pyloss.ops"},  # scipy: an extra, where it is used
     "pyloss.distributed": {"torch", "pyloss.ops", "pyloss.functional"},
     "pyloss.integrations": {"torch", "transformers", "pyloss", "pyloss.functional"},
     "pyloss.metrics": {"torch", "pyloss.functional"},
@@ -217,7 +217,10 @@ OPS = sorted(p.stem for p in (ROOT / "pyloss" / "ops").glob("[a-z]*"))
 
 
 # Ops of torch operations alone have no kernels; the page is that of their family.
-COMPOSED = {"linear_distillation": "docs/preference.md"}
+COMPOSED = {
+    "linear_distillation": "docs/preference.md",
+    "similarity_topk": "docs/groco.md",
+}
 
 
 @pytest.mark.parametrize("op", OPS)

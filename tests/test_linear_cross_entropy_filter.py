@@ -27,6 +27,16 @@ def call(dtype: torch.dtype = torch.float32, target: object = None, **options: o
     return cases.run(cases.fused, layer, target, **options)
 
 
+def test_nothing_is_left_out_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, say with the Triton of an old torch: chunks, not the reference of the tiles."""
+    monkeypatch.setattr(tiles, "runs_on", lambda x: True)
+    for has in (False, True):
+        monkeypatch.setattr(tiles, "_HAS_TRITON", has)
+        with cases.Recorder() as recorder:
+            call(filter=1e-3)
+        assert any("tiles" in str(func) for func, *_ in recorder.calls) == has
+
+
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("options", ({}, {"tau": 1.7, "z_loss": 0.1, "softcap": 5.0}), ids=str)
 def test_nothing_is_left_out_on_the_cpu(reduction: str, options: dict) -> None:

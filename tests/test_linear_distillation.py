@@ -409,17 +409,57 @@ def test_teacher_gets_no_gradient() -> None:
         assert not linear_distillation_loss(**x).requires_grad
 
 
-def test_second_derivative_raises() -> None:
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_second_derivative(direction: str) -> None:
+    """A penalty on the gradient, and one gradient after another from one graph."""
     x = make()
     leaves = leaves_of(x)
+    kwargs = dict(direction=direction, temperature=1.7, ce_weight=0.3)
+
+    def expected(reduction: str) -> Tensor:
+        rows = rows_of(**x, **kwargs)
+        return rows.square() if reduction == "none" else rows.sum() / (x["target"] != -100).sum()
+
     for reduction in ("mean", "none"):
-        loss = linear_distillation_loss(**x, reduction=reduction).sum()
-        (grad, *_) = torch.autograd.grad(loss, leaves, create_graph=True)
-        with pytest.raises(RuntimeError, match="linear_distillation_loss has no second derivative"):
-            torch.autograd.grad(grad.sum(), leaves)
-        # A penalty on the gradient beside another term is not silently dropped.
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            (leaves[0].sum() + grad.square().sum()).backward()
+        loss = linear_distillation_loss(**x, **kwargs, reduction=reduction)
+        loss = loss.square() if reduction == "none" else loss
+        found = []
+        for value in (loss.sum(), expected(reduction).sum()):
+            first = torch.autograd.grad(value, leaves, create_graph=True)
+            penalty = value + sum(g.square().sum() for g in first)
+            found.append([*first, *torch.autograd.grad(penalty, leaves)])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b)
+
+
+def test_many_upstream_gradients_at_once() -> None:
+    x = make()
+    leaves = leaves_of(x)
+    for reduction, shape in (("none", (3, N)), ("mean", (3,))):
+        loss = linear_distillation_loss(**x, reduction=reduction)
+        upstream = torch.randn(shape, dtype=loss.dtype)
+        found = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
+        for i in range(3):
+            loss = linear_distillation_loss(**x, reduction=reduction)
+            for a, b in zip(found, torch.autograd.grad(loss, leaves, upstream[i])):
+                torch.testing.assert_close(a[i], b)
+
+
+def test_each_sample_has_a_gradient_of_its_own() -> None:
+    """grad under vmap, over labels too, some of them ignored."""
+    x = make()
+
+    def loss(weight: Tensor, hidden: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+        return linear_distillation_loss(
+            hidden, weight, teacher, x["teacher_weight"], target=y, ce_weight=0.4, empty="zero"
+        )
+
+    many = x["student_hidden"], x["teacher_hidden"], x["target"]
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(x["student_weight"], *many)
+    for i, row in enumerate(found):
+        leaf = x["student_weight"].clone().requires_grad_()
+        (want,) = torch.autograd.grad(loss(leaf, *(t[i] for t in many)), leaf)
+        torch.testing.assert_close(row, want)
 
 
 def test_inputs_are_not_changed() -> None:

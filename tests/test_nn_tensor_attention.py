@@ -213,7 +213,7 @@ def test_bad_options(options, error, words):
         ({"query": torch.randn(L, E)}, "got 2, 3 and 3"),
         ({"key_padding_mask": torch.zeros(N, S + 1).bool()}, r"shape \[3, 7\], got \[3, 8\]"),
         ({"attn_mask": torch.zeros(L, S + 1)}, r"attn_mask must have shape \[7, 7\] or"),
-        ({"value": torch.randn(S + 1, N, E)}, r"keys\[0\] and values\[0\] must agree"),
+        ({"value": torch.randn(S + 1, N, E)}, r"one length, got .* \[3, 7\], \[3, 8\]"),
     ],
 )
 def test_bad_inputs(change, words):
@@ -280,3 +280,14 @@ def test_mistakes_are_named():
         pyloss.nn.TensorAttention(8, 2, method="fast")
     with pytest.raises(AttributeError, match="pyloss.nn.TensorAttention"):
         pyloss.TensorAttention  # noqa: B018
+
+
+@pytest.mark.parametrize("kdim", [None, 3])
+def test_attributes_of_multihead_attention(kdim):
+    """What code written for it asks for is there, None where it is None."""
+    theirs, ours = (c(E, H, kdim=kdim) for c in (nn.MultiheadAttention, TensorAttention))
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight",
+                 "in_proj_bias", "bias_k", "bias_v"):  # fmt: skip
+        a, b = getattr(theirs, name), getattr(ours, name)
+        assert (a is None) == (b is None) and (a is None or a.shape == b.shape)
+    assert ours.add_zero_attn is theirs.add_zero_attn is False

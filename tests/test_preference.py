@@ -367,3 +367,128 @@ def test_discopop_of_a_pair_that_is_far_off() -> None:
     loss = dpo_loss(chosen, torch.zeros(1), None, None, beta=1.0, loss_type="discopop")
     loss.backward()
     assert loss == 2000 and chosen.grad == -1
+
+
+# --------------------------------------------------------------------------------------------------
+# Quantiles, divergences, weights of sequences
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_quantiles_by_hand(loss_type: str) -> None:
+    """(chosen, rejected) of three pairs; beta 1."""
+    policy = torch.tensor([[-1.0, -5.0, -3.0], [-2.0, -2.0, -6.0]], requires_grad=True)
+    reference = torch.tensor([[-2.0, -2.0, -2.0], [-3.0, -1.0, -4.0]])
+    rows = dpo_loss(*policy, *reference, beta=1.0, loss_type=loss_type, reduction="none")
+    if loss_type == "aot":
+        # differences of the policy 1, -3, 3 and of the reference 1, -1, 2: both in order
+        deltas = [-3.0 + 1.0, 1.0 - 1.0, 3.0 - 2.0]
+    else:
+        # ratios of the chosen 1, -3, -1 and of the rejected 1, -1, -2: both in order
+        deltas = [-3.0 + 2.0, -1.0 + 1.0, 1.0 - 1.0]
+    assert rows.tolist() == pytest.approx([math.log1p(math.exp(-d)) for d in deltas])
+    (grad,) = torch.autograd.grad(rows.sum(), policy)
+    sigma = [1 / (1 + math.exp(d)) for d in deltas]  # each entry gets the slope of its quantile
+    if loss_type == "aot":
+        order = [1, 0, 2]
+        assert grad[0].tolist() == pytest.approx([-sigma[order[i]] for i in range(3)])
+        assert grad[1].tolist() == pytest.approx([sigma[order[i]] for i in range(3)])
+    else:
+        assert grad[0].tolist() == pytest.approx([-sigma[2], -sigma[0], -sigma[1]])
+        assert grad[1].tolist() == pytest.approx([sigma[2], sigma[1], sigma[0]])
+
+
+def test_quantiles_do_not_see_pairs() -> None:
+    """The order of the rejected answers does not matter, in `aot` that of the pairs neither."""
+    a, b, c, d = double(4, 6)
+    turned = torch.tensor([3, 1, 5, 0, 2, 4])
+
+    def loss(loss_type: str, *x: Tensor) -> Tensor:
+        return dpo_loss(*x, loss_type=loss_type, label_smoothing=0.1)
+
+    expected = loss("aot_unpaired", a, b, c, d)
+    torch.testing.assert_close(loss("aot_unpaired", a, b[turned], c, d[turned]), expected)
+    expected = loss("aot", a, b, c, d)
+    torch.testing.assert_close(loss("aot", a[turned], b[turned], c, d), expected)
+    # A policy that dominates its reference in every quantile has less loss than log 2.
+    assert loss("aot", a + 0.1, b, a, b) < math.log(2) < loss("aot", a - 0.1, b, a, b)
+    # One pair is its own quantile: the sigmoid loss.
+    one = [x[:1] for x in (a, b, c, d)]
+    for name in ("aot", "aot_unpaired"):
+        torch.testing.assert_close(loss(name, *one), dpo_loss(*one, label_smoothing=0.1))
+
+
+def test_divergences_at_their_limits() -> None:
+    x = double(4, 5)
+
+    def loss(**options: object) -> Tensor:
+        return dpo_loss(*x, beta=0.7, reduction="none", **options)
+
+    def alpha(value: float) -> Tensor:
+        return loss(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=value)
+
+    torch.testing.assert_close(alpha(1.0), loss())
+    torch.testing.assert_close(alpha(1 + 1e-9), loss(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(alpha(0.0), loss(f_divergence_type="forward_kl"))
+    # Near the reference all of them are the reverse KL: f''(1) = 1, and half of it for JS.
+    near = [x[0], x[1], x[0] - 1e-4 * x[2], x[1] - 1e-4 * x[3]]
+    plain = dpo_loss(*near, beta=1.0, reduction="none") - math.log(2)
+    for name, share in (("forward_kl", 1.0), ("alpha_divergence", 1.0), ("js_divergence", 0.5)):
+        found = dpo_loss(*near, beta=1.0, reduction="none", f_divergence_type=name) - math.log(2)
+        torch.testing.assert_close(found, share * plain, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_divergences_of_far_policies(loss_type: str, name: str, dtype: torch.dtype) -> None:
+    """Log-ratios of sequences are hundreds; an exponential of them is infinite."""
+    far = torch.tensor([-5000.0, -90.0, 90.0, 5000.0], dtype=dtype)
+    chosen, rejected = (
+        t.reshape(-1).requires_grad_() for t in torch.meshgrid(far, far, indexing="ij")
+    )
+    zero = torch.zeros_like(chosen)
+    rows = dpo_loss(
+        chosen, rejected, zero, zero, loss_type=loss_type, reduction="none", f_divergence_type=name
+    )
+    assert rows.isfinite().all() and (rows >= 0).all()
+    for g in torch.autograd.grad(rows.sum(), (chosen, rejected)):
+        assert g.isfinite().all()
+    equal = rows.view(4, 4).diagonal()
+    assert equal.tolist() == pytest.approx([math.log(2) if loss_type == "sigmoid" else 1.0] * 4)
+
+
+def test_vespo() -> None:
+    """The weight is a constant of the derivative, 1 for a policy that has not moved."""
+    logps = double(3, 4).requires_grad_()
+    advantages = torch.tensor([1.5, -0.5, 0.0], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+
+    def run(old: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss = grpo_loss(logps, old, advantages, mask=mask, loss_type="vespo", num_items=1)
+        return loss, torch.autograd.grad(loss, logps)[0]
+
+    plain = -advantages[:, None] * mask
+    for old in (None, logps.detach()):
+        loss, grad = run(old)
+        torch.testing.assert_close(grad, plain)
+        torch.testing.assert_close(loss, (plain * logps).sum())
+    old = logps.detach() - 0.1
+    w = torch.exp(0.1 * mask.sum(1).double())
+    k, decay = torch.tensor([2.0, 3.0, 2.0]).double(), torch.tensor([3.0, 2.0, 3.0]).double()
+    torch.testing.assert_close(run(old)[1], plain * (w**k * (decay * (1 - w)).exp())[:, None])
+    # Its largest value is at w = k / decay, and 0 at both ends: no overflow, no NaN.
+    for shift in (-1e4, -50.0, 50.0, 1e4):
+        loss, grad = run(logps.detach() + shift)
+        assert loss.isfinite() and grad.abs().max() < 1e-30
+
+
+def test_vespo_over_micro_batches() -> None:
+    """`num_items` is the number of tokens of all of them."""
+    x = everything("vespo").arguments
+    whole = grpo_loss(**x)
+    count = int(x["mask"].sum())
+    parts = 0.0
+    for part in (slice(0, 2), slice(2, 4)):
+        y = {k: v[part] if isinstance(v, Tensor) else v for k, v in x.items()}
+        parts = parts + grpo_loss(**y, num_items=count)
+    torch.testing.assert_close(parts, whole)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import pyloss
+from pyloss.testing import make_logits, make_target
 
 F64 = torch.float64
 
@@ -30,6 +32,19 @@ def test_functional_hvp(kwargs):
     want = hvp(lambda t: F.cross_entropy(t, y, **kwargs), x, v)[1]
     assert want.abs().max() > 0.01
     torch.testing.assert_close(got, want)
+
+
+def test_the_graph_of_a_second_derivative():
+    """The loss enters nonlinearly, so that its cotangent depends on the logits too."""
+    x, y = _problem()
+
+    def second(loss):
+        t = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(t, y, reduction="none").square().sum(), t,
+                                   create_graph=True)  # fmt: skip
+        return torch.autograd.grad(g.sin().sum(), t, create_graph=True)[0]
+
+    torch.testing.assert_close(second(pyloss.fused_cross_entropy), second(F.cross_entropy))
 
 
 def test_third_derivative():
@@ -143,6 +158,7 @@ def test_checkpoint(use_reentrant):
     torch.testing.assert_close(h.grad, want)
 
 
+@needs_torch((2, 8), "hooks on saved tensors cannot be seen before")
 def test_hooks_on_saved_tensors_see_all_that_is_kept():
     """A gradient written in the forward would be kept behind the back of offloading."""
     x = torch.randn(64, 500, requires_grad=True)
@@ -193,3 +209,52 @@ def test_numpy_numbers_and_generators_are_taken():
     torch.testing.assert_close(a, pyloss.fused_cross_entropy(x, y, tau=0.5, num_items=4))
     _, stats = pyloss.fused_cross_entropy(x, y, return_stats=(n for n in ["lse"]))
     assert stats.lse is not None
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 5, 3)])
+def test_class_weight_with_probabilities(shape, smoothing, reduction):
+    """Its gradient is that of F.cross_entropy, for which 6750e06 had an error."""
+    x, p = make_logits(shape, F64), make_target(shape, kind="prob").double()
+    upstream = None
+
+    def run(function, weight, **options):
+        nonlocal upstream
+        leaves = [x.clone().requires_grad_(), p.clone().requires_grad_(), weight.requires_grad_()]
+        loss = function(*leaves, reduction=reduction, label_smoothing=smoothing, **options)
+        upstream = torch.rand_like(loss) if upstream is None else upstream
+        return loss, *torch.autograd.grad(loss, leaves, upstream)
+
+    weight = torch.linspace(0.0, 2.0, 5, dtype=F64)
+    torch.testing.assert_close(
+        run(pyloss.fused_cross_entropy, weight.clone()), run(F.cross_entropy, weight.clone())
+    )
+    options = dict(tau=1.5, z_loss=0.1, softcap=3.0)
+    torch.testing.assert_close(
+        run(pyloss.fused_cross_entropy, weight.clone(), **options),
+        run(pyloss.reference.row_softmax, weight.clone(), **options),
+    )
+
+
+def test_class_weight_with_probabilities_elsewhere():
+    x, p = make_logits((4, 5), F64), make_target((4, 5), kind="prob").double()
+    weight = torch.linspace(0.5, 2.0, 5, dtype=F64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda w: pyloss.fused_cross_entropy(x, p, w), weight)
+    hidden, layer = torch.randn(4, 3), torch.randn(5, 3)
+    narrow = weight.detach().float().requires_grad_()  # float32 beside bfloat16
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w, q = hidden.to(dtype), layer.to(dtype), p.to(dtype)
+        loss = pyloss.fused_linear_cross_entropy(h, w, q, weight=narrow)
+        want = F.cross_entropy((h @ w.t()).float(), q.float(), narrow)
+        assert loss.dtype == dtype
+        tolerance = (
+            dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=1e-2)
+        )
+        torch.testing.assert_close(loss.float(), want, **tolerance)
+        grads = [torch.autograd.grad(out, narrow)[0] for out in (loss, want)]
+        torch.testing.assert_close(*grads, **tolerance)
+    with pytest.raises(RuntimeError, match="not differentiable with respect to weight"):
+        pyloss.fused_cross_entropy(x, torch.zeros(4, dtype=torch.int64), weight)
+    with torch.no_grad():
+        pyloss.fused_cross_entropy(x, torch.zeros(4, dtype=torch.int64), weight)

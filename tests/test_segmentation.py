@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -315,8 +316,8 @@ def test_an_ignored_value_of_a_mask_is_not_wrapped():
     x = torch.randn(2, 1, 3, dtype=F64)
     mask = torch.tensor([[0, 1, 255], [1, 0, 0]], dtype=torch.uint8)
     for function in (soft_dice_loss, dice_cross_entropy_loss):
-        found = function(x, mask, sigmoid=True, ignore_index=-1)
-        assert torch.equal(found, function(x, mask.double(), sigmoid=True))
+        found = function(x, mask, sigmoid=True, ignore_index=-1, validate=False)
+        assert torch.equal(found, function(x, mask.double(), sigmoid=True, validate=False))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -341,3 +342,84 @@ def test_one_channel_without_background_warns():
         with pytest.warns(UserWarning, match="include_background=False has no effect"):
             found = function(x, y, sigmoid=True, include_background=False)
         assert torch.equal(found, function(x, y, sigmoid=True))
+
+
+# --- ranges, empty, modules --------------------------------------------------------------------
+
+ALWAYS = dict(validate=True)
+
+
+def test_masks_of_bytes_gave_a_negative_loss():
+    """The number of the report, and that nothing else has changed it."""
+    p, mask = torch.full((1, 1, 4), 0.6), torch.tensor([[[0, 255, 0, 255]]])
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got values from 0 to 255"):
+        soft_dice_loss(p, mask)
+    loss = soft_dice_loss(p, mask, validate=False)
+    torch.testing.assert_close(loss.item(), 1 - 2 * 1.2 * 255 / (2.4 + 510))
+
+
+def test_what_is_in_range_is_not_reported():
+    x, y = make_sample()
+    hot = one_hot(y, 3)
+    p = x.softmax(1)
+    marked = y.clone()
+    marked[:, 0] = 255
+    mask = (marked == 1).long()
+    mask[:, 0] = 255
+    for options in (dict(), ALWAYS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            soft_dice_loss(p, y, **options)
+            soft_dice_loss(p * 1.0002, hot, **options)  # rounding, or a resize
+            soft_dice_loss(x, hot, softmax=True, **options)
+            soft_dice_loss(x, y, other_act=torch.exp, **options)
+            soft_dice_loss(p, marked, ignore_index=255, **options)
+            soft_dice_loss(p[:, :1], mask, ignore_index=255, **options)
+            dice_cross_entropy_loss(x[:, :1], mask, sigmoid=True, ignore_index=255, **options)
+            soft_dice_loss(p[:0], hot[:0], **options)
+            soft_dice_loss(x, y, validate=False)
+    assert soft_dice_loss(p, hot.double() * math.nan).isnan()
+
+
+def test_graphs_and_transforms_are_not_looked_into():
+    x, y = make_sample(dtype=F32)
+    bad = one_hot(y, 3) * 255.0
+    expected = soft_dice_loss(x, bad, validate=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for options in (dict(), ALWAYS):
+            call = torch.compile(soft_dice_loss, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(call(x, bad, **options), expected)
+        found = torch.func.vmap(lambda a, b: soft_dice_loss(a[None], b[None]))(x, bad)
+        torch.testing.assert_close(found.mean(), expected)
+
+
+@pytest.mark.parametrize("smooth_nr", [1e-5, 0.0])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_empty_zero(channels, compiled, smooth_nr):
+    """Loss and gradient 0 where nothing is left, whatever comes from above; else no change."""
+    x = torch.randn(2, channels, 4, 5, requires_grad=True)
+    labels = torch.randint(max(channels, 2), (2, 4, 5))
+    nothing, half = torch.full_like(labels, 255), labels.clone()
+    half[1] = 255
+    options = dict(sigmoid=True) if channels == 1 else dict(softmax=True)
+    options |= dict(ignore_index=255, smooth_nr=smooth_nr)
+    for function in (soft_dice_loss, dice_cross_entropy_loss):
+        call = compiled_anew(function) if compiled else function
+        loss = call(x, nothing, empty="zero", **options)
+        assert loss == 0
+        for factor in (1.0, math.inf):
+            (grad,) = torch.autograd.grad(loss * factor, x, retain_graph=True)
+            assert torch.equal(grad, torch.zeros_like(x))
+        zero = call(x, labels, empty="zero", **options)
+        torch.testing.assert_close(zero, function(x, labels, **options))
+        # Of two items one is left: the Dice loss of the other is 0, the cross entropy has no row.
+        found = call(x, half, empty="zero", **options)
+        dice = soft_dice_loss(x[:1], half[:1], **options) / 2
+        if function is soft_dice_loss:
+            torch.testing.assert_close(found, dice)
+        else:
+            ce = dice_cross_entropy_loss(x[:1], half[:1], lambda_dice=0.0, **options)
+            torch.testing.assert_close(found, dice + ce)
+        assert call(x[:0], labels[:0], empty="zero", **options) == 0

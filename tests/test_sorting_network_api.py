@@ -322,13 +322,68 @@ def test_nothing_to_sort_is_sorted():
     assert torch.equal(p, torch.ones(3, 1, 1)) and torch.equal(p.sum(1), torch.ones(3, 1))
 
 
-def test_numpy_numbers_are_numbers():
-    x = torch.randn(2, 5)
-    assert torch.equal(pyloss.soft_topk(x, np.int64(2)), pyloss.soft_topk(x, 2))
-    for function in (pyloss.soft_sort, pyloss.soft_rank, pyloss.functional.neural_sort):
-        assert torch.equal(function(x, dim=np.int64(0), hard=np.bool_(False)) if function
-                           is not pyloss.soft_rank else function(x, dim=np.int64(0)),
-                           function(x, dim=0))  # fmt: skip
+# name -> a call with an integer 1, a flag and a number 2 of any type
+NUMBERS = {
+    **{
+        name: lambda one, flag, two, name=name, **rows: getattr(F, name)(
+            LONG, dim=one, descending=flag, hard=flag, steepness=two, **rows
+        )
+        for name in ("soft_sort", "soft_rank", "soft_argsort", "soft_permutation")
+    },
+    "soft_sort and P": lambda one, flag, two, **rows: F.soft_sort(
+        LONG, dim=one, return_permutation=flag, steepness=two, **rows
+    ),
+    "soft_rank, base": lambda one, flag, two, **rows: F.soft_rank(LONG, base=one, **rows),
+    "soft_rank, permutahedron": lambda one, flag, two, **rows: F.soft_rank(
+        LONG, dim=one, method="permutahedron", regularization_strength=two, **rows
+    ),
+    "soft_permute": lambda one, flag, two, **rows: F.soft_permute(
+        LONG, LONG.unsqueeze(-1), one, flag, hard=flag, steepness=two, **rows
+    ),
+    "soft_topk": lambda one, flag, two, **rows: F.soft_topk(
+        LONG, one, one, flag, network="splitter_selection", steepness=two, hard=flag, **rows
+    ),
+    "sorting_cross_entropy": lambda one, flag, two, **rows: pyloss.sorting_cross_entropy(
+        LONG, LONG.argsort(1).argsort(1) + 1, "row_ce", "ranks", dim=one, descending=flag,
+        validate=not rows and flag, base=one, steepness=two, **rows
+    ),
+    "spearman_loss": lambda one, flag, two, **rows: pyloss.spearman_loss(
+        LONG, LONG.sin(), dim=one, distribution="logistic_phi", art_lambda=two / 4, **rows
+    ),
+    **{
+        name: lambda one, flag, two, name=name, **rows: getattr(F, name)(
+            LONG, "kl", two, dim=one, descending=flag, **rows
+        )
+        for name in ("permutahedron_rank", "permutahedron_sort")
+    },
+    "neural_sort": lambda one, flag, two, **rows: F.neural_sort(
+        LONG, two, dim=one, descending=flag, hard=flag, **rows
+    ),
+    "soft_sort_matrix": lambda one, flag, two, **rows: F.soft_sort_matrix(
+        LONG, two, two, dim=one, descending=flag, hard=flag, **rows
+    ),
+    "ranking_accuracy": lambda one, flag, two, **rows: ranking_accuracy(LONG, LONG, dim=one),
+    "DiffTopkNet": lambda one, flag, two, **rows: pyloss.DiffTopkNet(
+        "bitonic", 4 + one, one, steepness=two, art_lambda=two / 4
+    )(LONG),
+    "modules": lambda one, flag, two, **rows: (
+        pyloss.nn.SpearmanLoss(steepness=two, dim=one)(LONG, LONG.sin())
+        + pyloss.nn.SoftSort(two, flag, pow=two, dim=one, descending=flag)(LONG)[:, 0, 0]
+        + pyloss.nn.SortingCrossEntropyLoss(dim=one, descending=flag)(LONG, LONG)
+    ),
+}  # fmt: skip
+LONG = torch.randn(3, 5)
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numpy_numbers_are_numbers(name, lengths):
+    rows = dict(lengths=torch.tensor([5, 3, 4])) if lengths else {}
+    for flag in (False, True):
+        expected = NUMBERS[name](1, flag, 2.0, **rows)
+        for integer, number in ((np.int64, np.float64), (np.uint8, np.float32), (np.int16, int)):
+            found = NUMBERS[name](integer(1), np.bool_(flag), number(2), **rows)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_ranks_in_narrow_types():

@@ -216,3 +216,47 @@ def test_errors(given, text):
         pyloss.spearman_loss(x, x, **given)
     with pytest.raises(ValueError, match=r"k must be in \[1, 1\]"):
         F.soft_topk(x, 2, lengths=torch.tensor([1, 5]))
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranking_accuracy(masked, dim):
+    """The shares over the elements of each set alone; sets that are too small do not count."""
+    x, present, _ = padded(masked)
+    truth = torch.where(torch.rand(x.shape) < 0.7, x, torch.randn(x.shape).double())
+    x = torch.where(present, x.nan_to_num(3.0).round(decimals=1), x)  # ties
+    exact, elements, first = [], [], []
+    for a, b, here in zip(x.view(-1, N), truth.view(-1, N), present.view(-1, N)):
+        if not here.any():
+            continue
+        a, b = a[here], b[here]
+        found = pyloss.metrics.ranking_accuracy(a, b)
+        exact.append(found.exact_match)
+        elements.append(found.element_wise * len(a))
+        first += [found.exact_match_5] if len(a) >= 5 else []
+    expected = (
+        torch.stack(exact).mean(), torch.stack(elements).sum() / present.sum(),
+        torch.stack(first).mean(),
+    )  # fmt: skip
+    moved = (t.movedim(-1, dim) for t in (x, truth, present))
+    scores, values, mask = moved
+    found = pyloss.metrics.ranking_accuracy(scores, values, dim, mask=mask)
+    torch.testing.assert_close(tuple(found), expected)
+    assert 0 < found.element_wise < 1
+    whole = pyloss.metrics.ranking_accuracy(truth, truth.flip(-1), mask=torch.ones_like(present))
+    torch.testing.assert_close(
+        tuple(whole), tuple(pyloss.metrics.ranking_accuracy(truth, truth.flip(-1)))
+    )
+
+
+def test_ranking_accuracy_of_what_has_no_element():
+    x = torch.randn(2, 6)
+    none = torch.zeros(2, 6, dtype=torch.bool)
+    assert all(t.isnan() for t in pyloss.metrics.ranking_accuracy(x, x, mask=none))
+    none[0, :4] = True
+    found = pyloss.metrics.ranking_accuracy(x, x, mask=none)
+    assert found.exact_match == found.element_wise == 1 and found.exact_match_5.isnan()
+    x[0, 1] = math.nan
+    assert pyloss.metrics.ranking_accuracy(x, x, mask=none).element_wise == 0
+    x[0, 1], x[0, 5] = 0.0, math.nan  # outside the mask
+    assert pyloss.metrics.ranking_accuracy(x, x, mask=none).element_wise == 1

@@ -82,6 +82,8 @@ WITHOUT_SPEC = {
     "RankingAccuracy": "the result of ranking_accuracy",
     "RowStats": "a result of fused_cross_entropy",
     "TensorAttentionCost": "the result of tensor_attention_cost",
+    "OrderSearchSchedule": "counts steps: tests/test_sets.py",
+    "Pointers": "the result of PointerDecoder",
     # means over batches
     "BettiMatchingError": "accumulates betti_matching_error: tests/test_betti_matching.py",
     "BettiNumberError": "accumulates betti_number_error: tests/test_betti_matching.py",

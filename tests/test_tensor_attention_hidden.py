@@ -138,6 +138,34 @@ def test_every_order(order, hides):
         torch.testing.assert_close(a.to(F64), b.to(F64), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("options", "first", "last"),
+    [
+        (dict(is_causal=True, q_offset=-2), 0, 4),
+        (dict(window=2, q_offset=2), 1, 8),
+        (dict(window=2, q_offset=2, is_causal=False), 1, 9),
+        (dict(is_causal=True, q_offset=-7), 0, 0),
+    ],
+)
+def test_keys_out_of_reach_of_low_rank(options, first, last, backend):
+    """Six queries over nine keys; those before `first` and from `last` on are seen by none."""
+    options = dict(method="lowrank", degree=2, check="none") | options
+    tensors = [t / 4 for t in _tensors(F64, HEADS)]
+    tensors[0] = tensors[0][:, :, :6]
+    spoilt = [tensors[0], *(t.clone() for t in tensors[1:])]
+    for t, bad in zip(spoilt[1:], (math.nan, math.inf, -math.inf, math.nan)):
+        t[:, :, :first], t[:, :, last:] = bad, bad
+    among = torch.ones(2, HEADS, 6, dtype=torch.bool)
+    with pyloss.backend(backend):
+        got, want = (
+            _gradients(lambda t: _attend(t, options, (None, None)), given, among)
+            for given in (spoilt, tensors)
+        )
+    for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2])):
+        assert torch.equal(a, b)
+
+
 def test_hidden_overflow():
     """Scores and gradients of scores that overflow behind a mask: the kernel's part alone, since
     the reference multiplies keys with each other first."""

@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import TORCH
 from tensor_attention_lowrank_cases import F32, F64, Problem
 
 import pyloss
@@ -25,7 +26,7 @@ BF16 = torch.bfloat16
 
 def attend(*tensors, **options):
     return pyloss.tensor_attention(
-        *tensors, **{"scale": "kronecker", "method": "lowrank"} | options
+        *tensors, **{"scale": "kronecker", "method": "lowrank", **options}
     )
 
 
@@ -128,14 +129,6 @@ def test_half_features_are_refused_by_the_op():
         torch.ops.pyloss.tensor_attention_lowrank_fwd(
             q, keys, values, [None, None], *problem.settings()
         )
-
-
-def test_second_derivatives_are_refused():
-    tensors = [t.requires_grad_() for t in small(dtype=F64)]
-    out = attend(*tensors, degree=2)
-    (g,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*tensor_attention_lowrank"):
-        g.sum().backward()
 
 
 def test_errors_are_those_of_torch():
@@ -655,7 +648,8 @@ def test_compile_refuses_to_look(fresh_dynamo):
         ({"poly": "fit", "degree": 2, "logit_bound": 0.2}, 'poly="fit" looks at the numbers'),
     ):
         run = torch.compile(lambda *t: attend(*t, **options), fullgraph=True, backend="eager")  # noqa: B023
-        with pytest.raises(Exception, match=text):
+        # Dynamo does not say what was raised, before torch 2.11.
+        with pytest.raises(Exception, match=text if TORCH >= (2, 11) else "Observed exception"):
             run(*small())
 
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -230,3 +231,119 @@ def test_matching_of_arrays():
     matching = pyloss.betti_matching(x, y, spatial_dims=2)
     left, right = pyloss.visualize.draw_matching(x[0].numpy(), y[0].numpy(), matching)
     assert left.get_title().startswith("input") and right.get_title().startswith("target")
+
+
+# --- what is said beside the picture -------------------------------------------------------------
+
+
+def stars(axis):
+    """{(row, col)} of the marks for the oldest component."""
+    return {
+        (float(y), float(x))
+        for points in axis.collections
+        for x, y in points.get_offsets().tolist()
+    }
+
+
+def legend_of(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_legend_of_a_matching():
+    image, target, matching = ring_and_dot()
+    left, right = visualize.draw_matching(image, target, matching)
+    assert legend_of(left) == [
+        "birth of a component",
+        "birth of a hole",
+        "death",
+        "component that never dies",
+        "matched: the same colour on both sides",
+        "unmatched",
+    ]
+    assert right.get_legend() is None
+    left, _ = visualize.draw_matching(image, target, matching, dim=1)
+    assert "birth of a component" not in legend_of(left) and "unmatched" not in legend_of(left)
+    assert "component that never dies" not in legend_of(left)
+    left, _ = visualize.draw_matching(image, target, matching, legend=False)
+    assert left.get_legend() is None
+
+
+def test_the_component_that_never_dies():
+    image, target, matching = ring_and_dot()
+    image[3, 7] = 0.95  # the largest value, and beside the target's component
+    matching = pyloss.betti_matching(image[None], target[None], spatial_dims=2)
+    left, right = visualize.draw_matching(image, target, matching)
+    assert stars(left) == {(3.0, 7.0)} and stars(right) == {(1.0, 1.0)}
+    for axis in visualize.draw_matching(image, target, matching, dim=1):
+        assert not stars(axis)
+    # In a frame of the same value the frame is the oldest, and no voxel of the image.
+    framed = pyloss.betti_matching(image[None], target[None], 2, padding="foreground")
+    for axis in visualize.draw_matching(image, target, framed):
+        assert not stars(axis)
+
+
+@pytest.mark.parametrize(
+    ("filtration", "words", "side"),
+    [("superlevel", "bright is foreground", "right"), ("sublevel", "dark is foreground", "left")],
+)
+def test_the_filtration_is_named(filtration, words, side):
+    image, target, _ = ring_and_dot()
+    matching = pyloss.betti_matching(image[None], target[None], 2, filtration=filtration)
+    assert matching.filtration == filtration
+    for axis in visualize.draw_matching(image, target, matching):
+        assert axis.get_xlabel() == f"{filtration} sets: {words}"
+    pairs = pyloss.persistence_pairs(image[None], 2, filtration=filtration, essential=True)
+    assert pairs.filtration == filtration
+    axis = visualize.draw_barcode(pairs)
+    assert axis.get_xlabel() == f"value ({filtration} sets: born at the mark, on the {side})"
+    born = sorted(b for b, _ in pairs.values.tolist())
+    assert sorted(x for _, x in stars(axis)) == pytest.approx(born)
+    low, high = axis.get_xlim()
+    for x, death, _ in drawn_bars(axis):
+        assert low < x < high and (x > death) == (side == "right")
+
+
+def test_short_bars_are_left_out():
+    values = torch.tensor([[0.0, 0.5], [0.2, 0.4], [0.9, 0.1], [0.3, math.inf]]).double()
+    axis = visualize.draw_barcode(values, min_persistence=0.5)
+    assert [bar[:2] for bar in drawn_bars(axis)] == [pytest.approx((0.9, 0.1))]
+    assert len(axis.texts) == 1  # what never dies stays
+    assert legend_of(axis) == ["dimension 0: 2"]
+    assert axis.get_xlabel() == "value (born at the mark)"
+
+
+def test_barcode_of_an_array():
+    values = np.array([[0.0, 1.0], [0.5, 0.25]])
+    for given in (values, values[::-1], values.tolist()):
+        assert len(drawn_bars(visualize.draw_barcode(given))) == 2
+    pairs = pyloss.persistence_pairs(torch.rand(2, 8, 8), spatial_dims=2)
+    axis = visualize.draw_barcode(pairs, item=np.int64(1), dims=np.array([1]))
+    assert len(drawn_bars(axis)) == int(pairs.counts[1, 1])
+
+
+def test_flipped_arrays():
+    x, y = torch.rand(8, 8), torch.rand(8, 8) > 0.5
+    a, b = (t.numpy()[::-1, ::-1] for t in (x, y))  # negative strides
+    matching = pyloss.betti_matching(x.flip(0, 1)[None], y.flip(0, 1)[None], spatial_dims=2)
+    left, right = visualize.draw_matching(a, b, matching, item=np.int64(0), dim=np.int64(1))
+    assert (left.images[0].get_array() == a).all() and (right.images[0].get_array() == b).all()
+
+
+def test_the_figure_of_the_demo(tmp_path, monkeypatch):
+    """No two axes of a row have one title."""
+    from matplotlib.figure import Figure
+
+    from pyloss.demo import segmentation
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    x, y = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8) > 0.5
+    models = {segmentation.DICE: lambda t: t - 0.5, "other": lambda t: 0.4 - t}
+    segmentation.draw(tmp_path / "figure.png", x, y, models)
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    for row in (titles[:3], titles[3:]):
+        names = [title.partition(":")[0] for title in row]
+        assert names == ["input", "prediction", "vessels"]
+        assert all("matched" in title for title in row[1:])
+    legends = [axis.get_legend() is not None for axis in drawn[0].axes]
+    assert legends == [False] * 4 + [True, False]

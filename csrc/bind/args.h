@@ -44,9 +44,10 @@ T* checked_pointer(const char* name, int64_t address, int64_t count) {
   if (address < 0 || (address == 0 && count > 0)) bad_argument(name, "no data at this address");
   return reinterpret_cast<T*>(address);
 }
+// Null where Python passes 0.
 template <class T = void>
-T* optional_pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
+T* optional_pointer(const char* name, int64_t address) {
+  return checked_pointer<T>(name, address, 0);
 }
 
 inline DType checked_dtype(const char* name, int64_t code) {
@@ -153,6 +154,12 @@ class Reader {
   template <class T = void>
   T* optional(Field f) const {
     return pointer<T>(f, 0);
+  }
+  template <class T = void>
+  T* optional(Field f, Py_ssize_t i) const {
+    const int64_t address = integer(f, i);
+    if (address < 0) bad(f, "no data at this address");
+    return reinterpret_cast<T*>(address);
   }
 
   DType dtype(Field f) const { return code<DType>(f, kDTypeCount); }

@@ -95,7 +95,7 @@ void register_betti_matching(py::module_& m) {
         [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t threads) {
           const auto p = decode_on_cpu(problem, true);
           without_gil(cpu::betti_loss, p, decode_loss(options), terms(loss, p),
-                      optional_pointer(grad), checked_threads(threads));
+                      optional_pointer("grad", grad), checked_threads(threads));
         });
   // Rows of int64 as bytes: their number is known afterwards only.
   m.def("betti_matching", [](py::handle problem, int64_t threads) {
@@ -120,10 +120,10 @@ void register_betti_matching(py::module_& m) {
           cuda::BettiLoss l{};
           l.options = decode_loss(options);
           l.loss = terms(loss, p);
-          l.grad_input = optional_pointer(grad);
+          l.grad_input = optional_pointer("grad", grad);
           if (l.grad_input && !is_float(p.input_dtype)) bad_argument("grad", "input is no float");
-          on_device(device, cuda::betti_loss, p, l, optional_pointer(scratch), scratch_bytes,
-                    optional_pointer(stream));
+          on_device(device, cuda::betti_loss, p, l, optional_pointer("scratch", scratch),
+                    scratch_bytes, optional_pointer("stream", stream));
         });
 #endif
 }

@@ -76,15 +76,15 @@ void register_permutahedron(py::module_& m) {
           const auto p = decode(problem);
           on_device(device, cuda::permutahedron_forward, p, rows("sorted", sorted, p),
                     rows<const int64_t>("order", order, p), rows("y", y, p),
-                    rows<int32_t>("packed", packed, p), optional_pointer(scratch), scratch_bytes,
-                    optional_pointer(stream));
+                    rows<int32_t>("packed", packed, p), optional_pointer("scratch", scratch),
+                    scratch_bytes, optional_pointer("stream", stream));
         });
   m.def("cuda_permutahedron_bwd", [](py::handle problem, int64_t g, int64_t x, int64_t packed,
                                      int64_t dx, int64_t device, int64_t stream) {
     const auto p = decode(problem);
     on_device(device, cuda::permutahedron_backward, p, rows("g", g, p), values(x, p),
               rows<const int32_t>("packed", packed, p), rows("dx", dx, p),
-              optional_pointer(stream));
+              optional_pointer("stream", stream));
   });
 #endif
 }

@@ -169,7 +169,7 @@ void register_sorting_network(py::module_& m) {
     const auto p = decode_on_cpu(problem);
     const auto f = decode(Reader<Features>(feature), p);
     without_gil(cpu::sorting_apply_backward, p, f, features("g", g, p, f), values("gx", gx, p),
-                optional_pointer(gf), checked_threads(threads));
+                optional_pointer("gf", gf), checked_threads(threads));
   });
   m.def("sorting_network_permutation",
         [](py::handle problem, int64_t y, int64_t permutation, int64_t threads) {
@@ -180,7 +180,7 @@ void register_sorting_network(py::module_& m) {
   m.def("sorting_network_permutation_bwd",
         [](py::handle problem, int64_t gy, int64_t gp, int64_t gx, int64_t threads) {
           const auto p = decode_on_cpu(problem);
-          without_gil(cpu::sorting_permutation_backward, p, optional_pointer(gy),
+          without_gil(cpu::sorting_permutation_backward, p, optional_pointer("gy", gy),
                       matrices("gp", gp, p), values("gx", gx, p), checked_threads(threads));
         });
   m.def("sorting_network_loss",
@@ -191,7 +191,7 @@ void register_sorting_network(py::module_& m) {
           const auto reduction = r.code<Reduction>(Targets::reduction, kReductionCount);
           const int64_t losses = reduction == Reduction::kNone ? p.items : 1;
           without_gil(cpu::sorting_loss, p, t, reduction, checked_pointer("loss", loss, losses),
-                      optional_pointer(gx), checked_threads(threads));
+                      optional_pointer("gx", gx), checked_threads(threads));
         });
 
 #if PYLOSS_WITH_CUDA
@@ -204,8 +204,8 @@ void register_sorting_network(py::module_& m) {
                                    int64_t scratch_bytes, int64_t device, int64_t stream) {
     const auto p = decode(problem);
     const auto c = decode(Reader<Call>(call), p);
-    on_device(device, cuda::sorting_run, p, c, optional_pointer(scratch), scratch_bytes,
-              optional_pointer(stream));
+    on_device(device, cuda::sorting_run, p, c, optional_pointer("scratch", scratch), scratch_bytes,
+              optional_pointer("stream", stream));
   });
 #endif
 }

@@ -20,8 +20,8 @@ using cpu::TensorAttentionProblem;
 constexpr int64_t kMostElements = int64_t(1) << 48, kMostPosition = int64_t(1) << 40;
 
 // Strides are of all four dimensions, in elements; the last is 1 where it has more than one.
-PYLOSS_RECORD(Problem, batch, heads, kv_heads, n_q, d, dv, dtype, scale, causal, q_offset, q,
-              q_strides, axis1, axis2);
+PYLOSS_RECORD(Problem, batch, heads, kv_heads, n_q, d, dv, dtype, scale, softcap, causal, q_offset,
+              q, q_strides, axis1, axis2);
 PYLOSS_RECORD(Axis, n, window, k, k_strides, v, v_strides, bias_k, bias_v, mask, mask_strides);
 PYLOSS_RECORD(Backward, dout, dout_strides, dlse, out, lse, dq, dk1, dk2, dv1, dv2, dmask1, dmask2);
 
@@ -56,6 +56,8 @@ TensorAttentionProblem decode(py::handle record) {
   p.dv = r.integer(Problem::dv);
   p.dtype = r.floating(Problem::dtype);
   p.scale = r.number(Problem::scale);
+  p.softcap = r.number(Problem::softcap);
+  if (!(p.softcap >= 0)) r.bad(Problem::softcap, "must not be negative");
   p.q = head_rows(r, Problem::q, Problem::q_strides, {p.batch, p.heads, p.n_q, p.d}, kMostElements,
                   p.q_strides);
   check_sizes("lse", {p.batch, p.heads, p.n_q}, kMostElements);  // also where d is 0

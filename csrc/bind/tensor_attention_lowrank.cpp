@@ -99,7 +99,7 @@ std::vector<T*> pointers(const Reader<Record>& r, typename Record::Field f,
   if (r.length(f) != Py_ssize_t(p.axes.size())) r.bad(f, "needs one per axis");
   std::vector<T*> found;
   for (size_t x = 0; x < p.axes.size(); ++x) {
-    found.push_back(optional_pointer<T>(r.integer(f, Py_ssize_t(x))));
+    found.push_back(r.template optional<T>(f, Py_ssize_t(x)));
   }
   return found;
 }

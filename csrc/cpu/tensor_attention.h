@@ -1,9 +1,10 @@
 // Exact Kronecker tensor attention on the CPU.
 //
-//   S[i,j,k] = scale sum_l q[i,l] k1[j,l] k2[k,l] + mask1[i,j] + mask2[i,k]
+//   S[i,j,k] = cap(scale sum_l q[i,l] k1[j,l] k2[k,l]) + mask1[i,j] + mask2[i,k]
 //   out[i,:] = sum_jk softmax_jk(S)[i,j,k] v1[j,:] v2[k,:]
 //
-// with k2 + bias_k and v2 + bias_v in the place of k2 and v2.
+// with k2 + bias_k and v2 + bias_v in the place of k2 and v2, and cap(x) = softcap tanh(x /
+// softcap) or x.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +53,7 @@ struct TensorAttentionProblem {
   const void* q;
   int64_t q_strides[3];
   TensorAttentionAxis axes[2];
-  double scale;
+  double scale, softcap;  // 0: scores are not capped
 
   int64_t group() const { return heads / kv_heads; }
 };

@@ -69,6 +69,24 @@ PYLOSS_INLINE Vec<double>::V exp_of(Vec<double>::V x) {
   return x;
 }
 
+// As tanh_lane of cpu/lanes.h.
+PYLOSS_INLINE Vec<float>::V tanh_of(Vec<float>::V x) {
+  using namespace tanh_ratio;
+  using V = Vec<float>::V;
+  const V most = V{} + kMax, one = V{} + 1.0f;
+  V c = x > most ? most : x;
+  c = c < -most ? -most : c;
+  const V s = c * c;
+  const V p = kP0 + s * (kP1 + s * (kP2 + s * (kP3 + s * kP4)));
+  const V q = 1.0f + s * (kQ1 + s * (kQ2 + s * (kQ3 + s * kQ4)));
+  const V y = c * p / q;
+  return y > one ? one : (y < -one ? -one : y);
+}
+PYLOSS_INLINE Vec<double>::V tanh_of(Vec<double>::V x) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x[i] = ::tanh(x[i]);
+  return x;
+}
+
 // What happens to the finished tile: c = tile; c += tile; c[n] += sum_r tile[r][n] w[r][n]; or
 // c += tile factor[n] and own[n] += sum_r tile[r][n] w[r][n].
 enum class End { kStore, kAdd, kWeigh, kSpread };

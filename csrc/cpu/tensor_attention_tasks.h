@@ -13,6 +13,9 @@
 //     W = P^T dO       dVc += W * v_f,           dv_f = sum_c W_c * vc_c
 //     G = dS^T Q       dKc += scale G * k_f,     dk_f = scale sum_c G_c * kc_c
 //     X = dS Kc        dQ += scale X * k_f
+//
+// With capped scores, cap(S) in the place of S; dS is then times 1 - tanh^2, which the masks'
+// gradients, sums of dS, come before.
 
 template <class T>
 const T* at(const void* p, const int64_t* strides, int64_t b, int64_t h, int64_t n) {
@@ -50,6 +53,13 @@ PYLOSS_INLINE void add_bias(R* s, int64_t n, R row_bias, const R* column_bias) {
   }
 }
 
+// s = cap tanh(s / cap).
+template <class R>
+PYLOSS_INLINE void cap_row(R* s, int64_t n, R cap) {
+  constexpr int kLanes = Vec<R>::kLanes;
+  for (int64_t c = 0; c < n; c += kLanes) store(s + c, cap * tanh_of(load(s + c) / cap));
+}
+
 // s = exp(s - shift); returns sum + s lane by lane.
 template <class R>
 PYLOSS_INLINE typename Vec<R>::V exp_row(R* s, int64_t n, R shift, typename Vec<R>::V sum) {
@@ -85,6 +95,7 @@ void forward_task(const TensorAttentionProblem& p, const TensorAttentionForward&
             j_end - j_begin, p.d, first.bias_k);
   copy_rows(w.v1, dvp, at<T>(first.v, first.v_strides, b, g, j_begin), first.v_strides[2],
             j_end - j_begin, p.dv, first.bias_v);
+  const R cap = R(p.softcap);
   std::fill(w.acc, w.acc + (i1 - i0) * dvp, R(0));
   std::fill(w.sum, w.sum + (i1 - i0), R(0));
   std::fill(w.max, w.max + (i1 - i0), -infinity_<R>());
@@ -119,6 +130,7 @@ void forward_task(const TensorAttentionProblem& p, const TensorAttentionForward&
         R now = most;
         for (int64_t j = r0; j < r1; ++j) {
           R* s = w.s + (j - r0) * s_stride;
+          if (cap != R(0)) cap_row(s, width, cap);
           if (bias1 || bias2) {
             add_bias(s, width, bias1 ? bias1[j] : R(0), bias2 ? bias2 + k0 : nullptr);
           }
@@ -158,9 +170,10 @@ void forward_task(const TensorAttentionProblem& p, const TensorAttentionForward&
 
 // One row of P and dS from S and D, in place; the columns outside of [begin, end) become 0.
 // Returns the sum of dS. `dmask` is the row of the second mask's gradient.
-template <class R>
+template <bool kCapped, class R>
 PYLOSS_INLINE R softmax_backward_row(R* s, R* dp, int64_t begin, int64_t end, int64_t columns,
-                                     R lse, R delta, R row_bias, const R* column_bias, R* dmask) {
+                                     R cap, R lse, R delta, R row_bias, const R* column_bias,
+                                     R* dmask) {
   using V = typename Vec<R>::V;
   constexpr int kLanes = Vec<R>::kLanes;
   if (row_bias == -infinity_<R>() || lse == infinity_<R>()) end = begin;  // hidden: all is 0
@@ -168,7 +181,13 @@ PYLOSS_INLINE R softmax_backward_row(R* s, R* dp, int64_t begin, int64_t end, in
   V sum{};
   const R shift = row_bias - lse;
   for (int64_t c = begin; c < end; c += kLanes) {
-    V x = load(s + c) + shift;
+    V x = load(s + c), slope{};
+    if constexpr (kCapped) {
+      const V t = tanh_of(x / cap);
+      x = cap * t;
+      slope = R(1) - t * t;
+    }
+    x += shift;
     const V bias = column_bias ? load_part(column_bias + c, end - c) : V{};
     V prob = exp_of(x + bias);
     V grad = prob * (load(dp + c) - delta);
@@ -182,7 +201,11 @@ PYLOSS_INLINE R softmax_backward_row(R* s, R* dp, int64_t begin, int64_t end, in
       grad = first_lanes<R>(end - c) ? grad : V{};
     }
     store(s + c, prob);
-    store(dp + c, grad);
+    if constexpr (kCapped) {
+      store(dp + c, grad * slope);
+    } else {
+      store(dp + c, grad);
+    }
     sum += grad;
     if (dmask) {
       for (int i = 0; i < kLanes && c + i < end; ++i) dmask[c + i] += grad[i];
@@ -232,6 +255,11 @@ void backward_task(const TensorAttentionProblem& p, const TensorAttentionBackwar
   std::fill(dv_first + range.f0 * dvp, dv_first + range.f1 * dvp, R(0));
   if (queries == 0) return;
   const bool want_q = out.dq, want_k = out.dk[0] || out.dk[1], want_v = out.dv[0] || out.dv[1];
+  const R cap = R(p.softcap);
+  const auto backward_row = [&](R* s, R* dp, auto... rest) {
+    return cap == R(0) ? softmax_backward_row<false>(s, dp, rest...)
+                       : softmax_backward_row<true>(s, dp, rest...);
+  };
   const bool want_scores = want_q || want_k || out.dmask[0] || out.dmask[1];
 
   copy_rows(w.q, dp, at<T>(p.q, p.q_strides, b, h, range.i0), p.q_strides[2], queries, p.d, 0.0);
@@ -309,9 +337,9 @@ void backward_task(const TensorAttentionProblem& p, const TensorAttentionBackwar
             if (out.dmask[1]) {
               dmask_c = static_cast<R*>(out.dmask[1]) + (head * p.n_q + i) * second.band.n + c0;
             }
-            const R sum = softmax_backward_row(
+            const R sum = backward_row(
                 w.s + r * s_stride, w.dp + r * s_stride, first_column(r) - c0, last_column(r) - c0,
-                width, w.lse[i - range.i0], w.delta[i - range.i0],
+                width, cap, w.lse[i - range.i0], w.delta[i - range.i0],
                 first.mask ? at<R>(first.mask, first.mask_strides, b, h, i)[f] : R(0),
                 second.mask ? at<R>(second.mask, second.mask_strides, b, h, i) + c0 : nullptr,
                 dmask_c);

@@ -99,22 +99,27 @@ __global__ void __launch_bounds__(kThreads) betti_root_kernel(BettiWork w, int l
   });
 }
 
-// Everyone else finds the root of its tree. Links are shortened on the way, for all who follow.
+// Everyone else finds the root of its tree. Links are shortened on the way, for all who follow. A
+// block takes a range of its own, so that those under way are spread over all of a long chain (of a
+// ramp): each part of it is shortened at the same time, and nobody walks it hop by hop to its end.
 __global__ void __launch_bounds__(kThreads) betti_jump_kernel(BettiWork w, int level) {
   u32 begin, end;
   level_range(w, level, &begin, &end);
   if (blockIdx.x == 0 && threadIdx.x == 0) w.counters->begin[level + 2] = w.counters->nodes;
-  for_each(begin, end, [&](u32 x) {
-    if (w.lowest[x] == kNoKey) return;
-    // Others shorten links too: every value that a link ever had leads to the root.
+  const u32 range = (end - begin + gridDim.x - 1) / gridDim.x;
+  const u64 first = begin + u64(blockIdx.x) * range, after = first + range;
+  const u64 last = after < end ? after : end;
+  for (u64 i = first + threadIdx.x; i < last; i += blockDim.x) {
+    const u32 x = u32(i);
+    if (w.lowest[x] == kNoKey) continue;
     u32 to = load_relaxed(w.link + x);
-    if (to == x) return;
+    if (to == x) continue;
     for (u32 next = load_relaxed(w.link + to); next != to; next = load_relaxed(w.link + to)) {
       store_relaxed(w.link + x, next);
       to = next;
     }
     w.parent[x] = w.parent[to];
-  });
+  }
 }
 
 // Edges between different nodes go to the next round.

@@ -1,13 +1,15 @@
 // Row softmax, forward. Formulas: common/row_softmax.h; device code of a row: row_softmax.cuh.
 //
-// Decomposition: a team of threads (one warp for short rows, one block for longer ones) owns a row
-// and streams over it once: every thread keeps the mergeable statistics (max, rest, ...) of the
-// vectors it has seen, and the team merges them. When rows are too few to fill the device, a row is
+// Decomposition: a team of threads (one warp for short rows, one block for longer ones) takes some
+// rows one after the other and streams over each once: every thread keeps the mergeable statistics
+// (max, rest, ...) of the vectors it has seen, and the team merges them. The next row is on its way
+// while a row is merged. What happens once per row waits until the team has seen all of its rows:
+// then each lane of its first warp finishes one. When rows are too few to fill the device, a row is
 // cut into column ranges: grid (row, range), one record per range in scratch memory, and a second
 // kernel merges the records in index order. Rows of at most 32 classes, and rows whose classes lie
 // far apart (N, C, d1, ...), go to one thread each (row_softmax_alone.cu).
-// Two small kernels surround this one: the denominators of 'mean' before it, the sum of the row
-// losses after it.
+// Small kernels surround this one: before it the denominators of a 'mean' over rows that must be
+// counted, after it the sum of the row losses.
 //
 // Memory traffic per logit of b bytes: read b. With the gradient in the forward: read b, write b,
 // while the row stays in shared memory between the two walks (up to half of an SM's); longer rows
@@ -33,7 +35,7 @@ namespace {
 // ---- Denominators and loss sums ----------------------------------------------------------------
 
 constexpr int kSumThreads = 512;
-constexpr int64_t kSumRows = 16 * kSumThreads;  // of one block
+constexpr int64_t kSumRows = 16 * kSumThreads;  // the most for one block alone
 constexpr int64_t kMaxSumBlocks = 256;
 
 struct NormSums {
@@ -122,8 +124,9 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
+// One block, or enough that no thread waits for more than a load or two.
 int64_t sum_blocks(int64_t n) {
-  return std::clamp<int64_t>(ceil_div(n, kSumRows), 1, kMaxSumBlocks);
+  return n <= kSumRows ? 1 : std::min(kMaxSumBlocks, ceil_div(n, kSumThreads));
 }
 
 template <class R>
@@ -158,142 +161,205 @@ void sum_losses(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, void* sc
 
 // ---- Rows --------------------------------------------------------------------------------------
 
-// One column range of a row, on its way to row_softmax_split_kernel.
-template <class R>
-struct alignas(16) SplitRecord {
-  RowState<R> state;
-  R zy, zy2;
-};
-
 constexpr int64_t kMaxSplits = 128;
 
-// Team per row, or per column range of a row when `records` is not null. `kept_vectors` > 0: shared
-// memory holds that many vectors per row.
-template <class T, Mode M>
+// The one label of a plain row.
+__device__ __forceinline__ int plain_label(const RowSoftmaxProblem& p, int64_t row) {
+  const int64_t y = load_index(p.target, p.target_dtype, row);
+  if (y == p.options.ignore_index) return kIgnored;
+  return in_range(y, p.classes) ? int(y) : kOutOfRange;
+}
+
+// The second walk over a row whose statistics are complete: the sums of a soft target, then the
+// gradient. `grad` may be null.
+template <Mode M, class T, int K, int A>
+__device__ __forceinline__ void walk_again(const RowSoftmaxProblem& p,
+                                           const RowTransform<RealOf<T>>& transform,
+                                           RowSoftmaxForward f, int64_t row, const RowSpan<T>& span,
+                                           const uint4* kept, T* grad, bool counts, bool valid,
+                                           int y, const RowState<RealOf<T>>& s,
+                                           Ahead<T, K, A>* ahead) {
+  using R = RealOf<T>;
+  constexpr bool kMore = M != Mode::kPlain;
+  __shared__ GradRow<R> shared_row;
+  __shared__ R soft_slots[2][kMaxWarps];
+  if (!kMore) {
+    f.extras = nullptr;
+    f.index = nullptr;
+  }
+  if (!counts) {
+    if (threadIdx.x == 0) store_ignored<R>(p, f, row);
+    if (!grad) return;
+    const int64_t cls = f.grad_strides.cls;
+    return write_zeros(make_span<T>(grad, cls, 0, int(p.classes), grad, cls), grad);
+  }
+  const uint4* from = kept && valid ? kept : span.vector_data();
+  start_row(span, from, ahead);
+  // Plain rows are finished by the first warp for all of them.
+  const bool finishes = kMore || threadIdx.x < kWarp;
+  RowResult<R> result;
+  RowTarget<R> t{};
+  t.y = y;
+  t.y2 = -1;
+  RowView<R> v = make_view(p, t, row, false, false);
+  if (finishes) {
+    load_target(p, row, &t);  // once more: nothing of it is kept over the first walk
+    v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
+    if (valid) {
+      read_labels<M>(transform, span.x, &v);
+      result = finish_state<M>(v, s);
+    } else {
+      result = poisoned_result(&v);
+    }
+  }
+  if (M == Mode::kSoft && valid && two_pass_soft(p)) {
+    SoftSums<R> sums;
+    for_each_batch(span, from, nullptr, ahead,
+                   [&](auto width, auto& z, int first, int step, int limit) {
+                     constexpr int V = decltype(width)::value;
+                     transform_batch<M, V>(transform, z, first, step, limit);
+                     accumulate_soft<V>(v, result.terms, z, first, step, limit, &sums);
+                   });
+    result.soft.mass = team_reduce(sums.mass, AddOp{}, R(0), soft_slots[0]);
+    result.soft.loss = team_reduce(sums.loss, AddOp{}, R(0), soft_slots[1]);
+    if (grad) start_row(span, from, ahead);
+  }
+  if (threadIdx.x == 0) store_result(f, row, v, result);
+  if (!grad) return;
+  GradRow<R> g;
+  if (finishes) {
+    const R weight_sum = static_cast<const R*>(f.norm)[kNormWeightSum];
+    const RowUpstream<R> u = unit_upstream<R>(f.norm, t.token);
+    const RowCoeffs<R> c = row_coeffs(p, t, result.terms, u, weight_sum, result.soft.mass);
+    g = make_grad_row<M>(transform, result.terms, c, v.zy);
+    if (!kMore && threadIdx.x == 0) shared_row = g;
+  }
+  if (!kMore && blockDim.x > kWarp) {
+    __syncthreads();
+    g = shared_row;
+  }
+  for_each_batch(span, from, nullptr, ahead,
+                 [&](auto width, auto& z, int first, int step, int limit) {
+                   constexpr int V = decltype(width)::value;
+                   transform_batch<M, V>(transform, z, first, step, limit);
+                   gradient_batch<M, V>(v, transform, g, z, first, step, limit);
+                   store_batch<T, V>(grad, f.grad_strides.cls, z, first, step, limit);
+                 });
+}
+
+// Statistics of rows: a team takes `per_team` of them, or one column range of one row when
+// `records` is not null. kAgain: one row a team, walked again for its gradient or for the sums of a
+// soft target; with `kept_vectors` > 0 it stays in shared memory meanwhile.
+template <class T, Mode M, bool kAgain>
 __global__ void __launch_bounds__(kLongTeam, kBlocksPerSm<T, M>)
     row_softmax_fwd_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
-                           RowSoftmaxForward f, SplitRecord<RealOf<T>>* records, int columns,
-                           int kept_vectors) {
+                           RowSoftmaxForward f, KnownNorm<RealOf<T>> norm,
+                           RowState<RealOf<T>>* records, int columns, int kept_vectors,
+                           int per_team) {
   using R = RealOf<T>;
-  constexpr int K = kBatch<M>;
+  constexpr int K = kBatch<M, kAgain>, A = kAhead<M, kAgain, kAgain>;
   constexpr bool kMore = M != Mode::kPlain;
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
-  __shared__ TeamSlots<R> slots;
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= p.rows()) return;  // the whole team returns together, here and below
-  T* grad = f.grad ? static_cast<T*>(f.grad) + row_offset(p, f.grad_strides, row) : nullptr;
-  const T* x = static_cast<const T*>(p.x) + row_offset(p, p.x_strides, row);
-
-  RowTarget<R> t;
-  if (!load_target(p, row, &t)) {
-    if (records) return;
-    if (threadIdx.x == 0) store_ignored<R>(p, f, row);
-    if (grad) {
-      for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) {
-        grad[c * f.grad_strides.cls] = from_real<T>(R(0));
-      }
-    }
-    return;
+  __shared__ TeamSlots<R> slots[2];
+  __shared__ int nan_slots[kMaxWarps];
+  __shared__ R shared_norm[kNormCount];
+  norm.use(shared_norm, &f);
+  const int64_t rows = p.rows(), step = int64_t(gridDim.x) * blockDim.y;
+  const int64_t first_row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (first_row >= rows) return;  // the whole team returns together, here and below
+  const int classes = int(p.classes), lane = threadIdx.x % kWarp;
+  const int begin = !kAgain && records ? int(blockIdx.y) * columns : 0;
+  const int end = !kAgain && records && columns < classes - begin ? begin + columns : classes;
+  uint4* kept = kAgain && kept_vectors > 0 ? shared + int(threadIdx.y) * kept_vectors : nullptr;
+  T* grad = nullptr;
+  if (kAgain && f.grad) grad = static_cast<T*>(f.grad) + row_offset(p, f.grad_strides, first_row);
+  const auto span_of = [&](int64_t row) {
+    const T* x = static_cast<const T*>(p.x) + row_offset(p, p.x_strides, row);
+    return make_span<T>(x, p.x_strides.cls, begin, end, grad, f.grad_strides.cls);
+  };
+  RowSpan<T> span = span_of(first_row);
+  Ahead<T, K, A> ahead;
+  start_row(span, span.vector_data(), &ahead);
+  const int count = kAgain ? 1 : per_team;
+  int label = kIgnored;  // lane r: of the team's row r
+  if (!kMore && lane < count && first_row + lane * step < rows) {
+    label = plain_label(p, first_row + lane * step);
   }
-  const bool valid = target_in_range(p, t);
-  RowView<R> v = make_view(p, t, row, kMore && f.extras != nullptr, kMore && f.index != nullptr);
-  const int classes = int(p.classes);
-  const int begin = records ? int(blockIdx.y) * columns : 0;
-  const int end = records && columns < classes - begin ? begin + columns : classes;
-  const RowSpan<T> span = make_span<T>(x, p.x_strides.cls, begin, end, grad, f.grad_strides.cls);
-  uint4* kept = kept_vectors > 0 ? shared + int(threadIdx.y) * kept_vectors : nullptr;
 
-  RowResult<R> r;
-  if (valid) {
-    read_labels(transform, x, &v);
-    RowState<R> s = start_state(v);
-    for_each_batch<K>(span, kept ? Walk::kKeep : Walk::kPlain, kept,
-                      [&](auto width, auto& z, int first, int step, int limit) {
-                        constexpr int V = decltype(width)::value;
-                        transform_batch<V>(transform, z, first, step, limit);
-                        accumulate<M, V>(v, z, first, step, limit, &s);
-                      });
-    team_merge<M>(v, &s, &slots);
-    // A sum that is not a number may come from one: then the first of them is the argmax.
-    if (kMore && v.index && (s.part.rest != s.part.rest || v.zy != v.zy)) {
-      for (int c = end - 1 - int(threadIdx.x); c >= begin; c -= int(blockDim.x)) {
-        const R value = to_real(x[int64_t(c) * p.x_strides.cls]);
-        if (value != value) s.first_nan = c;
-      }
-      s.first_nan = team_reduce(s.first_nan, MinOp{}, kNoClass, slots.integer[2]);
+  RowState<R> mine;  // lane r of the first warp: of row r
+  int merges = 0;
+  for (int r = 0; r < count; ++r) {
+    const int64_t row = first_row + r * step;
+    if (row >= rows) break;
+    RowTarget<R> t{};
+    bool counts, valid;
+    if constexpr (kMore) {
+      counts = load_target(p, row, &t);
+      valid = counts && target_in_range(p, t);
+    } else {
+      const int y = __shfl_sync(kFullMask, label, r);
+      counts = y != kIgnored;
+      valid = y >= 0;
+      t.y = y;
+      t.y2 = -1;
     }
-    if (records) {
-      if (threadIdx.x == 0) records[row * gridDim.y + blockIdx.y] = {s, v.zy, v.zy2};
+    RowView<R> v = make_view(p, t, row, kMore && f.extras != nullptr, kMore && f.index != nullptr);
+    RowState<R> s;
+    if (valid) {
+      if (kMore && v.index) read_labels<M>(transform, span.x, &v);
+      for_each_batch(span, span.vector_data(), kept, &ahead,
+                     [&](auto width, auto& z, int first, int step, int limit) {
+                       constexpr int V = decltype(width)::value;
+                       transform_batch<M, V>(transform, z, first, step, limit);
+                       accumulate<M, V>(v, z, first, step, limit, &s);
+                     });
+      if (kMore) team_merge<M>(v, &s, &slots[merges++ & 1], true);
+      // A sum that is not a number may come from one: then the first of them is the argmax.
+      if (kMore && v.index && (s.part.rest != s.part.rest || v.zy != v.zy)) {
+        for (int c = end - 1 - int(threadIdx.x); c >= begin; c -= int(blockDim.x)) {
+          const R value = to_real(span.x[int64_t(c) * span.cls]);
+          if (value != value) s.first_nan = c;
+        }
+        s.first_nan = team_reduce(s.first_nan, MinOp{}, kNoClass, nan_slots);
+      }
+    }
+    if (r + 1 < count && row + step < rows) {
+      span = span_of(row + step);
+      start_row(span, span.vector_data(), &ahead);
+    }
+    if (!kMore && valid) team_merge<M>(v, &s, &slots[merges++ & 1], false);
+    if constexpr (kAgain) {
+      walk_again<M, T>(p, transform, f, row, span, kept, grad, counts, valid, v.y, s, &ahead);
+    } else if (records) {
+      if (valid && threadIdx.x == 0) records[row * gridDim.y + blockIdx.y] = s;
       return;
+    } else if (lane == r) {
+      mine = s;
     }
-    r = finish_state(v, s);
-    if (M == Mode::kSoft && two_pass_soft(p)) {
-      SoftSums<R> sums;
-      for_each_batch<K>(span, kept ? Walk::kReplay : Walk::kPlain, kept,
-                        [&](auto width, auto& z, int first, int step, int limit) {
-                          constexpr int V = decltype(width)::value;
-                          transform_batch<V>(transform, z, first, step, limit);
-                          accumulate_soft<V>(v, r.terms, z, first, step, limit, &sums);
-                        });
-      r.soft.mass = team_reduce(sums.mass, AddOp{}, R(0), slots.real[5]);
-      r.soft.loss = team_reduce(sums.loss, AddOp{}, R(0), slots.real[6]);
-    }
-  } else {
-    if (records) return;
-    r = poisoned_result(&v);
   }
-  if (threadIdx.x == 0) store_result(f, row, v, r);
-  if (!grad) return;
-
-  const R weight_sum = static_cast<const R*>(f.norm)[kNormWeightSum];
-  const GradRow<R> g = make_grad_row(
-      r.terms,
-      row_coeffs(p, t, r.terms, unit_upstream<R>(f.norm, t.token), weight_sum, r.soft.mass), v.zy);
-  for_each_batch<K>(span, kept && valid ? Walk::kReplay : Walk::kPlain, kept,
-                    [&](auto width, auto& z, int first, int step, int limit) {
-                      constexpr int V = decltype(width)::value;
-                      transform_batch<V>(transform, z, first, step, limit);
-                      gradient_batch<M, V>(v, transform, g, z, first, step, limit);
-                      store_batch<T, V>(grad, f.grad_strides.cls, z, first, step, limit);
-                    });
+  // The team's rows, a lane each.
+  const int64_t row = first_row + lane * step;
+  if (kAgain || threadIdx.x >= kWarp || lane >= count || row >= rows) return;
+  finish_row<M, T>(p, transform, f, row, mine);
 }
 
 // One warp per row merges the records of its column ranges.
-template <class R>
+template <class T>
 __global__ void __launch_bounds__(kWarp)
-    row_softmax_split_kernel(RowSoftmaxProblem p, RowSoftmaxForward f,
-                             const SplitRecord<R>* records, int splits) {
-  __shared__ TeamSlots<R> slots;
+    row_softmax_split_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
+                             RowSoftmaxForward f, const RowState<RealOf<T>>* records, int splits) {
+  using R = RealOf<T>;
   const int64_t row = blockIdx.x;
   RowTarget<R> t;
-  if (!load_target(p, row, &t)) {
-    if (threadIdx.x == 0) store_ignored<R>(p, f, row);
-    return;
-  }
-  RowView<R> v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
-  RowResult<R> r;
-  if (target_in_range(p, t)) {
-    const SplitRecord<R>* own = records + row * splits;
-    v.zy = own[0].zy;
-    v.zy2 = own[0].zy2;
-    RowState<R> s = start_state(v);
-    for (int i = threadIdx.x; i < splits; i += kWarp) {
-      const RowState<R>& next = own[i].state;
-      if (v.index) {
-        if (next.part.m > s.part.m) s.argmax = kNoClass;
-        if (next.part.m >= s.part.m && next.argmax < s.argmax) s.argmax = next.argmax;
-        s.rank += next.rank;
-        if (next.first_nan < s.first_nan) s.first_nan = next.first_nan;
-      }
-      s.part = merge(s.part, next.part);
-    }
-    team_merge<Mode::kSoft>(v, &s, &slots);
+  RowState<R> s;
+  if (load_target(p, row, &t) && target_in_range(p, t)) {
+    const RowView<R> v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
+    const RowState<R>* own = records + row * splits;
+    for (int i = threadIdx.x; i < splits; i += kWarp) merge_state(&s, own[i], v.index);
+    warp_merge<Mode::kSoft>(v, &s);
     s.first_nan = warp_reduce(s.first_nan, MinOp{});
-    r = finish_state(v, s);
-  } else {
-    r = poisoned_result(&v);
   }
-  if (threadIdx.x == 0) store_result(f, row, v, r);
+  if (threadIdx.x == 0) finish_row<Mode::kSoft, T>(p, transform, f, row, s);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
@@ -309,7 +375,7 @@ int64_t split_count(const RowSoftmaxProblem& p) {
 }
 
 int64_t record_bytes(const RowSoftmaxProblem& p) {
-  return p.dtype == DType::kF64 ? sizeof(SplitRecord<double>) : sizeof(SplitRecord<float>);
+  return p.dtype == DType::kF64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
 }
 
 // Vectors of one row to keep in shared memory, so that at least two blocks fit on an SM; 0: none.
@@ -322,41 +388,62 @@ int64_t kept_vectors(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
   return vectors * teams * 16 <= available ? vectors : 0;
 }
 
+// Rows that one team takes after the other, so that one wave of blocks is enough.
+int rows_per_team(const RowSoftmaxProblem& p, int teams, int64_t resident_blocks) {
+  return int(std::clamp<int64_t>(ceil_div(p.rows(), teams * resident_blocks), 1, kMostRows));
+}
+
+template <class T, Mode M>
+void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
+                  const KnownNorm<RealOf<T>>& norm, void* scratch, void* stream) {
+  using R = RealOf<T>;
+  const RowTransform<R> transform(p.options);
+  const int64_t vector = 16 / dtype_size(p.dtype);
+  const int64_t columns = ceil_div(ceil_div(p.classes, split_count(p)), vector) * vector;
+  const int64_t splits = ceil_div(p.classes, columns);
+  const int threads = splits > 1 ? kLongTeam : team_threads(p), teams = threads == kWarp ? 4 : 1;
+  RowSoftmaxForward rows = f;
+  if (splits > 1) rows.grad = nullptr;
+  RowState<R>* records = splits > 1 ? static_cast<RowState<R>*>(scratch) : nullptr;
+  const int64_t kept = splits > 1 ? 0 : kept_vectors(p, rows, teams);
+  const bool again = splits == 1 && (rows.grad || two_pass_soft(p));
+  const int per_team =
+      splits > 1 || again ? 1 : rows_per_team(p, teams, resident_blocks<T, M>(threads * teams));
+  launch(again ? row_softmax_fwd_kernel<T, M, true> : row_softmax_fwd_kernel<T, M, false>,
+         dim3(grid_size(ceil_div(p.rows(), teams * per_team)), unsigned(splits)),
+         dim3(unsigned(threads), unsigned(teams)), size_t(kept * teams * 16), stream, p, transform,
+         rows, norm, records, int(columns), int(kept), per_team);
+  if (splits == 1) return;
+  launch(row_softmax_split_kernel<T>, dim3(grid_size(p.rows())), dim3(kWarp), 0, stream, p,
+         transform, f, static_cast<const RowState<R>*>(records), int(splits));
+  if (f.grad) {
+    row_softmax_backward(p, {nullptr, nullptr, f.stats, f.norm, nullptr, f.grad, f.grad_strides},
+                         stream);
+  }
+}
+
 template <class T>
 void forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, void* scratch, void* stream) {
   using R = RealOf<T>;
-  compute_norm<R>(p, f, scratch, stream);
-  const int64_t vector = 16 / dtype_size(p.dtype);
-  const int64_t columns =
-      std::max<int64_t>(1, ceil_div(ceil_div(p.classes, split_count(p)), vector)) * vector;
-  const int64_t splits = ceil_div(p.classes, columns);
+  KnownNorm<R> norm(p);
+  if (p.rows() == 0) norm.known = false;  // only the reduction of nothing is left
+  if (!norm.known) compute_norm<R>(p, f, scratch, stream);
   if (p.rows() == 0) {
-    // Only the reduction of nothing is left.
   } else if (use_alone(p)) {
-    row_softmax_forward_alone<T>(p, f, stream);
-  } else if (!launch_cluster_forward<T>(p, f, stream)) {
-    const RowTransform<R> transform(p.options);
-    const int threads = splits > 1 ? kLongTeam : team_threads(p), teams = threads == kWarp ? 4 : 1;
-    RowSoftmaxForward rows = f;
-    if (splits > 1) rows.grad = nullptr;
-    SplitRecord<R>* records = splits > 1 ? static_cast<SplitRecord<R>*>(scratch) : nullptr;
-    const int64_t kept = splits > 1 ? 0 : kept_vectors(p, rows, teams);
-    auto* kernel = row_softmax_fwd_kernel<T, Mode::kSoft>;
-    if constexpr (!std::is_same_v<T, double>) {
-      const Mode mode = mode_of(p, f.extras || f.index);
-      if (mode == Mode::kPlain) kernel = row_softmax_fwd_kernel<T, Mode::kPlain>;
-      if (mode == Mode::kOptions) kernel = row_softmax_fwd_kernel<T, Mode::kOptions>;
-    }
-    launch(kernel, dim3(grid_size(ceil_div(p.rows(), teams)), unsigned(splits)),
-           dim3(unsigned(threads), unsigned(teams)), size_t(kept * teams * 16), stream, p,
-           transform, rows, records, int(columns), int(kept));
-    if (splits > 1) {
-      launch(row_softmax_split_kernel<R>, dim3(grid_size(p.rows())), dim3(kWarp), 0, stream, p, f,
-             static_cast<const SplitRecord<R>*>(records), int(splits));
-      if (f.grad) {
-        row_softmax_backward(
-            p, {nullptr, nullptr, f.stats, f.norm, nullptr, f.grad, f.grad_strides}, stream);
-      }
+    row_softmax_forward_alone<T>(p, f, norm, stream);
+  } else if (launch_cluster_forward<T>(p, f, norm, stream)) {
+  } else if constexpr (std::is_same_v<T, double>) {
+    forward_rows<T, Mode::kSoft>(p, f, norm, scratch, stream);
+  } else {
+    switch (mode_of(p, f.extras || f.index)) {
+      case Mode::kPlain:
+        forward_rows<T, Mode::kPlain>(p, f, norm, scratch, stream);
+        break;
+      case Mode::kOptions:
+        forward_rows<T, Mode::kOptions>(p, f, norm, scratch, stream);
+        break;
+      default:
+        forward_rows<T, Mode::kSoft>(p, f, norm, scratch, stream);
     }
   }
   sum_losses<R>(p, f, scratch, stream);

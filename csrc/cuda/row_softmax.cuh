@@ -1,10 +1,12 @@
 // Device code that the row-softmax kernels share: element access, the streaming statistics of a
 // row, its epilogue and its gradient. Formulas: common/row_softmax.h.
 //
-// A row is walked in batches: K vectors of 16 bytes per thread are loaded before the first is used,
-// then every step of the arithmetic is a short loop over registers, so that an option costs one
-// branch per batch and not one per element. Rows need no alignment: the classes before the first
-// and after the last whole vector go one by one, and so does a row whose classes are not adjacent.
+// A row is walked in batches of K vectors of 16 bytes per thread, of which A are under way while
+// one is worked on; the first are loaded before anything is known about the row, its label
+// included. Every step of the arithmetic is a short loop over registers, so that an option costs
+// one branch per batch and not one per element. Rows need no alignment: the classes before the
+// first and after the last whole vector go one by one, and so does a row whose classes are not
+// adjacent.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,6 +16,7 @@
 #include <type_traits>
 
 #include "common/row_softmax.h"
+#include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 
 namespace pyloss::cuda {
@@ -23,6 +26,9 @@ using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 inline constexpr int kVec = 16 / int(sizeof(T));
 
+// Labels that say more than a class.
+inline constexpr int kIgnored = -2, kOutOfRange = -3;
+
 // A class index fits in 32 bits (the launchers refuse more than kMaxClasses), which halves the
 // registers of the inner loops; every product with a stride is taken in 64 bits.
 inline constexpr int64_t kMaxClasses = int64_t(1) << 30;
@@ -30,10 +36,25 @@ inline constexpr int kNoClass = 0x7fffffff;
 
 // What a kernel can do; the less it can, the fewer registers it needs and the more threads fit.
 enum class Mode {
-  kPlain,    // labels, linear transform, no extras
-  kOptions,  // also soft cap, extras, argmax and rank, smoothing at tau = 1
+  kPlain,    // one label a row, linear transform, no extras
+  kOptions,  // also MixUp, soft cap, extras, argmax and rank, smoothing at tau = 1
   kSoft,     // also probabilities, smoothing at tau != 1
 };
+
+// Threads of a team kernel's block and how many blocks an SM should hold: the registers per thread
+// follow from both.
+inline constexpr int kLongTeam = 256;
+template <class T, Mode M>
+inline constexpr int kBlocksPerSm =
+    sizeof(T) == 8 ? 1 : (M == Mode::kSoft ? 2 : (M == Mode::kOptions ? 3 : 4));
+// Vectors of a batch, and batches under way while one is worked on, as the registers allow.
+template <Mode M, bool kGradient>
+inline constexpr int kBatch = M == Mode::kOptions && kGradient ? 1 : 2;
+template <Mode M, bool kGradient, bool kTwoWalks>
+inline constexpr int kAhead =
+    M == Mode::kPlain ? (kTwoWalks ? 1 : 2) : (M == Mode::kOptions && kGradient ? 2 : 1);
+// Rows that a team takes one after the other: their per-row arithmetic is done once, a lane each.
+inline constexpr int kMostRows = kWarp;
 
 // ---- Elements ----------------------------------------------------------------------------------
 
@@ -102,9 +123,9 @@ __device__ __forceinline__ double tanh_fast(double x) {
   return ::tanh(x);
 }
 
-template <class R>
+template <Mode M, class R>
 __device__ __forceinline__ R transform(const RowTransform<R>& f, R x) {
-  return f.cap ? mul_rn(f.post, tanh_fast(f.pre * x)) : mul_rn(f.pre, x);
+  return M != Mode::kPlain && f.cap ? mul_rn(f.post, tanh_fast(f.pre * x)) : mul_rn(f.pre, x);
 }
 
 __device__ __forceinline__ float f16_to_float(uint16_t bits) {
@@ -225,6 +246,35 @@ __device__ __forceinline__ void store_float(void* p, DType t, int64_t i, R v) {
   }
 }
 
+// V elements from element i of such a tensor, of adjacent ones when `step` is 1, by vector loads
+// where their addresses allow it.
+template <int V, class T, class R>
+__device__ __forceinline__ void load_vectors(const T* p, R* out) {
+  constexpr int kEach = 16 / int(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < V; i += kEach) {
+    RealOf<T> x[kEach];
+    unpack<T>(*reinterpret_cast<const uint4*>(p + i), x);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) out[i + j] = R(x[j]);
+  }
+}
+template <int V, class R>
+__device__ __forceinline__ bool load_vectors_of(const void* p, DType t, int64_t i, R* out) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + uintptr_t(i * dtype_size(t));
+  if (V * dtype_size(t) % 16 != 0 || at % 16 != 0) return false;
+  const void* from = reinterpret_cast<const void*>(at);
+  if (t == DType::kF32) {
+    if constexpr (V % 4 == 0) load_vectors<V>(static_cast<const float*>(from), out);
+  } else if (t == DType::kF64) {
+    if constexpr (V % 2 == 0) load_vectors<V>(static_cast<const double*>(from), out);
+  } else if constexpr (V % 8 == 0) {
+    if (t == DType::kBF16) load_vectors<V>(static_cast<const BF16*>(from), out);
+    if (t == DType::kF16) load_vectors<V>(static_cast<const F16*>(from), out);
+  }
+  return true;
+}
+
 __device__ __forceinline__ int64_t row_offset(const RowSoftmaxProblem& p, const Strides& s,
                                               int64_t row) {
   if (p.inner == 1) return row * s.outer;
@@ -242,6 +292,9 @@ struct RowSpan {
   int begin, end, head, vectors;
 
   __device__ int vector_begin() const { return begin + head; }
+  __device__ const uint4* vector_data() const {
+    return reinterpret_cast<const uint4*>(x + vector_begin());
+  }
   __device__ int vector_end() const { return begin + head + vectors * kVec<T>; }
   __device__ int singles() const { return end - begin - vectors * kVec<T>; }
   __device__ int single_class(int i) const {
@@ -264,77 +317,117 @@ __device__ __forceinline__ RowSpan<T> make_span(const T* x, int64_t cls, int beg
   return s;
 }
 
-// Raw vectors of a row kept in shared memory between two walks. Every thread reads back only what
-// it has written, so no barrier is needed.
-enum class Walk { kPlain, kKeep, kReplay };
+// What a thread has under way of a row: A batches of K vectors, and its class beside them.
+template <class T, int K, int A>
+struct Ahead {
+  uint4 vectors[A][K];
+  T edge{};
+};
 
-// Calls fn(width, x, first, step, limit) for each batch of a team's span: x[k * width + e] is the
-// logit of class first + k step + e, for classes below `limit`; the others are not there.
-template <int K, class T, class Fn>
-__device__ __forceinline__ void for_each_batch(const RowSpan<T>& s, Walk walk, uint4* kept,
-                                               const Fn& fn) {
+template <class T, int K>
+__device__ __forceinline__ void load_batch(const RowSpan<T>& s, const uint4* from, int first,
+                                           uint4 (&q)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const int i = first + k * int(blockDim.x);
+    q[k] = uint4{0, 0, 0, 0};
+    if (i < s.vectors) q[k] = from[i];
+  }
+}
+
+// Starts the loads of a team's span; `from` are its vectors, in global or in shared memory.
+template <class T, int K, int A>
+__device__ __forceinline__ void start_row(const RowSpan<T>& s, const uint4* from,
+                                          Ahead<T, K, A>* ahead) {
+  const int lane = threadIdx.x;
+#pragma unroll
+  for (int a = 0; a < A; ++a)
+    load_batch(s, from, lane + a * K * int(blockDim.x), ahead->vectors[a]);
+  // With vectors between head and tail there are fewer singles than lanes: one each.
+  if (s.vectors > 0 && lane < s.singles()) ahead->edge = s.x[s.single_class(lane)];
+}
+
+// Calls fn(width, x, first, step, limit) for each batch of a team's span that start_row has begun:
+// x[k * width + e] is the logit of class first + k step + e, for classes below `limit`; the others
+// are not there. The vectors go into `keep` on the way, unless it is null; every thread reads back
+// only what it has written there, so no barrier is needed.
+template <class T, int K, int A, class Fn>
+__device__ __forceinline__ void for_each_batch(const RowSpan<T>& s, const uint4* from, uint4* keep,
+                                               Ahead<T, K, A>* ahead, const Fn& fn) {
   using R = RealOf<T>;
-  constexpr int V = kVec<T>;
+  constexpr int V = kVec<T>, kSingles = 4;
   const int lane = threadIdx.x, lanes = blockDim.x;
-  const uint4* vectors = reinterpret_cast<const uint4*>(s.x + s.vector_begin());
-  for (int v = lane; v < s.vectors; v += K * lanes) {
-    uint4 q[K];
+  for (int v = lane; v < s.vectors; v += A * K * lanes) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int i = v + k * lanes;
-      q[k] = uint4{0, 0, 0, 0};
-      if (i < s.vectors) q[k] = walk == Walk::kReplay ? kept[i] : vectors[i];
-    }
-    if (walk == Walk::kKeep) {
+    for (int a = 0; a < A; ++a) {
+      const int i = v + a * K * lanes;
+      if (a > 0 && i >= s.vectors) break;
+      uint4(&q)[K] = ahead->vectors[a];
+      if (keep) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (v + k * lanes < s.vectors) kept[v + k * lanes] = q[k];
+        for (int k = 0; k < K; ++k) {
+          if (i + k * lanes < s.vectors) keep[i + k * lanes] = q[k];
+        }
       }
-    }
-    R x[K * V];
+      R x[K * V];
 #pragma unroll
-    for (int k = 0; k < K; ++k) unpack<T>(q[k], x + k * V);
-    fn(std::integral_constant<int, V>{}, x, s.vector_begin() + v * V, lanes * V, s.vector_end());
+      for (int k = 0; k < K; ++k) unpack<T>(q[k], x + k * V);
+      load_batch(s, from, i + A * K * lanes, q);
+      fn(std::integral_constant<int, V>{}, x, s.vector_begin() + i * V, lanes * V, s.vector_end());
+    }
   }
   const int singles = s.singles();
-  for (int i = lane; i < singles; i += K * lanes) {
-    R x[K];
+  for (int i = lane; i < singles; i += kSingles * lanes) {
+    R x[kSingles];
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kSingles; ++k) {
       const int j = i + k * lanes;
-      x[k] = j < singles ? to_real(s.x[int64_t(s.single_class(j)) * s.cls]) : R(0);
+      x[k] = R(0);
+      if (k == 0 && s.vectors > 0) {
+        x[k] = to_real(ahead->edge);
+      } else if (j < singles) {
+        x[k] = to_real(s.x[int64_t(s.single_class(j)) * s.cls]);
+      }
     }
-    // With vectors between head and tail there are fewer singles than lanes: one each.
     const int first = s.single_class(i);
     fn(std::integral_constant<int, 1>{}, x, first, lanes, singles <= lanes ? first + 1 : s.end);
   }
 }
 
-// The same for one thread that walks a whole row alone.
+// Zeros at the classes of a span whose x is the output.
+template <class T>
+__device__ __forceinline__ void write_zeros(const RowSpan<T>& s, T* out) {
+  uint4* vectors = reinterpret_cast<uint4*>(out + s.vector_begin());
+  for (int v = threadIdx.x; v < s.vectors; v += int(blockDim.x)) vectors[v] = uint4{0, 0, 0, 0};
+  for (int i = threadIdx.x; i < s.singles(); i += int(blockDim.x)) {
+    out[int64_t(s.single_class(i)) * s.cls] = from_real<T>(RealOf<T>(0));
+  }
+}
+
+// The same for one thread that walks classes [begin, end) of a row alone.
 template <int K, class T, class Fn>
-__device__ __forceinline__ void for_each_alone(const T* x_row, int64_t cls, int classes,
+__device__ __forceinline__ void for_each_alone(const T* x_row, int64_t cls, int begin, int end,
                                                const Fn& fn) {
   using R = RealOf<T>;
-  for (int c = 0; c < classes; c += K) {
+  for (int c = begin; c < end; c += K) {
     R x[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      x[k] = c + k < classes ? to_real(x_row[int64_t(c + k) * cls]) : R(0);
-    fn(std::integral_constant<int, 1>{}, x, c, 1, classes);
+    for (int k = 0; k < K; ++k) x[k] = c + k < end ? to_real(x_row[int64_t(c + k) * cls]) : R(0);
+    fn(std::integral_constant<int, 1>{}, x, c, 1, end);
   }
 }
 
 // ---- Statistics --------------------------------------------------------------------------------
 
-// What a pass over a part of a row has found; the label is counted in `m` and `argmax` only.
+// What a pass over a part of a row has found, the label left out.
 template <class R>
 struct RowState {
   RowPart<R> part;
-  int argmax, rank, first_nan;
+  int argmax = kNoClass, rank = 0, first_nan = kNoClass;
 };
 
-// A row and what is wanted from it. The label's logit is read first: its class then needs no
-// looking up while the row streams by.
+// A row and what is wanted from it. The label's logit is looked up by itself: plain rows need it at
+// their end only, a rank needs it before the row streams by.
 template <class R>
 struct RowView {
   const RowSoftmaxProblem* p;
@@ -343,22 +436,52 @@ struct RowView {
   R zy, zy2;
   int64_t prob_base;  // offset of the row's probabilities
   bool entropy, index, weighted;
+  static constexpr DType kReal = sizeof(R) == 8 ? DType::kF64 : DType::kF32;
 
   __device__ R weight(int c) const {
     return p->weight ? static_cast<const R*>(p->weight)[c] : R(1);
   }
-  __device__ R soft(int c) const {
-    const R q = p->kind == TargetKind::kDense
-                    ? load_float<R>(p->target, p->target_dtype,
-                                    prob_base + int64_t(c) * p->target_strides.cls)
-                    : R(0);
-    return soft_coefficient(*p, t, c, q, weight(c));
+  // The weights of V adjacent classes; those at and beyond `limit` do not exist.
+  template <int V>
+  __device__ void weights(int c, int limit, R* out) const {
+    if (!p->weight) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) out[e] = R(1);
+    } else if (c + V > limit || !load_vectors_of<V>(p->weight, kReal, c, out)) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) out[e] = c + e < limit ? weight(c + e) : R(0);
+    }
   }
-  // The coefficient whose weighted sum of z is taken on the way: w_c of smoothed labels, r_c of
+  // The coefficients r_c of a soft target of V adjacent classes; 0 beyond `limit`.
+  template <int V>
+  __device__ void softs(int c, int limit, R* out) const {
+    R w[V];
+    weights<V>(c, limit, w);
+#pragma unroll
+    for (int e = 0; e < V; ++e) out[e] = R(0);
+    if (p->kind == TargetKind::kDense) {
+      const int64_t cls = p->target_strides.cls, at = prob_base + int64_t(c) * cls;
+      if (cls != 1 || c + V > limit || !load_vectors_of<V>(p->target, p->target_dtype, at, out)) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          if (c + e < limit) out[e] = load_float<R>(p->target, p->target_dtype, at + e * cls);
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      out[e] = c + e < limit ? soft_coefficient(*p, t, c + e, out[e], w[e]) : R(0);
+    }
+  }
+  // The coefficients whose weighted sum of z is taken on the way: w_c of smoothed labels, r_c of
   // probabilities at tau = 1.
-  template <Mode M>
-  __device__ R streamed(int c) const {
-    return M == Mode::kSoft && p->kind == TargetKind::kDense ? soft(c) : weight(c);
+  template <Mode M, int V>
+  __device__ void streamed(int c, int limit, R* out) const {
+    if (M == Mode::kSoft && p->kind == TargetKind::kDense) {
+      softs<V>(c, limit, out);
+    } else {
+      weights<V>(c, limit, out);
+    }
   }
 };
 
@@ -389,24 +512,15 @@ __device__ __forceinline__ RowView<R> make_view(const RowSoftmaxProblem& p, cons
 }
 
 // The labels must be in range.
-template <class T, class R>
+template <Mode M, class T, class R>
 __device__ __forceinline__ void read_labels(const RowTransform<R>& f, const T* x_row,
                                             RowView<R>* v) {
   const int64_t cls = v->p->x_strides.cls;
-  if (v->p->kind == TargetKind::kDense) return;
-  v->zy = transform(f, to_real(x_row[v->y * cls]));
-  if (v->p->kind == TargetKind::kMix) v->zy2 = transform(f, to_real(x_row[v->y2 * cls]));
-}
-
-// The state of an empty part: the maximum starts at the label's logit.
-template <class R>
-__device__ __forceinline__ RowState<R> start_state(const RowView<R>& v) {
-  RowState<R> s;
-  if (v.zy == v.zy) s.part.m = v.zy;
-  s.argmax = v.y >= 0 ? v.y : kNoClass;
-  s.rank = 0;
-  s.first_nan = kNoClass;
-  return s;
+  if (M != Mode::kPlain && v->p->kind == TargetKind::kDense) return;
+  v->zy = transform<M>(f, to_real(x_row[v->y * cls]));
+  if (M != Mode::kPlain && v->p->kind == TargetKind::kMix) {
+    v->zy2 = transform<M>(f, to_real(x_row[v->y2 * cls]));
+  }
 }
 
 template <Mode M, class R>
@@ -432,10 +546,10 @@ __device__ __forceinline__ R tree_sum(const R* e) {
 }
 
 // Turns logits into z, with -inf for classes that are not there.
-template <int V, int N, class R>
+template <Mode M, int V, int N, class R>
 __device__ __forceinline__ void transform_batch(const RowTransform<R>& f, R (&x)[N], int first,
                                                 int step, int limit) {
-  if (f.cap) {
+  if (M != Mode::kPlain && f.cap) {
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = mul_rn(f.post, tanh_fast(f.pre * x[i]));
   } else {
@@ -485,11 +599,16 @@ __device__ __forceinline__ void accumulate(const RowView<R>& v, R (&z)[N], int f
   if (M != Mode::kPlain && v.weighted) {
     R wz = 0, w = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int c = first + (i / V) * step + i % V;
-      const R r = c < limit && c != v.y ? v.template streamed<M>(c) : R(0);
-      wz += r != 0 ? r * (z[i] - base) : R(0);
-      w += r;
+    for (int k = 0; k < N / V; ++k) {
+      const int c = first + k * step;
+      R r[V];
+      v.template streamed<M, V>(c, limit, r);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (c + e >= limit || c + e == v.y) r[e] = R(0);
+        wz += r[e] != 0 ? r[e] * (z[k * V + e] - base) : R(0);
+        w += r[e];
+      }
     }
     s->part.wz += wz;
     s->part.w += w;
@@ -508,33 +627,86 @@ __device__ __forceinline__ void accumulate(const RowView<R>& v, R (&z)[N], int f
   s->part.rest += tree_sum<N>(z);
 }
 
-// Shared memory of the team reductions of one row.
+// Shared memory of a team's merge, a column a warp. Merges that follow each other take turns with
+// two of them: then each needs one barrier only.
+inline constexpr int kTeamWarps = kLongTeam / kWarp;
 template <class R>
 struct TeamSlots {
-  R real[7][kMaxWarps];
-  int integer[3][kMaxWarps];
-};
+  R m[kTeamWarps], rest[kTeamWarps], ez[kTeamWarps], wz[kTeamWarps], w[kTeamWarps];
+  int argmax[kTeamWarps], rank[kTeamWarps];
 
-// Every thread of the team ends with the state of all of them.
-template <Mode M, class R>
-__device__ __forceinline__ void team_merge(const RowView<R>& v, RowState<R>* s,
-                                           TeamSlots<R>* slots) {
-  const R none = -infinity_<R>();
-  const R m = team_reduce(s->part.m, MaxOp{}, none, slots->real[0]);
-  if (M != Mode::kPlain && v.index) {
-    s->argmax =
-        team_reduce(s->part.m == m ? s->argmax : kNoClass, MinOp{}, kNoClass, slots->integer[0]);
-    s->rank = team_reduce(s->rank, AddOp{}, 0, slots->integer[1]);
-  }
-  rebase<M>(&s->part, m);
-  s->part.rest = team_reduce(s->part.rest, AddOp{}, R(0), slots->real[1]);
-  if (M != Mode::kPlain) {
-    if (v.entropy) s->part.ez = team_reduce(s->part.ez, AddOp{}, R(0), slots->real[2]);
-    if (v.weighted) {
-      s->part.wz = team_reduce(s->part.wz, AddOp{}, R(0), slots->real[3]);
-      s->part.w = team_reduce(s->part.w, AddOp{}, R(0), slots->real[4]);
+  template <Mode M>
+  __device__ __forceinline__ void put(int i, const RowState<R>& s) {
+    m[i] = s.part.m;
+    rest[i] = s.part.rest;
+    if constexpr (M != Mode::kPlain) {
+      ez[i] = s.part.ez;
+      wz[i] = s.part.wz;
+      w[i] = s.part.w;
+      argmax[i] = s.argmax;
+      rank[i] = s.rank;
     }
   }
+  template <Mode M>
+  __device__ __forceinline__ RowState<R> get(int i) const {
+    RowState<R> s;
+    s.part.m = m[i];
+    s.part.rest = rest[i];
+    if constexpr (M != Mode::kPlain) {
+      s.part.ez = ez[i];
+      s.part.wz = wz[i];
+      s.part.w = w[i];
+      s.argmax = argmax[i];
+      s.rank = rank[i];
+    }
+    return s;
+  }
+};
+
+template <Mode M, class R>
+__device__ __forceinline__ void warp_merge(const RowView<R>& v, RowState<R>* s) {
+  const R m = warp_reduce(s->part.m, MaxOp{});
+  if (M != Mode::kPlain && v.index) {
+    s->argmax = warp_reduce(s->part.m == m ? s->argmax : kNoClass, MinOp{});
+    s->rank = warp_reduce(s->rank, AddOp{});
+  }
+  rebase<M>(&s->part, m);
+  s->part.rest = warp_reduce(s->part.rest, AddOp{});
+  if (M != Mode::kPlain) {
+    if (v.entropy) s->part.ez = warp_reduce(s->part.ez, AddOp{});
+    if (v.weighted) {
+      s->part.wz = warp_reduce(s->part.wz, AddOp{});
+      s->part.w = warp_reduce(s->part.w, AddOp{});
+    }
+  }
+}
+
+// Adds the state of the next part of a row.
+template <class R>
+__device__ __forceinline__ void merge_state(RowState<R>* s, const RowState<R>& next, bool index) {
+  if (index) {
+    if (next.part.m > s->part.m) s->argmax = kNoClass;
+    if (next.part.m >= s->part.m && next.argmax < s->argmax) s->argmax = next.argmax;
+    s->rank += next.rank;
+    if (next.first_nan < s->first_nan) s->first_nan = next.first_nan;
+  }
+  s->part = merge(s->part, next.part);
+}
+
+// Every thread of the team's first warp ends with the state of all of them; of the others, too,
+// with `all`.
+template <Mode M, class R>
+__device__ __forceinline__ void team_merge(const RowView<R>& v, RowState<R>* s, TeamSlots<R>* slots,
+                                           bool all) {
+  warp_merge<M>(v, s);
+  if (blockDim.x <= kWarp) return;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (lane == 0) slots->template put<M>(warp, *s);
+  __syncthreads();
+  if (warp > 0 && !all) return;
+  *s = RowState<R>{};
+  if (lane < int(blockDim.x) / kWarp) *s = slots->template get<M>(lane);
+  warp_merge<M>(v, s);
 }
 
 // ---- Epilogue ----------------------------------------------------------------------------------
@@ -555,10 +727,16 @@ struct RowResult {
 
 // Completes the merged state with the label's own share. Soft targets at tau != 1 still lack
 // `soft`.
-template <class R>
-__device__ __forceinline__ RowResult<R> finish_state(const RowView<R>& v, const RowState<R>& s) {
+template <Mode M, class R>
+__device__ __forceinline__ RowResult<R> finish_state(const RowView<R>& v, RowState<R> s) {
   const RowSoftmaxProblem& p = *v.p;
   RowResult<R> r;
+  if (v.zy > s.part.m) {
+    rebase<M>(&s.part, v.zy);
+    s.argmax = v.y;
+  } else if (v.zy == s.part.m && v.y >= 0 && v.y < s.argmax) {
+    s.argmax = v.y;
+  }
   r.rest = s.part.rest;
   r.terms = row_terms(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
   r.wz = s.part.wz;
@@ -606,6 +784,57 @@ __device__ __forceinline__ void store_ignored(const RowSoftmaxProblem& p,
   if (p.options.reduction == Reduction::kNone) store_float(f.loss, f.loss_dtype, row, R(0));
 }
 
+// The numbers of `norm` where the host knows them: no mean over rows that must be counted, and no
+// sum of class weights that matters.
+template <class R>
+struct KnownNorm {
+  bool known;
+  R value[kNormCount];
+
+  explicit KnownNorm(const RowSoftmaxProblem& p) {
+    const RowSoftmaxOptions& o = p.options;
+    known = !p.weight && (o.reduction != Reduction::kMean || o.num_items > 0);
+    if (known) finish_norm(p, 0, 0, double(p.classes), value);
+  }
+  // Every thread of the block calls this; `shared` then stands for f->norm in the block, and block
+  // 0 writes what later kernels read.
+  __device__ __forceinline__ void use(R* shared, RowSoftmaxForward* f) const {
+    if (!known) return;
+    const bool writes = blockIdx.x == 0 && blockIdx.y == 0;
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+#pragma unroll
+      for (int i = 0; i < kNormCount; ++i) {
+        shared[i] = value[i];
+        if (writes) static_cast<R*>(f->norm)[i] = value[i];
+      }
+    }
+    __syncthreads();
+    f->norm = shared;
+  }
+};
+
+// Outputs of a row whose statistics are complete, by one thread.
+template <Mode M, class T>
+__device__ __forceinline__ void finish_row(const RowSoftmaxProblem& p,
+                                           const RowTransform<RealOf<T>>& transform,
+                                           RowSoftmaxForward f, int64_t row,
+                                           const RowState<RealOf<T>>& s) {
+  using R = RealOf<T>;
+  if (M == Mode::kPlain) {
+    f.extras = nullptr;
+    f.index = nullptr;
+  }
+  RowTarget<R> t;
+  if (!load_target(p, row, &t)) return store_ignored<R>(p, f, row);
+  RowView<R> v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
+  if (target_in_range(p, t)) {
+    read_labels<M>(transform, static_cast<const T*>(p.x) + row_offset(p, p.x_strides, row), &v);
+    store_result(f, row, v, finish_state<M>(v, s));
+  } else {
+    store_result(f, row, v, poisoned_result(&v));
+  }
+}
+
 // Adds a batch of z to the sums of a soft target, once the row's normaliser is known.
 template <int V, int N, class R>
 __device__ __forceinline__ void accumulate_soft(const RowView<R>& v, const RowTerms<R>& terms,
@@ -613,14 +842,17 @@ __device__ __forceinline__ void accumulate_soft(const RowView<R>& v, const RowTe
                                                 SoftSums<R>* sums) {
   const R a = R(1 - v.p->options.tau), m = terms.m, log_sum = terms.log_sum;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int c = first + (i / V) * step + i % V;
-    const R r = c < limit ? v.soft(c) : R(0);
-    if (r == 0) continue;
-    // exp for the mass, not expm1 + 1, which has no digits left where p^(tau-1) is small.
-    const R x = a * (log_sum - (z[i] - m));
-    sums->mass += r * exp_(x);
-    sums->loss += r * expm1_(x) / a;
+  for (int k = 0; k < N / V; ++k) {
+    R r[V];
+    v.template softs<V>(first + k * step, limit, r);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      if (r[e] == 0) continue;
+      // exp for the mass, not expm1 + 1, which has no digits left where p^(tau-1) is small.
+      const R x = a * (log_sum - (z[k * V + e] - m));
+      sums->mass += r[e] * exp_(x);
+      sums->loss += r[e] * expm1_(x) / a;
+    }
   }
 }
 
@@ -633,11 +865,18 @@ struct GradRow {
   RowCoeffs<R> c;
 };
 
-template <class R>
-__device__ __forceinline__ GradRow<R> make_grad_row(const RowTerms<R>& terms, const RowCoeffs<R>& c,
+template <Mode M, class R>
+__device__ __forceinline__ GradRow<R> make_grad_row(const RowTransform<R>& f,
+                                                    const RowTerms<R>& terms, const RowCoeffs<R>& c,
                                                     R zy) {
   const R u = zy - terms.m;
-  return {terms.m, terms.log_sum, exp_(u) * (c.label_a + c.b * fmax_(u, R(-1e4))) - c.label, c};
+  const R label = exp_(u) * (c.label_a + c.b * fmax_(u, R(-1e4))) - c.label;
+  GradRow<R> g{terms.m, terms.log_sum, label, c};
+  if (M == Mode::kPlain) {  // the slope of the transform, once a row
+    g.c.a *= f.pre;
+    g.label *= f.pre;
+  }
+  return g;
 }
 
 template <class R>
@@ -670,7 +909,7 @@ __device__ __forceinline__ void gradient_batch(const RowView<R>& v, const RowTra
         if (at == e) d[k * V + e] = g.label;
       }
     }
-    if (unsigned(at2) < unsigned(V)) {
+    if (M != Mode::kPlain && unsigned(at2) < unsigned(V)) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         if (at2 == e) d[k * V + e] -= g.c.label2;
@@ -679,22 +918,31 @@ __device__ __forceinline__ void gradient_batch(const RowView<R>& v, const RowTra
   }
   if (M != Mode::kPlain && g.c.spread != 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int c = first + (i / V) * step + i % V;
-      if (c < limit) d[i] -= g.c.spread * v.weight(c);
+    for (int k = 0; k < N / V; ++k) {
+      R w[V];
+      v.template weights<V>(first + k * step, limit, w);
+#pragma unroll
+      for (int e = 0; e < V; ++e) d[k * V + e] -= g.c.spread * w[e];
     }
   }
   if (M == Mode::kSoft && g.c.soft != 0) {
     const R a = R(1 - v.p->options.tau);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int c = first + (i / V) * step + i % V;
-      const R r = c < limit ? v.soft(c) : R(0);
-      const R power = a == 0 ? R(1) : exp_fast(a * (g.log_sum - (z[i] - g.m)));
-      if (r != 0) d[i] -= g.c.soft * r * power;
+    for (int k = 0; k < N / V; ++k) {
+      R r[V];
+      v.template softs<V>(first + k * step, limit, r);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const R u = z[k * V + e] - g.m;
+        const R power = a == 0 ? R(1) : exp_fast(a * (g.log_sum - u));
+        if (r[e] != 0) d[k * V + e] -= g.c.soft * r[e] * power;
+      }
     }
   }
-  if (M != Mode::kPlain && f.cap) {
+  if (M == Mode::kPlain) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = d[i];
+  } else if (f.cap) {
 #pragma unroll
     for (int i = 0; i < N; ++i) z[i] = f.slope(z[i]) * d[i];
   } else {
@@ -739,7 +987,8 @@ __device__ __forceinline__ RowTerms<R> load_terms(const RowSoftmaxProblem& p, co
 // The least mode that can do the problem. The double kernels exist in the last one only.
 inline Mode mode_of(const RowSoftmaxProblem& p, bool extras) {
   if (p.dtype == DType::kF64 || p.soft()) return Mode::kSoft;
-  const bool options = p.options.softcap > 0 || p.options.smoothing > 0 || extras;
+  const bool options =
+      p.kind == TargetKind::kMix || p.options.softcap > 0 || p.options.smoothing > 0 || extras;
   return options ? Mode::kOptions : Mode::kPlain;
 }
 
@@ -747,20 +996,23 @@ inline void check_classes(const RowSoftmaxProblem& p) {
   if (p.classes > kMaxClasses) throw std::invalid_argument("row_softmax: too many classes");
 }
 
-// Threads of a team kernel's block and how many blocks an SM should hold: the registers per thread
-// follow from both.
-inline constexpr int kLongTeam = 256;
-template <class T, Mode M>
-inline constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : (M == Mode::kSoft ? 2 : 3);
-// Vectors that a thread loads before it uses the first.
-template <Mode M>
-inline constexpr int kBatch = M == Mode::kPlain ? 4 : 2;
-
-// One thread per row where rows are short, or where neighbouring rows are adjacent in memory and
-// there are enough of them to fill the device; a team per row otherwise.
-inline bool use_alone(const RowSoftmaxProblem& p) {
+// Classes that lie far apart, of neighbouring rows that are adjacent in memory.
+inline bool transposed(const RowSoftmaxProblem& p) {
   const bool adjacent = (p.inner > 1 ? p.x_strides.inner : p.x_strides.outer) == 1;
-  return p.classes <= kWarp || (p.x_strides.cls != 1 && adjacent && p.rows() >= 8192);
+  return p.x_strides.cls != 1 && adjacent;
+}
+
+// A thread per row where rows are short, or transposed and enough to fill warps; a team per row
+// otherwise.
+inline bool use_alone(const RowSoftmaxProblem& p) {
+  return p.classes <= kWarp || (transposed(p) && p.rows() >= 1024);
+}
+
+// Blocks of a team kernel that the device holds at a time.
+template <class T, Mode M>
+int64_t resident_blocks(int threads) {
+  return int64_t(device_attribute(cudaDevAttrMultiProcessorCount)) * kBlocksPerSm<T, M> *
+         (kLongTeam / threads);
 }
 
 inline int64_t vectors_per_row(const RowSoftmaxProblem& p) {

@@ -1,8 +1,9 @@
 // Row softmax, backward. Formulas: common/row_softmax.h; device code of a row: row_softmax.cuh.
 //
-// Decomposition: grid (row, column range); a team (one warp for short rows, one block for longer
-// ones) computes the row's few coefficients from the saved statistics, every warp for itself, which
-// needs no barrier, and writes its range. One range per row unless rows are few.
+// Decomposition: grid (rows, column range); a team (one warp for short rows, one block for longer
+// ones) takes some rows. Each lane of its first warp computes one row's few coefficients from the
+// saved statistics, while the first logits are on their way; then the team writes its range of one
+// row after the other. One range per row unless rows are few.
 //
 // Memory traffic per logit of b bytes: read b, write b; the output may be the input. Ignored rows:
 // write b. scale_inplace reads and writes b, or nothing when the factor is 1.
@@ -20,42 +21,100 @@
 namespace pyloss::cuda {
 namespace {
 
-template <class T, Mode M>
-__global__ void __launch_bounds__(kLongTeam, kBlocksPerSm<T, M>)
-    row_softmax_bwd_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
-                           RowSoftmaxBackward b, int columns) {
-  using R = RealOf<T>;
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= p.rows()) return;
-  const int begin = int(blockIdx.y) * columns, classes = int(p.classes);
-  const int end = columns < classes - begin ? begin + columns : classes;
-  const int64_t cls = b.grad_strides.cls;
-  T* out = static_cast<T*>(b.grad) + row_offset(p, b.grad_strides, row);
-  const T* x = static_cast<const T*>(p.x) + row_offset(p, p.x_strides, row);
+// What the walk over a row needs; y is kIgnored for a row of zeros.
+template <class R>
+struct GradLine {
+  GradRow<R> g;
+  int y, y2;
+};
+constexpr int kTeams = 4;  // of a block, one warp each
 
+// One lane, one row.
+template <Mode M, class R>
+__device__ __forceinline__ GradLine<R> make_line(const RowSoftmaxProblem& p,
+                                                 const RowTransform<R>& transform,
+                                                 const RowSoftmaxBackward& b, int64_t row) {
+  GradLine<R> line{};
   RowTarget<R> t;
   if (!load_target(p, row, &t)) {
-    for (int c = begin + int(threadIdx.x); c < end; c += int(blockDim.x)) {
-      out[int64_t(c) * cls] = from_real<T>(R(0));
-    }
-    return;
+    line.y = kIgnored;
+    return line;
   }
-  RowView<R> v = make_view(p, t, row, false, false);
-  R soft_mass;
-  const RowTerms<R> terms = load_terms(p, b.stats, row, t, &v.zy, &soft_mass);
+  const RowView<R> v = make_view(p, t, row, false, false);
+  R zy, soft_mass;
+  const RowTerms<R> terms = load_terms(p, b.stats, row, t, &zy, &soft_mass);
   const RowUpstream<R> u =
       b.grad_loss ? load_upstream(p, b, row, t.token) : unit_upstream<R>(b.norm, t.token);
   const R weight_sum = static_cast<const R*>(b.norm)[kNormWeightSum];
-  const GradRow<R> g =
-      make_grad_row(terms, row_coeffs(p, t, terms, u, weight_sum, soft_mass), v.zy);
-  const RowSpan<T> span = make_span<T>(x, p.x_strides.cls, begin, end, out, cls);
-  for_each_batch<kBatch<M>>(span, Walk::kPlain, nullptr,
-                            [&](auto width, auto& z, int first, int step, int limit) {
-                              constexpr int V = decltype(width)::value;
-                              transform_batch<V>(transform, z, first, step, limit);
-                              gradient_batch<M, V>(v, transform, g, z, first, step, limit);
-                              store_batch<T, V>(out, cls, z, first, step, limit);
-                            });
+  line.g =
+      make_grad_row<M>(transform, terms, row_coeffs(p, t, terms, u, weight_sum, soft_mass), zy);
+  line.y = v.y;
+  line.y2 = v.y2;
+  return line;
+}
+
+template <class T, Mode M>
+__global__ void __launch_bounds__(kLongTeam, kBlocksPerSm<T, M>)
+    row_softmax_bwd_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
+                           RowSoftmaxBackward b, int columns, int per_team) {
+  using R = RealOf<T>;
+  constexpr int K = kBatch<M, true>, A = kAhead<M, true, false>;
+  __shared__ GradLine<R> lines[kTeams][kMostRows];
+  const int64_t rows = p.rows(), step = int64_t(gridDim.x) * blockDim.y;
+  const int64_t first_row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (first_row >= rows) return;
+  const int begin = int(blockIdx.y) * columns, classes = int(p.classes);
+  const int end = columns < classes - begin ? begin + columns : classes;
+  const int64_t cls = b.grad_strides.cls;
+  const auto out_of = [&](int64_t row) {
+    return static_cast<T*>(b.grad) + row_offset(p, b.grad_strides, row);
+  };
+  const auto span_of = [&](int64_t row) {
+    const T* x = static_cast<const T*>(p.x) + row_offset(p, p.x_strides, row);
+    return make_span<T>(x, p.x_strides.cls, begin, end, out_of(row), cls);
+  };
+  RowSpan<T> span = span_of(first_row);
+  Ahead<T, K, A> ahead;
+  start_row(span, span.vector_data(), &ahead);
+  if (threadIdx.x < kWarp && int(threadIdx.x) < per_team) {
+    const int64_t row = first_row + int64_t(threadIdx.x) * step;
+    if (row < rows) lines[threadIdx.y][threadIdx.x] = make_line<M>(p, transform, b, row);
+  }
+  if (blockDim.x > kWarp) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  for (int r = 0; r < per_team; ++r) {
+    const int64_t row = first_row + r * step;
+    if (row >= rows) return;
+    const GradLine<R>& line = lines[threadIdx.y][r];
+    T* out = out_of(row);
+    if (line.y == kIgnored) {
+      write_zeros(make_span<T>(out, cls, begin, end, out, cls), out);
+    } else {
+      RowTarget<R> t{};
+      if (M == Mode::kSoft) {
+        load_target(p, row, &t);  // of the coefficients of every class
+      } else {
+        t.y = line.y;
+        t.y2 = line.y2;
+      }
+      const RowView<R> v = make_view(p, t, row, false, false);
+      const GradRow<R> g = line.g;
+      for_each_batch(span, span.vector_data(), nullptr, &ahead,
+                     [&](auto width, auto& z, int first, int step, int limit) {
+                       constexpr int V = decltype(width)::value;
+                       transform_batch<M, V>(transform, z, first, step, limit);
+                       gradient_batch<M, V>(v, transform, g, z, first, step, limit);
+                       store_batch<T, V>(out, cls, z, first, step, limit);
+                     });
+    }
+    if (r + 1 < per_team && row + step < rows) {
+      span = span_of(row + step);
+      start_row(span, span.vector_data(), &ahead);
+    }
+  }
 }
 
 constexpr int kScaleThreads = 256;
@@ -85,25 +144,39 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
+template <class T, Mode M>
+void backward_rows(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, void* stream) {
+  const int threads = team_threads(p), teams = threads == kWarp ? kTeams : 1;
+  const int64_t vectors = vectors_per_row(p), vector = 16 / dtype_size(p.dtype);
+  const int64_t groups = ceil_div(p.rows(), teams),
+                resident = resident_blocks<T, M>(threads * teams);
+  // Rows fill the device, or their ranges do, each with at least one batch per thread.
+  const int per_team = int(std::clamp<int64_t>(ceil_div(groups, resident), 1, kMostRows));
+  const int64_t splits = std::clamp<int64_t>(ceil_div(2 * resident, groups), 1,
+                                             ceil_div(vectors, 4 * int64_t(threads)));
+  const int64_t columns = ceil_div(ceil_div(p.classes, splits), vector) * vector;
+  launch(
+      row_softmax_bwd_kernel<T, M>,
+      dim3(grid_size(ceil_div(p.rows(), teams * per_team)), unsigned(ceil_div(p.classes, columns))),
+      dim3(unsigned(threads), unsigned(teams)), 0, stream, p, RowTransform<RealOf<T>>(p.options), b,
+      int(columns), per_team);
+}
+
 template <class T>
 void backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, void* stream) {
   if (use_alone(p)) return row_softmax_backward_alone<T>(p, b, stream);
-  const int threads = team_threads(p), teams = threads == kWarp ? 4 : 1;
-  const int64_t vectors = vectors_per_row(p), vector = 16 / dtype_size(p.dtype);
-  // Enough blocks for every SM several times over, each with at least one batch per thread.
-  const int64_t wanted = ceil_div(8 * int64_t(device_attribute(cudaDevAttrMultiProcessorCount)),
-                                  ceil_div(p.rows(), teams));
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, ceil_div(vectors, 4 * int64_t(threads)));
-  const int64_t columns = ceil_div(ceil_div(p.classes, splits), vector) * vector;
-  const RowTransform<RealOf<T>> transform(p.options);
-  auto* kernel = row_softmax_bwd_kernel<T, Mode::kSoft>;
-  if constexpr (!std::is_same_v<T, double>) {
-    const Mode mode = mode_of(p, b.grad_extras != nullptr);
-    if (mode == Mode::kPlain) kernel = row_softmax_bwd_kernel<T, Mode::kPlain>;
-    if (mode == Mode::kOptions) kernel = row_softmax_bwd_kernel<T, Mode::kOptions>;
+  if constexpr (std::is_same_v<T, double>) {
+    backward_rows<T, Mode::kSoft>(p, b, stream);
+  } else {
+    switch (mode_of(p, b.grad_extras != nullptr)) {
+      case Mode::kPlain:
+        return backward_rows<T, Mode::kPlain>(p, b, stream);
+      case Mode::kOptions:
+        return backward_rows<T, Mode::kOptions>(p, b, stream);
+      default:
+        return backward_rows<T, Mode::kSoft>(p, b, stream);
+    }
   }
-  launch(kernel, dim3(grid_size(ceil_div(p.rows(), teams)), unsigned(ceil_div(p.classes, columns))),
-         dim3(unsigned(threads), unsigned(teams)), 0, stream, p, transform, b, int(columns));
 }
 
 }  // namespace

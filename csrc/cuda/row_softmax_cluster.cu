@@ -26,14 +26,16 @@ constexpr int kMaxCluster = 8;  // larger ones are not portable
 template <class T>
 __global__ void __launch_bounds__(kLongTeam)
     row_softmax_cluster_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
-                               RowSoftmaxForward f, int columns) {
+                               RowSoftmaxForward f, KnownNorm<RealOf<T>> norm, int columns) {
 #if __CUDA_ARCH__ >= 900 || defined(PYLOSS_CUDA_SHIM)
   namespace cg = cooperative_groups;
   using R = RealOf<T>;
-  constexpr int K = 4;
+  Ahead<T, kBatch<Mode::kPlain, true>, kAhead<Mode::kPlain, true, true>> ahead;
   PYLOSS_DYNAMIC_SHARED(uint4, kept);
   __shared__ TeamSlots<R> slots;
   __shared__ R published[2];
+  __shared__ R shared_norm[kNormCount];
+  norm.use(shared_norm, &f);
   cg::cluster_group cluster = cg::this_cluster();
   const int rank = int(cluster.block_rank()), blocks = int(cluster.num_blocks());
   const int64_t row = blockIdx.x / blocks;  // all blocks of a cluster return together
@@ -54,15 +56,16 @@ __global__ void __launch_bounds__(kLongTeam)
   const RowSpan<T> span = make_span<T>(x, 1, begin, end, grad, 1);
   RowResult<R> r;
   if (valid) {
-    read_labels(transform, x, &v);
-    RowState<R> s = start_state(v);
-    for_each_batch<K>(span, Walk::kKeep, kept,
-                      [&](auto width, auto& z, int first, int step, int limit) {
-                        constexpr int V = decltype(width)::value;
-                        transform_batch<V>(transform, z, first, step, limit);
-                        accumulate<Mode::kPlain, V>(v, z, first, step, limit, &s);
-                      });
-    team_merge<Mode::kPlain>(v, &s, &slots);
+    read_labels<Mode::kPlain>(transform, x, &v);
+    RowState<R> s;
+    start_row(span, span.vector_data(), &ahead);
+    for_each_batch(span, span.vector_data(), kept, &ahead,
+                   [&](auto width, auto& z, int first, int step, int limit) {
+                     constexpr int V = decltype(width)::value;
+                     transform_batch<Mode::kPlain, V>(transform, z, first, step, limit);
+                     accumulate<Mode::kPlain, V>(v, z, first, step, limit, &s);
+                   });
+    team_merge<Mode::kPlain>(v, &s, &slots, false);
     if (threadIdx.x == 0) {
       published[0] = s.part.m;
       published[1] = s.part.rest;
@@ -77,22 +80,24 @@ __global__ void __launch_bounds__(kLongTeam)
       s.part = merge(s.part, part);
     }
     cluster.sync();  // nobody leaves while its part may still be read
-    r = finish_state(v, s);
+    r = finish_state<Mode::kPlain>(v, s);
   } else {
     r = poisoned_result(&v);
   }
   if (rank == 0 && threadIdx.x == 0) store_result(f, row, v, r);
   const R weight_sum = static_cast<const R*>(f.norm)[kNormWeightSum];
-  const GradRow<R> g = make_grad_row(
-      r.terms,
+  const GradRow<R> g = make_grad_row<Mode::kPlain>(
+      transform, r.terms,
       row_coeffs(p, t, r.terms, unit_upstream<R>(f.norm, t.token), weight_sum, r.soft.mass), v.zy);
-  for_each_batch<K>(span, valid ? Walk::kReplay : Walk::kPlain, kept,
-                    [&](auto width, auto& z, int first, int step, int limit) {
-                      constexpr int V = decltype(width)::value;
-                      transform_batch<V>(transform, z, first, step, limit);
-                      gradient_batch<Mode::kPlain, V>(v, transform, g, z, first, step, limit);
-                      store_batch<T, V>(grad, 1, z, first, step, limit);
-                    });
+  const uint4* again = valid ? kept : span.vector_data();
+  start_row(span, again, &ahead);
+  for_each_batch(span, again, nullptr, &ahead,
+                 [&](auto width, auto& z, int first, int step, int limit) {
+                   constexpr int V = decltype(width)::value;
+                   transform_batch<Mode::kPlain, V>(transform, z, first, step, limit);
+                   gradient_batch<Mode::kPlain, V>(v, transform, g, z, first, step, limit);
+                   store_batch<T, V>(grad, 1, z, first, step, limit);
+                 });
 #endif
 }
 
@@ -107,7 +112,8 @@ bool cluster_wanted() {
 }  // namespace
 
 template <class T>
-bool launch_cluster_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, void* stream) {
+bool launch_cluster_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
+                            const KnownNorm<RealOf<T>>& norm, void* stream) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
   } else {
@@ -129,14 +135,14 @@ bool launch_cluster_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward&
     launch_clusters(row_softmax_cluster_kernel<T>, unsigned(blocks),
                     dim3(grid_size(p.rows() * blocks)), dim3(kLongTeam),
                     size_t(columns / kVec<T> * 16), stream, p, RowTransform<RealOf<T>>(p.options),
-                    f, int(columns));
+                    f, norm, int(columns));
     return true;
   }
 }
 
 #define PYLOSS_INSTANTIATE(T)                                                                 \
   template bool launch_cluster_forward<T>(const RowSoftmaxProblem&, const RowSoftmaxForward&, \
-                                          void*);
+                                          const KnownNorm<RealOf<T>>&, void*);
 PYLOSS_INSTANTIATE(double)
 PYLOSS_INSTANTIATE(float)
 PYLOSS_INSTANTIATE(BF16)

@@ -20,7 +20,7 @@ template <class T>
 __global__ void __launch_bounds__(kLongTeam)
     row_softmax_hvp_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> f, RowSoftmaxHvp h) {
   using R = RealOf<T>;
-  __shared__ TeamSlots<R> slots;
+  __shared__ R slots[3][kMaxWarps];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, n = p.rows();
   if (row >= n) return;
   const RowSoftmaxBackward& b = h.backward;
@@ -48,23 +48,23 @@ __global__ void __launch_bounds__(kLongTeam)
   const R* norm = static_cast<const R*>(b.norm);
   const RowUpstream<R> u = load_upstream(p, b, row, t.token);
   const RowCoeffs<R> c = row_coeffs(p, t, terms, u, norm[kNormWeightSum], soft_mass);
-  const R label_gradient = make_grad_row(terms, c, v.zy).label;
+  const R label_gradient = make_grad_row<Mode::kSoft>(f, terms, c, v.zy).label;
 
   R vbar = 0, uv = 0, wv = 0;
   for (int64_t j = threadIdx.x; j < p.classes; j += blockDim.x) {
-    const R z = transform(f, to_real(x[j * p.x_strides.cls]));
+    const R z = transform<Mode::kSoft>(f, to_real(x[j * p.x_strides.cls]));
     const R vz = to_real(tangent[j * h.v_strides.cls]) * f.slope(z);
     const R uj = z - terms.m, pv = exp_fast(uj) / terms.sum * vz;
     vbar += pv;
     uv += fmax_(uj, R(-1e4)) * pv;
     wv += v.weight(int(j)) * vz;
   }
-  vbar = team_reduce(vbar, AddOp{}, R(0), slots.real[0]);
-  uv = team_reduce(uv, AddOp{}, R(0), slots.real[1]);
-  wv = team_reduce(wv, AddOp{}, R(0), slots.real[2]);
+  vbar = team_reduce(vbar, AddOp{}, R(0), slots[0]);
+  uv = team_reduce(uv, AddOp{}, R(0), slots[1]);
+  wv = team_reduce(wv, AddOp{}, R(0), slots[2]);
   const auto tangent_at = [&](int64_t y) {
     if (!valid) return nan_<R>();
-    const R z = transform(f, to_real(x[y * p.x_strides.cls]));
+    const R z = transform<Mode::kSoft>(f, to_real(x[y * p.x_strides.cls]));
     return to_real(tangent[y * h.v_strides.cls]) * f.slope(z);
   };
   const R v1 = tangent_at(t.y), v2 = p.kind == TargetKind::kMix ? tangent_at(t.y2) : R(0);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kLongTeam)
     }
   }
   for (int64_t j = threadIdx.x; j < p.classes; j += blockDim.x) {
-    const R z = transform(f, to_real(x[j * p.x_strides.cls]));
+    const R z = transform<Mode::kSoft>(f, to_real(x[j * p.x_strides.cls]));
     const R vx = to_real(tangent[j * h.v_strides.cls]), slope = f.slope(z), vz = vx * slope;
     const R uj = fmax_(z - terms.m, R(-1e4)), e = exp_fast(z - terms.m);
     R g = e * (c.a + c.b * uj);

@@ -74,11 +74,3 @@ __all__ = [
     "masked_matmul_nn",
     "masked_matmul_tn",
 ]
-
-
-def __getattr__(name: str):
-    if name == "COMPILE_CASES":  # for the compile checks only
-        from .compile_cases import COMPILE_CASES
-
-        return COMPILE_CASES
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

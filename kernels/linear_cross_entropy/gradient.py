@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import cdiv, check_rows, device_guard, dot_precision
+from .._launch import cdiv, check_rows, device_guard, dot_precision, widens
 from . import launch
-from .launch import OPTIONS, Config, check_problem, wide
+from .launch import OPTIONS, Config, check_problem
 from .tiles import LOG2E, label_in_tile, live_rows, patch, tile_product, transform
 
 
@@ -216,7 +216,7 @@ def linear_softmax_grad(
                 post,
                 CAP=cap,
                 EVEN_K=d % c.block_k == 0,
-                WIDE=wide(x),
+                WIDE=widens(x.dtype),
                 PRECISION=dot_precision(x.dtype),
                 BLOCK_M=c.block_m,
                 BLOCK_N=c.block_n,

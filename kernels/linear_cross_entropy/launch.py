@@ -34,6 +34,8 @@ TABLE = {
     ("stats with more", "tf32"): Config(128, 128, 32, 8, 4),
     ("grad", "tf32"): Config(128, 128, 32, 8, 4),
     ("matmul", "tf32"): Config(128, 128, 32, 8, 3),
+    # half inputs and a float32 gradient, in two parts (accumulate_dtype)
+    ("matmul of parts", "half"): Config(128, 128, 32, 4, 3),
     # float32 in full precision: no tensor cores, smaller tiles
     ("stats", "ieee"): Config(64, 64, 32, 4, 3),
     ("stats with more", "ieee"): Config(64, 64, 32, 4, 3),
@@ -63,13 +65,13 @@ def check_problem(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(
             f"x (N, D) and weight (V, D) expected, got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if max(x.shape[0], weight.shape[0]) >= 2**31:
+        raise ValueError(
+            f"x and weight need fewer than 2^31 rows, got {x.shape[0]} and {weight.shape[0]}"
+        )
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             "x and weight need one dtype of float32, bfloat16, float16, got "
             f"{x.dtype} and {weight.dtype}"
         )
     check_rows(x=x, weight=weight)
-
-
-def wide(t: torch.Tensor) -> bool:
-    return not t.is_cuda and t.dtype == torch.bfloat16

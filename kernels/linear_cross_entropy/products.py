@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FULL_GRID, cdiv, check_rows, device_guard, dot_precision
+from .._launch import FULL_GRID, cdiv, check_rows, device_guard, dot_precision, widens
 from . import launch
 from .gradient import TileMask
-from .launch import OPTIONS, Config, wide
-from .tiles import dot, live_rows, patch
+from .launch import OPTIONS, Config
+from .tiles import gradient_dot, live_rows, patch
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def masked_matmul_nn_kernel(
             w = tl.load(
                 w_ptrs, mask=(inner[:, None] < n_inner) & (cols[None, :] < n_cols), other=0.0
             )
-        acc = dot(dz, w, acc, WIDE, PRECISION)
+        acc = gradient_dot(dz, w, acc, False, WIDE, PRECISION)
 
     acc = _plus_outer(acc, left_ptr, right_ptr, rows, cols, n_rows, n_cols)
     acc = tl.where(rows[:, None] < n_live, acc, 0.0)
@@ -182,7 +182,7 @@ def masked_matmul_tn_kernel(
         x_ptrs = x_ptr + at * stride_x_row + cols[None, :]
         dz = tl.load(dz_ptrs, mask=live & (classes[None, :] < n_rows), other=0.0)
         x = tl.load(x_ptrs, mask=live & (cols[None, :] < n_cols), other=0.0)
-        acc = dot(tl.trans(dz), x, acc, WIDE, PRECISION)
+        acc = gradient_dot(dz, x, acc, True, WIDE, PRECISION)
 
     rows = row0 + tl.arange(0, BLOCK_M)
     acc = _plus_outer(acc, left_ptr, right_ptr, rows, cols, n_rows, n_cols)
@@ -279,6 +279,11 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...], accumulate: bool) -> N
     check_rows(out=out)
 
 
+def _config(dz: torch.Tensor, other: torch.Tensor, rows: int) -> Config:
+    kernel = "matmul" if dz.dtype == other.dtype else "matmul of parts"
+    return launch.choose_config(kernel, other.dtype, rows)
+
+
 def fit_mask(c: Config, block_m: int, tile: int) -> Config:
     """A masked product works on the mask's tiles: their height, steps that divide their width."""
     return c._replace(block_m=block_m, block_k=min(c.block_k, tile))
@@ -307,7 +312,7 @@ def masked_matmul_nn(
         raise ValueError(f"dz has {b} columns, weight {weight.shape[0]} rows")
     _check_out(out, (n, d), accumulate)
     check_rows(dz=dz, weight=weight)
-    c = config or launch.choose_config("matmul", dz.dtype, n if mask is None else mask.block_m)
+    c = config or _config(dz, weight, n if mask is None else mask.block_m)
     lists = counts = None
     if mask is not None:
         c = fit_mask(c, mask.block_m, mask.block_n)
@@ -331,7 +336,7 @@ def masked_matmul_nn(
                 ACCUMULATE=accumulate,
                 EVEN_N=d % c.block_n == 0,
                 EVEN_K=b % c.block_k == 0,
-                WIDE=wide(dz),
+                WIDE=widens(weight.dtype),
                 PRECISION=dot_precision(dz.dtype),
                 TILE=c.block_k if mask is None else mask.block_n,
                 BLOCK_M=c.block_m,
@@ -368,7 +373,7 @@ def masked_matmul_tn(
         raise ValueError(f"dz has {n} rows, x {x.shape[0]}")
     _check_out(out, (b, d), accumulate)
     check_rows(dz=dz, x=x)
-    c = config or launch.choose_config("matmul", dz.dtype, b if mask is None else mask.block_n)
+    c = config or _config(dz, x, b if mask is None else mask.block_n)
     lists = counts = None
     if mask is not None:
         c = fit_mask(c, mask.block_n, mask.block_m)
@@ -390,7 +395,7 @@ def masked_matmul_tn(
                 x.stride(0),
                 out.stride(0),
                 ACCUMULATE=accumulate,
-                WIDE=wide(dz),
+                WIDE=widens(x.dtype),
                 PRECISION=dot_precision(dz.dtype),
                 TILE=c.block_k if mask is None else mask.block_m,
                 BLOCK_M=c.block_m,

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FULL_GRID, cdiv, device_guard, dot_precision
+from .._launch import FULL_GRID, cdiv, device_guard, dot_precision, widens
 from . import launch
-from .launch import OPTIONS, Config, check_problem, wide
+from .launch import OPTIONS, Config, check_problem
 from .tiles import (
     LOG2E,
     NAN,
@@ -280,7 +280,7 @@ def linear_softmax_stats(
                 WANT_ENTROPY=want_entropy,
                 WANT_SUM=want_sum,
                 EVEN_K=d % c.block_k == 0,
-                WIDE=wide(x),
+                WIDE=widens(x.dtype),
                 PRECISION=dot_precision(x.dtype),
                 BLOCK_M=c.block_m,
                 BLOCK_N=c.block_n,

@@ -26,16 +26,45 @@ def live_rows(n_valid_ptr, n_rows):
     if n_valid_ptr is None:
         return n_rows
     else:
-        return tl.minimum(tl.load(n_valid_ptr), n_rows)
+        # Of 32 bits like n_rows: a number of steps made of it types what loops carry.
+        return tl.minimum(tl.load(n_valid_ptr), n_rows).to(tl.int32)
 
 
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     if WIDE:  # Triton's interpreter multiplies the bit patterns of bfloat16 numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    elif a.dtype != b.dtype:  # a float32 gradient meets half x or W
-        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _parts(a, b):
+    """float32 a as a high and a low part that tensor cores multiply with half b; and b for them.
+
+    Parts of bfloat16 keep 2^-17 of each number of a. float16 would lack the range: its b, which is
+    exact in tf32, meets parts of that type, which keep 2^-21.
+    """
+    if b.dtype == tl.bfloat16:
+        high = a.to(tl.bfloat16)
+        return high, (a - high.to(tl.float32)).to(tl.bfloat16), b
+    else:
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        return high, a - high, b.to(tl.float32)
+
+
+@triton.jit
+def gradient_dot(
+    dz, other, acc, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + dz other, or dz^T other; the gradient may be float32 where `other` is half."""
+    if dz.dtype == other.dtype:
+        return dot(tl.trans(dz) if TRANSPOSED else dz, other, acc, WIDE, PRECISION)
+    else:
+        high, low, other = _parts(dz, other)
+        if TRANSPOSED:  # not before: tensor cores read only half types across
+            high, low = tl.trans(high), tl.trans(low)
+        acc = dot(low, other, acc, WIDE, "tf32")
+        return dot(high, other, acc, WIDE, "tf32")
 
 
 @triton.jit

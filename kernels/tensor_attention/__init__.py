@@ -66,7 +66,6 @@ head packing after 2507.02754. The tilings and the product counts are derived in
 
 from __future__ import annotations
 
-from .compile_cases import COMPILE_CASES
 from .launch import tensor_attention_bwd, tensor_attention_fwd
 
-__all__ = ["COMPILE_CASES", "tensor_attention_bwd", "tensor_attention_fwd"]
+__all__ = ["tensor_attention_bwd", "tensor_attention_fwd"]

@@ -46,6 +46,10 @@ class Upstream(NamedTuple):
     dout: Any  # [B, H, n_q, dv]
     shift: Any  # float32 [B, H, n_q]: lse in units of log 2; +inf for rows without a valid triple
     delta: Any  # float32 [B, H, n_q]: <dout, out> - dlse, 0 for those rows
+    # With float16, else None: powers of two that bring dP - delta below 1, of a query and of all
+    # queries of a key head.
+    factor: Any  # float32 [B, H, n_q]
+    common: Any  # float32 [B, H / GROUP]
 
 
 class Constants(NamedTuple):
@@ -60,6 +64,7 @@ class Constants(NamedTuple):
     MASK2_ROWS: bool  # rows of mask2 differ
     WIDE: bool  # interpreted bfloat16
     PRECISION: str  # of products of float32
+    LIFT: int  # P is a factor of products times 2^LIFT: 15 with float16, else 0
     D: int  # d and dv, padded
     DV: int
     BLOCK_M: int  # rows of the accumulators

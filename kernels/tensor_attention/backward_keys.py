@@ -51,16 +51,36 @@ def _masked(s, x, tile, i, mask2_at, EDGE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _score_gradients(prob, dp, delta, common, C: tl.constexpr):
+    """dS, with LIFT times `common`; a column is a query."""
+    if C.LIFT > 0:
+        return prob * (dp * common - (delta * common)[None, :])
+    else:
+        return prob * (dp - delta[None, :])
+
+
+@triton.jit
+def _common(up, key_head, C: tl.constexpr):
+    """The factor that all queries share, and what takes it and 2^LIFT out of sums of dS."""
+    if up.common is None:
+        return 1.0, 1.0
+    else:
+        common = tl.load(up.common + key_head)
+        return common, (2.0**-C.LIFT) / common
+
+
+@triton.jit
 def tensor_attention_bwd_kv_rows_kernel(
     x,  # Inputs
     up,  # Upstream
-    dk2_ptr,  # [splits, B, H / GROUP, n_2, d], used with WANT_K
-    dv2_ptr,  # [splits, B, H / GROUP, n_2, dv], used with WANT_V
+    dk2_ptr,  # [splits, heads, n_2, d], used with WANT_K
+    dv2_ptr,  # [splits, heads, n_2, dv], used with WANT_V
     part_k_ptr,  # float32 [heads of this launch, blocks, span, d]: parts of dk1
     part_v_ptr,  # float32 [heads of this launch, blocks, span, dv]: parts of dv1
     first_head,  # of this launch, among B H / GROUP
+    result_head,  # the head that dk2 and dv2 begin with
     span,
-    total_keys,  # B H / GROUP n_2
+    split_keys,  # from one split of dk2, dv2 to the next
     scale,
     C: tl.constexpr,  # Constants; BLOCK_M of axis 2, BLOCK_N rows: query GROUP + head of the group
     WANT_K: tl.constexpr,
@@ -86,6 +106,7 @@ def tensor_attention_bwd_kv_rows_kernel(
     p_lo, p_hi, j_lo, j_hi = first_axis_span(
         block, BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
     )
+    common, lowering = _common(up, key_head, C)
     part_row = (pid.to(tl.int64) * span - j_lo).to(tl.int64)
     j_start, j_stop = split_range(j_lo, j_hi, split)
     d_cols = tl.arange(0, D)
@@ -122,7 +143,7 @@ def tensor_attention_bwd_kv_rows_kernel(
                     flat = flat0 + head.to(tl.int64) * x.n_q + i
                     q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
                     dout = load_rows(up.dout + flat * x.dv, x.dv, DV, C.EVEN_DV)
-                    shift = tl.load(up.shift + flat, mask=live, other=POS_INF)
+                    shift = tl.load(up.shift + flat, mask=live, other=POS_INF) - C.LIFT
                     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     s = dot(a, tl.trans(q), s, C)
                     if x.mask1 is not None:
@@ -142,10 +163,12 @@ def tensor_attention_bwd_kv_rows_kernel(
                         delta = tl.load(up.delta + flat, mask=live, other=0.0)
                         dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(b, tl.trans(dout), dp, C)
-                        ds = prob * (dp - delta[None, :])
+                        ds = _score_gradients(prob, dp, delta, common, C)
                         g = dot(ds.to(q.dtype), q, g, C)
         # Repeated rows beyond the end must not enter the column sums.
         if WANT_K:
+            if C.LIFT > 0:
+                g *= lowering
             dk2 += g * k1[None, :]
             g *= tile.k2.to(tl.float32)
             if not C.EVEN_N:
@@ -153,6 +176,8 @@ def tensor_attention_bwd_kv_rows_kernel(
             ptrs = part_k_ptr + (part_row + j) * x.d + d_cols
             tl.store(ptrs, tl.sum(g, axis=0), mask=d_cols < x.d)
         if WANT_V:
+            if C.LIFT > 0:
+                w *= 2.0**-C.LIFT
             dv2 += w * v1[None, :]
             w *= tile.v2.to(tl.float32)
             if not C.EVEN_N:
@@ -160,7 +185,7 @@ def tensor_attention_bwd_kv_rows_kernel(
             ptrs = part_v_ptr + (part_row + j) * x.dv + dv_cols
             tl.store(ptrs, tl.sum(w, axis=0), mask=dv_cols < x.dv)
 
-    flat_k = split.to(tl.int64) * total_keys + key_head * x.n_2 + tile.k
+    flat_k = split.to(tl.int64) * split_keys + (key_head - result_head) * x.n_2 + tile.k
     if WANT_K:
         store_rows(dk2_ptr + flat_k * x.d, dk2 * scale, inside, x.d, D)
     if WANT_V:
@@ -240,6 +265,7 @@ def tensor_attention_bwd_kv_pairs_kernel(
     p_lo, p_hi, _, _ = first_axis_span(
         block, BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
     )
+    common, lowering = _common(up, key_head, C)
     over, i_hi = _query_walk(tile, x, p_lo, p_hi, 1, BLOCK_I)
     if WANT_K:
         dk2 = tl.zeros((BLOCK_M, D), tl.float32)
@@ -262,7 +288,7 @@ def tensor_attention_bwd_kv_pairs_kernel(
                     dout = load_rows(up.dout + (flat0 + i) * x.dv, x.dv, DV, C.EVEN_DV)
                     v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
                     b = (dout.to(tl.float32) * v1.to(tl.float32)).to(tile.v2.dtype)
-                    shift = tl.load(up.shift + flat0 + i)
+                    shift = tl.load(up.shift + flat0 + i) - C.LIFT
                     if x.mask1 is not None:
                         at = batch * x.stride_mask1_b + head * x.stride_mask1_h
                         at += i.to(tl.int64) * x.stride_mask1_row
@@ -279,11 +305,16 @@ def tensor_attention_bwd_kv_pairs_kernel(
                         delta = tl.load(up.delta + flat0 + i)
                         dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(tile.v2, tl.trans(b), dp, C)
-                        ds = prob * (dp - delta[None, :])
+                        ds = _score_gradients(prob, dp, delta, common, C)
                         dk2 = dot(ds.to(a.dtype), a, dk2, C)
 
     flat_k = key_head * x.n_2 + tile.k
     inside = tile.k < x.n_2
+    if C.LIFT > 0:
+        if WANT_K:
+            dk2 *= lowering
+        if WANT_V:
+            dv2 *= 2.0**-C.LIFT
     if WANT_K:  # a holds s log2(e)
         store_rows(dk2_ptr + flat_k * x.d, dk2 * LN2, inside, x.d, D)
     if WANT_V:

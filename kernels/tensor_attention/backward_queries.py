@@ -29,14 +29,53 @@ from .tiles import (
 
 
 @triton.jit
+def _power_below_inverse(bound):
+    """The power of two in (1 / (2 bound), 1 / bound], between 2^-60 and 2^60.
+
+    2^60 also where the bound is infinite or NaN: what such a query adds is lost anyway, and the
+    factor that all queries share is not to follow it.
+    """
+    exponent = (bound.to(tl.int32, bitcast=True) >> 23) & 255
+    inverse = tl.where(exponent == 255, 187, 253 - exponent)
+    inverse = tl.minimum(tl.maximum(inverse, 67), 187)
+    return (inverse << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _differences(dp, delta, factor, LIFTED: tl.constexpr):
+    """dP - delta, or with LIFTED factor dP - delta, of a delta that has the factor."""
+    if LIFTED:
+        return dp * factor[:, None] - delta[:, None]
+    else:
+        return dp - delta[:, None]
+
+
+@triton.jit
+def _lowered(up, flat, C: tl.constexpr):
+    """(delta, factor) of queries, and what takes factor and 2^LIFT out of sums of dS.
+
+    The last two mean nothing without LIFT.
+    """
+    delta = tl.load(up.delta + flat)
+    if up.factor is None:
+        return delta, delta, delta
+    else:
+        factor = tl.load(up.factor + flat)
+        return delta * factor, factor, (2.0**-C.LIFT) / factor
+
+
+@triton.jit
 def tensor_attention_bwd_rows_stats_kernel(
     out_ptr,  # [rows, dv]
     dout_ptr,  # [rows, dv]
     lse_ptr,  # float32 [rows]
     dlse_ptr,  # float32 [rows] or None
-    shift_ptr,  # float32 [rows], this and the next: Upstream
+    size_ptr,  # float32 [B H / GROUP], with factor_ptr: at least |v1_j v2_k|_2 of all keys
+    shift_ptr,  # float32 [rows], this and the next two: Upstream
     delta_ptr,
+    factor_ptr,
     total_rows,
+    head_rows,  # of one key head
     dv,
     DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -50,9 +89,17 @@ def tensor_attention_bwd_rows_stats_kernel(
     dout = tl.load(dout_ptr + at, mask=here, other=0.0).to(tl.float32)
     delta = tl.sum(out * dout, axis=1)
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    bound = tl.zeros_like(delta)  # of |dP - delta|
+    if factor_ptr is not None:  # out is a mean of v1_j v2_k, so <dout, out> is bounded as dP is
+        size = tl.load(size_ptr + rows // head_rows, mask=inside, other=0.0)
+        bound = 2.0 * size * tl.sqrt(tl.sum(dout * dout, axis=1))
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
+        dlse = tl.load(dlse_ptr + rows, mask=inside, other=0.0)
+        delta -= dlse
+        bound += tl.abs(dlse)
     empty = lse == NEG_INF
+    if factor_ptr is not None:
+        tl.store(factor_ptr + rows, _power_below_inverse(bound), mask=inside)
     tl.store(shift_ptr + rows, tl.where(empty, POS_INF, lse * LOG2E), mask=inside)
     tl.store(delta_ptr + rows, tl.where(empty, 0.0, delta), mask=inside)
 
@@ -63,11 +110,13 @@ def _block(
     b,  # [BLOCK_M, DV] dout * v1
     shift,  # [BLOCK_M] lse less the row's penalty
     delta,  # [BLOCK_M]
+    factor,  # [BLOCK_M], with LIFTED
     x,
     queries,
     keys,
     k0,
     EDGE: tl.constexpr,
+    LIFTED: tl.constexpr,
     C: tl.constexpr,
 ):
     """P, dS and the tiles of K2 and V2."""
@@ -79,7 +128,7 @@ def _block(
     prob = tl.exp2(s - shift[:, None])
     dp = tl.zeros((b.shape[0], BLOCK_N), tl.float32)
     dp = dot(b, tl.trans(v2), dp, C)
-    return prob, prob * (dp - delta[:, None]), k2, v2
+    return prob, prob * _differences(dp, delta, factor, LIFTED), k2, v2
 
 
 @triton.jit
@@ -102,8 +151,8 @@ def tensor_attention_bwd_q_rows_kernel(
     flat = queries.flat
     q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
     dout = load_rows(up.dout + flat * x.dv, x.dv, C.DV, C.EVEN_DV)
-    lse = tl.load(up.shift + flat)
-    delta = tl.load(up.delta + flat)
+    lse = tl.load(up.shift + flat) - C.LIFT
+    delta, factor, lowering = _lowered(up, flat, C)
     j_lo = tl.maximum(queries.p0 - x.left1, 0)
     j_hi = tl.minimum(queries.p1 + x.right1 + 1, x.n_1)
     j_lo, j_hi = split_range(j_lo, j_hi, split)
@@ -122,10 +171,15 @@ def tensor_attention_bwd_q_rows_kernel(
                 start, stop = phase_bounds(over, phase)
                 for t in range(start, stop):
                     k0 = over.lo + t * C.BLOCK_N
-                    _, ds, k2, _ = _block(a, b, shift, delta, x, queries, keys, k0, phase != 1, C)
+                    _, ds, k2, _ = _block(
+                        a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C.LIFT > 0,
+                        C,
+                    )  # fmt: skip
                     dx = dot(ds.to(k2.dtype), k2, dx, C)
         dq += dx * k1[None, :]
 
+    if C.LIFT > 0:
+        dq *= lowering[:, None]
     flat += split.to(tl.int64) * total_rows
     store_rows(dq_ptr + flat * x.d, dq * scale, inside, x.d, D)
 
@@ -170,12 +224,12 @@ def tensor_attention_bwd_q_pairs_kernel(
     # Repeated queries beyond the end count as invalid too.
     i0 = tile * BLOCK_I
     valid = valid & (i0 + tl.arange(0, BLOCK_M) // BLOCK_J < x.n_q)
-    shift = tl.load(up.shift + queries.flat)
+    shift = tl.load(up.shift + queries.flat) - C.LIFT
     if x.mask1 is not None:
         rows = x.mask1 + queries.mask1_at + queries.i.to(tl.int64) * x.stride_mask1_row
         shift -= tl.load(rows + j) * LOG2E
     shift = tl.where(valid, shift, POS_INF)
-    delta = tl.load(up.delta + queries.flat)
+    delta, factor, lowering = _lowered(up, queries.flat, C)
     over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
 
     dx = tl.zeros((BLOCK_M, D), tl.float32)
@@ -186,11 +240,17 @@ def tensor_attention_bwd_q_pairs_kernel(
             start, stop = phase_bounds(over, phase)
             for t in range(start, stop):
                 k0 = over.lo + t * C.BLOCK_N
-                prob, ds, k2, v2 = _block(a, b, shift, delta, x, queries, keys, k0, phase != 1, C)
+                prob, ds, k2, v2 = _block(
+                    a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C.LIFT > 0, C
+                )
                 dx = dot(ds.to(k2.dtype), k2, dx, C)
                 if WANT_V:
                     y = dot(prob.to(v2.dtype), v2, y, C)
 
+    if C.LIFT > 0:
+        dx *= lowering[:, None]
+        if WANT_V:
+            y *= 2.0**-C.LIFT
     k1 = load_rows(k1_rows, x.d, D, C.EVEN_D).to(tl.float32)
     dq = tl.sum(tl.reshape(dx * k1, (BLOCK_I, BLOCK_J, D)), axis=1) * scale
     own = i0 + tl.arange(0, BLOCK_I)
@@ -223,6 +283,7 @@ def tensor_attention_bwd_mask_kernel(
     up,
     dmask_ptr,  # float32 [mask1's B, mask1's H, n_q, n_1], zeros on entry
     mask_heads,  # 1 or n_heads
+    slabs,  # mask_heads times the masks of a batch
     batches,  # this and the next: how many of either share one mask
     heads,
     C: tl.constexpr,
@@ -236,15 +297,16 @@ def tensor_attention_bwd_mask_kernel(
     n_tiles = tl.cdiv(x.n_q, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % n_tiles
-    slab = pid // n_tiles
+    slab = pid // n_tiles % slabs
+    j0 = pid // n_tiles // slabs * KEYS
     batch0 = slab // mask_heads
     head0 = slab % mask_heads
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     i = tl.minimum(rows, x.n_q - 1)
     p0 = tile * BLOCK_M + x.q_offset
     p1 = tl.minimum(tile * BLOCK_M + BLOCK_M, x.n_q) - 1 + x.q_offset
-    j_lo = tl.maximum(tl.program_id(1) * KEYS, p0 - x.left1)
-    j_hi = tl.minimum(tl.minimum(tl.program_id(1) * KEYS + KEYS, x.n_1), p1 + x.right1 + 1)
+    j_lo = tl.maximum(j0, p0 - x.left1)
+    j_hi = tl.minimum(tl.minimum(j0 + KEYS, x.n_1), p1 + x.right1 + 1)
     over = key_walk(x, p0, p1, C.BLOCK_N)
     out = dmask_ptr + (slab.to(tl.int64) * x.n_q + i) * x.n_1
     for j in range(j_lo, j_hi):
@@ -268,7 +330,7 @@ def tensor_attention_bwd_mask_kernel(
                     for t in range(start, stop):
                         k0 = over.lo + t * C.BLOCK_N
                         _, ds, _, _ = _block(
-                            a, b, shift, delta, x, queries, keys, k0, phase != 1, C
+                            a, b, shift, delta, delta, x, queries, keys, k0, phase != 1, False, C
                         )
                         acc += tl.sum(ds, axis=1)
         tl.store(out + j, acc, mask=rows < x.n_q)

@@ -234,6 +234,12 @@ class _Wanted(NamedTuple):
         return _Wanted(self.q, self.k2, self.k1, self.v2, self.v1)
 
 
+def _sizes(p: Problem) -> torch.Tensor:
+    """At least |v1_j v2_k|_2 of all keys j, k, per key head: float32 [B, H / GROUP]."""
+    v1 = torch.linalg.vector_norm(p.v1, dim=-1, dtype=torch.float32).amax(-1)
+    return v1 * torch.linalg.vector_norm(p.v2, math.inf, dim=(-2, -1), dtype=torch.float32)
+
+
 def _upstream(
     p: Problem,
     dout: torch.Tensor,
@@ -242,6 +248,9 @@ def _upstream(
     dlse: torch.Tensor | None,
 ) -> Upstream:
     shift, delta = torch.empty_like(lse), torch.empty_like(lse)
+    sizes = factor = common = None
+    if p.q.dtype == torch.float16:
+        sizes, factor = _sizes(p), torch.empty_like(lse)
     dv, total = out.shape[3], lse.numel()
     block_r = _vector_rows(dv)
     tensor_attention_bwd_rows_stats_kernel[(cdiv(total, block_r),)](
@@ -249,16 +258,21 @@ def _upstream(
         dout,
         lse.contiguous(),
         None if dlse is None else dlse.contiguous(),
+        sizes,
         shift,
         delta,
+        factor,
         total,
+        p.group * lse.shape[2],
         dv,
         DV=padded(dv),
         BLOCK_R=block_r,
         num_warps=4,
         **OPTIONS,
     )
-    return Upstream(dout, shift, delta)
+    if factor is not None:
+        common = factor.unflatten(1, (-1, p.group)).amin((2, 3))
+    return Upstream(dout, shift, delta, factor, common)
 
 
 def _bwd_config(name: str, p: Problem, config: Config | None) -> Config:
@@ -276,10 +290,17 @@ def _take_pairs(p: Problem, tiling: str | None, config: Config | None) -> bool:
     return (tiling or choose_tiling(p, rows, pairs)) == "pairs"
 
 
-def _heads_per_launch(heads: int, scratch: int, programs: int) -> int:
-    """Heads at a time: as SCRATCH_BYTES allow, but enough of them for FULL_GRID / 2 programs."""
+def _heads_per_launch(p: Problem, scratch: int, programs: int) -> int:
+    """Key heads at a time, given the bytes and programs of one.
+
+    As SCRATCH_BYTES allow, but enough of them for FULL_GRID / 2 programs; of these, no more than
+    twice the inputs have room for.
+    """
     fits = SCRATCH_BYTES // max(1, scratch)
-    return min(heads, max(1, fits, cdiv(FULL_GRID // 2, programs)))
+    inputs = (p.q, p.k1, p.k2, p.v1, p.v2)
+    room = max(4 * SCRATCH_BYTES, 2 * sum(t.numel() * t.element_size() for t in inputs))
+    wanted = min(cdiv(FULL_GRID // 2, programs), room // max(1, scratch))
+    return min(p.k1.shape[0] * p.k1.shape[1], max(1, fits, wanted))
 
 
 def _sum_splits(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -328,6 +349,14 @@ def _sum_parts(
     )
 
 
+def _results_of(result: torch.Tensor, parts: int, at_once: int) -> torch.Tensor:
+    """Where a launch writes: `result` itself, or splits of `at_once` heads."""
+    if parts == 1:
+        return result
+    shape = (parts, at_once, *result.shape[2:])
+    return torch.empty(shape, dtype=torch.float32, device=result.device)
+
+
 def _backward_rows(
     p: Problem,
     up: Upstream,
@@ -372,18 +401,17 @@ def _backward_rows(
         if not (turn_k or turn_v):
             continue
         width = d * turn_k + dv * turn_v
-        at_once = _heads_per_launch(heads, blocks * span * width * 4, blocks)
+        at_once = _heads_per_launch(p, blocks * span * width * 4, blocks)
         parts = splits or _splits(blocks * at_once, span, 16)
-        out_dtype = dtype if parts == 1 else torch.float32
         g_k, g_v, part_k, part_v = p.k2, p.v2, None, None
         if turn_k:
-            g_k = torch.empty((parts, *p.k2.shape), dtype=out_dtype, device=device)
             part_k = torch.empty((at_once, blocks, span, d), dtype=torch.float32, device=device)
-            dk1 = torch.empty_like(p.k1)
+            dk1, dk2 = torch.empty_like(p.k1), torch.empty_like(p.k2)
+            g_k = _results_of(dk2, parts, at_once)
         if turn_v:
-            g_v = torch.empty((parts, *p.v2.shape), dtype=out_dtype, device=device)
             part_v = torch.empty((at_once, blocks, span, dv), dtype=torch.float32, device=device)
-            dv1 = torch.empty_like(p.v1)
+            dv1, dv2 = torch.empty_like(p.v1), torch.empty_like(p.v2)
+            g_v = _results_of(dv2, parts, at_once)
         inputs, constants = p.inputs(), p.constants(c, c.block_m, p.group)
         for first in range(0, heads, at_once):
             count = min(at_once, heads - first)
@@ -395,8 +423,9 @@ def _backward_rows(
                 part_k,
                 part_v,
                 first,
+                first if parts > 1 else 0,
                 span,
-                heads * n_2,
+                at_once * n_2,
                 p.scale,
                 C=constants,
                 WANT_K=turn_k,
@@ -408,10 +437,10 @@ def _backward_rows(
                 _sum_parts(p, part_k, dk1, first, count, p.scale, *where)
             if part_v is not None:
                 _sum_parts(p, part_v, dv1, first, count, 1.0, *where)
-        if turn_k:
-            dk2 = _sum_splits(g_k, dtype)
-        if turn_v:
-            dv2 = _sum_splits(g_v, dtype)
+            if parts > 1:
+                for g, result in ((g_k, dk2 if turn_k else None), (g_v, dv2 if turn_v else None)):
+                    if result is not None:
+                        result.flatten(0, 1)[first : first + count] = g[:, :count].sum(0)
     return (
         dq,
         dk1 if want.k1 else None,
@@ -440,7 +469,7 @@ def _backward_pairs(
         tiles = cdiv(n_q, block_i)
         span = min(p.k1.shape[2], block_j + block_i - 1)
         scratch = tiles * span * (d * want.k1 + dv * want.v1) * 4 * p.group
-        at_once = _heads_per_launch(key_heads, scratch, tiles * p.group)
+        at_once = _heads_per_launch(p, scratch, tiles * p.group)
         dq = torch.empty_like(p.q)
         part_k, part_v = (
             torch.empty((at_once, p.group, tiles, span, n), dtype=torch.float32, device=device)
@@ -502,12 +531,13 @@ def _mask_gradient(p: Problem, up: Upstream, config: Config | None) -> torch.Ten
     c = _bwd_config("bwd mask", p, config)
     dmask = torch.zeros((*shape[:2], n_q, n_1), dtype=torch.float32, device=p.q.device)
     keys = 32
-    grid = (cdiv(n_q, c.block_m) * shape[0] * shape[1], cdiv(n_1, keys))
-    tensor_attention_bwd_mask_kernel[grid](
+    programs = cdiv(n_q, c.block_m) * shape[0] * shape[1] * cdiv(n_1, keys)
+    tensor_attention_bwd_mask_kernel[(programs,)](
         p.inputs(),
         up,
         dmask,
         shape[1],
+        shape[0] * shape[1],
         b // shape[0],
         h // shape[1],
         C=p.constants(c, c.block_n),

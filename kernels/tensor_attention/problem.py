@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .._launch import cdiv, dot_precision
+from .._launch import cdiv, dot_precision, little_shared, widens
 from .arguments import Constants, Inputs
 from .table import TABLE, Config
 
@@ -85,8 +85,9 @@ class Problem(NamedTuple):
             EVEN_DV=padded(dv) == dv,
             # Heads side by side may have rows of their own.
             MASK2_ROWS=stride_row != 0 or (pack > 1 and stride_h != 0),
-            WIDE=not q.is_cuda and q.dtype == torch.bfloat16,
+            WIDE=widens(q.dtype),
             PRECISION=dot_precision(q.dtype),
+            LIFT=15 if q.dtype == torch.float16 else 0,
             D=padded(d),
             DV=padded(dv),
             BLOCK_M=c.block_m,
@@ -189,13 +190,7 @@ def choose_config(kernel: str, p_dtype: torch.dtype, d: int, dv: int, device: An
     """Tiles of `kernel`, a name of the table."""
     kind = "half" if p_dtype.itemsize == 2 else dot_precision(p_dtype)
     config = TABLE[kernel, kind, max(64, padded(max(d, dv)))]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) in (
-        (8, 6),
-        (8, 9),
-        (12, 0),
-        (12, 1),
-    ):
-        # 99 KiB of shared memory instead of 163 or more.
+    if little_shared(device):
         config = config._replace(num_stages=1, block_n=max(16, config.block_n // 2))
     return config
 

@@ -44,12 +44,10 @@ Paper: Alman, Song, arXiv 2310.04064.
 
 from __future__ import annotations
 
-from .compile_cases import COMPILE_CASES
 from .scan import tensor_attention_lowrank_scan_bwd, tensor_attention_lowrank_scan_fwd
 from .whole import takes, tensor_attention_lowrank_bwd, tensor_attention_lowrank_fwd
 
 __all__ = [
-    "COMPILE_CASES",
     "takes",
     "tensor_attention_lowrank_bwd",
     "tensor_attention_lowrank_fwd",

@@ -36,6 +36,9 @@ Operations per token, feature and value column, in multiply-adds or products, m 
 windows: forward 2 m, queries 3 m + 1, keys 5 m + 1; a window adds m, m and 4 m. For m = g = 2,
 n = 65536, d = dv = 64: 9.1e9 of these numbers, causal 37 G operations forward and 165 G backward
 per head.
+Memory: heads are taken in groups whose scratch in the backward fits SCRATCH_BYTES, and the copies
+per share are as many as keep that of a group below 4 times its inputs (or SMALL_SCRATCH, if that is
+more); the copies of the forward are at most as large as its inputs.
 Traffic: chunk states r (dv + 1) 4 bytes per axis, chunk and head, written once, scanned, read once
 per walk; above STATE_BYTES of them chunks get longer. Rows of q, x, v once per feature tile, from
 the first-level cache. Copies per share: n (dv + 1) 4 bytes forward, moves n (d + dv) 4 backward.
@@ -75,6 +78,8 @@ from .whole import PRECISION, STATE, gradient, gradients_of_sums, state, state_p
 BLOCK_F = 16  # features that a program holds at a time
 BLOCK_R = 16  # rows that are scattered at a time
 _PROGRAMS = 2048  # of one to four warps: they fill every GPU at hand
+SCRATCH_BYTES = 2 << 30  # of the backward of a group of heads, where more than one head fits
+SMALL_SCRATCH = 256 << 20  # not worth saving
 
 
 class Config(NamedTuple):
@@ -165,19 +170,28 @@ def _prefix(parts: torch.Tensor, first: torch.Tensor | None, reverse: bool) -> N
     count, size = parts.shape[0], parts[0].numel()
     with device_guard(parts):
         tensor_attention_lowrank_prefix_kernel[(cdiv(size, 1024),)](
-            parts, first, count, size, parts.stride(0), REVERSE=reverse, BLOCK=1024, num_warps=4
-        )
+            parts, first, count, size, parts.stride(0), REVERSE=reverse, BLOCK=1024,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-def _scan(q, keys, values, masks, coefficients, shifts, offset, state_config, precision) -> _Scan:
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _scan(
+    q, keys, values, masks, coefficients, shifts, offset, state_config, precision, most_shares,
+    state_bytes=None,
+) -> _Scan:  # fmt: skip
     batch, heads, n, d = q.shape
     degree, dv = len(coefficients) - 1, values[0].shape[3]
     rank = math.comb(d + degree, degree)
     # The gradients have a state per query head.
     size = len(keys) * batch * heads * rank * (dv + 1) * 4
-    length = plan.chunk_length(n, size, max(s.span for s in shifts))
+    length = plan.chunk_length(n, size, max(s.span for s in shifts), state_bytes)
     chunks = cdiv(n, length)
-    shares = max(1, min(cdiv(rank, BLOCK_F), _PROGRAMS // (chunks * batch * heads)))
+    shares = min(cdiv(rank, BLOCK_F), _PROGRAMS // (chunks * batch * heads), most_shares)
+    shares = max(1, shares)
     x, v, kept = _moves(keys, values, masks, shifts, offset, n)
     how = (degree, state_config, precision)
     starts = q.new_empty((chunks, len(keys), batch, keys[0].shape[1], rank, dv + 1))
@@ -227,13 +241,13 @@ def _sees_nothing(q, keys, masks, shifts, offset: int) -> torch.Tensor:
 
 
 def _band(q, scan: _Scan, config: Config) -> Band:
-    heads, (n, dv) = q.shape[1], scan.v.shape[3:]
-    programs = scan.grid * q.shape[0] * heads
+    (batch, heads), (n, dv) = q.shape[:2], scan.v.shape[3:]
+    programs = scan.grid * batch * heads
     staged = q.new_empty((programs, scan.x.shape[0] + 1, config.block_t, BLOCK_F))
     return Band(
         q, scan.x, scan.v, scan.kept, scan.starts, scan.weights, scan.index, staged, n, q.shape[3],
-        dv, scan.weights.shape[0], heads, heads // scan.x.shape[2], scan.length, scan.shares,
-        *q.stride()[:3],
+        dv, scan.weights.shape[0], heads, batch * heads, heads // scan.x.shape[2], scan.length,
+        scan.shares, *q.stride()[:3],
     )  # fmt: skip
 
 
@@ -282,15 +296,17 @@ def tensor_attention_lowrank_scan_fwd(
         return q.new_zeros((batch, heads, n, dv)), lse, torch.zeros_like(lse)
     q = dense_rows(q)
     shifts = _shifts(q, keys, causal, windows, q_offset)
+    copy = batch * heads * n * (dv + 1) * q.element_size()
     scan = _scan(
-        q, keys, values, key_masks, coefficients, shifts, q_offset, state_config, precision
-    )
+        q, keys, values, key_masks, coefficients, shifts, q_offset, state_config, precision,
+        max(SMALL_SCRATCH, _bytes(q, *keys, *values)) // copy,
+    )  # fmt: skip
     parts = q.new_empty((scan.shares, batch, heads, n, dv + 1))
     with device_guard(q):
-        tensor_attention_lowrank_scan_kernel[(scan.grid, batch * heads)](
+        tensor_attention_lowrank_scan_kernel[(scan.grid * batch * heads,)](
             _band(q, scan, config), parts, **_constants(scan, config)
         )
-    sums = parts[0] if scan.shares == 1 else parts.sum(0)
+    sums = _sum_shares(parts)
     dead = _sees_nothing(q, keys, key_masks, shifts, q_offset)
     y = torch.where(dead, 0.0, sums[..., -1])
     divisor = torch.where(dead, 1.0, y)
@@ -318,26 +334,91 @@ def tensor_attention_lowrank_scan_bwd(
     precision: str = PRECISION,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """(dq, dkeys, dvalues); all contiguous."""
-    batch, heads, n, d = q.shape
-    axes, groups, dv = len(keys), keys[0].shape[1], values[0].shape[3]
     dkeys, dvalues = (
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
         for tensors in (keys, values)
     )
-    if batch * heads * n == 0 or any(k.shape[2] == 0 for k in keys):
-        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if q.shape[0] * q.shape[1] * q.shape[2] == 0 or any(k.shape[2] == 0 for k in keys):
         return dq, dkeys, dvalues
+    shifts = _shifts(q, keys, causal, windows, q_offset)
+    moves = len(keys) * (2 if any(s.leaves is not None for s in shifts) else 1)
+    for key_heads, query_heads in _groups(q, keys, values, moves, key_config):
+        _group_gradients(
+            *(t[query_heads] for t in (dout, q, out, y)),
+            None if dlse is None else dlse[query_heads],
+            [t[key_heads] for t in keys],
+            [t[key_heads] for t in values],
+            [None if m is None else _of_heads(m, key_heads) for m in key_masks],
+            (dq[query_heads], [t[key_heads] for t in dkeys], [t[key_heads] for t in dvalues]),
+            coefficients, shifts, moves, q_offset, query_config, key_config, state_config,
+            gradient_config, precision,
+        )  # fmt: skip
+    return dq, dkeys, dvalues
+
+
+def _of_heads(mask: torch.Tensor, key_heads: tuple[slice, slice]) -> torch.Tensor:
+    batches, heads = key_heads
+    return mask[batches, heads if mask.shape[1] > 1 else slice(None)]
+
+
+class _Scratch(NamedTuple):
+    """Bytes of the backward per query head."""
+
+    fixed: int
+    per_share: int
+
+
+def _scratch(q, keys, values, moves: int, key_config: Config) -> _Scratch:
+    (n, d), dv, axes = q.shape[2:], values[0].shape[3], len(keys)
+    moved = moves * (d + dv)  # copies of keys and values; and their gradients
+    anchors = axes * BLOCK_F * (dv + 1) // key_config.block_t
+    return _Scratch(4 * n * moved, 4 * n * (moves * BLOCK_F + max(d, moved) + anchors))
+
+
+def _groups(q, keys, values, moves: int, key_config: Config):
+    """(slices of batch and key heads, of batch and query heads) whose scratch fits."""
+    batch, heads = q.shape[:2]
+    group = heads // keys[0].shape[1]
+    head = sum(_scratch(q, keys, values, moves, key_config))
+    at_once = max(1, (SCRATCH_BYTES - 2 * plan.STATE_BYTES) // (head * group))
+    if at_once < keys[0].shape[1]:
+        for b in range(batch):
+            one = slice(b, b + 1)
+            for h in range(0, keys[0].shape[1], at_once):
+                some = slice(h, h + at_once)
+                yield (one, some), (one, slice(h * group, (h + at_once) * group))
+    else:
+        step = at_once // keys[0].shape[1]
+        for b in range(0, batch, step):
+            yield ((slice(b, b + step), slice(None)),) * 2
+
+
+def _group_gradients(
+    dout, q, out, y, dlse, keys, values, key_masks, results, coefficients, shifts, moves, q_offset,
+    query_config, key_config, state_config, gradient_config, precision,
+) -> None:  # fmt: skip
+    """Adds to `results`, zeros before: (dq, dkeys, dvalues) of a group of heads."""
+    batch, heads, n, d = q.shape
+    axes, groups, dv = len(keys), keys[0].shape[1], values[0].shape[3]
+    dq, dkeys, dvalues = results
     dsums, dy = (t.contiguous() for t in gradients_of_sums(dout, dlse, out, y))
     q = dense_rows(q)
-    shifts = _shifts(q, keys, causal, windows, q_offset)
+    inputs = _bytes(q, *keys, *values, dout, out)
+    states = min(plan.STATE_BYTES, max(SMALL_SCRATCH // 4, inputs // 2))
+    scratch = _scratch(q, keys, values, moves, key_config)
+    room = max(SMALL_SCRATCH, min(SCRATCH_BYTES, 4 * inputs)) - 2 * states
+    # With more than one share the sum over them is a copy of its own.
+    most_shares = (room // (batch * heads) - 2 * scratch.fixed) // scratch.per_share
     scan = _scan(
-        q, keys, values, key_masks, coefficients, shifts, q_offset, state_config, precision
-    )
-    chunks, rank, moves = scan.starts.shape[0], scan.starts.shape[4], scan.x.shape[0]
+        q, keys, values, key_masks, coefficients, shifts, q_offset, state_config, precision,
+        most_shares, states,
+    )  # fmt: skip
+    chunks, rank = scan.starts.shape[0], scan.starts.shape[4]
     programs = scan.grid * batch * heads
     du = q.new_empty((programs, moves, scan.length, BLOCK_F))
     scatter = Scatter(BLOCK_R, max(16, triton.next_power_of_2(d)), precision)
-    grid = (scan.grid, batch * heads)
+    grid = (programs,)
     totals = q.new_empty((chunks, axes, batch, heads, rank, dv + 1))
     parts = q.new_empty((scan.shares, batch, heads, n, d))
     with device_guard(q):
@@ -345,7 +426,7 @@ def tensor_attention_lowrank_scan_bwd(
             _band(q, scan, query_config), dsums, dy, du, parts, totals,
             R=scatter, **_constants(scan, query_config),
         )  # fmt: skip
-    dq = parts.sum(0)
+    dq.copy_(_sum_shares(parts))
     del parts
     for x in range(axes):
         _standing_gradients(
@@ -365,8 +446,10 @@ def tensor_attention_lowrank_scan_bwd(
             _band(q, scan, key_config), dsums, dy, totals, du, anchors, dx, dvalue,
             R=scatter, **_constants(scan, key_config),
         )  # fmt: skip
+    del anchors, du
     for parts, found in ((dx, dkeys), (dvalue, dvalues)):
-        whole = parts.sum(0).unflatten(2, (groups, -1)).sum(3)
+        whole = _sum_shares(parts).unflatten(2, (groups, -1))
+        whole = whole.squeeze(3) if heads == groups else whole.sum(3)
         if scan.kept is not None:
             whole.masked_fill_((scan.kept == 0).unsqueeze(-1), 0.0)
         for x, (target, shift) in enumerate(zip(found, shifts)):
@@ -374,7 +457,10 @@ def tensor_attention_lowrank_scan_bwd(
                 _add_rows(target, whole[x], q_offset + shift.enters, 1)
             if shift.leaves is not None:
                 _add_rows(target, whole[x + axes], q_offset - shift.leaves, -1)
-    return dq, dkeys, dvalues
+
+
+def _sum_shares(parts: torch.Tensor) -> torch.Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _standing_gradients(totals, shift, offset, length, tensors, found, degree, config, precision):

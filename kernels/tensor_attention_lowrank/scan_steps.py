@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .features import column_of, factor, features
+from .features import column_of, dot_with_exact, factor, features
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -28,6 +28,7 @@ class Band(NamedTuple):
     dv: Any
     rank: Any
     heads: Any
+    all_heads: Any  # of all batches
     group: Any  # query heads of a key head
     length: Any  # tokens of a chunk
     shares: Any  # programs that share the features of a chunk
@@ -74,15 +75,16 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def chunk_of(b, C: tl.constexpr):
-    chunk, share = tl.program_id(0) // b.shares, tl.program_id(0) % b.shares
-    head = tl.program_id(1).to(tl.int64)
-    all_heads = tl.num_programs(1).to(tl.int64)
-    key_heads = (tl.num_programs(1) // b.group).to(tl.int64)
+    place = tl.program_id(0) // b.all_heads  # chunk and share
+    chunk, share = place // b.shares, place % b.shares
+    head = (tl.program_id(0) % b.all_heads).to(tl.int64)
+    all_heads = tl.cast(b.all_heads, tl.int64)
+    key_heads = tl.cast(b.all_heads // b.group, tl.int64)
     key_head = head // b.group  # group divides heads: the batch carries over
     begin = (chunk * b.length).to(tl.int64)
     count = tl.minimum(b.length, b.n - chunk * b.length)
     q = b.q + head // b.heads * b.stride_q_batch + head % b.heads * b.stride_q_head
-    program = tl.program_id(0) * all_heads + head
+    program = tl.program_id(0).to(tl.int64)
     u = b.staged + program * (C.MOVES + 1) * C.BLOCK_T * C.BLOCK_F
     state = b.rank * (b.dv + 1)
     return Chunk(
@@ -254,6 +256,6 @@ def scatter(dx_ptr, du_ptr, x_ptr, stride_x, count, new, f, b, C: tl.constexpr, 
                     others *= factor(row_ptrs, kept, column, b.d)
             column = column_of(b.index, f, b.rank, b.d, t, DEGREE)
             hit = (column[:, None] == l[None, :]).to(tl.float32)
-            dx = tl.dot(others, hit, dx, input_precision=R.PRECISION)
+            dx = dot_with_exact(others, hit, dx, R.PRECISION)
         at = dx_ptr + rows.to(tl.int64)[:, None] * b.d + l[None, :]
         add(at, dx, kept[:, None] & (l < b.d)[None, :], new)

@@ -51,8 +51,7 @@ def takes(q: torch.Tensor, values: Sequence[torch.Tensor]) -> bool:
     """Whether the kernels know the case."""
     width = values[0].shape[3]
     fits = q.shape[3] <= plan.WIDEST and 0 < width <= plan.WIDEST
-    heads = q.shape[0] * q.shape[1] * len(values)
-    return q.dtype == torch.float32 and fits and heads <= plan.MOST_HEADS
+    return q.dtype == torch.float32 and fits
 
 
 def tile_columns(dv: int) -> int:
@@ -86,13 +85,14 @@ def state_parts(
     if parts.numel() == 0:
         return parts
     block_c = tile_columns(dv)
-    grid = (cdiv(rank, config.block_f) * max(1, cdiv(dv, block_c)), splits, batch * heads)
+    tiles = cdiv(rank, config.block_f) * max(1, cdiv(dv, block_c))
+    grid = (tiles * splits * batch * heads,)
     x, v = dense_rows(x), dense_rows(v)
     mask, stride_batch, stride_head = _mask_arguments(mask, heads)
     with device_guard(x):
         tensor_attention_lowrank_state_kernel[grid](
             x, v, extra, mask, monomials(d, degree, x.device)[0], parts, n, d, dv, rank, heads,
-            per_split, *x.stride()[:3], *v.stride()[:3], stride_batch, stride_head,
+            batch * heads, per_split, *x.stride()[:3], *v.stride()[:3], stride_batch, stride_head,
             DEGREE=degree, BLOCK_T=config.block_t, BLOCK_F=config.block_f, BLOCK_C=block_c,
             PRECISION=precision, **options(config),
         )  # fmt: skip
@@ -159,7 +159,7 @@ def tensor_attention_lowrank_fwd(
         dead = dead.expand(batch, groups).contiguous().view(torch.uint8)
     block_c = tile_columns(dv)
     q = dense_rows(q)
-    grid = (cdiv(n, config.block_t), max(1, cdiv(dv, block_c)), batch * heads)
+    grid = (cdiv(n, config.block_t) * max(1, cdiv(dv, block_c)) * batch * heads,)
     with device_guard(q):
         tensor_attention_lowrank_query_kernel[grid](
             q, combined, dead, index, out, lse, y, n, d, dv, rank, heads, heads // groups, centre,
@@ -183,7 +183,7 @@ def gradient(x, v, extra, mask, combined, degree, want_dv, config, precision):
     x, v = dense_rows(x), dense_rows(v)
     mask, stride_batch, stride_head = _mask_arguments(mask, heads)
     with device_guard(x):
-        tensor_attention_lowrank_gradient_kernel[(cdiv(n, config.block_t), batch * heads)](
+        tensor_attention_lowrank_gradient_kernel[(cdiv(n, config.block_t) * batch * heads,)](
             x, v, extra, mask, combined, monomials(d, degree, x.device)[0], dx, dvalue, n, d, dv,
             rank, heads, heads // combined.shape[1], *x.stride()[:3], *v.stride()[:3],
             stride_batch, stride_head,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .. import _tensor_attention_lowrank_plan as plan
-from .features import column_of, factor, features
+from .features import column_of, dot_with_exact, factor, features
 
 SUMMED = tl.constexpr(plan.SUMMED)
 
@@ -33,6 +33,7 @@ def tensor_attention_lowrank_state_kernel(
     dv,
     rank,
     heads,
+    all_heads,
     per_split,
     stride_x_batch,
     stride_x_head,
@@ -49,11 +50,14 @@ def tensor_attention_lowrank_state_kernel(
     PRECISION: tl.constexpr,
 ):
     tiles_c = tl.cdiv(dv, BLOCK_C)
-    tile_c = tl.program_id(0) % tiles_c
-    f = tl.program_id(0) // tiles_c * BLOCK_F + tl.arange(0, BLOCK_F)
+    tiles = tl.cdiv(rank, BLOCK_F) * tiles_c
+    tile = tl.program_id(0) % tiles
+    slab = tl.program_id(0) // tiles  # split all_heads + head
+    tile_c = tile % tiles_c
+    f = tile // tiles_c * BLOCK_F + tl.arange(0, BLOCK_F)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(1)
-    head = tl.program_id(2).to(tl.int64)
+    split = slab // all_heads
+    head = (slab % all_heads).to(tl.int64)
     b, h = head // heads, head % heads
     x_ptr += b * stride_x_batch + h * stride_x_head
     v_ptr += b * stride_v_batch + h * stride_v_head
@@ -77,8 +81,7 @@ def tensor_attention_lowrank_state_kernel(
                 part_z += tl.sum(u, 0)
         total += part
         total_z += part_z
-    slab = (split * tl.num_programs(2) + head) * rank
-    at = out_ptr + (slab + f) * (dv + 1)
+    at = out_ptr + (slab.to(tl.int64) * rank + f) * (dv + 1)
     tl.store(at[:, None] + c[None, :], total, mask=(f < rank)[:, None] & (c < dv)[None, :])
     if tile_c == 0:
         tl.store(at + dv, total_z, mask=f < rank)
@@ -109,10 +112,13 @@ def tensor_attention_lowrank_query_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    tile_c = tl.program_id(1)
+    tiles_c = tl.cdiv(dv, BLOCK_C)
+    tiles = tl.cdiv(n, BLOCK_T) * tiles_c
+    tile = tl.program_id(0) % tiles
+    rows = (tile // tiles_c * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    tile_c = tile % tiles_c
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    head = tl.program_id(2).to(tl.int64)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = head // heads, head % heads
     kept = rows < n
     row_ptrs = q_ptr + b * stride_q_batch + h * stride_q_head + rows * stride_q_row
@@ -174,8 +180,9 @@ def tensor_attention_lowrank_gradient_kernel(
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(n, BLOCK_T)
+    rows = (tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = head // heads, head % heads
     kept = _kept(mask_ptr, rows, n, stride_mask_batch, stride_mask_head, b, h)
     row_ptrs = x_ptr + b * stride_x_batch + h * stride_x_head + rows * stride_x_row
@@ -207,7 +214,7 @@ def tensor_attention_lowrank_gradient_kernel(
                     others *= factor(row_ptrs, kept, column_of(index_ptr, f, rank, d, o, DEGREE), d)
             column = column_of(index_ptr, f, rank, d, t, DEGREE)
             hit = (column[:, None] == tl.arange(0, D)[None, :]).to(tl.float32)
-            dx = tl.dot(others, hit, dx, input_precision=PRECISION)
+            dx = dot_with_exact(others, hit, dx, PRECISION)
     l = tl.arange(0, D)
     at = dx_ptr + (head * n + rows) * d
     tl.store(at[:, None] + l[None, :], dx, mask=(rows < n)[:, None] & (l < d)[None, :])

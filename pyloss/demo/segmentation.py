@@ -360,14 +360,16 @@ def draw(path: Path, x: torch.Tensor, y: torch.Tensor, models: dict[str, nn.Modu
     figure = Figure(figsize=(12, 8.6), layout="constrained")
     FigureCanvasAgg(figure)  # no display and no global state of pyplot
     grid = figure.subplots(len(masks), 3, squeeze=False)
-    for line, (name, mask) in zip(grid, masks.items()):
+    for number, (line, (name, mask)) in enumerate(zip(grid, masks.items())):
         image, target = mask[busiest, 0].float(), y[busiest, 0].float()
         matching = pyloss.betti_matching(image[None], target[None], spatial_dims=2)
         line[0].imshow(x[busiest, 0].numpy(), cmap="gray", interpolation="nearest")
         line[0].set(title="input", ylabel=name, xticks=[], yticks=[])
-        draw_matching(image, target, matching, line[1:])
-        line[1].set_title(f"prediction\n{line[1].get_title()}")
-        line[2].set_title(f"vessels\n{line[2].get_title()}")
+        last = number == len(masks) - 1
+        draw_matching(image, target, matching, line[1:], legend=last)
+        # Its own names are those of the matching; "input" is the picture beside it here.
+        for axis, what in zip(line[1:], ("prediction", "vessels")):
+            axis.set_title(f"{what}: {axis.get_title().partition(': ')[2]}")
     figure.savefig(path, dpi=90)
     return f"Matched (coloured) and unmatched (red) features: {path}"
 

@@ -49,7 +49,7 @@ def vocab_parallel_cross_entropy(
         first_class: first class of each rank, ascending from 0. Without it the ranks
             tell each other in every call how many classes and rows they hold, one more all_gather
             of four integers, and on CUDA a synchronisation; different numbers of rows are an
-            error. Needs ``num_classes``.
+            error. Of a ``DTensor`` they do so in any case. Needs ``num_classes``.
         weight: weight of each class, ``(V)``: of all classes, on every rank.
         ignore_index: rows with this target add nothing, and their logits are not read.
         reduction, tau, z_loss, softcap, logit_scale, temperature, token_weight, empty, loss_dtype,
@@ -104,9 +104,10 @@ def vocab_parallel_cross_entropy(
 
 @options_of(
     fused_cross_entropy,
-    without=_NOT_HERE,
+    without=(*_NOT_HERE, "temperature"),
     after={
         "smoothing_formula": "label_smoothing",
+        "temperature": "logit_scale",
         "shift": "num_items",
         "chunk": "shift",
         "accumulate_dtype": "chunk",
@@ -122,6 +123,7 @@ def vocab_parallel_linear_cross_entropy(
     num_classes: int | None = None,
     first_class: Sequence[int] | None = None,
     smoothing_formula: str = "torch",
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     chunk: int | str = "auto",
     accumulate_dtype: torch.dtype | None = None,
@@ -147,8 +149,9 @@ def vocab_parallel_linear_cross_entropy(
         group, num_classes, first_class, weight, smoothing_formula: as in
             :func:`vocab_parallel_cross_entropy`.
         ignore_index, reduction, label_smoothing, tau, truncate, z_loss, softcap, logit_scale,
-            temperature, token_weight, return_stats, empty, loss_dtype, num_items: as there.
-        shift, chunk, accumulate_dtype: as in :func:`pyloss.fused_linear_cross_entropy`.
+            token_weight, return_stats, empty, loss_dtype, num_items: as there.
+        temperature, shift, chunk, accumulate_dtype: as in
+            :func:`pyloss.fused_linear_cross_entropy`; a tensor without ``softcap``.
 
     Returns:
         As :func:`vocab_parallel_cross_entropy`.
@@ -176,6 +179,7 @@ def vocab_parallel_linear_cross_entropy(
     settings = layers.checked_settings(
         chunk, "auto", accumulate_dtype, None, options["reduction"], options["return_stats"]
     )
+    options["temperature"] = temperature
     token_weight = options.pop("token_weight")
     tensors = (input, weight_shard, target, bias_shard, token_weight, options["weight"])
     replicated = layers.is_dtensor(weight_shard) and all(

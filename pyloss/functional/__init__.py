@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "classification": ("RowStats", "comp_sum_loss", "focal_loss", "fused_cross_entropy"),
         "distillation": ("linear_distillation_loss",),
+        "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "preference": (
@@ -24,8 +25,22 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "grpo_loss",
             "sequence_logprobs",
         ),
+        "ranking": (
+            "approx_ndcg_loss",
+            "lambda_loss",
+            "list_mle",
+            "list_net",
+            "neural_ndcg_loss",
+        ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
+        "sets": (
+            "chamfer_set_loss",
+            "hungarian_set_loss",
+            "order_search_loss",
+            "order_search_loss_from_table",
+            "sinkhorn_set_loss",
+        ),
         "sorting": (
             "soft_argsort",
             "soft_permutation",
@@ -36,6 +51,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "sorting_cross_entropy",
             "spearman_loss",
         ),
+        "topk": ("topk_cross_entropy",),
         "topology": (
             "BettiMatching",
             "BettiTarget",

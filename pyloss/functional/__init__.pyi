@@ -12,6 +12,7 @@ from pyloss.functional.classification import (
     fused_cross_entropy,
 )
 from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.groco import groco_from_scores, groco_loss
 from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
 from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
 from pyloss.functional.preference import (
@@ -22,8 +23,22 @@ from pyloss.functional.preference import (
     grpo_loss,
     sequence_logprobs,
 )
+from pyloss.functional.ranking import (
+    approx_ndcg_loss,
+    lambda_loss,
+    list_mle,
+    list_net,
+    neural_ndcg_loss,
+)
 from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.sets import (
+    chamfer_set_loss,
+    hungarian_set_loss,
+    order_search_loss,
+    order_search_loss_from_table,
+    sinkhorn_set_loss,
+)
 from pyloss.functional.sorting import (
     soft_argsort,
     soft_permutation,
@@ -34,6 +49,7 @@ from pyloss.functional.sorting import (
     sorting_cross_entropy,
     spearman_loss,
 )
+from pyloss.functional.topk import topk_cross_entropy
 from pyloss.functional.topology import (
     BettiMatching,
     BettiTarget,
@@ -51,22 +67,34 @@ __all__ = [
     "PersistencePairs",
     "RowStats",
     "TensorAttentionCost",
+    "approx_ndcg_loss",
     "betti_matching",
     "betti_matching_loss",
+    "chamfer_set_loss",
     "comp_sum_loss",
     "dice_cross_entropy_loss",
     "dpo_loss",
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
+    "groco_from_scores",
+    "groco_loss",
     "group_advantages",
     "grpo_loss",
+    "hungarian_set_loss",
+    "lambda_loss",
     "linear_distillation_loss",
+    "list_mle",
+    "list_net",
+    "neural_ndcg_loss",
     "neural_sort",
+    "order_search_loss",
+    "order_search_loss_from_table",
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
     "sequence_logprobs",
+    "sinkhorn_set_loss",
     "soft_argsort",
     "soft_dice_loss",
     "soft_permutation",
@@ -82,4 +110,5 @@ __all__ = [
     "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
+    "topk_cross_entropy",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -35,7 +34,11 @@ def check_choices(method, form, dropout_p) -> None:
 def checked_options(method, degree, poly, tol, check, logit_bound) -> tuple:
     """The fields of _lowrank.Options, of right types and ranges."""
     if degree is not None:
-        checks.check_integer("degree", degree, "an integer or None")
+        given, degree = degree, checks.as_integer(degree)
+        if degree is None:
+            raise TypeError(
+                f"degree must be an integer or None, got {given!r} ({type(given).__name__})"
+            )
         if not 1 <= degree <= MOST_DEGREE:
             raise ValueError(f"degree must be between 1 and {MOST_DEGREE}, got {degree}")
     checks.check_one_of("poly", poly, _POLYNOMIALS)
@@ -46,7 +49,8 @@ def checked_options(method, degree, poly, tol, check, logit_bound) -> tuple:
         checks.check_number(name, value)
         if not value > 0.0:
             raise ValueError(f"{name} must be positive, got {value}")
-    return method, degree, poly, float(tol), check, logit_bound
+    bound = None if logit_bound is None else float(logit_bound)
+    return method, degree, poly, float(tol), check, bound
 
 
 def _shape(t: Tensor) -> list[int]:
@@ -66,6 +70,9 @@ def checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
         keys, values = rest[: len(keys)], rest[len(keys) :]
     dtype, device = q.dtype, q.device
     for name, t in zip(names, tensors):
+        if t.is_nested or t.is_sparse:
+            kind = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+            raise TypeError(f"{name} must be a dense Tensor, padded and masked, got {kind}")
         if t.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, length, features), got shape "
@@ -80,7 +87,7 @@ def checked_tensors(q, keys, values, enable_gqa, key_names, value_names):
     first = keys[0]
     batch, heads, _, d = q.shape
     kv_heads, dv = first.shape[1], values[0].shape[3]
-    if enable_gqa:
+    if checks.checked_flag("enable_gqa", enable_gqa):
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(
                 f"the heads of q must be a multiple of those of {key_names[0]}, got {_shape(q)} "
@@ -230,26 +237,12 @@ def _fitting_mask(name, mask, q, n):
 
 def checked_band(q, keys, is_causal, window, q_offset):
     """(causal, a window per axis with 0 for none, offset), the numbers clamped: see _near."""
-    if is_causal is not None and not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be a bool or None, got {type(is_causal).__name__}")
-    if window is None or checks.is_integer(window):
-        given = [window] * len(keys)
-    elif isinstance(window, Sequence):
-        given = list(window)
-    else:
-        raise TypeError(f"window must be an integer or a sequence of them, got {window!r}")
-    if len(given) != len(keys):
-        raise ValueError(f"window must be one number or {len(keys)}, got {window!r}")
-    windows = []
-    for w in given:
-        if w is not None and not checks.is_integer(w):
-            raise TypeError(f"window must hold integers or None, got {w!r}")
-        if w is not None and w != -1 and w <= 0:
-            raise ValueError(f"window must be positive, or -1 or None for no limit, got {w}")
-        windows.append(0 if w is None or w == -1 else w)
+    if is_causal is not None and type(is_causal) is not bool:
+        is_causal = _checked_causality(is_causal)
+    windows = checked_windows(window, len(keys))
     causal = any(windows) if is_causal is None else is_causal
     if q_offset is not None:
-        checks.check_integer("q_offset", q_offset)
+        q_offset = checks.checked_integer("q_offset", q_offset)
     if q_offset is None and (causal or any(windows)):
         lengths = [q.shape[2], *(k.shape[2] for k in keys)]
         if any(n != lengths[0] for n in lengths):
@@ -258,6 +251,39 @@ def checked_band(q, keys, is_causal, window, q_offset):
                 f"of query 0, got lengths {lengths}"
             )
     return causal, *_near(windows, 0 if q_offset is None else q_offset)
+
+
+def _checked_causality(is_causal) -> bool:
+    try:
+        return checks.checked_flag("is_causal", is_causal)
+    except TypeError:
+        found = type(is_causal).__name__
+        raise TypeError(f"is_causal must be a bool or None, got {found}") from None
+
+
+def checked_windows(window, count: int) -> list[int]:
+    """A window for each of `count` axes, 0 for none."""
+    if window is None:
+        return [0] * count
+    if type(window) in (tuple, list):
+        given = list(window)
+    elif (one := checks.as_integer(window)) is not None:
+        given = [one] * count
+    elif isinstance(window, Iterable) and getattr(window, "ndim", 1):
+        given = list(window)
+    else:
+        raise TypeError(f"window must be an integer or a sequence of them, got {window!r}")
+    if len(given) != count:
+        raise ValueError(f"window must be one number or {count}, got {window!r}")
+    windows = []
+    for w in given:
+        n = 0 if w is None else checks.as_integer(w)
+        if n is None:
+            raise TypeError(f"window must hold integers or None, got {w!r}")
+        if w is not None and n != -1 and n <= 0:
+            raise ValueError(f"window must be positive, or -1 or None for no limit, got {w}")
+        windows.append(0 if n == -1 else n)
+    return windows
 
 
 # Farther than any two tokens are apart, and as far as every kernel counts (kernels/
@@ -289,12 +315,33 @@ def checked_scale(scale, d) -> float:
     return float(scale)
 
 
+def checked_softcap(softcap, method: str) -> float:
+    checks.check_range("softcap", softcap, 0.0, open_low=True)
+    if method == "lowrank":
+        raise ValueError(
+            'method="lowrank" takes no softcap: its polynomial stands for exp alone; use '
+            'method="exact"'
+        )
+    return float(softcap)
+
+
 def checked_bias(kv_bias) -> tuple[float, float]:
     try:
         bk, bv = kv_bias
     except (TypeError, ValueError):
         raise TypeError(f"kv_bias must be a pair of numbers, got {kv_bias!r}") from None
     for value in (bk, bv):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"kv_bias must be a pair of numbers, got {kv_bias!r}")
+        try:
+            checks.check_number("kv_bias", value)
+        except TypeError:
+            raise TypeError(f"kv_bias must be a pair of numbers, got {kv_bias!r}") from None
     return float(bk), float(bv)
+
+
+def checked_list(name: str, values, of: str = "Tensors") -> tuple:
+    """A sequence, or anything else that lists things."""
+    try:
+        return tuple(values)
+    except TypeError:
+        found = type(values).__name__
+        raise TypeError(f"{name} must be a sequence of {of}, got {found}") from None

@@ -13,8 +13,10 @@ from pyloss.functional import _cycles
 from pyloss.functional import _images as images
 from pyloss.functional._images import check_choice
 from pyloss.ops import betti_matching as op
+from pyloss.ops._launch import constants
 
 UNMATCHED = ("diagonal", "extreme")
+_FILTRATIONS = ("sublevel", "superlevel")
 _KINDS = ("matched", "unmatched_input", "unmatched_target")
 
 
@@ -27,6 +29,7 @@ class PersistencePairs:
         values: ``(P, 2)``: values of the image there, differentiable; a missing death is infinite.
             Exact: float64 for int32 and int64 images, float32 for the smaller integers and bool.
         counts: ``(N, D)`` number of bars per item and dimension.
+        filtration: ``"sublevel"`` or ``"superlevel"``.
 
     Example:
         >>> import torch, pyloss
@@ -43,6 +46,15 @@ class PersistencePairs:
         d = images.values_at(image, item, death, -math.inf if superlevel else math.inf)
         self.values = torch.stack([b, d], 1)
         self._items = image.shape[0]
+
+    def __repr__(self) -> str:
+        by_dim = enumerate(self.counts.sum(0).tolist())
+        found = ", ".join(f"{count} of dimension {d}" for d, count in by_dim)
+        return f"PersistencePairs({found}; {_of_images(self._items, self._shape, self.filtration)})"
+
+    @property
+    def filtration(self) -> str:
+        return _FILTRATIONS[self._superlevel]
 
     @property
     def counts(self) -> Tensor:
@@ -86,6 +98,7 @@ class BettiMatching:
         unmatched_input: ``(U, 4)``: item, dimension, voxels of birth and death.
         unmatched_target: ``(V, 4)``, likewise.
         counts: ``(N, D, 3)`` number of matched bars, of unmatched ones of the input, of the target.
+        filtration: ``"sublevel"`` or ``"superlevel"``.
 
     Example:
         >>> import torch, pyloss
@@ -96,15 +109,27 @@ class BettiMatching:
         ([[0, 0, 4, 3, 4, 3]], [[0, 0, 2, 1]])
     """
 
-    def __init__(self, input, target, tables, superlevel, frame) -> None:
+    def __init__(self, input, target, tables, superlevel, frame, dims) -> None:
         self._input, self._target = input, target  # (N, *spatial), padded
         self._tables, self._superlevel, self._frame = tables, superlevel, frame
+        self._dims = dims  # those that were asked for
         shape = tuple(input.shape[1:])
         self._shape = tuple(s - 2 * frame for s in shape)
         public = [t[:, :6] if i == 0 else t[:, :4] for i, t in enumerate(tables)]
         if frame:
             public = [images.unpadded(t, shape) for t in public]
         self.matched, self.unmatched_input, self.unmatched_target = public
+
+    def __repr__(self) -> str:
+        tables = (self.matched, self.unmatched_input, self.unmatched_target)
+        names = ("matched", "of the input alone", "of the target alone")
+        found = ", ".join(f"{len(rows)} {name}" for rows, name in zip(tables, names))
+        pairs = _of_images(self._input.shape[0], self._shape, self.filtration, "pair")
+        return f"BettiMatching({found}; {pairs})"
+
+    @property
+    def filtration(self) -> str:
+        return _FILTRATIONS[self._superlevel]
 
     @property
     def counts(self) -> Tensor:
@@ -127,12 +152,29 @@ class BettiMatching:
             IndexError: an ``item`` outside the batch.
         """
         table = getattr(self, check_choice("kind", kind, _KINDS))
-        if dim not in range(len(self._shape)):
-            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
-        if item not in range(self._input.shape[0]):
-            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
+        self._check_place(item, dim)
         rows = table[(table[:, 0] == item) & (table[:, 1] == dim)]
         return images.unravelled(rows[:, 2:], self._shape)
+
+    def essential(self, item: int) -> Tensor:
+        """Voxels of birth of the components of one item that never die, ``(2, spatial dims)``: in
+        the input, in the target; -1 for a voxel of the padding.
+
+        Raises:
+            IndexError: an ``item`` outside the batch.
+        """
+        self._check_place(item, 0)
+        pair = (t[item : item + 1] for t in (self._input, self._target))
+        rows = op.essential_rows(*pair, self._superlevel)
+        if self._frame:
+            rows = images.unpadded(rows[:, :6], tuple(self._input.shape[1:]))
+        return images.unravelled(rows[0, [2, 4]], self._shape)
+
+    def _check_place(self, item: int, dim: int) -> None:
+        if checks.checked_integer("dim", dim) not in range(len(self._shape)):
+            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
+        if checks.checked_integer("item", item) not in range(self._input.shape[0]):
+            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
 
     def loss(
         self,
@@ -147,7 +189,8 @@ class BettiMatching:
     ) -> Tensor:
         """Loss of each item ``(N)``, differentiable by both images; arguments of the loss.
 
-        ``include_essential`` is its ``essential``: the components that never die, by their birth.
+        ``include_essential`` is its ``essential``: the components that never die, by their birth,
+        where dimension 0 was asked for.
         """
         check_choice("unmatched", unmatched, UNMATCHED)
         spatial = len(self._shape)
@@ -156,16 +199,17 @@ class BettiMatching:
             target_weight=target_weight, min_persistence=min_persistence,
         )  # fmt: skip
         matched, *others = self._tables
-        if include_essential:
+        if include_essential and 0 in self._dims:
             rows = op.essential_rows(self._input, self._target, self._superlevel)
             matched = torch.cat([matched, rows.to(matched.device)])
         terms = op.loss_terms(
             self._input.flatten(1), self._target.flatten(1), matched, *others, dim_count=spatial,
             superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
         )  # fmt: skip
-        factors = terms.new_tensor([matched_weight, unmatched_weight, target_weight])
-        by_dim = terms.new_tensor(images.checked_weight(weight, list(range(spatial)), spatial))
-        factors = factors * by_dim[:, None]
+        of_terms = (matched_weight, unmatched_weight, target_weight)
+        by_dim = images.checked_weight(weight, list(range(spatial)), spatial)
+        factors = constants([d * t for d in by_dim for t in of_terms], terms.dtype, terms.device)
+        factors = factors.view(spatial, -1)
         return torch.where(factors == 0, 0.0, terms * factors).sum((1, 2))  # 0 times infinity
 
     def representative_cycles(
@@ -196,16 +240,14 @@ class BettiMatching:
         check_choice("kind", kind, ("matched", "unmatched"))
         if which == "comparison" and kind == "unmatched":
             raise ValueError("which='comparison' knows matched bars only, got kind='unmatched'")
-        if dim not in range(len(self._shape)):
-            raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
-        if item not in range(self._input.shape[0]):
-            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
+        self._check_place(item, dim)
         if kind == "matched":
             table, cell = self._tables[0], {"input": 6, "target": 8, "comparison": 10}[which]
         else:
             table, cell = self._tables[1 if which == "input" else 2], 4
         rows = table[(table[:, 0] == item) & (table[:, 1] == dim)]
         if index is not None:
+            index = checks.checked_integer("index", index)
             if index not in range(len(rows)):
                 raise IndexError(f"index must be that of one of {len(rows)} bars, got {index}")
             rows = rows[index : index + 1]
@@ -215,6 +257,11 @@ class BettiMatching:
         cycles = _cycles.representatives(image, dim, rows[:, cell : cell + 2].tolist())
         frame = self._frame
         return [c - frame for c in cycles]
+
+
+def _of_images(items: int, shape: tuple, filtration: str, what: str = "image") -> str:
+    size = "x".join(map(str, shape))
+    return f"{items} {what}{'' if items == 1 else 's'} {size}, {filtration} sets"
 
 
 # Public there, and shown there.

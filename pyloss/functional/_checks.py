@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -65,6 +66,12 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
 # Types and numbers
 
 
+def is_dtensor(t) -> bool:
+    """Whether t is a DTensor; nobody has one before the module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
 def check_tensor(name: str, x) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -79,7 +86,9 @@ def check_floating(name: str, x) -> None:
 def check_number(name: str, value) -> None:
     # The common types first: asking an abstract class is slow. While compiling, a changing number
     # is a symbol, of no Python type.
-    if type(value) in (float, int) or torch.compiler.is_compiling():
+    if type(value) in (float, int):
+        return
+    if torch.compiler.is_compiling() and not isinstance(value, (Tensor, str)):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -119,9 +128,27 @@ def checked_integer(name: str, value) -> int:
     return found
 
 
+def checked_flag(name: str, value) -> bool:
+    """The bool that a value stands for (numpy's too)."""
+    if isinstance(value, bool):
+        return value
+    # numpy's dtype alone compares equal to the name: a tensor would be waited for.
+    if getattr(value, "dtype", None) == "bool" and value.ndim == 0:
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_integer(name: str, value, kind: str = "an integer") -> None:
     if not is_integer(value):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+
+
+def check_flag(name: str, value) -> None:
+    """A bool, numpy's too; or 0 or 1."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in _BOOLS:
+        return
+    if not (is_integer(value) and value in (0, 1)):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_one_of(
@@ -133,7 +160,11 @@ def check_one_of(
 
 def check_reduction(reduction, known: Iterable[str] = REDUCTIONS) -> None:
     """In torch's words."""
-    if reduction not in known:
+    try:
+        valid = reduction in known
+    except TypeError:  # a list
+        valid = False
+    if not valid:
         raise ValueError(f"{reduction} is not a valid value for reduction")
 
 
@@ -181,8 +212,10 @@ def check_supported(function: str, t: Tensor, where: str = "") -> None:
 
 def check_index_dtype(name: str, labels: Tensor) -> None:
     if labels.dtype not in CLASS_INDICES:
+        hint = f"; class labels must be integers, {name}.long()"
         raise RuntimeError(
             f"expected {name} dtype to be Long or Byte, but got {scalar_name(labels.dtype)}"
+            + (hint if labels.is_floating_point() else "")
         )
 
 

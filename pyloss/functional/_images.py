@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._ranges import can_look, warn
+from pyloss.ops._labels import outside
 
 _PADDINGS = ("foreground", "foreground_detached", "background")
 _REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
@@ -67,14 +70,8 @@ def framed(x: Tensor, spatial: int, padding, superlevel: bool) -> Tensor:
         value = inner.amax(axes, keepdim=True) if superlevel else inner.amin(axes, keepdim=True)
     elif padding == "background":
         return padded
-    elif isinstance(padding, str) or isinstance(padding, bool):
-        raise ValueError(f"padding must be None, one of {_PADDINGS} or a number, got {padding!r}")
-    elif not isinstance(padding, (int, float)):
-        raise TypeError(f"padding must be None, a string or a number, got {padding!r}")
-    elif math.isnan(padding):
-        raise ValueError("padding must not be NaN: it would poison every bar")
     else:
-        value = x.new_tensor(float(padding))
+        value = x.new_full((), float(padding))  # filled there: a copy would wait for a GPU
     inside = F.pad(torch.ones(x.shape[-spatial:], dtype=torch.bool, device=x.device), sides)
     return torch.where(inside, padded, value)
 
@@ -84,7 +81,7 @@ def computed(x: Tensor) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         return x
     if x.dtype in (torch.int32, torch.int64):
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not can_look(x):
             return x.to(torch.float64)
         size = _largest(x)
         if size > 2**53:
@@ -93,6 +90,20 @@ def computed(x: Tensor) -> Tensor:
             )
         return x.to(torch.float32 if size <= 2**24 else torch.float64)
     return x.to(torch.float32)
+
+
+def left_out(
+    x: Tensor, y: Tensor, ignored: Tensor, spatial: int, superlevel: bool
+) -> tuple[Tensor, Tensor]:
+    """Both images with one constant in the ignored voxels, which enter last there: 0 (sublevel
+    sets: 1), or the last of the voxels that count where that is further out."""
+    axes = tuple(range(x.dim() - spatial, x.dim()))
+    last = []
+    for t in (x, y):
+        counted = t.detach().masked_fill(ignored, 0 if superlevel else 1)
+        last.append((counted.amin if superlevel else counted.amax)(axes, keepdim=True))
+    value = (torch.minimum if superlevel else torch.maximum)(*last)
+    return torch.where(ignored, value, x), torch.where(ignored, value, y)
 
 
 def _largest(x: Tensor) -> int:
@@ -121,14 +132,33 @@ def expanded(target: Tensor, input: Tensor) -> Tensor:
     return target if labels.dtype == torch.bool else one_hot(labels, classes)
 
 
+def ignored_voxels(target: Tensor, ignore_index: int | None, spatial: int) -> Tensor | None:
+    """(N, 1, *spatial): where class indices, or a mask of one channel, are the ignored one."""
+    if ignore_index is None:
+        return None
+    ignore_index = checks.checked_integer("ignore_index", ignore_index)
+    channels = target.shape[1] if target.dim() == spatial + 2 else 1
+    if channels != 1 or target.dim() < spatial + 1:
+        raise ValueError(
+            "ignore_index needs class indices or a mask of one channel, got a target of shape "
+            f"{tuple(target.shape)}"
+        )
+    return with_channel(checks.equals(target, ignore_index), spatial)
+
+
 def one_hot(target: Tensor, classes: int) -> Tensor:
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+    """One channel per class; NaN for an item with a class out of range, where that cannot raise."""
+    index = torch.arange(classes, device=target.device, dtype=torch.int64)
+    index = index.view(1, classes, *(1,) * (target.dim() - 1))
+    found = (target.unsqueeze(1).long() == index).to(torch.uint8)
+    if not can_look(target):
+        wrong = outside(target, classes).flatten(1).any(1).view(-1, *(1,) * target.dim())
+        return torch.where(wrong, math.nan, found.float())
+    if target.numel():
         low, high = (int(v) for v in torch.aminmax(target))
         if low < 0 or high >= classes:
             raise IndexError(f"Target {low if low < 0 else high} is out of bounds.")
-    index = torch.arange(classes, device=target.device, dtype=torch.int64)
-    index = index.view(1, classes, *(1,) * (target.dim() - 1))
-    return (target.unsqueeze(1).long() == index).to(torch.uint8)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,13 +176,15 @@ def check_real(name: str, x) -> None:
         raise ValueError(f"{name} must be real, got {x.dtype}")
 
 
-def check_class_indices(target: Tensor, num_classes: int) -> None:
-    if not checks.is_integer(num_classes):
-        raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+def check_class_indices(target: Tensor, num_classes: int) -> int:
+    given, num_classes = num_classes, checks.as_integer(num_classes)
+    if num_classes is None:
+        raise TypeError(f"num_classes must be an integer, got {given!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"class indices must be integers, got {target.dtype}")
+    return num_classes
 
 
 def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
@@ -161,13 +193,12 @@ def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
         spatial_dims = input.dim() - 2
         if spatial_dims < 1:
             raise ValueError(f"{name} must be (N, C, *spatial), got shape {tuple(input.shape)}")
-    given, spatial_dims = spatial_dims, checks.as_integer(spatial_dims)
-    if spatial_dims is None:
-        raise TypeError(f"spatial_dims must be an integer, got {given!r}")
-    if spatial_dims not in (1, 2, 3):
-        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
-    if spatial_dims == 3:
-        raise NotImplementedError("Betti matching has 1 or 2 spatial dimensions so far, got 3")
+        if spatial_dims == 1 and input.shape[1] > 1:  # no image has one row
+            warn(
+                f"{name} of shape {tuple(input.shape)} is taken for (N, C, length), signals of one "
+                "dimension: give spatial_dims=2 for images (N, H, W), or spatial_dims=1"
+            )
+    spatial_dims = check_spatial_dims(spatial_dims)
     if input.dim() < spatial_dims:
         raise ValueError(
             f"{name} must have at least {spatial_dims} dimensions, got shape {tuple(input.shape)}"
@@ -175,6 +206,32 @@ def checked_spatial_dims(input, spatial_dims, name: str = "input") -> int:
     if 0 in input.shape[input.dim() - spatial_dims :]:
         raise ValueError(f"{name} has a spatial size of 0: shape {tuple(input.shape)}")
     return spatial_dims
+
+
+def check_spatial_dims(spatial_dims) -> int:
+    given, spatial_dims = spatial_dims, checks.as_integer(spatial_dims)
+    if spatial_dims is None:
+        raise TypeError(f"spatial_dims must be an integer, got {given!r}")
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+    if spatial_dims == 3:
+        raise NotImplementedError("Betti matching has 1 or 2 spatial dimensions so far, got 3")
+    return spatial_dims
+
+
+def as_channels(input, spatial_dims, name: str = "input") -> tuple[Tensor, int]:
+    """((N, C, *spatial), spatial dimensions) of that, or with `spatial_dims` of (N, *spatial)."""
+    spatial = checked_spatial_dims(input, spatial_dims, name)
+    if input.dim() - spatial not in (1, 2):
+        raise ValueError(
+            f"{name} must be (N, C, *spatial) or, with spatial_dims, (N, *spatial); got shape "
+            f"{tuple(input.shape)} and spatial_dims={spatial}"
+        )
+    return with_channel(input, spatial), spatial
+
+
+def with_channel(x: Tensor, spatial: int) -> Tensor:
+    return x.unsqueeze(1) if x.dim() == spatial + 1 else x
 
 
 def check_same_shape(input, target) -> None:
@@ -190,8 +247,7 @@ def check_same_shape(input, target) -> None:
 def checked_dims(dims, spatial: int) -> list[int]:
     if dims is None:
         return list(range(spatial))
-    if isinstance(dims, (str, int)) or not isinstance(dims, Iterable):
-        raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
+    check_sequence("dims", dims, "integers")
     dims = list(dims)
     found = [checks.as_integer(d) for d in dims]
     for d in found:
@@ -206,8 +262,7 @@ def checked_dims(dims, spatial: int) -> list[int]:
 def checked_weight(weight, dims, spatial: int) -> list[float]:
     """One number per dimension of the image, 0 for those not wanted."""
     found = [0.0] * spatial
-    if isinstance(weight, (str, int, float)):
-        raise TypeError(f"weight must be a sequence of numbers or None, got {weight!r}")
+    check_sequence("weight", weight, "numbers")
     weight = [1.0] * len(dims) if weight is None else [float(w) for w in weight]
     if len(weight) != len(dims):
         raise ValueError(f"weight must have one entry per entry of dims {dims}, got {weight}")
@@ -217,9 +272,25 @@ def checked_weight(weight, dims, spatial: int) -> list[float]:
     return found
 
 
+def check_padding(padding) -> None:
+    if padding is None or (isinstance(padding, str) and padding in _PADDINGS):
+        return
+    if isinstance(padding, (str, bool)):
+        raise ValueError(f"padding must be None, one of {_PADDINGS} or a number, got {padding!r}")
+    if not isinstance(padding, Real):
+        raise TypeError(f"padding must be None, a string or a number, got {padding!r}")
+    if math.isnan(padding):
+        raise ValueError("padding must not be NaN: it would poison every bar")
+
+
+def check_sequence(name: str, values, of: str) -> None:
+    if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
+        raise TypeError(f"{name} must be a sequence of {of} or None, got {values!r}")
+
+
 def check_not_negative(**numbers) -> None:
     for name, x in numbers.items():
-        if isinstance(x, (bool, str)) or not isinstance(x, (int, float)):
+        if isinstance(x, bool) or not isinstance(x, Real):
             raise TypeError(f"{name} must be a number, got {x!r}")
         if not 0 <= x < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {x}")

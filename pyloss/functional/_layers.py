@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._rows import FLOAT_STATS
+from pyloss.functional import _rows as rows
+from pyloss.functional._checks import is_dtensor as is_dtensor
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._labels import wide
+from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import functorch_active
 
 STRATEGIES = ("auto", "forward", "recompute", "tiles")
 
 
-def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
 def checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats):
-    if chunk != "auto":
-        if not checks.is_integer(chunk):
-            raise TypeError(f"chunk must be 'auto' or a number of rows, got {chunk!r}")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+    chunk = checked_chunk(chunk)
     checks.check_one_of("strategy", strategy, STRATEGIES)
     if strategy == "forward" and reduction == "none":
         raise ValueError("strategy='forward' needs a scalar reduction, got 'none'")
-    if strategy == "forward" and any(s in FLOAT_STATS for s in return_stats):
+    if strategy == "forward" and any(s in rows.FLOAT_STATS for s in return_stats):
         raise ValueError("strategy='forward' cannot return differentiable statistics")
     if accumulate_dtype not in (None, torch.float32):
         raise ValueError(f"accumulate_dtype must be None or torch.float32, got {accumulate_dtype}")
@@ -40,7 +31,19 @@ def checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, retur
         raise ValueError(f"filter needs strategy 'auto' or 'tiles', got {strategy!r}")
     tiles = filter if filter is not None else 0.0 if strategy == "tiles" else None
     exact = accumulate_dtype is not None
-    return op.Settings(0 if chunk == "auto" else chunk, strategy, exact, tiles)
+    return op.Settings(chunk or 0, strategy, exact, tiles)
+
+
+def checked_chunk(chunk) -> int | None:
+    """A number of rows; None for "auto"."""
+    if isinstance(chunk, str) and chunk == "auto":
+        return None
+    found = checks.as_integer(chunk)
+    if found is None:
+        raise TypeError(f"chunk must be 'auto' or a number of rows, got {chunk!r}")
+    if found < 1:
+        raise ValueError(f"chunk must be at least 1, got {found}")
+    return found
 
 
 def checked_layer(input, weight, bias):
@@ -63,7 +66,7 @@ def checked_layer(input, weight, bias):
         raise RuntimeError(
             f"expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}"
         )
-    checks.check_supported("fused_linear_cross_entropy", input)
+    checks.check_supported("fused_linear_cross_entropy", input, ": input must be floating")
     for name, t in (("linear_weight", weight), ("linear_bias", bias)):
         if t is not None:
             checks.check_device(name, t, input)
@@ -79,9 +82,13 @@ def checked_layer(input, weight, bias):
     return input, weight, bias
 
 
+def logits_like(input: Tensor, *shape: int) -> Tensor:
+    """Stands for the logits, whose shape, dtype and device checks look at; takes no memory."""
+    return input.new_empty(()).expand(shape)
+
+
 def checked_shift(shift, lead) -> int:
-    checks.check_integer("shift", shift)
-    shift = int(shift)
+    shift = checks.checked_integer("shift", shift)
     if shift < 0:
         raise ValueError(f"shift must be at least 0, got {shift}")
     if shift and not lead:
@@ -91,37 +98,97 @@ def checked_shift(shift, lead) -> int:
     return shift
 
 
-def check_target_shape(target, lead, classes) -> None:
-    """What the check of the flattened target could not name."""
+def check_target_shape(target, like: Tensor) -> None:
+    """What the check of the flattened target could not name; `like` stands for the logits."""
+    lead, classes = tuple(like.shape[:-1]), like.shape[-1]
+    if len(lead) < 2:
+        rows.check_target_of(like, target)
+        return
     tensors = [target] if isinstance(target, Tensor) else []
     if isinstance(target, tuple):
         tensors = [t for t in target[:2] if isinstance(t, Tensor)]
     for t in tensors:
-        expected = (*lead, classes) if t.is_floating_point() else lead
+        dense = t.is_floating_point()
+        expected = (*lead, classes) if dense else lead
         if tuple(t.shape) == expected:
             continue
-        if t.is_floating_point() and len(lead) < 2:
+        if dense and tuple(t.shape) == lead:
             raise RuntimeError(
                 "Expected floating point type for target with class probabilities to have the "
-                f"shape {list(expected)}, got {list(t.shape)}"
+                f"shape {list(expected)}, got {list(lead)}; class labels must be integers, "
+                "target.long()"
             )
-        if len(lead) > 1:
-            raise RuntimeError(
-                f"expected input with dimensionality 1 or 2, got {len(lead) + 1}, or a target of "
-                f"shape {list(expected)} to go with it, got {list(t.shape)}"
-            )
-        if tuple(t.shape) == (*lead, classes):
-            raise RuntimeError(
-                "Expected floating point type for target with class probabilities, got "
-                f"{checks.scalar_name(t.dtype)}"
-            )
-        if len(lead) == 1 and t.dim() and t.shape[0] == lead[0]:
-            raise RuntimeError(f"Expected target size {list(expected)}, got {list(t.shape)}")
-        size = t.shape[0] if t.dim() else 1
-        batch = lead[0] if lead else 1
-        raise ValueError(
-            f"Expected input batch_size ({batch}) to match target batch_size ({size})."
+        raise RuntimeError(
+            f"expected input with dimensionality 1 or 2, got {len(lead) + 1}, or a target of "
+            f"shape {list(expected)} to go with it, got {list(t.shape)}"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# A temperature of each row
+
+
+def tempered(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target,
+    temperature: Tensor,
+    shift: int,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """(input, weight) of a layer without bias that has the given one's logits over `temperature`.
+
+    (W h + b) / t = W (h / t) + b / t: the kernels need not know. The bias becomes a column of the
+    weight and 1 / t a feature, with zeros up to a multiple of eight, which products of half
+    matrices want.
+    """
+    input, temperature = scored_at(input, target, temperature, shift, ignore_index)
+    inverse = (1 / temperature).unsqueeze(-1)
+    scaled = (input * inverse).to(input.dtype)
+    if bias is None:
+        return scaled, weight
+    more = -(weight.shape[1] + 1) % 8
+    columns = (bias.unsqueeze(1), weight.new_zeros(weight.shape[0], more))
+    features = (inverse.to(input.dtype), input.new_zeros(*input.shape[:-1], more))
+    return torch.cat((scaled, *features), -1), torch.cat((weight, *columns), 1)
+
+
+def scored_at(
+    input: Tensor, target, temperature: Tensor, shift: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """(input, the temperature of each of its rows). Rows that are ignored may hold anything in
+    either; the latter is 1 there."""
+    lead = input.shape[:-1]
+    if temperature.dtype == torch.bool or temperature.is_complex():
+        raise TypeError(f"temperature must hold numbers, got {temperature.dtype}")
+    if temperature.dim():
+        if temperature.shape != lead:
+            raise RuntimeError(
+                f"temperature must be a number, a 0-d tensor or have the targets' shape "
+                f"{list(lead)}, got {list(temperature.shape)}"
+            )
+        checks.check_device("temperature", temperature, input)
+    temperature = temperature.to(input.device, accumulator_dtype(input.dtype)).expand(lead)
+    temperature = shifted(temperature, shift, 1.0)
+    labels = target[:2] if isinstance(target, tuple) else (target,)
+    if labels[0].dtype == torch.float64:  # what they make of the logits, below the division
+        input = input.double()
+    if not labels[0].is_floating_point():
+        # A narrow dtype has no room for every ignore_index.
+        labels = [shifted(wide(y), shift, ignore_index) == ignore_index for y in labels]
+        ignored = labels[0] if len(labels) == 1 else labels[0] | labels[1]
+        temperature = torch.where(ignored, 1.0, temperature)
+        if temperature.requires_grad:  # its gradient would be 0 times what stands there
+            input = torch.where(ignored.unsqueeze(-1), 0.0, input)
+    if _visible(temperature) and bool((temperature <= 0).any()):
+        raise ValueError(f"temperature must be > 0, got {temperature.min().item()}")
+    return input, temperature
+
+
+def _visible(t: Tensor) -> bool:
+    """Whether the values can be looked at, and without waiting for a device."""
+    return t.is_cpu and not (torch.compiler.is_compiling() or functorch_active())
 
 
 # --------------------------------------------------------------------------------------------------

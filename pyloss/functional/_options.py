@@ -71,6 +71,8 @@ class DiceOptions(TypedDict, total=False):
     weight: float | Sequence[float] | Tensor | None
     soft_label: bool
     ignore_index: int | None
+    empty: str
+    validate: bool | None
 
 
 class DiceCrossEntropyOptions(DiceOptions, total=False):
@@ -105,6 +107,79 @@ class SpearmanOptions(NetworkOptions, total=False):
     ties: str
 
 
+class GroCoOptions(NetworkOptions, total=False):
+    """See :func:`pyloss.groco_loss`."""
+
+    n_pos: int | None
+    topk_neg: int
+    stop_grad: bool
+    reduction: str
+    group: Any
+
+
+class ListNetOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.list_net`."""
+
+    temperature: float
+    reduction: str
+
+
+class ListMLEOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.list_mle`."""
+
+    k: int | None
+    reduction: str
+
+
+class ApproxNDCGOptions(ListNetOptions, total=False):
+    """See :func:`pyloss.functional.approx_ndcg_loss`."""
+
+    gain: str
+
+
+class NeuralNDCGOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.neural_ndcg_loss`."""
+
+    relaxation: str
+    steepness: float
+    distribution: str
+    k: int | None
+    gain: str
+    sinkhorn: int
+    reduction: str
+
+
+class LambdaOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.lambda_loss`."""
+
+    weighting: str
+    sigma: float
+    k: int | None
+    mu: float
+    gain: str
+    reduction: str
+
+
+class ChamferOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.chamfer_set_loss`."""
+
+    cost: str
+    reduction: str
+
+
+class HungarianOptions(ChamferOptions, total=False):
+    """See :func:`pyloss.functional.hungarian_set_loss`."""
+
+    return_matching: bool
+
+
+class SinkhornOptions(ChamferOptions, total=False):
+    """See :func:`pyloss.functional.sinkhorn_set_loss`."""
+
+    epsilon: float
+    iterations: int
+
+
 class BettiOptions(TypedDict, total=False):
     """See :func:`pyloss.betti_matching_loss`."""
 
@@ -121,6 +196,8 @@ class BettiOptions(TypedDict, total=False):
     padding: str | float | None
     include_background: bool
     activation: str | None
+    ignore_index: int | None
+    spatial_dims: int | None
     reduction: str
 
 

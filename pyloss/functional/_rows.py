@@ -7,8 +7,8 @@ logits that are never whole; all three come here.
 from __future__ import annotations
 
 import math
-import operator
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
 from pyloss.ops._empty import divided
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import functorch_active
+from pyloss.ops.row_softmax.masses import ignored_rows
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
 _INDEX_STATS = ("argmax", "correct", "rank")
@@ -77,22 +79,23 @@ def prepare(
     empty="nan",
     loss_dtype=None,
     num_items=None,
+    no_classes=False,
     **formula: Unpack[FormulaOptions],
 ) -> tuple[Tensor, Prepared]:
     """Checks the arguments of a row loss in torch's order and packs them.
 
     Of `input`, the logits, only shape, dtype and device are looked at. Returns them, as float64
-    where the probabilities are.
+    where the probabilities are. Rows of no classes are refused, unless `no_classes`.
     """
     checks.check_tensor("input", input)
     checks.check_reduction(reduction, op.REDUCTIONS)
-    if loss_dtype is not None and loss_dtype not in checks.FLOATS:
-        raise ValueError(f"loss_dtype must be a floating dtype, got {loss_dtype}")
+    if loss_dtype is not None:
+        _check_loss_dtype(loss_dtype)
     if type(ignore_index) is not int:
         ignore_index = _checked_ignore_index(ignore_index)
-    smoothing = formula.get("label_smoothing")
-    if smoothing and not 0.0 <= smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing}")
+    smoothing = formula.get("label_smoothing", 0.0)
+    if smoothing != 0.0:
+        formula["label_smoothing"] = checked_smoothing(smoothing)
 
     target2 = mix = None
     if isinstance(target, Tensor):
@@ -102,15 +105,15 @@ def prepare(
         target, target2, lam = _checked_mixup(target)
     classes = 0 if input.dim() == 0 else input.shape[0 if input.dim() == 1 else 1]
     if kind == op.DENSE:
-        _check_probabilities(input, target, ignore_index)
+        check_probabilities(input, target, ignore_index)
         result_dtype = torch.promote_types(input.dtype, target.dtype)
         if result_dtype == torch.float64:
             input, target = input.double(), target.double()
     else:
         result_dtype = input.dtype
-        _check_labels(input, target, "target")
+        check_labels(input, target, "target")
         if kind == op.MIX:
-            _check_labels(input, target2, "target[1]")
+            check_labels(input, target2, "target[1]")
             mix = _broadcast_mix(lam, target, input.dtype)
         # The CPU kernels look at every label anyway.
         if not input.is_cpu and os.environ.get("PYLOSS_CHECK", "0") not in ("", "0"):
@@ -119,13 +122,18 @@ def prepare(
     checks.check_device("target", target, input)
     if target2 is not None:
         checks.check_device("target[1]", target2, input)
-    checks.check_supported("fused_cross_entropy", input)
+    checks.check_supported("fused_cross_entropy", input, ": input must be floating")
     if loss_dtype is None:
         loss_dtype = checks.result_dtype(result_dtype, input)
-    if classes == 0 and (target.numel() > 0 or kind == op.DENSE):
+    rows_of_nothing = classes == 0 and (target.numel() > 0 or kind == op.DENSE)
+    if rows_of_nothing and (return_stats or not no_classes):
         raise IndexError("input has no classes: cannot take a softmax over a dimension of size 0")
     if weight is not None:
-        weight = _checked_weight(weight, input, classes)
+        learned = kind == op.DENSE and weight.requires_grad and torch.is_grad_enabled()
+        weight = _checked_weight(weight, input, classes, learned)
+        if learned:
+            target = _weighted(target, weight, formula.pop("label_smoothing", 0.0))
+            weight = None
     if token_weight is not None:
         token_weight = _checked_token_weight(token_weight, input, target)
 
@@ -146,10 +154,42 @@ def prepare(
     # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
     loss = op.FOCAL if options is not None and options.gamma else op.COMP_SUM
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
-    return_stats = return_stats if isinstance(return_stats, str) else tuple(return_stats)
-    wants = _checked_stats(return_stats, kind) if return_stats else 0
+    wants = 0
+    if return_stats != ():
+        return_stats, wants = _checked_stats(return_stats, kind)
     labels = (target, target2, mix, weight, token_weight)
     return input, Prepared(labels, options, codes, loss_dtype, wants, return_stats, divisor, empty)
+
+
+def check_target_of(input, target) -> None:
+    """The dtype and the shape of a target, in prepare's words; of `input` only the shape counts."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        check_probabilities(input, target, -100, "the logits")
+        return
+    pair = (target,) if isinstance(target, Tensor) else _checked_mixup(target)[:2]
+    for name, labels in zip(("target", "target[1]"), pair):
+        check_labels(input, labels, name)
+
+
+def check_options(
+    *,
+    reduction="mean",
+    ignore_index=-100,
+    empty="nan",
+    loss_dtype=None,
+    return_stats=(),
+    **formula: Unpack[FormulaOptions],
+) -> None:
+    """The checks of :func:`prepare` that need no tensor, for those who keep options for later."""
+    checks.check_reduction(reduction, op.REDUCTIONS)
+    if loss_dtype is not None:
+        _check_loss_dtype(loss_dtype)
+    _checked_ignore_index(ignore_index)
+    formula["label_smoothing"] = checked_smoothing(formula.get("label_smoothing", 0.0))
+    checks.check_range("gamma", formula.get("gamma", 0.0), 0.0)
+    _checked_formula(op.INDEX, **formula)
+    checks.check_empty(empty)
+    _checked_stats(return_stats, op.INDEX)
 
 
 def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
@@ -163,21 +203,52 @@ def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
 
 def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
     """Checks and packs the arguments, calls the op, names the statistics."""
+    if type(input) is not Tensor and checks.is_dtensor(input):
+        from pyloss.functional._row_dtensors import row_loss_of_dtensors
+
+        return row_loss_of_dtensors(input, target, inplace, options)
     if isinstance(input, Tensor) and input.dim() == 1:
         target = without_batch(target)
-    input, p = prepare(input, target, **options)
+    input, p = prepare(input, target, no_classes=True, **options)
     if inplace:
         inplace = _checked_inplace(input)
     # What is divided afterwards is rounded to its dtype afterwards.
     dtype = p.loss_dtype if p.divisor is None else accumulator_dtype(p.loss_dtype)
-    value, extras, index = op.row_softmax(
-        input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
-    )
+    if input.numel() == 0 and _has_no_classes(input):
+        value, extras, index = _without_classes(input, p, dtype), None, None
+    else:
+        value, extras, index = op.row_softmax(
+            input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
+        )
     if p.divisor is not None:
         value = divided(value, p.divisor.to(dtype), p.empty == "zero").to(p.loss_dtype)
     if not p.return_stats:
         return value
     return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))
+
+
+def _has_no_classes(input) -> bool:
+    return input.shape[0 if input.dim() == 1 else 1] == 0
+
+
+def _without_classes(input, p: Prepared, dtype) -> Tensor:
+    """The loss of rows of no classes, as torch has it: 0, and NaN for the mean of any number."""
+    o, c = p.options or op.PLAIN, p.codes
+    # Nothing, but of the rows' shape, and with a gradient.
+    rows = input.sum(0 if input.dim() == 1 else 1, dtype=accumulator_dtype(input.dtype))
+    ignored = ignored_rows(p.labels, c)
+    if ignored is None:
+        rows = rows + (math.inf if o.z_loss else 0.0)  # log of the sum of nothing
+    else:
+        if input.is_cpu and not (torch.compiler.is_compiling() or functorch_active()):
+            checks.check_index_values(p.labels[0][~ignored], 0, c.ignore_index)
+        rows = torch.where(ignored, rows, math.nan)
+    if c.reduction == op.REDUCTIONS["none"]:
+        return rows.to(dtype)
+    total = rows.sum()
+    if c.reduction == op.REDUCTIONS["mean"]:
+        total = total / o.num_items if o.num_items else divided(total, total * 0, c.zero_if_empty)
+    return total.to(dtype)
 
 
 def without_batch(target):
@@ -187,14 +258,27 @@ def without_batch(target):
     return target
 
 
+def _check_loss_dtype(dtype) -> None:
+    if dtype not in checks.FLOATS:
+        raise ValueError(f"loss_dtype must be a floating dtype, got {dtype}")
+
+
 def _checked_ignore_index(value) -> int:
-    if checks.is_integer(value) or torch.compiler.is_compiling():
-        return value
-    try:
-        return operator.index(value)  # numpy's integers
-    except TypeError:
+    found = checks.as_integer(value)
+    if found is None:
         kind = type(value).__name__
-        raise TypeError(f"ignore_index must be an integer, got {value!r} ({kind})") from None
+        raise TypeError(f"ignore_index must be an integer, got {value!r} ({kind})")
+    return found
+
+
+def checked_smoothing(value) -> float:
+    """A number, or what torch takes for one."""
+    if isinstance(value, (bool, Tensor)):
+        value = float(value)
+    checks.check_number("label_smoothing", value)
+    if not 0.0 <= value <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {value}")
+    return value
 
 
 def _checked_mixup(target):
@@ -223,11 +307,16 @@ def _broadcast_mix(lam, target, dtype):
     if isinstance(lam, Tensor):
         if lam.requires_grad:
             raise RuntimeError("the loss is not differentiable with respect to lam")
+        lam = lam.to(target.device, acc)
     else:
         checks.check_number("lam", lam)
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-    lam = torch.as_tensor(lam, dtype=acc, device=target.device)
+        if torch.compiler.is_compiling():
+            # A product with a number that changes stays in the graph, a tensor made of it does not.
+            lam = torch.ones((), dtype=acc, device=target.device) * lam
+        else:  # a copy from the host would wait for a GPU
+            lam = torch.full((), lam, dtype=acc, device=target.device)
     try:
         return lam.expand(target.shape)
     except RuntimeError:
@@ -236,14 +325,14 @@ def _broadcast_mix(lam, target, dtype):
         ) from None
 
 
-def _check_probabilities(input, target, ignore_index):
+def check_probabilities(input, target, ignore_index, whose="input"):
     if input.shape != target.shape:
         _check_batch(input, target)
-        labels = target.dim() == input.dim() - 1
+        labels = target.dim() == input.dim() - 1 or target.shape[1:2] == (1,)
         hint = "; class labels must be integers, target.long()" if labels else ""
         raise RuntimeError(
             f"Expected floating point type for target with class probabilities to have the shape "
-            f"of input, {list(input.shape)}, got {list(target.shape)}{hint}"
+            f"of {whose}, {list(input.shape)}, got {list(target.shape)}{hint}"
         )
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
@@ -257,7 +346,7 @@ def _check_batch(input, target):
         )
 
 
-def _check_labels(input, target, name):
+def check_labels(input, target, name):
     # The usual case, at a quarter of the cost: checks are a part of what a small call costs.
     if (
         input.dim() == 2
@@ -290,7 +379,24 @@ def _check_labels(input, target, name):
         raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
 
 
-def _checked_weight(weight, input, classes):
+def check_class_weight(weight) -> None:
+    """Of any number of classes."""
+    checks.check_tensor("weight", weight)
+    if weight.dim() != 1:
+        raise RuntimeError(
+            f"weight must have one entry for each class, (C), got shape {list(weight.shape)}"
+        )
+
+
+def _weighted(target, weight, smoothing):
+    """The coefficients of all classes, through which a class weight gets a gradient."""
+    target = target.to(weight.dtype)
+    if smoothing:
+        target = (1.0 - smoothing) * target + smoothing / weight.shape[0]
+    return target * weight.view(-1, *[1] * (target.dim() - 2))
+
+
+def _checked_weight(weight, input, classes, learned):
     checks.check_tensor("weight", weight)
     acc = accumulator_dtype(input.dtype)
     if weight.dim() != 1 or weight.shape[0] != classes:
@@ -299,12 +405,14 @@ def _checked_weight(weight, input, classes):
             f"got weight tensor of shape: {list(weight.shape)}"
         )
     if weight.dtype not in (input.dtype, torch.float32, acc):
+        own = checks.scalar_name(input.dtype)
         raise RuntimeError(
-            f"expected scalar type {checks.scalar_name(input.dtype)} or Float for weight but found "
-            f"{checks.scalar_name(weight.dtype)}"
+            f"expected scalar type {own if own == 'Float' else own + ' or Float'} for weight but "
+            f"found {checks.scalar_name(weight.dtype)}"
         )
     checks.check_device("weight", weight, input)
-    checks.check_constant("weight", weight)
+    if not learned:
+        checks.check_constant("weight", weight)
     return weight.to(acc)
 
 
@@ -327,17 +435,21 @@ def _checked_formula(
     temperature=1.0,
 ):
     """The fields of op.Options that are the formula's; None for the plain cross entropy."""
-    if (
-        label_smoothing == 0.0
-        and tau == 1.0
-        and gamma == 0.0
-        and truncate is None
-        and z_loss == 0.0
-        and softcap is None
-        and logit_scale == 1.0
-        and temperature == 1.0
-    ):
-        return None
+    try:
+        plain = (
+            label_smoothing == 0.0
+            and tau == 1.0
+            and gamma == 0.0
+            and truncate is None
+            and z_loss == 0.0
+            and softcap is None
+            and logit_scale == 1.0
+            and temperature == 1.0
+        )
+        if plain:
+            return None
+    except RuntimeError:  # a tensor of several numbers; its name follows
+        pass
     checks.check_range("tau", tau, 0.0)
     checks.check_range("z_loss", z_loss, 0.0)
     checks.check_range("temperature", temperature, 0.0, open_low=True)
@@ -346,9 +458,7 @@ def _checked_formula(
         checks.check_range("softcap", softcap, 0.0, open_low=True)
     max_nll = math.inf
     if truncate is not None:
-        checks.check_range("truncate", truncate, 0.0, open_low=True)
-        if truncate > 1.0:
-            raise ValueError(f"truncate must be a probability in (0, 1], got {truncate}")
+        check_probability("truncate", truncate)
         if kind == op.DENSE or label_smoothing > 0.0:
             raise ValueError("truncate needs class indices without label smoothing")
         max_nll = -math.log(truncate)
@@ -364,6 +474,12 @@ def _checked_formula(
     )
 
 
+def check_probability(name: str, value) -> None:
+    checks.check_range(name, value, 0.0, open_low=True)
+    if value > 1.0:
+        raise ValueError(f"{name} must be a probability in (0, 1], got {value}")
+
+
 def _checked_inplace(input):
     if not (torch.is_grad_enabled() and input.requires_grad):
         return False
@@ -375,9 +491,14 @@ def _checked_inplace(input):
     return not torch.compiler.is_compiling()
 
 
-def _checked_stats(return_stats, kind):
+def _checked_stats(return_stats, kind) -> tuple[tuple[str, ...], int]:
+    """The names, and what they want of the op."""
     if isinstance(return_stats, str):
         raise TypeError("return_stats must be a sequence of names, got one string")
+    if not isinstance(return_stats, Iterable):
+        found = type(return_stats).__name__
+        raise TypeError(f"return_stats must be a sequence of names, got {found}")
+    return_stats = tuple(return_stats)
     for name in return_stats:
         if name not in RowStats._fields:
             raise ValueError(
@@ -385,9 +506,8 @@ def _checked_stats(return_stats, kind):
             )
         if kind == op.DENSE and name in ("logprob", "correct", "rank"):
             raise ValueError(f"return_stats: {name!r} needs class indices, not probabilities")
-    return op.WANT_EXTRAS * any(n in FLOAT_STATS for n in return_stats) + op.WANT_INDEX * any(
-        n in _INDEX_STATS for n in return_stats
-    )
+    extras = op.WANT_EXTRAS * any(n in FLOAT_STATS for n in return_stats)
+    return return_stats, extras + op.WANT_INDEX * any(n in _INDEX_STATS for n in return_stats)
 
 
 def _row_shape(input, target) -> tuple[int, ...]:

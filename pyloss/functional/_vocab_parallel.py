@@ -14,8 +14,9 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional import _layers as layers
 from pyloss.functional import _rows as rows
-from pyloss.functional._layers import is_dtensor
+from pyloss.functional._checks import is_dtensor
 from pyloss.functional._rows import RowStats
+from pyloss.ops._transforms import functorch_active
 from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 
 # --------------------------------------------------------------------------------------------------
@@ -122,6 +123,8 @@ def checked_group(group):
         raise RuntimeError(
             "vocab-parallel losses need torch.distributed: call init_process_group first"
         )
+    if functorch_active():
+        raise RuntimeError("vocab-parallel losses do not run under the transforms of torch.func")
     if group is None:
         return dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
@@ -131,7 +134,7 @@ def checked_group(group):
     return group
 
 
-def _evenly(size: int, classes: int, group) -> list[int]:
+def evenly(size: int, classes: int, group) -> list[int]:
     """The first class of each rank of a DTensor, without asking: DTensor splits as torch.chunk."""
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     step = -(-classes // world)
@@ -170,24 +173,30 @@ def shard_of(
     """The classes of this rank, of which the last ones of all may be padding.
 
     Unless the caller says which classes each rank has, the ranks tell each other in one gather what
-    they hold: Shard(0) is also what fully_shard makes of a weight, where each has rows of its own.
+    they hold. Of a DTensor they always do: Shard(0) is also what fully_shard makes of a weight,
+    where each has rows of its own.
 
     Sizes are exchanged anew in each call that does not say them. A rank that remembered them could
     not tell that another rank's have changed, and the two would wait for each other.
     """
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     if num_classes is not None:
-        checks.check_integer("num_classes", num_classes)
+        num_classes = checks.checked_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if first_class is None:
+    if first_class is None or dtensor_classes is not None:
         known = isinstance(target, Tensor) and target.device == device
         labels = target if known else torch.zeros(0, dtype=torch.int64, device=device)
         held = op.exchange(size, labels, input, device, group)
         _check_same_rows(held, dtensor_classes is not None)
-    if dtensor_classes is not None and first_class is None:
+    if dtensor_classes is not None:
         num_classes = dtensor_classes if num_classes is None else num_classes
-        first_class = [min(c, num_classes) for c in _evenly(size, dtensor_classes, group)]
+        split = [min(c, num_classes) for c in evenly(size, dtensor_classes, group)]
+        if first_class is not None and [int(c) for c in first_class] != split:
+            raise ValueError(
+                f"first_class of this DTensor must be {split}, got {list(first_class)}"
+            )
+        first_class = split
     if first_class is None:
         sizes = held.sizes
         bounds = (0, *itertools.accumulate(sizes))
@@ -294,24 +303,28 @@ def cross_entropy(
     _check_labels_kind(target)
     checks.check_supported("vocab_parallel_cross_entropy", logits)
     lead = tuple(logits.shape[:-1])
+    if not lead:
+        target = rows.without_batch(target)
     shard = shard_of(
         logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes, target
     )
-    target, token_weight = _flat_rows(target, token_weight, lead, shard.bounds[-1])
+    rows.checked_smoothing(arguments["label_smoothing"])
+    like = layers.logits_like(logits, *lead, shard.bounds[-1])
+    target, token_weight = _flat_rows(target, token_weight, like)
     flat = logits.reshape(math.prod(lead), logits.shape[-1])[:, : shard.width]
-    like = logits.new_empty(()).expand(flat.shape[0], shard.bounds[-1])
+    like = layers.logits_like(logits, flat.shape[0], shard.bounds[-1])
     arguments = dict(arguments, token_weight=token_weight)
     p = _prepared(like, target, shard, smoothing_formula, arguments)
     value, stats = _run(flat, None, None, shard, p, lead, 0, False)
     return value if stats is None else (value, stats)
 
 
-def _flat_rows(target, token_weight, lead, classes):
+def _flat_rows(target, token_weight, like):
     checks.check_tensor("target", target)
-    layers.check_target_shape(target, lead, classes)
+    layers.check_target_shape(target, like)
     if token_weight is None:
         return target.reshape(-1), None
-    checks.check_token_weight(token_weight, lead)
+    checks.check_token_weight(token_weight, tuple(like.shape[:-1]))
     return target.reshape(-1), token_weight.reshape(-1)
 
 
@@ -336,12 +349,24 @@ def linear_cross_entropy(
         weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes, target,
         input if dtensor_classes is not None else None,
     )  # fmt: skip
-    _flat_rows(target, token_weight, lead, shard.bounds[-1])
+    rows.checked_smoothing(arguments["label_smoothing"])
+    if not lead:
+        target = rows.without_batch(target)
+    _flat_rows(target, token_weight, layers.logits_like(input, *lead, shard.bounds[-1]))
+    if isinstance(arguments["temperature"], Tensor):
+        if arguments["softcap"] is not None:
+            raise ValueError("softcap with a tensor temperature needs all classes on each rank")
+        temperature = local("temperature", arguments["temperature"])
+        arguments = dict(arguments, temperature=1.0)
+        input, weight = layers.tempered(
+            input, weight, bias, target, temperature, shift, arguments["ignore_index"]
+        )
+        bias = None
     target = layers.flat_labels(target, lead, shift, arguments["ignore_index"])
     if token_weight is not None:
         token_weight = layers.shifted(token_weight, shift, 0.0).reshape(-1)
     flat = input.reshape(math.prod(lead), input.shape[-1])
-    like = input.new_empty(()).expand(flat.shape[0], shard.bounds[-1])
+    like = layers.logits_like(input, flat.shape[0], shard.bounds[-1])
     arguments = dict(arguments, token_weight=token_weight)
     p = _prepared(like, target, shard, smoothing_formula, arguments)
     if shard.width < weight.shape[0]:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.functional import _checks as checks
 from pyloss.functional._attention_checks import (
     NotOfKeys,
     check_choices,
     checked_band,
     checked_bias,
+    checked_list,
     checked_masks,
     checked_options,
     checked_scale,
+    checked_softcap,
     checked_tensors,
     key_masks,
     known_finite,
 )
-from pyloss.functional._checks import is_integer
 from pyloss.ops import tensor_attention as op
 from pyloss.ops import tensor_attention_lowrank as lowrank_op
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.tensor_attention import cost
 from pyloss.ops.tensor_attention import order as orders
 
 Window = int | None | Sequence[int | None]
@@ -44,6 +47,7 @@ def tensor_attention(
     window: Window = None,
     q_offset: int | None = None,
     scale: float | str | None = None,
+    softcap: float | None = None,
     kv_bias: tuple[float, float] = (0.0, 0.0),
     form: str = "product",
     enable_gqa: bool = False,
@@ -87,6 +91,8 @@ def tensor_attention(
         q_offset: position of query 0. Default 0, and required where a causal mask or a window meets
             lengths that differ.
         scale: s; None: ``d ** -0.5``; ``"kronecker"``: 1/d, that of the paper; or a number.
+        softcap: a bound c > 0 of the scores: c tanh(x / c) in the place of each, scaled, before
+            masks are added, as in Gemma. Not with ``"lowrank"``; a GPU takes the reference.
         kv_bias: numbers ``(b_k, b_v)`` added to k2 and v2.
         form: ``"product"``, or ``"determinant"``: S sums the determinants of (q, k1, k2) over
             triples of features, which rotations of all three leave unchanged; d divisible by 3.
@@ -114,7 +120,7 @@ def tensor_attention(
     Returns:
         out ``(B, H, n_q, dv)`` in the dtype of ``q``, or the pair ``(out, lse)``, lse
         ``(B, H, n_q)`` in float32 (float64 for float64). A query that sees no pair gets 0 and
-        -inf, and gradients 0. First derivatives only.
+        -inf, and gradients 0.
 
     Raises:
         ValueError: shapes, heads or lengths that do not fit, d = 0, a window of 0, causality over
@@ -122,8 +128,8 @@ def tensor_attention(
             pairs, biases and dropout, states above 2 GiB, no degree that keeps ``tol``
             (``degree=None``), a bound above ``tol`` (``check="strict"``).
         TypeError: not a tensor, dtypes that differ, integer inputs.
-        RuntimeError: devices that differ; a second derivative; ``"lowrank"`` on a CPU where the sum
-            of the polynomial over all pairs is not positive and finite for some query.
+        RuntimeError: devices that differ; ``"lowrank"`` on a CPU where the sum of the polynomial
+            over all pairs is not positive and finite for some query.
         NotImplementedError: ``dropout_p`` > 0.
 
     Example:
@@ -152,10 +158,11 @@ def tensor_attention(
     given, names = (mask1, mask2), ("mask1", "mask2")
     causal, windows, offset = checked_band(q, keys, is_causal, window, q_offset)
     s = checked_scale(scale, q.shape[3])
+    cap = 0.0 if softcap is None else checked_softcap(softcap, method)
     bk, bv = checked_bias(kv_bias)
     if form == "determinant":
         q, keys, bk = _determinant(q, keys, bk)
-    if method != "exact":
+    if method != "exact" and not cap:
         shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
         found = _low_rank(
@@ -164,7 +171,7 @@ def tensor_attention(
         if found is not None:
             return found if return_lse else found[0]
     masks = checked_masks(q, keys, attn_mask, given, names)
-    settings = op.Settings(s, causal, *windows, offset, bk, bv)
+    settings = op.Settings(s, causal, *windows, offset, bk, bv, cap)
     out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
     return (out, lse) if return_lse else out
 
@@ -180,6 +187,7 @@ def tensor_attention_n(
     window: Window = None,
     q_offset: int | None = None,
     scale: float | str | None = None,
+    softcap: float | None = None,
     kv_bias: tuple[float, float] = (0.0, 0.0),
     enable_gqa: bool = False,
     method: str = "exact",
@@ -210,8 +218,8 @@ def tensor_attention_n(
             where m < 3.
         window: one number or m of them.
         kv_bias: added to the last keys and values.
-        is_causal, q_offset, scale, enable_gqa, return_lse, method, degree, poly, tol, check,
-            logit_bound: as in :func:`tensor_attention`.
+        is_causal, q_offset, scale, softcap, enable_gqa, return_lse, method, degree, poly, tol,
+            check, logit_bound: as in :func:`tensor_attention`.
 
     Returns:
         As :func:`tensor_attention`.
@@ -231,7 +239,7 @@ def tensor_attention_n(
         Alman, Song. arXiv 2310.04064. Liang et al. Tensor Attention Training: Provably Efficient
         Learning of Higher-order Transformers. arXiv 2405.16411.
     """
-    keys, values = tuple(keys), tuple(values)
+    keys, values = checked_list("keys", keys), checked_list("values", values)
     order = len(keys)
     if order == 0 or len(values) != order:
         raise ValueError(
@@ -248,8 +256,9 @@ def tensor_attention_n(
     q, keys, values = checked_tensors(q, keys, values, enable_gqa, key_names, value_names)
     causal, windows, offset = checked_band(q, keys, is_causal, window, q_offset)
     s = checked_scale(scale, q.shape[3])
+    cap = 0.0 if softcap is None else checked_softcap(softcap, method)
     bk, bv = checked_bias(kv_bias)
-    if method != "exact":
+    if method != "exact" and not cap:
         shifted, moved = _shifted(keys, values, bk, bv, accumulator_dtype(q.dtype))
         band = (s, causal, windows, offset)
         given, names = (attn_mask, *masks), ("attn_mask", *mask_names)
@@ -258,21 +267,21 @@ def tensor_attention_n(
             return found if return_lse else found[0]
     masks = checked_masks(q, keys, attn_mask, masks, mask_names)
     if order == 2:
-        settings = op.Settings(s, causal, *windows, offset, bk, bv)
+        settings = op.Settings(s, causal, *windows, offset, bk, bv, cap)
         out, lse = op.tensor_attention(q, *keys, *values, *masks, settings)
         return (out, lse) if return_lse else out
 
     keys, values = _shifted(keys, values, bk, bv)
     if order == 1:
         out, lse = _plain(
-            q, keys[0], values[0], masks[0], s, causal, windows[0], offset, return_lse
+            q, keys[0], values[0], masks[0], s, causal, windows[0], offset, cap, return_lse
         )
     else:
         if torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in masks):
             raise NotImplementedError(
                 "a mask that requires a gradient needs order 1 or 2, got order " + str(order)
             )
-        settings = orders.OrderSettings(s, causal, windows, offset)
+        settings = orders.OrderSettings(s, causal, windows, offset, cap)
         out, lse = orders.tensor_attention_order(q, keys, values, masks, settings)
     return (out, lse) if return_lse else out
 
@@ -331,6 +340,7 @@ def tensor_attention_cost(
         >>> pyloss.functional.tensor_attention_cost((1, 8, 2048, 64), window=(32, 128)).triples
         64984448
     """
+    shape = tuple(_sizes(shape))
     if len(shape) == 4:
         batch, heads, n_q, d = shape
         n_1 = n_2 = n_q
@@ -343,17 +353,13 @@ def tensor_attention_cost(
         )
     if direction not in ("forward", "backward", "both"):
         raise ValueError(f"direction must be forward, backward or both, got {direction!r}")
+    if rate is not None:
+        checks.check_range("rate", rate, 0.0, open_low=True)
     q = torch.empty((), dtype=dtype).expand(batch, heads, n_q, d)
     keys = [q.new_empty(()).expand(batch, heads, n, d) for n in (n_1, n_2)]
     values = [q.new_empty(()).expand(batch, heads, n, dv) for n in (n_1, n_2)]
     causal, windows, offset = checked_band(q, keys, is_causal, window, 0)
-    p = torch.arange(n_q, dtype=torch.int64)
-    seen = []
-    for n, w in zip((n_1, n_2), windows):
-        first = (p - w + 1).clamp(0, n) if w else torch.zeros_like(p)
-        last = p + 1 if causal else (p + w if w else torch.full_like(p, n))
-        seen.append(last.clamp(0, n) - first)
-    triples = batch * heads * int((seen[0] * seen[1]).sum())
+    triples = batch * heads * cost.tuples(n_q, (n_1, n_2), causal, windows, offset)
     forward, backward = direction != "backward", direction != "forward"
     per_triple = (2 * (d + dv) if forward else 0) + (6 * d + 4 * dv if backward else 0)
     keys_and_values = batch * heads * (n_1 + n_2) * (d + dv)
@@ -373,8 +379,17 @@ def tensor_attention_cost(
         exps=triples * (forward + backward),
         tensor_bytes=elements * dtype.itemsize + rows * accumulator_dtype(dtype).itemsize,
         extra_bytes=extra,
-        seconds=None if rate is None else triples * per_triple / rate,
+        seconds=None if rate is None else float(triples * per_triple / rate),
     )
+
+
+def _sizes(shape) -> Iterator[int]:
+    for size in checked_list("shape", shape, "integers"):
+        found = checks.as_integer(size)
+        if found is None or found < 0:
+            error = TypeError if found is None else ValueError
+            raise error(f"shape must hold integers >= 0, got {size!r}")
+        yield found
 
 
 def tensor_attention_error(
@@ -460,14 +475,15 @@ def tensor_attention_error(
         of_keys = key_masks(q, keys, (attn_mask, *masks), names)
     except NotOfKeys as error:
         raise ValueError(str(error)) from None
-    if not is_integer(samples) or samples < 1:
+    count = checks.as_integer(samples)
+    if count is None or count < 1:
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
     s = checked_scale(scale, q.shape[3])
     problem = lowrank.Problem(
         q, keys, found[0].shape[3], of_keys, s, causal, windows, q.device.type
     )
     checked_values = None if values is None else found
-    return lowrank.report(problem, lowrank.Options(*options), checked_values, samples)
+    return lowrank.report(problem, lowrank.Options(*options), checked_values, count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,19 +531,20 @@ def _shifted(keys, values, bk, bv, dtype=None):
     return (*keys[:-1], k + bk), (*values[:-1], v + bv)
 
 
-def _plain(q, k, v, mask, scale, causal, window, offset, return_lse):
+def _plain(q, k, v, mask, scale, causal, window, offset, softcap, return_lse):
     """(out, lse or None) of order 1."""
     square = offset == 0 and q.shape[2] == k.shape[2]
     # Causality hides no NaN there. A GPU is not asked: the page says so.
     clean = not causal or q.is_cuda or known_finite(k, v)
-    if mask is None and not window and not return_lse and (square or not causal) and clean:
+    bare = mask is None and not window and not softcap and not return_lse
+    if bare and (square or not causal) and clean:
         heads = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, **({"enable_gqa": True} if heads else {})
         ), None
     # A second axis of one key of ones, at the first position that any query sees.
     one = k.new_ones(k.shape[0], k.shape[1], 1, 1)
-    settings = op.Settings(scale, causal, window, 0, offset, 0.0, 0.0)
+    settings = op.Settings(scale, causal, window, 0, offset, 0.0, 0.0, softcap)
     ones = (one.expand(-1, -1, 1, k.shape[3]), one.expand(-1, -1, 1, v.shape[3]))
     return op.tensor_attention(q, k, ones[0], v, ones[1], mask, None, settings)
 

@@ -51,14 +51,16 @@ def fused_cross_entropy(
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float32, bfloat16, float16 or
-            float64. Any strides; half types are computed in float32.
+            float64. Any strides; half types are computed in float32. A ``DTensor`` gives a
+            ``DTensor``: rows and classes may be split.
         target: one of
 
             - class indices ``()``, ``(N)`` or ``(N, d1, ..., dk)``; int64, uint8 or int32
             - class probabilities of the shape of ``input``, floating; differentiable
             - MixUp: ``(y, y2, lam)``, two index tensors and the weight of ``y`` against ``y2``, a
               number or a tensor that broadcasts to ``y``
-        weight: weight of each class, ``(C)``, dtype of ``input`` or float32.
+        weight: weight of each class, ``(C)``, dtype of ``input`` or float32; differentiable with
+            class probabilities.
         size_average: deprecated, see ``reduction``.
         ignore_index: rows with this target add nothing, and their logits are not read.
         reduce: deprecated, see ``reduction``.
@@ -134,6 +136,12 @@ def fused_cross_entropy(
         loss_dtype=loss_dtype,
         num_items=num_items,
     )
+
+
+# Where torch.jit.script meets it in place of F.cross_entropy, as in torch.nn.CrossEntropyLoss, it
+# compiles torch's own: a script has no autograd of Python, and no option that torch does not have.
+_torchs_own = torch.nn.functional.cross_entropy
+fused_cross_entropy.__prepare_scriptable__ = lambda: _torchs_own
 
 
 def comp_sum_loss(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional import _layers as layers
 from pyloss.functional._checks import check_range
 from pyloss.ops import linear_distillation as op
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import functorch_active
 
 
 def linear_distillation_loss(
@@ -84,12 +86,13 @@ def linear_distillation_loss(
     Returns:
         The loss, float32 (float64 for a float64 student): 0-d, or with ``reduction="none"`` of
         shape ``(...)``, 0 where ignored. The mean over no rows is NaN unless ``empty``
-        says otherwise, its gradient 0. It can be differentiated once.
+        says otherwise, its gradient 0. Higher derivatives, forward mode and ``torch.func`` run
+        through the logits of both models, whole.
 
     Raises:
         TypeError: an argument of the wrong Python type.
         ValueError: a number out of its range, an unknown choice, ``ce_weight`` without ``target``.
-        RuntimeError: shapes, dtypes or devices that do not fit; a second derivative.
+        RuntimeError: shapes, dtypes or devices that do not fit.
         IndexError: a class index out of range (CPU). On CUDA, where the check would need a
             synchronisation, the row is NaN if ``ce_weight`` is positive.
         NotImplementedError: integer hidden states.
@@ -121,7 +124,9 @@ def linear_distillation_loss(
             raise ValueError(f"beta must be in (0, 1), got {beta}")
     checks.check_reduction(reduction, op.REDUCTIONS)
     checks.check_empty(empty)
-    checks.check_integer("shift", shift, "an int")
+    checks.check_flag("scale_by_temperature", scale_by_temperature)
+    ignore_index = checks.checked_integer("ignore_index", ignore_index)
+    shift = checks.checked_integer("shift", shift)
 
     _check_head("student", student_hidden, student_weight, student_bias)
     _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
@@ -139,7 +144,8 @@ def linear_distillation_loss(
             teacher_hidden[..., :-shift, :],
         )
         target = None if target is None else target[..., shift:]
-    if target is not None and target.is_cpu and not torch.compiler.is_compiling():
+    unseen = torch.compiler.is_compiling() or functorch_active()
+    if target is not None and target.is_cpu and not unseen:
         checks.check_index_values(target, student_weight.shape[0], ignore_index)
 
     student = [student_hidden, student_weight, student_bias]
@@ -259,11 +265,5 @@ def _check_target(target, student_hidden):
 
 
 def _checked_chunk(chunk, weight):
-    if isinstance(chunk, str):
-        if chunk != "auto":
-            raise ValueError(f"chunk must be a positive int or 'auto', got {chunk!r}")
-        return op.auto_chunk(weight.device.type, weight.shape[0])
-    checks.check_integer("chunk", chunk, "a positive int or 'auto'")
-    if chunk < 1:
-        raise ValueError(f"chunk must be a positive int or 'auto', got {chunk}")
-    return chunk
+    chunk = layers.checked_chunk(chunk)
+    return op.auto_chunk(weight.device.type, weight.shape[0]) if chunk is None else chunk

@@ -34,7 +34,7 @@ def fused_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
     return_stats: Sequence[str] = (),
     empty: str = "nan",
@@ -75,11 +75,15 @@ def fused_linear_cross_entropy(
         weight: weight of each class, ``(V)``.
         ignore_index: target value of rows that are left out; None means -100.
         reduction: ``"none" | "mean" | "sum"``, as in :func:`fused_cross_entropy`.
-        label_smoothing, tau, truncate, z_loss, softcap, logit_scale, temperature, token_weight,
-            return_stats, empty, loss_dtype, num_items: as in :func:`fused_cross_entropy`.
+        label_smoothing, tau, truncate, z_loss, softcap, logit_scale, token_weight, return_stats,
+            empty, loss_dtype, num_items: as in :func:`fused_cross_entropy`.
+        temperature: as there; or a tensor, 0-d or one for each target, which is differentiable: the
+            hidden states are divided by it, and with a bias the weight is copied once. With
+            ``softcap`` the logits are stored then.
         shift: score position t of the sequence dimension (the last but one of ``input``) against
-            ``target[..., t + shift]``; 1 is next-token prediction. ``target`` and ``token_weight``
-            keep the full length T, results per row have length ``T - shift``. Nothing is copied.
+            ``target[..., t + shift]``; 1 is next-token prediction. ``target``, ``token_weight`` and
+            a tensor ``temperature`` keep the full length T, results per row have length
+            ``T - shift``. Nothing is copied.
         chunk: rows of logits that exist at a time, or ``"auto"``.
         strategy: ``"forward"`` forms the gradients in the forward pass, 3 products in all, for
             scalar losses; ``"recompute"`` forms the logits again in the backward, 4 products;
@@ -126,9 +130,6 @@ def fused_linear_cross_entropy(
         Mao, Mohri, Zhong. arXiv 2304.07288. Wijmans et al. Cut Your Losses in Large-Vocabulary
         Language Models. arXiv 2411.09009.
     """
-    y = target[0] if isinstance(target, tuple) and target else target
-    if isinstance(y, Tensor) and y.is_floating_point() and ignore_index is not None:
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     arguments = dict(
         weight=weight,
         ignore_index=-100 if ignore_index is None else ignore_index,
@@ -160,43 +161,45 @@ def fused_linear_cross_entropy(
                 shift=shift, dtensor_classes=classes,
             )  # fmt: skip
     layer = layers.checked_layer(input, linear_weight, linear_bias)
+    if ignore_index is not None:
+        _check_no_probabilities(target, *layer[:2])
     if settings.tiles is not None:
         _check_tiles(layer, target, settings, chunk, arguments)
     if layer[1].dim() > 2:
         return _k_dimensional(*layer, target, token_weight, shift, arguments)
+    lead = tuple(input.shape[:-1])
+    shift = layers.checked_shift(shift, lead)
+    if not lead:
+        target = rows.without_batch(target)
+    rows.checked_smoothing(label_smoothing)
+    layers.check_target_shape(target, layers.logits_like(input, *lead, linear_weight.shape[0]))
+    if token_weight is not None:
+        checks.check_token_weight(token_weight, lead)
+    if linear_weight.shape[0] == 0:
+        return _stored(*layer, target, token_weight, shift, arguments)
+    if isinstance(temperature, Tensor):
+        if softcap is not None:
+            return _stored(*layer, target, token_weight, shift, arguments, temperature)
+        input, linear_weight = layers.tempered(
+            *layer, target, temperature, shift, arguments["ignore_index"]
+        )
+        layer, arguments["temperature"] = (input, linear_weight, None), 1.0
     return _by_rows(*layer, target, token_weight, shift, settings, arguments)
 
 
 def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, settings, arguments):
     """The checked layer, its rows flattened and its labels shifted, through the op."""
-    lead, classes = tuple(input.shape[:-1]), linear_weight.shape[0]
-    shift = layers.checked_shift(shift, lead)
-    if not lead:
-        target = rows.without_batch(target)
-    layers.check_target_shape(target, lead, classes)
-    if token_weight is not None:
-        checks.check_token_weight(token_weight, lead)
-    dense = isinstance(target, Tensor) and target.is_floating_point()
-    if shift and dense:  # probabilities have no value that says "ignored"
-        input, target = input[..., : lead[-1] - shift, :], target[..., shift:, :]
-        token_weight = token_weight if token_weight is None else token_weight[..., shift:]
-        lead, shift = tuple(input.shape[:-1]), 0
-    ignore = arguments["ignore_index"]
-    flat = input.reshape(math.prod(lead), input.shape[-1])  # -1 is ambiguous without features
-    if dense:
-        target = target.reshape(-1, classes)
-    else:
-        target = layers.flat_labels(target, lead, shift, ignore)
-    if token_weight is not None:
-        token_weight = layers.shifted(token_weight, shift, 0.0).reshape(-1)
-
-    # Stands for the logits, whose shape, dtype and device the checks look at; takes no memory.
-    like = input.new_empty(()).expand(flat.shape[0], classes)
+    classes, ignore = linear_weight.shape[0], arguments["ignore_index"]
+    flat, target, token_weight, lead, shift = _flat(
+        input, target, token_weight, shift, classes, ignore
+    )
+    like = layers.logits_like(input, flat.shape[0], classes)
     like, p = rows.prepare(like, target, token_weight=token_weight, **arguments)
     flat = flat.to(like.dtype)  # float64 probabilities make all of it float64
     tensors = op.Tensors(flat, linear_weight, linear_bias, *_with_divisor(p, flat))
     # Transforms must see into the op; a gradient of the probabilities needs all logits.
-    unfused = functorch_active() or forward_ad_active() or (dense and target.requires_grad)
+    dense = isinstance(target, Tensor) and target.is_floating_point()
+    unfused = functorch_active() or forward_ad_active() or (dense and p.labels[0].requires_grad)
     if unfused:
         found = op.composed(tensors, p.options, p.codes, p.loss_dtype, p.wants)
     else:
@@ -206,11 +209,65 @@ def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, set
     value, extras, index = found
     if p.divisor is not None and p.empty == "nan":
         value = value * torch.where(p.divisor == 0, torch.nan, 1.0).to(value.dtype)
-    if arguments["reduction"] == "none":
+    stats = rows.named_stats(p, extras, index, lead) if p.return_stats else None
+    return _shaped(value, stats, lead, shift, arguments["reduction"])
+
+
+def _stored(
+    input, linear_weight, linear_bias, target, token_weight, shift, arguments, temperature=None
+):
+    """Through stored logits: a soft cap below a temperature of each row, which over the temperature
+    is another cap in each; and a layer of no classes, where nothing is stored."""
+    ignore, given = arguments["ignore_index"], input.dtype
+    if temperature is not None:
+        input, temperature = layers.scored_at(input, target, temperature, shift, ignore)
+    bias = linear_bias if linear_bias is None else linear_bias.to(input.dtype)
+    logits = F.linear(input, linear_weight.to(input.dtype), bias)
+    if temperature is not None:
+        softcap, scale = arguments["softcap"], arguments["logit_scale"]
+        checks.check_range("softcap", softcap, 0.0, open_low=True)
+        checks.check_range("logit_scale", scale, -math.inf)
+        logits = softcap * torch.tanh(logits.to(temperature.dtype) * (scale / softcap))
+        logits = logits / temperature.unsqueeze(-1)
+        arguments.update(softcap=None, logit_scale=1.0, temperature=1.0)
+    flat, target, token_weight, lead, shift = _flat(
+        logits, target, token_weight, shift, logits.shape[-1], ignore
+    )
+    if arguments["loss_dtype"] is None:
+        if isinstance(target, Tensor) and target.is_floating_point():
+            given = torch.promote_types(given, target.dtype)
+        arguments["loss_dtype"] = checks.result_dtype(given, input)
+    found = rows.row_loss(flat, target, **{**arguments, "token_weight": token_weight})
+    value, stats = found if arguments["return_stats"] else (found, None)
+    if stats is not None:
+        stats = RowStats(*(s if s is None else s.view(lead) for s in stats))
+    return _shaped(value, stats, lead, shift, arguments["reduction"])
+
+
+def _flat(x, target, token_weight, shift, classes, ignore):
+    """(rows of x, labels, token weights, leading dimensions, shift): one row for each label."""
+    lead = tuple(x.shape[:-1])
+    dense = isinstance(target, Tensor) and target.is_floating_point()
+    if shift and dense:  # probabilities have no value that says "ignored"
+        x, target = x[..., : lead[-1] - shift, :], target[..., shift:, :]
+        token_weight = token_weight if token_weight is None else token_weight[..., shift:]
+        lead, shift = tuple(x.shape[:-1]), 0
+    if dense:
+        target = target.reshape(math.prod(lead), classes)
+    else:
+        target = layers.flat_labels(target, lead, shift, ignore)
+    if token_weight is not None:
+        token_weight = layers.shifted(token_weight, shift, 0.0).reshape(-1)
+    # -1 is ambiguous without features
+    return x.reshape(math.prod(lead), x.shape[-1]), target, token_weight, lead, shift
+
+
+def _shaped(value, stats, lead, shift, reduction):
+    """The result with the leading dimensions of the input."""
+    if reduction == "none":
         value = layers.unshifted(value.view(lead), shift)
-    if not p.return_stats:
+    if stats is None:
         return value
-    stats = rows.named_stats(p, extras, index, lead)
     return value, RowStats(*(s if s is None else layers.unshifted(s, shift) for s in stats))
 
 
@@ -233,6 +290,10 @@ def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shif
     """A layer with several outputs per class, through stored logits."""
     if shift:
         raise ValueError(f"shift needs a weight of two dimensions, got {linear_weight.dim()}")
+    if isinstance(arguments["temperature"], Tensor):
+        raise ValueError(
+            f"a tensor temperature needs a weight of two dimensions, got {linear_weight.dim()}"
+        )
     classes, *outputs, features = linear_weight.shape
     if input.dim() != 2:
         raise RuntimeError(
@@ -248,11 +309,23 @@ def _k_dimensional(input, linear_weight, linear_bias, target, token_weight, shif
     return rows.row_loss(logits, target, token_weight=token_weight, **arguments)
 
 
+def _check_no_probabilities(target, input, weight) -> None:
+    """As torch, which knows probabilities by their shape: one dimension less are float labels."""
+    y = target[0] if isinstance(target, tuple) and target else target
+    if (
+        isinstance(y, Tensor)
+        and y.is_floating_point()
+        and y.dim() == input.dim() + weight.dim() - 2
+    ):
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+
+
 def _check_tiles(layer, target, settings, chunk, arguments) -> None:
     """What the tile kernels do not have. The same on every device, so that a call is portable."""
     input, weight, _ = layer
     y = target[0] if isinstance(target, tuple) and target else target
     smoothing, tau = arguments["label_smoothing"], arguments["tau"]
+    capped = arguments["softcap"] is not None
     stats = [s for s in arguments["return_stats"] if s in ("argmax", "correct", "rank")]
     refused = {
         "a target of class probabilities": isinstance(y, Tensor) and y.is_floating_point(),
@@ -262,7 +335,9 @@ def _check_tiles(layer, target, settings, chunk, arguments) -> None:
         "label_smoothing with tau other than 1": smoothing and tau != 1,
         f"return_stats {', '.join(map(repr, stats))}": stats,
         f"chunk={chunk}": chunk != "auto",
-        "label_smoothing with softcap": settings.tiles > 0 and smoothing and arguments["softcap"],
+        "a tensor temperature with softcap": capped
+        and isinstance(arguments["temperature"], Tensor),
+        "label_smoothing with softcap": settings.tiles > 0 and smoothing and capped,
     }
     name = "filter" if settings.tiles > 0 else "strategy='tiles'"
     for what, found in refused.items():
@@ -277,7 +352,7 @@ def token_logprobs(
     weight: Tensor,
     tokens: Tensor,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     *,
     softcap: float | None = None,
@@ -301,7 +376,8 @@ def token_logprobs(
         weight: ``(V, D)``, dtype of ``hidden``.
         tokens: class indices, ``(...)``; int64, uint8 or int32.
         bias: ``(V)``.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0: a number, or a tensor as in
+            :func:`fused_linear_cross_entropy`.
         return_entropy: also return the entropies.
         softcap, logit_scale: as in :func:`fused_cross_entropy`.
         ignore_index: tokens with this value get 0, and their hidden states are not read.
@@ -332,6 +408,11 @@ def token_logprobs(
     Reference:
         Wijmans et al. Cut Your Losses in Large-Vocabulary Language Models. arXiv 2411.09009.
     """
+    if isinstance(tokens, Tensor) and tokens.is_floating_point():
+        raise RuntimeError(
+            f"tokens must hold class indices, integers, got {tokens.dtype}; tokens.long()"
+        )
+    checks.check_flag("return_entropy", return_entropy)
     wide = isinstance(hidden, Tensor) and hidden.dtype == torch.float64
     found = fused_linear_cross_entropy(
         hidden,

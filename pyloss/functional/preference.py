@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional import _dpo
 from pyloss.functional._checks import check_floating, check_range
 from pyloss.ops._launch import accumulator_dtype
 
-_DPO_SMOOTHED = ("sigmoid", "ipo", "hinge", "robust", "exo_pair")
-_DPO_LOSSES = (
-    *_DPO_SMOOTHED, "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"
-)  # fmt: skip
-_GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo")
+_GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+_UNCLIPPED = ("sapo", "vespo")
 _LEVELS = ("token", "sequence")
-_DISCOPOP_TAU = 0.05
 _SAPO_TEMPERATURES = 1.0, 1.05  # of advantages > 0 and of the others
+# Exponent and decay, of advantages >= 0 and of the others. From exp(20) on the weight is 0.
+_VESPO_WEIGHTS, _VESPO_LARGEST = ((2.0, 3.0), (3.0, 2.0)), 20.0
 
 
 class DPOMetrics(NamedTuple):
@@ -110,6 +109,7 @@ def sequence_logprobs(
     """
     check_floating("token_logps", token_logps)
     checks.check_has_dimension("token_logps", token_logps)
+    checks.check_flag("average", average)
     logps = token_logps.to(accumulator_dtype(token_logps.dtype))
     mask = _checked_mask(mask, "token_logps", token_logps)
     if mask is None:
@@ -135,6 +135,8 @@ def dpo_loss(
     loss_type: str = "sigmoid",
     reduction: str = "mean",
     return_metrics: bool = False,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> Tensor | tuple[Tensor, DPOMetrics]:
     r"""Direct preference optimization on log-probabilities of chosen and rejected sequences.
 
@@ -149,7 +151,7 @@ def dpo_loss(
         \end{cases}
         \qquad \ell = (1 - \epsilon) f(h) + \epsilon f(-h)
 
-    and further losses with the names of TRL; docs/preference.md has their formulas.
+    and further losses and divergences with the names of TRL; docs/preference.md has their formulas.
 
     Args:
         policy_chosen_logps: of the preferred answers under the policy, ``(B,)`` or ``(B, 1)``, one
@@ -162,13 +164,22 @@ def dpo_loss(
         beta: strength of the pull to the reference, > 0.
         label_smoothing: probability epsilon that the two answers of a pair were swapped, in
             [0, 0.5]; with ``"sigmoid"`` this is conservative DPO. ``"robust"`` needs less than
-            0.5, ``"exo_pair"`` more than 0 (1e-3, say); losses after these have none.
+            0.5, ``"exo_pair"`` more than 0 (1e-3, say); of the losses after these only ``"aot"``
+            and ``"aot_unpaired"`` have it.
         loss_type: ``"sigmoid" | "ipo" | "hinge" | "robust" | "exo_pair" | "nca_pair" | "bco_pair" |
-            "sppo_hard" | "apo_zero" | "apo_down" | "discopop"``. IPO is meant for the
-            ``average=True`` of :func:`sequence_logprobs` when lengths differ: its target
-            1/(2 beta) has no length.
-        reduction: ``"mean" | "sum" | "none"`` over the pairs.
+            "sppo_hard" | "apo_zero" | "apo_down" | "discopop" | "aot" | "aot_unpaired"``. IPO is
+            meant for the ``average=True`` of :func:`sequence_logprobs` when lengths differ: its
+            target 1/(2 beta) has no length. The last two compare quantiles over the batch: the
+            larger it is, the better.
+        reduction: ``"mean" | "sum" | "none"`` over the pairs; for ``"aot"`` and ``"aot_unpaired"``
+            over the quantiles, ascending.
         return_metrics: also return the implicit rewards.
+        f_divergence_type: ``"reverse_kl" | "forward_kl" | "js_divergence" | "alpha_divergence"``:
+            h is then the difference of :math:`f'(u)` of the two answers, :math:`u = \pi /
+            \pi_\mathrm{ref}`; log u for the first. For the losses of h alone: ``"sigmoid"``,
+            ``"ipo"``, ``"hinge"``, ``"robust"``, ``"exo_pair"``, ``"discopop"``.
+        f_alpha_divergence_coef: alpha of :math:`f'(u) = (u^{\alpha-1} - 1) / (\alpha - 1)`; 0 is
+            the forward and 1 the reverse KL. Read with ``"alpha_divergence"`` only.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or of the inputs' shape with
@@ -194,7 +205,8 @@ def dpo_loss(
         arXiv 2310.12036. Hinge: Zhao et al. SLiC-HF. arXiv 2305.10425. Robust: Ray Chowdhury et al.
         arXiv 2403.00409. EXO: Ji et al. arXiv 2402.00856. NCA: Chen et al. arXiv 2402.05369. BCO:
         Jung et al. arXiv 2404.04656. SPPO: Wu et al. arXiv 2405.00675. APO: D'Oosterlinck et al.
-        arXiv 2408.06266. DiscoPOP: Lu et al. arXiv 2406.08414.
+        arXiv 2408.06266. DiscoPOP: Lu et al. arXiv 2406.08414. AOT: Melnyk et al. arXiv 2406.05882.
+        Divergences: Wang et al. f-DPO. arXiv 2309.16240.
     """
     named = {
         "policy_chosen_logps": policy_chosen_logps,
@@ -215,79 +227,45 @@ def dpo_loss(
                 "sequence_logprobs sums those of tokens; flatten pairs in other shapes"
             )
         _check_same_shape(name, t, "policy_chosen_logps", policy_chosen_logps)
-    checks.check_one_of("loss_type", loss_type, _DPO_LOSSES)
+    checks.check_one_of("loss_type", loss_type, _dpo.LOSSES)
     checks.check_reduction(reduction)
+    checks.check_flag("return_metrics", return_metrics)
     check_range("beta", beta, 0.0, open_low=True)
     checks.check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5], got {label_smoothing}")
-    if label_smoothing and loss_type not in _DPO_SMOOTHED:
+    if label_smoothing and loss_type not in _dpo.SMOOTHED:
         raise ValueError(f"loss_type {loss_type!r} has no label_smoothing, got {label_smoothing}")
     if loss_type == "robust" and label_smoothing == 0.5:
         raise ValueError("loss_type 'robust' needs label_smoothing < 0.5: it divides by 1 - 2 * it")
     if loss_type == "exo_pair" and label_smoothing == 0:
         raise ValueError("loss_type 'exo_pair' needs label_smoothing > 0: it takes its logarithm")
+    checks.check_one_of("f_divergence_type", f_divergence_type, _dpo.DIVERGENCES)
+    check_range("f_alpha_divergence_coef", f_alpha_divergence_coef, -math.inf)
+    if f_divergence_type != "reverse_kl" and loss_type not in _dpo.WITH_DIVERGENCE:
+        raise ValueError(
+            f"loss_type {loss_type!r} has no f_divergence_type, got {f_divergence_type!r}; those "
+            f"that have: {', '.join(_dpo.WITH_DIVERGENCE)}"
+        )
 
     wide = any(t.dtype == torch.float64 for t in named.values())
     dtype = torch.float64 if wide else torch.float32
-    # The reference is subtracted first: answers of very different lengths have log-probabilities of
-    # very different sizes, and the small ratios would be lost in their difference.
     chosen, rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
+    policy, reference = chosen - rejected, 0.0
     if reference_chosen_logps is not None:
-        chosen = chosen - reference_chosen_logps.detach().to(dtype)
-        rejected = rejected - reference_rejected_logps.detach().to(dtype)
-    h = chosen - rejected
-
-    loss = _dpo(loss_type, chosen, rejected, beta, label_smoothing)
+        fixed = [t.detach().to(dtype) for t in (reference_chosen_logps, reference_rejected_logps)]
+        chosen, rejected, reference = chosen - fixed[0], rejected - fixed[1], fixed[0] - fixed[1]
+    ratios = _dpo.LogRatios(chosen, rejected, policy, reference)
+    loss = _dpo.loss_of_pairs(
+        loss_type, ratios, beta, label_smoothing, f_divergence_type, f_alpha_divergence_coef
+    )
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     if not return_metrics:
         return loss
+    margins = beta * (chosen - rejected).detach()
     chosen, rejected = beta * chosen.detach(), beta * rejected.detach()
-    margins = beta * h.detach()
     return loss, DPOMetrics(chosen, rejected, margins, (margins > 0).to(dtype))
-
-
-def _dpo(loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
-    """The loss of each pair, of its two log-ratios to the reference."""
-    log_sigmoid = torch.nn.functional.logsigmoid
-    h = chosen - rejected
-
-    def smoothed(f):
-        # Without smoothing there is no second term: 0 * inf where the policy excludes an answer.
-        loss = f(h)
-        return loss if smoothing == 0 else (1 - smoothing) * loss + smoothing * f(-h)
-
-    if loss_type == "sigmoid":
-        return smoothed(lambda h: -log_sigmoid(beta * h))
-    if loss_type == "ipo":
-        return smoothed(lambda h: (h - 1 / (2 * beta)).square())
-    if loss_type == "hinge":
-        return smoothed(lambda h: torch.relu(1 - beta * h))
-    if loss_type == "robust":
-        loss = -log_sigmoid(beta * h)
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * log_sigmoid(-beta * h)
-        return loss / (1 - 2 * smoothing)
-    if loss_type == "exo_pair":
-        win, lose = log_sigmoid(beta * h), log_sigmoid(-beta * h)
-        return win.exp() * (win - math.log1p(-smoothing)) + lose.exp() * (
-            lose - math.log(smoothing)
-        )
-    if loss_type == "sppo_hard":
-        return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
-    if loss_type == "discopop":
-        x = beta * h  # (1 - gate) * -log sigmoid(x) + gate * exp(-x), which may be 0 * inf
-        gate = x / _DISCOPOP_TAU
-        return (log_sigmoid(gate) - x).exp() - torch.sigmoid(-gate) * log_sigmoid(x)
-    a, b = beta * chosen, beta * rejected
-    if loss_type == "nca_pair":
-        return -log_sigmoid(a) - 0.5 * log_sigmoid(-a) - 0.5 * log_sigmoid(-b)
-    if loss_type == "bco_pair":
-        return -log_sigmoid(a) - log_sigmoid(-b)
-    if loss_type == "apo_zero":
-        return torch.sigmoid(-a) + torch.sigmoid(b)
-    return torch.sigmoid(a) + torch.sigmoid(-beta * h)  # apo_down
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,7 +310,8 @@ def group_advantages(
     checks.check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (B,), got {list(rewards.shape)}")
-    checks.check_integer("group_size", group_size, "an int")
+    group_size = checks.checked_integer("group_size", group_size)
+    checks.check_flag("normalise", normalise)
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
             f"group_size must be positive and divide the number of rewards, {rewards.shape[0]}, "
@@ -412,15 +391,19 @@ def grpo_loss(
               constant ratio, averaged as ``"dapo"``; no lower clip
             - ``"sapo"``: :math:`-\frac{4}{\tau}\sigma(\tau(\rho_t - 1)) A`, with tau 1 for A > 0
               and 1.05 else, averaged as ``"grpo"``; no clip
+            - ``"vespo"``: :math:`-w^k e^{\lambda (1 - w)} A \log\pi(y_t)` with a constant w, the
+              product of the sequence's ratios, :math:`k, \lambda` = 2, 3 for A >= 0 and 3, 2 else,
+              averaged as ``"dapo"``; no clip
 
             A sequence without tokens adds 0 (it does count in B); a batch without tokens gives 0.
         max_length: the length that ``"dr_grpo"`` divides by, a constant of the training run (the
             limit of the generation); only read there.
         num_items: a number or a 0-d tensor that replaces the count in the denominator: of sequences
-            for ``"grpo"``, ``"sapo"``, ``"luspo"`` and ``"dr_grpo"``, of tokens for ``"dapo"``,
-            ``"bnpo"`` and ``"cispo"``. For gradient accumulation and several processes.
+            for ``"grpo"``, ``"sapo"``, ``"luspo"`` and ``"dr_grpo"``, of tokens for the others. For
+            gradient accumulation and several processes.
         importance_sampling_level: ``"token"``, or ``"sequence"``: all tokens of a sequence share
-            the geometric mean of their ratios (GSPO; its clipping range is about 3e-4).
+            the geometric mean of their ratios (GSPO; its clipping range is about 3e-4). Not for
+            ``"vespo"``, whose sequences have a product.
         reduction: ``"mean"``: by ``loss_type``; ``"none"``: the loss of each token, ``(B, T)``, 0
             where masked.
         return_metrics: also return KL, entropy and the share of clipped tokens.
@@ -449,7 +432,7 @@ def grpo_loss(
     Reference:
         GRPO: Shao et al. arXiv 2402.03300. DAPO: Yu et al. arXiv 2503.14476. Dr. GRPO: Liu et al.
         arXiv 2503.20783. Sequence level: Zheng et al. GSPO. arXiv 2507.18071. CISPO: MiniMax-M1.
-        arXiv 2506.13585. SAPO: arXiv 2511.20347. LUSPO: arXiv 2602.05261.
+        arXiv 2506.13585. SAPO: arXiv 2511.20347. LUSPO: arXiv 2602.05261. VESPO: arXiv 2602.10693.
     """
     check_floating("logprobs", logprobs)
     if logprobs.dim() != 2:
@@ -467,6 +450,7 @@ def grpo_loss(
     checks.check_one_of("importance_sampling_level", importance_sampling_level, _LEVELS)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    checks.check_flag("return_metrics", return_metrics)
     clip_high = clip_low if clip_high is None else clip_high
     check_range("clip_low", clip_low, 0.0)
     check_range("clip_high", clip_high, 0.0)
@@ -477,10 +461,15 @@ def grpo_loss(
     if entropy_coef and entropy is None:
         raise ValueError("entropy_coef needs entropy")
     if loss_type == "dr_grpo":
-        _check_max_length(max_length)
+        max_length = _checked_max_length(max_length)
+    if loss_type == "vespo" and importance_sampling_level != "token":
+        raise ValueError(
+            "loss_type 'vespo' has weights of sequences of its own: importance_sampling_level must "
+            f"be 'token', got {importance_sampling_level!r}"
+        )
     if max_ratio is not None:
         check_range("max_ratio", max_ratio, 1 + clip_high, open_low=True)
-        if loss_type in ("cispo", "sapo"):
+        if loss_type in ("cispo", *_UNCLIPPED):
             raise ValueError(f"loss_type {loss_type!r} has no max_ratio, got {max_ratio}")
     if kl_clip is not None:
         check_range("kl_clip", kl_clip, 0.0, open_low=True)
@@ -505,6 +494,12 @@ def grpo_loss(
     positive = advantages >= 0
     if loss_type == "cispo":
         policy = -advantages * log_ratio.detach().clamp(max=top).exp() * logps
+    elif loss_type == "vespo":
+        log_w = log_ratio.detach().sum(1, keepdim=True).clamp(max=_VESPO_LARGEST)
+        (k_high, decay_high), (k_low, decay_low) = _VESPO_WEIGHTS
+        k = torch.full_like(advantages, k_low).masked_fill(positive, k_high)
+        decay = torch.full_like(advantages, decay_low).masked_fill(positive, decay_high)
+        policy = -advantages * (k * log_w - decay * torch.expm1(log_w)).exp() * logps
     elif loss_type == "sapo":
         # From exp(10) on the sigmoid is 1 and its slope 0, which must not meet an infinite ratio.
         pos, neg = _SAPO_TEMPERATURES
@@ -539,8 +534,10 @@ def grpo_loss(
         return None if t is None else t.detach().to(dtype).sum() / count.sum().clamp(min=1)
 
     real = True if mask is None else mask
-    if loss_type in ("cispo", "sapo"):  # no lower clip; none
-        bottom, top = -math.inf, top if loss_type == "cispo" else math.inf
+    if loss_type == "cispo":  # no lower clip
+        bottom = -math.inf
+    elif loss_type in _UNCLIPPED:
+        bottom, top = -math.inf, math.inf
     clip_below = (log_ratio < bottom) & ~positive & real
     clip_above = (log_ratio > top) & (advantages > 0) & real
     return reduced, GRPOMetrics(*map(mean, (policy, clip_below, clip_above, kl, entropy)))
@@ -605,12 +602,13 @@ def _checked_advantages(advantages, shape):
     return advantages.detach().expand(rows, tokens)
 
 
-def _check_max_length(max_length):
+def _checked_max_length(max_length):
     if max_length is None:
         raise ValueError(
             "loss_type 'dr_grpo' needs max_length: it divides by a constant, not by the length of "
             "the batch"
         )
-    checks.check_integer("max_length", max_length, "an int")
+    max_length = checks.checked_integer("max_length", max_length)
     if max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")
+    return max_length

@@ -161,7 +161,7 @@ def soft_sort_matrix(
     check_range("pow", pow, 0.0, open_low=True)
     if s.shape[-1] == 0:
         return (s.unsqueeze(-1) * s.unsqueeze(-2)).to(result)
-    ordered = s.sort(dim=-1, descending=descending).values.unsqueeze(-1)
+    ordered = s.sort(dim=-1, descending=bool(descending)).values.unsqueeze(-1)
     s = s.unsqueeze(-2)
     # inf - inf is no distance: 0 between equal ones, else infinite, without a gradient.
     infinite = ordered.isinf() | s.isinf()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_range
+from pyloss.functional._ranges import bounds, can_look, outside, warn
 from pyloss.functional._rows import row_loss
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, constants
 
 
 def soft_dice_loss(
@@ -33,6 +34,8 @@ def soft_dice_loss(
     weight: float | Sequence[float] | Tensor | None = None,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    empty: str = "nan",
+    validate: bool | None = None,
 ) -> Tensor:
     r"""Soft Dice loss, or soft Jaccard, of each item and class; MONAI's argument names.
 
@@ -69,6 +72,11 @@ def soft_dice_loss(
         soft_label: ``I = (P + T - sum |p - t|) / 2``, which is smallest at p = t for soft targets
             too; the same for hard targets, and where ``squared_pred`` is set.
         ignore_index: voxels of this class add nothing. Class indices and masks only.
+        empty: what an item and class (with ``batch`` a class) without any voxel that counts gives:
+            ``"nan"``, the formula, whose sums are 0; ``"zero"``, 0. Likewise the mean of nothing.
+        validate: None: on the CPU, outside of compiled code and transforms, a target outside [0, 1]
+            raises, as a mask of 0 and 255 is, and ``input`` outside [0, 1] without an activation
+            warns. True: both raise, and a GPU is waited for. False: no look.
 
     Returns:
         The loss: 0-d, or ``(N, C')`` with ``reduction="none"``, ``(C')`` with ``batch``; C' classes
@@ -77,7 +85,8 @@ def soft_dice_loss(
     Raises:
         TypeError: an argument of the wrong Python type.
         ValueError: shapes that do not fit, an unknown ``reduction``, more than one activation,
-            softmax of one channel, a negative weight or smoothing.
+            softmax of one channel, a negative weight or smoothing, values outside [0, 1]
+            (``validate``).
         RuntimeError: class indices or weights of the wrong dtype; different devices.
         IndexError: a class index out of range (CPU). On CUDA and in compiled code, where raising
             would need a synchronisation, loss and gradient of that item are NaN.
@@ -111,6 +120,8 @@ def soft_dice_loss(
         weight=weight,
         soft_label=soft_label,
         ignore_index=ignore_index,
+        empty=empty,
+        validate=validate,
     )
     return value.to(checks.result_dtype(input.dtype, input))
 
@@ -136,6 +147,8 @@ def dice_cross_entropy_loss(
     label_smoothing: float = 0.0,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    empty: str = "nan",
+    validate: bool | None = None,
 ) -> Tensor:
     r"""Soft Dice plus cross entropy of the same logits; MONAI's argument names.
 
@@ -157,6 +170,9 @@ def dice_cross_entropy_loss(
         lambda_dice, lambda_ce: factors of the parts, >= 0.
         label_smoothing: of the cross entropy, in [0, 1]; C > 1 only.
         ignore_index: voxels of this class add nothing to either part. Class indices and masks only.
+        empty: ``"zero"``: where no voxel counts both parts are 0, and so are their gradients;
+            ``"nan"``: the mean of the cross entropy is NaN, as in torch.
+        validate: as in :func:`soft_dice_loss`.
 
     Returns:
         The loss, 0-d, of the dtype of ``input``; float32 for half types under autocast.
@@ -177,10 +193,7 @@ def dice_cross_entropy_loss(
         Isensee et al. nnU-Net. arXiv 1809.10486. Cross entropy: see
         :func:`pyloss.fused_cross_entropy`.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
-        check_range(name, value, 0.0)
+    check_sum_options(reduction, lambda_dice, lambda_ce, label_smoothing)
     if weight is not None:
         checks.check_tensor("weight", weight)
     # What is wrong with the tensors is found here, before they are indexed below.
@@ -210,12 +223,14 @@ def dice_cross_entropy_loss(
         weight=dice_weight,
         soft_label=soft_label,
         ignore_index=ignore_index,
+        empty=empty,
+        validate=validate,
     )
     labels, is_index = _split_target(input, target, to_onehot_y)
     if channels == 1:
         if label_smoothing:
             raise ValueError("label_smoothing needs at least 2 channels, input has 1")
-        ce = _binary_cross_entropy(input, labels, weight, reduction, ignore_index)
+        ce = _binary_cross_entropy(input, labels, weight, reduction, ignore_index, empty)
     else:
         if is_index:
             # The class numbers were checked above; the op takes three of the integer dtypes, and a
@@ -233,9 +248,46 @@ def dice_cross_entropy_loss(
             reduction=reduction,
             label_smoothing=label_smoothing,
             ignore_index=ignored,
+            empty=empty,
             loss_dtype=accumulator_dtype(input.dtype),
         )
     return (lambda_dice * dice + lambda_ce * ce).to(checks.result_dtype(input.dtype, input))
+
+
+def check_options(
+    *, sigmoid, softmax, other_act, smooth_nr, smooth_dr, ignore_index, empty, validate, **others
+) -> None:
+    """The options of a region loss as far as they can be judged without tensors."""
+    if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
+        raise ValueError("at most one of sigmoid, softmax and other_act may be set")
+    if other_act is not None and not callable(other_act):
+        raise TypeError(f"other_act must be callable, got {type(other_act).__name__}")
+    for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
+        check_range(name, value, 0.0)
+    if ignore_index is not None:
+        checks.checked_integer("ignore_index", ignore_index)
+    checks.check_empty(empty)
+    if validate is not None and validate not in (True, False):
+        raise ValueError(f"validate must be True, False or None, got {validate!r}")
+
+
+def check_sum_options(reduction, lambda_dice, lambda_ce, label_smoothing) -> None:
+    """Those of the sum with cross entropy alone."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
+        check_range(name, value, 0.0)
+    checks.check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:  # torch's words and type
+        raise RuntimeError(
+            f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing)}"
+        )
+
+
+def check_weight_values(weight) -> None:
+    """Of one number or several."""
+    for value in weight if isinstance(weight, Iterable) else (weight,):
+        check_range("weight", value, 0.0)
 
 
 def _dice(
@@ -256,24 +308,24 @@ def _dice(
     weight,
     soft_label,
     ignore_index,
+    empty,
+    validate,
 ) -> Tensor:
     """The Dice loss in the dtype of the sums."""
     channels = _checked_channels(input)
     checks.check_reduction(reduction)
-    if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
-        raise ValueError("at most one of sigmoid, softmax and other_act may be set")
-    if other_act is not None and not callable(other_act):
-        raise TypeError(f"other_act must be callable, got {type(other_act).__name__}")
+    check_options(
+        sigmoid=sigmoid, softmax=softmax, other_act=other_act, smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr, ignore_index=ignore_index, empty=empty, validate=validate,
+    )  # fmt: skip
     if softmax and channels == 1:
         raise ValueError("softmax over one channel is 1 everywhere: use sigmoid=True")
-    for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
-        check_range(name, value, 0.0)
 
     labels, is_index = _split_target(input, target, to_onehot_y)
     if ignore_index is not None and not is_index and channels > 1:
         raise ValueError("ignore_index needs class indices, target is one-hot")
-    if channels == 1 and not include_background and not torch.compiler.is_compiling():
-        warnings.warn("include_background=False has no effect: input has one channel", stacklevel=3)
+    if channels == 1 and not include_background:
+        warn("include_background=False has no effect: input has one channel")
     first = 0 if include_background or channels == 1 else 1
     weight = _checked_weight(weight, channels - first, input)
 
@@ -292,6 +344,8 @@ def _dice(
     if ignored is not None:
         p = p.masked_fill(ignored, 0)
         t = t.masked_fill(ignored, 0)
+    activated = bool(sigmoid) or bool(softmax) or other_act is not None
+    _check_ranges(None if activated else p, None if is_index else t, validate)
 
     dims = [*([0] if batch else []), *range(2, input.dim())]
     total_p = _sum(p.square() if squared_pred else p, dims, p.dtype)
@@ -306,11 +360,48 @@ def _dice(
     value = 1 - (2 * inside + smooth_nr) / (outside + smooth_dr)
     if poison is not None:
         value = value * (poison.amax(0) if batch else poison)
+    if empty == "zero":
+        value = torch.where(_counted(input, ignored, batch), value, 0.0)
     if weight is not None:
         value = value * weight.to(value.dtype)
-    if reduction == "mean":
-        return value.mean()
-    return value.sum() if reduction == "sum" else value
+    if reduction == "none":
+        return value
+    nothing = empty == "zero" and value.numel() == 0
+    return value.sum() if reduction == "sum" or nothing else value.mean()
+
+
+def _check_ranges(p: Tensor | None, t: Tensor | None, validate: bool | None) -> None:
+    """That predictions and targets lie in [0, 1]; None: nothing to look at."""
+
+    def beyond(x: Tensor | None) -> bool:
+        if x is None or x.dtype == torch.bool or torch.compiler.is_compiling():
+            return False
+        return (bool(validate) if validate is not None else can_look(x)) and outside(bounds(x))
+
+    if beyond(t):
+        low, high = bounds(t)
+        raise ValueError(
+            f"target must lie in [0, 1], got values from {low:g} to {high:g}: divide a mask of 0 "
+            "and 255 by 255, or compare it (target > 0); validate=False lets anything pass"
+        )
+    if beyond(p):
+        message = (
+            "input has values outside [0, 1]: for logits set sigmoid=True or softmax=True; "
+            "validate=False lets anything pass"
+        )
+        if validate:
+            raise ValueError(message)
+        warn(message)
+
+
+def _counted(input: Tensor, ignored: Tensor | None, batch: bool) -> Tensor:
+    """(N, 1), with batch (1): whether there is a voxel that counts."""
+    items = input.shape[0]
+    if ignored is None:
+        some = math.prod(input.shape[2:]) > 0 and (items > 0 or not batch)
+        return torch.full((1,) if batch else (items, 1), some, device=input.device)
+    found = ~ignored.flatten(1).all(1, keepdim=True)
+    return found.any(0) if batch else found
 
 
 def _sum(values, dims, dtype):
@@ -343,6 +434,8 @@ def _split_target(input, target, to_onehot_y) -> tuple[Tensor, bool]:
     checks.check_device("target", target, input)
     one = (input.shape[0], 1, *input.shape[2:])
     flat = (input.shape[0], *input.shape[2:])
+    if to_onehot_y is not None:
+        to_onehot_y = bool(to_onehot_y)  # numpy's too
     if input.shape[1] == 1:  # a mask, whatever to_onehot_y says
         if target.shape not in (one, flat):
             raise ValueError(_shape_message(input, target))
@@ -372,7 +465,7 @@ def _as_channel(labels, input):
 
 def _checked_classes(labels, channels, ignore_index) -> Tensor | None:
     """Raises on the CPU; where that would need a synchronisation, NaN for the items at fault."""
-    raises = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    raises = can_look(labels)
     if raises and ignore_index is None and labels.numel():
         # One pass and no mask, the usual way out.
         low, high = (int(v) for v in torch.aminmax(labels))
@@ -394,9 +487,11 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
         return None
     given = isinstance(weight, Tensor)
     if not given:
-        for value in weight if isinstance(weight, Sequence) else (weight,):
-            check_range("weight", value, 0.0)
-        weight = torch.tensor(weight, dtype=accumulator_dtype(input.dtype), device=input.device)
+        check_weight_values(weight)
+        several = isinstance(weight, Sequence)
+        values = weight if several else (weight,)
+        weight = constants(values, accumulator_dtype(input.dtype), input.device)
+        weight = weight if several else weight[0]
     checks.check_device("weight", weight, input)
     if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != classes):
         raise ValueError(
@@ -404,13 +499,13 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
             f"shape {list(weight.shape)}"
         )
     # A tensor on another device, or in compiled code, is not looked into: that would synchronise.
-    if given and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+    if given and can_look(weight):
         if (weight < 0).any():
             raise ValueError(f"weight must be >= 0, got {weight.min().item()}")
     return weight
 
 
-def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
+def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index, empty):
     dtype = accumulator_dtype(input.dtype)
     if pos_weight is not None:
         pos_weight = pos_weight.to(dtype).view([-1] + [1] * (input.dim() - 2))
@@ -419,6 +514,8 @@ def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
         ignored = checks.equals(mask, ignore_index)
         counted = ~ignored
         mask = mask.masked_fill(ignored, 0)
+    if empty == "zero" and input.numel() == 0:
+        reduction = "sum"
     value = F.binary_cross_entropy_with_logits(
         input.to(dtype),
         mask.to(dtype),
@@ -430,4 +527,5 @@ def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index):
         return value
     # Over no voxel the mean is NaN, and its gradient 0, as that of F.cross_entropy.
     count = counted.sum()
-    return torch.where(count == 0, torch.nan, value / count.clamp(min=1))
+    none = 0.0 if empty == "zero" else torch.nan
+    return torch.where(count == 0, none, value / count.clamp(min=1))

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._barcodes import UNMATCHED, BettiMatching, PersistencePairs
+from pyloss.functional._betti_target import DIRECTIONS, FILTRATIONS, BettiTarget
 from pyloss.functional._images import (
     as_batch,
+    as_channels,
     check_choice,
-    check_class_indices,
     check_not_negative,
+    check_padding,
     check_real,
     check_same_shape,
+    check_sequence,
+    check_spatial_dims,
     checked_dims,
     checked_spatial_dims,
     checked_weight,
@@ -25,216 +29,15 @@ from pyloss.functional._images import (
     computed,
     expanded,
     framed,
-    one_hot,
+    ignored_voxels,
+    left_out,
     unpadded,
+    with_channel,
 )
+from pyloss.functional._ranges import bounds, can_look, warn_of_scales
 from pyloss.ops import betti_matching as op
-from pyloss.ops._launch import accumulator_dtype
 
-_FILTRATIONS = ("sublevel", "superlevel")
-_DIRECTIONS = {"sublevel": (False,), "superlevel": (True,), "both": (False, True)}
 _ACTIVATIONS = ("sigmoid", "softmax")
-
-
-class BettiTarget:
-    """A target made ready once for many calls, from :meth:`precompute`.
-
-    Takes the place of ``target`` in :func:`pyloss.betti_matching_loss`, in
-    :class:`pyloss.nn.BettiMatchingLoss` and in :func:`pyloss.betti_matching`, with the same
-    results bit for bit. Saved per call: the check and expansion of class indices, the conversion to
-    the kernel's dtype and layout, the frame of ``padding``: 1 to 3 % of loss and gradient, measured
-    on the CPU. Not saved: sorting the target and its bars, which the kernel does beside the
-    input's; on CUDA likewise.
-
-    ``len(t)`` is the batch size; ``t[i]``, ``t[2:5]`` and ``t.select(indices)`` are targets of
-    these items, ``t[i]`` as a batch of one. Can be pickled.
-
-    Attributes:
-        target: the tensor that it was made of, which must not change afterwards.
-        shape: of the input that it goes with.
-        filtration, dims, padding: what it was made for.
-
-    Example:
-        >>> import torch, pyloss
-        >>> x, labels = torch.rand(4, 3, 16, 16), torch.randint(3, (4, 16, 16))
-        >>> target = pyloss.BettiTarget.precompute(labels, num_classes=3)
-        >>> batch = torch.tensor([2, 0])
-        >>> loss = pyloss.betti_matching_loss(x[batch], target.select(batch))
-        >>> bool(loss == pyloss.betti_matching_loss(x[batch], labels[batch]))
-        True
-    """
-
-    def __init__(self, target, images, spatial_dims, filtration, dims, padding, num_classes):
-        self.target = target
-        self.spatial_dims, self.filtration, self.dims = spatial_dims, filtration, dims
-        self.padding, self.num_classes = padding, num_classes
-        self._images = images  # one per direction of the filtration, framed; without a frame, one
-
-    @classmethod
-    def precompute(
-        cls,
-        target: Tensor,
-        spatial_dims: int | None = None,
-        *,
-        filtration: str = "superlevel",
-        dims: Sequence[int] | None = None,
-        padding: str | float | None = None,
-        num_classes: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> BettiTarget:
-        """Makes a target ready for calls with these options.
-
-        Args:
-            target: ``(*batch, *spatial)`` as for the functions, ``(N, C, *spatial)`` for the loss;
-                or with ``num_classes`` class indices ``(N, *spatial)``.
-            spatial_dims: number of trailing spatial dimensions, 1 or 2; default: all but the two
-                of ``(N, C, *spatial)``, with ``num_classes`` all but the first.
-            filtration, dims, padding: as in the later calls.
-            num_classes: number of channels of the input, for class indices.
-            dtype: of the input, where it is float64 and the target is not: else each call converts.
-
-        Raises:
-            TypeError: ``target`` is no tensor.
-            ValueError: ``target`` requires a gradient, has a spatial size of 0, or does not fit
-                ``num_classes``; an unknown option. A later call with another shape, filtration,
-                padding or other dims.
-            IndexError: a class index out of range (CPU).
-            NotImplementedError: three spatial dimensions.
-
-        NaN is found by the later calls.
-        """
-        check_real("target", target)
-        if target.requires_grad:
-            raise ValueError("target must not require a gradient to be computed in advance")
-        if num_classes is not None:
-            check_class_indices(target, num_classes)
-            if spatial_dims is None:
-                spatial_dims = target.dim() - 1
-        spatial_dims = checked_spatial_dims(target, spatial_dims, "target")
-        if num_classes is not None and spatial_dims != target.dim() - 1:
-            raise ValueError(
-                f"class indices must be (N, *spatial), got shape {tuple(target.shape)} and "
-                f"spatial_dims={spatial_dims}"
-            )
-        if dtype is not None and dtype not in checks.FLOATS:
-            raise ValueError(f"dtype must be a floating point dtype, got {dtype}")
-        check_choice("filtration", filtration, (*_FILTRATIONS, "both"))
-        dims = sorted(checked_dims(dims, spatial_dims))
-        made = cls(target, (), spatial_dims, filtration, dims, padding, num_classes)
-        made._images = made._prepared(dtype)
-        return made
-
-    def _prepared(self, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        x = self.target
-        if self.num_classes is not None:
-            x = one_hot(x, self.num_classes)
-        x = computed(x)
-        if dtype is not None:
-            x = x.to(torch.promote_types(x.dtype, accumulator_dtype(dtype)))
-        x = x.contiguous()
-        if self.padding is None:
-            return (x,)
-        directions = _DIRECTIONS[self.filtration]
-        return tuple(framed(x, self.spatial_dims, self.padding, d) for d in directions)
-
-    @property
-    def shape(self) -> torch.Size:
-        if self.num_classes is None:
-            return self.target.shape
-        n, *spatial = self.target.shape
-        return torch.Size((n, self.num_classes, *spatial))
-
-    @property
-    def device(self) -> torch.device:
-        return self.target.device
-
-    def __len__(self) -> int:
-        return self.target.shape[0]
-
-    def __getitem__(self, item: int | slice) -> BettiTarget:
-        if isinstance(item, slice):
-            return self._map(lambda t: t[item])
-        index = checks.as_integer(item)
-        if index is None:
-            raise TypeError(f"an index must be an integer or a slice, got {item!r}; see select")
-        item = index
-        if not -len(self) <= item < len(self):
-            raise IndexError(f"item {item} of a target of {len(self)} items")
-        item %= len(self)
-        return self._map(lambda t: t[item : item + 1])
-
-    def select(self, indices: Tensor | Sequence[int]) -> BettiTarget:
-        """The target of these items of the batch.
-
-        Args:
-            indices: integers, negative ones from the end, in any order and repeated at will; or a
-                bool mask of the batch, which selects as ``target[mask]`` does. 1-d, a tensor or
-                what :func:`torch.as_tensor` takes.
-
-        Raises:
-            TypeError: neither bool nor integer.
-            ValueError: not 1-d, or a mask of another length.
-            IndexError: an item out of range (indices on the CPU).
-        """
-        places = _places(indices, len(self)).to(self.device)
-        return self._map(lambda t: t.index_select(0, places))
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> BettiTarget:
-        """The same on another device."""
-        return self._map(lambda t: t.to(torch.device(device), non_blocking=non_blocking))
-
-    def _map(self, f) -> BettiTarget:
-        target = f(self.target)
-        images = tuple(target if t is self.target else f(t) for t in self._images)
-        return type(self)(
-            target, images, self.spatial_dims, self.filtration, self.dims, self.padding,
-            self.num_classes,
-        )  # fmt: skip
-
-    def _check(self, input, spatial_dims, filtration, dims, padding) -> None:
-        """That a call is one of those it was made for."""
-        if input.shape != self.shape:
-            raise ValueError(
-                f"input and target must have the same shape, got {tuple(input.shape)} and a "
-                f"BettiTarget for {tuple(self.shape)}"
-            )
-        asked = dict(
-            spatial_dims=spatial_dims, filtration=filtration, dims=sorted(dims), padding=padding
-        )
-        for name, value in asked.items():
-            made_for = getattr(self, name)
-            if value != made_for:
-                raise ValueError(
-                    f"target was computed in advance for {name}={made_for!r}, got {value!r}"
-                )
-        checks.check_device("target", self.target, input)
-
-    def _pair(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The input, without a frame, and the images of the target, of a common dtype."""
-        x, images = computed(input), self._images
-        dtype = torch.promote_types(x.dtype, images[0].dtype)
-        return x.to(dtype), images if images[0].dtype == dtype else self._prepared(dtype)
-
-
-def _places(indices: Tensor | Sequence[int], items: int) -> Tensor:
-    """Indices or a mask of a batch as int64 indices from 0 on."""
-    found = torch.as_tensor(indices)
-    if not isinstance(indices, Tensor) and found.numel() == 0:
-        found = found.long()  # an empty list has no dtype of its own
-    if found.dtype not in (torch.bool, *checks.INTEGERS):
-        raise TypeError(f"indices must be integers or a bool mask, got {found.dtype}")
-    if found.dim() != 1:
-        raise ValueError(f"indices must have one dimension, got shape {list(found.shape)}")
-    if found.dtype == torch.bool:
-        if len(found) != items:
-            raise ValueError(f"a mask of {len(found)} entries for a target of {items} items")
-        return found.nonzero().squeeze(1)
-    found = found.long()
-    if found.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = found[(found < -items) | (found >= items)]
-        if outside.numel():
-            raise IndexError(f"item {int(outside[0])} of a target of {items} items")
-    return torch.where(found < 0, found + items, found)
 
 
 def persistence_pairs(
@@ -286,14 +89,14 @@ def persistence_pairs(
     """
     spatial_dims = checked_spatial_dims(input, spatial_dims)
     dims = checked_dims(dims, spatial_dims)
-    superlevel = check_choice("filtration", filtration, _FILTRATIONS) == "superlevel"
+    superlevel = check_choice("filtration", filtration, FILTRATIONS) == "superlevel"
     check_choice("construction", construction, ("V", "T"))
     check_not_negative(min_persistence=min_persistence)
     shape = tuple(input.shape[input.dim() - spatial_dims :])
     images = as_batch(input, spatial_dims)
     cells = computed(images)
     if construction == "V":
-        rows = op.persistence_pairs(cells, superlevel, dims, essential)[:, :4]
+        rows = op.persistence_pairs(cells, superlevel, dims, bool(essential))[:, :4]
     else:
         rows = _t_construction(cells, superlevel, dims, essential)
     pairs = PersistencePairs(images.flatten(1), rows, superlevel, shape)
@@ -369,7 +172,8 @@ def betti_matching(
     """
     spatial_dims = checked_spatial_dims(input, spatial_dims)
     dims = checked_dims(dims, spatial_dims)
-    superlevel = check_choice("filtration", filtration, _FILTRATIONS) == "superlevel"
+    superlevel = check_choice("filtration", filtration, FILTRATIONS) == "superlevel"
+    check_padding(padding)
     if isinstance(target, BettiTarget):
         target._check(input, spatial_dims, filtration, dims, padding)
         x, (y,) = target._pair(input)
@@ -382,16 +186,30 @@ def betti_matching(
         x = framed(x, spatial_dims, padding, superlevel)
     x, y = (as_batch(t, spatial_dims) for t in (x, y))
     tables = op.betti_matching(x, y, superlevel, dims)
-    return BettiMatching(x, y, tables, superlevel, int(padding is not None))
+    return BettiMatching(x, y, tables, superlevel, int(padding is not None), dims)
 
 
-def check_options(options: dict) -> None:
-    """The names among the options of :func:`betti_matching_loss`: a typo is found at once."""
-    check_choice("filtration", options["filtration"], (*_FILTRATIONS, "both"))
-    check_choice("unmatched", options["unmatched"], UNMATCHED)
-    check_choice("reduction", options["reduction"], checks.REDUCTIONS)
-    if options["activation"] is not None:
-        check_choice("activation", options["activation"], _ACTIVATIONS)
+def check_options(
+    *, filtration, dims, weight, matched_weight, unmatched_weight, target_weight, unmatched,
+    min_persistence, padding, activation, ignore_index, spatial_dims, reduction, **flags,
+) -> None:  # fmt: skip
+    """The options of :func:`betti_matching_loss` as far as they can be judged without images."""
+    check_choice("filtration", filtration, (*FILTRATIONS, "both"))
+    check_choice("unmatched", unmatched, UNMATCHED)
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    if activation is not None:
+        check_choice("activation", activation, _ACTIVATIONS)
+    check_not_negative(
+        matched_weight=matched_weight, unmatched_weight=unmatched_weight,
+        target_weight=target_weight, min_persistence=min_persistence,
+    )  # fmt: skip
+    check_padding(padding)
+    if ignore_index is not None:
+        checks.checked_integer("ignore_index", ignore_index)
+    if spatial_dims is not None:
+        check_spatial_dims(spatial_dims)
+    check_sequence("dims", dims, "integers")
+    check_sequence("weight", weight, "numbers")
 
 
 def betti_matching_loss(
@@ -411,6 +229,8 @@ def betti_matching_loss(
     padding: str | float | None = None,
     include_background: bool = True,
     activation: str | None = None,
+    ignore_index: int | None = None,
+    spatial_dims: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Betti matching loss: pulls matched features together, removes unmatched ones.
@@ -422,8 +242,9 @@ def betti_matching_loss(
         (d-d')^2\big] + w_u \sum_{\text{input}} (b-d)^2 + w_t \sum_{\text{target}} (b-d)^2 \Big)
 
     Args:
-        input: ``(N, C, *spatial)`` with 1 or 2 spatial dimensions; float32, float64, float16 or
-            bfloat16 (the last two are computed in float32). Each channel is a problem of its own.
+        input: ``(N, C, *spatial)`` with 1 or 2 spatial dimensions, or with ``spatial_dims``
+            ``(N, *spatial)``; float32, float64, float16 or bfloat16 (the last two are computed in
+            float32). Each channel is a problem of its own.
         target: of the same shape, float, bool or integer; or class indices ``(N, *spatial)`` of an
             integer dtype, which are expanded to C channels; or a :class:`BettiTarget`.
         filtration: ``"superlevel"`` for probabilities of the foreground, ``"sublevel"``, or
@@ -441,7 +262,17 @@ def betti_matching_loss(
         padding: as for :func:`pyloss.betti_matching`.
         include_background: False leaves out channel 0 if there are others.
         activation: ``None``, ``"sigmoid"`` or ``"softmax"`` (over the channels) for ``input``.
+        ignore_index: voxels of this class take no part. In both images they get the value that
+            enters last, a constant: 0 for superlevel sets, 1 for sublevel sets, or the last of the
+            voxels that count where that is further out. What they divide stays divided until then;
+            an ignored margin is as if cut off. Class indices, and masks of one channel.
+        spatial_dims: number of trailing spatial dimensions; default: ``input.dim() - 2``. Three
+            dimensions are ``(N, C, length)`` then, which warns: 2 takes them for ``(N, H, W)``.
         reduction: ``"mean"`` over items and channels (0 for none), ``"sum"``, ``"none"``.
+
+    Warns where ``input`` has values outside [0, 1] beside a target within, as logits, or the target
+    beside an input within, as masks of 0 and 255 do. On the CPU, outside of compiled graphs: a GPU
+    would have to be waited for; there :meth:`pyloss.BettiTarget.precompute` looks at the target.
 
     Returns:
         0-d, or ``(N, C)`` with ``reduction="none"``; of the dtype of ``input``, or the wider one of
@@ -451,8 +282,10 @@ def betti_matching_loss(
     Raises:
         TypeError: an argument is no tensor.
         ValueError: shapes that do not fit, an unknown option, a negative weight, a spatial size of
-            0, softmax of one channel, NaN (CPU; on CUDA loss and gradient of that item are NaN).
-        IndexError: a class index out of range (CPU).
+            0, softmax of one channel, ``ignore_index`` with a one-hot target, NaN (CPU; on CUDA
+            loss and gradient of that item are NaN).
+        IndexError: a class index out of range (CPU). On CUDA, where raising would need a
+            synchronisation, loss and gradient of that item are NaN.
         NotImplementedError: three spatial dimensions.
 
     Example:
@@ -470,44 +303,48 @@ def betti_matching_loss(
     prepared = target if isinstance(target, BettiTarget) else None
     if prepared is None:
         check_real("target", target)
-    spatial = checked_spatial_dims(input, None)
-    dims = checked_dims(dims, spatial)
-    check_choice("filtration", filtration, (*_FILTRATIONS, "both"))
-    check_choice("unmatched", unmatched, UNMATCHED)
-    check_choice("reduction", reduction, checks.REDUCTIONS)
-    check_not_negative(
-        matched_weight=matched_weight, unmatched_weight=unmatched_weight,
-        target_weight=target_weight, min_persistence=min_persistence,
+    given = input
+    input, spatial = as_channels(input, spatial_dims)
+    check_options(
+        filtration=filtration, dims=dims, weight=weight, matched_weight=matched_weight,
+        unmatched_weight=unmatched_weight, target_weight=target_weight, unmatched=unmatched,
+        min_persistence=min_persistence, padding=padding, activation=activation,
+        ignore_index=ignore_index, spatial_dims=spatial_dims, reduction=reduction,
     )  # fmt: skip
+    dims = checked_dims(dims, spatial)
     dim_weight = checked_weight(weight, dims, spatial)
 
+    dtype = _result_dtype(input, target)
     if prepared is None:
-        target = expanded(target, input)
-        check_same_shape(input, target)
+        target = target if input is given else with_channel(target, spatial)
+        target, ignored = _channels_of(target, input, ignore_index, spatial)
     else:
-        prepared._check(input, spatial, filtration, dims, padding)
-        target = prepared.target
-    if activation is not None:
-        check_choice("activation", activation, _ACTIVATIONS)
-        if activation == "softmax" and input.shape[1] == 1:
-            raise ValueError("softmax over one channel is 1 everywhere: use activation='sigmoid'")
-        input = input.sigmoid() if activation == "sigmoid" else input.softmax(1)
+        prepared._check(given, spatial, filtration, dims, padding, ignore_index)
+        target, ignored = prepared.target, prepared._ignored
+    if ignored is not None:
+        input = input.masked_fill(ignored, 0)  # before the activation: NaN is ignored as well
+    input = _activated(input, activation)
+    if can_look(input) and can_look(target):
+        range_of_target = bounds(target) if prepared is None else prepared._bounds
+        warn_of_scales(input, activation is not None, target, range_of_target)
     first = int(not include_background and input.shape[1] > 1)
-    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else None
-    dtype = (dtype or input.dtype) if input.is_floating_point() else torch.get_default_dtype()
     input = input[:, first:]
     if prepared is None:
         x, y = common(input, target[:, first:])
+        images = (y,)
     else:
         x, images = prepared._pair(input)
+        images = tuple(with_channel(t, spatial)[:, first:] for t in images)
 
     total = None
-    for i, superlevel in enumerate(_DIRECTIONS[filtration]):
-        a = x if padding is None else framed(x, spatial, padding, superlevel)
-        if prepared is not None:
-            b = images[i if len(images) > 1 else 0][:, first:]
-        else:
-            b = y if padding is None else framed(y, spatial, padding, superlevel)
+    for i, superlevel in enumerate(DIRECTIONS[filtration]):
+        a, b = x, images[i if len(images) > 1 else 0]
+        if ignored is not None:
+            a, b = left_out(a, b, ignored, spatial, superlevel)
+        if padding is not None:
+            a = framed(a, spatial, padding, superlevel)
+            if prepared is None or ignored is not None:
+                b = framed(b, spatial, padding, superlevel)
         options = op.Options(
             superlevel=superlevel,
             dims=sum(1 << d for d in dims),
@@ -528,3 +365,30 @@ def betti_matching_loss(
         items = max(total.numel(), 1) if reduction == "mean" else 1
         total = total.sum() / items
     return total.to(dtype)
+
+
+def _result_dtype(input: Tensor, target: Tensor | BettiTarget) -> torch.dtype:
+    target = target.target if isinstance(target, BettiTarget) else target
+    if not input.is_floating_point():
+        return torch.get_default_dtype()
+    if not target.is_floating_point():
+        return input.dtype
+    return torch.promote_types(input.dtype, target.dtype)
+
+
+def _channels_of(target, input, ignore_index, spatial) -> tuple[Tensor, Tensor | None]:
+    """(the target in the shape of input, the voxels (N, 1, *spatial) that are ignored)."""
+    ignored = ignored_voxels(target, ignore_index, spatial)
+    if ignored is not None:
+        target = target.masked_fill(ignored.view(target.shape), 0)
+    target = expanded(target, input)
+    check_same_shape(input, target)
+    return target, ignored
+
+
+def _activated(input: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return input
+    if activation == "softmax" and input.shape[1] == 1:
+        raise ValueError("softmax over one channel is 1 everywhere: use activation='sigmoid'")
+    return input.sigmoid() if activation == "sigmoid" else input.softmax(1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyloss.functional import tensor_attention
+from pyloss.functional._checks import as_integer
 from pyloss.integrations._lookalike import change_class, lookalike
 
 try:
@@ -311,9 +312,10 @@ def _chosen(layers, count: int) -> list[int]:
             raise TypeError(
                 f"layers must be a string, a slice or indices, got {type(layers).__name__}"
             ) from None
-        for i in chosen:
-            if isinstance(i, bool) or not isinstance(i, int):
-                raise TypeError(f"layers must hold integers, got {i!r}")
+        given, chosen = chosen, [as_integer(i) for i in chosen]
+        for x, i in zip(given, chosen):
+            if i is None:
+                raise TypeError(f"layers must hold integers, got {x!r}")
             if not -count <= i < count:
                 raise ValueError(f"layer {i} is out of range, the model has {count} layers")
         chosen = sorted({i % count for i in chosen})
@@ -325,19 +327,21 @@ def _chosen(layers, count: int) -> list[int]:
 def _checked_window(window) -> tuple[int | None, int | None] | None:
     if window is None:
         return None
-    if not isinstance(window, (int, list, tuple)):
+    one = as_integer(window)
+    if one is None and not isinstance(window, (list, tuple)):
         raise TypeError(f"window must be an integer, a pair or None, got {window!r}")
-    both = (window, window) if isinstance(window, int) else tuple(window)
+    both = tuple(window) if one is None else (one, one)
     if len(both) != 2:
         raise ValueError(f"window must be one number, two or None, got {window!r}")
+    found = []
     for w in both:
-        if w is None:
-            continue
-        if isinstance(w, bool) or not isinstance(w, int):
+        n = None if w is None else as_integer(w)
+        if n is None and w is not None:
             raise TypeError(f"window must hold integers or None, got {w!r}")
-        if w <= 0 and w != -1:
+        if n is not None and n <= 0 and n != -1:
             raise ValueError(f"window must be positive, or None for no limit, got {window!r}")
-    return tuple(None if w == -1 else w for w in both)
+        found.append(None if n == -1 else n)
+    return found[0], found[1]
 
 
 class _Shape(NamedTuple):

@@ -1,3 +1,8 @@
+from pyloss.metrics.ranking import (
+    mrr,
+    ndcg,
+    precision_at_k,
+)
 from pyloss.metrics.sorting import RankingAccuracy, ranking_accuracy
 from pyloss.metrics.topology import (
     BettiMatchingError,
@@ -14,5 +19,8 @@ __all__ = [
     "betti_matching_error",
     "betti_number_error",
     "betti_numbers",
+    "mrr",
+    "ndcg",
+    "precision_at_k",
     "ranking_accuracy",
 ]

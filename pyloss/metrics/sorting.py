@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.functional._checks import check_dense, check_tensor
+from pyloss.functional._checks import check_dense, check_tensor, checked_integer
+from pyloss.functional._sorting_padding import check_mask
 from pyloss.functional._sorting_rows import check_ordered
 
 
@@ -27,7 +28,9 @@ class RankingAccuracy(NamedTuple):
 
 
 @torch.no_grad()
-def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAccuracy:
+def ranking_accuracy(
+    input: Tensor, target: Tensor, dim: int = -1, *, mask: Tensor | None = None
+) -> RankingAccuracy:
     """Exact match and element-wise accuracy of the order of scores.
 
     Ranks are those of a stable sort, of the scores and of the target alike; in a set with a NaN
@@ -37,6 +40,9 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
         input: scores ``(..., n, ...)``, floating.
         target: values with the true order, of the same shape, any real dtype.
         dim: the dimension of a set.
+        mask: bool, of the same shape, True at what counts: each set is as if it held these elements
+            alone, and whatever stands elsewhere, NaN too, has no part. Sets without an element, for
+            ``exact_match_5`` those with less than five, are left out.
 
     Returns:
         :class:`RankingAccuracy`; NaN without a set, and ``exact_match_5`` NaN with less than five
@@ -63,11 +69,15 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
         raise ValueError(
             f"target must have the shape {list(input.shape)} of input, got {list(target.shape)}"
         )
+    dim = checked_integer("dim", dim)
     if input.dim() > 0 and not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim is {dim}, out of range for an input of shape {list(input.shape)}")
     if input.dim() == 0 or input.shape[dim] == 0:
         raise ValueError(f"input has nothing to rank: its shape is {list(input.shape)}, dim {dim}")
     x, y = input.movedim(dim, -1), target.movedim(dim, -1)
+    if mask is not None:
+        check_mask(mask, input)
+        return _masked(x, y, mask.movedim(dim, -1))
     right, first = _right(x, y), _right(x[..., :5], y[..., :5])
     exact5 = first.all(-1).float().mean()
     if x.shape[-1] < 5:
@@ -75,11 +85,36 @@ def ranking_accuracy(input: Tensor, target: Tensor, dim: int = -1) -> RankingAcc
     return RankingAccuracy(right.all(-1).float().mean(), right.float().mean(), exact5)
 
 
-def _right(x: Tensor, y: Tensor) -> Tensor:
+def _masked(x: Tensor, y: Tensor, mask: Tensor) -> RankingAccuracy:
+    count = mask.sum(-1)
+    right = _right(x, y, mask) & mask
+    front = (
+        (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :5]
+    )  # what counts, in its order
+    x, y, kept = (t.gather(-1, front) for t in (x, y, mask))
+    first = _right(x, y, kept)
+
+    def share(whole: Tensor, sets: Tensor) -> Tensor:
+        return (whole & sets).sum() / sets.sum()
+
+    return RankingAccuracy(
+        share((right | ~mask).all(-1), count > 0),
+        right.sum() / count.sum(),
+        share(first.all(-1), count >= 5),
+    )
+
+
+def _right(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
     """Which ranks are right: none of a set that has a NaN, and so no order."""
-    nan = (x.isnan() | y.isnan()).any(-1, keepdim=True)
-    return (_ranks(x) == _ranks(y)) & ~nan
+    nan = x.isnan() | y.isnan()
+    nan = nan if mask is None else nan & mask
+    return (_ranks(x, mask) == _ranks(y, mask)) & ~nan.any(-1, keepdim=True)
 
 
-def _ranks(x: Tensor) -> Tensor:
-    return torch.argsort(x, dim=-1, stable=True).argsort(-1)
+def _ranks(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Of a stable sort; with a mask of what counts, that comes first."""
+    order = torch.argsort(x, dim=-1, stable=True)
+    if mask is not None:
+        left_out = (~mask).to(torch.uint8).gather(-1, order)
+        order = order.gather(-1, left_out.argsort(dim=-1, stable=True))
+    return order.argsort(-1)

@@ -60,15 +60,17 @@ def betti_number_error(
     threshold: float = 0.5,
     *,
     include_background: bool = True,
+    spatial_dims: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Difference of Betti numbers, :math:`|b_d(x \ge t) - b_d(y \ge t)|`.
 
     Args:
-        input: ``(N, C, *spatial)`` probabilities.
+        input: ``(N, C, *spatial)`` probabilities, or with ``spatial_dims`` ``(N, *spatial)``.
         target: of the same shape, or class indices ``(N, *spatial)``.
         threshold: values from here on are foreground.
         include_background: False leaves out channel 0 if there are others.
+        spatial_dims: as for :func:`pyloss.betti_matching_loss`.
         reduction: ``"mean"`` or ``"sum"`` over items and channels, ``"none"``.
 
     Returns:
@@ -89,8 +91,10 @@ def betti_number_error(
     Reference:
         Stucki et al. arXiv 2211.15272.
     """
-    x, y = _masks(input, target, threshold, include_background)
-    return _reduced((betti_numbers(x) - betti_numbers(y)).abs().float(), reduction)
+    _check_options(threshold, reduction)
+    x, y, spatial = _masks(input, target, threshold, include_background, spatial_dims)
+    numbers = (betti_numbers(t, spatial) for t in (x, y))
+    return _reduced(torch.sub(*numbers).abs().float(), reduction)
 
 
 @torch.no_grad()
@@ -102,18 +106,20 @@ def betti_matching_error(
     normalize: bool = False,
     binarize: bool = True,
     include_background: bool = True,
+    spatial_dims: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Number of features of either mask that the other does not have in the same place.
 
     Args:
-        input: ``(N, C, *spatial)`` probabilities.
+        input: ``(N, C, *spatial)`` probabilities, or with ``spatial_dims`` ``(N, *spatial)``.
         target: of the same shape, or class indices ``(N, *spatial)``.
         threshold: values from here on are foreground.
         normalize: the sum over the dimensions, divided by the number of features of the target and
             at most 1; a target without features gives 0, or 1 if there is any error.
         binarize: False: the Betti matching loss of each dimension instead, ``threshold`` unused.
         include_background: False leaves out channel 0 if there are others.
+        spatial_dims: as for :func:`pyloss.betti_matching_loss`.
         reduction: ``"mean"`` or ``"sum"`` over items and channels, ``"none"``.
 
     Returns:
@@ -134,38 +140,49 @@ def betti_matching_error(
     Reference:
         Stucki et al. arXiv 2211.15272. Normalised: Berger et al. arXiv 2403.11001.
     """
+    _check_options(threshold, reduction, normalize, binarize)
     if not binarize:
-        if normalize:
-            raise ValueError("normalize needs binarize=True")
-        dims = range(input.dim() - 2)
-        options = dict(include_background=include_background, reduction="none")
+        spatial = images.checked_spatial_dims(input, spatial_dims)
+        options = dict(
+            include_background=include_background, spatial_dims=spatial, reduction="none"
+        )
+        dims = range(spatial)
         per_dim = [F.betti_matching_loss(input, target, dims=[d], **options) for d in dims]
         return _reduced(torch.stack(per_dim, -1).float(), reduction)
-    x, y = _masks(input, target, threshold, include_background)
-    counts = F.betti_matching(x, y).counts
+    x, y, spatial = _masks(input, target, threshold, include_background, spatial_dims)
+    counts = F.betti_matching(x, y, spatial).counts
     error = (counts[..., 1] + counts[..., 2]).view(*x.shape[:2], counts.shape[1]).float()
     if not normalize:
         return _reduced(error, reduction)
-    features = betti_numbers(y).sum(-1)
+    features = betti_numbers(y, spatial).sum(-1)
     error = error.sum(-1)
     share = (error / features.clamp(min=1)).clamp(max=1.0)
     return _reduced(torch.where(features == 0, (error > 0).float(), share), reduction)
 
 
-def _masks(input, target, threshold, include_background):
+def _check_options(threshold, reduction="none", normalize=False, binarize=True) -> None:
+    check_number("threshold", threshold)
+    if math.isnan(threshold):
+        raise ValueError("threshold must be a number, got nan")
+    images.check_choice("reduction", reduction, REDUCTIONS)
+    if normalize and not binarize:
+        raise ValueError("normalize needs binarize=True")
+
+
+def _masks(input, target, threshold, include_background, spatial_dims):
+    """(mask of the input, mask of the target, spatial dimensions), (N, C, *spatial)."""
     check_real("input", input)
     check_real("target", target)
-    images.checked_spatial_dims(input, None)
+    given = input
+    input, spatial = images.as_channels(input, spatial_dims)
+    target = target if input is given else images.with_channel(target, spatial)
     target = images.expanded(target, input)
     images.check_same_shape(input, target)
     if not include_background and input.shape[1] > 1:
         input, target = input[:, 1:], target[:, 1:]
-    check_number("threshold", threshold)
-    if math.isnan(threshold):
-        raise ValueError("threshold must be a number, got nan")
     _check_no_nan("input", input)
     _check_no_nan("target", target)
-    return at_least(input, threshold), at_least(target, threshold)
+    return at_least(input, threshold), at_least(target, threshold), spatial
 
 
 def _check_no_nan(name, x):
@@ -174,7 +191,6 @@ def _check_no_nan(name, x):
 
 
 def _reduced(x: Tensor, reduction: str) -> Tensor:
-    images.check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return x
     total = x.sum((0, 1))
@@ -188,6 +204,10 @@ class _Mean:
 
     def __init__(self, **options) -> None:
         check_names(type(self).__name__, options, names_of(self._function, without=("reduction",)))
+        names = ("threshold", "normalize", "binarize")
+        _check_options(**{name: options[name] for name in names if name in options})
+        if options.get("spatial_dims") is not None:
+            images.check_spatial_dims(options["spatial_dims"])
         self.options = options
         self.reset()
 
@@ -202,16 +222,25 @@ class _Mean:
 
     def update(self, input: Tensor, target: Tensor) -> None:
         """Adds a batch; arguments as for the function."""
+        self(input, target)
+
+    def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+        """Adds a batch as `update` does, and returns the mean of this batch alone."""
         found = self._function(input, target, **self.options, reduction="none").double()
-        total = found.sum((0, 1))
+        total, count = found.sum((0, 1)), found.shape[0] * found.shape[1]
         self._total = total if self._total is None else self._total + total
-        self._count += found.shape[0] * found.shape[1]
+        self._count += count
+        return (total / max(count, 1)).float()
 
     def compute(self) -> Tensor:
         """The mean so far; RuntimeError before the first update."""
         if self._total is None:
             raise RuntimeError(f"{type(self).__name__}.compute() before update()")
         return (self._total / max(self._count, 1)).float()
+
+    def aggregate(self) -> Tensor:
+        """`compute` by the name that MONAI's metrics have for it."""
+        return self.compute()
 
 
 class BettiNumberError(_Mean):
@@ -225,8 +254,12 @@ class BettiNumberError(_Mean):
         - input: ``(N, C, *spatial)``; target: the same, or ``(N, *spatial)``
         - compute: ``(D)``
 
+    ``metric(input, target)`` adds a batch too, and returns the mean of it; ``aggregate`` is
+    ``compute``.
+
     Raises:
-        As :func:`pyloss.betti_number_error`; RuntimeError: ``compute`` before ``update``.
+        As :func:`pyloss.betti_number_error`, for the options when made; RuntimeError: ``compute``
+        before ``update``.
 
     Example:
         >>> import torch, pyloss
@@ -257,8 +290,12 @@ class BettiMatchingError(_Mean):
         - input: ``(N, C, *spatial)``; target: the same, or ``(N, *spatial)``
         - compute: ``(D)``; 0-d with ``normalize=True``
 
+    ``metric(input, target)`` adds a batch too, and returns the mean of it; ``aggregate`` is
+    ``compute``.
+
     Raises:
-        As :func:`pyloss.betti_matching_error`; RuntimeError: ``compute`` before ``update``.
+        As :func:`pyloss.betti_matching_error`, for the options when made; RuntimeError: ``compute``
+        before ``update``.
 
     Example:
         >>> import torch, pyloss

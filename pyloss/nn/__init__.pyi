@@ -5,19 +5,40 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.ranking import (
+    ApproxNDCGLoss,
+    LambdaLoss,
+    ListMLELoss,
+    ListNetLoss,
+    NeuralNDCGLoss,
+)
 from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
 from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.sets import (
+    ChamferSetLoss,
+    HungarianSetLoss,
+    OrderSearchSchedule,
+    PointerDecoder,
+    Pointers,
+    ReadProcess,
+    ReadProcessWrite,
+    SinkhornSetLoss,
+)
 from pyloss.nn.sorting import (
     DiffSortNet,
     DiffTopkNet,
     SortingCrossEntropyLoss,
     SpearmanLoss,
 )
+from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
+    "ApproxNDCGLoss",
     "BettiMatchingLoss",
+    "ChamferSetLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
     "DiceCELoss",
@@ -25,11 +46,24 @@ __all__ = [
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "GroCoLoss",
+    "HungarianSetLoss",
+    "LambdaLoss",
     "LinearCrossEntropyLoss",
+    "ListMLELoss",
+    "ListNetLoss",
+    "NeuralNDCGLoss",
     "NeuralSort",
+    "OrderSearchSchedule",
+    "PointerDecoder",
+    "Pointers",
+    "ReadProcess",
+    "ReadProcessWrite",
+    "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
     "TensorAttention",
+    "TopKCrossEntropyLoss",
 ]

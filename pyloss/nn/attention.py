@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack  # torch has imported it
 
-from pyloss.functional._attention_checks import check_choices
+from pyloss.functional import _checks as checks
+from pyloss.functional._attention_checks import (
+    check_choices,
+    checked_options,
+    checked_scale,
+    checked_softcap,
+    checked_windows,
+)
 from pyloss.functional._options import LOW_RANK, LowRankOptions, options_of
 from pyloss.functional.attention import Window, tensor_attention_n
 from pyloss.nn._module import OptionsModule
@@ -37,7 +44,8 @@ class TensorAttention(OptionsModule):
         window: causal windows, as in :func:`pyloss.tensor_attention`; one number or ``order`` ones.
         qk_norm: RMS norm with weights over the features of each query and first key.
         init: ``"identity"``, or ``"random"``: the further projections as those of ``Linear``.
-        scale, method, degree, poly, tol, check, logit_bound: as in :func:`pyloss.tensor_attention`.
+        scale, softcap, method, degree, poly, tol, check, logit_bound: as in
+            :func:`pyloss.tensor_attention`.
 
     Shape:
         As ``MultiheadAttention``: query ``(L, N, E)``, or ``(N, L, E)`` with ``batch_first``, or
@@ -89,9 +97,17 @@ class TensorAttention(OptionsModule):
         qk_norm: bool = False,
         init: str = "identity",
         scale: float | str | None = None,
+        softcap: float | None = None,
         **low_rank: Unpack[LowRankOptions],
     ) -> None:
         super().__init__(**low_rank)
+        embed_dim = checks.checked_integer("embed_dim", embed_dim)
+        num_heads = checks.checked_integer("num_heads", num_heads)
+        order = checks.checked_integer("order", order)
+        kdim = embed_dim if kdim is None else checks.checked_integer("kdim", kdim)
+        vdim = embed_dim if vdim is None else checks.checked_integer("vdim", vdim)
+        if num_kv_heads is not None:
+            num_kv_heads = checks.checked_integer("num_kv_heads", num_kv_heads)
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
                 f"embed_dim and num_heads must be greater than 0, got {embed_dim} and {num_heads}"
@@ -107,7 +123,13 @@ class TensorAttention(OptionsModule):
             )
         if order < 1:
             raise ValueError(f"order must be at least 1, got {order}")
-        check_choices(low_rank.get("method", "exact"), "product", 0.0)
+        check_choices(self.method, "product", 0.0)
+        checked_options(self.method, self.degree, self.poly, self.tol, self.check, self.logit_bound)
+        checked_scale(scale, embed_dim // num_heads)
+        if softcap is not None:
+            checked_softcap(softcap, self.method)
+        checked_windows(window, order)
+        checks.check_number("dropout", dropout)
         if init not in ("identity", "random"):
             raise ValueError(f"init must be identity or random, got {init!r}")
         if dropout > 0.0:
@@ -115,16 +137,22 @@ class TensorAttention(OptionsModule):
         if add_bias_kv or add_zero_attn:
             raise NotImplementedError("TensorAttention has neither add_bias_kv nor add_zero_attn")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
+        self.kdim, self.vdim = kdim, vdim
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
+        # What code written for MultiheadAttention asks for.
+        self.bias_k = self.bias_v = None
+        self.add_zero_attn = False
         self.order, self.window, self.init, self.scale = order, window, init, scale
+        self.softcap = softcap
 
         to = dict(device=device, dtype=dtype)
         width = kv_heads * self.head_dim
         # One matrix where torch has one, so that checkpoints can be exchanged.
         self._one_matrix = self.kdim == self.vdim == embed_dim and kv_heads == num_heads
+        three = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        for name in three if self._one_matrix else ("in_proj_weight",):
+            self.register_parameter(name, None)
         if self._one_matrix:
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **to))
         else:
@@ -177,6 +205,8 @@ class TensorAttention(OptionsModule):
             NotImplementedError: ``layer`` has ``dropout`` > 0 (set it to 0 first), ``add_bias_kv``
                 or ``add_zero_attn``.
         """
+        if not isinstance(layer, nn.MultiheadAttention):
+            raise TypeError(f"layer must be a MultiheadAttention, got {type(layer).__name__}")
         if layer.bias_k is not None or layer.add_zero_attn:
             raise NotImplementedError("TensorAttention has neither add_bias_kv nor add_zero_attn")
         if options.get("num_kv_heads") not in (None, layer.num_heads):
@@ -219,6 +249,7 @@ class TensorAttention(OptionsModule):
                 "need_weights=False",
                 stacklevel=2,
             )
+        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         if query.dim() not in (2, 3) or query.dim() != key.dim() or key.dim() != value.dim():
             raise ValueError(
                 "query, key and value must all have 3 dimensions, or 2 without a batch, got "
@@ -231,7 +262,12 @@ class TensorAttention(OptionsModule):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-
+        if key.shape[:2] != value.shape[:2] or key.shape[0] != query.shape[0]:
+            sizes = ", ".join(str(list(t.shape[:2])) for t in (query, key, value))
+            raise ValueError(
+                "query, key and value must have one batch size, key and value one length, got "
+                f"(batch, length) {sizes}"
+            )
         q, keys, values = self._projected(query, key, value)
         if self.window is not None and not is_causal and q.shape[2] != keys[0].shape[2]:
             raise ValueError(
@@ -249,6 +285,7 @@ class TensorAttention(OptionsModule):
             q_offset=0 if is_causal else None,
             window=self.window,
             scale=self.scale,
+            softcap=self.softcap,
             enable_gqa=self.num_kv_heads != self.num_heads,
             **self._options,
         )
@@ -256,6 +293,16 @@ class TensorAttention(OptionsModule):
         if not batched:
             return out.squeeze(0), None
         return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _check_inputs(self, query, key, value, *masks) -> None:
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        for name, t, width in zip(("query", "key", "value"), (query, key, value), widths):
+            checks.check_tensor(name, t)
+            if t.dim() and t.shape[-1] != width:
+                raise ValueError(f"{name} must have {width} features, got shape {list(t.shape)}")
+        for name, mask in zip(("key_padding_mask", "attn_mask"), masks):
+            if mask is not None:
+                checks.check_tensor(name, mask)
 
     def _projected(self, query, key, value):
         """(q, keys, values) as (N, heads, length, head_dim)."""
@@ -322,6 +369,10 @@ class TensorAttention(OptionsModule):
             text += f", num_kv_heads={self.num_kv_heads}"
         if self.window is not None:
             text += f", window={self.window}"
+        if self.scale is not None:
+            text += f", scale={self.scale!r}"
+        if self.softcap is not None:
+            text += f", softcap={self.softcap!r}"
         if self.method != "exact":
             text += f", method={self.method}, degree={self.degree}, poly={self.poly}"
         return text + f", batch_first={self.batch_first}"

@@ -7,10 +7,25 @@ from torch.nn import _reduction
 
 from pyloss.functional import classification as F
 from pyloss.functional._checks import check_range
+from pyloss.functional._options import FormulaOptions, names_of
+from pyloss.functional._rows import check_class_weight, check_options, check_probability
 from pyloss.nn._module import WeightedLoss
 
+_CHECKED = {*names_of(check_options), *FormulaOptions.__annotations__}
 
-class CrossEntropyLoss(WeightedLoss):
+
+class _RowLoss(WeightedLoss):
+    """Finds what is wrong with an option when it is made, as far as no tensor is needed."""
+
+    def __init__(self, weight: Tensor | None, formula: FormulaOptions | None = None, **options):
+        given = {**options, **(formula or {})}
+        check_options(**{name: x for name, x in given.items() if name in _CHECKED})
+        if weight is not None:
+            check_class_weight(weight)
+        super().__init__(weight, **options)
+
+
+class CrossEntropyLoss(_RowLoss):
     r"""Module of :func:`pyloss.fused_cross_entropy`; stands in for ``torch.nn.CrossEntropyLoss``.
 
     .. math:: \ell = -w_y \log \mathrm{softmax}(x)_y
@@ -31,7 +46,7 @@ class CrossEntropyLoss(WeightedLoss):
         - output: scalar, or the shape of the targets with ``reduction="none"``
 
     Raises:
-        As :func:`pyloss.fused_cross_entropy`, when called.
+        As :func:`pyloss.fused_cross_entropy`; what needs no tensor, when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -68,7 +83,7 @@ class CrossEntropyLoss(WeightedLoss):
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
-class CompSumLoss(WeightedLoss):
+class CompSumLoss(_RowLoss):
     r"""Module of :func:`pyloss.comp_sum_loss`.
 
     .. math:: \ell = \frac{e^{(1-\tau) L} - 1}{1-\tau}, \qquad L = -\log \mathrm{softmax}(x)_y
@@ -82,7 +97,7 @@ class CompSumLoss(WeightedLoss):
         As :class:`CrossEntropyLoss`.
 
     Raises:
-        As :func:`pyloss.comp_sum_loss`, when called.
+        As :func:`pyloss.comp_sum_loss`; what needs no tensor, when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -101,7 +116,7 @@ class CompSumLoss(WeightedLoss):
         return F.fused_cross_entropy(input, target, self.weight, **self.options, **call)
 
 
-class GeneralizedCrossEntropyLoss(WeightedLoss):
+class GeneralizedCrossEntropyLoss(_RowLoss):
     r"""Generalized cross entropy, robust to noisy labels: the comp-sum loss with tau = q + 1.
 
     .. math:: \ell = \frac{1 - p_y^q}{q}, \qquad p_y \le k:\ \ell = \frac{1 - k^q}{q}
@@ -133,8 +148,10 @@ class GeneralizedCrossEntropyLoss(WeightedLoss):
         self, q: float = 0.7, k: float | None = None, weight: Tensor | None = None, **options
     ) -> None:
         check_range("q", q, 0.0, open_low=True)
+        if k is not None:
+            check_probability("k", k)
         self._check_names(options, F.fused_cross_entropy, without=("tau", "truncate"))
-        super().__init__(weight, q=q, k=k, **options)
+        super().__init__(weight, dict(tau=q + 1.0, truncate=k), q=q, k=k, **options)
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         options = self.options
@@ -144,7 +161,7 @@ class GeneralizedCrossEntropyLoss(WeightedLoss):
         )
 
 
-class FocalLoss(WeightedLoss):
+class FocalLoss(_RowLoss):
     r"""Module of :func:`pyloss.focal_loss`.
 
     .. math:: \ell = w_y (1 - p_y)^\gamma (-\log p_y)
@@ -158,7 +175,7 @@ class FocalLoss(WeightedLoss):
         As :class:`CrossEntropyLoss`, class indices only.
 
     Raises:
-        As :func:`pyloss.focal_loss`, when called.
+        As :func:`pyloss.focal_loss`; what needs no tensor, when it is made.
 
     Example:
         >>> import torch, pyloss

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import segmentation as F
+from pyloss.functional._checks import check_reduction, check_tensor
 from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions, options_of
 from pyloss.nn._module import WeightedLoss
 
@@ -25,7 +26,7 @@ class SoftDiceLoss(WeightedLoss):
         - output: scalar, or ``(N, C')`` with ``reduction="none"``, ``(C')`` with ``batch``
 
     Raises:
-        As :func:`pyloss.functional.soft_dice_loss`, when called.
+        As :func:`pyloss.functional.soft_dice_loss`, when made if the options alone are wrong.
 
     Example:
         >>> import torch, pyloss
@@ -40,7 +41,10 @@ class SoftDiceLoss(WeightedLoss):
     @options_of(F.soft_dice_loss, positional=None)
     def __init__(self, **options: Unpack[DiceOptions]) -> None:
         weight = options.pop("weight")
+        check_reduction(options["reduction"])
+        F.check_options(**options)
         if weight is not None and not isinstance(weight, Tensor):
+            F.check_weight_values(weight)
             weight = torch.tensor(weight, dtype=torch.float32)
         super().__init__(weight, **options)
 
@@ -63,7 +67,8 @@ class DiceCELoss(WeightedLoss):
         - output: scalar
 
     Raises:
-        As :func:`pyloss.functional.dice_cross_entropy_loss`, when called.
+        As :func:`pyloss.functional.dice_cross_entropy_loss`, when made if the options alone are
+        wrong.
 
     Example:
         >>> import torch, pyloss
@@ -77,7 +82,13 @@ class DiceCELoss(WeightedLoss):
 
     @options_of(F.dice_cross_entropy_loss, positional=None)
     def __init__(self, **options: Unpack[DiceCrossEntropyOptions]) -> None:
-        super().__init__(options.pop("weight"), **options)
+        weight = options.pop("weight")
+        F.check_options(**options)
+        names = ("reduction", "lambda_dice", "lambda_ce", "label_smoothing")
+        F.check_sum_options(**{name: options[name] for name in names})
+        if weight is not None:
+            check_tensor("weight", weight)
+        super().__init__(weight, **options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.dice_cross_entropy_loss(input, target, weight=self.weight, **self.options)

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import topology as F
+from pyloss.functional._checks import check_range
 from pyloss.functional._options import BettiOptions, options_of
 from pyloss.nn._module import LossModule
 
@@ -20,19 +21,23 @@ class BettiMatchingLoss(LossModule):
     Args:
         filtration, dims, weight, matched_weight, unmatched_weight, target_weight,
             include_target_unmatched, unmatched, min_persistence, essential, padding,
-            include_background, activation, reduction: as for :func:`pyloss.betti_matching_loss`.
-        base_loss: called with ``(input, target)`` as the module gets them; None: the Betti matching
+            include_background, activation, ignore_index, spatial_dims, reduction: as for
+            :func:`pyloss.betti_matching_loss`.
+        base_loss: called with ``(input, target)`` as the module gets them, ignored voxels
+            included; None: the Betti matching
             loss alone, without ``alpha``.
         alpha: weight of the Betti matching loss beside ``base_loss``.
 
     Shape:
-        - input: ``(N, C, *spatial)``, 1 or 2 spatial dimensions
+        - input: ``(N, C, *spatial)``, 1 or 2 spatial dimensions; with ``spatial_dims`` also
+          ``(N, *spatial)``
         - target: the same, or class indices ``(N, *spatial)``; or a :class:`pyloss.BettiTarget`,
           of which ``base_loss`` gets the tensor that it was made of
         - output: scalar, or ``(N, C)`` with ``reduction="none"``
 
     Raises:
-        As :func:`pyloss.betti_matching_loss`, when called; ValueError: ``alpha`` negative.
+        As :func:`pyloss.betti_matching_loss`, when made if the options alone are wrong; TypeError,
+        ValueError: ``alpha`` is no number, or negative.
 
     Example:
         >>> import torch, pyloss
@@ -53,9 +58,8 @@ class BettiMatchingLoss(LossModule):
         alpha: float = 0.5,
         **options: Unpack[BettiOptions],
     ) -> None:
-        F.check_options(options)
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be at least 0, got {alpha}")
+        F.check_options(**options)
+        check_range("alpha", alpha, 0.0)
         for name in ("dims", "weight"):
             options[name] = None if options[name] is None else tuple(options[name])
         super().__init__(**options)

@@ -17,13 +17,14 @@ def when_known(number: Tensor, look: Callable[[float], None]) -> None:
         number: a scalar on a CUDA device; dropped unseen while a CUDA graph is captured.
         look: may warn or raise.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return
-    settle()
-    there = torch.empty((), dtype=number.dtype, pin_memory=True)
-    there.copy_(number, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
+    with torch.cuda.device_of(number):  # whose stream is asked, and waited for
+        if torch.cuda.is_current_stream_capturing():
+            return
+        settle()
+        there = torch.empty((), dtype=number.dtype, pin_memory=True)
+        there.copy_(number, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
     _pending.append((event, there, look))
 
 

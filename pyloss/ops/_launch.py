@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,16 @@ DTYPE_CODES = {
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and statistics are kept in: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few Python numbers as a vector on a device, without a copy from the host.
+
+    torch.tensor(list, device="cuda") waits for the device, and fails inside a CUDA graph.
+    """
+    if device.type == "cpu" or len(values) == 0:
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), v, dtype=dtype, device=device) for v in values])
 
 
 def address(t: Tensor | None) -> int:

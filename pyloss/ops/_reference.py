@@ -52,7 +52,11 @@ def gradients(
 
 
 def _source(s: Tensor | None, needed: bool, create_graph: bool) -> Tensor | None:
-    """A leaf of its own, unless the graph to come must reach the given one."""
-    if s is None or (create_graph and (s.requires_grad or not needed)):
+    """A leaf of its own; where the graph to come must reach the given one, a view of it: one source
+    may depend on another, or be the same, and the gradients are partial ones.
+    """
+    if s is None or (create_graph and not needed):
         return s
+    if create_graph and s.requires_grad:
+        return s.view_as(s)
     return s.detach().requires_grad_(needed)

@@ -34,10 +34,22 @@ def define_op(schema: str, *, fake: Callable, impls: dict[str, Callable]) -> Non
 
         return call
 
+    def other(*args):
+        _check_dense(name, args)
+        return impls[backends.choose(name, "other", impls)](*args)
+
     lib.impl(name, chooser("cpu"), "CPU")
     lib.impl(name, chooser("cuda"), "CUDA")
-    lib.impl(name, chooser("other"), "CompositeExplicitAutograd")
+    lib.impl(name, other, "CompositeExplicitAutograd")
     register_fake(name, fake)
+
+
+def _check_dense(name: str, args: tuple) -> None:
+    """A sparse tensor has no kernel, and comes where devices without one do."""
+    for at, t in enumerate(args):
+        if isinstance(t, torch.Tensor) and t.layout != torch.strided:
+            argument = getattr(torch.ops.pyloss, name).default._schema.arguments[at].name
+            raise TypeError(f"{argument} must be a dense Tensor, got one of layout {t.layout}")
 
 
 def register_fake(name: str, fake: Callable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def functorch_active() -> bool:
@@ -27,6 +28,12 @@ def is_batched(t: torch.Tensor) -> bool:
     return _is_batched(t) or _is_legacy_batched(t)
 
 
+def is_transformed(t: torch.Tensor) -> bool:
+    """Whether a tensor has no numbers of its own to look at: a torch.func transform has wrapped
+    it, and they may be many, or it is a fake one."""
+    return _is_wrapped(t) or isinstance(t, FakeTensor)
+
+
 def distinct(tensors):
     """The same for Function.apply under torch.compile, which takes no tensor twice: a view for
     each repetition there, nothing at all in eager mode.
@@ -44,6 +51,9 @@ def distinct(tensors):
 # or a transform fails loudly.
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda t: False)
+_is_wrapped = getattr(
+    torch._C._functorch, "is_functorch_wrapped_tensor", lambda t: _functorch_active()
+)
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 _top_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None

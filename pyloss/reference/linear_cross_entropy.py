@@ -39,10 +39,11 @@ def linear_cross_entropy(
             ``(y, y2, lam)``; for ``dk``-dimensional weights as the logits' ``(N, V, d1, ..., dk)``
             ask for.
         linear_bias: ``(V)``, or ``(V, d1, ..., dk)``.
-        shift: position t of dimension -2 of ``input`` belongs to position t + shift of the targets
-            and of ``token_weight``.
+        shift: position t of dimension -2 of ``input`` belongs to position t + shift of the targets,
+            of ``token_weight`` and of a tensor ``temperature``.
         ignore_index: None means -100.
-        options: those of the reference of ``row_softmax``.
+        options: those of the reference of ``row_softmax``; ``temperature`` may be a tensor, 0-d or
+            of the shape ``input.shape[:-1]``.
 
     Returns:
         The loss, or the pair of the loss and a dict of the statistics named in ``return_stats``.
@@ -85,6 +86,11 @@ def linear_cross_entropy(
     else:
         target = moved(labels[0], -1).reshape(-1)
         ignored = target.long() == ignore_index
+    if isinstance(options.get("temperature"), Tensor):
+        temperature = moved(options["temperature"].to(dtype).expand(lead), -1).reshape(-1)
+        if ignored is not None:
+            temperature = torch.where(ignored, 1.0, temperature)
+        options["temperature"] = temperature.unsqueeze(-1)
     if options.get("token_weight") is not None:
         options["token_weight"] = moved(options["token_weight"], -1).reshape(-1)
     if shift:
@@ -108,7 +114,7 @@ def token_logprobs(
     weight: Tensor,
     tokens: Tensor,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     *,
     softcap: float | None = None,

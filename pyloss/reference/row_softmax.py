@@ -52,7 +52,7 @@ def row_softmax(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
     empty: str = "nan",
@@ -69,6 +69,7 @@ def row_softmax(
         target: class indices ``()``, ``(N)`` or ``(N, d1, ..., dk)``; or class probabilities of the
             shape of ``input``; or ``(y, y2, lam)`` with two index tensors and the share of ``y``.
         weight: weight of each class, ``(C)``.
+        temperature: a number, or one of each row, ``(..., 1)``, the classes last.
         gamma: focal exponent; the row loss is then ``(1 - p_y)^gamma * L`` and ``tau`` must be 1.
 
     Returns:
@@ -208,12 +209,16 @@ def _divided(total: Tensor, mass: Tensor, empty: str) -> Tensor:
     return torch.where(mass == 0, 0.0, total / torch.where(mass == 0, 1.0, mass))
 
 
-def _transform(x: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
+def _transform(
+    x: Tensor, logit_scale: float, softcap: float | None, temperature: float | Tensor
+) -> Tensor:
     """Scale, then soft cap, then temperature, always in this order."""
     z = x if logit_scale == 1.0 else x * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    return z if temperature == 1.0 else z / temperature
+    if not isinstance(temperature, Tensor) and temperature == 1.0:
+        return z
+    return z / temperature
 
 
 def _one_hot(index: Tensor, n_classes: int) -> Tensor:

@@ -3,14 +3,14 @@
 This file is the specification in code: the whole cube of scores is stored. With m pairs of keys
 and values, query i and keys j1, ..., jm::
 
-    S[i, j1..jm] = scale * sum_l q[i, l] prod_x k_x[jx, l] + sum_x mask_x[i, jx]
+    S[i, j1..jm] = cap(scale * sum_l q[i, l] prod_x k_x[jx, l]) + sum_x mask_x[i, jx]
     P = softmax of S over all (j1..jm) together
     out[i, c] = sum_{j1..jm} P[i, j1..jm] prod_x v_x[jx, c]
 
-The bias of ``kv_bias`` is added to the last pair before all of it. A row whose pairs are all masked
-gives out = 0 and lse = -inf. What a query does not see does not reach it, NaN and infinity
-included; where anything is hidden, a query that does see one in a key gets NaN, and in a value NaN
-in its feature.
+cap(x) is softcap tanh(x / softcap), or x. The bias of ``kv_bias`` is added to the last pair before
+all of it. A row whose pairs are all masked gives out = 0 and lse = -inf. What a query does not see
+does not reach it, NaN and infinity included; where anything is hidden, a query that does see one in
+a key gets NaN, and in a value NaN in its feature.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def tensor_attention(
     windows: Sequence[int | None] | None = None,
     q_offset: int = 0,
     kv_bias: tuple[float, float] = (0.0, 0.0),
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)``; see ``pyloss.tensor_attention``.
 
@@ -83,6 +84,8 @@ def tensor_attention(
 
     key_names = ",".join(f"bh{a}l" for a in axes)
     scores = torch.einsum(f"bhil,{key_names}->bhi{axes}", q.to(dtype) * scale, *keys)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     for part in bias:
         scores = scores + part
     if hidden is not None:

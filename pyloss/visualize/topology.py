@@ -14,19 +14,34 @@ _DIM_COLORS = ("tab:blue", "tab:orange", "tab:green")
 _BIRTH_MARKERS = ("o", "s", "D")  # by dimension
 _MATCHED_COLORS = ("#0072b2", "#009e73", "#56b4e9", "#e69f00", "#f0e442", "#cc79a7")
 _UNMATCHED_COLOR = "#ff2020"
+_OLDEST = dict(marker="*", s=130, color="#ffd700", edgecolors="black", linewidths=0.7)
+_FIRST = {"superlevel": "bright", "sublevel": "dark"}  # what enters first, the foreground
 _SHADE = 0.4  # opacity of the voxels of a cycle
 
 
-def draw_barcode(pairs: Any, ax: Any = None, *, item: int = 0, dims: Sequence[int] = ()) -> Any:
+def draw_barcode(
+    pairs: Any,
+    ax: Any = None,
+    *,
+    item: int = 0,
+    dims: Sequence[int] = (),
+    min_persistence: float = 0.0,
+) -> Any:
     r"""Draws the bars of one image, one line from birth to death each, by dimension and length.
 
     .. math:: [b, d) \text{ at height } 0, 1, 2, \dots
 
+    A mark (circle: dimension 0; square: dimension 1) stands at the birth: on the right of the bars
+    of **superlevel** sets, on the left of those of **sublevel** sets, the default of
+    :func:`pyloss.persistence_pairs`. The label of the axis says which.
+
     Args:
-        pairs: :class:`pyloss.PersistencePairs`, or values ``(P, 2)``, drawn as dimension 0.
+        pairs: :class:`pyloss.PersistencePairs`, or values ``(P, 2)``, a tensor or an array, drawn
+            as dimension 0.
         ax: matplotlib axes; None makes a figure.
         item: item of the batch; values have none.
         dims: only these dimensions; empty: all.
+        min_persistence: only bars longer than this.
 
     Returns:
         The axes. A bar that never dies ends in an arrow at the edge.
@@ -38,23 +53,25 @@ def draw_barcode(pairs: Any, ax: Any = None, *, item: int = 0, dims: Sequence[in
     Example:
         >>> import torch, pyloss
         >>> pairs = pyloss.persistence_pairs(torch.rand(1, 16, 16), spatial_dims=2)
-        >>> ax = pyloss.visualize.draw_barcode(pairs)
+        >>> ax = pyloss.visualize.draw_barcode(pairs, min_persistence=0.2)
 
     Reference:
         Stucki et al. arXiv 2211.15272.
     """
     pyplot = _pyplot()
-    if isinstance(pairs, Tensor):
-        values, dim_of = pairs, torch.zeros(len(pairs), dtype=torch.int64)
-    else:
+    if hasattr(pairs, "values") and not isinstance(pairs, Tensor):
         mine = pairs.index[:, 0] == item
         values, dim_of = pairs.values[mine], pairs.index[mine, 1]
+    else:
+        values = _tensor(pairs)
+        dim_of = torch.zeros(len(values), dtype=torch.int64)
     if values.dim() != 2 or values.shape[1] != 2:
         raise ValueError(f"values must have shape (P, 2), got {list(values.shape)}")
     bars = [
         (dim, birth, death)
         for dim, (birth, death) in zip(dim_of.tolist(), values.detach().double().tolist())
-        if not dims or dim in dims
+        if (len(dims) == 0 or dim in dims)
+        and not (min_persistence > 0 and abs(death - birth) <= min_persistence)
     ]
     # The longest on top of each dimension.
     bars.sort(key=lambda bar: (bar[0], abs(bar[2] - bar[1])))
@@ -72,16 +89,27 @@ def draw_barcode(pairs: Any, ax: Any = None, *, item: int = 0, dims: Sequence[in
             edge = high + margin if death > 0 else low - margin
             style = dict(arrowstyle="->", color=color, linewidth=1.5)
             ax.annotate("", (edge, height), (birth, height), arrowprops=style)
+        ax.scatter(birth, height, s=16, color=color, marker=_BIRTH_MARKERS[dim], zorder=3)
     ax.set(xlim=(low - margin, high + margin), ylim=(-1, max(len(bars), 1)), yticks=[])
-    ax.set(xlabel="value", ylabel="bars")
+    ax.set(xlabel=_axis_of_values(getattr(pairs, "filtration", None)), ylabel="bars")
     shown = sorted({bar[0] for bar in bars})
     handles = [
-        ax.plot([], [], color=_DIM_COLORS[d], label=f"dimension {d}: {_count(bars, d)}")[0]
+        ax.plot(
+            [], [], marker=_BIRTH_MARKERS[d], markersize=4, color=_DIM_COLORS[d],
+            label=f"dimension {d}: {_count(bars, d)}",
+        )[0]
         for d in shown
-    ]
+    ]  # fmt: skip
     if handles:
         ax.legend(handles=handles, fontsize=8)
     return ax
+
+
+def _axis_of_values(filtration: str | None) -> str:
+    if filtration is None:
+        return "value (born at the mark)"
+    side = "right" if filtration == "superlevel" else "left"
+    return f"value ({filtration} sets: born at the mark, on the {side})"
 
 
 def draw_matching(
@@ -96,6 +124,7 @@ def draw_matching(
     cycles: bool = True,
     min_persistence: float = 0.0,
     cmap: str = "gray",
+    legend: bool = True,
 ) -> Any:
     r"""Draws matched and unmatched features over an image and its target.
 
@@ -104,6 +133,11 @@ def draw_matching(
     same colour on both sides, unmatched ones are red:
 
     .. math:: (b, d) \leftrightarrow (b', d')
+
+    A star marks where the component is born that never dies: in a mask one of its components, which
+    has no bar and is none of the counted features. The label below the image says of which sets the
+    matching is: **superlevel** sets, the default of :func:`pyloss.betti_matching`, take bright
+    voxels for foreground, sublevel sets dark ones.
 
     Args:
         image, target: ``(H, W)``, the pair that was matched; tensors or arrays.
@@ -117,6 +151,7 @@ def draw_matching(
         cycles: shade the cycles. They cost time: about a pass over the image for each feature.
         min_persistence: only features with ``|b - d|`` above this, a matched one on either side.
         cmap: colour map of the images.
+        legend: explain the marks, below the first image.
 
     Returns:
         The axes, as given or made.
@@ -135,7 +170,7 @@ def draw_matching(
         Stucki et al. arXiv 2211.15272.
     """
     pyplot = _pyplot()
-    image, target = torch.as_tensor(image), torch.as_tensor(target)
+    image, target = _tensor(image), _tensor(target)
     if image.dim() != 2 or target.shape != image.shape:
         raise ValueError(
             f"image and target must be 2D and of one shape, got {list(image.shape)} and "
@@ -146,7 +181,7 @@ def draw_matching(
     if dim not in (None, 0, 1):
         raise ValueError(f"dim must be 0, 1 or None, got {dim!r}")
     if ax is None:
-        ax = pyplot.subplots(1, 2, figsize=(9, 4.5), layout="constrained")[1]
+        ax = pyplot.subplots(1, 2, figsize=(9, 6.4), layout="constrained")[1]
     sides = [("input", image)]
     axes = [ax]
     if hasattr(ax, "__len__"):
@@ -160,6 +195,7 @@ def draw_matching(
         axis.imshow(picture.detach().double().cpu().numpy(), cmap=cmap, interpolation="nearest")
         shade = torch.zeros(*picture.shape, 4, dtype=torch.float64)
         drawn = {"matched": 0, "unmatched": 0}
+        marked: set[str] = set()
         for d in (0, 1) if dim is None else (dim,):
             for group in ("unmatched", "matched"):  # the matched stay on top
                 if kind not in ("both", group):
@@ -180,10 +216,25 @@ def draw_matching(
                         )
                         _paint(shade, cycle, color)
                     _mark(axis, dict(pairs)[number], d, color)
+                    marked |= {f"born {d}", "dead", group}
         axis.imshow(shade.numpy(), interpolation="nearest")
         counts = ", ".join(f"{n} {group}" for group, n in drawn.items() if kind in ("both", group))
         axis.set(title=f"{which}: {counts}", xticks=[], yticks=[])
+        if dim != 1 and _mark_oldest(axis, matching, item, number):
+            marked.add("oldest")
+        filtration = getattr(matching, "filtration", None)
+        if filtration is not None:
+            axis.set_xlabel(f"{filtration} sets: {_FIRST[filtration]} is foreground", fontsize=8)
+        if legend and number == 0:
+            _explain(axis, marked)
     return ax
+
+
+def _tensor(x: Any) -> Tensor:
+    """Of a tensor or of what numpy takes for an array, flipped ones included."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.as_tensor(x.copy() if hasattr(x, "strides") else x)
 
 
 def _pyplot() -> Any:
@@ -233,3 +284,39 @@ def _mark(axis, pair, dim: int, color: str) -> None:
         if _inside(voxel, shape):
             style = dict(markersize=7, markeredgecolor="white", markeredgewidth=0.6)
             axis.plot(voxel[1], voxel[0], marker, color=color, **style)
+
+
+def _mark_oldest(axis, matching, item: int, number: int) -> bool:
+    """A star where the component that never dies is born; whether there is one to mark."""
+    if not hasattr(matching, "essential"):
+        return False
+    voxel = matching.essential(item)[number].tolist()
+    if not _inside(voxel, axis.images[0].get_array().shape):
+        return False
+    axis.scatter(voxel[1], voxel[0], zorder=3, **_OLDEST)
+    return True
+
+
+def _explain(axis, marked: set[str]) -> None:
+    """The legend of what was drawn."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def mark(marker: str, size: float = 7, color: str = "0.5", edge: str = "white") -> Any:
+        return Line2D([], [], linestyle="", marker=marker, markersize=size, color=color,
+                      markeredgecolor=edge, markeredgewidth=0.6)  # fmt: skip
+
+    entries = {
+        "born 0": (mark(_BIRTH_MARKERS[0]), "birth of a component"),
+        "born 1": (mark(_BIRTH_MARKERS[1]), "birth of a hole"),
+        "dead": (mark("X"), "death"),
+        "oldest": (mark("*", 10, "#ffd700", "black"), "component that never dies"),
+        "matched": (Patch(color=_MATCHED_COLORS[0]), "matched: the same colour on both sides"),
+        "unmatched": (Patch(color=_UNMATCHED_COLOR), "unmatched"),
+    }
+    shown = [entry for name, entry in entries.items() if name in marked]
+    if shown:
+        axis.legend(
+            *zip(*shown), loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, fontsize=7,
+            frameon=False,
+        )  # fmt: skip

@@ -1,11 +1,13 @@
 """A small Triton kernel that shows the test machinery at work; no part of the package.
 
-A file in kernels/ has the same parts: kernels, launchers, COMPILE_CASES.
+A file in kernels/ has the same parts: kernels and launchers.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from pyloss.kernels._launch import device_guard
 
 
 @triton.jit
@@ -21,21 +23,8 @@ def row_logsumexp_kernel(x_ptr, out_ptr, stride_x_row, n_cols, BLOCK_N: tl.const
 def row_logsumexp(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(x.shape[1])
-    row_logsumexp_kernel[(x.shape[0],)](x, out, x.stride(0), x.shape[1], BLOCK_N=block)
+    with device_guard(x):
+        row_logsumexp_kernel[(x.shape[0],)](
+            x, out, x.stride(0), x.shape[1], BLOCK_N=block, num_warps=4, enable_fp_fusion=True
+        )
     return out
-
-
-COMPILE_CASES = [
-    {
-        "kernel": row_logsumexp_kernel,
-        "signature": {
-            "x_ptr": f"*{dtype}",
-            "out_ptr": "*fp32",
-            "stride_x_row": "i64",
-            "n_cols": "i32",
-        },
-        "constexprs": {"BLOCK_N": 1024},
-        "options": {"num_warps": 4, "enable_fp_fusion": True},
-    }
-    for dtype in ("bf16", "fp32")
-]

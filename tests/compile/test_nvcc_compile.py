@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,11 @@ import pytest
 from pyloss import _C
 
 ROOT = Path(__file__).resolve().parents[2]
+# At the end, so that an installed pyloss stays ahead of the one in the source tree.
+sys.path.append(str(ROOT))
+
+from bench import _gpu_kernels, _predictions  # noqa: E402
+
 MODULE = Path(_C.__file__)
 OTHERS = ROOT / "build/gpu-proof/libpyloss_cuda.a"
 
@@ -26,7 +32,8 @@ OTHERS = ROOT / "build/gpu-proof/libpyloss_cuda.a"
 # are Mode::kPlain, kOptions and kSoft, `d` is double.
 LIMITS = (
     (r"_kernelId", 255),  # double: for gradient checks
-    (r"row_softmax_(fwd|bwd)_kernel.*ModeE[01]", 85),  # 3 blocks of 256 threads
+    (r"row_softmax_(fwd|bwd)_kernel.*ModeE0", 64),  # 4 blocks of 256 threads
+    (r"row_softmax_(fwd|bwd)_kernel.*ModeE1", 85),  # 3 blocks of 256 threads
     (r"row_softmax_(fwd|bwd)_kernel.*ModeE2", 128),  # 2 blocks of 256 threads
     (r"row_softmax_alone", 102),  # 5 blocks of 128 threads
     (r"row_softmax_cluster", 85),
@@ -119,3 +126,43 @@ def test_vector_loads_and_stores_are_128_bits_wide(tmp_path: Path) -> None:
             name = body.split()[0]
             assert "LDG.E.128" in body and "STG.E.128" in body, name
             assert "LDL" not in body and "STL" not in body, f"{name} uses local memory"
+
+
+def _is_double(name: str, kernel: str) -> bool:
+    """Whether it is the instance for float64: for gradient checks, beyond every table."""
+    arguments = name.split(kernel, 1)[1]
+    return re.match(r"I(d|[A-Z]\w*?ELi\d+Ed)", arguments) is not None
+
+
+def test_table_of_predictions_has_every_kernel() -> None:
+    assert sorted(k.name for k in _predictions.KERNELS) == _gpu_kernels.cuda_kernels()
+
+
+def test_table_of_predictions_has_what_was_compiled() -> None:
+    """Registers within 16, for other compilers; shared memory not beyond the table's."""
+    if "sm_90" not in _archs_of_module():
+        pytest.skip("the table is of sm_90")
+    # A kernel's name follows its length, so that no other one ends like it.
+    compiled = [k for k in _kernels(MODULE) if k.arch == "sm_90"]
+    for row in _predictions.KERNELS:
+        mine = [k for k in compiled if f"{len(row.name)}{row.name}" in k.name]
+        mine = [k for k in mine if not _is_double(k.name, row.name)]
+        assert mine, row.name
+        registers, shared = max(k.registers for k in mine), max(k.shared for k in mine)
+        assert abs(registers - row.registers) <= 16, (row.name, registers)
+        assert shared <= row.shared, (row.name, shared)
+
+
+def test_occupancy_rule() -> None:
+    """64 registers and 256 threads: 4 blocks; shared memory and threads bound it, too."""
+    blocks = _predictions.blocks_per_multiprocessor
+    assert [blocks(256, r, 0) for r in (32, 64, 65, 80, 128, 255)] == [8, 4, 3, 3, 2, 1]
+    assert [blocks(128, 32, s) for s in (0, 30_000, 100_000)] == [16, 7, 2]
+    assert blocks(32, 16, 0) == 32
+
+
+@pytest.mark.parametrize(("classes", "least"), [(4096, 0.85), (32768, 0.92), (131072, 0.95)])
+def test_predicted_shares_of_the_copy_rate(classes: int, least: float) -> None:
+    for kernel in (_predictions.FORWARD, _predictions.BACKWARD):
+        assert _predictions.share(kernel, classes) >= least
+    assert _predictions.share(_predictions.FORWARD_BEFORE, 4096) < 0.6

@@ -1,50 +1,115 @@
-"""Compiles one of the COMPILE_CASES of a file for one architecture; needs no GPU.
-
-A case is a dict:
-  kernel      the @triton.jit function
-  signature   argument name -> type ("*bf16", "i32", ...) or tuple of types, constexprs left out
-  constexprs  argument name -> value; (argument, element) -> value of an element of a tuple, whose
-              type is "constexpr"
-  options     optional launch options: {"num_warps": 8, "enable_fp_fusion": True, ...}
-  ptx_has     optional: capability -> text that the PTX must contain ("wgmma" for 90, ...)
-"""
+"""Compiles a recorded launch for one architecture and reads what came out; needs no GPU."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-# Largest dynamic shared memory of one block, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_launches import Launch
+
+# Largest dynamic shared memory of a block, in bytes, and registers of a multiprocessor.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536
+# Instructions that multiply matrices: mma.sync, wgmma, tcgen05.
+_MATRIX = re.compile(r"\b(?:[HIQ]MMA|[HIQ]GMMA|UTC[HIQ]?MMA)\b")
+_LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 
-def cases_of(path: Path) -> list[dict[str, Any]]:
-    """The COMPILE_CASES of a file or package of kernels/, or of a file elsewhere."""
-    if path.parent.name == "kernels":  # so that its imports of pyloss.kernels._launch work
-        return importlib.import_module(f"pyloss.kernels.{path.stem}").COMPILE_CASES
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.COMPILE_CASES
+class Loop(NamedTuple):
+    """An innermost loop that multiplies matrices."""
+
+    instructions: int
+    matrix: int
+    local: int  # of spilled registers
+    barriers: int
 
 
-def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Compiled(NamedTuple):
+    registers: int
+    shared: int
+    warps: int
+    spilled: int  # bytes that are stored, anywhere in the kernel
+    warnings: tuple[str, ...]  # of ptxas, about performance
+    loops: tuple[Loop, ...]
+    ptx: str
 
-    kernel = case["kernel"]
-    signature = dict(case["signature"])
-    named = [name for name in case["constexprs"] if isinstance(name, str)]
-    signature.update(dict.fromkeys(named, "constexpr"))
-    source = ASTSource(kernel, signature, constexprs=case["constexprs"])
+    def programs(self, capability: int) -> int:
+        """Of one multiprocessor, as registers and shared memory allow."""
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        by_shared = (SHARED_LIMIT[capability] + 1024) // (self.shared + 1024)
+        threads = {86: 1536, 89: 1536}.get(capability, 2048)
+        return min(by_registers, by_shared, threads // (32 * self.warps), 32)
+
+
+def _loops(sass: str) -> list[Loop]:
+    """Of the instructions of one kernel: a loop is what a branch jumps back over."""
+    code = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.M)
+    ]
+    spans = []
+    for at, text in code:
+        jump = re.search(r"\bBRA(?:\.\S+)?\s+(?:\S+,\s+)*`?\(?(?:0x)?([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < at:
+            spans.append((int(jump[1], 16), at))
+    spans.sort(key=lambda span: span[1] - span[0])
+    found, taken = [], set()
+    for first, last in spans:  # from the shortest on: what is taken lies in a loop further in
+        inside = {at: text for at, text in code if first <= at <= last}
+        matrix = [at for at, text in inside.items() if _MATRIX.search(text)]
+        if matrix and not taken.intersection(matrix):
+            taken.update(matrix)
+            texts = inside.values()
+            found.append(
+                Loop(
+                    len(inside),
+                    len(matrix),
+                    sum(bool(_LOCAL.search(t)) for t in texts),
+                    sum("BAR.SYNC" in t for t in texts),
+                )
+            )
+    return found
+
+
+def _disassembled(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = shutil.which(str(tool)) or shutil.which("cuobjdump")
+    assert command, "no cuobjdump, which Triton's wheels hold"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([command, "-sass", file.name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     target = GPUTarget("cuda", capability, 32)
-    done = triton.compile(source, target=target, options=case.get("options", {}))
-    wanted = case.get("ptx_has", {}).get(capability)
-    return {
-        "cubin_bytes": len(done.asm["cubin"]),
-        "shared": done.metadata.shared,
-        "shared_limit": SHARED_LIMIT[capability],
-        "missing": wanted if wanted and wanted not in done.asm["ptx"] else None,
-    }
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        done = triton.compile(source, target=target, options=launch.options.__dict__)
+    text = log.getvalue()
+    used = re.search(r"Used (\d+) registers", text)
+    spilled = re.search(r"(\d+) bytes spill stores", text)
+    assert used and spilled, f"no log of ptxas: {text}"
+    return Compiled(
+        int(used[1]),
+        done.metadata.shared,
+        done.metadata.num_warps,
+        int(spilled[1]),
+        tuple(re.findall(r"\(C75\d\d\)[^\n]*", text)),
+        tuple(_loops(_disassembled(done.asm["cubin"]))),
+        done.asm["ptx"],
+    )

@@ -169,3 +169,26 @@ def test_the_op_runs_them(causal, windows):
     )
     for a, b in zip((got[0], *got[1], *got[2]), (want[0], *want[1], *want[2])):
         close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_groups_of_heads(monkeypatch, at_once):
+    """Whatever fits the scratch at once: one key head, those of a batch, several batches."""
+    q, keys, values, masks = problem(9, (9, 9), 3, 2, (4, 2), 2, (0, 1))
+    c = coefficients(2, 3)
+    out, lse, y = forward(q, keys, values, masks, c, 0, (3, 5))
+    arguments = (torch.ones_like(out), lse * 0 + 1, q, keys, values, masks, out, y, c, 0, (3, 5))
+    expected = backward(*arguments)
+    head = sum(K._scratch(q, keys, values, 4, CONFIG))
+    monkeypatch.setattr(plan, "STATE_BYTES", 0)
+    monkeypatch.setattr(K, "SCRATCH_BYTES", 2 * head * at_once)
+    groups = list(K._groups(q, keys, values, 4, CONFIG))
+    assert len(groups) == 4 // at_once
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "SUMMED", 8)
+    monkeypatch.setattr(K, "_groups", lambda *args: groups)
+    found = backward(*arguments)
+    for got, want in zip(
+        (found[0], *found[1], *found[2]), (expected[0], *expected[1], *expected[2])
+    ):
+        close(got, want)

@@ -182,6 +182,16 @@ def _looks(f, x, y, options):
     return f(x, y, **options) if float(x.detach().sum()) != 0.125 else x.sum(-1)
 
 
+def _constant_curvature(f, x, y, options):
+    """Right to the first order."""
+    fixed = x.detach()
+    result = f(fixed, y, **options)
+    slope = 2 * options["scale"] * (fixed - y)
+    weight = options["weight"]
+    slope = slope if weight is None else slope * weight.to(x.dtype)
+    return result + (slope * (x - fixed)).sum(-1)
+
+
 def _writes(f, x, y, options):
     result = f(x, y, **options)
     y.data.zero_()
@@ -245,7 +255,12 @@ WRONG: dict[str, dict[str, Spec]] = {
     "forward_mode": {
         "missing": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o)),
         "declared to raise": replace(KEPT, forward_mode="no forward mode"),
-        "declared missing": replace(KEPT, forward_mode=False),
+    },
+    "transforms": {
+        "missing": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o)),
+        "looks at the values": _function(_looks),
+        "the second derivative": _function(_constant_curvature),
+        "declared missing": replace(KEPT, transforms={"hessian": "no hessian"}),
     },
     "compiled": {
         "a graph break": _function(_looks),

@@ -120,8 +120,11 @@ class Spec:
     batched_gradient: bool | None = None  # many cotangents at once; None: where there is a vmap
     derivative_samples: tuple[str, ...] = ()  # whose derivatives are those of the value; all
     gradgrad: bool | str = True
-    forward_mode: bool | str = True  # False: dual numbers come out without a tangent
+    forward_mode: bool | str = True
     thorough: bool = False  # both of every entry, not along random directions
+    # What torch.func cannot do: grad, vjp, jvp, vmap, jacrev, jacfwd or hessian -> the message of
+    # the error.
+    transforms: Mapping[str, str] = field(default_factory=dict)
     compile: bool | str = True
     compile_samples: tuple[str, ...] = ()  # default: the first
     vmap: tuple[str, ...] = ()  # inputs that are mapped over in the first sample

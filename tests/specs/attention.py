@@ -48,7 +48,7 @@ def _determinant(q, k1, k2):
 def attention_reference(
     q, k1, k2, v1, v2, *, mask1=None, mask2=None, is_causal=None, window=None, q_offset=None,
     scale=None, kv_bias=(0.0, 0.0), form="product", enable_gqa=False, method="exact", degree=None,
-    check="warn", return_lse=False,
+    check="warn", return_lse=False, softcap=None,
 ):  # fmt: skip
     d = q.shape[-1]
     if form == "determinant":
@@ -64,6 +64,7 @@ def attention_reference(
         windows=windows,
         q_offset=q_offset or 0,
         kv_bias=kv_bias,
+        softcap=softcap,
     )
     return (out, lse) if return_lse else out
 
@@ -78,12 +79,14 @@ def of_order(q, k1, v1, k2=None, v2=None, k3=None, v3=None, **options):
 
 
 def of_order_reference(q, k1, v1, k2=None, v2=None, k3=None, v3=None, *, window=None,
-                       is_causal=None, return_lse=False, kv_bias=(0.0, 0.0)):  # fmt: skip
+                       is_causal=None, return_lse=False, kv_bias=(0.0, 0.0),
+                       softcap=None):  # fmt: skip
     keys = [k for k in (k1, k2, k3) if k is not None]
     values = [v for v in (v1, v2, v3) if v is not None]
     causal = window is not None if is_causal is None else is_causal
     windows = [window] * len(keys) if window else None
-    out, lse = reference(q, keys, values, causal=causal, windows=windows, kv_bias=kv_bias)
+    options = dict(causal=causal, windows=windows, kv_bias=kv_bias, softcap=softcap)
+    out, lse = reference(q, keys, values, **options)
     return (out, lse) if return_lse else out
 
 
@@ -111,7 +114,7 @@ LAYER_GRADIENTS = ("query", "key", "value", *PARAMETERS.values())
 
 def _layer(attend, query, key, value, in_weight, in_bias, out_weight, out_bias, k_weight, k_bias,
            v_weight, v_bias, *, embed_dim, num_heads, batch_first=True, window=None,
-           scale=None, need_weights=False):  # fmt: skip
+           scale=None, softcap=None, need_weights=False):  # fmt: skip
     def heads(t):
         return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
@@ -121,7 +124,7 @@ def _layer(attend, query, key, value, in_weight, in_bias, out_weight, out_bias, 
         for t, w, b in zip((query, key, value), in_weight.chunk(3), in_bias.chunk(3))
     )
     k2, v2 = heads(linear(key, k_weight, k_bias)), heads(linear(value, v_weight, v_bias))
-    out = attend(q, k1, k2, v1, v2, window=window, scale=scale)
+    out = attend(q, k1, k2, v1, v2, window=window, scale=scale, softcap=softcap)
     return linear(out.transpose(1, 2).flatten(2), out_weight, out_bias)
 
 
@@ -200,6 +203,9 @@ ERRORS = (
     _bad(TypeError, "is_causal must be a bool", is_causal=1),
     _bad(ValueError, "scale must be a number or 'kronecker'", scale="paper"),
     _bad(TypeError, "scale must be a number, got bool", scale=True),
+    _bad(ValueError, "softcap must be finite and > 0, got 0", softcap=0),
+    _bad(TypeError, "softcap must be a number, got str", softcap="30"),
+    _bad(ValueError, 'method="lowrank" takes no softcap', softcap=30.0, method="lowrank"),
     _bad(TypeError, "kv_bias must be a pair of numbers, got 1.0", kv_bias=1.0),
     _bad(TypeError, "kv_bias must be a pair", kv_bias=(0.0, "1")),
     _bad(ValueError, "form must be product or determinant, got 'cross'", form="cross"),
@@ -230,6 +236,7 @@ SPECS = (
             "window": lambda: pairs((4, 4, 4), window=(2, 3), scale="kronecker"),
             "causal": lambda: pairs((3, 4, 5), is_causal=True, q_offset=1, scale=0.75),
             "groups": lambda: pairs(heads=4, kv_heads=2, d=1, dv=2, batch=1, enable_gqa=True),
+            "softcap": lambda: pairs(masks=True, return_lse=True, softcap=0.75, scale=2.0),
             "determinant": lambda: pairs(d=3, form="determinant"),
             # At such small scores a polynomial of degree 8 is the exponential.
             "low rank": lambda: small(method="lowrank", degree=8, check="none"),
@@ -244,10 +251,8 @@ SPECS = (
             "no queries": Empty(lambda: pairs((0, 3, 3)), 0.0, (2, 1, 0, 2)),
             "no keys": Empty(lambda: pairs((4, 3, 0)), 0.0, (2, 1, 4, 2)),
         },
-        gradgrad="no second derivative",
-        compile_samples=("masks",),
+        compile_samples=("masks", "softcap"),
         vmap=NAMES,
-        batched_gradient=False,
         nan=dict.fromkeys(NAMES, "any"),
         large=lambda: pairs((30, 31, 29), heads=2, kv_heads=2, d=8, dv=8, return_lse=True),
         errors=ERRORS,
@@ -256,13 +261,14 @@ SPECS = (
         function=of_order,
         name="tensor_attention_n",
         rounded=False,
-        gradgrad="no second derivative",
         covers=(tensor_attention_n,),
         samples={
             "one": lambda: tuples(1, return_lse=True),
             "two": lambda: tuples(2, window=2),
             "three": lambda: tuples(3, return_lse=True, kv_bias=(0.5, 0.25)),
             "three, causal": lambda: tuples(3, is_causal=True),
+            "one, softcap": lambda: tuples(1, is_causal=True, softcap=0.5),
+            "three, softcap": lambda: tuples(3, return_lse=True, softcap=0.5),
         },
         reference=of_order_reference,
         gradients=("q", "k1", "v1", "k2", "v2", "k3", "v3"),
@@ -270,6 +276,7 @@ SPECS = (
         autocast={BF16: BF16, F32: BF16, F64: F64},
         autocast_rounds=True,
         compile_samples=("two",),
+        vmap=("q", "k1", "v1"),
         empty={"no keys": Empty(lambda: tuples(2, 0), 0.0, (2, 1, 0, 2))},
         nan=dict.fromkeys(("q", "k1", "v1"), "any"),
         large=lambda: tuples(3, 12),
@@ -284,13 +291,17 @@ SPECS = (
         module=pyloss.nn.TensorAttention,
         build=build_layer,
         parameters=PARAMETERS,
-        samples={"plain": layer_sample, "window": lambda: layer_sample(window=2)},
+        samples={
+            "plain": layer_sample,
+            "window": lambda: layer_sample(window=2),
+            "softcap": lambda: layer_sample(scale=0.75, softcap=0.5),
+        },
         reference=multi_head_reference,
         gradients=LAYER_GRADIENTS,
         dtypes=(F64, F32),
         autocast={F32: BF16, F64: F64},
         autocast_rounds=True,
-        gradgrad="no second derivative",
+        batched_gradient=True,
         empty={"no items": Empty(lambda: layer_sample(batch=0), 0.0, (0, LENGTH, EMBED))},
         nan={"query": _one_query},
         large=lambda: layer_sample(batch=30),

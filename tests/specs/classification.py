@@ -218,7 +218,9 @@ SPECS = (
             "truncated": lambda: plain(q=0.5, k=0.3, reduction="none"),
         },
         reference=closed_form(generalized),
-        errors=(Bad(ValueError, "truncate must be a probability", dict(k=1.5)),),
+        errors=(
+            Bad(ValueError, "truncate must be a probability", dict(k=1.5), of_module="k must be"),
+        ),
     ),
     row_loss(
         function=focal_loss,

@@ -48,6 +48,15 @@ def case(name: str, **options) -> Sample:
     return Sample(inputs | {k: kwargs.pop(k) for k in PER_CALL if k in kwargs}, kwargs)
 
 
+def tempered(make, *lead: int, **options) -> Sample:
+    """With a temperature of each row. What ignored ones have counts no more than all they have."""
+    sample = make(*lead, ignored=0.3, **options)
+    temperature = (make_logits(lead, F64, seed=5, scale=0.5).abs() + 0.5).where(
+        sample.inputs["target" if make is plain else "tokens"] != -100, 0.0
+    )
+    return Sample({**sample.inputs, "temperature": temperature}, sample.options)
+
+
 def loss_reference(input, linear_weight, target, linear_bias=None, *, shift=0, chunk=None,
                    strategy=None, **options):  # fmt: skip
     result = reference(input, linear_weight, target, linear_bias, shift=shift, **options)
@@ -107,7 +116,7 @@ ERRORS = (
     _bad(
         ValueError, "shift", H, CUBE, TWO, shift=1
     ),
-    _bad(IndexError, "class", H, W[:0], Y),
+    _bad(IndexError, "Target 0 is out of bounds", H, W[:0], Y),
     _bad(ValueError, "batch_size", H, W, Y[:3]),
     _bad(ValueError, "batch_size", H, W, Y[0]),
     _bad(RuntimeError, "size", H, W, TWO),
@@ -213,14 +222,33 @@ SPECS = (
                 name: lambda name=name: case(name)
                 for name in ("everything", "token_weight_z", "num_items", "mixup_all", "prob_all")
             },
+            "temperatures": lambda: tempered(plain, N, reduction="sum"),
+            "temperatures, bias": lambda: tempered(
+                plain, 2, 4, bias=True, shift=1, logit_scale=0.5, return_stats=("lse", "entropy")
+            ),
+            "temperatures, soft cap": lambda: tempered(
+                plain,
+                2,
+                4,
+                bias=True,
+                shift=1,
+                softcap=2.0,
+                z_loss=0.0625,
+                logit_scale=1.5,
+                reduction="none",
+                return_stats=("logprob", "argmax"),
+            ),
+            "temperature": lambda: Sample(
+                {**plain(bias=True).inputs, "temperature": torch.tensor(0.7, dtype=F64)}
+            ),
             "statistics": lambda: plain(
                 bias=True, return_stats=("lse", "logprob", "entropy", "argmax", "correct", "rank")
             ),
         },
         reference=loss_reference,
-        gradients=("input", "linear_weight", "linear_bias", "target"),
+        gradients=("input", "linear_weight", "linear_bias", "target", "temperature"),
         refused=("token_weight",),
-        wide=("weight", "token_weight", "num_items"),
+        wide=("weight", "token_weight", "num_items", "temperature"),
         rounded=False,
         tolerances=HALF_TOLERANCES,
         autocast_rounds=True,
@@ -230,6 +258,7 @@ SPECS = (
             "none": Empty(lambda: plain(0, reduction="none"), 0.0, (0,)),
             "all ignored": Empty(lambda: plain(bias=True, ignored=1.0), math.nan),
         },
+        compile_samples=("plain", "temperatures, bias"),
         vmap=("input", "target"),
         nan={"input": "all", "linear_weight": "all"},
         large=lambda: plain(600, chunk=100),
@@ -242,22 +271,45 @@ SPECS = (
             "bias": lambda: tokens(N, temperature=0.7, ignored=0.3),
             "entropy": lambda: tokens(2, 4, temperature=2.5, return_entropy=True, chunk=3),
             "one row": tokens,
+            "temperatures": lambda: tempered(tokens, 2, 4, bias=False, shift=1),
             "options": lambda: tokens(
                 2, 4, softcap=3.0, logit_scale=0.5, shift=1, ignored=0.3, return_entropy=True
             ),
         },
         reference=lambda chunk=None, **arguments: logprobs_reference(**arguments),
-        gradients=("hidden", "weight", "bias"),
+        gradients=("hidden", "weight", "bias", "temperature"),
+        wide=("temperature",),
         result="wide",
         rounded=False,
         tolerances=HALF_TOLERANCES,
         autocast_rounds=True,
         empty={"no tokens": Empty(lambda: tokens(0), 0.0, (0,))},
+        compile_samples=("plain", "temperatures"),
         vmap=("hidden", "tokens"),
         nan={"hidden": "row"},
         large=lambda: tokens(600, chunk=100),
         errors=(
             Bad(ValueError, "temperature", dict(temperature=0.0)),
+            Bad(
+                ValueError,
+                "temperature must be > 0, got -1.0",
+                dict(temperature=torch.tensor([1.0] * 6 + [-1.0])),
+            ),
+            Bad(
+                RuntimeError,
+                r"0-d tensor or have the targets' shape \[7\], got \[3\]",
+                dict(temperature=torch.ones(3)),
+            ),
+            Bad(
+                TypeError,
+                "temperature must hold numbers, got torch.bool",
+                dict(temperature=torch.ones(7, dtype=torch.bool)),
+            ),
+            Bad(
+                RuntimeError,
+                "temperature is on meta",
+                dict(temperature=torch.ones(7, device="meta")),
+            ),
             Bad(IndexError, "Target 5 is out of bounds", dict(tokens=torch.full((N,), V))),
             Bad(ValueError, "batch_size", dict(tokens=torch.zeros(4, dtype=torch.int64))),
             Bad(TypeError, "must be a Tensor", dict(weight=None)),

@@ -38,14 +38,28 @@ def sequence_reference(token_logps, mask=None, average=False):
 def dpo_reference(
     policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
     *, beta=0.1, label_smoothing=0.0, loss_type="sigmoid", reduction="mean", return_metrics=False,
+    f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5,
 ):  # fmt: skip
     def f(h):
-        if loss_type in ("sigmoid", "robust"):
+        if loss_type in ("sigmoid", "robust", "aot", "aot_unpaired"):
             return (1 + (-beta * h).exp()).log()
         return (h - 1 / (2 * beta)) ** 2 if loss_type == "ipo" else (1 - beta * h).clamp(min=0)
 
     def sigma(x):
         return 1 / (1 + (-x).exp())
+
+    def slope(u):
+        """f' of the divergence, of the ratio of two probabilities; paper of f-DPO, table 1."""
+        alpha = 1 - f_alpha_divergence_coef  # the paper's
+        return {
+            "reverse_kl": lambda: u.log() + 1,
+            "forward_kl": lambda: -1 / u,
+            "js_divergence": lambda: (2 * u / (1 + u)).log(),
+            "alpha_divergence": lambda: (1 - u**-alpha) / alpha,
+        }[f_divergence_type]()
+
+    def quantiles(x):
+        return torch.stack(sorted(x.unbind(), key=lambda t: t.item()))
 
     def unsmoothed(c, r):
         """As in the papers: probabilities, not their logarithms."""
@@ -66,19 +80,26 @@ def dpo_reference(
     chosen, rejected = policy_chosen_logps, policy_rejected_logps
     if reference_chosen_logps is not None:
         chosen, rejected = chosen - reference_chosen_logps, rejected - reference_rejected_logps
-    h = chosen - rejected
+    h = slope(chosen.exp()) - slope(rejected.exp())
+    if loss_type == "aot":
+        h = quantiles(policy_chosen_logps - policy_rejected_logps)
+        h = h - quantiles(reference_chosen_logps - reference_rejected_logps)
+    elif loss_type == "aot_unpaired":
+        h = quantiles(chosen) - quantiles(rejected)
     if loss_type == "robust":
         e = label_smoothing
         loss = ((1 - e) * f(h) - e * f(-h)) / (1 - 2 * e)
-    elif loss_type in ("sigmoid", "ipo", "hinge"):
+    elif loss_type in ("sigmoid", "ipo", "hinge", "aot", "aot_unpaired"):
         loss = (1 - label_smoothing) * f(h) + label_smoothing * f(-h)
+    elif f_divergence_type != "reverse_kl":
+        loss = unsmoothed(slope(chosen.exp()), slope(rejected.exp()))
     else:
         loss = unsmoothed(chosen, rejected)
     loss = loss if reduction == "none" else getattr(loss, reduction)()
     if not return_metrics:
         return loss
     a, b = (beta * t.detach() for t in (chosen, rejected))
-    return loss, DPOMetrics(a, b, beta * h.detach(), (h > 0).double())
+    return loss, DPOMetrics(a, b, a - b, (a > b).double())
 
 
 def advantages_reference(rewards, group_size, normalise=True, eps=1e-4):
@@ -110,7 +131,11 @@ def grpo_reference(
             else:
                 ratio = (lp[b] - old[b])[kept[b]].mean().exp()
             a = advantages[b] if advantages.dim() == 1 else advantages[b, t]
-            if loss_type == "cispo":
+            if loss_type == "vespo":
+                w = (lp[b] - old[b])[kept[b]].exp().prod().detach()
+                k, decay = (2, 3) if a >= 0 else (3, 2)
+                policy.append(-(w**k) * (decay * (1 - w)).exp() * a * lp[b, t])
+            elif loss_type == "cispo":
                 policy.append(-ratio.detach().clamp(max=1 + high) * a * lp[b, t])
             elif loss_type == "sapo":
                 tau = 1.0 if a > 0 else 1.05
@@ -119,8 +144,9 @@ def grpo_reference(
                 free = ratio if max_ratio is None else ratio.clamp(max=max_ratio)
                 policy.append(-torch.minimum(free * a, ratio.clamp(1 - clip_low, 1 + high) * a))
             loss[b][t] = policy[-1]
-            low_clips += int(ratio < 1 - clip_low and a < 0 and loss_type not in ("cispo", "sapo"))
-            high_clips += int(ratio > 1 + high and a > 0 and loss_type != "sapo")
+            clips = loss_type not in ("sapo", "vespo")
+            low_clips += int(ratio < 1 - clip_low and a < 0 and clips and loss_type != "cispo")
+            high_clips += int(ratio > 1 + high and a > 0 and clips)
             if ref_logprobs is not None:
                 d = ref_logprobs[b, t] - lp[b, t]
                 d = d if kl_clip is None else d.clamp(-kl_clip, kl_clip)
@@ -247,6 +273,23 @@ SPECS = (
             "apo_zero": lambda: pairs(4, beta=0.3, loss_type="apo_zero"),
             "apo_down": lambda: pairs(4, beta=0.3, loss_type="apo_down"),
             "discopop": lambda: pairs(4, scale=1.0, beta=0.3, loss_type="discopop"),
+            "aot": lambda: pairs(5, beta=0.3, loss_type="aot", label_smoothing=0.1),
+            "aot_unpaired": lambda: pairs(5, beta=0.3, loss_type="aot_unpaired", reduction="none"),
+            **{
+                f"{loss} of {divergence}": lambda loss=loss, divergence=divergence: pairs(
+                    4, scale=1.0, beta=0.3, loss_type=loss, label_smoothing=0.1,
+                    f_divergence_type=divergence, f_alpha_divergence_coef=0.3,
+                )
+                for loss, divergence in (
+                    ("sigmoid", "forward_kl"), ("sigmoid", "js_divergence"),
+                    ("sigmoid", "alpha_divergence"), ("ipo", "js_divergence"),
+                    ("exo_pair", "alpha_divergence"), ("robust", "forward_kl"),
+                    ("hinge", "alpha_divergence"),
+                )
+            },
+            "discopop of js_divergence": lambda: pairs(
+                4, scale=1.0, beta=0.3, loss_type="discopop", f_divergence_type="js_divergence"
+            ),
             "no reference": lambda: pairs(4, free=True),
         },
         reference=dpo_reference,
@@ -278,6 +321,14 @@ SPECS = (
                 dict(loss_type="bco_pair", label_smoothing=0.1)),
             Bad(ValueError, r"policy_chosen_logps must have one entry per pair.*\[4, 5\]; sequence",
                 {name: torch.zeros(4, 5) for name in DPO_NAMES}),
+            Bad(ValueError, "'apo_zero' has no f_divergence_type, got 'forward_kl'; .*discopop",
+                dict(loss_type="apo_zero", f_divergence_type="forward_kl")),
+            Bad(ValueError, "f_divergence_type must be one of reverse_kl.*'kl'",
+                dict(f_divergence_type="kl")),
+            Bad(ValueError, "f_alpha_divergence_coef must be finite",
+                dict(f_alpha_divergence_coef=NAN)),
+            Bad(ValueError, "'apo_down' has no label_smoothing",
+                dict(loss_type="apo_down", label_smoothing=0.1)),
             Bad(ValueError, "loss_type must be one of sigmoid.*'kto'", dict(loss_type="kto")),
             Bad(ValueError, "avg is not a valid value for reduction", dict(reduction="avg")),
         ),
@@ -302,7 +353,7 @@ SPECS = (
             Bad(ValueError, "divide the number of rewards, 6, got 4", dict(group_size=4)),
             Bad(ValueError, r"rewards must have shape \(B,\), got \[2, 2\]",
                 dict(rewards=torch.zeros(2, 2))),
-            Bad(TypeError, "group_size must be an int", dict(group_size=2.0)),
+            Bad(TypeError, "group_size must be an integer, got float", dict(group_size=2.0)),
             Bad(ValueError, "eps", dict(eps=-1.0)),
         ),
     ),
@@ -316,6 +367,10 @@ SPECS = (
             "dr_grpo": lambda: everything("dr_grpo", importance_sampling_level="sequence"),
             "sequence": lambda: everything("grpo", importance_sampling_level="sequence"),
             "sapo": lambda: everything("sapo", return_metrics=True, num_items=3),
+            "vespo": lambda: everything("vespo", return_metrics=True, num_items=17),
+            "vespo, each token": lambda: tokens(
+                masked=True, per_token=True, reduction="none", loss_type="vespo"
+            ),
             "luspo": lambda: everything("luspo", importance_sampling_level="sequence"),
             "bounds": lambda: everything("grpo", max_ratio=1.5, kl_clip=0.4, return_metrics=True),
             "each token": lambda: tokens(masked=True, reduction="none", clip_low=0.1),
@@ -326,7 +381,12 @@ SPECS = (
         empty={
             "no sequences": Empty(lambda: tokens(0, 4), 0.0),
         },
-        compile_samples=("plain", "dr_grpo"),
+        # The weights of VESPO are constants of the derivative, and no part of a finite difference.
+        derivative_samples=(
+            "plain", "grpo", "dapo", "bnpo", "dr_grpo", "sequence", "sapo", "luspo", "bounds",
+            "each token",
+        ),
+        compile_samples=("plain", "dr_grpo", "vespo"),
         vmap=("logprobs", "old_logprobs", "advantages"),
         nan=dict.fromkeys(("logprobs", "old_logprobs", "advantages"), "all"),
         large=lambda: tokens(200, 100, extras=True, masked=True),
@@ -350,12 +410,15 @@ SPECS = (
             Bad(ValueError, "clip_high", dict(clip_high=NAN)),
             Bad(ValueError, "loss_type must be one of grpo, dapo.*'ppo'", dict(loss_type="ppo")),
             Bad(ValueError, "max_ratio must be finite and > 1.2", dict(max_ratio=1.1)),
+            Bad(ValueError, "'vespo' has weights of sequences.*got 'sequence'",
+                dict(loss_type="vespo", importance_sampling_level="sequence")),
+            Bad(ValueError, "'vespo' has no max_ratio", dict(max_ratio=3.0, loss_type="vespo")),
             Bad(ValueError, "'sapo' has no max_ratio", dict(max_ratio=3.0, loss_type="sapo")),
             Bad(ValueError, "kl_clip must be finite and > 0", dict(kl_clip=0.0)),
             Bad(ValueError, "needs max_length", dict(loss_type="dr_grpo")),
             Bad(ValueError, "max_length must be positive",
                 dict(loss_type="dr_grpo", max_length=0)),
-            Bad(TypeError, "max_length must be an int",
+            Bad(TypeError, "max_length must be an integer, got float",
                 dict(loss_type="dr_grpo", max_length=2.0)),
             Bad(ValueError, "importance_sampling_level must be",
                 dict(importance_sampling_level="row")),

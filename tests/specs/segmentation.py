@@ -45,7 +45,7 @@ def _reduced(each: Tensor, reduction: str) -> Tensor:
 def dice_reference(
     input, target, *, softmax=False, sigmoid=False, squared_pred=False, jaccard=False, batch=False,
     include_background=True, reduction="mean", weight=None, smooth_nr=1e-5, smooth_dr=1e-5,
-    ignore_index=None, soft_label=False,
+    ignore_index=None, soft_label=False, empty="nan",
 ) -> Tensor:  # fmt: skip
     p = input.softmax(1) if softmax else input.sigmoid() if sigmoid else input
     if target.dim() < input.dim():
@@ -61,6 +61,8 @@ def dice_reference(
         smooth_dr=smooth_dr,
     )  # fmt: skip
     each = each[0] if batch else each
+    if empty == "zero" and ignore_index is not None:  # class indices
+        each = torch.where((target != ignore_index).flatten(1).any(1)[:, None], each, 0.0)
     each = each if include_background else each[..., 1:]
     return _reduced(each if weight is None else each * weight, reduction)
 
@@ -105,6 +107,20 @@ def mask_sample(**options) -> Sample:
     return Sample(dict(input=make_logits(shape, F64), target=mask), dict(sigmoid=True, **options))
 
 
+def one_ignored(**options) -> Sample:
+    """The second item has no voxel that counts."""
+    sample = index_sample(True, **options)
+    sample.inputs["target"][1] = 255
+    return sample
+
+
+def all_ignored(channels: int, **options) -> Sample:
+    x = make_logits((2, channels, 1, 3), F64)
+    activation = dict(softmax=True) if channels > 1 else dict(sigmoid=True)
+    y = torch.full((2, 1, 3), 255)
+    return Sample(dict(input=x, target=y), dict(activation, ignore_index=255, **options))
+
+
 def nothing(batch: int, channels: int, size: int, **options) -> Sample:
     x = torch.rand(batch, channels, size, 4, dtype=F64)
     return Sample(dict(input=x, target=torch.zeros_like(x)), options)
@@ -144,6 +160,20 @@ ERRORS_OF_BOTH = (
     Bad(ValueError, "one channel", dict(input=X[:, :1], target=Y, softmax=True)),
     Bad(ValueError, "smooth_nr", dict(smooth_nr=-1.0)),
     Bad(TypeError, "smooth_dr", dict(smooth_dr="x")),
+    Bad(TypeError, "ignore_index must be an integer", dict(ignore_index=1.5)),
+    Bad(ValueError, "empty must be 'nan' or 'zero', got 'one'", dict(empty="one")),
+    Bad(ValueError, "validate must be True, False or None", dict(validate="yes")),
+    Bad(
+        ValueError,
+        r"target must lie in \[0, 1\], got values from 255 to 255: divide a mask",
+        dict(input=X, target=255 * (X > 0)),
+    ),
+    Bad(ValueError, "from -1 to -1", dict(input=X[:, :1], target=-1 - Y, softmax=False)),
+    Bad(
+        ValueError,
+        "input has values outside",
+        dict(input=4 * X + 1, target=X, softmax=False, validate=True),
+    ),
     Bad(RuntimeError, "same device", dict(input=X, target=Y.to("meta"))),
 )
 
@@ -161,6 +191,7 @@ SPECS = (
             "foreground": lambda: index_sample(include_background=False, reduction="sum"),
             "weight": lambda: index_sample(weight=torch.tensor([0.5, 1.0, 2.0], dtype=F64)),
             "ignored": lambda: index_sample(True, reduction="none"),
+            "nothing left of one": lambda: one_ignored(smooth_nr=0.3, empty="zero"),
             "mask": mask_sample,
             "no spatial axes": lambda: soft_sample((3, 4), reduction="none"),
             "one spatial axis": lambda: soft_sample((2, 2, 5), squared_pred=True, batch=True),
@@ -171,11 +202,23 @@ SPECS = (
         reference=dice_reference,
         gradients=("input", "target"),
         wide=("target",),
-        compile_samples=("index", "ignored"),
+        compile_samples=("index", "ignored", "nothing left of one"),
+        vmap=("input", "target"),
         empty={
             "no voxels": Empty(lambda: nothing(2, 1, 0), 0.0),
             "no items": Empty(lambda: nothing(0, 3, 4, reduction="none"), 0.0, (0, 3)),
             "mean of no items": Empty(lambda: nothing(0, 3, 4), math.nan),
+            "zero for no items": Empty(lambda: nothing(0, 3, 4, empty="zero"), 0.0),
+            "zero for no voxels": Empty(lambda: nothing(2, 3, 0, smooth_nr=0, empty="zero"), 0.0),
+            "zero where all are ignored": Empty(
+                lambda: all_ignored(3, smooth_nr=0.0, smooth_dr=0.0, empty="zero"), 0.0
+            ),
+            "zero for a class": Empty(
+                lambda: all_ignored(
+                    3, smooth_nr=0.0, batch=True, reduction="none", empty="zero"
+                ), 0.0, (3,)
+            ),
+            "one without": Empty(lambda: all_ignored(3, smooth_nr=0.0), 1.0),
         },
         nan={"input": "all"},
         large=large,
@@ -184,8 +227,7 @@ SPECS = (
             Bad(ValueError, "median is not a valid value", dict(reduction="median")),
             Bad(ValueError, "weight must be", dict(weight=[1.0, 2.0])),
             Bad(ValueError, "2 classes", dict(weight=[1.0] * 3, include_background=False)),
-            Bad(ValueError, "weight must be finite and >= 0", dict(weight=[1.0, -1.0, 1.0]),
-                of_module="weight must be >= 0"),
+            Bad(ValueError, "weight must be finite and >= 0", dict(weight=[1.0, -1.0, 1.0])),
             Bad(ValueError, "weight must be >= 0", dict(weight=torch.tensor([1.0, -1, 1]))),
         ),
     ),
@@ -209,6 +251,7 @@ SPECS = (
                 weight=torch.tensor([0.5, 1.0, 2.0], dtype=F64),
             ),
             "ignored": lambda: index_sample(True, squared_pred=True),
+            "nothing left of one": lambda: one_ignored(smooth_nr=0.3, empty="zero"),
             "mask": lambda: mask_sample(weight=torch.tensor([3.0], dtype=F64)),
             "mask, sum": lambda: mask_sample(reduction="sum"),
         },
@@ -216,17 +259,29 @@ SPECS = (
         gradients=("input",),
         wide=("weight",),
         tolerances={BF16: (2.0**-7, 2.0**-8)},  # the gradients of the parts meet in bfloat16
-        compile_samples=("index", "ignored"),
-        empty={"mean of no items": Empty(lambda: nothing(0, 3, 4, softmax=True), math.nan)},
+        compile_samples=("index", "ignored", "nothing left of one"),
+        vmap=("input", "target"),
+        empty={
+            "mean of no items": Empty(lambda: nothing(0, 3, 4, softmax=True), math.nan),
+            "zero for no items": Empty(lambda: nothing(0, 3, 4, softmax=True, empty="zero"), 0.0),
+            "zero for no mask": Empty(lambda: nothing(0, 1, 4, sigmoid=True, empty="zero"), 0.0),
+            "nan where all are ignored": Empty(lambda: all_ignored(3), math.nan),
+            "zero where all are ignored": Empty(
+                lambda: all_ignored(3, smooth_nr=0.0, smooth_dr=0.0, empty="zero"), 0.0
+            ),
+            "zero of a mask": Empty(lambda: all_ignored(1, smooth_nr=0.0, empty="zero"), 0.0),
+        },
         nan={"input": "all"},
         large=large,
         errors=(
             *ERRORS_OF_BOTH,
             Bad(ValueError, "'mean' or 'sum'", dict(reduction="none")),
             Bad(ValueError, "lambda_ce", dict(lambda_ce=-1.0)),
+            Bad(RuntimeError, "label_smoothing must be between 0.0 and 1.0. Got: 1.5",
+                dict(label_smoothing=1.5)),
+            Bad(TypeError, "label_smoothing must be a number", dict(label_smoothing=None)),
             Bad(ValueError, "lambda_dice", dict(lambda_dice=math.nan)),
-            Bad(TypeError, "weight must be a Tensor", dict(weight=[1.0, 1.0, 1.0]),
-                of_module="'weight' .*Tensor or None required"),
+            Bad(TypeError, "weight must be a Tensor", dict(weight=[1.0, 1.0, 1.0])),
             Bad(ValueError, r"each of the 3 channels, background included, got shape \[2\]",
                 dict(weight=torch.ones(2))),
             Bad(ValueError, r"each of the 3 channels, background included, got shape \[2\]",

@@ -603,6 +603,12 @@ SPECS = (
             Bad(TypeError, "input must be float", dict(input=X.long())),
             Bad(TypeError, "target must be a Tensor", dict(target=[1])),
             Bad(ValueError, "nothing to rank", dict(input=X[:, :0], target=X[:, :0])),
+            Bad(TypeError, "mask must be a Tensor", dict(mask=[True])),
+            Bad(
+                ValueError,
+                r"mask must be bool.*\[6, 6\]; got torch.float32",
+                dict(mask=torch.ones(6, 6)),
+            ),
         ),
     ),
 )

@@ -38,10 +38,17 @@ def two(*shape: int, mask: bool = False, **options) -> Sample:
     return Sample(dict(input=image(*shape), target=target), options)
 
 
-def labels(**options) -> Sample:
+def labels(ignored: bool = False, **options) -> Sample:
     generator = torch.Generator().manual_seed(2)
     y = torch.randint(3, (2, 4, 3), generator=generator)
+    if ignored:
+        y[:, 1, 1:], options["ignore_index"] = 255, 255
     return Sample(dict(input=image(2, 3, 4, 3), target=y), options)
+
+
+def without_channel(**options) -> Sample:
+    sample = two(2, 1, 4, 3, **options)
+    return Sample({k: t[:, 0] for k, t in sample.inputs.items()}, sample.options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,6 +62,8 @@ def _flat(x: Tensor) -> Tensor:
 
 def _channels(input, target, include_background=True):
     """(input, target) of one shape, the background left out if asked."""
+    if input.dim() == 3:  # (N, H, W)
+        input, target = input[:, None], target[:, None]
     if target.dim() < input.dim():
         target = torch.nn.functional.one_hot(target, input.shape[1]).movedim(-1, 1)
     target = target.to(input.dtype)
@@ -100,11 +109,17 @@ def loss_reference(
     input, target, *, filtration="superlevel", dims=None, weight=None, matched_weight=1.0,
     unmatched_weight=1.0, target_weight=1.0, unmatched="diagonal", min_persistence=0.0,
     essential=False, include_background=True, activation=None, reduction="mean", padding=None,
+    ignore_index=None, spatial_dims=None,
 ):  # fmt: skip
     x = {None: input, "sigmoid": input.sigmoid(), "softmax": input.softmax(1)}[activation]
+    ignored = torch.zeros(1, dtype=torch.bool)
+    if ignore_index is not None:  # class indices, probabilities
+        ignored = (target == ignore_index)[:, None]
+        target = torch.where(target == ignore_index, 0, target)
     x, y = _channels(x, target, include_background)
     total = 0.0
     for superlevel in {"both": (True, False)}.get(filtration, (filtration == "superlevel",)):
+        x, y = (torch.where(ignored, 0.0 if superlevel else 1.0, t) for t in (x, y))
         a, b = (t if padding is None else _in_foreground(t, superlevel) for t in (x, y))
         terms = reference.betti_matching_loss(
             _flat(a), _flat(b), superlevel=superlevel, dims=dims, essential=essential,
@@ -122,13 +137,14 @@ def numbers_reference(mask, spatial_dims=None):
 
 
 def number_error_reference(input, target, threshold=0.5, *, include_background=True,
-                           reduction="mean"):  # fmt: skip
+                           spatial_dims=None, reduction="mean"):  # fmt: skip
     x, y = (numbers_reference(t >= threshold) for t in _channels(input, target, include_background))
     return _reduced((x - y).abs().double(), reduction)
 
 
 def matching_error_reference(input, target, threshold=0.5, *, normalize=False, binarize=True,
-                             include_background=True, reduction="mean"):  # fmt: skip
+                             include_background=True, spatial_dims=None, reduction="mean",
+                             ):  # fmt: skip
     if not binarize:
         options = dict(include_background=include_background, reduction="none")
         each = [loss_reference(input, target, dims=[d], **options) for d in range(2)]
@@ -152,7 +168,7 @@ def matching_error_reference(input, target, threshold=0.5, *, normalize=False, b
 X = image(1, 1, 4, 4)
 FLOAT32 = dict.fromkeys((*HALF, F32, F64), F32)
 # What depends on the numbers of an image is a list of Python's.
-NOT_COMPILED = "(?i)data.dependent|not supported|unsupported|could not|failed"
+NOT_COMPILED = "(?i)data.dependent|not supported|unsupported|could not|failed|builtin: bool"
 
 
 SPECS = (
@@ -172,6 +188,7 @@ SPECS = (
         tensors=lambda pairs: pairs if isinstance(pairs, tuple) else (pairs.values, pairs.index),
         gradients=("input",),
         derivative_samples=("plain", "dims"),  # the death of the oldest is infinite
+        transforms={"vmap": "dynamic shape"},  # as many pairs as the image has
         autocast={},
         empty={"no items": Empty(lambda: Sample(dict(input=image(0, 1, 4, 3))), 0.0, (0, 2))},
         large=lambda: Sample(dict(input=image(8, 2, 60, 60))),
@@ -228,12 +245,13 @@ SPECS = (
             ),
             "extreme": lambda: two(unmatched="extreme", filtration="sublevel", essential=True),
             "labels": lambda: labels(include_background=False),
+            "ignored": lambda: labels(True, filtration="both", essential=True),
+            "one channel": lambda: without_channel(spatial_dims=2, reduction="none"),
             "frame": lambda: two(padding="foreground"),
             "frame, both": lambda: two(padding="foreground", filtration="both"),
         },
         reference=loss_reference,
         gradients=("input", "target"),
-        forward_mode=False,
         vmap=("input", "target"),
         empty={
             "no items": Empty(lambda: two(0, 1, 4, 3), 0.0),
@@ -255,12 +273,16 @@ SPECS = (
             Bad(ValueError, "'sigmoid', 'softmax'", dict(activation="relu")),
             Bad(ValueError, "softmax over one channel.*'sigmoid'",
                 dict(input=X, target=X, activation="softmax")),
+            Bad(ValueError, "ignore_index needs class indices", dict(ignore_index=1)),
+            Bad(TypeError, "ignore_index must be an integer", dict(ignore_index=1.5)),
+            Bad(TypeError, "spatial_dims must be an integer", dict(spatial_dims="2")),
+            Bad(ValueError, "with spatial_dims", dict(spatial_dims=1)),
             Bad(ValueError, "padding", dict(padding="zero")),
             Bad(TypeError, "padding must be", dict(padding=[1])),
             Bad(ValueError, "padding must not be NaN", dict(padding=math.nan)),
             Bad(ValueError, "at least 0", dict(matched_weight=-1.0)),
             Bad(ValueError, "one entry", dict(weight=[1.0])),
-            Bad(TypeError, "weight must be a seq", dict(weight=2.0), of_module="not iterable"),
+            Bad(TypeError, "weight must be a seq", dict(weight=2.0)),
         ),
     ),
     Spec(
@@ -276,7 +298,6 @@ SPECS = (
         },
         reference=loss_reference,
         gradients=("input", "target"),
-        forward_mode=False,
         empty={"no items": Empty(lambda: two(0, 1, 4, 3, activation="sigmoid"), 0.0)},
         rounded=False,  # the probabilities are in the dtype of the logits
         tolerances={BF16: (2.0**-6, 2.0**-4), F16: (2.0**-9, 2.0**-7)},
@@ -305,6 +326,7 @@ SPECS = (
             "plain": two,
             "labels": lambda: labels(include_background=False, threshold=0.25, reduction="none"),
             "sum": lambda: two(reduction="sum", threshold=0.7),
+            "one channel": lambda: without_channel(spatial_dims=2),
         },
         reference=number_error_reference,
         result=F32,
@@ -313,6 +335,7 @@ SPECS = (
         compile=NOT_COMPILED,
         errors=(
             Bad(ValueError, "threshold", dict(threshold=math.nan)),
+            Bad(TypeError, "threshold must be a number, got NoneType", dict(threshold=None)),
             Bad(ValueError, "'none', 'mean', 'sum'", dict(reduction="x")),
         ),
     ),
@@ -322,6 +345,7 @@ SPECS = (
         samples={
             "plain": two,
             "normalised": lambda: two(normalize=True, reduction="none"),
+            "one channel": lambda: without_channel(spatial_dims=2, reduction="none"),
             "loss": lambda: two(binarize=False),
             "labels": lambda: labels(include_background=False, threshold=0.25, reduction="sum"),
         },
@@ -337,6 +361,8 @@ SPECS = (
         compile=NOT_COMPILED,
         errors=(
             Bad(ValueError, "binarize", dict(normalize=True, binarize=False)),
+            Bad(TypeError, "threshold must be a number, got NoneType", dict(threshold=None)),
+            Bad(TypeError, "threshold must be a number", dict(threshold=None, binarize=False)),
         ),
     ),
 )  # fmt: skip

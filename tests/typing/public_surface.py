@@ -21,15 +21,26 @@ from pyloss.functional import (
     DPOMetrics,
     GRPOMetrics,
     TensorAttentionCost,
+    approx_ndcg_loss,
+    chamfer_set_loss,
     dice_cross_entropy_loss,
     dpo_loss,
+    groco_from_scores,
     group_advantages,
     grpo_loss,
+    hungarian_set_loss,
+    lambda_loss,
     linear_distillation_loss,
+    list_mle,
+    list_net,
+    neural_ndcg_loss,
     neural_sort,
+    order_search_loss,
+    order_search_loss_from_table,
     permutahedron_rank,
     permutahedron_sort,
     sequence_logprobs,
+    sinkhorn_set_loss,
     soft_dice_loss,
     soft_sort_matrix,
 )
@@ -37,6 +48,9 @@ from pyloss.metrics import (
     BettiMatchingError,
     BettiNumberError,
     RankingAccuracy,
+    mrr,
+    ndcg,
+    precision_at_k,
     ranking_accuracy,
 )
 from pyloss.testing import Tolerance, make_logits, tolerance_for
@@ -87,6 +101,7 @@ def linear() -> None:
     w = torch.randn(7, 10)
     pyloss.fused_linear_cross_entropy(x, w, y, shift=0, chunk=2, filter=1e-4)
     pyloss.token_logprobs(x, w, y, return_entropy=True)
+    pyloss.token_logprobs(x, w, y, temperature=torch.ones(4))
     pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
     pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
     linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
@@ -96,13 +111,14 @@ def preference() -> None:
     logps = sequence_logprobs(x, mask=None, average=True)
     assert_type(logps, Tensor)
     assert_type(dpo_loss(logps, logps, None, None), Tensor | tuple[Tensor, DPOMetrics])
+    dpo_loss(logps, logps, logps, logps, loss_type="sigmoid", f_divergence_type="js_divergence")
     assert_type(group_advantages(torch.rand(8), 4), Tensor)
     assert_type(grpo_loss(x, None, y, kl_coef=0.1), Tensor | tuple[Tensor, GRPOMetrics])
 
 
 def attention() -> None:
     q = torch.randn(1, 2, 8, 16)
-    pyloss.tensor_attention(q, q, q, q, q, window=(4, 8), scale="kronecker")
+    pyloss.tensor_attention(q, q, q, q, q, window=(4, 8), scale="kronecker", softcap=30.0)
     pyloss.tensor_attention_n(q, [q, q, q], [q, q, q])
     cost = pyloss.tensor_attention_cost((1, 2, 8, 16), window=4)
     assert_type(cost, TensorAttentionCost)
@@ -117,18 +133,20 @@ def attention() -> None:
 
 
 def segmentation() -> None:
-    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0]), Tensor)
+    assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0], validate=False), Tensor)
     assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
-    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(jaccard=True)])
+    nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(empty="zero")])
 
 
 def topology() -> None:
     assert_type(pyloss.betti_matching_loss(p, mask, unmatched="extreme"), Tensor)
-    target = pyloss.BettiTarget.precompute(mask)
+    target = pyloss.BettiTarget.precompute(mask, ignore_index=255)
+    pyloss.betti_matching_loss(p, target, ignore_index=255, spatial_dims=2)
     assert_type(target.select([0]).to("cpu").device, torch.device)
     matching = pyloss.betti_matching(p, target)
     assert_type(matching, pyloss.BettiMatching)
     assert_type(matching.counts, Tensor)
+    assert_type(matching.essential(0), Tensor)
     assert_type(matching.representative_cycles(0, "input", dim=1), list[Tensor])
     pairs = pyloss.persistence_pairs(p, construction="T")
     assert_type(pairs, pyloss.PersistencePairs)
@@ -138,11 +156,14 @@ def topology() -> None:
     pyloss.betti_matching_error(p, mask, normalize=True)
     for metric in (BettiNumberError(0.5), BettiMatchingError(0.5)):
         metric.update(p, mask)
+        assert_type(metric(p, mask), Tensor)
         assert_type(metric.compute(), Tensor)
+        assert_type(metric.aggregate(), Tensor)
         metric.reset()
     pyloss.BettiMatchingLoss(base_loss=nn.BCELoss(), alpha=0.5)
-    pyloss.visualize.draw_barcode(pairs)
-    pyloss.visualize.draw_matching(p, mask, matching)
+    assert_type(pairs.filtration, str)
+    pyloss.visualize.draw_barcode(pairs, min_persistence=0.1)
+    pyloss.visualize.draw_matching(p, mask, matching, legend=False)
 
 
 def sorting() -> None:
@@ -158,7 +179,7 @@ def sorting() -> None:
     assert_type(permutahedron_sort(x, descending=True), Tensor)
     assert_type(neural_sort(x, 0.1), Tensor)
     assert_type(soft_sort_matrix(x, 0.1, 2.0), Tensor)
-    assert_type(ranking_accuracy(x, x), RankingAccuracy)
+    assert_type(ranking_accuracy(x, x, mask=x > 0), RankingAccuracy)
     nn.ModuleList(
         [
             pyloss.DiffSortNet("bitonic", 10),
@@ -167,6 +188,54 @@ def sorting() -> None:
             pyloss.nn.SpearmanLoss(),
             pyloss.nn.NeuralSort(0.1),
             pyloss.nn.SoftSort(0.1),
+        ]
+    )
+
+
+def order() -> None:
+    views = [torch.randn(16, 8), torch.randn(16, 8)]
+    assert_type(pyloss.groco_loss(views, topk_neg=5, group=None), Tensor)
+    assert_type(groco_from_scores(x[:, :1], x, steepness=2.0), Tensor)
+    assert_type(pyloss.topk_cross_entropy(x, y, 3, sorter="neuralsort"), Tensor)
+    assert_type(list_net(x, y.expand(4, 4), temperature=0.5), Tensor)
+    assert_type(list_mle(x, x, k=3), Tensor)
+    assert_type(approx_ndcg_loss(x, x, gain="linear"), Tensor)
+    assert_type(neural_ndcg_loss(x, x, relaxation="neuralsort", sinkhorn=3), Tensor)
+    assert_type(lambda_loss(x, x, weighting="ndcg_loss2++", mu=3.0), Tensor)
+    assert_type(ndcg(x, x, 3), Tensor)
+    assert_type(mrr(x, x), Tensor)
+    assert_type(precision_at_k(x, x, 3), Tensor)
+    nn.ModuleList(
+        [
+            pyloss.GroCoLoss(topk_neg=5),
+            pyloss.TopKCrossEntropyLoss("bitonic", 1.0, [0.5, 0.5], 10, m=4),
+            pyloss.nn.ListNetLoss(temperature=0.5),
+            pyloss.nn.ListMLELoss(k=3),
+            pyloss.nn.ApproxNDCGLoss(),
+            pyloss.nn.NeuralNDCGLoss(k=3),
+            pyloss.nn.LambdaLoss(k=3),
+        ]
+    )
+
+
+def sets() -> None:
+    a, b = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    assert_type(chamfer_set_loss(a, b), Tensor)
+    hungarian_set_loss(a, b, cost="l2", return_matching=True)
+    assert_type(sinkhorn_set_loss(a, b, epsilon=0.5), Tensor)
+    loss, chosen = order_search_loss(lambda prefix: x[: len(prefix)], y.view(2, 2), mode="beam")
+    assert_type(loss, Tensor)
+    assert_type(order_search_loss_from_table(torch.randn(2, 3, 3)), tuple[Tensor, Tensor])
+    schedule = pyloss.nn.OrderSearchSchedule(warmup_steps=3, mode="greedy")
+    assert_type(schedule.step(), str)
+    pyloss.nn.PointerDecoder(8, glimpses=2)
+    memory, state = pyloss.nn.ReadProcess(3, 8)(a)
+    assert_type(pyloss.nn.ReadProcessWrite(3, 8).forward(a, target=chosen), pyloss.nn.Pointers)
+    nn.ModuleList(
+        [
+            pyloss.nn.ChamferSetLoss(),
+            pyloss.nn.HungarianSetLoss(return_matching=True),
+            pyloss.nn.SinkhornSetLoss(iterations=5),
         ]
     )
 

@@ -5,8 +5,8 @@
     betti_matching_dense the same, of static shapes, so that vmap can fold its dimension away
     persistence_pairs    table of the bars of one image
 
-The loss with a gradient of the target, or with a second derivative, is a gather at the rows of
-`betti_matching` in torch operations: :func:`composed_terms`.
+The loss with a gradient of the target, with a second derivative or in forward mode, is a gather at
+the rows of `betti_matching` in torch operations: :func:`composed_terms`.
 
 Papers: arXiv 2211.15272, 2407.04683.
 """
@@ -18,9 +18,11 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.ops._empty import scaled
+from pyloss.ops._launch import constants
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op, lib
-from pyloss.ops._transforms import functorch_active
+from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
 from pyloss.ops.betti_matching.records import (
     TERMS,
@@ -145,7 +147,8 @@ def _dense_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
 
 def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Tensor:
     terms = (o.matched_weight, o.unmatched_weight, target_weight)
-    return like.new_tensor([[w * t for t in terms] for w in dim_weights(o)[:spatial]])
+    found = [w * t for w in dim_weights(o)[:spatial] for t in terms]
+    return constants(found, like.dtype, like.device).view(-1, TERMS)
 
 
 def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:
@@ -195,9 +198,10 @@ class _BettiLoss(torch.autograd.Function):
                 return _total(composed_terms(input, target, o), o, ctx.target_weight)
 
             (found,) = gradients(loss, [input], [upstream], create_graph=True)
-            return found, None, None, None
+            # None: no bar, and so nothing that depends on the input.
+            return torch.zeros_like(input) if found is None else found, None, None, None
         factor = upstream.reshape(*upstream.shape, *(1,) * (input.dim() - 2))
-        return (grad.to(upstream.dtype) * factor).to(input.dtype), None, None, None
+        return scaled(grad.to(upstream.dtype), factor).to(input.dtype), None, None, None
 
 
 def _numbers(o: Options, want_grad: bool) -> tuple[float, ...]:
@@ -214,7 +218,7 @@ def betti_loss(input: Tensor, target: Tensor, options: Options, target_weight: f
     grad_mode = torch.is_grad_enabled()
     if functorch_active():
         return _total(_dense_terms(input, target, options), options, target_weight)
-    if grad_mode and target.requires_grad:
+    if (grad_mode and target.requires_grad) or forward_ad_active():
         return _total(composed_terms(input, target, options), options, target_weight)
     if grad_mode and input.requires_grad:
         return _BettiLoss.apply(input, target, _numbers(options, True), target_weight)

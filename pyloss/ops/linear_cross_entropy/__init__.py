@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pyloss.ops import row_softmax as rows
 from pyloss.ops._empty import scaled
+from pyloss.ops._flops import count_by
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
+from pyloss.ops._transforms import distinct, is_batched, saved_tensor_hooks_active
 from pyloss.ops.linear_cross_entropy import cpu, cuda, reference
 from pyloss.ops.linear_cross_entropy.by_chunks import listed, result_buffers
 from pyloss.ops.linear_cross_entropy.call import (
@@ -150,6 +151,37 @@ define_op(
 )
 
 # --------------------------------------------------------------------------------------------------
+# Multiplications and additions, of all rows: which ones are ignored is not known from shapes
+
+
+def _flops(input, linear_weight, products: int, wants: int) -> int:
+    """Of the given products and of those for the gradients that are wanted; a bias takes none."""
+    return 2 * input[0] * linear_weight[0] * input[1] * (products + sum(wanted(wants)[:2]))
+
+
+def _forward_flops(input, linear_weight, *rest, out_shape=None) -> int:
+    return _flops(input, linear_weight, 1, rest[9])
+
+
+def _backward_flops(grad_loss, grad_extras, input, linear_weight, *rest, out_shape=None) -> int:
+    return _flops(input, linear_weight, 1, rest[9])
+
+
+def _tiles_forward_flops(input, linear_weight, *rest, out_shape=None) -> int:
+    return _flops(input, linear_weight, 1, 0)
+
+
+def _tiles_backward_flops(grad_loss, grad_extras, input, linear_weight, *rest, out_shape=None):
+    """With all tiles: what a filter leaves out is not known before."""
+    return _flops(input, linear_weight, 1, rest[7])
+
+
+count_by("linear_cross_entropy_fwd", _forward_flops)
+count_by("linear_cross_entropy_bwd", _backward_flops)
+count_by("linear_cross_entropy_tiles_fwd", _tiles_forward_flops)
+count_by("linear_cross_entropy_tiles_bwd", _tiles_backward_flops)
+
+# --------------------------------------------------------------------------------------------------
 # Autograd
 
 _ops = torch.ops.pyloss
@@ -157,10 +189,13 @@ _ops = torch.ops.pyloss
 
 def _unlisted(found, wants):
     """(loss, saved, extras, index, [grads]) of a forward's result."""
-    loss, saved, *rest = found
-    extras = rest.pop(0) if wants & WANT_EXTRAS else None
-    index = rest.pop(0) if wants & WANT_INDEX else None
-    return loss, saved, extras, index, spread(rest, wants)
+    # By place: Dynamo of torch 2.6 cannot trace a pop.
+    place = 2
+    extras = found[place] if wants & WANT_EXTRAS else None
+    place += bool(wants & WANT_EXTRAS)
+    index = found[place] if wants & WANT_INDEX else None
+    place += bool(wants & WANT_INDEX)
+    return found[0], found[1], extras, index, spread(found[place:], wants)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -301,7 +336,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss, extras, index) of checked arguments; their rows as in row_softmax."""
     chunk, strategy, exact, filter = settings
-    if filter is not None and not tiles().runs_on(t.input):
+    if filter is not None and not tiles().can_filter(t.input):
         filter = None  # it allows to leave out, it does not ask to
     settings = (chunk, strategy, exact, filter)
     trained = (t.input, t.linear_weight, t.linear_bias)  # Dynamo of torch 2.6 slices no NamedTuple
@@ -310,7 +345,7 @@ def linear_cross_entropy(
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
             codes.scalar, settings,
         )  # fmt: skip
-        found = _LinearCrossEntropy.apply(*t, call)
+        found = _LinearCrossEntropy.apply(*distinct(tuple(t)), call)
         found = (found,) if wants == 0 else found
         extras = found[1] if wants & WANT_EXTRAS else None
         return found[0], extras, found[-1] if wants & WANT_INDEX else None

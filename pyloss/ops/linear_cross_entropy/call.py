@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.row_softmax.epilogue import unless_zero
-from pyloss.ops.row_softmax.records import DENSE, MIX, REDUCTIONS, Codes, Options
+from pyloss.ops.row_softmax.masses import common_mass, ignored_rows, masses
+from pyloss.ops.row_softmax.records import REDUCTIONS, Codes, Options
 
 # Bits of `wants` besides those of row_softmax: the gradients of input, weight and bias.
 WANT_GRADS = (8, 16, 32)
@@ -51,40 +51,11 @@ def wanted(wants: int) -> tuple[bool, ...]:
 
 def spread(grads, wants: int) -> list[Tensor | None]:
     """Gradients in the order (input, weight, bias), None for those not formed."""
-    grads = list(grads)
-    return [grads.pop(0) if wants & bit else None for bit in WANT_GRADS]
-
-
-def ignored_rows(t: Tensors, codes: Codes) -> Tensor | None:
-    """Mask of the rows to leave out; None where no row can be."""
-    if codes.kind == DENSE:
-        return None
-    ignored = wide(t.target) == codes.ignore_index
-    return ignored | (wide(t.target2) == codes.ignore_index) if codes.kind == MIX else ignored
-
-
-def _mass(t: Tensors, codes: Codes, ignored) -> tuple[Tensor, Tensor]:
-    """The denominators of 'mean': of the loss, and of the z-loss. float64, 0-d."""
-    rows_in = t.input.shape[0]
-    if t.token_weight is None:
-        token = t.input.new_ones(rows_in, dtype=torch.float64)
-    else:
-        token = t.token_weight.double()
-    if ignored is not None:
-        token = torch.where(ignored, 0.0, token)
-    if t.weight is None or codes.kind == DENSE:
-        mass = token.sum()
-        return mass, mass
-
-    def of(labels):
-        # Out of range, and not ignored: the kernel will say so.
-        return t.weight.double()[torch.where(outside(labels, t.weight.shape[0]), 0, wide(labels))]
-
-    picked = of(t.target)
-    if codes.kind == MIX:
-        mix = t.mix.double()
-        picked = mix * picked + (1 - mix) * of(t.target2)
-    return (token * picked).sum(), token.sum()
+    found, place = [], 0
+    for bit in WANT_GRADS:  # by place: Dynamo of torch 2.6 cannot trace a pop
+        found.append(grads[place] if wants & bit else None)
+        place += bool(wants & bit)
+    return found
 
 
 class Call:
@@ -93,7 +64,7 @@ class Call:
     def __init__(self, t: Tensors, options: Options, codes: Codes):
         self.options = options
         self.classes = t.linear_weight.shape[0]
-        self.ignored = ignored_rows(t, codes)
+        self.ignored = ignored_rows(t[3:], codes)
         self.empty = None  # whether the mean is over nothing and must be NaN
         self.weight, self.token_weight = t.weight, t.token_weight
         reduction = codes.reduction
@@ -110,14 +81,10 @@ class Call:
         if self.options.num_items > 0:
             factor = torch.full((), 1 / self.options.num_items, dtype=acc, device=t.input.device)
         else:
-            loss_mass, z_mass = _mass(t, codes, self.ignored)
+            loss_mass, z_mass = masses(t[3:], codes, self.ignored)
             factor = 1 / z_mass
             if t.weight is not None:
-                # Without any row the class weights do not matter, but must not become NaN.
-                ratio = torch.where(z_mass == 0, 1.0, z_mass / loss_mass)
-                if codes.zero_if_empty:
-                    ratio = torch.where(loss_mass == 0, 0.0, ratio)
-                self.weight = (t.weight * ratio).to(acc)
+                self.weight = common_mass(loss_mass, z_mass, t.weight, codes.zero_if_empty).to(acc)
             if codes.zero_if_empty:
                 factor = torch.where(z_mass == 0, 0.0, factor)
             else:

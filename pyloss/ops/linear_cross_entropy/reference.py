@@ -9,16 +9,17 @@ from torch import Tensor
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._reference import gradients
 from pyloss.ops.linear_cross_entropy.by_chunks import listed, result_buffers
-from pyloss.ops.linear_cross_entropy.call import Tensors, ignored_rows, wanted
+from pyloss.ops.linear_cross_entropy.call import Tensors, wanted
 from pyloss.ops.row_softmax import reference as rows
 from pyloss.ops.row_softmax.calls import WANT_EXTRAS
+from pyloss.ops.row_softmax.masses import ignored_rows
 from pyloss.ops.row_softmax.records import Codes, unpacked
 
 
 def all_logits(t: Tensors, codes: Codes) -> Tensor:
     """All logits at once, as torch operations; ignored rows are not looked at."""
     x = t.input
-    ignored = ignored_rows(t, codes)
+    ignored = ignored_rows(t[3:], codes)
     if ignored is not None:
         x = torch.where(ignored.unsqueeze(1), 0.0, x)
     bias = None if t.linear_bias is None else t.linear_bias.to(x.dtype)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss import backends
 from pyloss.ops._labels import outside
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors
 from pyloss.ops.row_softmax.calls import WANT_EXTRAS
@@ -35,11 +36,18 @@ _ALIGN = 128  # columns of the widest tile; also keeps the rows of a block align
 
 # For tests: kernels then run on CPU tensors. Triton itself looks at this once too.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Asked here and not in a call, which torch.compile traces.
+_HAS_TRITON = backends.has_triton()
 
 
 def runs_on(x: Tensor) -> bool:
     """Whether the tile kernels can run on the device of x."""
     return x.is_cuda or (_INTERPRETED and x.is_cpu)
+
+
+def can_filter(x: Tensor) -> bool:
+    """Whether they do run there: without Triton their reference would, and leave out nothing."""
+    return _HAS_TRITON and runs_on(x)
 
 
 def block_columns(rows: int, classes: int, itemsize: int) -> int:

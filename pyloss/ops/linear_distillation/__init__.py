@@ -23,9 +23,16 @@ from torch import Tensor
 
 from pyloss import backends
 from pyloss.ops._empty import scale_
+from pyloss.ops._flops import count_by
 from pyloss.ops._registry import lib, register_fake
-from pyloss.ops._transforms import is_batched, saved_tensor_hooks_active
-from pyloss.ops.linear_distillation import by_chunks
+from pyloss.ops._transforms import (
+    distinct,
+    forward_ad_active,
+    functorch_active,
+    is_batched,
+    saved_tensor_hooks_active,
+)
+from pyloss.ops.linear_distillation import by_chunks, reference
 from pyloss.ops.linear_distillation.by_chunks import auto_chunk
 from pyloss.ops.linear_distillation.call import (
     DIRECTIONS,
@@ -56,8 +63,6 @@ _EARLY_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 def _forward(*args):
     if backends.forced() == "reference":
-        from pyloss.ops.linear_distillation import reference
-
         return reference.forward(*args)
     return by_chunks.forward(*args)
 
@@ -75,6 +80,16 @@ lib.define(
 )
 lib.impl("linear_distillation", _forward, "CompositeExplicitAutograd")
 register_fake("linear_distillation", _pass_fake)
+
+
+def _flops(student, weight, bias, teacher, *rest, out_shape=None) -> int:
+    """Of both models' logits, and of the gradients that are wanted; all rows, ignored ones too."""
+    wants = rest[-1]
+    grads = bool(wants & GRAD_HIDDEN) + bool(wants & GRAD_WEIGHT)
+    return 2 * student[0] * weight[0] * (teacher[1] + student[1] * (1 + grads))
+
+
+count_by("linear_distillation", _flops)
 
 
 class _Distillation(torch.autograd.Function):
@@ -106,37 +121,27 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx, grad):
         early, ctx.early = ctx.early, None
         create_graph = torch.is_grad_enabled()
-        tensors = divisor = None
-        if early is None or create_graph or is_batched(grad):
-            *tensors, divisor = ctx.saved_tensors  # once: checkpointing allows no more
-        with torch.no_grad():
-            if early is not None and not is_batched(grad):
-                found = [scale_(g, grad) for g in early]
-            else:
-                scale = grad if divisor is None else grad * _inverse(divisor)
-                found = torch.ops.pyloss.linear_distillation(
-                    *tensors, scale, ctx.options, ctx.codes, _wanted(ctx)
-                )
-            found = iter(found)
-            grads = [next(found).to(ctx.dtype) if yes else None for yes in ctx.needs_input_grad[:3]]
-        if create_graph:
-            grads = [g if g is None else _NoSecond.apply(g, grad, *tensors[:3]) for g in grads]
-        return (*grads, *[None] * 6)
-
-
-class _NoSecond(torch.autograd.Function):
-    """A gradient that says no to being differentiated: as a constant it would be silently wrong."""
-
-    @staticmethod
-    def forward(ctx, grad, *depends_on):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "linear_distillation_loss has no second derivative (its gradient was asked for with "
-            "create_graph=True)"
+        none = (None,) * 6
+        if early is not None and not (create_graph or is_batched(grad)):
+            found = iter([scale_(g, grad) for g in early])
+            return *_narrowed(ctx, found), *none
+        *tensors, divisor = ctx.saved_tensors  # once: checkpointing allows no more
+        scale = grad if divisor is None else grad * _inverse(divisor)
+        # Of higher order; and vmap sees into torch operations, not into an op.
+        if create_graph or is_batched(grad):
+            needed = ctx.needs_input_grad[:3]
+            return *reference.gradients_of(
+                tensors, scale, ctx.options, ctx.codes, needed, create_graph=create_graph
+            ), *none  # fmt: skip
+        found = torch.ops.pyloss.linear_distillation(
+            *tensors, scale, ctx.options, ctx.codes, _wanted(ctx)
         )
+        return *_narrowed(ctx, iter(found)), *none
+
+
+def _narrowed(ctx, found):
+    """Gradients from the accumulator's dtype to that of the student."""
+    return [next(found).to(ctx.dtype) if yes else None for yes in ctx.needs_input_grad[:3]]
 
 
 def _wanted(ctx):
@@ -169,10 +174,13 @@ def linear_distillation(
     """The sum of the rows' values over `divisor` (0-d, accumulator's dtype); None: all values.
 
     student (N, D), weight (V, D), teacher (N, E), teacher_weight (V, E), target (N,).
-    Differentiable once, in the first three.
+    Differentiable in the first three.
     """
     tensors = (student, weight, bias, teacher, teacher_weight, teacher_bias, target)
+    if functorch_active() or forward_ad_active():  # transforms must see into the op
+        rows = reference.composed(*tensors, options, codes)
+        return rows if divisor is None else rows.sum() / divisor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
-        return _Distillation.apply(*tensors, divisor, (options, codes))
+        return _Distillation.apply(*distinct((*tensors, divisor)), (options, codes))
     (rows,) = torch.ops.pyloss.linear_distillation(*tensors, None, options, codes, VALUE)
     return rows if divisor is None else rows.sum() / divisor

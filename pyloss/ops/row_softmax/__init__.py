@@ -18,7 +18,7 @@ from pyloss.ops._transforms import (
     is_batched,
     saved_tensor_hooks_active,
 )
-from pyloss.ops.row_softmax import cpu, cuda, reference
+from pyloss.ops.row_softmax import changing, cpu, cuda, reference
 from pyloss.ops.row_softmax.calls import (
     WANT_EXTRAS,
     WANT_GRAD,
@@ -28,7 +28,7 @@ from pyloss.ops.row_softmax.calls import (
     outputs,
     unlisted,
 )
-from pyloss.ops.row_softmax.layout import row_count, row_shape
+from pyloss.ops.row_softmax.layout import gradient_like, row_count, row_shape
 from pyloss.ops.row_softmax.records import (
     COMP_SUM,
     DENSE,
@@ -76,10 +76,11 @@ _CACHED_ROW_BYTES = {"cpu": 512 * 1024, "cuda": 128 * 1024}
 
 
 def _forward_fake(
-    input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants
-):
+    input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants,
+    numbers=None,
+):  # fmt: skip
     loss, statistics, index = outputs(input, *unpacked(options, codes), loss_dtype, wants)
-    grad = torch.empty_like(input) if wants & WANT_GRAD else None
+    grad = gradient_like(input) if wants & WANT_GRAD else None
     return listed(loss, statistics.saved, index, grad)
 
 
@@ -92,17 +93,19 @@ _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? target2, Tensor? mix, Tensor? weight, "
     "Tensor? token_weight"
 )
-_SAVED = "Tensor saved, float[]? options, int[] codes"
+# numbers: all options, where torch.compile has symbols for some; the list then serves the fakes.
+_NUMBERS = "Tensor? numbers=None"
+_SAVED = f"Tensor saved, float[]? options, int[] codes, {_NUMBERS}"
 
 define_op(
     f"row_softmax_fwd({_ARGUMENTS}, float[]? options, int[] codes, ScalarType loss_dtype, "
-    "int wants) -> Tensor[]",
+    f"int wants, {_NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls=_impls("forward"),
 )
 define_op(
     f"row_softmax_bwd(Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) -> Tensor",
-    fake=lambda grad_loss, grad_extras, input, *rest: torch.empty_like(input),
+    fake=lambda grad_loss, grad_extras, input, *rest: gradient_like(input),
     impls=_impls("backward"),
 )
 define_op(
@@ -120,7 +123,7 @@ define_op(
     f"row_softmax_hvp(Tensor v, Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) "
     "-> (Tensor grad_input, Tensor grad_rows, Tensor grad_grad_extras)",
     fake=lambda v, grad_loss, grad_extras, input, *rest: (
-        torch.empty_like(input),
+        gradient_like(input),
         *hvp_outputs(input, grad_extras),
     ),
     impls=_impls("hvp"),
@@ -163,7 +166,10 @@ class _RowSoftmaxGrad(torch.autograd.Function):
 def _third_derivative(ctx, v):
     """The backward of _RowSoftmaxGrad as torch operations: it will be differentiated itself, by a
     third derivative or by the double-backward trick of a Hessian-vector product."""
-    grad_loss, grad_extras, input, *tensors, _ = ctx.saved_tensors
+    *given, target, target2, mix, weight, token_weight, _ = ctx.saved_tensors
+    # Views: the cotangents may depend on the logits, and the derivatives here are partial ones.
+    grad_loss, grad_extras, input = (t if t is None else t.view_as(t) for t in given)
+    tensors = (target, target2, mix, weight, token_weight)
     dx = composed_gradient(
         grad_loss, grad_extras, input, *tensors, ctx.options, ctx.codes, create_graph=True
     )[0]
@@ -178,10 +184,11 @@ class _RowSoftmax(torch.autograd.Function):
     probabilities."""
 
     # What is no tensor comes as one tuple `call`: autograd looks at each argument. It holds plain
-    # tuples: Dynamo does not take NamedTuples here in all versions of torch.
+    # tuples: Dynamo does not take NamedTuples here in all versions of torch. The tensor of numbers,
+    # which there is under torch.compile alone, is in it too.
     @staticmethod
     def forward(ctx, input, target, target2, mix, weight, token_weight, call):
-        options, codes, loss_dtype, wants, inplace, scalar, soft = call
+        options, codes, loss_dtype, wants, inplace, scalar, soft, numbers = call
         # An upstream scalar can be multiplied in later; a row's own upstream gradient cannot.
         if (
             not torch.compiler.is_compiling()
@@ -198,9 +205,9 @@ class _RowSoftmax(torch.autograd.Function):
         ):
             wants |= WANT_GRAD
         tensors = (input, target, target2, mix, weight, token_weight)
-        found = _ops.row_softmax_fwd(*tensors, options, codes, loss_dtype, wants)
+        found = _ops.row_softmax_fwd(*tensors, options, codes, loss_dtype, wants, numbers)
         loss, saved, index, early = unlisted(found, wants)
-        ctx.save_for_backward(*tensors, saved)
+        ctx.save_for_backward(*tensors, saved, numbers)
         ctx.options, ctx.codes, ctx.inplace, ctx.wants = options, codes, inplace, wants
         ctx.loss_dtype, ctx.scalar, ctx.soft = loss_dtype, scalar, soft
         ctx.early_grad = early
@@ -209,7 +216,7 @@ class _RowSoftmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         extras = extras_of(saved, row_count(input)) if wants & WANT_EXTRAS else None
         if forward_ad_active():
-            ctx.save_for_forward(*tensors, saved)
+            ctx.save_for_forward(*tensors, saved, numbers)
             extras = extras if extras is None else extras.clone()  # forward mode refuses the view
         present = listed(loss, extras, index, None)
         return present[0] if len(present) == 1 else tuple(present)
@@ -228,9 +235,8 @@ class _RowSoftmax(torch.autograd.Function):
                 _ops.scale_(early, grad_loss.float())
             return early, None, *none
         grad_extras = others[0] if ctx.wants & WANT_EXTRAS else None
-        input, target, *rest = ctx.saved_tensors
-        tensors = (input, target, *rest[:-1])
-        options, codes = ctx.options, ctx.codes
+        *tensors, saved, numbers = ctx.saved_tensors
+        input, options, codes = tensors[0], ctx.options, ctx.codes
         acc = accumulator_dtype(input.dtype)
         if grad_loss is None:
             shape = () if ctx.scalar else row_shape(input)
@@ -238,7 +244,7 @@ class _RowSoftmax(torch.autograd.Function):
         elif grad_loss.dtype != acc:
             grad_loss = grad_loss.to(acc)
         create_graph = torch.is_grad_enabled()
-        arguments = (grad_loss, grad_extras, input, target, *rest, options, codes)
+        arguments = (grad_loss, grad_extras, *tensors, saved, options, codes)
         need_input, need_target = ctx.needs_input_grad[:2]
 
         if ctx.inplace:
@@ -256,8 +262,10 @@ class _RowSoftmax(torch.autograd.Function):
             )  # fmt: skip
             return *found, *none
         dx = target_grad = None
-        if need_input:
-            dx = (_RowSoftmaxGrad.apply if create_graph else _ops.row_softmax_bwd)(*arguments)
+        if need_input and create_graph:
+            dx = _RowSoftmaxGrad.apply(*arguments)
+        elif need_input:
+            dx = _ops.row_softmax_bwd(*arguments, numbers)
         if need_target:  # rare, so there is no kernel for it
             target_grad = _target_gradient(grad_loss, tensors, options, codes)
         return dx, target_grad, *none
@@ -269,18 +277,15 @@ class _DualRowSoftmax(_RowSoftmax):
 
     @staticmethod
     def jvp(ctx, input_t, target_t, *rest):
-        input, target, *others = ctx.saved_tensors
-        saved = others[-1]
-        options, codes = ctx.options, ctx.codes
+        *tensors, saved, _ = ctx.saved_tensors
+        input, options, codes = tensors[0], ctx.options, ctx.codes
         class_dim = 0 if input.dim() == 1 else 1
         acc, rows = saved.dtype, row_count(input)
         scalar = ctx.scalar
         one = torch.ones(() if scalar else row_shape(input), dtype=acc, device=input.device)
 
         def gradient(grad_loss, grad_extras):
-            return _ops.row_softmax_bwd(
-                grad_loss, grad_extras, input, target, *others, options, codes
-            )
+            return _ops.row_softmax_bwd(grad_loss, grad_extras, *tensors, saved, options, codes)
 
         def along(grad, tangent):
             product = grad.to(acc) * tangent.to(acc)
@@ -290,7 +295,6 @@ class _DualRowSoftmax(_RowSoftmax):
         if input_t is not None:
             loss_t = loss_t + along(gradient(one, None), input_t)
         if target_t is not None:
-            tensors = (input, target, *others[:-1])
             loss_t = loss_t + along(_target_gradient(one, tensors, options, codes), target_t)
         tangents = [loss_t.to(ctx.loss_dtype)]
         if ctx.wants & WANT_EXTRAS:
@@ -349,6 +353,10 @@ def row_softmax(
     if functorch_active():
         # torch.func transforms must see into the op: the same as torch operations.
         return reference.composed(input, tensors[1:], options, codes, loss_dtype, wants)
+    numbers = None
+    # What autograd composes for the probabilities takes the numbers as they are.
+    if options is not None and torch.compiler.is_compiling() and not target.requires_grad:
+        options, numbers = changing.split(options)
     differentiable = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     dual = forward_ad_active()
     if differentiable or dual:
@@ -356,12 +364,13 @@ def row_softmax(
         call = (
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
             inplace and differentiable, codes.scalar, is_soft(codes.kind, options or PLAIN),
+            numbers,
         )  # fmt: skip
         found = run.apply(*tensors, call)
         found = (found,) if wants == 0 else found
         extras = found[1] if wants & WANT_EXTRAS else None
         return found[0], extras, found[-1] if wants & WANT_INDEX else None
     loss, saved, index, _ = unlisted(
-        _ops.row_softmax_fwd(*tensors, options, codes, loss_dtype, wants), wants
+        _ops.row_softmax_fwd(*tensors, options, codes, loss_dtype, wants, numbers), wants
     )
     return loss, extras_of(saved, row_count(input)) if wants & WANT_EXTRAS else None, index

@@ -21,6 +21,7 @@ from pyloss.ops.row_softmax.records import (
     new,
     problem,
     unpacked,
+    unpacked_saved,
 )
 from pyloss.ops.row_softmax.statistics import RowStatistics, stat_rows
 
@@ -73,9 +74,10 @@ def run_forward(
 
 
 def forward(
-    launch, input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants
-):
-    options, codes = unpacked(options, codes)
+    launch, input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants,
+    numbers=None,
+):  # fmt: skip
+    options, codes = unpacked(options, codes, numbers)
     loss, statistics, index = outputs(input, options, codes, loss_dtype, wants)
     result, buffer, strides = None, None, NO_STRIDES
     if wants & WANT_GRAD:
@@ -115,8 +117,7 @@ def _statistics_of(saved, input, options, codes, grad_extras) -> RowStatistics:
 
 
 def backward(launch, grad_loss, grad_extras, input, *rest):
-    *others, saved, options, codes = rest
-    options, codes = unpacked(options, codes)
+    others, saved, options, codes = unpacked_saved(rest)
     result, buffer, strides = gradient_buffer(input)
     statistics = _statistics_of(saved, input, options, codes, grad_extras)
     run_backward(
@@ -129,8 +130,7 @@ def backward(launch, grad_loss, grad_extras, input, *rest):
 
 
 def backward_(launch, grad_loss, grad_extras, input, *rest):
-    *others, saved, options, codes = rest
-    options, codes = unpacked(options, codes)
+    others, saved, options, codes = unpacked_saved(rest)
     buffer, _, strides = layout(input)
     statistics = _statistics_of(saved, input, options, codes, grad_extras)
     run_backward(
@@ -151,8 +151,7 @@ def hvp_outputs(input, grad_extras):
 
 
 def hvp(launch, v, grad_loss, grad_extras, input, *rest):
-    *others, saved, options, codes = rest
-    options, codes = unpacked(options, codes)
+    others, saved, options, codes = unpacked_saved(rest)
     grad_rows, grad_grad_extras = hvp_outputs(input, grad_extras)
     result, buffer, strides = gradient_buffer(input)
     statistics = _statistics_of(saved, input, options, codes, grad_extras)

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyloss import _C
 from pyloss.ops._launch import DTYPE_CODES, queue
 from pyloss.ops.row_softmax import calls
+from pyloss.ops.row_softmax.layout import extent
 
 
 def _forward(input, problem, forward):
@@ -38,7 +39,8 @@ hvp = partial(calls.hvp, _hvp)
 
 
 def scale_(data: Tensor, factor: Tensor) -> None:
-    # Only ever the gradient that the forward has just allocated: dense, in some order.
+    # Only ever the gradient that the forward has just allocated: dense in some order, or with rows
+    # apart, whose gaps nobody reads.
     code = DTYPE_CODES[data.dtype]
     with torch.cuda.device_of(data):
-        _C.cuda_scale_inplace(data.data_ptr(), code, data.numel(), factor.data_ptr(), *queue(data))
+        _C.cuda_scale_inplace(data.data_ptr(), code, extent(data), factor.data_ptr(), *queue(data))

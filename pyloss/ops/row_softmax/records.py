@@ -107,9 +107,16 @@ NO_STRIDES = (0, 0, 0)
 new = tuple.__new__
 
 
-def unpacked(options, codes) -> tuple[Options, Codes]:
-    """From the lists of an op's schema."""
+def unpacked(options, codes, numbers: Tensor | None = None) -> tuple[Options, Codes]:
+    """From the lists of an op's schema; a tensor `numbers` takes the place of the options."""
+    if numbers is not None:
+        options = numbers.tolist()
     return PLAIN if options is None else new(Options, options), new(Codes, codes)
+
+
+def unpacked_saved(rest) -> tuple[tuple[Tensor | None, ...], Tensor, Options, Codes]:
+    """(labels, saved, options, codes) from what an op gets after the logits."""
+    return (rest[:5], rest[5], *unpacked(*rest[6:]))
 
 
 def is_soft(kind: int, options: Options) -> bool:

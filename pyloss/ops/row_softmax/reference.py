@@ -17,7 +17,7 @@ from pyloss.ops.row_softmax.calls import (
     outputs,
 )
 from pyloss.ops.row_softmax.layout import row_count
-from pyloss.ops.row_softmax.records import DENSE, FOCAL, MIX, REDUCTIONS, unpacked
+from pyloss.ops.row_softmax.records import DENSE, FOCAL, MIX, REDUCTIONS, unpacked, unpacked_saved
 
 _LABEL_STATS = ("logprob", "rank")  # statistics that probabilities do not have
 
@@ -100,10 +100,12 @@ def differentiable(loss, extras):
 
 
 def forward(
-    input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants
+    input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants,
+    numbers=None,
 ):  # fmt: skip
     tensors = (target, target2, mix, weight, token_weight)
-    loss, statistics, index = outputs(input, *unpacked(options, codes), loss_dtype, wants)
+    options, codes = unpacked(options, codes, numbers)
+    loss, statistics, index = outputs(input, options, codes, loss_dtype, wants)
     saved = statistics.saved
     with torch.no_grad():
         found = composed(input, tensors, options, codes, None, wants)
@@ -121,7 +123,7 @@ def forward(
 
 
 def backward(grad_loss, grad_extras, input, *rest):
-    *tensors, _, options, codes = rest
+    tensors, _, options, codes = unpacked_saved(rest)
     return composed_gradient(grad_loss, grad_extras, input, *tensors, options, codes)[0]
 
 
@@ -130,7 +132,7 @@ def backward_(grad_loss, grad_extras, input, *rest):
 
 
 def hvp(v, grad_loss, grad_extras, input, *rest):
-    *tensors, saved, options, codes = rest
+    tensors, saved, options, codes = unpacked_saved(rest)
     rows, acc = row_count(input), saved.dtype
     with torch.enable_grad():
         x = input.detach().requires_grad_()
@@ -139,7 +141,7 @@ def hvp(v, grad_loss, grad_extras, input, *rest):
         dx = composed_gradient(g, c, x, *tensors, options, codes, create_graph=True)[0]
         found = torch.autograd.grad(dx, [x, g] if c is None else [x, g, c], v)
     grad_rows = found[1].to(acc).flatten()
-    if unpacked(options, codes)[1].scalar:
+    if codes.scalar:
         # The derivative of the one scalar, as if the first row had all of it.
         grad_rows = torch.cat([grad_rows, grad_rows.new_zeros(max(rows - 1, 0))])[:rows]
     return found[0], grad_rows, x.new_empty(0, dtype=acc) if c is None else found[2][:3].to(acc)

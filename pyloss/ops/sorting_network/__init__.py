@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.ops._empty import scale_, scaled
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import (
@@ -235,16 +236,17 @@ class _Loss(torch.autograd.Function):
                 lambda x: reference.composed_loss(x, target, count, ctx.codes, *named), [x], [g],
                 create_graph=True,
             )  # fmt: skip
+            gx = torch.zeros_like(x) if gx is None else gx  # of rows of one element
         else:
             g = g.unsqueeze(1) if g.dim() else g
             if gx is not None:
-                gx = gx * g
+                gx = scaled(gx, g)
             else:
                 if early is None:
                     _, early = _ops.sorting_network_loss(
                         x, target, count, ctx.codes, *ctx.network, True
                     )
-                gx = early.mul_(g)
+                gx = scale_(early, g)
         return gx, None, None, None, None, None
 
 

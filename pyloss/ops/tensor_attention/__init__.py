@@ -1,7 +1,9 @@
 """Exact Kronecker tensor attention as an op: (out, lse) forward, up to seven gradients backward.
 
-    S[i,j,k] = scale sum_l q[i,l] k1[j,l] (k2[k,l] + bk) + mask1[i,j] + mask2[i,k]
+    S[i,j,k] = cap(scale sum_l q[i,l] k1[j,l] (k2[k,l] + bk)) + mask1[i,j] + mask2[i,k]
     out[i,c] = sum_jk softmax_jk(S)[i,j,k] v1[j,c] (v2[k,c] + bv)
+
+with cap(x) = softcap tanh(x / softcap), or x where softcap is 0.
 
 Formulas, memory and cost: docs/tensor_attention.md. Kernels: csrc/cpu/tensor_attention.h,
 kernels/tensor_attention. Of more than two key axes: order.py.
@@ -14,17 +16,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.tensor_attention import cpu, reference, triton
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention import cost, cpu, reference, second_order, triton
 from pyloss.ops.tensor_attention.cpu import scratch_bytes
-from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
 from pyloss.ops.tensor_attention.plan import WANT, Settings, gradients, results
 
 __all__ = ["Settings", "scratch_bytes", "tensor_attention"]
 
 _TENSORS = "Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, Tensor? mask1, Tensor? mask2"
-_SETTINGS = "float scale, bool causal, SymInt w1, SymInt w2, SymInt q_offset, float bk, float bv"
+_SETTINGS = (
+    "float scale, bool causal, SymInt w1, SymInt w2, SymInt q_offset, float bk, float bv, "
+    "float softcap"
+)
 
 
 def _forward_fake(q, k1, k2, v1, v2, mask1, mask2, *settings):
@@ -47,6 +52,9 @@ define_op(
     impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
 )
 
+count_by("tensor_attention_fwd", cost.forward_flops)
+count_by("tensor_attention_bwd", cost.backward_flops)
+
 # --------------------------------------------------------------------------------------------------
 # Autograd
 
@@ -68,21 +76,23 @@ class _TensorAttention(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, out, lse = kept[:7], kept[7], kept[8]
         rest = (None,) * len(ctx.settings)
-        want = sum(bit for bit, yes in zip(WANT, ctx.needs_input_grad) if yes)
-        if want == 0 or (dout is None and dlse is None):
+        needed = ctx.needs_input_grad[:7]
+        if not any(needed) or (dout is None and dlse is None):
             return *(None for _ in tensors), *rest
-        cotangent = torch.zeros_like(out) if dout is None else dout
-        # is_grads_batched, jacobian(vectorize=True): vmap cannot look into the op.
-        batched = any(g is not None and is_batched(g) for g in (dout, dlse))
-        run = reference.backward if batched else _ops.tensor_attention_bwd
-        found = run(
-            cotangent, dlse, *(t if t is None else t.detach() for t in tensors), out.detach(),
-            lse.detach(), *ctx.settings, want,
-        )  # fmt: skip
+        part = reference.part(2, *reference.of_settings(ctx.settings))
+        if second_order.batched(dout, dlse):
+            return *second_order.by_reference(part, tensors, (dout, dlse), needed), *rest
+        with torch.no_grad():
+            grads = _ops.tensor_attention_bwd(
+                torch.zeros_like(out) if dout is None else dout, dlse, *tensors, out, lse,
+                *ctx.settings, sum(bit for bit, yes in zip(WANT, needed) if yes),
+            )  # fmt: skip
+        grads = iter(grads)
+        grads = [next(grads) if yes else None for yes in needed]
         if torch.is_grad_enabled():
-            found = FirstOrderOnly.apply(len(found), *found, cotangent, *tensors)
-        grads = list(found)
-        return *(grads.pop(0) if want & bit else None for bit in WANT), *rest
+            blocks = reference.blocks(tensors[0], tensors[1:3])
+            grads = second_order.differentiable(grads, part, blocks, tensors, (dout, dlse))
+        return *grads, *rest
 
 
 def tensor_attention(

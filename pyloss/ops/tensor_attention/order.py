@@ -5,9 +5,9 @@ output is weighted by v_j; the logsumexps say with which share:
 
     out_i = sum_j exp(lse_ij - lse_i) v_j * o_ij,        lse_i = log sum_j exp(lse_ij)
 
-The backward goes the same way with the final lse, so that the probabilities of the inner problem
-are those of the whole. Memory is that of order 2 plus a few tensors like q; nothing of size n^2 is
-stored. Half types are computed in float32.
+The backward goes the same way: the inner problem gets its share of the cotangents. Memory is that
+of order 2 plus a few tensors like q; nothing of size n^2 is stored. Half types are computed in
+float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
-from pyloss.ops.tensor_attention import hidden
-from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
+from pyloss.ops.tensor_attention import hidden, reference, second_order
 from pyloss.ops.tensor_attention.plan import WANT
 
 _ops = torch.ops.pyloss
@@ -34,28 +33,29 @@ class OrderSettings(NamedTuple):
     causal: bool
     windows: tuple[int, ...]
     q_offset: int
+    softcap: float
 
 
 # Dynamo follows what comes now, in versions that neither take a NamedTuple through
 # Function.apply nor know _replace: the settings go on as a plain tuple.
-_Plain = tuple[float, bool, tuple[int, ...], int]
+_Plain = tuple[float, bool, tuple[int, ...], int, float]
 
 
 def _inner_settings(settings: _Plain, first_query: int) -> _Plain:
     """Without the first axis, for queries that start at `first_query`."""
-    scale, causal, windows, q_offset = settings
-    return scale, causal, windows[1:], q_offset + first_query
+    scale, causal, windows, q_offset, softcap = settings
+    return scale, causal, windows[1:], q_offset + first_query, softcap
 
 
-def _pair_settings(settings: _Plain) -> tuple[float, bool, int, int, int, float, float]:
+def _pair_settings(settings: _Plain) -> tuple:
     """Those of the op, for the last two axes."""
-    scale, causal, (w1, w2), q_offset = settings
-    return scale, causal, w1, w2, q_offset, 0.0, 0.0
+    scale, causal, (w1, w2), q_offset, softcap = settings
+    return scale, causal, w1, w2, q_offset, 0.0, 0.0, softcap
 
 
 def _queries(settings: _Plain, key: int, n_q: int) -> slice:
     """Those that see a key of the first axis."""
-    _, causal, windows, q_offset = settings
+    _, causal, windows, q_offset, _ = settings
     window, position = windows[0], key - q_offset
     first = position if causal else (position - window + 1 if window else 0)
     last = position + window if window else n_q
@@ -83,6 +83,7 @@ def _forward(q, keys, values, masks, settings: _Plain):
     for j in range(k.shape[2]):
         at = _queries(settings, j, n_q)
         out, lse = _inner(q, k, keys, values, masks, settings, j, at)
+        lse = _with_mask(lse, masks[0], j, at)
         new = torch.maximum(most[:, :, at], lse)
         shift = torch.where(new == -math.inf, 0.0, new)
         kept, weight = torch.exp(most[:, :, at] - shift), torch.exp(lse - shift)
@@ -95,23 +96,22 @@ def _forward(q, keys, values, masks, settings: _Plain):
 
 
 def _inner(q, k, keys, values, masks, settings, j, at):
-    """(out, lse) of the queries `at` times key j of the first axis."""
+    """(out, lse) of the queries `at` times key j of the first axis, its mask left out."""
     pairs = q[:, :, at] * k[:, :, j : j + 1]
     masks_inner = [m if m is None else _of_queries(m, at) for m in masks[1:]]
-    out, lse = _forward(
-        pairs, keys[1:], values[1:], masks_inner, _inner_settings(settings, at.start)
-    )
-    if masks[0] is not None:
-        lse = lse + _of_queries(masks[0], at)[..., j]
-    return out, lse
+    inner = _inner_settings(settings, at.start)
+    return _forward(pairs, keys[1:], values[1:], masks_inner, inner)
 
 
-def _backward(dout, delta, lse, q, keys, values, masks, settings: _Plain):
-    """(dq, [dk], [dv]); delta is <dout, out> - dlse, lse that of all the axes together."""
+def _with_mask(lse, mask, j, at):
+    return lse if mask is None else lse + _of_queries(mask, at)[..., j]
+
+
+def _backward(dout, delta, out, lse, q, keys, values, masks, settings: _Plain):
+    """(dq, [dk], [dv]); delta is <dout, out> - dlse."""
     if len(keys) == 2:
-        # The op forms delta itself, as <dout, out> - dlse.
         found = _ops.tensor_attention_bwd(
-            dout, -delta, q, *keys, *values, *masks, torch.zeros_like(dout), lse,
+            dout, (dout * out).sum(-1) - delta, q, *keys, *values, *masks, out, lse,
             *_pair_settings(settings), sum(WANT[:5]),
         )  # fmt: skip
         return found[0], list(found[1:3]), list(found[3:5])
@@ -123,18 +123,16 @@ def _backward(dout, delta, lse, q, keys, values, masks, settings: _Plain):
     for j in range(k.shape[2]):
         at = _queries(settings, j, n_q)
         key, value = k[:, :, j : j + 1], v[:, :, j : j + 1]
-        out, lse_j = _inner(q, k, keys, values, masks, settings, j, at)
+        out_j, lse_j = _inner(q, k, keys, values, masks, settings, j, at)
         whole = lse[:, :, at]
-        share = torch.where(whole == -math.inf, 0.0, torch.exp(lse_j - whole))
-        dv[:, :, j] = (dout[:, :, at] * out * share.unsqueeze(-1)).sum(2)
-        if masks[0] is not None:
-            whole = whole - _of_queries(masks[0], at)[..., j]
-            whole = torch.where(lse_j == -math.inf, -math.inf, whole)  # not inf - inf
+        share = torch.exp(_with_mask(lse_j, masks[0], j, at) - whole)
+        share = torch.where(whole == -math.inf, 0.0, share)
+        dout_j = dout[:, :, at] * share.unsqueeze(-1)
+        dv[:, :, j] = (dout_j * out_j).sum(2)
         masks_inner = [m if m is None else _of_queries(m, at) for m in masks[1:]]
         dpairs, dinner, dvinner = _backward(
-            (dout[:, :, at] * value).contiguous(), delta[:, :, at], whole.contiguous(),
-            q[:, :, at] * key, keys[1:], values[1:], masks_inner,
-            _inner_settings(settings, at.start),
+            dout_j * value, delta[:, :, at] * share, out_j, lse_j, q[:, :, at] * key, keys[1:],
+            values[1:], masks_inner, _inner_settings(settings, at.start),
         )  # fmt: skip
         dq[:, :, at] += dpairs * key
         dk[:, :, j] = (dpairs * q[:, :, at]).sum(2)
@@ -148,11 +146,9 @@ def _backward(dout, delta, lse, q, keys, values, masks, settings: _Plain):
 
 class _TensorAttentionOrder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, causal, windows, q_offset, q, *others):
-        order, settings = len(windows), (scale, causal, windows, q_offset)
-        keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
-        acc = accumulator_dtype(q.dtype)
-        q, keys, values = q.to(acc), [t.to(acc) for t in keys], [t.to(acc) for t in values]
+    def forward(ctx, scale, causal, windows, q_offset, softcap, *tensors):
+        order, settings = len(windows), (scale, causal, windows, q_offset, softcap)
+        q, keys, values, masks = _accumulated(tensors, order)
         given = (q, keys, values, masks, causal, windows, q_offset)
         # A look at the numbers waits for a GPU and does not trace; the loop over the keys is slow
         # enough to go without.
@@ -163,29 +159,45 @@ class _TensorAttentionOrder(torch.autograd.Function):
         out, lse = _forward(q, keys, values, masks, settings)
         if unclean:
             hidden.spoil(out, lse, *given)
-        ctx.save_for_backward(q, *keys, *values, *masks, out, lse)
-        ctx.settings, ctx.order = settings, order
-        ctx.dtypes = [t.dtype for t in others[: 2 * order]]
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.settings, ctx.order, ctx.unclean = settings, order, unclean
         ctx.set_materialize_grads(False)
-        return out.to(ctx.dtypes[0]), lse.clone()
+        # Not the tensors that are saved: torch.compile of torch 2.11 gives those no gradient.
+        return out.to(tensors[0].dtype, copy=torch.compiler.is_compiling()), lse.clone()
 
     @staticmethod
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * (5 + 3 * ctx.order)
-        q, *others, out, lse = ctx.saved_tensors
-        m = ctx.order
-        keys, values, masks = others[:m], others[m : 2 * m], others[2 * m :]
+            return (None,) * (6 + 3 * ctx.order)
+        *tensors, out, lse = ctx.saved_tensors
+        m, inputs = ctx.order, 1 + 2 * ctx.order
+        part = reference.part(m, *ctx.settings)
+        needed = (*ctx.needs_input_grad[5 : 5 + inputs], *(False,) * m)
+        if second_order.batched(dout, dlse):
+            grads = second_order.by_reference(part, tensors, (dout, dlse), needed)
+            return *(None,) * 5, *grads
         with torch.no_grad():
+            q, keys, values, masks = _accumulated(tensors, m)
+            if ctx.unclean:
+                keys, values = hidden.cleared(*keys), hidden.cleared(*values)
             cotangent = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
             delta = (cotangent * out).sum(-1)
             if dlse is not None:
                 delta = delta - dlse
-            dq, dk, dv = _backward(cotangent, delta, lse, q, keys, values, masks, ctx.settings)
-        found = [g.to(ctx.dtypes[0]) for g in (dq, *dk, *dv)]
+            dq, dk, dv = _backward(cotangent, delta, out, lse, q, keys, values, masks, ctx.settings)
+        grads = [g.to(tensors[0].dtype) if yes else None for g, yes in zip((dq, *dk, *dv), needed)]
+        grads += [None] * m
         if torch.is_grad_enabled():
-            found = FirstOrderOnly.apply(len(found), *found, cotangent, q, *keys, *values)
-        return *(None,) * 4, *found, *(None,) * m
+            blocks = reference.blocks(tensors[0], tensors[1 : 1 + m])
+            grads = second_order.differentiable(grads, part, blocks, tensors, (dout, dlse))
+        return *(None,) * 5, *grads
+
+
+def _accumulated(tensors, order):
+    """(q, keys, values, masks), the first three in the accumulator's dtype."""
+    acc = accumulator_dtype(tensors[0].dtype)
+    q, *others = [t.to(acc) for t in tensors[: 1 + 2 * order]]
+    return q, others[:order], others[order:], tensors[1 + 2 * order :]
 
 
 def tensor_attention_order(
@@ -197,17 +209,6 @@ def tensor_attention_order(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked arguments; masks are additive and get no gradient."""
     if functorch_active() or forward_ad_active():  # transforms must see into the op
-        from pyloss.reference.tensor_attention import tensor_attention  # with its first use
-
-        return tensor_attention(
-            q,
-            keys,
-            values,
-            masks=masks,
-            scale=settings.scale,
-            causal=settings.causal,
-            windows=[w or None for w in settings.windows],
-            q_offset=settings.q_offset,
-        )
+        return reference.of_order(q, keys, values, masks, *settings)
     tensors = distinct((q, *keys, *values, *masks))
     return _TensorAttentionOrder.apply(*settings, *tensors)

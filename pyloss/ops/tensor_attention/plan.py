@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     q_offset: int
     bk: float
     bv: float
+    softcap: float = 0.0  # of the scores, before masks; 0: none
 
 
 # Bits of `want`: q, k1, k2, v1, v2, mask1, mask2.

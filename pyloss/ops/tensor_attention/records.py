@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     dv: int
     dtype: int
     scale: float
+    softcap: float  # 0: none
     causal: bool
     q_offset: int
     q: int
@@ -82,11 +83,11 @@ def problem(
     settings: Settings,
 ) -> Problem:
     """Of tensors whose features, and of masks whose keys, are contiguous."""
-    scale, causal, w1, w2, q_offset, bias_k, bias_v = settings
+    scale, causal, w1, w2, q_offset, bias_k, bias_v, softcap = settings
     batch, heads, n_q, d = q.shape
     return Problem(
-        batch, heads, k1.shape[1], n_q, d, v1.shape[3], DTYPE_CODES[q.dtype], scale, causal,
-        q_offset, q.data_ptr(), q.stride(), _axis(k1, v1, mask1, w1, 0.0, 0.0),
+        batch, heads, k1.shape[1], n_q, d, v1.shape[3], DTYPE_CODES[q.dtype], scale, softcap,
+        causal, q_offset, q.data_ptr(), q.stride(), _axis(k1, v1, mask1, w1, 0.0, 0.0),
         _axis(k2, v2, mask2, w2, bias_k, bias_v),
     )  # fmt: skip
 

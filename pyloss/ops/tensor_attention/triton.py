@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss import backends
 from pyloss.ops.tensor_attention import reference
 from pyloss.ops.tensor_attention.plan import Settings, finished, gradients, results, rows, wanted
 
@@ -17,9 +18,22 @@ def _kernels():
     return tensor_attention
 
 
-def _takes(q: Tensor, v1: Tensor) -> bool:
-    """Whether the Triton kernels know the case; the reference has the rest."""
-    return q.dtype != torch.float64 and max(q.shape[3], v1.shape[3]) <= 256
+def _why_not(q: Tensor, v1: Tensor, settings: Settings) -> str | None:
+    """The reason, in words, where the Triton kernels leave a case to the reference."""
+    if q.dtype == torch.float64:
+        return "the Triton kernels have no float64"
+    if max(q.shape[3], v1.shape[3]) > 256:
+        return "the Triton kernels have at most 256 features"
+    if settings.softcap:
+        return "the Triton kernels have no softcap"
+    return None
+
+
+def _takes(op: str, q: Tensor, v1: Tensor, settings: Settings) -> bool:
+    reason = _why_not(q, v1, settings)
+    if reason is not None:
+        backends.say_reference(op, q.device.type, reason)
+    return reason is None
 
 
 def _keywords(settings: Settings):
@@ -45,7 +59,7 @@ def _masks(mask1, mask2, k1, k2):
 
 
 def forward(q, k1, k2, v1, v2, mask1, mask2, *settings):
-    if not _takes(q, v1):
+    if not _takes("tensor_attention_fwd", q, v1, Settings(*settings)):
         return reference.forward(q, k1, k2, v1, v2, mask1, mask2, *settings)
     out, lse = results(q, v1)
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0:
@@ -60,7 +74,7 @@ def backward(dout, dlse, *args):
     tensors, masks, (out, lse) = args[:5], args[5:7], args[7:9]
     settings, want = Settings(*args[9:-1]), args[-1]
     q, k1, k2, v1, _ = tensors
-    if not _takes(q, v1):
+    if not _takes("tensor_attention_bwd", q, v1, settings):
         return reference.backward(dout, dlse, *args)
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0:
         return [g.zero_() for g in gradients(args[:7], want) if g is not None]

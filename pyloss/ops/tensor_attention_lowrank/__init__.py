@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
-from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.tensor_attention.first_order import FirstOrderOnly
+from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
+from pyloss.ops.tensor_attention import second_order
 from pyloss.ops.tensor_attention_lowrank import cpu, plan, reference, triton
 from pyloss.ops.tensor_attention_lowrank.plan import Settings
 
@@ -49,6 +50,27 @@ define_op(
     impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
 )
 
+
+def _flops(q, keys, values, degree: int) -> int:
+    """Of one product with the features of each token: 2 r (dv + 1)."""
+    tokens = q[0] * (q[1] * q[2] + sum(k[1] * k[2] for k in keys))
+    return 2 * tokens * plan.rank(q[3], degree) * (values[0][3] + 1)
+
+
+def _forward_flops(q, keys, values, key_masks, coefficients, *rest, out_shape=None) -> int:
+    return _flops(q, keys, values, len(coefficients) - 1)
+
+
+def _backward_flops(
+    dout, dlse, q, keys, values, key_masks, out, y, states, coefficients, *rest, out_shape=None
+) -> int:
+    """dv_x and dU_x of each token of keys, [E | e] and dU_0 of each query."""
+    return 2 * _flops(q, keys, values, len(coefficients) - 1)
+
+
+count_by("tensor_attention_lowrank_fwd", _forward_flops)
+count_by("tensor_attention_lowrank_bwd", _backward_flops)
+
 # --------------------------------------------------------------------------------------------------
 # Autograd
 
@@ -71,21 +93,24 @@ class _LowRank(torch.autograd.Function):
         m = ctx.order
         if dout is None and dlse is None:
             return (None,) * (7 + 3 * m)
-        q, *others = ctx.saved_tensors
-        keys, values, masks = others[:m], others[m : 2 * m], others[2 * m : 3 * m]
-        out, y, *states = others[3 * m :]
-        cotangent = torch.zeros_like(out) if dout is None else dout
+        kept, inputs = ctx.saved_tensors, 1 + 2 * m
+        sources, masks = kept[:inputs], kept[inputs : inputs + m]
+        out, y, *states = kept[inputs + m :]
+        part = reference.part(m, masks, ctx.settings)
+        needed = ctx.needs_input_grad[6 : 6 + inputs]
+        if second_order.batched(dout, dlse):
+            grads = second_order.by_reference(part, sources, (dout, dlse), needed)
+            return *(None,) * 6, *grads, *(None,) * m
         with torch.no_grad():
-            # is_grads_batched, jacobian(vectorize=True): vmap cannot look into the op.
-            batched = any(g is not None and is_batched(g) for g in (dout, dlse))
-            run = reference.backward_batched if batched else _ops.tensor_attention_lowrank_bwd
-            dq, dkeys, dvalues = run(
-                cotangent, dlse, q, keys, values, masks, out, y, states, *ctx.settings
-            )
-        found = [dq, *dkeys, *dvalues]
+            dq, dkeys, dvalues = _ops.tensor_attention_lowrank_bwd(
+                torch.zeros_like(out) if dout is None else dout, dlse, sources[0],
+                sources[1 : 1 + m], sources[1 + m :], masks, out, y, states, *ctx.settings,
+            )  # fmt: skip
+        grads = [g if yes else None for g, yes in zip((dq, *dkeys, *dvalues), needed)]
         if torch.is_grad_enabled():
-            found = FirstOrderOnly.apply(len(found), *found, cotangent, q, *keys, *values)
-        return *(None,) * 6, *found, *(None,) * m
+            # All queries at once: what comes before a block would be summed for each of them.
+            grads = second_order.differentiable(grads, part, [slice(None)], sources, (dout, dlse))
+        return *(None,) * 6, *grads, *(None,) * m
 
 
 def tensor_attention_lowrank(

@@ -66,4 +66,5 @@ def backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
     found = records.backward(dout, dlse, out, y, states, *grads)
     _C.tensor_attention_lowrank_bwd(problem, found, start, size, threads)
     del kept, buffer
+    plan.clear_unseen(*grads[1:], q.shape[2], settings)
     return grads

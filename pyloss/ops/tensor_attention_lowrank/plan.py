@@ -94,3 +94,20 @@ def gradients(
     fmt = torch.contiguous_format
     dq, *rest = (torch.empty_like(t, memory_format=fmt) for t in (q, *keys, *values))
     return dq, rest[: len(keys)], rest[len(keys) :]
+
+
+def clear_unseen(dkeys: Sequence[Tensor], dvalues: Sequence[Tensor], n_q: int, settings) -> None:
+    """Writes 0 for keys outside the reach of all queries: running sums that go on to them multiply
+    a gradient of 0 with what stands there, NaN perhaps.
+    """
+    _, _, causal, windows, offset = settings
+    for window, *grads in zip(windows, dkeys, dvalues):
+        if not (causal or window):
+            continue
+        first = offset - window + 1 if window else 0
+        last = n_q + offset + (0 if causal else window - 1)
+        for g in grads:
+            if first > 0:
+                g[:, :, :first] = 0
+            if last < g.shape[2]:
+                g[:, :, max(last, 0) :] = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from pyloss.ops._reference import gradients
 from pyloss.ops.tensor_attention_lowrank import plan
 from pyloss.ops.tensor_attention_lowrank.plan import Settings
 
@@ -46,13 +45,10 @@ def backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
     return dq.contiguous(), [g.contiguous() for g in dkeys], [g.contiguous() for g in dvalues]
 
 
-def backward_batched(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
-    """As backward, through the forward: of cotangents that vmap carries."""
-    order = len(keys)
+def part(order: int, key_masks, settings):
+    """(out, lse) as a function of (rows, q, *keys, *values); all rows."""
 
-    def function(q, *others):
-        out, lse, *_ = found(q, others[:order], others[order:], key_masks, Settings(*settings))
-        return out, torch.where(lse == -torch.inf, 0.0, lse)
+    def of_rows(rows, q, *others):
+        return found(q, others[:order], others[order:], key_masks, Settings(*settings))[:2]
 
-    dq, *rest = gradients(function, (q, *keys, *values), (dout, dlse))
-    return dq, rest[:order], rest[order:]
+    return of_rows

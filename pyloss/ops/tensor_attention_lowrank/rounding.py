@@ -67,6 +67,13 @@ def sum_error(
     return 2.0 * found + matrix_products * _TF32 if single and allows_tf32() else found
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch may round the factors of float32 products on CUDA to tf32."""
+    from pyloss.kernels import _launch  # with its first use
+
+    return _launch.allows_tf32()
+
+
 def _cpu(lengths, windows, banded: bool, rank: int) -> int:
     """Chains of csrc/cpu/tensor_attention_lowrank.cpp."""
     if banded:
@@ -91,11 +98,3 @@ def _blocks(lengths, windows, per_row: int) -> int:
     return sum(
         (3 if w else 1) * min(n, min(n, step) + -(-n // step)) for n, w in zip(lengths, windows)
     )
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch may round the factors of float32 products on CUDA to tf32."""
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # set through the old and the new interface at once
-        return True

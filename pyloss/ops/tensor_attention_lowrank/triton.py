@@ -34,9 +34,11 @@ def backward(dout, dlse, q, keys, values, key_masks, out, y, states, *settings):
     masks = key_masks or [None] * len(keys)
     if found.banded:
         _, _, *band = settings
-        return kernels.tensor_attention_lowrank_scan_bwd(
+        grads = kernels.tensor_attention_lowrank_scan_bwd(
             dout, dlse, q, keys, values, masks, out, y, found.coefficients, *band
         )
+        plan.clear_unseen(*grads[1:], q.shape[2], settings)
+        return grads
     return kernels.tensor_attention_lowrank_bwd(
         dout, dlse, q, keys, values, masks, out, y, states, found.coefficients
     )

@@ -121,12 +121,15 @@ Row definition(const Problem& p, const std::vector<double>& x, const std::vector
   return r;
 }
 
+// Rows that a warp keeps in shared memory; more than one block of them; rows that are too long.
+enum class Size { kSmall, kMany, kLong };
+
 template <class R>
-void check(std::mt19937_64& rnd, bool large) {
+void check(std::mt19937_64& rnd, Size size) {
   const auto below = [&](int64_t n) { return int64_t(rnd() % uint64_t(n)); };
   Problem p{};
-  p.rows = large ? 70 : below(5);  // more than one block
-  p.n = large ? 5 : 1 + below(24);
+  p.rows = size == Size::kMany ? 70 : size == Size::kLong ? 2 : below(5);
+  p.n = size == Size::kMany ? 5 : size == Size::kLong ? 1800 : 1 + below(80);
   p.dtype = sizeof(R) == 8 ? DType::kF64 : DType::kF32;
   p.rank = below(2) != 0;
   p.kl = below(2) != 0;
@@ -232,10 +235,11 @@ int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 100;
   std::mt19937_64 rnd(argc > 2 ? uint64_t(std::atoll(argv[2])) : 0);
   for (int64_t i = 0; i < cases; ++i) {
+    const Size size = i % 30 >= 28 ? Size::kLong : i % 5 == 0 ? Size::kMany : Size::kSmall;
     if (i % 2 == 0) {
-      check<float>(rnd, i % 10 == 0);
+      check<float>(rnd, size);
     } else {
-      check<double>(rnd, i % 10 == 5);
+      check<double>(rnd, size);
     }
   }
   check_refusals();

@@ -519,6 +519,10 @@ void make_case(Random& rnd, Case& c) {
     p.outer = rnd.pick<int64_t>({1, 2});
   }
   if (p.classes < 100 && rnd.chance(0.1)) p.outer = 40;
+  // Several rows for a team, one after the other.
+  if (p.classes > 32 && p.classes < 3000 && rnd.chance(0.15)) p.outer = p.classes > 2048 ? 37 : 90;
+  // Enough rows side by side for a lane each, their classes split among warps.
+  if (layout == 3 && p.classes > 32 && p.classes < 300 && rnd.chance(0.4)) p.outer = 1100;
   p.inner = layout == 2 ? rnd.pick<int64_t>({1, 2, 5}) : 1;
   const int64_t n = p.rows(), classes = p.classes;
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pyloss.ops._empty import divided
 from pyloss.ops._labels import wide
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, constants
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors
 from pyloss.ops.linear_cross_entropy.chunks import Chunks
 from pyloss.ops.linear_cross_entropy.products import Linear
@@ -196,7 +196,7 @@ def _masses(weight, shard: Shard, spec: Spec, input) -> tuple[Tensor | None, Ten
     acc = accumulator_dtype(input.dtype)
     pieces = list(zip(shard.bounds[:-1], shard.bounds[1:]))
     if weight is None:
-        return None, torch.tensor([e - b for b, e in pieces], dtype=acc, device=input.device)
+        return None, constants([e - b for b, e in pieces], acc, input.device)
     sums = torch.stack([weight[b:e].sum(dtype=torch.float64) for b, e in pieces])
     return weight[shard.begin : shard.begin + shard.width].contiguous(), sums.to(acc)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyloss.ops._launch import constants
 from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import Merged, Shard, Spec
 
 # Renamed in torch 2.13, where the old name warns.
@@ -64,10 +65,8 @@ def exchange(size: int, target: Tensor, input: Tensor | None, device, group) -> 
     total = torch.zeros((), dtype=torch.float64, device=device)
     if input is not None:
         total = input.detach().abs().sum(dtype=torch.float64).nan_to_num(0, 0, 0)
-    mine = torch.stack([
-        torch.tensor(size, device=device), torch.tensor(y.numel(), device=device),
-        (y * places).sum().to(device), total.view(torch.int64),
-    ])  # fmt: skip
+    known = constants((size, y.numel()), torch.int64, device)
+    mine = torch.stack([*known, (y * places).sum().to(device), total.view(torch.int64)])
     every = all_gather(mine, group)
     sums = every[:, 3].contiguous().view(torch.float64)
     return Holdings(*(tuple(c) for c in every[:, :3].t().tolist()), tuple(sums.tolist()))
@@ -107,6 +106,6 @@ def merge(every: Tensor, masses: Tensor | None, spec: Spec, shard: Shard):
     argmax = None
     if spec.index:
         best = m_r.argmax(0, keepdim=True)
-        begin = torch.tensor(shard.bounds[:-1], device=m.device)
+        begin = constants(shard.bounds[:-1], torch.int64, m.device)
         argmax = others[-1].gather(0, best).squeeze(0).long() + begin[best.squeeze(0)]
     return row, nll, m + log_d, smooth, argmax

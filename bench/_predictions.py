@@ -1,0 +1,264 @@
+"""What the GPU kernels should take on an H200, from bytes, instructions and occupancy: no run.
+
+    python -m bench._predictions     the table of the kernels and the predicted times
+
+Standard library only. bench/_gpu_times.py measures the same cases and prints measured over
+predicted; tests/compile/test_nvcc_compile.py holds KERNELS against what the compiler has made.
+
+The model of a streaming kernel: a multiprocessor moves bytes at its share of the copy rate, starts
+4 instructions of a warp a cycle, and has a number of bytes under way for the latency of a load. The
+three times are joined by a soft maximum, because none of them overlaps the others wholly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+COPY = 4.3e12  # bytes read and written a second
+MATRIX = 790e12  # operations a second, dense bf16
+MULTIPROCESSORS = 132
+CLOCK = 1.755e9
+LATENCY = 0.8e-6  # of a load from memory that is busy
+LAUNCH = 3e-6  # from the end of one kernel to the work of the next
+SHARED_BYTES = 228 * 1024  # of a multiprocessor
+
+
+class Kernel(NamedTuple):
+    """A row of the table. An element is a logit, a voxel, a wire: what the traffic is counted in.
+
+    Registers and static shared memory are those of sm_90, the most over all variants but double; in
+    the latter the 1 KiB that the runtime adds to a block which has any.
+    """
+
+    name: str
+    threads: int  # of a block, the usual one
+    registers: int
+    shared: int
+    traffic: str  # bytes of an element of b bytes, read + written
+
+
+KERNELS = (
+    Kernel("row_softmax_fwd_kernel", 256, 128, 1872, "b + 0; with the gradient b + b"),
+    Kernel("row_softmax_bwd_kernel", 256, 128, 7168, "b + b"),
+    Kernel("row_softmax_split_kernel", 32, 39, 1024, "32 a range of columns + 16 a row"),
+    Kernel("row_softmax_loss_kernel", 512, 30, 1280, "4 a row + 0"),
+    Kernel("row_softmax_norm_kernel", 512, 32, 1792, "8 a row + 0"),
+    Kernel("row_softmax_norm_finish_kernel", 512, 22, 1792, "24 a block + 0"),
+    Kernel("row_softmax_scale_kernel", 256, 32, 0, "b + b, or nothing for a factor of 1"),
+    Kernel("row_softmax_alone_fwd_kernel", 128, 96, 1040, "b + 0"),
+    Kernel("row_softmax_alone_bwd_kernel", 128, 80, 1024, "b + b"),
+    Kernel("row_softmax_hvp_kernel", 256, 56, 1408, "4 b + b"),
+    Kernel("row_softmax_cluster_kernel", 256, 59, 1280, "b + b"),
+    Kernel("betti_key_kernel", 512, 26, 0, "4 + 8"),
+    Kernel("betti_rank_kernel", 512, 28, 0, "8 + 4"),
+    Kernel("betti_number_kernel", 512, 14, 0, "4 + 4"),
+    Kernel("betti_min_rank_kernel", 512, 15, 0, "8 + 4"),
+    Kernel("betti_clear_kernel", 512, 8, 0, "0 + 4"),
+    Kernel("betti_sort_count_kernel", 256, 15, 2048, "4 + 0"),
+    Kernel("betti_sort_few_kernel", 256, 26, 0, "4 a digit and tile + 4"),
+    Kernel("betti_sort_many_kernel", 256, 32, 1056, "4 a digit and tile + 4"),
+    Kernel("betti_sort_move_kernel", 256, 61, 10240, "8 + 8"),
+    Kernel("betti_first_edges_kernel", 512, 30, 0, "16 + 8"),
+    Kernel("betti_link_kernel", 512, 20, 0, "8 + 4 a root"),
+    Kernel("betti_root_kernel", 512, 32, 1152, "4 a root + 4"),
+    Kernel("betti_jump_kernel", 512, 18, 0, "8 a hop + 4"),
+    Kernel("betti_edges_kernel", 512, 30, 1152, "12 an edge + 8"),
+    Kernel("betti_fill_kernel", 512, 10, 0, "0 + 4"),
+    Kernel("betti_start_kernel", 512, 20, 0, "8 + 8"),
+    Kernel("betti_chain_kernel", 512, 20, 0, "8 a hop + 4"),
+    Kernel("betti_bounds_kernel", 512, 12, 0, "4 + 4"),
+    Kernel("betti_elder_kernel", 512, 48, 0, "16 a bar and level + 8"),
+    Kernel("betti_elder_long_kernel", 512, 64, 2560, "16 a bar and level + 8"),
+    Kernel("betti_match_kernel", 512, 30, 0, "16 a bar + 8"),
+    Kernel("betti_loss_kernel", 256, 48, 1792, "24 a bar + 0"),
+    Kernel("betti_loss_sum_kernel", 512, 31, 0, "8 a block + 4"),
+    Kernel("betti_gradient_kernel", 512, 40, 0, "24 + 4"),
+    Kernel("betti_table_kernel", 512, 39, 0, "16 a bar + 48"),
+    Kernel("sorting_values_kernel", 512, 40, 3392, "4 + 4"),
+    Kernel("sorting_values_backward_kernel", 512, 50, 3264, "8 + 4"),
+    Kernel("sorting_tiny_kernel", 32, 77, 1024, "4 n an item + 4 n"),
+    Kernel("sorting_tile_kernel", 512, 127, 3792, "8 an entry of P and segment of layers + 8"),
+    Kernel("sorting_sum_groups_kernel", 256, 32, 0, "4 a group + 4"),
+    Kernel("sorting_sum_items_kernel", 256, 32, 0, "4 an item + 4"),
+    Kernel("sorting_mean_loss_kernel", 256, 30, 0, "8 a group + 4"),
+    Kernel("sorting_window_kernel", 512, 56, 19648, "4 a pass + 4"),
+    Kernel("sorting_layer_kernel", 256, 42, 1052, "8 a layer + 8"),
+    Kernel("sorting_fill_kernel", 256, 26, 0, "0 + 4"),
+    Kernel("sorting_find_nan_kernel", 256, 24, 0, "4 + 0"),
+    Kernel("sorting_copy_kernel", 256, 32, 0, "4 + 4"),
+    Kernel("permutahedron_warp_fwd_kernel", 32, 58, 1024, "12 + 8"),
+    Kernel("permutahedron_warp_bwd_kernel", 32, 49, 1024, "12 + 4"),
+    Kernel("permutahedron_fwd_kernel", 64, 62, 1024, "8 a pool and step + 8"),
+    Kernel("permutahedron_bwd_kernel", 64, 48, 1024, "12 + 4"),
+)
+
+
+def blocks_per_multiprocessor(threads: int, registers: int, shared: int) -> int:
+    """The occupancy rule: registers come in units of 256 a warp."""
+    warps = math.ceil(threads / 32)
+    by_registers = 65536 // (warps * math.ceil(registers * 32 / 256) * 256)
+    by_shared = SHARED_BYTES // max(shared, 1024)
+    return min(64 // warps, by_registers, by_shared, 32)
+
+
+class Rows(NamedTuple):
+    """A row_softmax kernel that streams rows of one length."""
+
+    registers: int
+    read: float  # bytes of an element
+    written: float
+    instructions: float  # of a lane for an element, executed; counted in the machine code
+    warp: float  # of each warp for a row: merging, addresses
+    row: float  # of a row, in the warps that repeat it
+    repeats: bool  # whether every warp does them for every row, or one lane of one warp
+    ahead: float  # bytes of a thread under way
+    serial: float  # latencies one after the other before the first element
+
+
+# Before and after: the first loads wait for label and logit or not; 80 or 64 registers.
+FORWARD = Rows(64, 2, 0, 9.2, 90, 550, False, 64, 1)
+BACKWARD = Rows(64, 2, 2, 8.9, 50, 550, False, 64, 1)
+BOTH = Rows(64, 2, 2, 18.1, 150, 550, False, 48, 2)
+FORWARD_BEFORE = Rows(80, 2, 0, 8.9, 120, 400, True, 64, 3)
+BACKWARD_BEFORE = Rows(80, 2, 2, 8.9, 30, 550, True, 64, 3)
+
+
+def team(classes: int, size: int) -> int:
+    """Threads of a row, as team_threads of csrc/cuda/row_softmax.cuh has them."""
+    vectors = math.ceil(classes * size / 16)
+    return 32 if vectors <= 256 else 128 if vectors <= 1024 else 256
+
+
+def soft_max(*seconds: float) -> float:
+    return sum(t**6 for t in seconds) ** (1 / 6)
+
+
+def rows_seconds(k: Rows, rows: int, classes: int, size: int = 2) -> float:
+    """One pass of a kernel over rows of bf16 (size 2)."""
+    threads = team(classes, size)
+    blocks = blocks_per_multiprocessor(max(threads, 128), k.registers, 2048)
+    teams = blocks * max(threads, 128) // threads
+    moved = classes * (k.read + k.written)
+    by_bytes = moved / (COPY / MULTIPROCESSORS)
+    per_team = max(1, min(32, math.ceil(rows / (MULTIPROCESSORS * teams))))
+    warps = threads / 32
+    scalar = k.row * warps if k.repeats else k.row / min(per_team, 32)
+    started = classes * k.instructions / 32 + k.warp * warps + scalar
+    by_instructions = started / (4 * CLOCK)
+    # A team alone: its loads come in turns of what it has under way.
+    under_way = min(classes * size, threads * k.ahead)
+    turns = classes * size / under_way
+    alone = LATENCY * (k.serial + turns - 1) + started / warps / CLOCK
+    return rows / MULTIPROCESSORS * soft_max(by_bytes, by_instructions, alone / teams)
+
+
+def share(k: Rows, classes: int, elements: int = 2**29) -> float:
+    """Of the copy rate, for as many logits."""
+    rows = elements // classes
+    return rows * classes * (k.read + k.written) / COPY / rows_seconds(k, rows, classes)
+
+
+def milliseconds() -> dict[str, float]:
+    """Case of bench/_gpu_times.py -> predicted milliseconds."""
+    return {name: 1e3 * seconds for name, seconds in _seconds().items()}
+
+
+def _seconds() -> dict[str, float]:
+    return {
+        "copy": 2.0**31 / COPY,
+        "product": 2.0 * 8192**3 / MATRIX,
+        **_row_seconds(),
+        **_product_seconds(),
+        # By reading: latency of one block a multiprocessor; about 145 launches and the passes over
+        # 2 M voxels; 1,400 links walked by each block of a million, and one chain in one block; one
+        # lane pools a row in shared memory, about 200 cycles an element; its gradient, and a sort.
+        "sorting fwd+bwd 64x1024": 4.5e-3,
+        "betti fwd+bwd 8x512x512 smooth": 145 * LAUNCH + 60 * 8 * 2**21 / COPY + 2e-3,
+        "betti fwd+bwd 8x512x512 noise": 145 * LAUNCH + 90 * 8 * 2**21 / COPY + 3e-3,
+        "betti fwd+bwd ramp of 10^6": 1400 * LATENCY + 2000 * 2e-6 + 145 * LAUNCH,
+        "permutahedron fwd+bwd 64x1024": 1024 * (200 + 150) / CLOCK + 10 * LAUNCH,
+    }
+
+
+def _row_seconds() -> dict[str, float]:
+    found = {}
+    sums = 3 * LAUNCH  # the denominators before, the sum of the losses after
+    for classes in (4096, 8192, 32768, 131072):
+        rows = 2**29 // classes
+        once, again = (rows_seconds(k, rows, classes) for k in (FORWARD, BACKWARD))
+        found[f"rows fwd {classes}"] = sums + once
+        found[f"rows fwd+bwd {classes}"] = LAUNCH + once + again
+        # 64 KiB of a row stay in shared memory, longer ones are read twice.
+        kept = 2 * classes <= 104 * 1024
+        reads = BOTH if kept else BOTH._replace(read=4)
+        found[f"rows fwd with gradient {classes}"] = sums + rows_seconds(reads, rows, classes)
+    # Narrow rows: 24 bytes of labels and statistics a row beside the logits; a row a lane.
+    for classes in (10, 32):
+        rows = 2**29 // 32
+        moved, started = 2 * classes + 24, (15 * classes + 350) / 32
+        once = soft_max(moved * rows / COPY, started * rows / (4 * CLOCK * MULTIPROCESSORS))
+        found[f"rows fwd narrow {classes}"] = once
+        found[f"rows fwd+bwd narrow {classes}"] = 2.3 * once
+    rows, classes = 8192, 50257
+    once, again = (rows_seconds(k, rows, classes) for k in (FORWARD, BACKWARD))
+    found["rows fwd padded slice"] = once
+    found["rows fwd+bwd padded slice"] = once + again
+    # 8192 transposed rows: 8 warps share 32 of them, 8 loads of 64 bytes of a warp under way.
+    size, under_way = 2.0 * 64 * 5000 * 128, 64 * 128 / 32 * 8 * 8 * 64
+    found["rows fwd strided"] = soft_max(size / COPY, size / (under_way / LATENCY))
+    found["rows fwd+bwd strided"] = 3 * found["rows fwd strided"]
+    return found
+
+
+def _product_seconds() -> dict[str, float]:
+    """Useful operations at half the rate of bare products, of 3 tf32 products for float32."""
+    attention, float32 = MATRIX / 2, MATRIX / 2 / 3
+    windows, full = 8 * 8192 * 512 * 32 * 128, 16 * 1024**3 * 64
+    features = 2 * 8 * 65536 * math.comb(66, 2) * 65
+    linear = 2 * 4096 * 128256 * 4096
+    logits = 2.0 * 4096 * 128256
+    return {
+        "attention fwd windows": 4 * windows / attention,
+        "attention fwd+bwd windows": 14 * windows / attention,
+        "attention fwd full": 4 * full / attention,
+        "attention fwd+bwd full": 14 * full / attention,
+        "attention fwd low rank": 3 * features / float32,
+        "attention fwd+bwd low rank": 9 * features / float32,
+        "linear fwd+bwd chunks": 3 * linear / (0.85 * MATRIX) + 5 * logits / COPY,
+        "linear fwd+bwd filter": 2 * linear / (0.6 * MATRIX),
+    }
+
+
+def planned(done: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Records of the cases that have not been measured: predictions alone."""
+    return [
+        {"case": name, "predicted_ms": ms, "measured_ms": None, "status": "not reached"}
+        for name, ms in milliseconds().items()
+        if name not in done
+    ]
+
+
+def main() -> None:
+    print(f"{'kernel':<34} {'threads':>7} {'registers':>9} {'shared':>7} {'blocks':>6}  bytes")
+    for k in KERNELS:
+        blocks = blocks_per_multiprocessor(k.threads, k.registers, k.shared)
+        print(
+            f"{k.name:<34} {k.threads:>7} {k.registers:>9} {k.shared:>7} {blocks:>6}  {k.traffic}"
+        )
+    print("\nshare of the copy rate, bf16, before and after")
+    for what, before, after in (
+        ("forward", FORWARD_BEFORE, FORWARD),
+        ("backward", BACKWARD_BEFORE, BACKWARD),
+    ):
+        for classes in (4096, 8192, 32768, 131072):
+            shares = f"{share(before, classes):6.1%} {share(after, classes):6.1%}"
+            print(f"{what:<9} V = {classes:>6} {shares}")
+    print()
+    for name, ms in milliseconds().items():
+        print(f"{name:<34} {ms:10.4f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Numbers that change from call to call under torch.compile: as a tensor, one graph for all.
+
+A number in an op's schema is a constant of the graph, and each value compiles anew. What Dynamo
+holds as a symbol crosses in a tensor instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyloss.ops.row_softmax.records import Options
+
+# In place of a symbol: tells the fakes what they ask of a number, as is_soft does, which is whether
+# it is one of its special values 0 and 1.
+_SOME = 0.5
+
+
+def split(options: Options) -> tuple[Options, Tensor | None]:
+    """(options, numbers) of a call that is compiled: where one is a symbol, all, on the CPU."""
+    if all(map(_is_constant, options)):
+        return options, None
+    # Products of a tensor with a symbol: the form of it that torch.compile keeps as a tensor.
+    numbers = torch.tensor([x if _is_constant(x) else 0.0 for x in options], dtype=torch.float64)
+    for at, x in enumerate(options):
+        if not _is_constant(x):
+            unit = [float(i == at) for i in range(len(options))]
+            numbers = numbers + torch.tensor(unit, dtype=torch.float64) * x
+    shown = [x if _is_constant(x) else _shown(x) for x in options]
+    return Options(*shown), numbers
+
+
+def _shown(x) -> float:
+    return 0.0 if x == 0 else 1.0 if x == 1 else _SOME
+
+
+def _is_constant(x) -> bool:
+    # Loaded by whoever compiles. torch 2.6 cannot tell: there every number is a constant.
+    from torch.fx.experimental import symbolic_shapes
+
+    known = getattr(symbolic_shapes, "has_static_value", None)
+    return known is None or known(x)

@@ -1,0 +1,42 @@
+"""Rows of scores by tiles, of which only the k largest are kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Scores in flight. Larger tiles leave the cache and gain nothing: a product over 256 rows or more
+# runs at the full rate already.
+TILE = 1 << 20
+
+
+def forward(queries: Tensor, keys: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
+    count = queries.shape[0]
+    values = queries.new_empty((count, k))
+    indices = torch.empty((count, k), dtype=torch.int64, device=queries.device)
+    rows = max(1, TILE // max(1, keys.shape[0]))
+    others = keys.t()
+    buffer = queries.new_empty((min(rows, count), keys.shape[0]))
+    # Autocast would round the products to half types, which orders near keys wrongly.
+    with torch.autocast(queries.device.type, enabled=False):
+        for begin in range(0, count, rows):
+            end = min(begin + rows, count)
+            scores = torch.mm(queries[begin:end], others, out=buffer[: end - begin])
+            if first >= 0:
+                scores.diagonal(first + begin).fill_(-math.inf)
+            torch.topk(scores, k, dim=1, out=(values[begin:end], indices[begin:end]))
+    return values, indices
+
+
+def key_gradient(grad: Tensor, queries: Tensor, indices: Tensor, keys: Tensor) -> Tensor:
+    """Of the keys: each gets its queries times their cotangents."""
+    count, k = indices.shape
+    found = torch.zeros_like(keys)
+    rows = max(1, TILE // max(1, k * keys.shape[1]))
+    for begin in range(0, count, rows):
+        part = slice(begin, begin + rows)
+        terms = grad[part].unsqueeze(2) * queries[part].unsqueeze(1)
+        found.index_add_(0, indices[part].reshape(-1), terms.view(-1, keys.shape[1]))
+    return found

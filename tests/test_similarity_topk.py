@@ -1,0 +1,102 @@
+"""The op behind GroCo's negatives: the reference, tiles, gradients, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyloss.ops import similarity_topk as op
+from pyloss.ops.similarity_topk import by_tiles
+from pyloss.reference import similarity_topk as reference
+
+
+def problem(b=50, m=50, d=7, dtype=torch.float64, grad=True):
+    g = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(n, d, generator=g, dtype=dtype) for n in (b, m))
+    return queries.requires_grad_(grad), keys.requires_grad_(grad)
+
+
+def test_reference_by_hand() -> None:
+    queries, keys = torch.eye(3), torch.tensor([[3.0, 1.0, 2.0], [5.0, 7.0, 6.0], [0.0, 0.0, 9.0]])
+    values, indices = reference(queries, keys, 2)
+    assert values.tolist() == [[5, 3], [7, 1], [9, 6]]
+    assert indices.tolist() == [[1, 0], [1, 0], [2, 1]]
+    values, indices = reference(queries, keys, 2, 0)  # without a key's own
+    assert values.tolist() == [[5, 0], [1, 0], [6, 2]]
+    assert indices.tolist() == [[1, 2], [0, 2], [1, 0]]
+
+
+@pytest.mark.parametrize("first", [-1, 0, 4])
+@pytest.mark.parametrize("tile", [1 << 20, 60, 130, 1])
+def test_tiles_are_the_reference(monkeypatch, tile, first) -> None:
+    monkeypatch.setattr(by_tiles, "TILE", tile)
+    queries, keys = problem(21, 60)
+    expected = reference(queries, keys, 5, first)
+    found = op.similarity_topk(queries, keys, 5, first)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-14, atol=1e-14)
+    weight = torch.randn_like(found[0])
+    gradients = [
+        torch.autograd.grad((values * weight).sum(), (queries, keys))
+        for values in (found[0], expected[0])
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_gradient_of_one_alone(needed) -> None:
+    queries, keys = problem(12, 9)
+    queries, keys = queries.detach(), keys.detach()
+    wanted = (queries if needed[0] else keys).requires_grad_()
+    values, _ = op.similarity_topk(queries, keys, 3)
+    (found,) = torch.autograd.grad(values.sum(), wanted)
+    (expected,) = torch.autograd.grad(reference(queries, keys, 3)[0].sum(), wanted)
+    torch.testing.assert_close(found, expected)
+
+
+def test_derivatives() -> None:
+    def values(queries, keys):
+        return op.similarity_topk(queries, keys, 2, 1)[0]
+
+    inputs = problem(3, 5, 2)
+    torch.autograd.gradcheck(values, inputs, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(values, inputs)
+
+
+def test_opcheck() -> None:
+    queries, keys = problem(grad=False)
+    torch.library.opcheck(torch.ops.pyloss.similarity_topk, (queries, keys, 4, 0))
+
+
+def test_nan_is_found() -> None:
+    queries, keys = problem(8, 8, grad=False)
+    keys[3, 0] = math.nan
+    values, indices = op.similarity_topk(queries, keys, 2, 0)
+    mine = torch.arange(8) == 3
+    assert torch.equal(values.isnan().any(1), ~mine)  # its own key is not compared
+    assert (indices[~mine] == 3).any(1).all()
+
+
+def test_nothing() -> None:
+    queries, keys = problem(0, 5)
+    values, indices = op.similarity_topk(queries, keys, 3)
+    assert values.shape == indices.shape == (0, 3)
+    values.sum().backward()
+    assert queries.grad.shape == (0, 7)
+    assert torch.equal(keys.grad, torch.zeros(5, 7, dtype=keys.dtype))
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    """Of the products only k a row, and no copy of the chosen keys."""
+    queries, keys = problem(400, 400, 32)
+    kept = []
+
+    def pack(t):
+        kept.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        op.similarity_topk(queries, keys, 10)
+    assert sum(kept) == 400 * 32 * 8 * 2 + 400 * 10 * 8
