@@ -1,5 +1,6 @@
 // Minimum spanning trees, their merge trees, and the pairs of the elder rule, for all runs of all
 // items at once. How and why: betti_matching.cu.
+#include "cuda/atomic.cuh"
 #include "cuda/betti_matching.cuh"
 
 namespace pyloss::cuda {
@@ -14,13 +15,9 @@ struct EdgeRecord {
 
 // ---- Rounds ------------------------------------------------------------------------------------
 
-// Others may write `p` meanwhile: any value that was ever there will do.
-__device__ u32 peek(const u32* p) {
-  return *static_cast<const volatile u32*>(p);
-}
-
+// What was there once will do: it only ever falls.
 __device__ void lower(u64* p, u64 key) {
-  if (key < *static_cast<const volatile u64*>(p)) atomicMin(p, key);
+  if (key < load_relaxed(p)) atomicMin(p, key);
 }
 
 // The lowest edge of every vertex. Those of the outside, which start at kNoKey, need atomics.
@@ -115,10 +112,10 @@ __global__ void __launch_bounds__(kThreads) betti_jump_kernel(BettiWork w, int l
   for (u64 i = first + threadIdx.x; i < last; i += blockDim.x) {
     const u32 x = u32(i);
     if (w.lowest[x] == kNoKey) continue;
-    u32 to = peek(w.link + x);
+    u32 to = load_relaxed(w.link + x);
     if (to == x) continue;
-    for (u32 next = peek(w.link + to); next != to; next = peek(w.link + to)) {
-      *static_cast<volatile u32*>(w.link + x) = next;
+    for (u32 next = load_relaxed(w.link + to); next != to; next = load_relaxed(w.link + to)) {
+      store_relaxed(w.link + x, next);
       to = next;
     }
     w.parent[x] = w.parent[to];

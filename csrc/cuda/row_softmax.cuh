@@ -809,7 +809,7 @@ struct KnownNorm {
   __device__ __forceinline__ void use(R* shared, RowSoftmaxForward* f) const {
     if (!known) return;
     const bool writes = blockIdx.x == 0 && blockIdx.y == 0;
-    if (threadIdx.x == 0 && threadIdx.y == 0) {
+    if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
 #pragma unroll
       for (int i = 0; i < kNormCount; ++i) {
         shared[i] = value[i];
