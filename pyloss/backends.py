@@ -53,7 +53,9 @@ def backend(name: str | None) -> Iterator[None]:
 
     Args:
         name: ``"reference"`` (plain PyTorch), ``"cpu"``, ``"cuda"`` or ``"triton"``. A backend that
-            cannot run an op raises RuntimeError with the reason when the op is called.
+            cannot run an op raises RuntimeError with the reason when the op is called. A backward
+            outside the block takes the automatic choice, with the same gradients; on a GPU, where
+            autograd has threads of its own, one inside may too.
 
     Raises:
         ValueError: unknown name.

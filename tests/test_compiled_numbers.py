@@ -10,10 +10,12 @@ import torch.fx.experimental.symbolic_shapes
 from torch._dynamo.testing import CompileCounter
 
 import pyloss
-from pyloss.functional import linear_distillation_loss
+from pyloss.functional import linear_distillation_loss, tensor_attention
+from pyloss.ops.row_softmax.records import COMP_SUM, INDEX, PLAIN
 
 H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
 IMAGE = torch.rand(2, 1, 6, 5)
+Q = torch.randn(1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -23,8 +25,10 @@ IMAGE = torch.rand(2, 1, 6, 5)
         lambda n: pyloss.fused_linear_cross_entropy(H, W, Y, num_items=n),
         lambda n: linear_distillation_loss(H, W, H + 1, W, num_items=n),
         lambda n: pyloss.betti_matching_loss(IMAGE, IMAGE > 0.5) * n,
+        lambda n: tensor_attention(Q * n, Q, Q + 1, Q, Q - 1, scale=1.0, softcap=5.0),
+        lambda n: pyloss.token_logprobs(H, W, Y, temperature=n),
     ],
-    ids=["row", "linear", "distillation", "betti"],
+    ids=["row", "linear", "distillation", "betti", "attention", "logprobs"],
 )
 def test_a_tensor_compiles_once(call: Callable) -> None:
     graphs = []
@@ -41,6 +45,7 @@ def test_a_tensor_compiles_once(call: Callable) -> None:
 
 
 X = torch.linspace(-2.0, 3.0, 20).reshape(4, 5)
+W5 = torch.linspace(-1.0, 1.0, 25).reshape(5, 5).sin()
 ABOVE_ONE = tuple(1.0 + n / 10 for n in range(1, 12))
 BELOW_ONE = tuple(n / 20 for n in range(1, 12))
 # A function of (logits, number), and eleven numbers: torch.compile keeps eight graphs.
@@ -72,6 +77,33 @@ CHANGING: dict[str, tuple[Callable, tuple]] = {
         lambda x, n: pyloss.fused_cross_entropy(x, X.flip(0).softmax(1), temperature=n), ABOVE_ONE
     ),
 }  # fmt: skip
+
+
+def distillation(name, **fixed):
+    return lambda x, n: linear_distillation_loss(x, W5, X.flip(1), W5, **{name: n}, **fixed)
+
+
+def linear(**fixed):
+    def of(name):
+        return lambda x, n: pyloss.fused_linear_cross_entropy(x, W5, Y, **{name: n}, **fixed)
+
+    return of
+
+
+for name, values in (
+    ("num_items", tuple(range(1, 12))), ("temperature", ABOVE_ONE), ("logit_scale", ABOVE_ONE),
+    ("softcap", ABOVE_ONE), ("z_loss", BELOW_ONE), ("label_smoothing", BELOW_ONE),
+    ("tau", ABOVE_ONE),
+):  # fmt: skip
+    CHANGING[f"linear, {name}"] = linear()(name), values
+CHANGING["distillation, num_items"] = distillation("num_items"), tuple(range(1, 12))
+CHANGING["distillation, temperature"] = distillation("temperature"), ABOVE_ONE
+CHANGING["distillation, ce_weight"] = distillation("ce_weight", target=Y), BELOW_ONE
+CHANGING["distillation, beta"] = distillation("beta", direction="jsd"), BELOW_ONE
+CHANGING["linear, recomputed"] = linear(strategy="recompute")("temperature"), ABOVE_ONE
+CHANGING["token_logprobs"] = (
+    lambda x, n: pyloss.token_logprobs(x, W5, Y, temperature=n).sum(), ABOVE_ONE
+)  # fmt: skip
 
 
 # torch 2.6 cannot tell constants from symbols: one graph a number, as docs/row_softmax.md says.
@@ -113,6 +145,23 @@ def test_numbers_that_need_no_gradient() -> None:
     for n in ABOVE_ONE:
         torch.testing.assert_close(compiled(X, n), call(X, n))
     assert counter.frame_count == 2
+
+
+def test_numbers_of_the_tiles() -> None:
+    """Which a CPU does not choose: the ops themselves, the tensor against the list."""
+    ops, plain = torch.ops.pyloss, PLAIN._replace(temperature=1.5, z_loss=0.1)
+    tensors, codes = (X, W5, None, Y, None, None), (INDEX, -100, COMP_SUM, 2, 0)
+    found = []
+    for options, numbers in ((plain, None), (PLAIN, torch.tensor(plain, dtype=torch.float64))):
+        loss, saved = ops.linear_cross_entropy_tiles_fwd(
+            *tensors, options, codes, torch.float32, 0, numbers
+        )
+        grads = ops.linear_cross_entropy_tiles_bwd(
+            torch.ones(()), None, *tensors, saved, options, codes, 8 | 16, 0.0, False, numbers
+        )
+        found.append([loss, saved, *grads])
+    for actual, expected in zip(*found):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_a_constant_stays_in_the_graph() -> None:

@@ -150,6 +150,27 @@ def test_rows_of_weight_zero_beside_others() -> None:
         assert torch.equal(grad[::2], torch.zeros(2, V)) and not grad[1::2].isfinite().any()
 
 
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+@pytest.mark.parametrize("function", ["row", "linear", "distillation"])
+def test_certain_rows_are_not_hidden(function: str, factor: float) -> None:
+    """A row whose gradient is 0 because it is certain learns what comes from above, as in torch;
+    an ignored one does not."""
+    y = torch.tensor([0, -100, 2, 1])
+    certain = 200.0 * F.one_hot(y.clamp(min=0), 3).float()
+    eye = torch.eye(3)
+    calls = {
+        "row": lambda x: pyloss.fused_cross_entropy(x, y),
+        "linear": lambda x: pyloss.fused_linear_cross_entropy(x, eye, y),
+        "distillation": lambda x: linear_distillation_loss(x, eye, certain, eye, target=y),
+    }
+    x = certain.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(calls[function](x), x)
+    assert not plain.any()
+    (grad,) = torch.autograd.grad(calls[function](x) * factor, x)
+    assert torch.equal(grad[1], torch.zeros(3))
+    assert not grad[[0, 2, 3]].isfinite().any()
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses whose forward finds the gradient: elsewhere 0 times what comes from above was NaN
 

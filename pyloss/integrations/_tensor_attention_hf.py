@@ -37,7 +37,7 @@ NAME = "tensor_attention"
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 # Arguments that models hand to their attention function and that change its result.
 _UNKNOWN_STEPS = {
-    "softcap": "soft capping of the attention scores",
+    "softcap": "soft capping of the attention scores: sdpa, which serves other layers, has none",
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
 }
@@ -374,7 +374,7 @@ def _checked_layer(module: nn.Module) -> _Shape:
         raise refused("it is not causal")
     for name in ("attn_logit_softcapping", "sinks"):
         if getattr(module, name, None) is not None:
-            raise refused(f"it has {name}")
+            raise refused(f"it has {name}, which sdpa does not have, and that serves other layers")
     if hasattr(module, "k2_proj") or hasattr(module, "v2_proj"):
         raise refused("it has a k2_proj or v2_proj of its own")
     config = module.config

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pyloss.backends import forced
 from pyloss.testing import make_logits
 from specs._spec import F32, F64, HALF, Bad, Empty, Sample, Spec
 
@@ -96,6 +97,21 @@ class _WrongBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return 1.01 * g
+
+
+class _ForgetsOnReference(torch.autograd.Function):
+    """x^2 whose backward reads what the reference's forward does not save."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.zeros_like(x) if forced() == "reference" else x)
+        ctx.x = x
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * (ctx.x if forced() == "reference" else x)
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -248,6 +264,9 @@ WRONG: dict[str, dict[str, Spec]] = {
         "not refused": replace(KEPT, refused=("target",)),
     },
     "gradient": {"a factor": _function(lambda f, x, y, o: f(_WrongBackward.apply(x), y, **o))},
+    "switched": {
+        "forgets": _function(lambda f, x, y, o: _ForgetsOnReference.apply(x - y).sum(-1)),
+    },
     "second_derivative": {
         "missing": _function(lambda f, x, y, o: _FirstDerivativeOnly.apply(x - y).sum(-1)),
         "declared missing": replace(KEPT, gradgrad="no second derivative"),

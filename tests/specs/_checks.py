@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.forward_ad import dual_level, make_dual
 
+import pyloss
 from pyloss.testing import STRIDES, assert_matches_reference
 from specs._spec import BF16, F32, F64, HALF, Sample, Spec
 
@@ -253,6 +254,30 @@ def gradient(spec: Spec) -> None:
         with naming(f"sample {name}"):
             f, leaves = _of_leaves(spec, sample)
             gradcheck(f, leaves, check_batched_grad=batched)
+
+
+@check(differentiable)
+def switched(spec: Spec) -> None:
+    """The gradient does not depend on the backend of the forward: its block may end before the
+    backward, or begin after it."""
+
+    def found(sample, forward, backward):
+        sample, leaves = with_leaves(spec, sample)
+        with pyloss.backend(forward):
+            outputs = spec.call(sample)
+        with pyloss.backend(backward):
+            return gradients(outputs, leaves)
+
+    for name, sample in derivative_samples(spec):
+        for dtype in (F64, F32):
+            given = sample.map(lambda _, t, dtype=dtype: t.to(dtype))
+            for forward, backward in (("reference", None), (None, "reference")):
+                with naming(f"sample {name}, {dtype}, {forward} then {backward}"):
+                    actual = found(given, forward, backward)
+                    for leaf, expected in found(given, backward, backward).items():
+                        torch.testing.assert_close(
+                            actual[leaf], expected, rtol=1e-4, atol=1e-5, equal_nan=True
+                        )
 
 
 @check(differentiable)

@@ -18,10 +18,13 @@ Paper: recomputation, Wijmans et al., arXiv 2411.09009; formulas, csrc/common/ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyloss.ops import row_softmax as rows
+from pyloss.ops._changing import NUMBERS, split
 from pyloss.ops._empty import scaled
 from pyloss.ops._flops import count_by
 from pyloss.ops._launch import accumulator_dtype
@@ -64,7 +67,7 @@ def _fake_grads(t: Tensors, wants) -> list[Tensor]:
 
 def _forward_fake(*args):
     t = Tensors(*args[:8])
-    options, codes, loss_dtype, wants, chunk, exact = args[8:]
+    options, codes, loss_dtype, wants = args[8:12]
     buffers = result_buffers(t.input, *unpacked(options, codes), loss_dtype, wants)
     return listed(*buffers, _fake_grads(t, wants))
 
@@ -76,13 +79,13 @@ _TENSORS = (
 
 define_op(
     f"linear_cross_entropy_fwd({_TENSORS}, float[]? options, int[] codes, ScalarType loss_dtype, "
-    "int wants, int chunk, bool exact) -> Tensor[]",
+    f"int wants, int chunk, bool exact, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
 )
 define_op(
     f"linear_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_extras, {_TENSORS}, Tensor saved, "
-    "float[]? options, int[] codes, int wants, int chunk, bool exact) -> Tensor[]",
+    f"float[]? options, int[] codes, int wants, int chunk, bool exact, {NUMBERS}) -> Tensor[]",
     fake=lambda grad_loss, grad_extras, *args: _fake_grads(Tensors(*args[:8]), args[11]),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
 )
@@ -112,7 +115,7 @@ def _without_mix(t: Tensors) -> tuple:
 
 
 def _tiles_fake(*args):
-    return tiles().empty_results(_of_tiles(args[:6]), *args[6:])
+    return tiles().empty_results(_of_tiles(args[:6]), *args[6:10])
 
 
 def _tiles_reference(*args):
@@ -120,23 +123,23 @@ def _tiles_reference(*args):
 
 
 def _tiles_backward(grad_loss, grad_extras, *args):
-    saved, options, codes, wants, filter, exact = args[6:]
+    saved, options, codes, wants, filter, exact, *numbers = args[6:]
     found = tiles().backward(
         grad_loss, grad_extras, _of_tiles(args[:6]), saved, options, codes, wanted(wants), filter,
-        exact,
+        exact, *numbers,
     )  # fmt: skip
     return [g for g in found if g is not None]
 
 
 def _tiles_backward_reference(grad_loss, grad_extras, *args):
-    saved, options, codes, wants, filter, exact = args[6:]
+    saved, options, codes, wants, filter, exact, *numbers = args[6:]
     t = _of_tiles(args[:6])
-    return reference.tiles_backward(grad_loss, grad_extras, t, options, codes, wants)
+    return reference.tiles_backward(grad_loss, grad_extras, t, options, codes, wants, *numbers)
 
 
 define_op(
     f"linear_cross_entropy_tiles_fwd({_TILE_TENSORS}, float[]? options, int[] codes, "
-    "ScalarType loss_dtype, int wants) -> Tensor[]",
+    f"ScalarType loss_dtype, int wants, {NUMBERS}) -> Tensor[]",
     fake=_tiles_fake,
     impls={
         "triton": lambda *args: tiles().forward(_of_tiles(args[:6]), *args[6:]),
@@ -145,7 +148,8 @@ define_op(
 )
 define_op(
     f"linear_cross_entropy_tiles_bwd(Tensor grad_loss, Tensor? grad_extras, {_TILE_TENSORS}, "
-    "Tensor saved, float[]? options, int[] codes, int wants, float filter, bool exact) -> Tensor[]",
+    "Tensor saved, float[]? options, int[] codes, int wants, float filter, bool exact, "
+    f"{NUMBERS}) -> Tensor[]",
     fake=lambda grad_loss, grad_extras, *args: _fake_grads(_of_tiles(args[:6]), args[9]),
     impls={"triton": _tiles_backward, "reference": _tiles_backward_reference},
 )
@@ -204,7 +208,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     # Eight tensors, then one tuple: plain ones, as in row_softmax.
     @staticmethod
     def forward(ctx, *args):
-        tensors, (options, codes, loss_dtype, wants, scalar, settings) = args[:8], args[8]
+        tensors, call = args[:8], args[8]
+        options, codes, loss_dtype, wants, scalar, settings, numbers = call
         chunk, strategy, exact, tiles = settings
         needed = sum(bit for bit, yes in zip(WANT_GRADS, ctx.needs_input_grad) if yes)
         if chunk == AUTO and needed & WANT_GRADS[1] and not exact:
@@ -218,10 +223,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             and _may_be_early(tensors[0].dtype, strategy)
         )
         flags = wants | (needed if ctx.early else 0)
-        found = _run_forward(tensors, options, codes, loss_dtype, flags, settings)
+        found = _run_forward(tensors, options, codes, loss_dtype, flags, settings, numbers)
         loss, saved, extras, index, grads = _unlisted(found, flags)
         # A compiled graph must see everything that goes from the forward to the backward.
-        ctx.save_for_backward(*tensors, saved, *(grads if ctx.compiling else ()))
+        ctx.save_for_backward(*tensors, saved, numbers, *(grads if ctx.compiling else ()))
         ctx.grads = None if ctx.compiling else grads
         ctx.options, ctx.codes, ctx.settings = options, codes, settings
         ctx.wants, ctx.needed, ctx.scalar = wants, needed, scalar
@@ -238,18 +243,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_loss is None and all(g is None for g in others):
             return None, None, None, *none
         kept = ctx.saved_tensors  # once: checkpointing unpacks them
-        tensors, saved = kept[:8], kept[8]
+        tensors, saved, numbers = kept[:8], kept[8], kept[9]
         create_graph = torch.is_grad_enabled()
         if ctx.early and ctx.compiling and not create_graph:
-            grads = kept[9:]
+            grads = kept[10:]
             return *(g if g is None else scaled(g, grad_loss) for g in grads), *none
         if ctx.early and grads is not None and not (create_graph or is_batched(grad_loss)):
-            # Handed over, not kept: a second backward computes them anew, autograd may adopt them.
-            if not rows.is_one(grad_loss):
-                for g in grads:
-                    if g is not None:
-                        _ops.scale_(g, grad_loss.to(accumulator_dtype(g.dtype)))
-            return *grads, *none
+            factor = rows.known(grad_loss)
+            if factor is None or math.isfinite(factor):
+                # Handed over, not kept: a second backward computes them anew, autograd may adopt
+                # them.
+                if factor != 1.0:
+                    for g in grads:
+                        if g is not None:
+                            _ops.scale_(g, grad_loss.to(accumulator_dtype(g.dtype)))
+                return *grads, *none
 
         input, target = tensors[0], tensors[3]
         acc = accumulator_dtype(input.dtype)
@@ -268,29 +276,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_extras = torch.zeros((EXTRA_ROWS, input.shape[0]), dtype=acc, device=input.device)
         found = _run_backward(
             grad_loss.to(acc), grad_extras, tensors, saved, ctx.options, ctx.codes, ctx.needed,
-            ctx.settings,
+            ctx.settings, numbers,
         )  # fmt: skip
         return *spread(found, ctx.needed), *none
 
 
-def _run_forward(tensors, options, codes, loss_dtype, flags, settings):
+def _run_forward(tensors, options, codes, loss_dtype, flags, settings, numbers):
     chunk, _, exact, tiles = settings
     if tiles is not None:
         return _ops.linear_cross_entropy_tiles_fwd(
-            *_without_mix(tensors), options, codes, loss_dtype, flags
+            *_without_mix(tensors), options, codes, loss_dtype, flags, numbers
         )
-    return _ops.linear_cross_entropy_fwd(*tensors, options, codes, loss_dtype, flags, chunk, exact)
+    return _ops.linear_cross_entropy_fwd(
+        *tensors, options, codes, loss_dtype, flags, chunk, exact, numbers
+    )
 
 
-def _run_backward(grad_loss, grad_extras, tensors, saved, options, codes, needed, settings):
+def _run_backward(
+    grad_loss, grad_extras, tensors, saved, options, codes, needed, settings, numbers
+):
     chunk, _, exact, tiles = settings
     if tiles is not None:
         return _ops.linear_cross_entropy_tiles_bwd(
             grad_loss, grad_extras, *_without_mix(tensors), saved, options, codes, needed, tiles,
-            exact,
+            exact, numbers,
         )  # fmt: skip
     return _ops.linear_cross_entropy_bwd(
-        grad_loss, grad_extras, *tensors, saved, options, codes, needed, chunk, exact
+        grad_loss, grad_extras, *tensors, saved, options, codes, needed, chunk, exact, numbers
     )
 
 
@@ -339,16 +351,20 @@ def linear_cross_entropy(
     if filter is not None and not tiles().can_filter(t.input):
         filter = None  # it allows to leave out, it does not ask to
     settings = (chunk, strategy, exact, filter)
+    numbers = None
+    if options is not None and torch.compiler.is_compiling():
+        options, numbers = split(options)
+        options = Options(*options)
     trained = (t.input, t.linear_weight, t.linear_bias)  # Dynamo of torch 2.6 slices no NamedTuple
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in trained):
         call = (
             options if options is None else tuple(options), tuple(codes), loss_dtype, wants,
-            codes.scalar, settings,
+            codes.scalar, settings, numbers,
         )  # fmt: skip
         found = _LinearCrossEntropy.apply(*distinct(tuple(t)), call)
         found = (found,) if wants == 0 else found
         extras = found[1] if wants & WANT_EXTRAS else None
         return found[0], extras, found[-1] if wants & WANT_INDEX else None
-    found = _run_forward(tuple(t), options, codes, loss_dtype, wants, settings)
+    found = _run_forward(tuple(t), options, codes, loss_dtype, wants, settings, numbers)
     loss, _, extras, index, _ = _unlisted(found, wants)
     return loss, extras, index

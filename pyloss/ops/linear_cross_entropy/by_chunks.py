@@ -39,8 +39,8 @@ def listed(loss, saved, extras, index, grads):
 @torch.no_grad()
 def forward(rows, *args):
     t = Tensors(*args[:8])
-    options, codes, loss_dtype, wants, chunk, exact = args[8:]
-    options, codes = unpacked(options, codes)
+    options, codes, loss_dtype, wants, chunk, exact, *numbers = args[8:]
+    options, codes = unpacked(options, codes, *numbers)
     loss, saved, extras, index = result_buffers(t.input, options, codes, loss_dtype, wants)
     call = Call(t, options, codes)
     chunks = Chunks(t, call, chunk)
@@ -94,8 +94,8 @@ def forward(rows, *args):
 @torch.no_grad()
 def backward(rows, grad_loss, grad_extras, *args):
     t = Tensors(*args[:8])
-    saved, options, codes, wants, chunk, exact = args[8:]
-    call = Call(t, *unpacked(options, codes))
+    saved, options, codes, wants, chunk, exact, *numbers = args[8:]
+    call = Call(t, *unpacked(options, codes, *numbers))
     chunks = Chunks(t, call, chunk)
     linear = Linear(t, chunks, wanted(wants), exact)
     for part in chunks:

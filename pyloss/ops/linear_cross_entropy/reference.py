@@ -6,14 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._reference import gradients
 from pyloss.ops.linear_cross_entropy.by_chunks import listed, result_buffers
-from pyloss.ops.linear_cross_entropy.call import Tensors, wanted
+from pyloss.ops.linear_cross_entropy.call import Call, Tensors, wanted
+from pyloss.ops.linear_cross_entropy.chunks import Chunks
 from pyloss.ops.row_softmax import reference as rows
 from pyloss.ops.row_softmax.calls import WANT_EXTRAS
+from pyloss.ops.row_softmax.epilogue import transform
 from pyloss.ops.row_softmax.masses import ignored_rows
-from pyloss.ops.row_softmax.records import Codes, unpacked
+from pyloss.ops.row_softmax.recorded import record, softmax
+from pyloss.ops.row_softmax.records import Codes, Options, unpacked
 
 
 def all_logits(t: Tensors, codes: Codes) -> Tensor:
@@ -54,14 +58,37 @@ def _composed_gradients(grad_loss, grad_extras, t: Tensors, options, codes, want
     return [g.contiguous() for g in found if g is not None]
 
 
+def _record(saved, extras, t: Tensors, options: Options, codes: Codes, chunk: int) -> None:
+    """What the forward by chunks leaves for a backward of the kernels."""
+    call = Call(t, options, codes)
+    chunks = Chunks(t, call, chunk)
+    logits = all_logits(t, codes)
+    for part in chunks:
+        found = chunks.statistics(saved, part, extras is not None)
+        x, *labels = chunks.row_tensors(chunks.take(logits, part), part)
+        record(found, x, tuple(labels), call.options, call.codes)
+        if extras is not None:
+            found.extras.copy_(chunks.take(extras.t(), part).t())
+
+
+def _record_for_tiles(saved, t: Tensors, options: Options, codes: Codes) -> None:
+    """The same of the forward by tiles."""
+    z = transform(options).value(all_logits(t, codes).to(saved.dtype))
+    bad = outside(t.target, z.shape[1])
+    row = softmax(z, torch.where(bad, 0, wide(t.target)))
+    rest = torch.where(bad & ~ignored_rows(t[3:], codes), torch.nan, row.rest)
+    saved.copy_(torch.stack([row.m, rest, row.zy, row.ez])[: saved.shape[0]])
+
+
 def forward(*args):
     t = Tensors(*args[:8])
-    options, codes, loss_dtype, wants, chunk, exact = args[8:]
-    buffers = result_buffers(t.input, *unpacked(options, codes), loss_dtype, wants)
+    options, codes, loss_dtype, wants, chunk, exact, *numbers = args[8:]
+    options, codes = unpacked(options, codes, *numbers)
+    buffers = result_buffers(t.input, options, codes, loss_dtype, wants)
     loss, saved, extras, index = buffers
     with torch.no_grad():
         found = composed(t, options, codes, loss_dtype, wants)
-    saved.zero_()  # the reference's backward starts from the input again
+        _record(saved, found[1], t, options, codes, chunk)
     for out, value in zip((loss, extras, index), found):
         if out is not None:
             out.copy_(value)
@@ -73,21 +100,24 @@ def forward(*args):
 
 
 def backward(grad_loss, grad_extras, *args):
-    saved, options, codes, wants, chunk, exact = args[8:]
+    saved, options, codes, wants, chunk, exact, *numbers = args[8:]
+    options, codes = unpacked(options, codes, *numbers)
     t = Tensors(*args[:8])
     return _composed_gradients(grad_loss, grad_extras, t, options, codes, wants)
 
 
-def tiles_forward(results, t: Tensors, options, codes, loss_dtype, wants):
+def tiles_forward(results, t: Tensors, options, codes, loss_dtype, wants, numbers=None):
     """Into the empty results of the forward by tiles."""
+    options, codes = unpacked(options, codes, numbers)
     with torch.no_grad():
         loss, extras, _ = composed(t, options, codes, loss_dtype, wants)
+        _record_for_tiles(results[1], t, options, codes)
     results[0].copy_(loss)
-    results[1].zero_()
     if extras is not None:
         results[2].copy_(extras)
     return results
 
 
-def tiles_backward(grad_loss, grad_extras, t: Tensors, options, codes, wants):
+def tiles_backward(grad_loss, grad_extras, t: Tensors, options, codes, wants, numbers=None):
+    options, codes = unpacked(options, codes, numbers)
     return _composed_gradients(grad_loss, grad_extras, t, options, codes, wants)

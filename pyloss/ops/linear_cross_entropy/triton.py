@@ -170,10 +170,10 @@ def _row_losses(call: Call, r: Terms, wz: Tensor | None) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def forward(t: Tensors, options, codes, loss_dtype, wants) -> list[Tensor]:
+def forward(t: Tensors, options, codes, loss_dtype, wants, numbers=None) -> list[Tensor]:
     """[loss, saved], and the extras if asked for."""
     kernels = _kernels()
-    call = Call(t, *unpacked(options, codes))
+    call = Call(t, *unpacked(options, codes, numbers))
     layer = Layer(t, call)
     want_extras, smoothing = bool(wants & WANT_EXTRAS), call.options.smoothing > 0
     found = kernels.linear_softmax_stats(
@@ -262,7 +262,7 @@ def _large_entry(c: Coefficients, r: Terms, by: Transform) -> Tensor:
 
 @torch.no_grad()
 def backward(
-    grad_loss, grad_extras, t: Tensors, saved, options, codes, wanted, filter, exact
+    grad_loss, grad_extras, t: Tensors, saved, options, codes, wanted, filter, exact, numbers=None
 ) -> list[Tensor | None]:
     """Gradients of input, weight and bias; None where not `wanted`.
 
@@ -272,7 +272,7 @@ def backward(
         exact: products with the logits' gradient in float32.
     """
     kernels = _kernels()
-    call = Call(t, *unpacked(options, codes))
+    call = Call(t, *unpacked(options, codes, numbers))
     layer = Layer(t, call)
     by = transform(call.options)
     r = _terms(t, call, *saved[:3])

@@ -18,10 +18,13 @@ only and therefore serves every device; being an op, torch.compile takes it whol
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops._changing import NUMBERS, split
 from pyloss.ops._empty import scale_
 from pyloss.ops._flops import count_by
 from pyloss.ops._registry import lib, register_fake
@@ -45,6 +48,7 @@ from pyloss.ops.linear_distillation.call import (
     Options,
     outputs,
 )
+from pyloss.ops.row_softmax import known
 
 __all__ = [
     "DIRECTIONS",
@@ -62,20 +66,23 @@ _EARLY_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def _forward(*args):
+    if len(args) > 11 and args[11] is not None:  # the numbers take the options' place
+        args = (*args[:8], args[11].tolist(), *args[9:])
+    args = args[:11]
     if backends.forced() == "reference":
         return reference.forward(*args)
     return by_chunks.forward(*args)
 
 
 def _pass_fake(student, weight, bias, *rest):
-    return [t for t in outputs(student, weight, rest[-1]) if t is not None]
+    return [t for t in outputs(student, weight, rest[7]) if t is not None]
 
 
 # Not by define_op: one implementation serves every device.
 lib.define(
     "linear_distillation(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, "
     "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? scale, float[] options, "
-    "int[] codes, int wants) -> Tensor[]",
+    f"int[] codes, int wants, {NUMBERS}) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
 lib.impl("linear_distillation", _forward, "CompositeExplicitAutograd")
@@ -84,7 +91,7 @@ register_fake("linear_distillation", _pass_fake)
 
 def _flops(student, weight, bias, teacher, *rest, out_shape=None) -> int:
     """Of both models' logits, and of the gradients that are wanted; all rows, ignored ones too."""
-    wants = rest[-1]
+    wants = rest[6]
     grads = bool(wants & GRAD_HIDDEN) + bool(wants & GRAD_WEIGHT)
     return 2 * student[0] * weight[0] * (teacher[1] + student[1] * (1 + grads))
 
@@ -98,7 +105,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, weight, bias, teacher, teacher_weight, teacher_bias, target, divisor,
                 call):  # fmt: skip
-        options, codes = call
+        options, codes, numbers = call
         # An upstream scalar can be multiplied in later; a row's own upstream gradient cannot.
         # Checkpointing and offloading hook what is saved, and would not see the early gradients;
         # nor would torch.compile.
@@ -109,12 +116,12 @@ class _Distillation(torch.autograd.Function):
         tensors = (student, weight, bias, teacher, teacher_weight, teacher_bias, target)
         scale = _inverse(divisor) if early else None
         rows, *grads = torch.ops.pyloss.linear_distillation(
-            *tensors, scale, options, codes, VALUE | early
+            *tensors, scale, options, codes, VALUE | early, numbers
         )
         ctx.options, ctx.codes, ctx.dtype = options, codes, student.dtype
         # Not among the saved ones: they are handed over, and a second backward starts anew.
         ctx.early = grads if early else None
-        ctx.save_for_backward(*map(_normal, tensors), divisor)
+        ctx.save_for_backward(*map(_normal, tensors), divisor, numbers)
         return rows if divisor is None else rows.sum() / divisor
 
     @staticmethod
@@ -123,9 +130,11 @@ class _Distillation(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         none = (None,) * 6
         if early is not None and not (create_graph or is_batched(grad)):
-            found = iter([scale_(g, grad) for g in early])
-            return *_narrowed(ctx, found), *none
-        *tensors, divisor = ctx.saved_tensors  # once: checkpointing allows no more
+            factor = known(grad)
+            if factor is None or math.isfinite(factor):
+                found = iter([scale_(g, grad) for g in early])
+                return *_narrowed(ctx, found), *none
+        *tensors, divisor, numbers = ctx.saved_tensors  # once: checkpointing allows no more
         scale = grad if divisor is None else grad * _inverse(divisor)
         # Of higher order; and vmap sees into torch operations, not into an op.
         if create_graph or is_batched(grad):
@@ -134,7 +143,7 @@ class _Distillation(torch.autograd.Function):
                 tensors, scale, ctx.options, ctx.codes, needed, create_graph=create_graph
             ), *none  # fmt: skip
         found = torch.ops.pyloss.linear_distillation(
-            *tensors, scale, ctx.options, ctx.codes, _wanted(ctx)
+            *tensors, scale, ctx.options, ctx.codes, _wanted(ctx), numbers
         )
         return *_narrowed(ctx, iter(found)), *none
 
@@ -180,7 +189,11 @@ def linear_distillation(
     if functorch_active() or forward_ad_active():  # transforms must see into the op
         rows = reference.composed(*tensors, options, codes)
         return rows if divisor is None else rows.sum() / divisor
+    numbers = None
+    if torch.compiler.is_compiling():
+        options, numbers = split(options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
-        return _Distillation.apply(*distinct((*tensors, divisor)), (options, codes))
-    (rows,) = torch.ops.pyloss.linear_distillation(*tensors, None, options, codes, VALUE)
+        call = (tuple(options), tuple(codes), numbers)
+        return _Distillation.apply(*distinct((*tensors, divisor)), call)
+    (rows,) = torch.ops.pyloss.linear_distillation(*tensors, None, options, codes, VALUE, numbers)
     return rows if divisor is None else rows.sum() / divisor

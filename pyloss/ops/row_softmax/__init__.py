@@ -7,9 +7,12 @@ C++ in records.py, what a forward saves in statistics.py. A loss is one case of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from pyloss.ops._changing import NUMBERS, split
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import (
@@ -18,7 +21,7 @@ from pyloss.ops._transforms import (
     is_batched,
     saved_tensor_hooks_active,
 )
-from pyloss.ops.row_softmax import changing, cpu, cuda, reference
+from pyloss.ops.row_softmax import cpu, cuda, reference
 from pyloss.ops.row_softmax.calls import (
     WANT_EXTRAS,
     WANT_GRAD,
@@ -59,7 +62,7 @@ __all__ = [
     "WANT_INDEX",
     "Codes",
     "Options",
-    "is_one",
+    "known",
     "row_softmax",
 ]
 
@@ -93,13 +96,11 @@ _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? target2, Tensor? mix, Tensor? weight, "
     "Tensor? token_weight"
 )
-# numbers: all options, where torch.compile has symbols for some; the list then serves the fakes.
-_NUMBERS = "Tensor? numbers=None"
-_SAVED = f"Tensor saved, float[]? options, int[] codes, {_NUMBERS}"
+_SAVED = f"Tensor saved, float[]? options, int[] codes, {NUMBERS}"
 
 define_op(
     f"row_softmax_fwd({_ARGUMENTS}, float[]? options, int[] codes, ScalarType loss_dtype, "
-    f"int wants, {_NUMBERS}) -> Tensor[]",
+    f"int wants, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls=_impls("forward"),
 )
@@ -230,10 +231,13 @@ class _RowSoftmax(torch.autograd.Function):
         if early is not None and not (
             torch.is_grad_enabled() or ctx.needs_input_grad[1] or is_batched(grad_loss)
         ):
-            # Handed over, not kept: a second backward computes it anew, and autograd may adopt it.
-            if not is_one(grad_loss):
-                _ops.scale_(early, grad_loss.float())
-            return early, None, *none
+            factor = known(grad_loss)
+            if factor is None or math.isfinite(factor):
+                # Handed over, not kept: a second backward computes it anew, and autograd may adopt
+                # it.
+                if factor != 1.0:
+                    _ops.scale_(early, grad_loss.float())
+                return early, None, *none
         grad_extras = others[0] if ctx.wants & WANT_EXTRAS else None
         *tensors, saved, numbers = ctx.saved_tensors
         input, options, codes = tensors[0], ctx.options, ctx.codes
@@ -310,10 +314,15 @@ class _DualRowSoftmax(_RowSoftmax):
         return tangents[0] if len(tangents) == 1 else tuple(tangents)
 
 
-def is_one(scalar: Tensor) -> bool:
-    """Whether a scalar is known to be 1 without waiting for a device."""
-    known = type(scalar) is Tensor and scalar.is_cpu and not torch.compiler.is_compiling()
-    return known and scalar.item() == 1.0
+def known(scalar: Tensor) -> float | None:
+    """The value of a scalar, where that is known without waiting for a device.
+
+    An upstream factor that is known not to be finite is no factor for an early gradient: 0 may be a
+    row that is ignored, which stays 0, or one that is certain, which does not.
+    """
+    if type(scalar) is Tensor and scalar.is_cpu and not torch.compiler.is_compiling():
+        return scalar.item()
+    return None
 
 
 def _inplace_gradient(arguments):
@@ -356,7 +365,8 @@ def row_softmax(
     numbers = None
     # What autograd composes for the probabilities takes the numbers as they are.
     if options is not None and torch.compiler.is_compiling() and not target.requires_grad:
-        options, numbers = changing.split(options)
+        options, numbers = split(options)
+        options = Options(*options)
     differentiable = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     dual = forward_ad_active()
     if differentiable or dual:

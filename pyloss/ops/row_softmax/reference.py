@@ -17,6 +17,7 @@ from pyloss.ops.row_softmax.calls import (
     outputs,
 )
 from pyloss.ops.row_softmax.layout import row_count
+from pyloss.ops.row_softmax.recorded import record
 from pyloss.ops.row_softmax.records import DENSE, FOCAL, MIX, REDUCTIONS, unpacked, unpacked_saved
 
 _LABEL_STATS = ("logprob", "rank")  # statistics that probabilities do not have
@@ -110,7 +111,7 @@ def forward(
     with torch.no_grad():
         found = composed(input, tensors, options, codes, None, wants)
         loss.copy_(found[0])
-        saved.zero_()  # the reference's backward starts from the logits again
+        record(statistics, input, tensors, options, codes)
         if found[1] is not None:
             statistics.extras.copy_(found[1])
         if index is not None:

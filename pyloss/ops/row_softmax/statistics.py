@@ -12,7 +12,7 @@ from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.row_softmax.records import MIX, Codes, Options, is_soft
 
 _NORM = 3  # factors of the loss and of the z-loss, sum of the class weights
-_MAX, _REST, _TARGET, _LOSS = range(4)
+_MAX, _REST, _TARGET, _LOSS, _TARGET2, _SOFT = range(6)
 EXTRA_ROWS = 4
 _LSE, _LOGPROB, _ENTROPY, _Z_LOSS = range(EXTRA_ROWS)
 
@@ -89,6 +89,16 @@ class RowStatistics:
     @property
     def loss(self) -> Tensor:
         return self._row(_LOSS)
+
+    @property
+    def zy2(self) -> Tensor:
+        """The second target's logit; only where there are more than four rows, as the next."""
+        return self._row(_TARGET2)
+
+    @property
+    def soft(self) -> Tensor:
+        """The sum of r_c p_c^(tau-1)."""
+        return self._row(_SOFT)
 
     @property
     def extras(self) -> Tensor:

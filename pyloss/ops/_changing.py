@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss.ops.row_softmax.records import Options
+# At the end of an op's schema: all options, where there are symbols for some; the list of options
+# then serves the fakes.
+NUMBERS = "Tensor? numbers=None"
 
 # In place of a symbol: tells the fakes what they ask of a number, as is_soft does, which is whether
 # it is one of its special values 0 and 1.
 _SOME = 0.5
 
 
-def split(options: Options) -> tuple[Options, Tensor | None]:
+def split(options: tuple[float, ...]) -> tuple[tuple[float, ...], Tensor | None]:
     """(options, numbers) of a call that is compiled: where one is a symbol, all, on the CPU."""
     if all(map(_is_constant, options)):
         return options, None
@@ -26,8 +28,7 @@ def split(options: Options) -> tuple[Options, Tensor | None]:
         if not _is_constant(x):
             unit = [float(i == at) for i in range(len(options))]
             numbers = numbers + torch.tensor(unit, dtype=torch.float64) * x
-    shown = [x if _is_constant(x) else _shown(x) for x in options]
-    return Options(*shown), numbers
+    return tuple([x if _is_constant(x) else _shown(x) for x in options]), numbers
 
 
 def _shown(x) -> float:
