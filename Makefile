@@ -19,7 +19,7 @@ DEPS := $(VENV)/.deps.stamp
 BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-all gpu-proof ctest sanitize other-archs pytest peers bench lint format \
+.PHONY: build demo test test-all gpu-proof races ctest sanitize other-archs pytest peers bench lint format \
   docs clean help
 .DEFAULT_GOAL := build
 
@@ -46,15 +46,31 @@ test: ctest pytest
 # As the nightly workflow runs it. Two threads in each Python process, where `make test` has one a
 # core.
 ## all tests that need no GPU: test, sanitize, gpu-proof, and those marked exhaustive
-test-all: $(BUILT) ctest sanitize other-archs
+test-all: $(BUILT) ctest sanitize other-archs races
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
-## GPU code without a GPU, beyond `make test`: CUDA under sanitizers, sm_80 and sm_100
-gpu-proof: $(BUILT) other-archs
+# A Triton of its own folder, older than that of .venv: PyTorch 2.11 comes with it.
+TRITON_36 := build/triton-3.6
+## GPU code without a GPU, beyond `make test`: sanitizers, races, all architectures, Triton 3.6
+gpu-proof: $(BUILT) other-archs races
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
 	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS) -L shim
 	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile
+	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/test_triton_interpreter.py
+	test -d $(TRITON_36) || $(PY) -m pip install --disable-pip-version-check --no-deps \
+	  --target $(TRITON_36) triton==3.6.0 || echo "skipped: Triton 3.6 cannot be installed"
+	if test -d $(TRITON_36)/triton; then PYTHONPATH=$(TRITON_36) \
+	  $(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile/test_triton_compile.py; fi
+
+# All problems under ThreadSanitizer; then each barrier of the kernels is left out in turn.
+## races in the CUDA kernels, on the CPU
+races: $(BUILT)
+	$(call configure,build/races,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF \
+	  -DPYLOSS_CUDA=OFF -DPYLOSS_SHIM_ALL=ON)
+	$(TOOLS) cmake --build build/races $(MAKE_JOBS) --target shim
+	$(TOOLS) ctest --test-dir build/races --no-tests=error --output-on-failure -j $(JOBS) -R '^race_'
+	$(PY) tests/cpp/cuda_shim/barriers.py build/races/tests/cpp
 
 # cmake, ctest and ninja as pip installed them, else those of the system.
 TOOLS := PATH="$(abspath $(VENV))/bin:$$PATH"

@@ -156,7 +156,7 @@ def _betti_errors(device: str) -> Iterator[tuple[str, float]]:
         generator = torch.Generator().manual_seed(len(shape))
         x, y = torch.rand((2, *shape), generator=generator)
         ramp = torch.arange(x.numel()).view(shape) / x.numel()
-        for kind, image in {"noise": x, "ties": (4 * x).floor(), "ramp": ramp}.items():
+        for kind, image in {"noise": x, "ties": (4 * x).floor() / 4, "ramp": ramp}.items():
             for what, options in {"": {}, "options": _BETTI_OPTIONS}.items():
 
                 def loss(t: Tensor, target: Tensor = y, options: Any = options) -> Tensor:

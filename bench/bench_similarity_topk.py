@@ -1,7 +1,8 @@
-"""Cases and providers of ``similarity_topk``: GroCo, fwd + bwd, beside its published form.
+"""Cases and providers of ``similarity_topk``: GroCo and the top-k loss, fwd + bwd, beside theirs.
 
-The authors' loss is rebuilt from the paper's steps on the sorting network of diffsort, which forms
-the matrix of every row. Run it with ``--threads 1``, as the issue's numbers are.
+The authors' GroCo is rebuilt from the paper's steps on the sorting network of diffsort, which forms
+the matrix of every row; the top-k loss stands beside difftopk's. Run it with ``--threads 1``, as
+the issue's numbers are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ SIZES = {  # name: views, images, width, negatives, and those of the published f
     "groco 8192x128, K 10": (2, 8192, 128, 10, None),
 }
 
+TOPK = {  # name: difftopk's method, ours
+    "top-k loss bitonic 256x1000, m 50": ("bitonic__non_sparse", "bitonic"),
+    "top-k loss odd_even 256x1000, m 50": ("odd_even", "odd_even"),
+}
+P_K = (0.5, 0.0, 0.0, 0.0, 0.5)
+
 TARGETS = [
     Target("GroCo 1024 x 128, K 10, fwd+bwd, speed-up over the published form", "speedup",
            "groco 1024x128, K 10", at_least=20),
@@ -31,6 +38,8 @@ TARGETS = [
            "groco 256x128, K 64", at_least=1),
     Target("peak memory, 8192 x 128, K 10, beyond the gradient", "extra_mb",
            "groco 8192x128, K 10", at_most=64, unit="MB"),
+    *(Target(f"{name}, fwd+bwd, speed-up over difftopk", "speedup", name, at_least=20)
+      for name in TOPK),
 ]  # fmt: skip
 
 
@@ -109,9 +118,71 @@ def _exact(views: list[Tensor], topk_neg: int) -> Tensor:
     )
 
 
+class Scores:
+    def __init__(self, rows: int, classes: int, device: str):
+        generator = torch.Generator().manual_seed(0)
+        self.scores = torch.randn(rows, classes, generator=generator).to(device)
+        self.labels = torch.randint(classes, (rows,), generator=generator).to(device)
+
+    def step(self, loss: Callable[[Tensor, Tensor], Tensor], dtype=torch.float32) -> Tensor:
+        x = self.scores.to(dtype).detach().requires_grad_()
+        return torch.autograd.grad(loss(x, self.labels), x)[0]
+
+
+def topk_providers(problem: Scores, m: int, theirs: str, sorter: str) -> list[Provider]:
+    import pyloss
+
+    def by_pyloss(sorter: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: pyloss.topk_cross_entropy(x, y, p_k=P_K, m=m, sorter=sorter)
+
+    def run(loss: Callable[[Tensor, Tensor], Tensor], sorter: str) -> Run:
+        def check() -> float:
+            with pyloss.backend("reference"):
+                want = problem.step(by_pyloss(sorter), torch.float64)
+            found = problem.step(loss).double()
+            return ((found - want).norm() / want.norm()).item() / 1e-4
+
+        return Run(call=lambda: problem.step(loss), check=check)
+
+    def by_difftopk() -> Run:
+        try:
+            import difftopk
+        except ImportError as error:
+            raise Skip(f"not installed: {error}") from error
+        loss = difftopk.TopKCrossEntropyLoss(
+            theirs, 1.0, list(P_K), problem.scores.shape[1], m=m, distribution="cauchy",
+            device=problem.scores.device,
+        )  # fmt: skip
+        return run(loss, sorter)
+
+    default = "splitter_selection"
+    return [
+        Provider("pyloss", lambda: run(by_pyloss(sorter), sorter)),
+        Provider(f"pyloss {default}", lambda: run(by_pyloss(default), default)),
+        Provider("difftopk", by_difftopk),
+    ]
+
+
 def cases(ctx: Context) -> Iterator[Case]:
     for name, sizes in SIZES.items():
         yield _case(name, *((2, 16, 8, 3, 3) if ctx.quick else sizes), ctx)
+    for name, (theirs, sorter) in TOPK.items():
+        yield _topk_case(name, theirs, sorter, *((4, 20, 8) if ctx.quick else (256, 1000, 50)), ctx)
+
+
+def _topk_case(name, theirs, sorter, rows, classes, m, ctx: Context) -> Case:
+    return Case(
+        name=name,
+        group="top-k",
+        mode="fwd+bwd",
+        shape=(rows, classes),
+        dtype="fp32",
+        useful_bytes=0,  # arithmetic, not a stream
+        tensor_bytes=4 * rows * classes,
+        open=lambda: topk_providers(Scores(rows, classes, ctx.device), m, theirs, sorter),
+        baseline="difftopk",
+        result_bytes=4 * rows * classes,
+    )
 
 
 def _case(name, views, images, width, topk_neg, theirs, ctx: Context) -> Case:

@@ -3,6 +3,9 @@ built_with_cuda: bool
 cuda_archs: str
 
 def cuda_device_count() -> int: ...
+
+# Empty, or why the driver of this machine cannot run these kernels.
+def cuda_driver_problem() -> str: ...
 def simd_level() -> str: ...
 
 # The records of an op and their fields, as the NamedTuples of pyloss/ops/<op>/records.py have them.
@@ -129,7 +132,7 @@ def tensor_attention_lowrank_bwd(
 ) -> None: ...
 
 # Present when built_with_cuda.
-def cuda_betti_matching_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
+def cuda_betti_matching_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_betti_loss(
     problem: tuple[object, ...],
     options: tuple[object, ...],
@@ -137,10 +140,11 @@ def cuda_betti_loss(
     grad: int,
     scratch: int,
     scratch_bytes: int,
+    device: int,
     stream: int,
     /,
 ) -> None: ...
-def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
+def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_permutahedron_fwd(
     problem: tuple[object, ...],
     sorted: int,
@@ -149,40 +153,46 @@ def cuda_permutahedron_fwd(
     packed: int,
     scratch: int,
     scratch_bytes: int,
+    device: int,
     stream: int,
     /,
 ) -> None: ...
 def cuda_permutahedron_bwd(
-    problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, stream: int, /
+    problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, device: int, stream: int, /
 ) -> None: ...
-def cuda_row_softmax_scratch_bytes(problem: tuple[object, ...], /) -> int: ...
+def cuda_row_softmax_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_row_softmax_fwd(
     problem: tuple[object, ...],
     forward: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
+    device: int,
     stream: int,
     /,
 ) -> None: ...
 def cuda_row_softmax_bwd(
-    problem: tuple[object, ...], backward: tuple[object, ...], stream: int, /
+    problem: tuple[object, ...], backward: tuple[object, ...], device: int, stream: int, /
 ) -> None: ...
 def cuda_row_softmax_hvp(
     problem: tuple[object, ...],
     backward: tuple[object, ...],
     hvp: tuple[object, ...],
+    device: int,
     stream: int,
     /,
 ) -> None: ...
-def cuda_scale_inplace(data: int, dtype: int, n: int, factor: int, stream: int, /) -> None: ...
+def cuda_scale_inplace(
+    data: int, dtype: int, n: int, factor: int, device: int, stream: int, /
+) -> None: ...
 def cuda_sorting_network_scratch_bytes(
-    problem: tuple[object, ...], call: tuple[object, ...], /
+    problem: tuple[object, ...], call: tuple[object, ...], device: int, /
 ) -> int: ...
 def cuda_sorting_network(
     problem: tuple[object, ...],
     call: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
+    device: int,
     stream: int,
     /,
 ) -> None: ...

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Collection, Iterator
 
 import torch
@@ -20,6 +21,16 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 _log = logging.getLogger("pyloss")
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyloss_backend")
 _fallbacks_logged: set[tuple[str, str]] = set()
+
+
+def _look_at_driver() -> None:
+    """What would fail in every call on a GPU is said when pyloss is imported. Wakes no device."""
+    problem = _C.cuda_driver_problem()
+    if problem:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
+
+
+_look_at_driver()
 
 
 def _checked(name: str | None) -> str | None:
@@ -69,8 +80,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# That of PyTorch 2.8. The kernels of attention take tuples, with constants that go by name; of those
-# of the linear loss a third does not compile with 3.2.
+# That of PyTorch 2.8. The kernels of attention take tuples, with constants that go by name; of
+# those of the linear loss a third does not compile with 3.2.
 _NEEDS_TRITON = (3, 4)
 
 

@@ -155,10 +155,10 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
         "row_softmax_bwd": [problem, backward, THREADS],
         "row_softmax_hvp": [problem, backward, hvp, THREADS],
         "scale_inplace": [b["grad"], code(0, 1, 2, 3), size(COUNT), b["factor"], THREADS],
-        "cuda_row_softmax_fwd": [problem, forward_there, none, integer(0), none],
-        "cuda_row_softmax_bwd": [problem, backward_there, none],
-        "cuda_row_softmax_hvp": [problem, backward_there, hvp_there, none],
-        "cuda_scale_inplace": [none, code(0, 1, 2, 3), size(COUNT), none, none],
+        "cuda_row_softmax_fwd": [problem, forward_there, none, integer(0), none, none],
+        "cuda_row_softmax_bwd": [problem, backward_there, none, none],
+        "cuda_row_softmax_hvp": [problem, backward_there, hvp_there, none, none],
+        "cuda_scale_inplace": [none, code(0, 1, 2, 3), size(COUNT), *[none] * 3],
     }
 
 
@@ -291,7 +291,7 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     # As above: a host address would be a valid number on a device.
     on_device = problem(none, none, code(0, 1))
     return {
-        "cuda_betti_loss": [on_device, options, *[none] * 5],
+        "cuda_betti_loss": [on_device, options, *[none] * 6],
         "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
         "betti_matching": [here, THREADS],
         "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
@@ -343,7 +343,7 @@ def sorting_network_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, 
         **dict.fromkeys(tensors, none),
     )
     return {
-        "cuda_sorting_network": [problem(none, none), call, none, integer(0), none],
+        "cuda_sorting_network": [problem(none, none), call, none, integer(0), none, none],
         "sorting_network_sort": [here, b["loss"], THREADS],
         "sorting_network_sort_bwd": [here, b["grad_loss"], b["grad"], THREADS],
         "sorting_network_apply": [here, f, b["stats"], THREADS],
@@ -369,8 +369,8 @@ def permutahedron_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, li
     return {
         "permutahedron_fwd": [problem, b["x"], b["grad"], b["index"], THREADS],
         "permutahedron_bwd": [problem, b["cotangents"], b["x"], b["index"], b["v"], THREADS],
-        "cuda_permutahedron_fwd": [problem, *[none] * 4, none, integer(0), none],
-        "cuda_permutahedron_bwd": [problem, *[none] * 5],
+        "cuda_permutahedron_fwd": [problem, *[none] * 4, none, integer(0), none, none],
+        "cuda_permutahedron_bwd": [problem, *[none] * 6],
     }
 
 
@@ -421,7 +421,16 @@ def main() -> None:
         **tensor_attention_lowrank_calls(module, buffers),
     }
     functions = {name for name in dir(module) if callable(getattr(module, name))}
-    unknown = functions - set(templates) - {"cuda_device_count", "fields", "simd_level"}
+    unknown = (
+        functions
+        - set(templates)
+        - {
+            "cuda_device_count",
+            "cuda_driver_problem",
+            "fields",
+            "simd_level",
+        }
+    )
     unknown -= {name for name in functions if name.endswith("_scratch_bytes")}
     assert not unknown, f"functions without a template here: {sorted(unknown)}"
     templates = {name: t for name, t in templates.items() if name in functions}

@@ -20,6 +20,7 @@ from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
+from bench import bench_similarity_topk as similarity_topk  # noqa: E402
 from bench import bench_sorting_network as sorting_network  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
 from bench import bench_tensor_attention_lowrank as lowrank  # noqa: E402
@@ -177,7 +178,8 @@ def test_derived_columns_of_the_linear_op():
 
 
 @pytest.mark.parametrize(
-    "op", [row_softmax, linear, attention, betti, permutahedron, sorting_network]
+    "op",
+    [row_softmax, linear, attention, betti, permutahedron, similarity_topk, sorting_network],
 )
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):

@@ -33,7 +33,7 @@ def images(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> list[torch.
     spatial = math.prod(shape[2:])
     ramp = torch.arange(spatial, dtype=torch.float64).view(shape[2:]) / spatial
     if kind == "ties":
-        x = (4 * x).floor()
+        x = (4 * x).floor() / 4
     elif kind == "constant":
         x = torch.full(shape, 0.5, dtype=torch.float64)
     elif kind in ("up", "down"):

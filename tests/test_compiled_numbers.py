@@ -190,3 +190,23 @@ def test_one_tensor_as_both_labels_of_mixup_compiles() -> None:
         lambda x, y: pyloss.fused_cross_entropy(x, (y, y, 0.5)), fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(x, Y), pyloss.fused_cross_entropy(x, Y))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, s: pyloss.soft_sort(x, steepness=s).square().sum(),
+        lambda x, s: pyloss.spearman_loss(x, X, steepness=s),
+        lambda x, s: pyloss.sorting_cross_entropy(x, X, steepness=s),
+        lambda x, s: pyloss.functional.permutahedron_rank(x / s).square().sum(),
+    ],
+)
+def test_what_stands_for_a_changing_number_of_a_sort(call: Callable) -> None:
+    """As the pages of networks and permutahedron say; a number compiles for each value."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for n in range(1, 13):
+        strength = torch.tensor(n / 4)
+        torch.testing.assert_close(compiled(X, strength), call(X, strength))
+    assert counter.frame_count == 1

@@ -7,6 +7,7 @@ same records, so that the results must be the same, too.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 
 import pytest
@@ -16,7 +17,7 @@ from pyloss import _C
 from pyloss.ops import betti_matching, row_softmax, sorting_network
 from pyloss.ops.sorting_network import records
 
-SCRATCH, STREAM = 1000, 7
+SCRATCH, DEVICE, STREAM = 1000, 3, 7
 RANKS, INT32 = 0, 5
 
 
@@ -24,12 +25,12 @@ class Kernels:
     """_C with a device."""
 
     @staticmethod
-    def cuda_sorting_network_scratch_bytes(problem, call):
+    def cuda_sorting_network_scratch_bytes(problem, call, device):
         return SCRATCH
 
     @staticmethod
-    def cuda_sorting_network(problem, c, scratch, scratch_bytes, stream):
-        assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch
+    def cuda_sorting_network(problem, c, scratch, scratch_bytes, device, stream):
+        assert (scratch_bytes, device, stream) == (SCRATCH, DEVICE, STREAM) and scratch
         task = records.TASKS[c.task]
         targets = records.Targets(RANKS, c.first, INT32, c.count, c.kind, 0)
         arguments = {
@@ -44,36 +45,36 @@ class Kernels:
         getattr(_C, f"sorting_network_{task}")(problem, *arguments, 1)
 
     @staticmethod
-    def cuda_betti_matching_scratch_bytes(problem):
+    def cuda_betti_matching_scratch_bytes(problem, device):
         return SCRATCH
 
     @staticmethod
-    def cuda_betti_loss(problem, options, loss, grad, scratch, scratch_bytes, stream):
-        assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch % 256 == 0
+    def cuda_betti_loss(problem, options, loss, grad, scratch, scratch_bytes, device, stream):
+        assert (scratch_bytes, device, stream) == (SCRATCH, DEVICE, STREAM) and scratch % 256 == 0
         _C.betti_loss(problem, options, loss, grad, 1)
 
     @staticmethod
-    def cuda_row_softmax_scratch_bytes(problem):
+    def cuda_row_softmax_scratch_bytes(problem, device):
         return SCRATCH
 
     @staticmethod
-    def cuda_row_softmax_fwd(problem, forward, scratch, scratch_bytes, stream):
-        assert (scratch_bytes, stream) == (SCRATCH, STREAM) and scratch
+    def cuda_row_softmax_fwd(problem, forward, scratch, scratch_bytes, device, stream):
+        assert (scratch_bytes, device, stream) == (SCRATCH, DEVICE, STREAM) and scratch
         _C.row_softmax_fwd(problem, forward, 1)
 
     @staticmethod
-    def cuda_row_softmax_bwd(problem, backward, stream):
-        assert stream == STREAM
+    def cuda_row_softmax_bwd(problem, backward, device, stream):
+        assert (device, stream) == (DEVICE, STREAM)
         _C.row_softmax_bwd(problem, backward, 1)
 
     @staticmethod
-    def cuda_row_softmax_hvp(problem, backward, hvp, stream):
-        assert stream == STREAM
+    def cuda_row_softmax_hvp(problem, backward, hvp, device, stream):
+        assert (device, stream) == (DEVICE, STREAM)
         _C.row_softmax_hvp(problem, backward, hvp, 1)
 
     @staticmethod
-    def cuda_scale_inplace(data, dtype, n, factor, stream):
-        assert stream == STREAM
+    def cuda_scale_inplace(data, dtype, n, factor, device, stream):
+        assert (device, stream) == (DEVICE, STREAM)
         _C.scale_inplace(data, dtype, n, factor, 1)
 
 
@@ -82,7 +83,13 @@ def device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     for op in (sorting_network, betti_matching, row_softmax):
         monkeypatch.setattr(op.cuda, "_C", Kernels)
-        monkeypatch.setattr(op.cuda, "stream", lambda x: STREAM)
+        monkeypatch.setattr(op.cuda, "queue", lambda x: (DEVICE, STREAM))
+
+
+def test_an_old_driver_is_said_at_import(monkeypatch) -> None:
+    monkeypatch.setattr(_C, "cuda_driver_problem", lambda: "the driver is too old", raising=False)
+    with pytest.warns(RuntimeWarning, match="too old"):
+        importlib.reload(importlib.import_module("pyloss.backends"))
 
 
 def check(op, name: str, *arguments) -> None:

@@ -1484,6 +1484,23 @@ def test_module_refuses_unknown_options():
         pyloss.nn.LinearCrossEntropyLoss.borrow(torch.nn.Linear(D, V), z_los=1e-4)
 
 
+@pytest.mark.parametrize(
+    "error, name, value",
+    [
+        (ValueError, "reduction", "men"), (ValueError, "empty", "zro"), (ValueError, "tau", -1.0),
+        (TypeError, "temperature", "x"), (TypeError, "ignore_index", 1.5),
+        (TypeError, "chunk", 2.5),
+        (ValueError, "strategy", "x"), (ValueError, "loss_dtype", "x"),
+        (ValueError, "filter", -1.0), (ValueError, "accumulate_dtype", F64),
+    ],
+)  # fmt: skip
+def test_module_checks_its_options_when_made(error, name, value):
+    with pytest.raises(error, match=name):
+        _module(**{name: value})
+    with pytest.raises(error, match=name):
+        pyloss.nn.LinearCrossEntropyLoss.borrow(torch.nn.Linear(D, V), **{name: value})
+
+
 def test_module_prints_its_options():
     text = repr(_module(bias=True, tau=1.5, reduction="sum"))
     for part in ("in_features=6", "num_classes=13", "bias=True"):

@@ -34,7 +34,11 @@ def run_interpreted(*paths: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)  # a hundred seconds on an idle core
-@pytest.mark.parametrize("op", CHECKS)
+@pytest.mark.parametrize(
+    "op",
+    # Sizes beyond 2^31 and three orders of programs: what the others see is enough for each change.
+    [pytest.param(op, marks=pytest.mark.exhaustive if op == "addresses" else ()) for op in CHECKS],
+)
 def test_interpreted(op: str) -> None:
     done = run_interpreted(*CHECKS[op])
     assert done.returncode == 0, done.stdout + done.stderr

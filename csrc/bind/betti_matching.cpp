@@ -8,6 +8,7 @@
 #include "common/betti_matching.h"
 #include "cpu/betti_matching.h"
 #if PYLOSS_WITH_CUDA
+#include "bind/on_device.h"
 #include "cuda/betti_matching.h"
 #endif
 
@@ -109,19 +110,21 @@ void register_betti_matching(py::module_& m) {
   });
 
 #if PYLOSS_WITH_CUDA
-  m.def("cuda_betti_matching_scratch_bytes",
-        [](py::handle problem) { return cuda::betti_scratch_bytes(decode(problem, true)); });
-  m.def("cuda_betti_loss", [](py::handle problem, py::handle options, int64_t loss, int64_t grad,
-                              int64_t scratch, int64_t scratch_bytes, int64_t stream) {
-    const auto p = decode(problem, true);
-    cuda::BettiLoss l{};
-    l.options = decode_loss(options);
-    l.loss = terms(loss, p);
-    l.grad_input = optional_pointer("grad", grad);
-    if (l.grad_input && !is_float(p.input_dtype)) bad_argument("grad", "input is no float");
-    without_gil(cuda::betti_loss, p, l, optional_pointer("scratch", scratch), scratch_bytes,
-                optional_pointer("stream", stream));
+  m.def("cuda_betti_matching_scratch_bytes", [](py::handle problem, int64_t device) {
+    return on_device(device, cuda::betti_scratch_bytes, decode(problem, true));
   });
+  m.def("cuda_betti_loss",
+        [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t scratch,
+           int64_t scratch_bytes, int64_t device, int64_t stream) {
+          const auto p = decode(problem, true);
+          cuda::BettiLoss l{};
+          l.options = decode_loss(options);
+          l.loss = terms(loss, p);
+          l.grad_input = optional_pointer("grad", grad);
+          if (l.grad_input && !is_float(p.input_dtype)) bad_argument("grad", "input is no float");
+          on_device(device, cuda::betti_loss, p, l, optional_pointer("scratch", scratch),
+                    scratch_bytes, optional_pointer("stream", stream));
+        });
 #endif
 }
 

@@ -2,10 +2,12 @@
 // every torch version.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "bind/register.h"
 #include "common/multiversion.h"
 #if PYLOSS_WITH_CUDA
-#include "cuda/row_softmax.h"
+#include "cuda/device.h"
 #endif
 
 #ifndef PYLOSS_VERSION
@@ -31,6 +33,14 @@ const char* simd_level() {
 #endif
 }
 
+std::string cuda_driver_problem() {
+#if PYLOSS_WITH_CUDA
+  return pyloss::cuda::driver_problem();
+#else
+  return {};
+#endif
+}
+
 int cuda_device_count() {
 #if PYLOSS_WITH_CUDA
   return pyloss::cuda::device_count();
@@ -47,6 +57,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.attr("built_with_cuda") = bool(PYLOSS_WITH_CUDA);
   m.attr("cuda_archs") = PYLOSS_CUDA_ARCHS;
   m.def("cuda_device_count", &cuda_device_count);
+  m.def("cuda_driver_problem", &cuda_driver_problem);
   m.def("simd_level", &simd_level);
   // The fields of the records that the functions below read: {record: (field, ...)}, filled by
   // declare_records.

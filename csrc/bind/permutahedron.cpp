@@ -9,6 +9,7 @@
 #include "bind/args.h"
 #include "bind/register.h"
 #if PYLOSS_WITH_CUDA
+#include "bind/on_device.h"
 #include "cuda/permutahedron.h"
 #endif
 
@@ -66,24 +67,25 @@ void register_permutahedron(py::module_& m) {
         });
 
 #if PYLOSS_WITH_CUDA
-  m.def("cuda_permutahedron_scratch_bytes",
-        [](py::handle problem) { return cuda::permutahedron_scratch_bytes(decode(problem)); });
+  m.def("cuda_permutahedron_scratch_bytes", [](py::handle problem, int64_t device) {
+    return on_device(device, cuda::permutahedron_scratch_bytes, decode(problem));
+  });
   m.def("cuda_permutahedron_fwd",
         [](py::handle problem, int64_t sorted, int64_t order, int64_t y, int64_t packed,
-           int64_t scratch, int64_t scratch_bytes, int64_t stream) {
+           int64_t scratch, int64_t scratch_bytes, int64_t device, int64_t stream) {
           const auto p = decode(problem);
-          without_gil(cuda::permutahedron_forward, p, rows("sorted", sorted, p),
-                      rows<const int64_t>("order", order, p), rows("y", y, p),
-                      rows<int32_t>("packed", packed, p), optional_pointer("scratch", scratch),
-                      scratch_bytes, optional_pointer("stream", stream));
+          on_device(device, cuda::permutahedron_forward, p, rows("sorted", sorted, p),
+                    rows<const int64_t>("order", order, p), rows("y", y, p),
+                    rows<int32_t>("packed", packed, p), optional_pointer("scratch", scratch),
+                    scratch_bytes, optional_pointer("stream", stream));
         });
-  m.def("cuda_permutahedron_bwd",
-        [](py::handle problem, int64_t g, int64_t x, int64_t packed, int64_t dx, int64_t stream) {
-          const auto p = decode(problem);
-          without_gil(cuda::permutahedron_backward, p, rows("g", g, p), values(x, p),
-                      rows<const int32_t>("packed", packed, p), rows("dx", dx, p),
-                      optional_pointer("stream", stream));
-        });
+  m.def("cuda_permutahedron_bwd", [](py::handle problem, int64_t g, int64_t x, int64_t packed,
+                                     int64_t dx, int64_t device, int64_t stream) {
+    const auto p = decode(problem);
+    on_device(device, cuda::permutahedron_backward, p, rows("g", g, p), values(x, p),
+              rows<const int32_t>("packed", packed, p), rows("dx", dx, p),
+              optional_pointer("stream", stream));
+  });
 #endif
 }
 

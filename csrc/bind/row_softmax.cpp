@@ -11,6 +11,7 @@
 #include "bind/register.h"
 #include "cpu/row_softmax.h"
 #if PYLOSS_WITH_CUDA
+#include "bind/on_device.h"
 #include "cuda/row_softmax.h"
 #endif
 
@@ -166,38 +167,36 @@ void register_row_softmax(py::module_& m) {
         });
 
 #if PYLOSS_WITH_CUDA
-  m.def("cuda_row_softmax_scratch_bytes",
-        [](py::handle problem) { return cuda::row_softmax_scratch_bytes(decode(problem)); });
+  m.def("cuda_row_softmax_scratch_bytes", [](py::handle problem, int64_t device) {
+    return on_device(device, cuda::row_softmax_scratch_bytes, decode(problem));
+  });
   m.def("cuda_row_softmax_fwd", [](py::handle problem, py::handle forward, int64_t scratch,
-                                   int64_t scratch_bytes, int64_t stream) {
+                                   int64_t scratch_bytes, int64_t device, int64_t stream) {
     const RowSoftmaxProblem p = decode(problem);
     const RowSoftmaxForward f = decode_forward(p, forward);
-    py::gil_scoped_release nogil;
-    cuda::row_softmax_forward(p, f, optional_pointer("scratch", scratch), scratch_bytes,
-                              optional_pointer("stream", stream));
+    on_device(device, cuda::row_softmax_forward, p, f, optional_pointer("scratch", scratch),
+              scratch_bytes, optional_pointer("stream", stream));
   });
-  m.def("cuda_row_softmax_bwd", [](py::handle problem, py::handle backward, int64_t stream) {
-    const RowSoftmaxProblem p = decode(problem);
-    const RowSoftmaxBackward b = decode_backward(p, backward);
-    py::gil_scoped_release nogil;
-    cuda::row_softmax_backward(p, b, optional_pointer("stream", stream));
-  });
-  m.def("cuda_row_softmax_hvp",
-        [](py::handle problem, py::handle backward, py::handle hvp, int64_t stream) {
+  m.def("cuda_row_softmax_bwd",
+        [](py::handle problem, py::handle backward, int64_t device, int64_t stream) {
           const RowSoftmaxProblem p = decode(problem);
-          const RowSoftmaxHvp h = decode_hvp(p, backward, hvp);
-          py::gil_scoped_release nogil;
-          cuda::row_softmax_hvp(p, h, optional_pointer("stream", stream));
+          const RowSoftmaxBackward b = decode_backward(p, backward);
+          on_device(device, cuda::row_softmax_backward, p, b, optional_pointer("stream", stream));
         });
-  m.def("cuda_scale_inplace",
-        [](int64_t data, int64_t dtype, int64_t n, int64_t factor, int64_t stream) {
-          const DType t = checked_float("data", dtype);
-          const int64_t count = checked_count("data", {n});
-          void* p = checked_pointer("data", data, count);
-          const void* f = checked_pointer("factor", factor, 1);
-          py::gil_scoped_release nogil;
-          cuda::scale_inplace(p, t, count, f, optional_pointer("stream", stream));
-        });
+  m.def("cuda_row_softmax_hvp", [](py::handle problem, py::handle backward, py::handle hvp,
+                                   int64_t device, int64_t stream) {
+    const RowSoftmaxProblem p = decode(problem);
+    const RowSoftmaxHvp h = decode_hvp(p, backward, hvp);
+    on_device(device, cuda::row_softmax_hvp, p, h, optional_pointer("stream", stream));
+  });
+  m.def("cuda_scale_inplace", [](int64_t data, int64_t dtype, int64_t n, int64_t factor,
+                                 int64_t device, int64_t stream) {
+    const DType t = checked_float("data", dtype);
+    const int64_t count = checked_count("data", {n});
+    void* p = checked_pointer("data", data, count);
+    const void* f = checked_pointer("factor", factor, 1);
+    on_device(device, cuda::scale_inplace, p, t, count, f, optional_pointer("stream", stream));
+  });
 #endif
 }
 

@@ -6,6 +6,7 @@
 #include "common/sorting_network.h"
 #include "cpu/sorting_network.h"
 #if PYLOSS_WITH_CUDA
+#include "bind/on_device.h"
 #include "cuda/sorting_network.h"
 #endif
 
@@ -194,16 +195,17 @@ void register_sorting_network(py::module_& m) {
         });
 
 #if PYLOSS_WITH_CUDA
-  m.def("cuda_sorting_network_scratch_bytes", [](py::handle problem, py::handle call) {
-    const auto p = decode(problem);
-    return cuda::sorting_scratch_bytes(p, decode(Reader<Call>(call), p));
-  });
+  m.def("cuda_sorting_network_scratch_bytes",
+        [](py::handle problem, py::handle call, int64_t device) {
+          const auto p = decode(problem);
+          return on_device(device, cuda::sorting_scratch_bytes, p, decode(Reader<Call>(call), p));
+        });
   m.def("cuda_sorting_network", [](py::handle problem, py::handle call, int64_t scratch,
-                                   int64_t scratch_bytes, int64_t stream) {
+                                   int64_t scratch_bytes, int64_t device, int64_t stream) {
     const auto p = decode(problem);
     const auto c = decode(Reader<Call>(call), p);
-    without_gil(cuda::sorting_run, p, c, optional_pointer("scratch", scratch), scratch_bytes,
-                optional_pointer("stream", stream));
+    on_device(device, cuda::sorting_run, p, c, optional_pointer("scratch", scratch), scratch_bytes,
+              optional_pointer("stream", stream));
   });
 #endif
 }

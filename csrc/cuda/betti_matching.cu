@@ -46,6 +46,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/atomic.cuh"
 #include "cuda/betti_matching.cuh"
 
 namespace pyloss::cuda {
@@ -115,7 +116,7 @@ template <class R, class K>
 __device__ K checked_key(const BettiWork& w, const Images& m, u32 image, u32 i) {
   const R x = image_value<R>(m, image, u64(m.first) * w.n + i);
   if (x == x) return K(betti::filtration_key(x, m.superlevel));
-  w.nan[i / w.n] = 1;
+  store_relaxed(w.nan + i / w.n, 1u);
   return K(~K{0} - 1);
 }
 

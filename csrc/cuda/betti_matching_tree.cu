@@ -1,5 +1,6 @@
 // Minimum spanning trees, their merge trees, and the pairs of the elder rule, for all runs of all
 // items at once. How and why: betti_matching.cu.
+#include "cuda/atomic.cuh"
 #include "cuda/betti_matching.cuh"
 
 namespace pyloss::cuda {
@@ -14,13 +15,9 @@ struct EdgeRecord {
 
 // ---- Rounds ------------------------------------------------------------------------------------
 
-// Others may write `p` meanwhile: any value that was ever there will do.
-__device__ u32 peek(const u32* p) {
-  return *static_cast<const volatile u32*>(p);
-}
-
+// What was there once will do: it only ever falls.
 __device__ void lower(u64* p, u64 key) {
-  if (key < *static_cast<const volatile u64*>(p)) atomicMin(p, key);
+  if (key < load_relaxed(p)) atomicMin(p, key);
 }
 
 // The lowest edge of every vertex. Those of the outside, which start at kNoKey, need atomics.
@@ -102,21 +99,27 @@ __global__ void __launch_bounds__(kThreads) betti_root_kernel(BettiWork w, int l
   });
 }
 
-// Everyone else finds the root of its tree. Links are shortened on the way, for all who follow.
+// Everyone else finds the root of its tree. Links are shortened on the way, for all who follow. A
+// block takes a range of its own, so that those under way are spread over all of a long chain (of a
+// ramp): each part of it is shortened at the same time, and nobody walks it hop by hop to its end.
 __global__ void __launch_bounds__(kThreads) betti_jump_kernel(BettiWork w, int level) {
   u32 begin, end;
   level_range(w, level, &begin, &end);
   if (blockIdx.x == 0 && threadIdx.x == 0) w.counters->begin[level + 2] = w.counters->nodes;
-  for_each(begin, end, [&](u32 x) {
-    if (w.lowest[x] == kNoKey) return;
-    u32 to = peek(w.link + x);
-    if (to == x) return;
-    for (u32 next = peek(w.link + to); next != to; next = peek(w.link + to)) {
-      *static_cast<volatile u32*>(w.link + x) = next;
+  const u32 range = (end - begin + gridDim.x - 1) / gridDim.x;
+  const u64 first = begin + u64(blockIdx.x) * range, after = first + range;
+  const u64 last = after < end ? after : end;
+  for (u64 i = first + threadIdx.x; i < last; i += blockDim.x) {
+    const u32 x = u32(i);
+    if (w.lowest[x] == kNoKey) continue;
+    u32 to = load_relaxed(w.link + x);
+    if (to == x) continue;
+    for (u32 next = load_relaxed(w.link + to); next != to; next = load_relaxed(w.link + to)) {
+      store_relaxed(w.link + x, next);
       to = next;
     }
     w.parent[x] = w.parent[to];
-  });
+  }
 }
 
 // Edges between different nodes go to the next round.

@@ -5,7 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/check.h"
 
@@ -38,20 +41,47 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 // A kernel gets 48 KiB, its static shared memory included, without asking for more.
 inline constexpr size_t kDefaultSharedBytes = 32 * 1024;
 
+// Lets every launch of a kernel have as much shared memory as a block of the device can. Once for a
+// kernel and a device: a size of its own for every launch could be taken back by another thread
+// between the request and the launch.
+inline void allow_all_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  int device = 0;
+  PYLOSS_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device})) return;
+  cudaFuncAttributes own{};
+  PYLOSS_CUDA_CHECK(cudaFuncGetAttributes(&own, kernel));
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  PYLOSS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         most - int(own.sharedSizeBytes)));
+  done.insert({kernel, device});
+}
+
+// Clusters of so many neighbouring blocks along x; 1: none.
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), unsigned blocks, dim3 grid, dim3 block,
+                     size_t shared_bytes, void* stream, const Args&... args) {
+  if (shared_bytes > kDefaultSharedBytes) allow_all_shared(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  PYLOSS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             const Args&... args) {
-#if defined(PYLOSS_CUDA_SHIM)
-  (void)stream;
-  shim::run(grid, block, shared_bytes, [&] { kernel(args...); });
-#else
-  if (shared_bytes > kDefaultSharedBytes) {
-    PYLOSS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           int(shared_bytes)));
-  }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  PYLOSS_CUDA_CHECK(cudaGetLastError());
-#endif
+  launch_clusters(kernel, 1, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace pyloss::cuda

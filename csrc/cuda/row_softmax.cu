@@ -468,11 +468,4 @@ void row_softmax_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
   dispatch_float(p.dtype, [&](auto tag) { forward<decltype(tag)>(p, f, scratch, stream); });
 }
 
-int device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
-  cudaGetLastError();  // forget it: the next call must not report it
-  return 0;
-}
-
 }  // namespace pyloss::cuda

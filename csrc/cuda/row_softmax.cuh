@@ -47,12 +47,20 @@ inline constexpr int kLongTeam = 256;
 template <class T, Mode M>
 inline constexpr int kBlocksPerSm =
     sizeof(T) == 8 ? 1 : (M == Mode::kSoft ? 2 : (M == Mode::kOptions ? 3 : 4));
-// Vectors of a batch, and batches under way while one is worked on, as the registers allow.
+// Vectors of a batch, and batches under way while one is worked on, as the registers allow: where
+// the compiler is not for sm_90 the same numbers would spill a few of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+inline constexpr bool kTight = true;
+#else
+inline constexpr bool kTight = false;
+#endif
 template <Mode M, bool kGradient>
-inline constexpr int kBatch = M == Mode::kOptions && kGradient ? 1 : 2;
+inline constexpr int kBatch =
+    (M == Mode::kOptions && kGradient) || (M == Mode::kSoft && kTight) ? 1 : 2;
 template <Mode M, bool kGradient, bool kTwoWalks>
-inline constexpr int kAhead =
-    M == Mode::kPlain ? (kTwoWalks ? 1 : 2) : (M == Mode::kOptions && kGradient ? 2 : 1);
+inline constexpr int kAhead = M == Mode::kPlain     ? (kTwoWalks || kTight ? 1 : 2)
+                              : M == Mode::kOptions ? (kGradient ? 2 : 1)
+                                                    : (kTight ? 2 : 1);
 // Rows that a team takes one after the other: their per-row arithmetic is done once, a lane each.
 inline constexpr int kMostRows = kWarp;
 
@@ -801,7 +809,7 @@ struct KnownNorm {
   __device__ __forceinline__ void use(R* shared, RowSoftmaxForward* f) const {
     if (!known) return;
     const bool writes = blockIdx.x == 0 && blockIdx.y == 0;
-    if (threadIdx.x == 0 && threadIdx.y == 0) {
+    if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
 #pragma unroll
       for (int i = 0; i < kNormCount; ++i) {
         shared[i] = value[i];

@@ -24,7 +24,4 @@ void row_softmax_hvp(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, void* s
 // data *= *factor (R, on the device). The kernel returns at once when the factor is 1.
 void scale_inplace(void* data, DType dtype, int64_t n, const void* factor, void* stream);
 
-// 0 without a driver or a device; never throws.
-int device_count();
-
 }  // namespace pyloss::cuda

@@ -8,6 +8,8 @@
 //
 // Memory traffic per logit of b bytes: read b, write b, also for rows that one SM cannot hold.
 // Numerics: as row_softmax.cu. Paper: Mao, Mohri, Zhong, arXiv 2304.07288.
+#include <cooperative_groups.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -16,22 +18,7 @@
 #include "cuda/row_softmax.h"
 #include "cuda/row_softmax_internal.h"
 
-#if !defined(PYLOSS_CUDA_SHIM)
-#include <cooperative_groups.h>
-#endif
-
 namespace pyloss::cuda {
-
-#if defined(PYLOSS_CUDA_SHIM)
-
-template <class T>
-bool launch_cluster_forward(const RowSoftmaxProblem&, const RowSoftmaxForward&,
-                            const KnownNorm<RealOf<T>>&, void*) {
-  return false;  // clusters have no counterpart there
-}
-
-#else
-
 namespace {
 
 constexpr int kMaxCluster = 8;  // larger ones are not portable
@@ -40,7 +27,7 @@ template <class T>
 __global__ void __launch_bounds__(kLongTeam)
     row_softmax_cluster_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
                                RowSoftmaxForward f, KnownNorm<RealOf<T>> norm, int columns) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 || defined(PYLOSS_CUDA_SHIM)
   namespace cg = cooperative_groups;
   using R = RealOf<T>;
   Ahead<T, kBatch<Mode::kPlain, true>, kAhead<Mode::kPlain, true, true>> ahead;
@@ -145,28 +132,13 @@ bool launch_cluster_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward&
     const int64_t columns = ceil_div(vectors_per_row(p), blocks) * kVec<T>;
     if (blocks == 1 || columns / kVec<T> * 16 > capacity) return false;
 
-    auto* kernel = row_softmax_cluster_kernel<T>;
-    const int shared = int(columns / kVec<T> * 16);
-    PYLOSS_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(blocks);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid_size(p.rows() * blocks));
-    config.blockDim = dim3(kLongTeam);
-    config.dynamicSmemBytes = size_t(shared);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    PYLOSS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p, RowTransform<RealOf<T>>(p.options), f,
-                                         norm, int(columns)));
+    launch_clusters(row_softmax_cluster_kernel<T>, unsigned(blocks),
+                    dim3(grid_size(p.rows() * blocks)), dim3(kLongTeam),
+                    size_t(columns / kVec<T> * 16), stream, p, RowTransform<RealOf<T>>(p.options),
+                    f, norm, int(columns));
     return true;
   }
 }
-
-#endif
 
 #define PYLOSS_INSTANTIATE(T)                                                                 \
   template bool launch_cluster_forward<T>(const RowSoftmaxProblem&, const RowSoftmaxForward&, \

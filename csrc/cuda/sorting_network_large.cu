@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/atomic.cuh"
 #include "cuda/sorting_network.cuh"
 
 namespace pyloss::cuda {
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kSingleThreads)
   const int step = int(gridDim.x) * kSingleThreads;
   for (int i = int(blockIdx.x) * kSingleThreads + int(threadIdx.x); i < n; i += step) {
     const R v = x[item * n + i];
-    if (v != v) bad[item] = 1;
+    if (v != v) store_relaxed(bad + item, 1);
   }
 }
 

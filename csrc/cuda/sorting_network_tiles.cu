@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a
         a.gf[tile.feature(false, wire, r)] =
             bad ? nan_<R>() : w[r * length + place_of(wire, tile.shift)];
       });
-      __syncthreads();
+      __syncthreads();  // spare: load() overwrites this thread's entries only
     }
   }
   if (a.mode == TileMode::kLoss) {

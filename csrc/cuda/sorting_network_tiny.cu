@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kWarp) sorting_tiny_kernel(TinyCall<R> a) {
     __syncwarp();
   }
   if (a.y && real) a.y[item * n + row] = bad ? nan_<R>() : v[lane];
-  __syncwarp();
+  __syncwarp();  // spare: only v[lane] is written again
 
   R w[kWires];
 #pragma unroll

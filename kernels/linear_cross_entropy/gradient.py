@@ -181,7 +181,7 @@ def linear_softmax_grad(
     check_rows(out=out)
     dz = out[:n, : v1 - v0]
     w = weight[v0:v1]
-    c = config or launch.choose_config("grad", x.dtype, n)
+    c = config or launch.choose_config("grad", x.dtype, n, x.device)
     row_tiles, col_tiles = cdiv(n, c.block_m), cdiv(v1 - v0, c.block_n)
     mask = None
     if threshold is not None:

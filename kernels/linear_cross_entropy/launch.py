@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._launch import check_rows, dot_precision
+from .._launch import check_rows, dot_precision, little_shared
 
 
 class Config(NamedTuple):
@@ -28,7 +28,7 @@ TABLE = {
     ("stats", "half"): Config(128, 256, 64, 8, 3),
     ("stats with more", "half"): Config(128, 128, 64, 8, 4),
     ("grad", "half"): Config(128, 128, 64, 8, 4),
-    ("matmul", "half"): Config(128, 128, 64, 8, 3),
+    ("matmul", "half"): Config(128, 256, 64, 8, 3),
     # float32 on tensor cores (tf32)
     ("stats", "tf32"): Config(128, 128, 32, 8, 4),
     ("stats with more", "tf32"): Config(128, 128, 32, 8, 4),
@@ -47,12 +47,15 @@ TABLE = {
 def for_few_rows(config: Config, block_m: int) -> Config:
     """Memory bound: low tiles and more loads in flight."""
     block_n = min(config.block_n, 128)
-    return config._replace(block_m=block_m, block_n=block_n, num_warps=4, num_stages=4)
+    stages = min(4, config.num_stages + 1)
+    return config._replace(block_m=block_m, block_n=block_n, num_warps=4, num_stages=stages)
 
 
-def choose_config(kernel: str, dtype: torch.dtype, rows: int) -> Config:
+def choose_config(kernel: str, dtype: torch.dtype, rows: int, device: torch.device) -> Config:
     """Tiles of `kernel`, a name of the table, for `rows` rows of the result."""
     config = TABLE[kernel, "half" if dtype.itemsize == 2 else dot_precision(dtype)]
+    if little_shared(device):
+        config = config._replace(block_n=min(config.block_n, 128), num_stages=2)
     block_m = max(16, triton.next_power_of_2(rows))
     return config if block_m >= config.block_m else for_few_rows(config, block_m)
 

@@ -281,7 +281,7 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...], accumulate: bool) -> N
 
 def _config(dz: torch.Tensor, other: torch.Tensor, rows: int) -> Config:
     kernel = "matmul" if dz.dtype == other.dtype else "matmul of parts"
-    return launch.choose_config(kernel, other.dtype, rows)
+    return launch.choose_config(kernel, other.dtype, rows, dz.device)
 
 
 def fit_mask(c: Config, block_m: int, tile: int) -> Config:

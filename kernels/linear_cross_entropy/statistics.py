@@ -248,8 +248,8 @@ def linear_softmax_stats(
     (n, d), v = x.shape, weight.shape[0]
     if v == 0:
         raise ValueError("weight has no rows")
-    more = cap or want_entropy or want_sum
-    c = config or launch.choose_config("stats with more" if more else "stats", x.dtype, n)
+    more = cap or want_entropy or want_sum or d % 64 != 0  # masked loads take registers too
+    c = config or launch.choose_config("stats with more" if more else "stats", x.dtype, n, x.device)
     fields = 3 + want_entropy + want_sum
     out = torch.empty((fields, n), dtype=torch.float32, device=x.device)
     if n:

@@ -51,19 +51,19 @@ def _masked(s, x, tile, i, mask2_at, EDGE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _score_gradients(prob, dp, delta, common):
-    """dS, times `common` where that is given; a column is a query."""
-    if common is None:
-        return prob * (dp - delta[None, :])
-    else:
+def _score_gradients(prob, dp, delta, common, C: tl.constexpr):
+    """dS, with LIFT times `common`; a column is a query."""
+    if C.LIFT > 0:
         return prob * (dp * common - (delta * common)[None, :])
+    else:
+        return prob * (dp - delta[None, :])
 
 
 @triton.jit
 def _common(up, key_head, C: tl.constexpr):
     """The factor that all queries share, and what takes it and 2^LIFT out of sums of dS."""
     if up.common is None:
-        return None, None
+        return 1.0, 1.0
     else:
         common = tl.load(up.common + key_head)
         return common, (2.0**-C.LIFT) / common
@@ -163,11 +163,11 @@ def tensor_attention_bwd_kv_rows_kernel(
                         delta = tl.load(up.delta + flat, mask=live, other=0.0)
                         dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(b, tl.trans(dout), dp, C)
-                        ds = _score_gradients(prob, dp, delta, common)
+                        ds = _score_gradients(prob, dp, delta, common, C)
                         g = dot(ds.to(q.dtype), q, g, C)
         # Repeated rows beyond the end must not enter the column sums.
         if WANT_K:
-            if lowering is not None:
+            if C.LIFT > 0:
                 g *= lowering
             dk2 += g * k1[None, :]
             g *= tile.k2.to(tl.float32)
@@ -176,7 +176,7 @@ def tensor_attention_bwd_kv_rows_kernel(
             ptrs = part_k_ptr + (part_row + j) * x.d + d_cols
             tl.store(ptrs, tl.sum(g, axis=0), mask=d_cols < x.d)
         if WANT_V:
-            if lowering is not None:
+            if C.LIFT > 0:
                 w *= 2.0**-C.LIFT
             dv2 += w * v1[None, :]
             w *= tile.v2.to(tl.float32)
@@ -305,12 +305,12 @@ def tensor_attention_bwd_kv_pairs_kernel(
                         delta = tl.load(up.delta + flat0 + i)
                         dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(tile.v2, tl.trans(b), dp, C)
-                        ds = _score_gradients(prob, dp, delta, common)
+                        ds = _score_gradients(prob, dp, delta, common, C)
                         dk2 = dot(ds.to(a.dtype), a, dk2, C)
 
     flat_k = key_head * x.n_2 + tile.k
     inside = tile.k < x.n_2
-    if lowering is not None:
+    if C.LIFT > 0:
         if WANT_K:
             dk2 *= lowering
         if WANT_V:

@@ -42,20 +42,23 @@ def _power_below_inverse(bound):
 
 
 @triton.jit
-def _differences(dp, delta, factor):
-    """factor (dP - delta), where there is a factor, already in delta."""
-    if factor is None:
-        return dp - delta[:, None]
-    else:
+def _differences(dp, delta, factor, LIFTED: tl.constexpr):
+    """dP - delta, or with LIFTED factor dP - delta, of a delta that has the factor."""
+    if LIFTED:
         return dp * factor[:, None] - delta[:, None]
+    else:
+        return dp - delta[:, None]
 
 
 @triton.jit
 def _lowered(up, flat, C: tl.constexpr):
-    """(delta, factor) of queries, and what takes both factors out of sums of dS."""
+    """(delta, factor) of queries, and what takes factor and 2^LIFT out of sums of dS.
+
+    The last two mean nothing without LIFT.
+    """
     delta = tl.load(up.delta + flat)
     if up.factor is None:
-        return delta, None, None
+        return delta, delta, delta
     else:
         factor = tl.load(up.factor + flat)
         return delta * factor, factor, (2.0**-C.LIFT) / factor
@@ -107,12 +110,13 @@ def _block(
     b,  # [BLOCK_M, DV] dout * v1
     shift,  # [BLOCK_M] lse less the row's penalty
     delta,  # [BLOCK_M]
-    factor,  # [BLOCK_M] or None, see _differences
+    factor,  # [BLOCK_M], with LIFTED
     x,
     queries,
     keys,
     k0,
     EDGE: tl.constexpr,
+    LIFTED: tl.constexpr,
     C: tl.constexpr,
 ):
     """P, dS and the tiles of K2 and V2."""
@@ -124,7 +128,7 @@ def _block(
     prob = tl.exp2(s - shift[:, None])
     dp = tl.zeros((b.shape[0], BLOCK_N), tl.float32)
     dp = dot(b, tl.trans(v2), dp, C)
-    return prob, prob * _differences(dp, delta, factor), k2, v2
+    return prob, prob * _differences(dp, delta, factor, LIFTED), k2, v2
 
 
 @triton.jit
@@ -168,12 +172,13 @@ def tensor_attention_bwd_q_rows_kernel(
                 for t in range(start, stop):
                     k0 = over.lo + t * C.BLOCK_N
                     _, ds, k2, _ = _block(
-                        a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C
-                    )
+                        a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C.LIFT > 0,
+                        C,
+                    )  # fmt: skip
                     dx = dot(ds.to(k2.dtype), k2, dx, C)
         dq += dx * k1[None, :]
 
-    if lowering is not None:
+    if C.LIFT > 0:
         dq *= lowering[:, None]
     flat += split.to(tl.int64) * total_rows
     store_rows(dq_ptr + flat * x.d, dq * scale, inside, x.d, D)
@@ -236,13 +241,13 @@ def tensor_attention_bwd_q_pairs_kernel(
             for t in range(start, stop):
                 k0 = over.lo + t * C.BLOCK_N
                 prob, ds, k2, v2 = _block(
-                    a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C
+                    a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C.LIFT > 0, C
                 )
                 dx = dot(ds.to(k2.dtype), k2, dx, C)
                 if WANT_V:
                     y = dot(prob.to(v2.dtype), v2, y, C)
 
-    if lowering is not None:
+    if C.LIFT > 0:
         dx *= lowering[:, None]
         if WANT_V:
             y *= 2.0**-C.LIFT
@@ -325,7 +330,7 @@ def tensor_attention_bwd_mask_kernel(
                     for t in range(start, stop):
                         k0 = over.lo + t * C.BLOCK_N
                         _, ds, _, _ = _block(
-                            a, b, shift, delta, None, x, queries, keys, k0, phase != 1, C
+                            a, b, shift, delta, delta, x, queries, keys, k0, phase != 1, False, C
                         )
                         acc += tl.sum(ds, axis=1)
         tl.store(out + j, acc, mask=rows < x.n_q)

@@ -32,6 +32,17 @@ def features(row_ptrs, kept, index_ptr, f, rank, d, DEGREE: tl.constexpr):
     return u
 
 
+@triton.jit
+def dot_with_exact(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for numbers b that tf32 holds as they are: two products do what tf32x3 does."""
+    if PRECISION == "tf32x3":
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc = tl.dot(a - high, b, acc, input_precision="tf32")
+        return tl.dot(high, b, acc, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
 @functools.lru_cache(maxsize=64)
 def monomials(d: int, degree: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(indices [r, degree], d for no factor; |a|! / prod a_l! [r]) of the monomials by degree."""

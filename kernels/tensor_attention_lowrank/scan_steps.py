@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .features import column_of, factor, features
+from .features import column_of, dot_with_exact, factor, features
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -256,6 +256,6 @@ def scatter(dx_ptr, du_ptr, x_ptr, stride_x, count, new, f, b, C: tl.constexpr, 
                     others *= factor(row_ptrs, kept, column, b.d)
             column = column_of(b.index, f, b.rank, b.d, t, DEGREE)
             hit = (column[:, None] == l[None, :]).to(tl.float32)
-            dx = tl.dot(others, hit, dx, input_precision=R.PRECISION)
+            dx = dot_with_exact(others, hit, dx, R.PRECISION)
         at = dx_ptr + rows.to(tl.int64)[:, None] * b.d + l[None, :]
         add(at, dx, kept[:, None] & (l < b.d)[None, :], new)

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from .. import _tensor_attention_lowrank_plan as plan
-from .._launch import FULL_GRID, cdiv, device_guard
+from .._launch import FULL_GRID, cdiv, device_guard, little_shared
 from .features import dense_rows, feature_weights, monomials
 from .whole_kernels import (
     SUMMED,
@@ -32,17 +32,21 @@ class Config(NamedTuple):
     num_stages: int = 2
 
 
-# Estimated by registers, not tuned: no device was at hand.
-STATE = Config(64, 64, 4)
-QUERY = Config(64, 64, 4)
-GRADIENT = Config(64, 64, 8)
-GRADIENT_WIDE = Config(32, 64, 8)  # more than 64 features: shared memory
+# Chosen by what the compiler reports for sm_90 (no spilled register in a loop, instructions), not
+# tuned: no device was at hand. Triton 3.6 spills 290 registers in a state of 64 x 64.
+_OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+STATE = Config(32, 32, 4) if _OLD_TRITON else Config(64, 64, 4)
+QUERY = Config(64, 64, 4, 1)
+# No spilled register in the loop, compiled for sm_90; 64 x 64 tiles touched 2700 an iteration.
+GRADIENT = Config(32, 32, 4, 1)
+GRADIENT_OF_BOTH = Config(32, 32, 8, 1)  # of values too
+GRADIENT_WIDE = Config(16, 16, 4, 1)  # more than 64 features or value columns
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config, device: torch.device) -> dict[str, Any]:
     return {
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_stages": 1 if little_shared(device) else config.num_stages,
         "enable_fp_fusion": True,
     }
 
@@ -94,7 +98,7 @@ def state_parts(
             x, v, extra, mask, monomials(d, degree, x.device)[0], parts, n, d, dv, rank, heads,
             batch * heads, per_split, *x.stride()[:3], *v.stride()[:3], stride_batch, stride_head,
             DEGREE=degree, BLOCK_T=config.block_t, BLOCK_F=config.block_f, BLOCK_C=block_c,
-            PRECISION=precision, **options(config),
+            PRECISION=precision, **options(config, x.device),
         )  # fmt: skip
     return parts
 
@@ -165,7 +169,7 @@ def tensor_attention_lowrank_fwd(
             q, combined, dead, index, out, lse, y, n, d, dv, rank, heads, heads // groups, centre,
             *q.stride()[:3],
             DEGREE=degree, BLOCK_T=config.block_t, BLOCK_F=config.block_f, BLOCK_C=block_c,
-            PRECISION=precision, **options(config),
+            PRECISION=precision, **options(config, q.device),
         )  # fmt: skip
     return out, lse, y, states
 
@@ -175,7 +179,8 @@ def gradient(x, v, extra, mask, combined, degree, want_dv, config, precision):
     batch, heads, n, d = x.shape
     dv, rank = v.shape[3], combined.shape[2]
     if config is None:
-        config = GRADIENT_WIDE if max(d, dv) > 64 else GRADIENT
+        narrow = GRADIENT_OF_BOTH if want_dv else GRADIENT
+        config = GRADIENT_WIDE if max(d, dv) > 64 else narrow
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dvalue = torch.empty_like(v, memory_format=torch.contiguous_format) if want_dv else None
     if dx.numel() == 0:
@@ -189,7 +194,7 @@ def gradient(x, v, extra, mask, combined, degree, want_dv, config, precision):
             stride_batch, stride_head,
             DEGREE=degree, BLOCK_T=config.block_t, BLOCK_F=config.block_f,
             D=max(16, triton.next_power_of_2(d)), DV=max(16, triton.next_power_of_2(dv)),
-            PRECISION=precision, **options(config),
+            PRECISION=precision, **options(config, x.device),
         )  # fmt: skip
     return dx, dvalue
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .. import _tensor_attention_lowrank_plan as plan
-from .features import column_of, factor, features
+from .features import column_of, dot_with_exact, factor, features
 
 SUMMED = tl.constexpr(plan.SUMMED)
 
@@ -214,7 +214,7 @@ def tensor_attention_lowrank_gradient_kernel(
                     others *= factor(row_ptrs, kept, column_of(index_ptr, f, rank, d, o, DEGREE), d)
             column = column_of(index_ptr, f, rank, d, t, DEGREE)
             hit = (column[:, None] == tl.arange(0, D)[None, :]).to(tl.float32)
-            dx = tl.dot(others, hit, dx, input_precision=PRECISION)
+            dx = dot_with_exact(others, hit, dx, PRECISION)
     l = tl.arange(0, D)
     at = dx_ptr + (head * n + rows) * d
     tl.store(at[:, None] + l[None, :], dx, mask=(rows < n)[:, None] & (l < d)[None, :])

@@ -49,6 +49,15 @@ def checked_options(method, degree, poly, tol, check, logit_bound) -> tuple:
         checks.check_number(name, value)
         if not value > 0.0:
             raise ValueError(f"{name} must be positive, got {value}")
+    if method == "exact":
+        of_low_rank = (("degree", degree, None), ("poly", poly, "taylor"), ("tol", tol, 0.01),
+                       ("check", check, "warn"), ("logit_bound", logit_bound, None))  # fmt: skip
+        for name, value, default in of_low_rank:
+            if value != default:
+                raise ValueError(
+                    f'{name} is an option of method="lowrank" and "auto", and has no effect with '
+                    '"exact"'
+                )
     bound = None if logit_bound is None else float(logit_bound)
     return method, degree, poly, float(tol), check, bound
 

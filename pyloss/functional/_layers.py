@@ -34,6 +34,27 @@ def checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, retur
     return op.Settings(chunk or 0, strategy, exact, tiles)
 
 
+def check_options(
+    *,
+    chunk="auto",
+    strategy="auto",
+    accumulate_dtype=None,
+    filter=None,
+    ignore_index=None,
+    temperature=1.0,
+    reduction="mean",
+    return_stats=(),
+    **of_rows,
+) -> None:
+    """The checks that need no tensor, for those who keep options for later."""
+    rows.check_options(
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        temperature=1.0 if isinstance(temperature, Tensor) else temperature,
+        reduction=reduction, return_stats=return_stats, **of_rows,
+    )  # fmt: skip
+    checked_settings(chunk, strategy, accumulate_dtype, filter, reduction, return_stats)
+
+
 def checked_chunk(chunk) -> int | None:
     """A number of rows; None for "auto"."""
     if isinstance(chunk, str) and chunk == "auto":

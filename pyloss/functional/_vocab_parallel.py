@@ -308,7 +308,7 @@ def cross_entropy(
     shard = shard_of(
         logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes, target
     )
-    rows.checked_smoothing(arguments["label_smoothing"])
+    rows.checked_smoothing(arguments.get("label_smoothing", 0.0))
     like = layers.logits_like(logits, *lead, shard.bounds[-1])
     target, token_weight = _flat_rows(target, token_weight, like)
     flat = logits.reshape(math.prod(lead), logits.shape[-1])[:, : shard.width]

@@ -124,9 +124,10 @@ def tensor_attention(
 
     Raises:
         ValueError: shapes, heads or lengths that do not fit, d = 0, a window of 0, causality over
-            unequal lengths without ``q_offset``, an unknown option. For ``"lowrank"`` also masks of
-            pairs, biases and dropout, states above 2 GiB, no degree that keeps ``tol``
-            (``degree=None``), a bound above ``tol`` (``check="strict"``).
+            unequal lengths without ``q_offset``, an unknown option, one of ``"lowrank"`` with
+            ``method="exact"``. For ``"lowrank"`` also masks of pairs, biases and dropout, states
+            above 2 GiB, no degree that keeps ``tol`` (``degree=None``), a bound above ``tol``
+            (``check="strict"``).
         TypeError: not a tensor, dtypes that differ, integer inputs.
         RuntimeError: devices that differ; ``"lowrank"`` on a CPU where the sum of the polynomial
             over all pairs is not positive and finite for some query.

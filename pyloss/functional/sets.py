@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -357,6 +356,10 @@ def order_search_loss(
         Vinyals, Bengio, Kudlur. Order Matters: Sequence to sequence for sets. arXiv 1511.06391.
     """
     check_search(mode, beam, temperature, reduction)
+    if not callable(step_logprob):
+        raise TypeError(
+            f"step_logprob must be a function of the prefix, got {type(step_logprob).__name__}"
+        )
     mask = _checked_set(target_set, mask)
     y = target_set.long()
     if mode == "exhaustive" and y.shape[1] > _EXHAUSTIVE:
@@ -464,6 +467,8 @@ def _hidden_last(order: Tensor, mask: Tensor) -> Tensor:
 def _best_order(step_logprob, y: Tensor, mask: Tensor, width: int) -> Tensor:
     """(B, n): the most probable of the orders that a beam of this width finds."""
     b, n = y.shape
+    if b == 0:
+        return y.clone()
     orders = torch.zeros(b, 1, 0, dtype=torch.int64, device=y.device)
     total = torch.zeros(b, 1, device=y.device)
     left = mask.unsqueeze(1)
@@ -564,10 +569,20 @@ def order_search_loss_from_table(
     return getattr(each, reduction)().to(result), order
 
 
+def _all_orders(n: int, device: torch.device) -> Tensor:
+    """(n!, n), as itertools.permutations lists them; made there, as a copy would wait for a GPU."""
+    orders = torch.zeros((1, 0), dtype=torch.int64, device=device)
+    for size in range(1, n + 1):
+        first = torch.arange(size, device=device).view(-1, 1, 1)
+        rest = orders + (orders >= first)
+        orders = torch.cat([first.expand(-1, rest.shape[1], 1), rest], 2).flatten(0, 1)
+    return orders
+
+
 def _best_of_all(gain: Tensor) -> Tensor:
     """(b, n): of each step its element, in the best of n! orders."""
     n = gain.shape[1]
-    orders = torch.tensor(list(itertools.permutations(range(n))), device=gain.device)
+    orders = _all_orders(n, gain.device)
     steps = torch.arange(n, device=gain.device)
     totals = gain[:, steps, orders.view(-1, n)].sum(2)  # (b, n!)
     return orders.view(-1, n)[totals.nan_to_num(nan=0.0).argmax(1)]

@@ -137,10 +137,10 @@ def precision_at_k(
 
 def _ties(lists: Lists) -> tuple[Tensor, Tensor]:
     """(how many items have a larger score, how many have this one), (b, n) each."""
-    s = lists.hidden(lists.s, -torch.inf)
+    s = lists.hidden(lists.s, -torch.inf).contiguous()
     ordered = s.sort(1).values
-    below = torch.searchsorted(ordered, s.contiguous())
-    up_to = torch.searchsorted(ordered, s.contiguous(), right=True)
+    below = torch.searchsorted(ordered, s)
+    up_to = torch.searchsorted(ordered, s, right=True)
     count = up_to - below
     if lists.mask is not None:  # -inf of its own beside that of what is hidden
         hidden = (~lists.mask).sum(1, keepdim=True)

@@ -6,9 +6,16 @@ import math
 
 from torch import Tensor, nn
 
+from pyloss.functional import _rows as rows
 from pyloss.functional import linear as F
+from pyloss.functional._layers import check_options
+from pyloss.functional._options import FormulaOptions, names_of
 from pyloss.functional.classification import RowStats
 from pyloss.nn._module import OptionsModule
+
+_CHECKED = {
+    *names_of(check_options), *names_of(rows.check_options), *FormulaOptions.__annotations__
+} - {"gamma"}  # fmt: skip
 
 
 class LinearCrossEntropyLoss(OptionsModule):
@@ -40,7 +47,7 @@ class LinearCrossEntropyLoss(OptionsModule):
 
     Raises:
         RuntimeError: ``weight`` of a wrong shape, ``label_smoothing`` outside [0, 1]; and what
-            :func:`pyloss.fused_linear_cross_entropy` raises, when called.
+            :func:`pyloss.fused_linear_cross_entropy` raises; what needs no tensor, when it is made.
 
     Example:
         >>> import torch, pyloss
@@ -134,6 +141,7 @@ class LinearCrossEntropyLoss(OptionsModule):
         if not 0.0 <= smoothing <= 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {smoothing}")
         self._check_names(options, F.fused_linear_cross_entropy)
+        check_options(**{name: x for name, x in options.items() if name in _CHECKED})
         super().__init__(**options)
         self.register_buffer("weight", weight)
         self.num_classes = num_classes

@@ -221,6 +221,8 @@ class PointerDecoder(nn.Module):
             raise ValueError(f"state must be {[b, self.state_dim]}, got {list(state.shape)}")
         if target is not None and (target.dim() != 2 or target.shape[0] != b):
             raise ValueError(f"target must be ({b}, steps), got {list(target.shape)}")
+        if target is not None and target.dtype != torch.int64:
+            raise TypeError(f"target must hold places in the set, int64, got {target.dtype}")
         glimpse, pointer = self.glimpse.prepared(memory), self.pointer.prepared(memory)
         h, c = self.start(state).chunk(2, 1)
         given, left = self.first.expand(b, -1), mask

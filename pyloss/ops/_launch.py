@@ -38,9 +38,12 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def stream(x: Tensor) -> int:
-    """Handle of the current stream of a CUDA tensor's device."""
-    return torch.cuda.current_stream(x.device).cuda_stream
+def queue(x: Tensor) -> tuple[int, int]:
+    """A CUDA tensor's device and the handle of its current stream.
+
+    pyloss has a CUDA runtime of its own, whose current device is set by each call.
+    """
+    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 
 
 def scratch(like: Tensor, size: int, align: int = 64) -> tuple[Tensor, int]:

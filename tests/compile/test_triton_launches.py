@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 import triton_scenarios as scenarios
 from triton_launches import Launch, record

@@ -1,10 +1,10 @@
 """Watches what interpreted kernels load and store, as a race detector and a bounds checker would.
 
 Per launch, of the lanes that are not masked off:
-  bounds        an address is an element of a tensor that was passed, and aligned as one
-  ownership     no address is stored by two programs, or stored by one and loaded by another; atomics
-                may meet atomics only
-  never written a value that is loaded is not the pattern that fresh memory is filled with
+  bounds         an address is an element of a tensor that was passed, and aligned as one
+  ownership      no address is stored by two programs, or stored by one and loaded by another;
+                 atomics may meet atomics only
+  never written  a value that is loaded is not the pattern that fresh memory is filled with
 Programs run in an order of choice, so that what depends on it shows up in the results.
 
 `recording` patches the interpreter for tests that run kernels; `addresses` runs a few programs of a

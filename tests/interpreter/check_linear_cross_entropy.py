@@ -61,8 +61,10 @@ def check_stats(got: K.SoftmaxStats, want: dict[str, torch.Tensor], rtol: float 
             torch.testing.assert_close(value.double(), want[name], rtol=rtol, atol=atol, msg=name)
 
 
-def test_the_kernels_are_interpreted() -> None:
+def test_the_kernels_are_interpreted(watched) -> None:
     assert isinstance(K.linear_softmax_stats_kernel, InterpretedFunction)
+    K.linear_softmax_stats(*problem(3, 5, 4), None, config=SMALL)
+    assert watched.launches == 2  # under the access recorder
 
 
 # One of everything; one row; sizes below, at and above the tile; several tiles each way.

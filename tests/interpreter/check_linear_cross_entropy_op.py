@@ -35,7 +35,7 @@ TILES = {"strategy": "tiles"}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "choose_config", lambda kernel, dtype, rows: SMALL)
+    monkeypatch.setattr(launch, "choose_config", lambda *arguments: SMALL)
     monkeypatch.setattr(tiles, "block_columns", lambda rows, classes, itemsize: 48)
 
 

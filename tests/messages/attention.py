@@ -52,6 +52,17 @@ NUMPY_LAYER = dict(
 )  # fmt: skip
 
 ROWS: tuple[Refused | Accepted, ...] = (
+    # an option of low rank, where exact attention would not read it
+    *(
+        refused(ValueError, f'{name} is an option of method="lowrank" and "auto"', call, **option)
+        for option in (
+            {"degree": 3}, {"poly": "fit"}, {"tol": 0.5}, {"check": "none"}, {"logit_bound": 1.0}
+        )
+        for name in option
+        for call in (
+            lambda **o: tensor_attention(*T, **o), of_order, lambda **o: TensorAttention(4, 2, **o)
+        )
+    ),  # fmt: skip
     # numbers and flags of numpy
     *(
         row

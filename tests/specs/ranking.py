@@ -302,7 +302,7 @@ SPECS = (
         precision_at_k, precision_reference,
         samples={name: lambda s=s: s().replace(dict(k=2)) for name, s in
                  {**samples(), "tied": lambda: tied(reduction="none")}.items()},
-        empty={},
+        empty={"no lists": Empty(lambda: lists(k=2).each(lambda _, t: t[:0]), math.nan)},
         errors=(
             *ERRORS, *BAD_K,
             Bad(TypeError, "k must be an integer, got NoneType", dict(k=None)),

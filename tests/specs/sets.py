@@ -379,6 +379,7 @@ def layer_spec(function, reference, module, samples, weights, **fields) -> Spec:
         dtypes=(F64, F32),
         autocast={},
         tolerances={F32: (1e-4, 1e-5)},
+        transforms={"vmap": "lstm_cell"},  # torch has no rule for it
         **fields,
     )
 
@@ -416,6 +417,19 @@ def write_sample(mask=None, target=ORDERS, **options) -> Sample:
     return Sample(inputs, {**ENCODER, **options})
 
 
+def of_inputs(sample: Sample, part: slice) -> Sample:
+    """Some of the sets that go into a layer, whose weights stay."""
+    own = ("x", "memory", "state", "target", "mask")
+    return sample.each(lambda n, t: t[part] if n in own else t)
+
+
+def of_sets(sample: Sample, part: slice) -> Sample:
+    return sample.replace(dict(target_set=sample.inputs["target_set"][part]))
+
+
+TRANSFORMS = ("grad", "vjp", "jvp", "vmap", "jacrev", "jacfwd", "hessian")
+
+
 def finite(result):
     """Without the -inf of what cannot be chosen, which have no finite difference."""
     logits, order = result
@@ -431,6 +445,8 @@ SPECS = (
     pair_spec(
         hungarian_set_loss, hungarian, pyloss.nn.HungarianSetLoss,
         compile="linear_sum_assignment",
+        # scipy reads the numbers, and inside a transform there are none.
+        transforms=dict.fromkeys(TRANSFORMS, "data pointer"),
     ),
     pair_spec(
         sinkhorn_set_loss, sinkhorn, pyloss.nn.SinkhornSetLoss,
@@ -456,6 +472,8 @@ SPECS = (
             "mask, beam": lambda: model(mask=SOME, mode="beam", beam=24, reduction="none"),
         },
         gradients=("weights",),
+        empty={"no sets": Empty(lambda: of_sets(model(), slice(0)), math.nan)},
+        transforms={"vmap": "dynamic shape"},  # orders are taken by a mask
         nan={"weights": "any"},
         autocast={},
         tolerances={F32: (1e-4, 1e-6)},
@@ -483,6 +501,7 @@ SPECS = (
             ),
         },
         gradients=("logprob",),
+        empty={"no sets": Empty(lambda: table().each(lambda _, t: t[:0]), math.nan)},
         nan={"logprob": "any"},
         tolerances={F32: (1e-4, 1e-6)},
         errors=(
@@ -503,6 +522,8 @@ SPECS = (
             "additive": lambda: encoder_sample(attention="additive"),
         },
         _ENCODER_WEIGHTS,
+        empty={"no sets": Empty(lambda: of_inputs(encoder_sample(), slice(0)), 0.0, (0, 4, 3))},
+        nan={"x": "any"},
         gradients=("x", *_ENCODER_WEIGHTS),
         errors=(
             Bad(ValueError, r"x must be \(B, n, 2\), got \[2, 4, 3\]",
@@ -521,6 +542,8 @@ SPECS = (
             "twice": lambda: decoder_sample(mask_used=False, target=None),
         },
         _DECODER_WEIGHTS,
+        empty={"no sets": Empty(lambda: of_inputs(decoder_sample(), slice(0)), 0.0, (0, 4, 4))},
+        nan={"memory": "any", "state": "any"},
         gradients=("memory", "state", *_DECODER_WEIGHTS),
         tensors=finite,
         errors=(
@@ -538,6 +561,8 @@ SPECS = (
             "mask, alone": lambda: write_sample(mask=SEEN, target=None),
         },
         _WRITE_WEIGHTS,
+        empty={"no sets": Empty(lambda: of_inputs(write_sample(), slice(0)), 0.0, (0, 4, 4))},
+        nan={"x": "any"},
         gradients=("x", *_WRITE_WEIGHTS),
         tensors=finite,
     ),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._launch import address, scratch, stream
+from pyloss.ops._launch import address, queue, scratch
 from pyloss.ops.betti_matching import cpu, records
 from pyloss.ops.betti_matching.records import TERMS, Options, pair
 
@@ -19,10 +19,10 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
     grad = torch.empty_like(x) if o.want_grad else None
     if problem.items:
         with torch.cuda.device_of(x):
-            size = _C.cuda_betti_matching_scratch_bytes(problem)
+            size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
             buffer, start = scratch(x, size, 256)
             _C.cuda_betti_loss(
-                problem, records.loss(o), found.data_ptr(), address(grad), start, size, stream(x)
+                problem, records.loss(o), found.data_ptr(), address(grad), start, size, *queue(x)
             )
     return found, input.new_empty((0,)) if grad is None else grad.to(input.dtype)
 

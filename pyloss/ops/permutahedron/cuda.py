@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._launch import address, stream
+from pyloss.ops._launch import address, queue
 from pyloss.ops.permutahedron.records import problem
 
 
@@ -20,11 +20,11 @@ def forward(
     values, order = values.contiguous(), order.contiguous()
     p = problem(x, rank, kl, strength, centred)
     with torch.cuda.device_of(x):
-        size = _C.cuda_permutahedron_scratch_bytes(p)
+        size = _C.cuda_permutahedron_scratch_bytes(p, x.get_device())
         buffer = x.new_empty((size,), dtype=torch.uint8)
         _C.cuda_permutahedron_fwd(
             p, address(values), address(order), address(y), address(packed), address(buffer), size,
-            stream(x),
+            *queue(x),
         )  # fmt: skip
     return y, packed
 
@@ -38,6 +38,6 @@ def backward(
     with torch.cuda.device_of(g):
         _C.cuda_permutahedron_bwd(
             problem(g, rank, kl, strength), address(g), address(x), address(packed), address(dx),
-            stream(g),
+            *queue(g),
         )  # fmt: skip
     return dx

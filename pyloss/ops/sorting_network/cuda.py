@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
-from pyloss.ops._launch import address, stream
+from pyloss.ops._launch import address, queue
 from pyloss.ops.sorting_network.records import (
     KINDS,
     ORDERS,
@@ -27,9 +27,9 @@ _LONGEST_ROW = 4096  # of the kernels of P and of the losses
 def _run(x: Tensor, net: list[int], options: list[float], task: Call) -> None:
     with torch.cuda.device_of(x):
         p = problem(x, net, options)
-        size = _C.cuda_sorting_network_scratch_bytes(p, task)
+        size = _C.cuda_sorting_network_scratch_bytes(p, task, x.get_device())
         buffer = x.new_empty((size,), dtype=torch.uint8)
-        _C.cuda_sorting_network(p, task, address(buffer), size, stream(x))
+        _C.cuda_sorting_network(p, task, address(buffer), size, *queue(x))
 
 
 def sort(x: Tensor, net: list[int], options: list[float]) -> Tensor:

@@ -1,7 +1,9 @@
 // Runs the CUDA sorting networks on the CPU shim, over random problems, and compares them with
 // plain loops in double over lists of comparators. Nothing here knows how the kernels work.
-// Every problem runs in four thread orders, whose outputs must be equal to the last bit.
-// Arguments: number of problems, seed, and optionally the only problem to run.
+// Every problem runs in four thread orders and over other rests of memory, whose outputs must be
+// equal to the last bit.
+// Arguments: number of problems, seed, and optionally the only problem to run, or --few: without
+// the large ones.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +12,7 @@
 
 #include "cuda/sorting_network.h"
 #include "cuda_runtime.h"
+#include "runs.h"
 
 namespace {
 
@@ -307,8 +310,10 @@ void fill_inputs(Random& rnd, Case& c, double odd) {
     return last = rnd.normal();
   });
   if (odd > 0 && rnd.chance(0.3)) {
-    const size_t i = size_t(rnd.below(int64_t(values)));
-    c.xs[i] = c.x.put(i, kNan);
+    for (size_t k = size_t(1 + rnd.below(3)); k > 0; --k) {
+      const size_t i = size_t(rnd.below(int64_t(values)));
+      c.xs[i] = c.x.put(i, kNan);
+    }
   }
   const auto normal = [&] { return rnd.normal(); };
   const size_t entries = size_t(p.n * (is_apply(c.c.task) ? c.c.features.width : p.n));
@@ -426,11 +431,8 @@ void check(Case& c) {
   };
   Outputs before;
   for (int order = 0; order < c.orders; ++order) {
-    shim::settings.order = order == 0   ? shim::Order::kForward
-                           : order == 1 ? shim::Order::kReverse
-                                        : shim::Order::kRandom;
-    shim::settings.seed = unsigned(order);
-    const unsigned char fill = 0xa5;
+    shim::start_run(order);
+    const unsigned char fill = shim::settings.poison;
     Outputs o;
     o.y.make(values, c.wide(), fill);
     o.out.make(has_out ? values * row : 0, c.wide(), fill);
@@ -455,12 +457,11 @@ void check(Case& c) {
     if (want_f) call.gf = o.gf.data();
     try {
       const int64_t bytes = cuda::sorting_scratch_bytes(p, call);
-      // Never zeros, and something else each time.
-      std::vector<unsigned char> scratch(size_t(bytes) + 512, (unsigned char)(0x41 + 3 * order));
+      std::vector<unsigned char> scratch(size_t(bytes) + 512, fill);
       void* start =
           reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 255) / 256 * 256);
       cuda::sorting_run(p, call, bytes ? start : nullptr, bytes, nullptr);
-      require(scratch.back() == (unsigned char)(0x41 + 3 * order), c.text + ": past the scratch");
+      require(scratch.back() == fill, c.text + ": past the scratch");
     } catch (const std::exception& e) {
       require(false, c.text + ": " + e.what());
       return;
@@ -469,10 +470,12 @@ void check(Case& c) {
       require(b->guards(fill), c.text + ": written outside");
     }
     if (order > 0) {
-      require(o.y.bytes == before.y.bytes && o.out.bytes == before.out.bytes &&
-                  o.loss.bytes == before.loss.bytes && o.gx.bytes == before.gx.bytes &&
-                  o.gf.bytes == before.gf.bytes,
-              c.text + ": depends on the order of the threads");
+      const auto same = [order](const Buffer& a, const Buffer& b) {
+        return shim::same_bytes(a.bytes.data(), b.bytes.data(), a.bytes.size(), order);
+      };
+      require(same(before.y, o.y) && same(before.out, o.out) && same(before.loss, o.loss) &&
+                  same(before.gx, o.gx) && same(before.gf, o.gf),
+              c.text + ": depends on the order of the threads, or on old memory");
       continue;
     }
     before = o;
@@ -532,9 +535,10 @@ void random_case(Random& rnd, int64_t number) {
 
 // Chosen sizes, without what is odd about values.
 void sized(SortingTask task, Network network, int64_t items, int64_t n, int64_t width, DType dtype,
-           int shared_kib, int orders, uint64_t seed = 1) {
-  Random rnd{std::mt19937_64(seed + uint64_t(n))};
+           int shared_kib, int orders, int64_t scratch_limit = 0) {
+  Random rnd{std::mt19937_64(1 + uint64_t(n))};
   Case c;
+  if (scratch_limit > 0) c.c.scratch_limit = scratch_limit;
   c.p.network = network;
   c.p.distribution = Distribution::kCauchy;
   c.p.dtype = dtype;
@@ -551,9 +555,15 @@ void sized(SortingTask task, Network network, int64_t items, int64_t n, int64_t 
   check(c);
 }
 
-void check_sizes() {
+void check_sizes(bool few) {
   using T = SortingTask;
   const DType f32 = DType::kF32, f64 = DType::kF64;
+  // Several tiles of rows a block, forward.
+  sized(T::kPermutation, Network::kBitonic, 1, 100, 0, f64, 228, 2, 1);
+  sized(T::kApply, Network::kOddEven, 2, 60, 33, f32, 228, 2, 1);
+  // A window and single layers.
+  sized(T::kSortBackward, Network::kBitonic, 1, 4097, 0, f32, 228, 1);
+  if (few) return;
   // All rows of t in shared memory; in segments; in global memory.
   for (int kib : {228, 40, 16}) {
     sized(T::kPermutationBackward, Network::kBitonic, 1, 100, 0, f64, kib, 1);
@@ -572,6 +582,9 @@ void check_sizes() {
   sized(T::kApplyBackward, Network::kBitonic, 1, 5000, 2, f64, 228, 1);
   sized(T::kApply, Network::kBatcher, 1, 5000, 1, f64, 228, 1);
   sized(T::kSortBackward, Network::kBatcher, 1, 4500, 0, f64, 228, 1);
+  sized(T::kSort, Network::kOddEven, 1, 4099, 0, f32, 228, 1);
+  sized(T::kSortBackward, Network::kOddEven, 1, 4100, 0, f64, 228, 1);
+  sized(T::kApply, Network::kOddEven, 1, 4098, 1, f64, 228, 1);
 }
 
 // The loops above against difference quotients, so that one mistake cannot be in both.
@@ -643,7 +656,8 @@ void check_refusals() {
 int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 100;
   const uint64_t seed = argc > 2 ? uint64_t(std::atoll(argv[2])) : 0;
-  const int64_t only = argc > 3 ? std::atoll(argv[3]) : -1;
+  const bool few = argc > 3 && std::strcmp(argv[3], "--few") == 0;
+  const int64_t only = argc > 3 && !few ? std::atoll(argv[3]) : -1;
   for (int64_t i = 0; i < cases; ++i) {
     if (only >= 0 && i != only) continue;
     Random rnd{std::mt19937_64(seed * 1000003 + uint64_t(i))};
@@ -651,7 +665,7 @@ int main(int argc, char** argv) {
   }
   if (only < 0) {
     check_reference();
-    check_sizes();
+    check_sizes(few);
     check_refusals();
   }
   std::printf("%lld problems, %lld checks, %lld failed\n", (long long)cases, (long long)checked,

@@ -1,0 +1,55 @@
+"""The experiments on order, sets and ranking in examples/, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyloss.demo.seeds import Panel, draw, spread
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# file: (needs scikit-learn, a row of its table)
+EXPERIMENTS = {
+    "groco_digits": (True, "untrained encoder"),
+    "sort_sets": (False, "N = 4, 1 steps, 1 glimpse"),
+    "order_search": (False, "exhaustive, warm-up"),
+    "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),
+    "rank_queries": (True, "neural_ndcg"),
+}
+
+
+@pytest.mark.usefixtures("keep_num_threads")
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    if EXPERIMENTS[name][0]:
+        pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--plot", "made/plot.png"])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    (row,) = [line for line in capsys.readouterr().out.splitlines()
+              if line.startswith(EXPERIMENTS[name][1]) and "+-" in line]  # fmt: skip
+    assert "nan" not in row
+    assert Path("made/plot.png").read_bytes().startswith(b"\x89PNG")
+    assert os.listdir() == ["made"]
+
+
+def test_every_experiment_is_described() -> None:
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in EXPERIMENTS if f"| `{name}.py` |" not in text]
+
+
+def test_spread() -> None:
+    assert spread([1.0, 2.0, 3.0], 1, " %") == "2.0 +- 1.0 %"
+    assert spread([0.25], 2) == "0.25 +- 0.00"
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    panel = Panel("", "", "", [1.0], {"line": [[1.0]], "level": 2.0})
+    assert "needs matplotlib" in draw(tmp_path / "x.png", [panel])
+    assert not list(tmp_path.iterdir())
