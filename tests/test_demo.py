@@ -337,18 +337,30 @@ def test_wrong_arguments(fake_section, arguments):
         command.main(arguments)
 
 
-def test_peak_memory():
-    memory = PeakMemory()
-    if not memory.can_reset:
-        pytest.skip("this system cannot reset the peak")
+PEAK = """
+import numpy as np
+from pyloss.demo.memory import PeakMemory
+memory = PeakMemory()
+if memory.can_reset:
     memory.reset()
     before = memory.peak()
     block = np.ones(8 << 20)  # 64 MiB
     grown = memory.peak() - before
     del block
-    assert 60 < grown < 80
+    assert 60 < grown < 80, grown
     memory.reset()
     assert memory.peak() < before + 16
+else:
+    print("cannot reset the peak")
+"""
+
+
+def test_peak_memory():
+    """In a process of its own: what other tests have freed may serve the block."""
+    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    if found.stdout:
+        pytest.skip("this system cannot reset the peak")
 
 
 def test_peak_memory_without_proc(monkeypatch):
