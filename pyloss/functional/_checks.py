@@ -192,6 +192,18 @@ def check_device(name: str, t: Tensor, other: Tensor, other_name: str = "input")
         )
 
 
+def check_mask(mask, like: Tensor, name: str = "mask", shape: torch.Size | None = None) -> None:
+    """A mask of what counts in `like`, of its shape or of the one that is given."""
+    check_tensor(name, mask)
+    shape = like.shape if shape is None else shape
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"{name} must be bool, True at what counts, of the shape {list(shape)}; got "
+            f"{mask.dtype} of shape {list(mask.shape)}"
+        )
+    check_device(name, mask, like)
+
+
 def check_constant(name: str, t: Tensor) -> None:
     if t.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"the loss is not differentiable with respect to {name}")

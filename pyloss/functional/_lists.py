@@ -45,12 +45,7 @@ class Lists:
             both, mask = _ragged.to_padded(torch.stack([s, y], 1), offsets)
             s, y = both.unbind(-1)
         elif mask is not None:
-            checks.check_tensor("mask", mask)
-            if mask.dtype != torch.bool or mask.shape != scores.shape:
-                raise ValueError(
-                    f"mask must be bool, True at what counts, of the shape {list(scores.shape)}; "
-                    f"got {mask.dtype} of shape {list(mask.shape)}"
-                )
+            checks.check_mask(mask, scores)
         self.lead = s.shape[:-1]
         rows = (math.prod(self.lead), s.shape[-1])
         self.s, self.y = s.reshape(rows), y.reshape(rows)
@@ -111,6 +106,11 @@ class Lists:
         if reduction == "mean":
             total = total / (each.shape[0] if counted is None else counted.sum())
         return total.to(self.result)
+
+    def poison(self) -> Tensor:
+        """(b,): NaN for a list with a NaN, which no comparison sees; 0 for the others."""
+        bad = self.s.isnan().any(1) | self.y.isnan().any(1)
+        return torch.where(bad, torch.nan, 0.0).to(self.s.dtype)
 
 
 def checked_k(k) -> int | None:

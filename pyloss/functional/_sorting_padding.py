@@ -16,16 +16,6 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._sorting_rows import broadcast_steepness, check_dim, check_target, fold
 
 
-def check_mask(mask: Tensor, x: Tensor) -> None:
-    checks.check_tensor("mask", mask)
-    if mask.dtype != torch.bool or mask.shape != x.shape:
-        raise ValueError(
-            f"mask must be bool, True at what counts, of the shape {list(x.shape)}; got "
-            f"{mask.dtype} of shape {list(mask.shape)}"
-        )
-    checks.check_device("mask", mask, x)
-
-
 class Padding:
     """Which elements of rows (b, n) count. Reads the lengths: a GPU is waited for."""
 
@@ -41,7 +31,7 @@ class Padding:
         elif lengths is not None:
             raise ValueError("give mask or lengths, not both")
         else:
-            check_mask(mask, x)
+            checks.check_mask(mask, x)
             mask, _ = fold(mask, dim % x.dim())
             counts = mask.sum(1)
             self.order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)

@@ -188,11 +188,22 @@ def groco_loss(
     with torch.autocast(views[0].device.type, enabled=False):
         units = [F.normalize(z.to(accumulator_dtype(dtype)), dim=-1, eps=1e-8) for z in views]
         keys = [u.detach() for u in units] if stop_grad else units
+        others, first = keys, 0  # what negatives are taken from, and where this rank's begin
+        if group is not None:
+            from pyloss.ops.similarity_topk.group import gathered
+
+            others, first = gathered(torch.stack(keys), group)
+        if others[0].shape[0] <= topk_neg:
+            raise ValueError(
+                f"topk_neg must be below the number of images, {others[0].shape[0]}, got {topk_neg}"
+            )
         each = [None] * count
         # Views with as many positives make rows of one length, and go through the network at once.
         for anchors in (range(n_pos), range(n_pos, count)):
             rows = [
-                _scores(units, keys, a, [p for p in range(n_pos) if p != a], topk_neg, group)
+                _scores(
+                    units[a], [keys[p] for p in range(n_pos) if p != a], others[a], topk_neg, first
+                )
                 for a in anchors
             ]
             if rows:
@@ -225,19 +236,12 @@ def _checked_views(views) -> list[Tensor]:
     return list(views)
 
 
-def _scores(units, keys, a: int, positives: list[int], topk_neg: int, group) -> Tensor:
-    """(B, K + Np): the nearest negatives of view a, ascending, and its positives, ascending."""
-    anchor, others, first = units[a], keys[a], 0
-    if group is not None:
-        from pyloss.ops.similarity_topk.group import gathered
-
-        others, first = gathered(others, group)
-    if others.shape[0] <= topk_neg:
-        raise ValueError(
-            f"topk_neg must be below the number of images, {others.shape[0]}, got {topk_neg}"
-        )
+def _scores(
+    anchor: Tensor, positives: list[Tensor], others: Tensor, topk_neg: int, first: int
+) -> Tensor:
+    """(B, K + Np): an anchor's nearest negatives, ascending, and its positives, ascending."""
     neg, _ = nearest.similarity_topk(anchor, others, topk_neg, first)
-    pos = torch.stack([(anchor * keys[p]).sum(-1) for p in positives], -1)
+    pos = torch.stack([(anchor * p).sum(-1) for p in positives], -1)
     return torch.cat([neg.flip(-1), pos.sort(-1).values if len(positives) > 1 else pos], -1)
 
 

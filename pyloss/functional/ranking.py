@@ -38,7 +38,8 @@ def list_net(
         relevance: y, of the same shape, any real dtype. No gradient.
         temperature: T > 0, of the relevance.
         mask: of the same shape, bool, True at what counts.
-        offsets: ``(lists + 1,)``: scores and relevance are ``(P,)``, one list behind the other.
+        offsets: ``(lists + 1,)``: scores and relevance are ``(P,)``, one list behind the other. The
+            longest is looked up on the host.
         reduction: ``"mean"`` or ``"sum"`` over lists, or ``"none"``. A list without items is none:
             its loss is 0, and the mean does not count it.
 
@@ -112,12 +113,10 @@ def list_mle(
     order = lists.order(lists.y)
     s = lists.hidden(lists.s, lists.lowest()).gather(1, order)
     rest = s.flip(1).logcumsumexp(1).flip(1)
-    # A NaN among the relevance has no order.
-    poison = torch.where(lists.y.isnan().any(1), torch.nan, 0.0).to(s.dtype)
     terms = rest - s
     if lists.mask is not None:
         terms = torch.where(lists.mask.gather(1, order), terms, 0.0)
-    return lists.reduced(terms[:, :k].sum(1) + poison, None, reduction)
+    return lists.reduced(terms[:, :k].sum(1) + lists.poison(), None, reduction)
 
 
 def check_list_mle(k, reduction) -> int | None:
@@ -330,8 +329,7 @@ def lambda_loss(
     weights = _weights(gains / torch.where(counted, ideal, 1.0).unsqueeze(1), rank, weighting, mu)
     surprise = F.softplus(-sigma * (s.unsqueeze(2) - s.unsqueeze(1))) / 0.6931471805599453
     each = torch.where(better, weights * surprise, 0.0).sum((1, 2))
-    poison = torch.where((s + y).isnan().any(1), torch.nan, 0.0).to(s.dtype)
-    return lists.reduced(each + poison, counted, reduction)
+    return lists.reduced(each + lists.poison(), counted, reduction)
 
 
 def _weights(gains: Tensor, rank: Tensor, weighting: str, mu: float) -> Tensor:

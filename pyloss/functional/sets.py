@@ -86,12 +86,7 @@ def _padded(name: str, t: Tensor, mask, offsets) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name} must hold sets, (B, n, ...), got {list(t.shape)}")
     if mask is None:
         return t, torch.ones(t.shape[:2], dtype=torch.bool, device=t.device)
-    checks.check_tensor(f"{name}_mask", mask)
-    if mask.dtype != torch.bool or mask.shape != t.shape[:2]:
-        raise ValueError(
-            f"{name}_mask must be bool, True at what counts, of the shape {list(t.shape[:2])}; got "
-            f"{mask.dtype} of shape {list(mask.shape)}"
-        )
+    checks.check_mask(mask, t, f"{name}_mask", t.shape[:2])
     return t, mask
 
 
@@ -130,7 +125,8 @@ def chamfer_set_loss(
         cost: c: ``"l1"``; ``"l2"``, squared; ``"nll"``, the negative log-likelihood of a class
             under scores ``(B, n, C)``.
         input_mask, target_mask: ``(B, n)``, ``(B, m)``, bool, True at what counts.
-        input_offsets, target_offsets: ``(B + 1,)``, see the arguments above.
+        input_offsets, target_offsets: ``(B + 1,)``, see the arguments above; the largest set is
+            looked up on the host.
         reduction: ``"mean"`` or ``"sum"`` over the sets, or ``"none"``. A pair of which one is
             empty is none: its loss is 0, and the mean does not count it.
 
@@ -417,12 +413,7 @@ def _checked_set(target_set, mask) -> Tensor:
         raise ValueError(f"target_set must be (B, n), got {list(target_set.shape)}")
     if mask is None:
         return torch.ones(target_set.shape, dtype=torch.bool, device=target_set.device)
-    checks.check_tensor("mask", mask)
-    if mask.dtype != torch.bool or mask.shape != target_set.shape:
-        raise ValueError(
-            f"mask must be bool, True at what counts, of the shape {list(target_set.shape)}; got "
-            f"{mask.dtype} of shape {list(mask.shape)}"
-        )
+    checks.check_mask(mask, target_set)
     return mask
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from pyloss.functional._sorting_rows import (
 )
 from pyloss.functional.permutahedron import permutahedron_rank
 from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, constants
 from pyloss.ops._transforms import functorch_active
 
 SORTERS = (*SELECTORS, "neuralsort", "softsort", "permutahedron")
@@ -146,7 +147,9 @@ def topk_cross_entropy(
     else:
         y = target.reshape(-1).long()
         counted = ~checks.equals(y, ignore_index)
-        _check_labels(y, counted, z.shape[1])
+        # Nobody waits for a device: there gather has its own assertion.
+        if y.is_cpu and not (torch.compiler.is_compiling() or functorch_active()):
+            checks.check_index_values(y, z.shape[1], ignore_index)
         y = torch.where(counted, y, 0).unsqueeze(1)
         if m is not None:
             others = z.scatter(1, y, -torch.inf).topk(m - 1, dim=1).values
@@ -156,18 +159,14 @@ def topk_cross_entropy(
     if top1_mode == "sm":
         t = t + p_k[0] * z.softmax(1)
 
-    def of_labels(log_share: Tensor) -> Tensor:
-        return -((y * log_share).sum(1) if several else log_share.gather(1, y).squeeze(1))
+    def of_labels(values: Tensor) -> Tensor:
+        return (y * values).sum(1) if several else values.squeeze(1)
 
-    if not several:  # the logarithms of one class are enough
-        t, y = t.gather(1, y), torch.zeros_like(y)
-    each = of_labels((t * (1 - 2 * _SMALL) + _SMALL).log())
+    t = t if several else t.gather(1, y)  # the logarithms of one class are enough
+    each = -of_labels((t * (1 - 2 * _SMALL) + _SMALL).log())
     if top1_mode == "smce":
-        if m is None and not several:
-            label = torch.where(counted, target.reshape(-1).long(), 0).unsqueeze(1)
-            top1 = -z.log_softmax(1).gather(1, label).squeeze(1)
-        else:
-            top1 = of_labels(z.log_softmax(1))
+        top1 = z.log_softmax(1)
+        top1 = -of_labels(top1 if several else top1.gather(1, y))
         each = p_k[0] * top1 + sum(p_k[1:]) * each
     if counted is not None:
         each = torch.where(counted, each, 0.0)
@@ -181,20 +180,22 @@ def topk_cross_entropy(
 
 def _membership(z, shares, sorter, steepness, distribution, art_lambda) -> Tensor:
     """(rows, classes): the sum over k of shares[k - 1] times how much is among the k largest."""
+    if not any(shares):
+        return torch.zeros_like(z)
     k = len(shares)
     # Of the rank r from the top, 0 the first: all k above r.
-    of_rank = torch.tensor(shares, dtype=torch.float64).flip(0).cumsum(0).flip(0)
-    of_rank = of_rank.to(z.device, z.dtype)
+    of_rank = list(itertools.accumulate(reversed(shares)))[::-1]
     if sorter in SELECTORS:
         settings = checked_settings(sorter, distribution, steepness, art_lambda, k, SELECTORS)
-        weights = F.pad(of_rank.flip(0), (z.shape[1] - k, 0)).view(1, -1, 1)
-        return applied(rows_of("input", z, -1, False, settings), weights, False).squeeze(-1)
+        weights = F.pad(constants(of_rank[::-1], z.dtype, z.device), (z.shape[1] - k, 0))
+        rows = rows_of("input", z, -1, False, settings)
+        return applied(rows, weights.view(1, -1, 1), False).squeeze(-1)
     if sorter == "permutahedron":
         rank = permutahedron_rank(z, regularization_strength=1 / steepness, descending=True)
-        held = [share * (i + 2 - rank).clamp(0, 1) for i, share in enumerate(shares) if share]
-        return sum(held) if held else torch.zeros_like(z)
+        return sum(p * (i + 2 - rank).clamp(0, 1) for i, p in enumerate(shares) if p)
     matrix = neural_sort if sorter == "neuralsort" else soft_sort_matrix
-    return (of_rank.view(1, k, 1) * matrix(z, 1 / steepness)[:, :k]).sum(1)
+    weights = constants(of_rank, z.dtype, z.device).view(1, k, 1)
+    return (weights * matrix(z, 1 / steepness)[:, :k]).sum(1)
 
 
 def _checked(input, target, m, k: int) -> bool:
@@ -224,12 +225,3 @@ def _checked(input, target, m, k: int) -> bool:
     if m is not None and m >= classes:
         raise ValueError(f"m must be below the number of classes, {classes}, got {m}")
     return several
-
-
-def _check_labels(y: Tensor, counted: Tensor, classes: int) -> None:
-    """Nobody waits for a device: there gather has its own assertion."""
-    if y.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active():
-        return
-    bad = checks.outside(y, classes) & counted
-    if bool(bad.any()):
-        raise IndexError(f"Target {int(y[bad][0])} is out of bounds.")

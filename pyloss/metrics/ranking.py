@@ -58,7 +58,7 @@ def ndcg(
     mean = (total[last] - total[first]) / count.clamp(min=1)
     ideal = lists.ideal(gains, discounts)
     each = (gains * mean).sum(1) / torch.where(ideal == 0, 1.0, ideal)
-    return lists.reduced(each + _poison(lists), None, reduction)
+    return lists.reduced(each + lists.poison(), None, reduction)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def mrr(
     first, count = _ties(lists)
     inverse = torch.where(lists.y > 0, 1 / (first + count).to(lists.s.dtype), 0.0)
     each = inverse.amax(1) if lists.n else inverse.sum(1)
-    return lists.reduced(each + _poison(lists), None, reduction)
+    return lists.reduced(each + lists.poison(), None, reduction)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def precision_at_k(
     first, count = _ties(lists)
     inside = ((k - first).clamp(min=0) / count.clamp(min=1)).clamp(max=1).to(lists.s.dtype)
     each = torch.where(lists.y > 0, inside, 0.0).sum(1) / k
-    return lists.reduced(each + _poison(lists), None, reduction)
+    return lists.reduced(each + lists.poison(), None, reduction)
 
 
 def _ties(lists: Lists) -> tuple[Tensor, Tensor]:
@@ -146,9 +146,3 @@ def _ties(lists: Lists) -> tuple[Tensor, Tensor]:
         hidden = (~lists.mask).sum(1, keepdim=True)
         count = torch.where(s == -torch.inf, count - hidden, count)
     return lists.n - up_to, torch.where(count < 0, 0, count)
-
-
-def _poison(lists: Lists) -> Tensor:
-    """A comparison does not see a NaN."""
-    bad = lists.s.isnan().any(1) | lists.y.isnan().any(1)
-    return torch.where(bad, torch.nan, 0.0).to(lists.s.dtype)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.functional._checks import check_dense, check_tensor, checked_integer
-from pyloss.functional._sorting_padding import check_mask
+from pyloss.functional._checks import check_dense, check_mask, check_tensor, checked_integer
 from pyloss.functional._sorting_rows import check_ordered
 
 

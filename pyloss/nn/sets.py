@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import sets as F
-from pyloss.functional._checks import check_floating, checked_integer
+from pyloss.functional._checks import check_floating, check_mask, checked_integer
 from pyloss.functional._options import (
     ChamferOptions,
     HungarianOptions,
@@ -49,11 +50,7 @@ def _checked(x: Tensor, features: int, mask: Tensor | None, name: str = "x") -> 
         raise ValueError(f"{name} must be (B, n, {features}), got {list(x.shape)}")
     if mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-        got = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else mask
-        raise ValueError(
-            f"mask must be bool, True at what counts, of the shape {list(x.shape[:2])}; got {got}"
-        )
+    check_mask(mask, x, shape=x.shape[:2])
     return mask
 
 
@@ -298,7 +295,27 @@ class ReadProcessWrite(nn.Module):
         return self.decoder(*self.encoder(x, mask), mask, target)
 
 
-class ChamferSetLoss(LossModule):
+class _SetLoss(LossModule):
+    """A loss of two sets as a module: the call that all of them have."""
+
+    _loss: Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        input_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        input_offsets: Tensor | None = None,
+        target_offsets: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return self._loss(
+            input, target, input_mask=input_mask, target_mask=target_mask,
+            input_offsets=input_offsets, target_offsets=target_offsets, **self.options,
+        )  # fmt: skip
+
+
+class ChamferSetLoss(_SetLoss):
     r"""Module of :func:`pyloss.functional.chamfer_set_loss`.
 
     .. math:: \ell = \frac1n \sum_i \min_j c(x_i, y_j) + \frac1m \sum_j \min_i c(x_i, y_j)
@@ -324,27 +341,15 @@ class ChamferSetLoss(LossModule):
         Fan, Su, Guibas. A Point Set Generation Network. arXiv 1612.00603.
     """
 
+    _loss = staticmethod(F.chamfer_set_loss)
+
     @options_of(F.chamfer_set_loss, without=ELEMENTS)
     def __init__(self, **options: Unpack[ChamferOptions]) -> None:
         F.check_pair_options(**options)
         super().__init__(**options)
 
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        input_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        input_offsets: Tensor | None = None,
-        target_offsets: Tensor | None = None,
-    ):
-        return F.chamfer_set_loss(
-            input, target, input_mask=input_mask, target_mask=target_mask,
-            input_offsets=input_offsets, target_offsets=target_offsets, **self.options,
-        )  # fmt: skip
 
-
-class HungarianSetLoss(LossModule):
+class HungarianSetLoss(_SetLoss):
     r"""Module of :func:`pyloss.functional.hungarian_set_loss`.
 
     .. math:: \ell = \min_{\pi} \frac{1}{\min(n, m)} \sum_{(i, j) \in \pi} c(x_i, y_j)
@@ -370,27 +375,15 @@ class HungarianSetLoss(LossModule):
         Kuhn. The Hungarian method for the assignment problem. 1955.
     """
 
+    _loss = staticmethod(F.hungarian_set_loss)
+
     @options_of(F.hungarian_set_loss, without=ELEMENTS)
     def __init__(self, **options: Unpack[HungarianOptions]) -> None:
         F.check_pair_options(**options)
         super().__init__(**options)
 
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        input_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        input_offsets: Tensor | None = None,
-        target_offsets: Tensor | None = None,
-    ):
-        return F.hungarian_set_loss(
-            input, target, input_mask=input_mask, target_mask=target_mask,
-            input_offsets=input_offsets, target_offsets=target_offsets, **self.options,
-        )  # fmt: skip
 
-
-class SinkhornSetLoss(LossModule):
+class SinkhornSetLoss(_SetLoss):
     r"""Module of :func:`pyloss.functional.sinkhorn_set_loss`.
 
     .. math:: \ell = \sum_{ij} P_{ij}\, c(x_i, y_j)
@@ -416,24 +409,12 @@ class SinkhornSetLoss(LossModule):
         Cuturi. Sinkhorn Distances. arXiv 1306.0895.
     """
 
+    _loss = staticmethod(F.sinkhorn_set_loss)
+
     @options_of(F.sinkhorn_set_loss, without=ELEMENTS)
     def __init__(self, **options: Unpack[SinkhornOptions]) -> None:
         F.check_pair_options(**options)
         super().__init__(**options)
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        input_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        input_offsets: Tensor | None = None,
-        target_offsets: Tensor | None = None,
-    ):
-        return F.sinkhorn_set_loss(
-            input, target, input_mask=input_mask, target_mask=target_mask,
-            input_offsets=input_offsets, target_offsets=target_offsets, **self.options,
-        )  # fmt: skip
 
 
 class OrderSearchSchedule:
