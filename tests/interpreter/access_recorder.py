@@ -112,16 +112,18 @@ class Recorder:
     def other(self, who: np.ndarray) -> bool:
         return bool(((who != 0) & (who != self.program)).any())
 
+    def join(self, who: np.ndarray, at: np.ndarray) -> None:
+        """Several programs may be there."""
+        before = who[at]
+        who[at] = np.where((before == 0) | (before == self.program), self.program, MANY)
+
     def load(self, ptrs: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
         for memory, at in self.places(ptrs, mask, itemsize, "load"):
             if memory.allowed is None:
                 continue
             if self.other(memory.stored[at]) or self.other(memory.atomic[at]):
                 self.fault("loads what another program stores")
-            before = memory.loaded[at]
-            memory.loaded[at] = np.where(
-                (before == 0) | (before == self.program), self.program, MANY
-            )
+            self.join(memory.loaded, at)
 
     def store(self, ptrs: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
         for memory, at in self.places(ptrs, mask, itemsize, "store"):
@@ -139,10 +141,7 @@ class Recorder:
                 continue
             if self.other(memory.stored[at]) or self.other(memory.loaded[at]):
                 self.fault("an atomic meets a plain access of another program")
-            before = memory.atomic[at]
-            memory.atomic[at] = np.where(
-                (before == 0) | (before == self.program), self.program, MANY
-            )
+            self.join(memory.atomic, at)
 
 
 class _Watched:
