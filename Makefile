@@ -56,8 +56,7 @@ gpu-proof: $(BUILT) other-archs races
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
 	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS) -L shim
-	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile
-	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/test_triton_interpreter.py
+	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive -m exhaustive tests/compile tests/test_triton_interpreter.py
 	test -d $(TRITON_36) || $(PY) -m pip install --disable-pip-version-check --no-deps \
 	  --target $(TRITON_36) triton==3.6.0 || echo "skipped: Triton 3.6 cannot be installed"
 	if test -d $(TRITON_36)/triton; then PYTHONPATH=$(TRITON_36) \
@@ -68,7 +67,7 @@ gpu-proof: $(BUILT) other-archs races
 races: $(BUILT)
 	$(call configure,build/races,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF \
 	  -DPYLOSS_CUDA=OFF -DPYLOSS_SHIM_ALL=ON)
-	$(TOOLS) cmake --build build/races $(MAKE_JOBS) --target shim
+	$(TOOLS) cmake --build build/races $(MAKE_JOBS) --target shim_races
 	$(TOOLS) ctest --test-dir build/races --no-tests=error --output-on-failure -j $(JOBS) -R '^race_'
 	$(PY) tests/cpp/cuda_shim/barriers.py build/races/tests/cpp
 

@@ -126,7 +126,7 @@ BACKWARD_BEFORE = Rows(80, 2, 2, 8.9, 30, 550, True, 64, 3)
 
 
 def team(classes: int, size: int) -> int:
-    """Threads of a row, as team_threads of csrc/cuda/row_softmax.cuh has them."""
+    """Threads of a row, as team_threads of csrc/cuda/row_softmax_internal.h has them."""
     vectors = math.ceil(classes * size / 16)
     return 32 if vectors <= 256 else 128 if vectors <= 1024 else 256
 
@@ -190,8 +190,8 @@ def _row_seconds() -> dict[str, float]:
         once, again = (rows_seconds(k, rows, classes) for k in (FORWARD, BACKWARD))
         found[f"rows fwd {classes}"] = sums + once
         found[f"rows fwd+bwd {classes}"] = LAUNCH + once + again
-        # 64 KiB of a row stay in shared memory, longer ones are read twice.
-        kept = 2 * classes <= 104 * 1024
+        # Up to 106 KiB of a row stay in shared memory, longer ones are read twice.
+        kept = 2 * classes <= SHARED_BYTES // 2 - 8 * 1024
         reads = BOTH if kept else BOTH._replace(read=4)
         found[f"rows fwd with gradient {classes}"] = sums + rows_seconds(reads, rows, classes)
     # Narrow rows: 24 bytes of labels and statistics a row beside the logits; a row a lane.
@@ -213,19 +213,25 @@ def _row_seconds() -> dict[str, float]:
 
 
 def _product_seconds() -> dict[str, float]:
-    """Useful operations at half the rate of bare products, of 3 tf32 products for float32."""
-    attention, float32 = MATRIX / 2, MATRIX / 2 / 3
+    """Operations at half the rate of bare products, of 3 tf32 products for float32.
+
+    Windows: one program a multiprocessor, the middle of what docs/gpu.md says; the backward takes
+    3.9 times the forward (kernels/tensor_attention). Low rank: the backward forms the features
+    again, 4 times the products of the forward.
+    """
+    attention, windowed = MATRIX / 2, 305e12
+    float32 = attention / 2 / 3  # tf32 has half the rate of bf16
     windows, full = 8 * 8192 * 512 * 32 * 128, 16 * 1024**3 * 64
     features = 2 * 8 * 65536 * math.comb(66, 2) * 65
     linear = 2 * 4096 * 128256 * 4096
     logits = 2.0 * 4096 * 128256
     return {
-        "attention fwd windows": 4 * windows / attention,
-        "attention fwd+bwd windows": 14 * windows / attention,
+        "attention fwd windows": 4 * windows / windowed,
+        "attention fwd+bwd windows": (1 + 3.9) * 4 * windows / windowed,
         "attention fwd full": 4 * full / attention,
         "attention fwd+bwd full": 14 * full / attention,
         "attention fwd low rank": 3 * features / float32,
-        "attention fwd+bwd low rank": 9 * features / float32,
+        "attention fwd+bwd low rank": (1 + 4) * 3 * features / float32,
         "linear fwd+bwd chunks": 3 * linear / (0.85 * MATRIX) + 5 * logits / COPY,
         "linear fwd+bwd filter": 2 * linear / (0.6 * MATRIX),
     }

@@ -1,4 +1,4 @@
-"""What the launchers of several Triton kernels share; no kernel lives here."""
+"""What the launchers of several kernels share; no kernel lives here, nor an import of Triton."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ def cdiv(a: int, b: int) -> int:
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device. Interpreted kernels run on CPU tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def refuse_capture(device: torch.device, what: str) -> None:
+    """For a table that is made on the device once and kept.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: the table's memory would be the graph's, and
+            hold nothing before the first replay.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} makes a table on the device with its first call: call it once before "
+            "capturing a CUDA graph"
+        )
 
 
 def allows_tf32() -> bool:

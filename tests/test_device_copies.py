@@ -21,17 +21,27 @@ from pyloss.ops.betti_matching.records import Options
 from pyloss.ops.sorting_network import records
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("functional", "nn", "ops")
+LAYERS = ("pyloss/functional", "pyloss/nn", "pyloss/ops", "kernels")
 # (file, function) -> why a copy from the host is right there.
 ALLOWED = {
     ("ops/_launch.py", "constants"): "on the CPU only",
     ("ops/sorting_network/records.py", "splitter_table"): "once for each size, and never captured",
+    (
+        "kernels/tensor_attention_lowrank/features.py",
+        "monomials",
+    ): "once for each size, and never captured",
     ("ops/betti_matching/reference.py", "loss"): "the reference computes on the host",
     (
         "functional/_sorting_padding.py",
         "__init__",
     ): "rows are grouped by a length that is looked at",
 }
+
+
+def is_made(node: ast.AST) -> bool:
+    """Whether it is a call that makes a tensor of Python numbers."""
+    called = getattr(node, "func", None)
+    return isinstance(called, ast.Attribute) and called.attr in ("tensor", "as_tensor")
 
 
 def copies(tree: ast.AST) -> list[tuple[str, int]]:
@@ -44,7 +54,8 @@ def copies(tree: ast.AST) -> list[tuple[str, int]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             given = {k.arg for k in node.keywords}
             name = node.func.attr
-            if name == "new_tensor" or (name in ("tensor", "as_tensor") and "device" in given):
+            moved = name in ("to", "cuda") and any(map(is_made, ast.walk(node.func.value)))
+            if name == "new_tensor" or moved or (is_made(node) and "device" in given):
                 found.append((function, node.lineno))
         for child in ast.iter_child_nodes(node):
             walk(child, function)
@@ -56,8 +67,9 @@ def copies(tree: ast.AST) -> list[tuple[str, int]]:
 def test_no_list_becomes_a_tensor_of_a_device_on_the_way_to_a_kernel() -> None:
     seen = set()
     for layer in LAYERS:
-        for path in sorted((ROOT / "pyloss" / layer).rglob("*.py")):
-            name = path.relative_to(ROOT / "pyloss").as_posix()
+        folder = ROOT / layer
+        for path in sorted(folder.rglob("*.py")):
+            name = path.relative_to(folder.parent).as_posix()
             for function, line in copies(ast.parse(path.read_text())):
                 assert (name, function) in ALLOWED, f"{name}:{line}: a copy that waits for a GPU"
                 seen.add((name, function))
@@ -66,7 +78,8 @@ def test_no_list_becomes_a_tensor_of_a_device_on_the_way_to_a_kernel() -> None:
 
 def test_such_calls_are_seen() -> None:
     text = "def f(x):\n    a = x.new_tensor([1.0])\n    return torch.tensor([1], device=x.device)\n"
-    assert copies(ast.parse(text)) == [("f", 2), ("f", 3)]
+    text += "def g(x):\n    return torch.tensor([1]).view(1).to(x.device)\n"
+    assert copies(ast.parse(text)) == [("f", 2), ("f", 3), ("g", 5)]
 
 
 class Device(torch.overrides.TorchFunctionMode):
@@ -148,3 +161,17 @@ def test_a_splitter_table_is_not_made_inside_a_graph(monkeypatch) -> None:
     assert here[0].shape[1] == 2
     x = torch.randn(2, 11)
     assert pyloss.soft_topk(x, 3, network="splitter_selection").shape == (2, 11, 3)
+
+
+def test_tables_of_monomials_are_not_made_inside_a_graph_and_stay(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from pyloss.kernels.tensor_attention_lowrank.features import monomials
+
+    first = monomials(3, 2, torch.device("cpu"))
+    for d in range(4, 104):
+        monomials(d, 1, torch.device("cpu"))
+    assert monomials(3, 2, torch.device("cpu")) is first  # a graph may hold its address
+    assert len(first[0]) == 10
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="degree 2 .* dimension 5 .* before capturing"):
+        monomials(5, 2, torch.device("cuda", 0))

@@ -382,15 +382,7 @@ int64_t record_bytes(const RowSoftmaxProblem& p) {
 int64_t kept_vectors(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int teams) {
   if (!(f.grad || two_pass_soft(p)) || p.x_strides.cls != 1) return 0;
   const int64_t vectors = p.classes / (16 / dtype_size(p.dtype));
-  const int64_t reserved = 8 * 1024;  // the runtime's share, and the reductions' static memory
-  const int64_t available =
-      device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - reserved;
-  return vectors * teams * 16 <= available ? vectors : 0;
-}
-
-// Rows that one team takes after the other, so that one wave of blocks is enough.
-int rows_per_team(const RowSoftmaxProblem& p, int teams, int64_t resident_blocks) {
-  return int(std::clamp<int64_t>(ceil_div(p.rows(), teams * resident_blocks), 1, kMostRows));
+  return vectors * teams * 16 <= shared_bytes_of_half() ? vectors : 0;
 }
 
 template <class T, Mode M>
@@ -401,7 +393,7 @@ void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
   const int64_t vector = 16 / dtype_size(p.dtype);
   const int64_t columns = ceil_div(ceil_div(p.classes, split_count(p)), vector) * vector;
   const int64_t splits = ceil_div(p.classes, columns);
-  const int threads = splits > 1 ? kLongTeam : team_threads(p), teams = threads == kWarp ? 4 : 1;
+  const int threads = splits > 1 ? kLongTeam : team_threads(p), teams = teams_of_block(threads);
   RowSoftmaxForward rows = f;
   if (splits > 1) rows.grad = nullptr;
   RowState<R>* records = splits > 1 ? static_cast<RowState<R>*>(scratch) : nullptr;

@@ -27,7 +27,6 @@ struct GradLine {
   GradRow<R> g;
   int y, y2;
 };
-constexpr int kTeams = 4;  // of a block, one warp each
 
 // One lane, one row.
 template <Mode M, class R>
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(kLongTeam, kBlocksPerSm<T, M>)
                            RowSoftmaxBackward b, int columns, int per_team) {
   using R = RealOf<T>;
   constexpr int K = kBatch<M, true>, A = kAhead<M, true, false>;
-  __shared__ GradLine<R> lines[kTeams][kMostRows];
+  __shared__ GradLine<R> lines[kMostTeams][kMostRows];
   const int64_t rows = p.rows(), step = int64_t(gridDim.x) * blockDim.y;
   const int64_t first_row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (first_row >= rows) return;
@@ -146,12 +145,12 @@ __global__ void __launch_bounds__(kScaleThreads)
 
 template <class T, Mode M>
 void backward_rows(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, void* stream) {
-  const int threads = team_threads(p), teams = threads == kWarp ? kTeams : 1;
+  const int threads = team_threads(p), teams = teams_of_block(threads);
   const int64_t vectors = vectors_per_row(p), vector = 16 / dtype_size(p.dtype);
-  const int64_t groups = ceil_div(p.rows(), teams),
-                resident = resident_blocks<T, M>(threads * teams);
+  const int64_t groups = ceil_div(p.rows(), teams);
+  const int64_t resident = resident_blocks<T, M>(threads * teams);
   // Rows fill the device, or their ranges do, each with at least one batch per thread.
-  const int per_team = int(std::clamp<int64_t>(ceil_div(groups, resident), 1, kMostRows));
+  const int per_team = rows_per_team(p, teams, resident);
   const int64_t splits = std::clamp<int64_t>(ceil_div(2 * resident, groups), 1,
                                              ceil_div(vectors, 4 * int64_t(threads)));
   const int64_t columns = ceil_div(ceil_div(p.classes, splits), vector) * vector;

@@ -122,8 +122,7 @@ bool launch_cluster_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward&
         device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) {
       return false;
     }
-    const int64_t capacity =
-        device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 8 * 1024;
+    const int64_t capacity = shared_bytes_of_half();
     int blocks = 1;
     while (blocks < kMaxCluster && ceil_div(vectors_per_row(p), blocks) * 16 > capacity) {
       blocks *= 2;

@@ -12,6 +12,7 @@
 #include "cuda/launch.h"
 #include "cuda/row_softmax.cuh"
 #include "cuda/row_softmax.h"
+#include "cuda/row_softmax_internal.h"
 
 namespace pyloss::cuda {
 namespace {
@@ -104,7 +105,7 @@ void row_softmax_hvp(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, void* s
   if (p.rows() == 0 || p.classes == 0) return;
   dispatch_float(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const int threads = team_threads(p), teams = threads == kWarp ? 4 : 1;
+    const int threads = team_threads(p), teams = teams_of_block(threads);
     launch(row_softmax_hvp_kernel<T>, dim3(grid_size(ceil_div(p.rows(), teams))),
            dim3(unsigned(threads), unsigned(teams)), 0, stream, p,
            RowTransform<RealOf<T>>(p.options), h);

@@ -53,9 +53,10 @@ rounded once, with s log2(e) in it, so exp is exp2 of a difference. lse is a nat
 Prediction (H200 at 790 TFLOP/s dense bf16; no device was at hand, nothing here is measured):
   windows 512 x 32, d = 128, bf16: 4 w1 w2 d = 8.4 MFLOP per query. Valid share of T3 tiles with 4
     queries and blocks of 64: 512 / 576 = 89 %, so 700 TFLOP/s useful at most. exp2 (16 per clock
-    and multiprocessor) alone takes 0.5 of the products' time, other float32 work 0.4; with no more
-    overlap than two programs per multiprocessor give, 330 to 430 useful. Backward 16/4 of the
-    FLOP at about the same rate: 3.6 to 4.2 times the forward (the bound of 3.5 may be missed).
+    and multiprocessor) alone takes 0.5 of the products' time, other float32 work 0.4; with the
+    overlap within the one program that registers leave a multiprocessor, 270 to 340 useful.
+    Backward 16/4 of the FLOP at about the same rate: 3.6 to 4.2 times the forward (the bound of
+    3.5 may be missed).
   full, n = 1024, d = 64: 275 GFLOP forward and 962 backward per head: 0.35 + 1.22 ms of products;
     3.2e9 exp2 take 0.87 ms, other float32 work 0.65 ms. 1.6 ms with full overlap, 3.1 ms with
     none; 2.3 ms needs about half of it.

@@ -36,7 +36,7 @@ of the terms' sizes), never plain tf32, whose 2^-11 would exceed the stated boun
 summed before they join the running sum: the chain is 256 + n / 256.
 
 Prediction (H200, 380 TFLOP/s dense tf32 assumed; no device was at hand, nothing here is measured):
-the case above forward 165 TFLOP of tf32 products: 0.43 ms at the peak, 0.7 to 1.0 ms at the 45 to
+the case above forward 165 GFLOP of tf32 products: 0.43 ms at the peak, 0.7 to 1.0 ms at the 45 to
 60 % that such kernels reach; backward 660: 1.7 ms at the peak, 3 to 4 ms. Asked: 1 and 4 for both.
 
 Paper: Alman, Song, arXiv 2310.04064.

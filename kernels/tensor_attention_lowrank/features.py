@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .._launch import refuse_capture
+
 
 @triton.jit
 def column_of(index_ptr, f, rank, d, T: tl.constexpr, DEGREE: tl.constexpr):
@@ -43,9 +45,10 @@ def dot_with_exact(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never dropped: a CUDA graph reads the tables by address
 def monomials(d: int, degree: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(indices [r, degree], d for no factor; |a|! / prod a_l! [r]) of the monomials by degree."""
+    refuse_capture(device, f"low-rank attention of degree {degree} and head dimension {d}")
     level: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     rows, counts = [(d,) * degree], [1.0]
     for t in range(1, degree + 1):
@@ -57,8 +60,8 @@ def monomials(d: int, degree: int, device: torch.device) -> tuple[torch.Tensor, 
         level = following
         rows += [(*(d,) * (degree - t), *index) for index, _ in level]
         counts += [count for _, count in level]
-    indices = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), degree)
-    return indices.to(device), torch.tensor(counts, dtype=torch.float32).to(device)
+    indices = torch.tensor(rows, dtype=torch.int32, device=device).reshape(len(rows), degree)
+    return indices, torch.tensor(counts, dtype=torch.float32, device=device)
 
 
 def feature_weights(coefficients: Sequence[float], d: int, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -56,16 +57,6 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
 def _as_on_a_device(capability: int) -> Iterator[list[torch.device]]:
     """Launchers take a device to be of this capability; yields the guards that are open."""
     open_guards: list[torch.device] = []
@@ -83,7 +74,7 @@ def _as_on_a_device(capability: int) -> Iterator[list[torch.device]]:
             if module.__name__.startswith(("pyloss.kernels", "sample_kernel")):
                 for name, value in replaced.items():
                     if hasattr(module, name):
-                        stack.enter_context(_patched(module, name, value))
+                        stack.enter_context(patch.object(module, name, value))
         yield open_guards
 
 
@@ -104,12 +95,12 @@ def record(launcher: Callable[[], Any], capability: int = 90) -> list[Launch]:
                     )
                 )  # fmt: skip
 
-            with _patched(JITFunction, "_do_compile", keep):
+            with patch.object(JITFunction, "_do_compile", keep):
                 return run(kernel, *args, grid=grid, warmup=True, **kwargs)
 
         with (
-            _patched(driver, "_active", _Driver(capability)),
-            _patched(JITFunction, "run", recorded_run),
+            patch.object(driver, "_active", _Driver(capability)),
+            patch.object(JITFunction, "run", recorded_run),
         ):
             launcher()
     return found

@@ -19,6 +19,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -111,16 +112,18 @@ class Recorder:
     def other(self, who: np.ndarray) -> bool:
         return bool(((who != 0) & (who != self.program)).any())
 
+    def join(self, who: np.ndarray, at: np.ndarray) -> None:
+        """Several programs may be there."""
+        before = who[at]
+        who[at] = np.where((before == 0) | (before == self.program), self.program, MANY)
+
     def load(self, ptrs: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
         for memory, at in self.places(ptrs, mask, itemsize, "load"):
             if memory.allowed is None:
                 continue
             if self.other(memory.stored[at]) or self.other(memory.atomic[at]):
                 self.fault("loads what another program stores")
-            before = memory.loaded[at]
-            memory.loaded[at] = np.where(
-                (before == 0) | (before == self.program), self.program, MANY
-            )
+            self.join(memory.loaded, at)
 
     def store(self, ptrs: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
         for memory, at in self.places(ptrs, mask, itemsize, "store"):
@@ -138,10 +141,7 @@ class Recorder:
                 continue
             if self.other(memory.stored[at]) or self.other(memory.loaded[at]):
                 self.fault("an atomic meets a plain access of another program")
-            before = memory.atomic[at]
-            memory.atomic[at] = np.where(
-                (before == 0) | (before == self.program), self.program, MANY
-            )
+            self.join(memory.atomic, at)
 
 
 class _Watched:
@@ -198,16 +198,6 @@ class _State:
         return programs
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def _three(grid: tuple[int, ...]) -> tuple[int, int, int]:
     return (*grid, *(1,) * (3 - len(grid)))
 
@@ -227,8 +217,8 @@ def _watching(state: _State, programs_of: Callable[[Any], list]) -> Iterator[Non
         state.launches += 1
         executor.grid = (len(programs), 1, 1)
         with (
-            _replaced(builder, "set_grid_dim", lambda *_: set_dim(*grid)),
-            _replaced(builder, "set_grid_idx", set_index),
+            patch.object(builder, "set_grid_dim", lambda *_: set_dim(*grid)),
+            patch.object(builder, "set_grid_idx", set_index),
         ):
             try:
                 return call(executor, *args, **kwargs)
@@ -242,8 +232,8 @@ def _watching(state: _State, programs_of: Callable[[Any], list]) -> Iterator[Non
 
     watched = _Watched(interpreter._interpreter, state)
     with (
-        _replaced(interpreter, "_interpreter", watched),
-        _replaced(interpreter.GridExecutor, "__call__", watched_call),
+        patch.object(interpreter, "_interpreter", watched),
+        patch.object(interpreter.GridExecutor, "__call__", watched_call),
     ):
         yield
 
@@ -277,7 +267,7 @@ def recording(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_watching(state, state.ordered))
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            stack.enter_context(_replaced(owner, name, _fresh(getattr(owner, name))))
+            stack.enter_context(patch.object(owner, name, _fresh(getattr(owner, name))))
         yield state
 
 
@@ -340,8 +330,8 @@ def addresses(most: int = 3) -> Iterator[_State]:
         return list(args), dict(kwargs)
 
     with (
-        _replaced(interpreter.GridExecutor, "_init_args_hst", no_copies),
-        _replaced(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None),
+        patch.object(interpreter.GridExecutor, "_init_args_hst", no_copies),
+        patch.object(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None),
         _watching(state, ends),
     ):
         watched = interpreter.GridExecutor.__call__
@@ -350,5 +340,5 @@ def addresses(most: int = 3) -> Iterator[_State]:
             kwargs = {k: stand_in(v) for k, v in kwargs.items()}
             return watched(executor, *map(stand_in, args), **kwargs)
 
-        with _replaced(interpreter.GridExecutor, "__call__", with_stand_ins):
+        with patch.object(interpreter.GridExecutor, "__call__", with_stand_ins):
             yield state

@@ -80,6 +80,8 @@ def test_gaps_and_alignment() -> None:
     odd = torch.zeros(41, dtype=torch.uint8)[1:]
     with pytest.raises(Fault, match="odd address"):
         Recorder("odd", [odd]).load(np.array([odd.data_ptr()]), np.array([True]), 4)
+    with pytest.raises(Fault, match="below every tensor"):
+        Recorder("below", [wide]).load(np.array([wide.data_ptr() - 64]), np.array([True]), 4)
 
 
 def test_two_programs_store() -> None:
@@ -96,6 +98,44 @@ def test_one_loads_what_another_stores(shift: int, order: str) -> None:
         neighbour_kernel[(3,)](torch.randn(24), 24, 0, BLOCK=8)
         with pytest.raises(Fault, match="another program (loads|stores)"):
             neighbour_kernel[(3,)](torch.randn(24), 24, shift + 24, BLOCK=8)
+
+
+# What the second program is told, after the first one's access to the same address.
+PAIRS = {
+    ("load", "load"): None,
+    ("store", "load"): "loads what another program stores",
+    ("exchange", "load"): "loads what another program stores",
+    ("load", "store"): "stores what another program loads",
+    ("store", "store"): "stores where another program stores",
+    ("exchange", "store"): "stores where another program stores",
+    ("load", "exchange"): "an atomic meets a plain access",
+    ("store", "exchange"): "an atomic meets a plain access",
+    ("exchange", "exchange"): None,
+}
+
+
+@pytest.mark.parametrize("first, second", PAIRS)
+def test_pairs_of_accesses(first: str, second: str) -> None:
+    """Each check alone: in a kernel another one may come before it."""
+    x = torch.zeros(4)
+    at = (np.array([x.data_ptr() + 4]), np.array([True]), 4)
+
+    def access(*programs: tuple[int, str]) -> None:
+        recorder = Recorder("pair", [x])
+        for program, what in programs:
+            recorder.program = program
+            getattr(recorder, what)(*at)
+
+    access((1, first), (1, second), (1, first))
+    if message := PAIRS[first, second]:
+        with pytest.raises(Fault, match=message):
+            access((1, first), (2, second))
+    else:
+        access((1, first), (2, second), (1, first))
+        with pytest.raises(Fault):  # who was there before is not forgotten
+            access((1, first), (2, second), (2, "store"))
+        with pytest.raises(Fault):
+            access((1, first), (2, second), (1, first), (1, "store"))
 
 
 def test_atomics_meet_atomics_only() -> None:
@@ -130,6 +170,11 @@ def test_order_shows_in_results() -> None:
             found.append(out.item())
             assert state.launches == 1
     assert found == [0.0, 1.0]
+    with recording("random") as state:
+        programs = [(i, j, 0) for i in range(5) for j in range(4)]
+        shuffled = state.ordered((5, 4, 1))
+        assert sorted(shuffled) == programs
+        assert shuffled not in (programs, programs[::-1])
 
 
 def test_addresses_beyond_32_bits() -> None:

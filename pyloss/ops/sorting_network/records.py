@@ -76,17 +76,10 @@ RECORDS = (Problem, Features, Targets, Call)
 
 @functools.cache  # never dropped: kernels read the tables by address
 def splitter_table(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(pairs (C, 2), offsets of the layers (L + 1)), int32, of splitter selection.
+    """(pairs (C, 2), offsets of the layers (L + 1)), int32, of splitter selection."""
+    from pyloss.kernels import _launch  # with its first use
 
-    Raises:
-        RuntimeError: made for the first time while a CUDA graph is captured: its memory would be
-            the graph's, and hold nothing before the first replay.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"splitter selection of {k} from {n} makes a table on the device with its first call: "
-            "call it once before capturing a CUDA graph"
-        )
+    _launch.refuse_capture(device, f"splitter selection of {k} from {n}")
     from pyloss.reference.sorting_network import network  # with its first use
 
     layers = network("splitter_selection", n, k)

@@ -107,12 +107,6 @@ T __shfl_xor_sync(unsigned mask, T v, int lane_mask) {
   return shim::exchange(v, shim::lane() ^ lane_mask);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T v, unsigned delta) {
-  shim::need_full_mask(mask);
-  const int from = shim::lane() + int(delta);
-  return shim::exchange(v, from < shim::kLanes ? from : shim::lane());
-}
-template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned delta) {
   shim::need_full_mask(mask);
   const int from = shim::lane() - int(delta);
@@ -148,18 +142,6 @@ T atomicMin(T* p, T v) {
 template <class T>
 T atomicMax(T* p, T v) {
   return shim::change(p, [v](T old) { return old < v ? v : old; });
-}
-template <class T>
-T atomicOr(T* p, T v) {
-  return shim::change(p, [v](T old) { return T(old | v); });
-}
-template <class T>
-T atomicExch(T* p, T v) {
-  return shim::change(p, [v](T) { return v; });
-}
-template <class T>
-T atomicCAS(T* p, T expected, T v) {
-  return shim::change(p, [expected, v](T old) { return old == expected ? v : old; });
 }
 inline void __threadfence() {
   shim::fence();
