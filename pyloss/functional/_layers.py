@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional import _rows as rows
-from pyloss.functional._checks import is_dtensor as is_dtensor
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype
