@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[object, dict]] = {
     "softcap": (Y, dict(softcap=2.0, logit_scale=1.5, temperature=0.5)),
     "truncate": (Y, dict(truncate=0.3)),
     "mixup": ((Y, Y2, 0.3), {}),
+    "mixup, tau": ((Y, Y2, 0.3), dict(tau=1.5)),
     "mixup, smoothing and tau": ((Y, Y2, 0.3), dict(label_smoothing=0.2, tau=0.7, weight=C)),
     "probabilities": (P, {}),
     "probabilities, tau": (P, dict(tau=1.3, label_smoothing=0.1, weight=C, z_loss=0.1)),
