@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import pyloss
+import pyloss.ops.linear_cross_entropy  # its ops
+from pyloss.ops.row_softmax.records import COMP_SUM, INDEX
 
 N, D, V = 6, 3, 5
 torch.manual_seed(0)
@@ -118,3 +120,12 @@ def test_compiled(function: Callable) -> None:
         return torch.compile(f, backend="aot_eager"), leaves
 
     check(compiled, "smoothing", torch.float64, SWITCHES[0])
+
+
+def test_tiles_on_the_reference_record_a_wrong_label() -> None:
+    """Their kernels' backward makes NaN of such a row, and of no other."""
+    labels, codes = torch.tensor([0, V, -100, 2, 1, 3]), (INDEX, -100, COMP_SUM, 2, 0)
+    _, saved = torch.ops.pyloss.linear_cross_entropy_tiles_fwd(
+        H, W, None, labels, None, None, None, codes, torch.float32, 0
+    )
+    assert saved.isnan().any(0).tolist() == [False, True, False, False, False, False]
