@@ -1,25 +1,13 @@
-"""One rank of test_dtensors.py.
-
-python dtensor_worker.py RANK WORLD RENDEZVOUS_FILE
-
-Exit status 0: all cases agree with one process. 3: one does not, or raised. Anything else: the
-processes did not get that far.
-"""
+"""One rank of test_dtensors.py. How it runs: gloo.py."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-
-if sys.platform == "linux":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gloo import raises, run
 from torch import Tensor
 from torch.distributed.tensor import (
     DTensor,
@@ -224,15 +212,6 @@ def compiled(mesh) -> None:
     close(given.grad.full_tensor(), whole.grad)
 
 
-def raises(error, words: str, call: Callable) -> None:
-    try:
-        call()
-    except error as found:
-        assert words in str(found), found
-    else:
-        raise AssertionError(f"no {error.__name__}: {words}")
-
-
 def refusals(mesh) -> None:
     x, y = normal(ROWS, CLASSES, seed=2), labels_of((ROWS, CLASSES))
     of_rows, of_classes = (distribute_tensor(x, mesh, [Shard(d)]) for d in (0, 1))
@@ -258,7 +237,8 @@ def refusals(mesh) -> None:
     raises(RuntimeError, "split over two dimensions", lambda: ce(twice, elsewhere))
 
 
-def cases(world: int) -> dict[str, Callable]:
+def cases() -> dict[str, Callable]:
+    world = dist.get_world_size()
     if world == 2:
         mesh = init_device_mesh("cpu", (2,))
         ways = [[Replicate()], [Shard(0)], [Shard(1)], [Shard(2)], [Partial()]]
@@ -289,27 +269,5 @@ def cases(world: int) -> dict[str, Callable]:
     return found
 
 
-def main() -> None:
-    rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    store = dist.FileStore(rendezvous, world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    for name, run in cases(world).items():
-        try:
-            run()
-        except Exception:
-            print(f"rank {rank}, {name}:", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(3)  # the other ranks may wait in a collective: no orderly shutdown
-        print(f"rank {rank}, {name}: ok", flush=True)
-    print("all cases done", flush=True)
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may end a process that shuts down in order
-
-
 if __name__ == "__main__":
-    main()
+    run(cases)

@@ -1,25 +1,15 @@
-"""One rank of the FSDP2 test of test_integration_transformers.py.
-
-python fsdp2_worker.py RANK WORLD RENDEZVOUS_FILE
-
-Exit status 0: all cases agree with the model in one process. 3: one does not, or raised. Anything
-else: the processes did not get that far.
-"""
+"""One rank of the FSDP2 test of test_integration_transformers.py. How it runs: gloo.py."""
 
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 
-if sys.platform == "linux":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 import torch.distributed as dist
+from gloo import run
 from helpers import TORCH
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -197,26 +187,5 @@ CASES = {
 }
 
 
-def main() -> None:
-    rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    store = dist.FileStore(rendezvous, world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    for name, run in CASES.items():
-        try:
-            run()
-        except Exception:
-            print(f"rank {rank}, {name}:", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(3)  # the other rank may wait in a collective: no orderly shutdown
-        print(f"rank {rank}, {name}: ok", flush=True)
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may end a process that shuts down in order
-
-
 if __name__ == "__main__":
-    main()
+    run(lambda: CASES)

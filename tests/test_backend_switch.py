@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import pyloss
+import pyloss.ops.linear_cross_entropy  # its ops
+from pyloss.ops.row_softmax.records import COMP_SUM, INDEX
 
 N, D, V = 6, 3, 5
 torch.manual_seed(0)
@@ -34,6 +36,7 @@ CALLS: dict[str, tuple[object, dict]] = {
     "softcap": (Y, dict(softcap=2.0, logit_scale=1.5, temperature=0.5)),
     "truncate": (Y, dict(truncate=0.3)),
     "mixup": ((Y, Y2, 0.3), {}),
+    "mixup, tau": ((Y, Y2, 0.3), dict(tau=1.5)),
     "mixup, smoothing and tau": ((Y, Y2, 0.3), dict(label_smoothing=0.2, tau=0.7, weight=C)),
     "probabilities": (P, {}),
     "probabilities, tau": (P, dict(tau=1.3, label_smoothing=0.1, weight=C, z_loss=0.1)),
@@ -117,3 +120,12 @@ def test_compiled(function: Callable) -> None:
         return torch.compile(f, backend="aot_eager"), leaves
 
     check(compiled, "smoothing", torch.float64, SWITCHES[0])
+
+
+def test_tiles_on_the_reference_record_a_wrong_label() -> None:
+    """Their kernels' backward makes NaN of such a row, and of no other."""
+    labels, codes = torch.tensor([0, V, -100, 2, 1, 3]), (INDEX, -100, COMP_SUM, 2, 0)
+    _, saved = torch.ops.pyloss.linear_cross_entropy_tiles_fwd(
+        H, W, None, labels, None, None, None, codes, torch.float32, 0
+    )
+    assert saved.isnan().any(0).tolist() == [False, True, False, False, False, False]

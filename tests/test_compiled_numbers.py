@@ -154,6 +154,21 @@ def test_numbers_that_need_no_gradient() -> None:
     assert counter.frame_count == 2
 
 
+@needs_symbols
+def test_a_number_that_becomes_special_has_a_graph_of_its_own() -> None:
+    """With tau 1 a row has a sum less, and the sizes in a graph are fixed."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def call(x, n):
+        return pyloss.fused_cross_entropy(x, Y, label_smoothing=0.1, tau=1.0 + n)
+
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for n, graphs in ((0.3, 1), (0.5, 2), (0.7, 2), (0.0, 3), (0.9, 3)):
+        torch.testing.assert_close(compiled(X, n), call(X, n))
+        assert counter.frame_count == graphs, n
+
+
 def test_numbers_of_the_tiles() -> None:
     """Which a CPU does not choose: the ops themselves, the tensor against the list."""
     ops, plain = torch.ops.pyloss, PLAIN._replace(temperature=1.5, z_loss=0.1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import check_ranks
 
 import pyloss
 from pyloss.functional import groco_from_scores
@@ -74,8 +73,9 @@ def test_padding_by_infinity() -> None:
     assert torch.isfinite(groco_from_scores(pos, padded, **options)).all()
 
 
-def test_all_processes_are_one_batch() -> None:
-    subprocess.run([sys.executable, str(WORKER)], check=True, timeout=240)
+def test_all_processes_are_one_batch(tmp_path: Path) -> None:
+    texts = check_ranks(tmp_path, 2, str(WORKER))
+    assert all(text.count(": ok") == 3 for text in texts)
 
 
 def test_float32_under_autocast() -> None:

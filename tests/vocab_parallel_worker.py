@@ -1,25 +1,13 @@
-"""One rank of test_vocab_parallel.py.
-
-python vocab_parallel_worker.py RANK WORLD RENDEZVOUS_FILE
-
-Exit status 0: all cases agree with one process. 3: one does not, or raised. Anything else: the
-processes did not get that far.
-"""
+"""One rank of test_vocab_parallel.py. How it runs: gloo.py."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-
-if sys.platform == "linux":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
+from gloo import raises, run
 from helpers import TORCH
 from torch.distributed.tensor import (
     DTensor,
@@ -230,15 +218,6 @@ def options_of(name: str, dtype: torch.dtype) -> dict:
         k: v.to(acc) if isinstance(v, torch.Tensor) and v.dim() else v
         for k, v in OPTIONS[name].items()
     }
-
-
-def raises(kind, word: str, function: Callable) -> None:
-    try:
-        function()
-    except kind as error:
-        assert word in str(error), error
-    else:
-        raise AssertionError(f"no {kind.__name__}")
 
 
 def confident_rows() -> None:
@@ -661,27 +640,5 @@ def cases() -> dict[str, Callable]:
     return found
 
 
-def main() -> None:
-    rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    store = dist.FileStore(rendezvous, world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    for name, run in cases().items():
-        try:
-            run()
-        except Exception:
-            print(f"rank {rank}, {name}:", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(3)  # the other ranks may wait in a collective: no orderly shutdown
-        print(f"rank {rank}, {name}: ok", flush=True)
-    print("all cases done", flush=True)
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may end a process that shuts down in order
-
-
 if __name__ == "__main__":
-    main()
+    run(cases)

@@ -10,6 +10,7 @@ from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import _layers as layers
 from pyloss.functional import _vocab_parallel as split
+from pyloss.functional._checks import is_dtensor
 from pyloss.functional._options import RowOptions, options_of
 from pyloss.functional.classification import RowStats, fused_cross_entropy
 
@@ -182,9 +183,7 @@ def vocab_parallel_linear_cross_entropy(
     options["temperature"] = temperature
     token_weight = options.pop("token_weight")
     tensors = (input, weight_shard, target, bias_shard, token_weight, options["weight"])
-    replicated = layers.is_dtensor(weight_shard) and all(
-        p.is_replicate() for p in weight_shard.placements
-    )
+    replicated = is_dtensor(weight_shard) and all(p.is_replicate() for p in weight_shard.placements)
     if replicated:
         raise RuntimeError(
             f"weight_shard must be split by Shard(0), got a DTensor {weight_shard.placements}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._transforms import functorch_active
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -70,6 +71,11 @@ def is_dtensor(t) -> bool:
     """Whether t is a DTensor; nobody has one before the module is loaded."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
+
+
+def can_look_at(t: Tensor) -> bool:
+    """Whether there are values to look at now, and without waiting for a device."""
+    return t.is_cpu and not (torch.compiler.is_compiling() or functorch_active())
 
 
 def check_tensor(name: str, x) -> None:

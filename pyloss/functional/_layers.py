@@ -7,11 +7,9 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional import _rows as rows
-from pyloss.functional._checks import is_dtensor as is_dtensor
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._transforms import functorch_active
 
 STRATEGIES = ("auto", "forward", "recompute", "tiles")
 
@@ -202,14 +200,9 @@ def scored_at(
         temperature = torch.where(ignored, 1.0, temperature)
         if temperature.requires_grad:  # its gradient would be 0 times what stands there
             input = torch.where(ignored.unsqueeze(-1), 0.0, input)
-    if _visible(temperature) and bool((temperature <= 0).any()):
+    if checks.can_look_at(temperature) and bool((temperature <= 0).any()):
         raise ValueError(f"temperature must be > 0, got {temperature.min().item()}")
     return input, temperature
-
-
-def _visible(t: Tensor) -> bool:
-    """Whether the values can be looked at, and without waiting for a device."""
-    return t.is_cpu and not (torch.compiler.is_compiling() or functorch_active())
 
 
 # --------------------------------------------------------------------------------------------------

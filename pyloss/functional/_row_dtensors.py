@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from pyloss.functional import _checks as checks
+from pyloss.functional import _layers as layers
 from pyloss.functional import _rows as rows
 from pyloss.functional import _vocab_parallel as split
 from pyloss.functional._rows import RowStats
@@ -45,6 +46,8 @@ class _Rows:
             else:
                 self.of_rows.append(Shard(placement.dim - (placement.dim > self.class_dim)))
         self.are_split = any(p.is_shard() for p in self.of_rows)
+        # Of what each rank has added up over its own rows.
+        self.of_sums = [Partial() if p.is_shard() else p for p in self.of_rows]
 
     def local(self, name: str, t, placements=None):
         """What a rank has of a tensor: by the placements, default: the whole of it."""
@@ -55,7 +58,7 @@ class _Rows:
                 raise RuntimeError(f"{name} must be on the mesh of input, {self.mesh}")
             wanted = placements or [Replicate()] * self.mesh.ndim
             # What all have alike, a learned class weight, gets its gradient in parts.
-            grads = placements or [Partial() if p.is_shard() else p for p in self.of_rows]
+            grads = placements or self.of_sums
             return t.redistribute(placements=wanted).to_local(grad_placements=grads)
         if self.are_split and (placements or t.requires_grad):
             raise RuntimeError(
@@ -83,14 +86,12 @@ class _Rows:
 
     def whole(self, x: Tensor) -> Tensor:
         """The sum over all rows of what each rank has of its own."""
-        placements = [Partial() if p.is_shard() else p for p in self.of_rows]
-        return DTensor.from_local(x, self.mesh, placements, run_check=False).full_tensor()
+        return self.placed(x, None).full_tensor()
 
     def placed(self, x: Tensor, shape: tuple[int, ...] | None) -> DTensor:
         """A result of each row, of the given shape in all; None: a sum over the rows."""
         if shape is None:
-            placements = [Partial() if p.is_shard() else p for p in self.of_rows]
-            return DTensor.from_local(x, self.mesh, placements, run_check=False)
+            return DTensor.from_local(x, self.mesh, self.of_sums, run_check=False)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             x, self.mesh, self.of_rows, run_check=False, shape=torch.Size(shape), stride=stride
@@ -163,8 +164,7 @@ def _set_divisor(logits, target, classes: int, on: _Rows, options: dict) -> None
     """The denominator of a mean over the rows of all ranks."""
     sizes = list(logits.shape)
     sizes[on.class_dim] = classes
-    like = logits.new_empty(()).expand(sizes)  # stands for the logits of all classes
-    p = rows.prepare(like, target, **options)[1]
+    p = rows.prepare(layers.logits_like(logits, *sizes), target, **options)[1]
     with torch.no_grad():
         loss_mass, z_mass = masses(p.labels, p.codes, ignored_rows(p.labels, p.codes))
         loss_mass, z_mass = on.whole(torch.stack((loss_mass, z_mass)))

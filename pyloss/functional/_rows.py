@@ -20,7 +20,6 @@ from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
 from pyloss.ops._empty import divided
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._transforms import functorch_active
 from pyloss.ops.row_softmax.masses import ignored_rows
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
@@ -240,7 +239,7 @@ def _without_classes(input, p: Prepared, dtype) -> Tensor:
     if ignored is None:
         rows = rows + (math.inf if o.z_loss else 0.0)  # log of the sum of nothing
     else:
-        if input.is_cpu and not (torch.compiler.is_compiling() or functorch_active()):
+        if checks.can_look_at(input):
             checks.check_index_values(p.labels[0][~ignored], 0, c.ignore_index)
         rows = torch.where(ignored, rows, math.nan)
     if c.reduction == op.REDUCTIONS["none"]:

@@ -10,7 +10,6 @@ from pyloss.functional import _layers as layers
 from pyloss.functional._checks import check_range
 from pyloss.ops import linear_distillation as op
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops._transforms import functorch_active
 
 
 def linear_distillation_loss(
@@ -144,8 +143,7 @@ def linear_distillation_loss(
             teacher_hidden[..., :-shift, :],
         )
         target = None if target is None else target[..., shift:]
-    unseen = torch.compiler.is_compiling() or functorch_active()
-    if target is not None and target.is_cpu and not unseen:
+    if target is not None and checks.can_look_at(target):
         checks.check_index_values(target, student_weight.shape[0], ignore_index)
 
     student = [student_hidden, student_weight, student_bias]

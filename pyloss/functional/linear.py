@@ -150,7 +150,7 @@ def fused_linear_cross_entropy(
         chunk, strategy, accumulate_dtype, filter, reduction, return_stats
     )
     tensors = (input, linear_weight, target, linear_bias, token_weight, weight)
-    if group is not None or any(map(layers.is_dtensor, tensors)):
+    if group is not None or any(map(checks.is_dtensor, tensors)):
         from pyloss.functional import _vocab_parallel as split
 
         tensors, group, classes = split.localize(tensors, group)

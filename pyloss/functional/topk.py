@@ -21,7 +21,6 @@ from pyloss.functional._sorting_rows import (
 from pyloss.functional.permutahedron import permutahedron_rank
 from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
 from pyloss.ops._launch import accumulator_dtype, constants
-from pyloss.ops._transforms import functorch_active
 
 SORTERS = (*SELECTORS, "neuralsort", "softsort", "permutahedron")
 TOP1 = ("sm", "smce", "sort")
@@ -148,7 +147,7 @@ def topk_cross_entropy(
         y = target.reshape(-1).long()
         counted = ~checks.equals(y, ignore_index)
         # Nobody waits for a device: there gather has its own assertion.
-        if y.is_cpu and not (torch.compiler.is_compiling() or functorch_active()):
+        if checks.can_look_at(y):
             checks.check_index_values(y, z.shape[1], ignore_index)
         y = torch.where(counted, y, 0).unsqueeze(1)
         if m is not None:

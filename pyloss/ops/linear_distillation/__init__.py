@@ -132,8 +132,9 @@ class _Distillation(torch.autograd.Function):
         if early is not None and not (create_graph or is_batched(grad)):
             factor = known(grad)
             if factor is None or math.isfinite(factor):
-                found = iter([scale_(g, grad) for g in early])
-                return *_narrowed(ctx, found), *none
+                if factor != 1.0:
+                    early = [scale_(g, grad) for g in early]
+                return *_narrowed(ctx, iter(early)), *none
         *tensors, divisor, numbers = ctx.saved_tensors  # once: checkpointing allows no more
         scale = grad if divisor is None else grad * _inverse(divisor)
         # Of higher order; and vmap sees into torch operations, not into an op.
