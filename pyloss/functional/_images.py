@@ -14,6 +14,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._ranges import can_look, warn
 from pyloss.ops._labels import outside
 
+FILTRATIONS = ("sublevel", "superlevel")
 _PADDINGS = ("foreground", "foreground_detached", "background")
 _REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
 
