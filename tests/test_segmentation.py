@@ -421,6 +421,8 @@ def test_empty_zero(channels, compiled, smooth_nr):
         torch.testing.assert_close(zero, function(x, labels, **options))
         # Of two items one is left: the Dice loss of the other is 0, the cross entropy has no row.
         found = call(x, half, empty="zero", **options)
+        whole = call(x, half, empty="zero", batch=True, **options)
+        torch.testing.assert_close(whole, function(x, half, batch=True, **options))
         dice = soft_dice_loss(x[:1], half[:1], **options) / 2
         if function is soft_dice_loss:
             torch.testing.assert_close(found, dice)
