@@ -275,6 +275,14 @@ def test_what_does_not_warn(silent):
     pyloss.BettiTarget.precompute(torch.zeros(0, 1, 4, 4))
 
 
+@pytest.mark.parametrize("shift", [-0.1, 0.1])
+def test_either_side_of_the_range_warns(shift):
+    x = torch.linspace(0, 1, 16).view(1, 1, 4, 4) + shift
+    for loss in (pyloss.betti_matching_loss, pyloss.functional.soft_dice_loss):
+        with pytest.warns(UserWarning, match=r"input has values outside \[0, 1\]"):
+            loss(x, (x > 0.5).to(x.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float16])
 def test_a_prepared_mask_of_bytes_warns(dtype):
     with pytest.warns(UserWarning, match="target is a mask of 0 and 255"):

@@ -51,6 +51,15 @@ def test_metrics_by_hand() -> None:
     assert found.item() == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / best)
 
 
+def test_ranks_of_an_infinite_score_beside_hidden_ones() -> None:
+    scores, y = torch.tensor([[1.0, -math.inf, 0.0, 2.0, -1.0]]), torch.tensor([[0, 3, 0, 1, 2]])
+    mask = torch.tensor([[True, True, True, False, False]])
+    options = {metrics.ndcg: {}, metrics.mrr: {}, metrics.precision_at_k: dict(k=3)}
+    for metric, given in options.items():
+        found = metric(scores, y, mask=mask, **given)
+        torch.testing.assert_close(found, metric(scores[:, :3], y[:, :3], **given))
+
+
 def test_steep_relaxations_are_one_minus_ndcg(lists) -> None:
     scores, relevance = lists
     expected = 1 - metrics.ndcg(scores, relevance, gain="exponential")

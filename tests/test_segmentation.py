@@ -10,6 +10,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,10 @@ def test_weights():
     torch.testing.assert_close(module(p, y), soft_dice_loss(p, y, weight=[0.5, 1, 2.0]))
     ours = soft_dice_loss(p, y, weight=[1.0, 2.0], include_background=False, reduction="sum")
     torch.testing.assert_close(ours, (each[:, 1:] * torch.tensor([1.0, 2.0])).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch says where it gets an array in a list
+        ours = soft_dice_loss(p, y, weight=np.array([0.5, 1, 2.0]))
+    torch.testing.assert_close(ours, (each * torch.tensor([0.5, 1, 2.0])).mean())
 
 
 def test_other_act():
@@ -416,6 +421,8 @@ def test_empty_zero(channels, compiled, smooth_nr):
         torch.testing.assert_close(zero, function(x, labels, **options))
         # Of two items one is left: the Dice loss of the other is 0, the cross entropy has no row.
         found = call(x, half, empty="zero", **options)
+        whole = call(x, half, empty="zero", batch=True, **options)
+        torch.testing.assert_close(whole, function(x, half, batch=True, **options))
         dice = soft_dice_loss(x[:1], half[:1], **options) / 2
         if function is soft_dice_loss:
             torch.testing.assert_close(found, dice)

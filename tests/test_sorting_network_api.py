@@ -157,6 +157,14 @@ def test_masked_entries_get_no_gradient():
 # --- spearman, metrics ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ties", ["share", "stable"])
+@pytest.mark.parametrize("row", [[math.nan], [1.0, *[math.nan] * 4], [0.5, math.nan, 2.0]])
+def test_spearman_of_a_target_with_nan(row, ties):
+    target = torch.tensor([row, [0.0] * len(row)])  # and a flat one: 1
+    loss = pyloss.spearman_loss(torch.randn(target.shape), target, "none", ties=ties)
+    assert loss[0].isnan() and loss[1] == 1
+
+
 def test_spearman_of_exact_orders():
     x = torch.tensor([[1.0, 2.0, 3.0]])
     assert pyloss.spearman_loss(x, x, steepness=1e4).item() == pytest.approx(0, abs=1e-3)

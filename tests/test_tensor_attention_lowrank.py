@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from tensor_attention_lowrank_cases import F32, F64, PROBLEMS, Problem, masked_exact
 
 import pyloss
+from pyloss import backends
 from pyloss.functional import _polynomials as polynomials
 from pyloss.functional import tensor_attention, tensor_attention_error, tensor_attention_n
-from pyloss.ops.tensor_attention_lowrank import Settings, tensor_attention_lowrank
+from pyloss.ops.tensor_attention_lowrank import Settings, cpu, tensor_attention_lowrank, triton
 from pyloss.ops.tensor_attention_lowrank.largest import largest_entry
 from pyloss.ops.tensor_attention_lowrank.plan import rank
 from pyloss.reference import tensor_attention as exact_reference
@@ -832,6 +834,25 @@ def test_weight_bound_is_sharp():
         assert best <= polynomials.weight_bound(delta) <= best * (1 + 1e-6)
     assert polynomials.weight_bound(0.0) == 0.0
     assert polynomials.weight_bound(1.0) == math.inf
+
+
+def test_the_triton_kernels_say_what_they_leave_to_the_reference(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    problem = PROBLEMS["plain"]
+    q, keys, values = problem.tensors(F64)
+    masks = problem.key_masks()
+    args = (q, keys, values, masks, *problem.settings())
+    monkeypatch.setattr(backends, "_fallbacks_logged", set())
+    with caplog.at_level(logging.INFO, logger=backends._log.name):
+        out, lse, y, states = triton.forward(*args)
+    assert "tensor_attention_lowrank_fwd runs on the reference" in caplog.text
+    torch.testing.assert_close(out, cpu.forward(*args)[0])
+    monkeypatch.setenv("PYLOSS_STRICT", "1")
+    with pytest.raises(RuntimeError, match="PYLOSS_STRICT is set and tensor_attention_lowrank_fwd"):
+        triton.forward(*args)
+    saved = (q, keys, values, masks, out, y, states, *problem.settings())
+    with pytest.raises(RuntimeError, match="PYLOSS_STRICT is set and tensor_attention_lowrank_bwd"):
+        triton.backward(torch.ones_like(out), None, *saved)
 
 
 def test_settings_are_hashable():

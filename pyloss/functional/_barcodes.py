@@ -16,7 +16,6 @@ from pyloss.ops import betti_matching as op
 from pyloss.ops._launch import constants
 
 UNMATCHED = ("diagonal", "extreme")
-_FILTRATIONS = ("sublevel", "superlevel")
 _KINDS = ("matched", "unmatched_input", "unmatched_target")
 
 
@@ -54,7 +53,7 @@ class PersistencePairs:
 
     @property
     def filtration(self) -> str:
-        return _FILTRATIONS[self._superlevel]
+        return images.FILTRATIONS[self._superlevel]
 
     @property
     def counts(self) -> Tensor:
@@ -129,7 +128,7 @@ class BettiMatching:
 
     @property
     def filtration(self) -> str:
-        return _FILTRATIONS[self._superlevel]
+        return images.FILTRATIONS[self._superlevel]
 
     @property
     def counts(self) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._images import (
+    FILTRATIONS,
     check_choice,
     check_class_indices,
     check_padding,
@@ -23,7 +24,6 @@ from pyloss.functional._images import (
 from pyloss.functional._ranges import bounds, warn_of_bytes
 from pyloss.ops._launch import accumulator_dtype
 
-FILTRATIONS = ("sublevel", "superlevel")
 DIRECTIONS = {"sublevel": (False,), "superlevel": (True,), "both": (False, True)}
 
 

@@ -14,6 +14,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._ranges import can_look, warn
 from pyloss.ops._labels import outside
 
+FILTRATIONS = ("sublevel", "superlevel")
 _PADDINGS = ("foreground", "foreground_detached", "background")
 _REAL = (*checks.FLOATS, torch.bool, *checks.INTEGERS)
 
@@ -290,7 +291,6 @@ def check_sequence(name: str, values, of: str) -> None:
 
 def check_not_negative(**numbers) -> None:
     for name, x in numbers.items():
-        if isinstance(x, bool) or not isinstance(x, Real):
-            raise TypeError(f"{name} must be a number, got {x!r}")
+        checks.check_number(name, x)
         if not 0 <= x < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {x}")

@@ -284,10 +284,14 @@ def check_sum_options(reduction, lambda_dice, lambda_ce, label_smoothing) -> Non
         )
 
 
-def check_weight_values(weight) -> None:
-    """Of one number or several."""
-    for value in weight if isinstance(weight, Iterable) else (weight,):
+def checked_weights(weight) -> float | list[float]:
+    """One number or several (an array of numpy's too), none of them negative."""
+    several = isinstance(weight, Iterable)
+    found = list(weight) if several else [weight]
+    for value in found:
         check_range("weight", value, 0.0)
+    found = [float(value) for value in found]
+    return found if several else found[0]
 
 
 def _dice(
@@ -487,9 +491,9 @@ def _checked_weight(weight, classes, input) -> Tensor | None:
         return None
     given = isinstance(weight, Tensor)
     if not given:
-        check_weight_values(weight)
-        several = isinstance(weight, Sequence)
-        values = weight if several else (weight,)
+        numbers = checked_weights(weight)
+        several = isinstance(numbers, list)
+        values = numbers if several else [numbers]
         weight = constants(values, accumulator_dtype(input.dtype), input.device)
         weight = weight if several else weight[0]
     checks.check_device("weight", weight, input)

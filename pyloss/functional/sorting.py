@@ -592,13 +592,15 @@ def _permutahedron(function, x, dim, descending, regularization, strength) -> Te
 
 def _correlation(r: Tensor, t: Tensor) -> Tensor:
     """Of rows of r with those of t, of mean 0; where one is flat 0, without a gradient."""
-    flat = (r.amax(1) == r.amin(1)) | (t.amax(1) == t.amin(1))
-    a = torch.where(flat.unsqueeze(1), 0.0, r - r.mean(1, keepdim=True))
+    low, high = r.detach().aminmax(dim=1, keepdim=True)
+    size_of_t = (t * t).sum(1, keepdim=True)
+    flat = (low == high) | (size_of_t == 0)
+    a = (r - r.mean(1, keepdim=True)).masked_fill(flat, 0.0)
     # Of order 1, whose squares neither vanish nor overflow; a factor has no part in the result.
     largest = a.detach().abs().amax(1, keepdim=True)
-    a = a / torch.where(largest == 0, 1.0, largest)
-    size = (a * a).sum(1) * (t * t).sum(1)
-    return (a * t).sum(1) / torch.where(flat, 1.0, size).sqrt()
+    a = a / largest.masked_fill(flat, 1.0)
+    size = ((a * a).sum(1, keepdim=True) * size_of_t).masked_fill(flat, 1.0)
+    return ((a * t).sum(1, keepdim=True) / size.sqrt()).squeeze(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -837,6 +839,6 @@ def spearman_loss(
         r = centred_ranks(rows.x, regularization, regularization_strength)
     # Both less their mean from the start, since nearly equal ranks differ in digits that the mean
     # would take; of exact ranks it is known.
-    t = (2 * first + count - rows.n).to(rows.x.dtype) / rows.n
+    t = torch.add(count - rows.n, first, alpha=2).to(rows.x.dtype) / rows.n
     each = (1 - _correlation(r, t)).view(rows.lead)
     return op.reduced(each, reduction).to(rows.dtype)

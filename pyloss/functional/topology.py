@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._barcodes import UNMATCHED, BettiMatching, PersistencePairs
-from pyloss.functional._betti_target import DIRECTIONS, FILTRATIONS, BettiTarget
+from pyloss.functional._betti_target import DIRECTIONS, BettiTarget
 from pyloss.functional._images import (
+    FILTRATIONS,
     as_batch,
     as_channels,
     check_choice,

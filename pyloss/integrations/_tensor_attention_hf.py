@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyloss.functional import tensor_attention
+from pyloss.functional._attention_checks import checked_windows
 from pyloss.functional._checks import as_integer
 from pyloss.integrations._lookalike import change_class, lookalike
 
@@ -327,21 +328,13 @@ def _chosen(layers, count: int) -> list[int]:
 def _checked_window(window) -> tuple[int | None, int | None] | None:
     if window is None:
         return None
-    one = as_integer(window)
-    if one is None and not isinstance(window, (list, tuple)):
+    several = isinstance(window, (list, tuple))
+    if not several and as_integer(window) is None:
         raise TypeError(f"window must be an integer, a pair or None, got {window!r}")
-    both = tuple(window) if one is None else (one, one)
-    if len(both) != 2:
+    if several and len(window) != 2:
         raise ValueError(f"window must be one number, two or None, got {window!r}")
-    found = []
-    for w in both:
-        n = None if w is None else as_integer(w)
-        if n is None and w is not None:
-            raise TypeError(f"window must hold integers or None, got {w!r}")
-        if n is not None and n <= 0 and n != -1:
-            raise ValueError(f"window must be positive, or None for no limit, got {window!r}")
-        found.append(None if n == -1 else n)
-    return found[0], found[1]
+    first, second = checked_windows(window, 2)
+    return first or None, second or None
 
 
 class _Shape(NamedTuple):

@@ -44,8 +44,7 @@ class SoftDiceLoss(WeightedLoss):
         check_reduction(options["reduction"])
         F.check_options(**options)
         if weight is not None and not isinstance(weight, Tensor):
-            F.check_weight_values(weight)
-            weight = torch.tensor(weight, dtype=torch.float32)
+            weight = torch.tensor(F.checked_weights(weight), dtype=torch.float32)
         super().__init__(weight, **options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def tuples(
     Exact, and no loop over the queries: between the places where a band leaves or meets an end of
     its keys, their number is a polynomial in i.
     """
-    ends = [_ends(n, causal, w, q_offset) for n, w in zip(lengths, windows)]
+    ends = [_ends(causal, w, q_offset) for w in windows]
 
     def seen(i: int) -> int:
         return math.prod(_clip(i + b, n) - _clip(i + a, n) for n, (a, b) in zip(lengths, ends))
@@ -33,7 +33,7 @@ def _clip(x: int, n: int) -> int:
     return min(max(x, 0), n)
 
 
-def _ends(n: int, causal: bool, window: int, q_offset: int) -> tuple[int, int]:
+def _ends(causal: bool, window: int, q_offset: int) -> tuple[int, int]:
     """(a, b): query i sees the keys from i + a up to, not including, i + b."""
     far = 1 << 62
     first = q_offset - window + 1 if window else -far
