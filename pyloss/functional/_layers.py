@@ -103,7 +103,7 @@ def checked_layer(input, weight, bias):
 
 def logits_like(input: Tensor, *shape: int) -> Tensor:
     """Stands for the logits, whose shape, dtype and device checks look at; takes no memory."""
-    return input.new_zeros(()).expand(shape)
+    return input.new_empty(()).expand(shape)
 
 
 def checked_shift(shift, lead) -> int:
