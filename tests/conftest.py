@@ -7,6 +7,11 @@ import os
 import pytest
 import torch
 
+if module := os.environ.get("PYLOSS_SHIM_MODULE"):
+    import shim_device
+
+    shim_device.install(module)
+
 
 def pytest_configure() -> None:
     """Threads so that the processes of pytest-xdist together fill the cores, not more.
