@@ -73,6 +73,10 @@ template <class R>
 void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
               int threads);
 
+// Multiplications and additions per second that one thread can do: the yardstick of benchmarks.
+template <class R>
+double fma_rate();
+
 // ---- the pieces
 // -------------------------------------------------------------------------------------------------
 
