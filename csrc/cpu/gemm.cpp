@@ -107,9 +107,17 @@ struct Cut {
   }
 };
 
+// Of a few columns, which are in the cache.
+template <class R>
+void add_row(int64_t rows, int64_t columns, const R* row, R* c, int64_t ldc) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] += row[j];
+  }
+}
+
 template <class R>
 void multiply_block(const Kernels<R>& k, const MatrixView<R>& a, const MatrixView<R>& b, R* c,
-                    int64_t ldc, bool add, R* scratch) {
+                    int64_t ldc, bool add, const R* bias, R* scratch) {
   R* const panel = scratch + left_size<R>(a.rows, std::min(kDepth, a.columns));
   int64_t l = 0;
   do {
@@ -118,6 +126,7 @@ void multiply_block(const Kernels<R>& k, const MatrixView<R>& a, const MatrixVie
     for (int64_t n = 0; n < b.columns; n += k.panel_columns) {
       const int64_t width = std::min(k.panel_columns, b.columns - n);
       product(left, pack_right(b.block(l, n, depth, width), panel), c + n, ldc, add || l > 0);
+      if (bias && l + depth == a.columns) add_row(a.rows, width, bias + n, c + n, ldc);
     }
     l += kDepth;
   } while (l < a.columns);
@@ -165,7 +174,7 @@ void product(const Left<R>& left, const Right<R>& right, R* c, int64_t ldc, bool
 
 template <class R>
 void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
-              int threads) {
+              int threads, const R* bias) {
   if (a.rows == 0 || b.columns == 0) return;
   const Kernels<R>& k = kernels<R>();
   const Cut cut = Cut::of(k, a.rows, b.columns, a.columns, threads);
@@ -179,7 +188,7 @@ void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc,
     const int64_t i = task / across * cut.rows, j = task % across * cut.columns;
     const int64_t m = std::min(cut.rows, a.rows - i), n = std::min(cut.columns, b.columns - j);
     multiply_block(k, a.block(i, 0, m, a.columns), b.block(0, j, b.rows, n), c + i * ldc + j, ldc,
-                   add, scratch.get() + slot * bytes);
+                   add, bias ? bias + j : nullptr, scratch.get() + slot * bytes);
   });
 }
 
@@ -199,16 +208,17 @@ double fma_rate() {
   return best;
 }
 
-#define PYLOSS_GEMM_OF(R)                                                       \
-  template double fma_rate<R>();                                                \
-  template int64_t left_rows<R>(int64_t);                                       \
-  template int64_t panel_columns<R>();                                          \
-  template int64_t left_size<R>(int64_t, int64_t);                              \
-  template int64_t right_size<R>(int64_t, int64_t);                             \
-  template Left<R> pack_left<R>(const MatrixView<R>&, R*);                      \
-  template Right<R> pack_right<R>(const MatrixView<R>&, R*);                    \
-  template void product<R>(const Left<R>&, const Right<R>&, R*, int64_t, bool); \
-  template void multiply<R>(const MatrixView<R>&, const MatrixView<R>&, R*, int64_t, bool, int);
+#define PYLOSS_GEMM_OF(R)                                                                       \
+  template double fma_rate<R>();                                                                \
+  template int64_t left_rows<R>(int64_t);                                                       \
+  template int64_t panel_columns<R>();                                                          \
+  template int64_t left_size<R>(int64_t, int64_t);                                              \
+  template int64_t right_size<R>(int64_t, int64_t);                                             \
+  template Left<R> pack_left<R>(const MatrixView<R>&, R*);                                      \
+  template Right<R> pack_right<R>(const MatrixView<R>&, R*);                                    \
+  template void product<R>(const Left<R>&, const Right<R>&, R*, int64_t, bool);                 \
+  template void multiply<R>(const MatrixView<R>&, const MatrixView<R>&, R*, int64_t, bool, int, \
+                            const R*);
 PYLOSS_GEMM_OF(float)
 PYLOSS_GEMM_OF(double)
 #undef PYLOSS_GEMM_OF
