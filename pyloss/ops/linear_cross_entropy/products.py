@@ -33,7 +33,7 @@ class Linear:
         x = t.input
         self.chunks, self.exact = chunks, exact
         self.weight = t.linear_weight.to(x.dtype)
-        self.bias = None if t.linear_bias is None else t.linear_bias.to(x.dtype)
+        self.bias = None if t.linear_bias is None else t.linear_bias.to(x.dtype).contiguous()
         classes, features = self.weight.shape
         self.buffer = _advised(x.new_empty((chunks.step, classes)))
         acc = accumulator_dtype(x.dtype)
