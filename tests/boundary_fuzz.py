@@ -183,7 +183,7 @@ def gemm_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
             *[code(0, 1, 2, 3), size(m), size(n), size(k), a, stride(k), stride(1)],
             *[b, stride(n), stride(1), c, stride(n), bias, Field([True, False], [2, -1]), THREADS],
         ],
-        "fma_rate": [code(0, 1, 2, 3)],
+        "multiply_adds": [code(0, 1, 2, 3), size(1000)],
     }
 
 

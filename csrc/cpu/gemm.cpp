@@ -6,7 +6,6 @@
 // for each block of rows: with left_rows() of them that takes 1 or 2 % of the time.
 #include "cpu/gemm.h"
 
-#include <chrono>
 #include <type_traits>
 #include <utility>
 
@@ -24,7 +23,7 @@ struct Kernels {
   void (*pack_left)(const MatrixView<R>&, R*);
   void (*pack_right)(const MatrixView<R>&, R*);
   void (*product)(const Left<R>&, const Right<R>&, R*, int64_t, bool);
-  int64_t (*multiply_add)(int64_t, R*);
+  int64_t (*multiply_adds)(int64_t, R*);
 };
 
 int64_t tiles_of(int64_t rows, int64_t height) {
@@ -193,23 +192,15 @@ void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc,
 }
 
 template <class R>
-double fma_rate() {
-  using Clock = std::chrono::steady_clock;
-  double best = 0;
-  for (int i = 0; i < 64; ++i) {  // about 40 us each, of which some meet no interruption
-    alignas(64) R sink[64] = {};
-    for (R& x : sink) x = R(0.5);
-    const auto start = Clock::now();
-    const int64_t operations = kernels<R>().multiply_add(10000, sink);
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    best = std::max(best, operations / seconds);
-    if (sink[0] == R(0)) return 0;  // keeps the work
-  }
-  return best;
+double multiply_adds(int64_t operations) {
+  alignas(64) R numbers[128 / sizeof(R)];
+  for (R& x : numbers) x = R(0.5);
+  for (int64_t done = 0; done < operations;) done += kernels<R>().multiply_adds(1000, numbers);
+  return double(numbers[0]);
 }
 
 #define PYLOSS_GEMM_OF(R)                                                                       \
-  template double fma_rate<R>();                                                                \
+  template double multiply_adds<R>(int64_t);                                                    \
   template int64_t left_rows<R>(int64_t);                                                       \
   template int64_t panel_columns<R>();                                                          \
   template int64_t left_size<R>(int64_t, int64_t);                                              \

@@ -74,9 +74,10 @@ template <class R>
 void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
               int threads, const R* bias = nullptr);
 
-// Multiplications and additions per second that one thread can do: the yardstick of benchmarks.
+// At least so many multiplications and additions in registers, on this thread: the yardstick of
+// benchmarks. What it returns means nothing.
 template <class R>
-double fma_rate();
+double multiply_adds(int64_t operations);
 
 // ---- the pieces
 // -------------------------------------------------------------------------------------------------
