@@ -187,6 +187,18 @@ def gemm_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def similarity_topk_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    queries, keys, values, indices = (
+        address(buffers[name]) for name in ("x", "target", "grad", "index")
+    )
+    return {
+        "similarity_topk": [
+            *[code(0, 1, 2, 3), size(OUTER), size(CLASSES), size(INNER), queries, stride(INNER)],
+            *[keys, stride(INNER), size(2), integer(0, 1, -1), values, indices, THREADS],
+        ],
+    }
+
+
 def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -427,6 +439,7 @@ def main() -> None:
         **row_softmax_calls(module, buffers),
         **linear_cross_entropy_calls(buffers),
         **gemm_calls(buffers),
+        **similarity_topk_calls(buffers),
         **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **tensor_attention_calls(module, buffers),

@@ -52,7 +52,7 @@ seeded = torch.manual_seed if torch.cuda.is_available() else torch.default_gener
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """torch.manual_seed keeps a stack trace for each kind of device that is absent: 0.3 ms a test."""
+    """torch.manual_seed keeps a stack trace for each absent kind of device: 0.3 ms a test."""
     seeded(0)
 
 

@@ -9,7 +9,6 @@ import pytest
 from access_recorder import recording
 from quick_interpreter import pytest_configure  # noqa: F401
 
-
 # Kernels that load memory which nothing has written, and why.
 MAY_LOAD_UNWRITTEN: dict[str, str] = {}
 
