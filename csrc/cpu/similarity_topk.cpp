@@ -1,8 +1,9 @@
 // values[i, :] = the k largest of q_i . k_j over j (but j = first + i), descending.
 //
 // Decomposition: a list of k numbers for each query, sorted, whose last one is the bound that a
-// product must pass. Tiles of products (gemm.h) stay in the cache: sixteen of them are compared
-// with the bound at once, and the few that pass are inserted. Where the queries are the keys, a
+// product must pass; the first bound is taken from the largest numbers of 16 parts of a tile. Tiles
+// of products (gemm.h) stay in the cache: sixteen numbers are compared with the bound at once, and
+// the few that pass are inserted. Where the queries are the keys, a
 // tile above the diagonal serves its rows and its columns: half of the products.
 // Order: larger first, NaN before all, of equal ones the smaller index. A list meets its columns in
 // ascending order, so that a number must be above those that are there. This makes the result one
@@ -14,6 +15,8 @@
 #include "cpu/similarity_topk.h"
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -43,13 +46,18 @@ struct Lists {
   int64_t k;
   R* values;  // (rows x k), largest first
   int64_t* indices;
-  R* bounds;  // the last one of each
+  R* bounds;  // of each: what is not above is none of the k; the last number, or more
 
   void clear(int64_t rows) const {
     constexpr R kLowest = -std::numeric_limits<R>::infinity();
     std::fill_n(values, rows * k, kLowest);
     std::fill_n(indices, rows * k, int64_t(-1));
     std::fill_n(bounds, rows, kLowest);
+  }
+
+  void raise(int64_t row) const {
+    const R last = values[row * k + k - 1];
+    if (above(last, bounds[row])) bounds[row] = last;
   }
 
   void insert(int64_t row, R value, int64_t index) const {
@@ -63,7 +71,7 @@ struct Lists {
     }
     x[p] = value;
     at[p] = index;
-    bounds[row] = x[k - 1];
+    raise(row);
   }
 };
 
