@@ -59,6 +59,22 @@ def column_sums(
     threads: int, /,
 ) -> None: ...  # fmt: skip
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
+def similarity_topk(
+    dtype: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    queries: int,
+    query_stride: int,
+    keys: int,
+    key_stride: int,
+    k: int,
+    first: int,
+    values: int,
+    indices: int,
+    threads: int,
+    /,
+) -> None: ...
 
 # Records: pyloss/ops/sorting_network/records.py.
 def sorting_network_sort(problem: tuple[object, ...], y: int, threads: int, /) -> None: ...

@@ -737,10 +737,14 @@ def test_compile_scalar(name, fresh_dynamo):
 
 
 @pytest.mark.parametrize(
-    "options", [{"strategy": "forward"}, {"strategy": "recompute"}, {"accumulate_dtype": F32}]
+    ("options", "dtype"),
+    [
+        ({"strategy": "forward"}, F32),
+        ({"strategy": "recompute"}, BF16),
+        ({"accumulate_dtype": F32}, BF16),
+    ],
 )
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_compile_strategies(dtype, options, fresh_dynamo):
+def test_compile_strategies(options, dtype, fresh_dynamo):
     _check_compiled("ignore", dtype, chunk=3, **options)
 
 

@@ -580,18 +580,18 @@ def fresh_dynamo():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dynamic"),
     [
-        dict(degree=2),
-        dict(degree=2, is_causal=True),
-        dict(logit_bound=0.2),
-        dict(logit_bound=0.2, check="strict"),
-        dict(logit_bound=0.2, poly="chebyshev", degree=2),
-        dict(method="auto"),
+        (dict(degree=2), None),
+        (dict(degree=2), True),
+        (dict(degree=2, is_causal=True), None),
+        (dict(logit_bound=0.2), True),
+        (dict(logit_bound=0.2, check="strict"), None),
+        (dict(logit_bound=0.2, poly="chebyshev", degree=2), True),
+        (dict(method="auto"), None),
+        (dict(method="auto"), True),
     ],
-    ids=["degree", "causal", "bound", "strict", "chebyshev", "auto"],
 )
-@pytest.mark.parametrize("dynamic", [None, True])
 def test_compile(options, dynamic, fresh_dynamo):
     """With dynamic=True the number of features and all numbers are variables, at first."""
     tensors = [t.requires_grad_() for t in small(dtype=F64)]

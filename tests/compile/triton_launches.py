@@ -39,6 +39,16 @@ class Launch(NamedTuple):
         parts = (self.name, self.signature, self.constexprs, attrs, self.options)
         return " ".join(map(repr, parts))
 
+    @property
+    def form(self) -> str:
+        """The same but for which numbers are 1 or multiples of 16."""
+        declared = {p.num for p in self.kernel.params if p.is_constexpr}
+        types = [
+            t if isinstance(t, tuple) or "*" in t else "number" for t in self.signature.values()
+        ]
+        fixed = {at: x for at, x in self.constexprs.items() if at[0] in declared or x is None}
+        return " ".join(map(repr, (self.name, types, fixed, self.options)))
+
 
 class _Driver:
     """As if there were one device of a compute capability."""

@@ -164,7 +164,6 @@ USUAL: dict[str, dict[str, Callable[[], Any]]] = {
     "sample_kernel": {"rows": lambda: sample_kernel.row_logsumexp(meta(64, 1000))},
     "linear_cross_entropy": {
         "plain": linear_loss(),
-        "filter": linear_loss(filter=1e-3, bias=True, smoothing=0.1, extras=True),
         "every option": linear_loss(
             filter=1e-3, weighted=True, smoothing=0.1, softcap=30.0, z_loss=1e-4, extras=True
         ),
@@ -195,6 +194,7 @@ MORE: dict[str, dict[str, Callable[[], Any]]] = {
         "float32": linear_loss(dtype=FP32, exact=True),
         "one row": linear_loss(1, 64, 1000, bias=True, filter=1e-3),
         "float16 accumulation": linear_loss(dtype=FP16, exact=True),
+        "filter": linear_loss(filter=1e-3, bias=True, smoothing=0.1, extras=True),
         "no weight decides": linear_loss(8192, 2048, 50304, FP16, weighted=True, smoothing=0.1),
     },
     "tensor_attention": {

@@ -4,9 +4,11 @@ r"""The k largest inner products of each query with the keys, without the matrix
 
     dq_i = sum_l g_il k_{j(i, l)}        dk_j = sum over (i, l) with j(i, l) = j of g_il q_i
 
-The products come in tiles of some rows, of which k a row are kept; the gradient of the queries sums
-rows of the keys by index, so that neither direction holds more than a tile, or a copy of the chosen
-keys. One op of torch operations serves every device; being an op, torch.compile takes it whole.
+The products come in tiles, of which k a row are kept; the gradient of the queries sums rows of the
+keys by index, so that neither direction holds more than a tile, or a copy of the chosen keys. On
+the CPU a kernel looks through small tiles while they are in the cache
+(csrc/cpu/similarity_topk.cpp); torch operations on tiles of some rows serve the other devices, and
+more than 64 a row. Being an op, torch.compile takes it whole.
 Second derivatives, forward mode and torch.func transforms go through torch operations.
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from pyloss import backends
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
-from pyloss.ops.similarity_topk import by_tiles
+from pyloss.ops.similarity_topk import by_tiles, cpu
 
 
 def _formulas():
@@ -32,7 +34,8 @@ def _formulas():
 def _forward(queries, keys, k, first):
     if backends.forced() == "reference":
         return _formulas()(queries, keys, k, first)
-    return by_tiles.forward(queries, keys, k, first)
+    way = cpu if cpu.takes(queries, k) else by_tiles
+    return way.forward(queries, keys, k, first)
 
 
 def _fake(queries, keys, k, first):
@@ -55,6 +58,7 @@ class _SimilarityTopk(torch.autograd.Function):
         values, indices = torch.ops.pyloss.similarity_topk(queries, keys, k, first)
         ctx.save_for_backward(queries, keys, indices)
         ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
         return values, indices
 
     @staticmethod
@@ -62,6 +66,8 @@ class _SimilarityTopk(torch.autograd.Function):
         queries, keys, indices = ctx.saved_tensors
         need_q, need_k = ctx.needs_input_grad[:2]
         gq = gk = None
+        if grad is None:
+            return None, None, None, None
         if torch.is_grad_enabled() or is_batched(grad):
             if need_q:
                 gq = (grad.unsqueeze(-1) * keys[indices]).sum(-2)

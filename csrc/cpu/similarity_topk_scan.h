@@ -1,0 +1,216 @@
+// The look for large numbers in a tile, for one instruction set: included by similarity_topk.cpp
+// once for each, inside a namespace and a `#pragma GCC target` region, with PYLOSS_VECTOR_BYTES
+// set (0: plain C++).
+
+// above(a, b): not a <= b, a bit a lane. larger(a, b): b where one is NaN.
+template <class R>
+struct Lanes;
+#if PYLOSS_VECTOR_BYTES == 64
+template <>
+struct Lanes<float> {
+  using V = __m512;
+  static constexpr int kCount = 16;
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V fill(float x) { return _mm512_set1_ps(x); }
+  static V larger(V a, V b) { return _mm512_max_ps(a, b); }
+  static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
+  static uint32_t above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+  static uint32_t is_number(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
+  static V load(const float* p, uint32_t lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+  static void store(float* p, uint32_t lanes, V v) { _mm512_mask_storeu_ps(p, lanes, v); }
+};
+template <>
+struct Lanes<double> {
+  using V = __m512d;
+  static constexpr int kCount = 8;
+  static V load(const double* p) { return _mm512_loadu_pd(p); }
+  static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
+  static V fill(double x) { return _mm512_set1_pd(x); }
+  static V larger(V a, V b) { return _mm512_max_pd(a, b); }
+  static V smaller(V a, V b) { return _mm512_min_pd(a, b); }
+  static uint32_t above(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
+  static uint32_t is_number(V a) { return _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q); }
+  static V load(const double* p, uint32_t lanes) { return _mm512_maskz_loadu_pd(lanes, p); }
+  static void store(double* p, uint32_t lanes, V v) { _mm512_mask_storeu_pd(p, lanes, v); }
+};
+#elif PYLOSS_VECTOR_BYTES == 32
+template <>
+struct Lanes<float> {
+  using V = __m256;
+  static constexpr int kCount = 8;
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V fill(float x) { return _mm256_set1_ps(x); }
+  static V larger(V a, V b) { return _mm256_max_ps(a, b); }
+  static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
+  static uint32_t above(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+};
+template <>
+struct Lanes<double> {
+  using V = __m256d;
+  static constexpr int kCount = 4;
+  static V load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
+  static V fill(double x) { return _mm256_set1_pd(x); }
+  static V larger(V a, V b) { return _mm256_max_pd(a, b); }
+  static V smaller(V a, V b) { return _mm256_min_pd(a, b); }
+  static uint32_t above(V a, V b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_NLE_UQ)); }
+};
+#else
+template <class R>
+struct Lanes {
+  using V = R;
+  static constexpr int kCount = 1;
+  static V load(const R* p) { return *p; }
+  static void store(R* p, V v) { *p = v; }
+  static V fill(R x) { return x; }
+  static V larger(V a, V b) { return a > b ? a : b; }
+  static V smaller(V a, V b) { return a < b ? a : b; }
+  static uint32_t above(V a, V b) { return !(a <= b); }
+};
+#endif
+
+// Into a list, behind what is not smaller.
+template <class R>
+void insert(const Lists<R>& to, int64_t row, R value, int64_t index) {
+#if PYLOSS_VECTOR_BYTES == 64
+  // Without a branch that depends on the place: what is below it moves up by one, all at once.
+  using L = Lanes<R>;
+  R* const x = to.values + row * to.k;
+  int64_t* const at = to.indices + row * to.k;
+  const typename L::V v = L::fill(value);
+  const bool nan = value != value;
+  for (int64_t c = (to.k - 1) / L::kCount * L::kCount; c >= 0; c -= L::kCount) {
+    const uint32_t all = uint32_t((uint64_t(1) << std::min<int64_t>(L::kCount, to.k - c)) - 1);
+    const typename L::V old = L::load(x + c, all);
+    const uint32_t behind = all & L::is_number(old) & (nan ? all : L::above(v, old));
+    const uint32_t moved = behind & (behind << 1 | (c > 0 && above(value, x[c - 1])));
+    const uint32_t place = behind & ~moved;
+    L::store(x + c, moved, L::load(x + c - 1, moved));
+    L::store(x + c, place, v);
+    for (int h = L::kCount - 8; h >= 0; h -= 8) {  // from the end, as each reads what is before it
+      const auto from = _mm512_maskz_loadu_epi64(moved >> h, at + c + h - 1);
+      _mm512_mask_storeu_epi64(at + c + h, moved >> h, from);
+      _mm512_mask_storeu_epi64(at + c + h, place >> h, _mm512_set1_epi64(index));
+    }
+  }
+  to.raise(row);
+#else
+  to.insert(row, value, index);
+#endif
+}
+
+// A first bound from a first tile: its columns (or rows) in 16 groups, of whose largest numbers the
+// k-th is not above the k-th of all. It spares most insertions into a list that is being filled.
+constexpr int kGroups = 16;
+
+// Sorts each lane, largest first: odd-even merge sort.
+template <class L>
+PYLOSS_INLINE void sort_lanes(typename L::V (&x)[kGroups]) {
+#pragma GCC unroll 16
+  for (int p = 1; p < kGroups; p *= 2) {
+#pragma GCC unroll 16
+    for (int q = p; q >= 1; q /= 2) {
+#pragma GCC unroll 16
+      for (int j = q % p; j + q < kGroups; j += 2 * q) {
+#pragma GCC unroll 16
+        for (int i = 0; i < q; ++i) {
+          if (i + j + q >= kGroups || (i + j) / (2 * p) != (i + j + q) / (2 * p)) continue;
+          const typename L::V a = x[i + j], b = x[i + j + q];
+          x[i + j] = L::larger(a, b);
+          x[i + j + q] = L::smaller(a, b);
+        }
+      }
+    }
+  }
+}
+
+template <class R>
+void first_bound(const Lists<R>& to, int64_t row, R kth) {
+  // Just below, for what equals it to pass.
+  to.bounds[row] = std::nextafter(kth, -std::numeric_limits<R>::infinity());
+}
+
+template <class R>
+void first_bounds_of_columns(const gemm::Tile<R>& t, int64_t column, const Lists<R>& to) {
+  using L = Lanes<R>;
+  constexpr R kLowest = -std::numeric_limits<R>::infinity();
+  typename L::V most[kGroups];
+  for (int g = 0; g < kGroups; ++g) most[g] = L::fill(kLowest);
+  const R* x = t.data + column;
+  int64_t r = 0;
+  for (; r + kGroups <= t.rows; r += kGroups) {
+#pragma GCC unroll 16
+    for (int g = 0; g < kGroups; ++g) most[g] = L::larger(L::load(x + (r + g) * t.stride), most[g]);
+  }
+  for (; r < t.rows; ++r) most[0] = L::larger(L::load(x + r * t.stride), most[0]);
+  sort_lanes<L>(most);
+  R kth[L::kCount];
+  L::store(kth, most[to.k - 1]);
+  for (int i = 0; i < L::kCount; ++i) first_bound(to, t.column + column + i, kth[i]);
+}
+
+template <class R>
+void first_bound_of_row(const gemm::Tile<R>& t, int64_t r, const Lists<R>& to) {
+  using L = Lanes<R>;
+  constexpr int kVectors = kGroups / L::kCount;
+  typename L::V most[kVectors];
+  for (auto& v : most) v = L::fill(-std::numeric_limits<R>::infinity());
+  const R* x = t.data + r * t.stride;
+  for (int64_t c = 0; c + kGroups <= t.columns; c += kGroups) {
+    for (int v = 0; v < kVectors; ++v) {
+      most[v] = L::larger(L::load(x + c + v * L::kCount), most[v]);
+    }
+  }
+  R all[kGroups];
+  for (int v = 0; v < kVectors; ++v) L::store(all + v * L::kCount, most[v]);
+  std::nth_element(all, all + to.k - 1, all + kGroups, std::greater<R>());
+  first_bound(to, t.row + r, all[to.k - 1]);
+}
+
+// Whatever is not below the bound of its list goes there: into those of the rows of the tile, and,
+// of a tile that serves both, into those of its columns. The column numbers of a row, and the row
+// numbers of a column, come in ascending order.
+template <class R, bool kBoth>
+void scan(const gemm::Tile<R>& t, const Lists<R>& to) {
+  using L = Lanes<R>;
+  constexpr R kLowest = -std::numeric_limits<R>::infinity();
+  const R* const of_columns = to.bounds + t.column;
+  const int64_t whole = t.columns / L::kCount * L::kCount;
+  for (int64_t c = 0; kBoth && to.k <= kGroups && c < whole; c += L::kCount) {
+    if (of_columns[c] == kLowest) first_bounds_of_columns(t, c, to);
+  }
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const R* const x = t.data + r * t.stride;
+    const int64_t row = t.row + r;
+    if (to.k <= kGroups && to.bounds[row] == kLowest) first_bound_of_row(t, r, to);
+    typename L::V bound = L::fill(to.bounds[row]);
+    for (int64_t c = 0; c < whole; c += L::kCount) {
+      const typename L::V v = L::load(x + c);
+      uint32_t rows = L::above(v, bound);
+      uint32_t columns = kBoth ? L::above(v, L::load(of_columns + c)) : 0;
+      if (!(rows | columns)) continue;
+      if (rows) {
+        for (; rows; rows &= rows - 1) {
+          const int64_t at = c + __builtin_ctz(rows);
+          insert(to, row, x[at], t.column + at);
+        }
+        bound = L::fill(to.bounds[row]);
+      }
+      for (; columns; columns &= columns - 1) {
+        const int64_t at = c + __builtin_ctz(columns);
+        insert(to, t.column + at, x[at], row);
+      }
+    }
+    for (int64_t c = whole; c < t.columns; ++c) {
+      insert(to, row, x[c], t.column + c);
+      if (kBoth) insert(to, t.column + c, x[c], row);
+    }
+  }
+}
+
+template <class R>
+void scan_tile(const gemm::Tile<R>& t, const Lists<R>& to, bool both) {
+  both ? scan<R, true>(t, to) : scan<R, false>(t, to);
+}
