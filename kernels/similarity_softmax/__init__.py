@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .gradient import BOTH, KEYS, QUERIES, pair_gradient_block, pair_sweep, row_step
+from .gradient import BOTH, KEYS, QUERIES, pair_gradient_block, pair_sweep
 from .launch import MOST_WHOLE, Config
 from .pairs import Coeffs, Kind, Pairs
 from .statistics import PairStats, pair_softplus_sums, pair_statistics
@@ -21,5 +21,4 @@ __all__ = [
     "pair_softplus_sums",
     "pair_statistics",
     "pair_sweep",
-    "row_step",
 ]

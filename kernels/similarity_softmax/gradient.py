@@ -291,11 +291,6 @@ def pair_sweep(
     return Swept(_summed(part).to(dtype), _summed(scale_sums), _summed(bias_sums))
 
 
-def row_step(config: Config, rows: int) -> int:
-    """The number of rows of a block, whole tiles, of which `rows` are to fit."""
-    return max(1, rows // config.block_m) * config.block_m
-
-
 def pair_gradient_block(
     queries: torch.Tensor,
     keys: torch.Tensor,

@@ -300,8 +300,10 @@ def pair_statistics(
     )
 
     def results(count: int, mean: bool) -> tuple:
-        found = queries.new_empty((1 + positive + mean, count), dtype=torch.float32)
-        return found[0], found[1] if positive else None, found[-1] if mean else None
+        return tuple(
+            queries.new_empty(count, dtype=torch.float32) if wanted else None
+            for wanted in (True, positive, mean)
+        )
 
     rows = results(n, mean)
     of_columns = results(m, False) if columns else (None, None, None)
