@@ -106,9 +106,7 @@ def pair_sweep_kernel(
         col0 = tile * BLOCK_N
         cols = col0 + offsets
         near_cols = tl.minimum(cols, n_other - 1)
-        other = load_whole(
-            rows_of(other_ptr, near_cols, stride_other), n_inner, C.EVEN, C.BLOCK_K
-        )
+        other = load_whole(rows_of(other_ptr, near_cols, stride_other), n_inner, C.EVEN, C.BLOCK_K)
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = dot(own, tl.trans(other), zero, C.WIDE, C.PRECISION)
         if OF == _KEYS:
@@ -211,7 +209,7 @@ def pair_gradient_kernel(
 
 
 class Swept(NamedTuple):
-    """A gradient (rows, D), and per row what scale and bias get, float32 (rows,); None: not asked."""
+    """A gradient (rows, D), and what scale and bias get of each row, float32; None: not asked."""
 
     out: torch.Tensor
     scale_sums: torch.Tensor | None

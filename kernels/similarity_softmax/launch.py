@@ -14,8 +14,7 @@ from .pairs import Kind, Pairs
 # Up to this width rows of queries or keys, and of their gradients, stand in a program whole.
 MOST_WHOLE = 128
 
-# As in linear_cross_entropy: by what the compiler reports, not yet tuned on a device. "whole" tables
-# go by the width that D is rounded up to.
+# As in linear_cross_entropy: by what the compiler reports, not yet tuned on a device.
 TABLE = {
     ("stats", "half"): Config(128, 256, 64, 8, 3),
     ("stats with more", "half"): Config(128, 128, 64, 8, 4),
@@ -50,7 +49,9 @@ class Tile(NamedTuple):
     PRECISION: str
 
 
-def choose_config(kernel: str, dtype: torch.dtype, d: int, rows: int, device: torch.device) -> Config:
+def choose_config(
+    kernel: str, dtype: torch.dtype, d: int, rows: int, device: torch.device
+) -> Config:
     """Tiles of `kernel`, a name of the tables, for `rows` rows of the result."""
     kind = "half" if dtype.itemsize == 2 else dot_precision(dtype)
     if d <= MOST_WHOLE:

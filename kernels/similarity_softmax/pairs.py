@@ -119,7 +119,9 @@ def target_range(queries, p):
 
 
 @triton.jit
-def is_special(query0, key0, low, high, p, K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def is_special(
+    query0, key0, low, high, p, K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
     """Whether a tile needs masks; low, high: target_range of its queries, where there are targets.
 
     Few do: those at an end, and those that hold an own key, a target, or any ids.

@@ -10,10 +10,21 @@ import triton.language as tl
 
 from .._launch import FULL_GRID, cdiv, device_guard
 from ..linear_cross_entropy.launch import OPTIONS, Config
-from ..linear_cross_entropy.tiles import LOG2E, NEG_INF, finite_floor, patch
+from ..linear_cross_entropy.tiles import NEG_INF, finite_floor, patch
 from . import launch
 from .launch import check_pairs, tile_of
-from .pairs import Kind, Pairs, is_special, kinds, load_whole, logits, products, rows_of, scale_of, target_range
+from .pairs import (
+    Kind,
+    Pairs,
+    is_special,
+    kinds,
+    load_whole,
+    logits,
+    products,
+    rows_of,
+    scale_of,
+    target_range,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Bytes of the statistics of columns by tiles of rows; with more, rows come in several launches.
@@ -241,8 +252,9 @@ def _launch_statistics(queries, keys, p, kind, c, splits, positive, mean, column
     for first_tile in range(0, row_tiles, step):
         count = min(step, row_tiles - first_tile)
         if columns and (column_part is None or column_part.shape[1] != count + 1):
-            before, column_part = column_part, queries.new_empty(
-                (2 + positive, count + 1, m), dtype=torch.float32
+            before, column_part = (
+                column_part,
+                queries.new_empty((2 + positive, count + 1, m), dtype=torch.float32),
             )
             if before is not None:
                 column_part[:, 0] = before[:, 0]

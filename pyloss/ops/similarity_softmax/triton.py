@@ -218,7 +218,7 @@ def _contiguous(coeffs):
 
 
 def _unit(coeffs, scale: Tensor) -> Tensor:
-    """A power of 2 that lifts the logits' gradient, at most, to 2^14: float16 has few small numbers."""
+    """A power of 2 that makes the logits' gradient 2^14 at most: float16 has few small numbers."""
     parts = (coeffs.a, coeffs.positive, coeffs.column_a, coeffs.column_positive)
     most = [torch.where(t.isfinite(), t.abs(), 0.0).amax() for t in parts if t is not None]
     bound = sum(most) * scale.abs().amax().clamp(min=1.0)
