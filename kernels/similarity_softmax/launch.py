@@ -26,13 +26,14 @@ TABLE = {
     ("stats with more", "ieee"): Config(64, 64, 32, 4, 3),
     ("block", "ieee"): Config(64, 64, 32, 4, 3),
 }
+# Up to MOST_WHOLE. block_k 0: all of D. Full precision multiplies numbers that stand in registers.
 WHOLE = {
-    ("stats", "half"): Config(128, 128, 0, 8, 3),
-    ("sweep", "half"): Config(128, 64, 0, 8, 3),
+    ("stats", "half"): Config(128, 64, 0, 8, 2),
+    ("sweep", "half"): Config(64, 64, 0, 4, 2),
     ("stats", "tf32"): Config(128, 64, 0, 8, 2),
     ("sweep", "tf32"): Config(64, 64, 0, 8, 2),
-    ("stats", "ieee"): Config(64, 64, 0, 4, 2),
-    ("sweep", "ieee"): Config(64, 32, 0, 8, 2),
+    ("stats", "ieee"): Config(64, 64, 32, 4, 3),
+    ("sweep", "ieee"): Config(64, 64, 16, 8, 2),
 }
 
 
@@ -56,7 +57,7 @@ def choose_config(
     kind = "half" if dtype.itemsize == 2 else dot_precision(dtype)
     if d <= MOST_WHOLE:
         config = WHOLE[kernel.split()[0], kind]
-        config = config._replace(block_k=max(16, triton.next_power_of_2(d)))
+        config = config._replace(block_k=config.block_k or max(16, triton.next_power_of_2(d)))
         if little_shared(device):
             config = config._replace(num_stages=2, block_m=64)
     else:

@@ -41,9 +41,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_kernels, "block_rows", lambda *_: 32)
 
 
-@pytest.fixture(params=["sweeps", "blocks"])
+@pytest.fixture(params=["sweeps", "blocks", pytest.param("chunks", marks=pytest.mark.exhaustive)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Rows that a program holds whole, or a block of the logits' gradient at a time."""
+    """Sweeps, of rows that a program holds whole or by chunks; blocks of the logits' gradient."""
+    if request.param == "chunks":
+        monkeypatch.setattr(launch, "choose_config", lambda *_: small(16))
     if request.param == "blocks":
         for module in (K, launch):
             monkeypatch.setattr(module, "MOST_WHOLE", 0)

@@ -7,7 +7,8 @@
                logits' gradient, formed once, and two products with each. A tensor with itself has
                one gradient, whose tiles hold the pairs (i, j) and (j, i).
 
-Left to by_tiles: float64, nothing to do (an empty side), pairs beyond margins.
+Queries and keys of a width that is no multiple of 16 are copied to rows that are. Left to
+by_tiles: float64, nothing to do (an empty side), pairs beyond margins.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.ops.similarity_softmax import by_tiles
@@ -30,8 +32,8 @@ from pyloss.ops.similarity_softmax.call import (
     WANT_KEYS,
     WANT_QUERIES,
     WANT_SCALE,
+    WANTS,
     Pairs,
-    gradients,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,10 +119,16 @@ def _counts(p: Pairs, ids: _Ids | None, columns: bool) -> tuple[Tensor, Tensor]:
 # What the kernels take
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 numbers: others are loaded a number at a time."""
+    return t if t.shape[1] % 16 == 0 else F.pad(t, (0, -t.shape[1] % 16))
+
+
 class _Call:
     def __init__(self, p: Pairs, bias: Tensor | None = None, sigmoid: bool = False) -> None:
         self.p, self.kernels, self.ids = p, _kernels(), _ids(p)
-        self.queries, self.keys = p.queries, _keys(p)
+        self.queries = _aligned(p.queries)
+        self.keys = self.queries if p.keys is None else _aligned(p.keys)
         if p.scales is None:
             self.scale = self.queries.new_full((1,), p.scale, dtype=torch.float32)
         else:
@@ -232,7 +240,7 @@ class _Gradients:
     def __init__(self, call: _Call, want: int, coeffs, bias: Tensor | None = None) -> None:
         self.call, self.want, self.kernels = call, want, call.kernels
         self.both = call.p.keys is None
-        self.given = gradients(call.p, want, bias)
+        self.sources = (call.p.queries, call.p.keys, call.p.scales, bias)
         self.unit = None
         coeffs = _contiguous(coeffs)
         if call.queries.dtype == torch.float16:
@@ -252,13 +260,16 @@ class _Gradients:
             of_queries = of_queries + of_keys
         found = (of_queries, of_keys, self._per_scale(scale_sums), self._total(bias_sums))
         return [
-            self._settled(value).view_as(to).to(to.dtype)
-            for to, value in zip(self.given, found)
-            if to is not None
+            self._settled(value, source)
+            for value, source, bit in zip(found, self.sources, WANTS)
+            if self.want & bit
         ]
 
-    def _settled(self, t: Tensor) -> Tensor:
-        return t if self.unit is None else t / self.unit
+    def _settled(self, t: Tensor, source: Tensor) -> Tensor:
+        t = t if self.unit is None else t / self.unit
+        if t.dim() == 2:
+            t = t[:, : source.shape[1]]
+        return t.reshape(source.shape).to(source.dtype).contiguous()
 
     def _total(self, sums: Tensor | None) -> Tensor | None:
         if sums is None:
