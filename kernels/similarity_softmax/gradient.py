@@ -29,7 +29,8 @@ from .pairs import (
     target_range,
 )
 
-# A sweep is split where its row tiles alone would leave multiprocessors of an H200 idle.
+# A sweep is split where its row tiles alone would leave multiprocessors of an H200 idle: it is to
+# have at most two programs for each, which run at once.
 SWEEP_GRID = 264
 
 QUERIES, KEYS, BOTH = 0, 1, 2
@@ -263,7 +264,7 @@ def pair_sweep(
     (n_own, d), n_other = own.shape, other.shape[0]
     c = config or launch.choose_config("sweep", own.dtype, d, n_own, own.device)
     row_tiles, col_tiles = cdiv(n_own, c.block_m), cdiv(n_other, c.block_n)
-    per_split = cdiv(col_tiles, splits or cdiv(SWEEP_GRID, row_tiles))
+    per_split = cdiv(col_tiles, splits or max(1, SWEEP_GRID // row_tiles))
     splits = cdiv(col_tiles, per_split)
     dtype = dtype or own.dtype
     part = own.new_empty((splits, n_own, d), dtype=dtype if splits == 1 else torch.float32)
@@ -325,7 +326,11 @@ def pair_gradient_block(
     """
     check_pairs(queries, keys, p, kind)
     (n, d), m = queries.shape, keys.shape[0]
-    c = config or launch.choose_config("block", queries.dtype, d, n, queries.device)
+    columns = coeffs.column_a is not None or coeffs.column_positive is not None
+    more = kind.sigmoid or kind.same != 0 or columns or of == BOTH or d % 64 != 0
+    c = config or launch.choose_config(
+        "block with more" if more else "block", queries.dtype, d, n, queries.device
+    )
     if first_row % c.block_m:
         raise ValueError(f"first_row must be a multiple of {c.block_m}, got {first_row}")
     dz = out[: n - first_row, :m]
