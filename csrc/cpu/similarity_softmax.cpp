@@ -306,7 +306,7 @@ void forward_of(const SimilarityProblem& p, const SimilarityForward& f, void* sc
     const Range rows = plan.rows(i), keys = plan.keys(j);
     const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
     const bool both = p.itself ? i != j : columns;
-    gemm::stream(left, rows.first, right.some_columns(keys.first, keys.n), kWidth, buffers.tile,
+    gemm::stream(left, rows.first, right.some_columns(keys.first, keys.n), plan.width, buffers.tile,
                  [&](Tile<R> t) {
                    t.column += keys.first;
                    on_tile(t, buffers, both);
@@ -414,7 +414,7 @@ void backward_of(const SimilarityProblem& p, const SimilarityBackward& g, void* 
     const Range rows = plan.rows(i), columns = plan.keys(j);
     const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
     const bool both = p.itself ? i != j : of_keys;
-    gemm::stream(left, rows.first, scores.some_columns(columns.first, columns.n), kWidth,
+    gemm::stream(left, rows.first, scores.some_columns(columns.first, columns.n), plan.width,
                  buffers.tile, [&](Tile<R> t) {
                    t.column += columns.first;
                    on_tile(t, buffers);

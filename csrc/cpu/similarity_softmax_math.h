@@ -10,8 +10,7 @@ namespace pyloss::cpu::similarity_tiles {
 
 using gemm::Tile;
 
-// Columns of a tile are padded to whole vectors, of at most this many elements.
-inline constexpr int64_t kMostLanes = 16;
+// Columns of a tile are padded to whole vectors.
 
 // Of a tile: sums of exp(z - shift) over each row and column.
 template <class R>

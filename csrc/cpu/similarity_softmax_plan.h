@@ -13,8 +13,9 @@
 
 namespace pyloss::cpu {
 
-// Rows that are converted and packed at a time, a multiple of every panel; columns of a tile.
-inline constexpr int64_t kPackRows = 128, kWidth = 128;
+// Rows that are converted and packed at a time; columns of a tile, at most; rows of a block. All are
+// multiples of the width of a panel, which is 32 or less.
+inline constexpr int64_t kPanelMultiple = 32, kPackRows = 128, kWidth = 128;
 inline constexpr int64_t kBlock = 256, kSmallBlock = 64;
 
 inline int64_t blocks_of(int64_t n, int64_t size) {
@@ -26,7 +27,7 @@ struct Range {
 };
 
 struct SimilarityPlan {
-  int64_t n, m, row_block, key_block;
+  int64_t n, m, row_block, key_block, width;  // width: columns of a tile
   Rounds rounds;
 
   explicit SimilarityPlan(const SimilarityProblem& p)
@@ -34,6 +35,7 @@ struct SimilarityPlan {
         m(p.m),
         row_block(block_of(p.n)),
         key_block(block_of(p.m)),
+        width(std::min(kWidth, blocks_of(p.m, kPanelMultiple) * kPanelMultiple)),
         rounds{blocks_of(p.n, row_block), blocks_of(p.m, key_block), p.itself} {}
 
   Range rows(int64_t i) const { return {i * row_block, std::min(row_block, n - i * row_block)}; }
@@ -63,8 +65,8 @@ struct SimilaritySlot {  // of one thread
 
   SimilaritySlot(const SimilarityProblem& p, const SimilarityPlan& plan, Arena& arena) {
     const int64_t rows_of_tile = std::min(p.n, plan.row_block);
-    const int64_t columns = std::min(kWidth, p.m) + similarity_tiles::kMostLanes;
-    tile = arena.take<R>(rows_of_tile * gemm::tile_stride<R>(std::min(kWidth, p.m)));
+    const int64_t columns = plan.width;
+    tile = arena.take<R>(rows_of_tile * gemm::tile_stride<R>(columns));
     rows = arena.take<R>(std::max(rows_of_tile, std::min(kPackRows, std::max(p.n, p.m))) * p.d);
     row_sums = arena.take<R>(rows_of_tile);
     row_shifts = arena.take<R>(rows_of_tile);
