@@ -12,6 +12,16 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "FocalLoss",
             "GeneralizedCrossEntropyLoss",
         ),
+        "contrastive": (
+            "CLIPLoss",
+            "DCLLoss",
+            "HardInfoNCELoss",
+            "InfoNCELoss",
+            "NTXentLoss",
+            "SigLIPLoss",
+            "SimpleContrastiveLoss",
+            "SupervisedContrastiveLoss",
+        ),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
         "ranking": (

@@ -5,6 +5,16 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.contrastive import (
+    CLIPLoss,
+    DCLLoss,
+    HardInfoNCELoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SimpleContrastiveLoss,
+    SupervisedContrastiveLoss,
+)
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.ranking import (
@@ -38,20 +48,25 @@ from pyloss.nn.topology import BettiMatchingLoss
 __all__ = [
     "ApproxNDCGLoss",
     "BettiMatchingLoss",
+    "CLIPLoss",
     "ChamferSetLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
+    "DCLLoss",
     "DiceCELoss",
     "DiffSortNet",
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "GroCoLoss",
+    "HardInfoNCELoss",
     "HungarianSetLoss",
+    "InfoNCELoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
     "OrderSearchSchedule",
@@ -59,11 +74,14 @@ __all__ = [
     "Pointers",
     "ReadProcess",
     "ReadProcessWrite",
+    "SigLIPLoss",
+    "SimpleContrastiveLoss",
     "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
+    "SupervisedContrastiveLoss",
     "TensorAttention",
     "TopKCrossEntropyLoss",
 ]
