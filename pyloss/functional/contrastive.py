@@ -479,7 +479,7 @@ def simple_contrastive(
     negatives = max(0, rows - 1)
     count = hardest_count(hard_fraction, negatives)
     if count == negatives:
-        negative = q @ k.sum(0) - positive
+        negative = (q * k.sum(0)).sum(1) - positive
     else:
         _, negative = similarity_hardest(q, k, q.new_ones(()), count, 0)
     weight = 1 / max(1, rows) if weight is None else weight
