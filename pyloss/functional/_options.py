@@ -118,9 +118,8 @@ class GroCoOptions(NetworkOptions, total=False):
 
 
 class SimilarityOptions(TypedDict, total=False):
-    """Of a loss on similarities of features; see :func:`pyloss.info_nce`."""
+    """Of a loss on similarities of features; see :func:`pyloss.nt_xent`."""
 
-    temperature: float
     normalize: bool
     reduction: str
 
@@ -144,27 +143,10 @@ class HardInfoNCEOptions(SimilarityOptions, total=False):
     hard_fraction: float
 
 
-class SimpleContrastiveOptions(TypedDict, total=False):
+class SimpleContrastiveOptions(HardInfoNCEOptions, total=False):
     """See :func:`pyloss.functional.simple_contrastive`."""
 
     weight: float | None
-    hard_fraction: float
-    normalize: bool
-    reduction: str
-
-
-class CLIPOptions(TypedDict, total=False):
-    """See :func:`pyloss.clip_loss`."""
-
-    logit_scale: float
-    normalize: bool
-    reduction: str
-
-
-class SigLIPOptions(CLIPOptions, total=False):
-    """See :func:`pyloss.siglip_loss`."""
-
-    logit_bias: float
 
 
 class ListNetOptions(TypedDict, total=False):

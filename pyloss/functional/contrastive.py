@@ -23,7 +23,7 @@ from pyloss.functional._contrastive import (
     paired,
 )
 from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
-from pyloss.ops.similarity_topk.hardest import similarity_hardest
+from pyloss.ops.similarity_topk import similarity_hardest
 
 
 def info_nce(
