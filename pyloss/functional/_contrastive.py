@@ -84,17 +84,24 @@ class Features:
         """One over a temperature."""
         return 1.0 / self.scale(name, value, rows)
 
-    def reduced(self, each: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
-        """Of rows, those that are not counted being 0; the mean of none is 0."""
+    def reduced(
+        self, each: Tensor, reduction: str, counted: Tensor | None = None, group=None
+    ) -> Tensor:
+        """Of rows, those that are not counted being 0; the mean of none is 0. With a group its mean
+        over the ranks is that of all their rows."""
         if counted is not None:
             each = torch.where(counted, each, 0.0)
         if reduction == "none":
             return each.to(self.result)
         total = _total(each)
         if reduction == "mean":
-            total = total / (
-                max(1, each.numel()) if counted is None else counted.sum().clamp(min=1)
-            )
+            count = each.numel() if counted is None else counted.sum()
+            if group is not None:
+                from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+                total = of_group.mean(total, count, group)
+            else:
+                total = total / (max(1, count) if counted is None else count.clamp(min=1))
         return total.to(self.result)
 
 

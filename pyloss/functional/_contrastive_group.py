@@ -105,7 +105,24 @@ def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     """Of the ranks' `total` over their `count`, times the ranks: DDP's mean over them is that of
     the joined batch, and so is its gradient."""
     count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
-    return total * dist.get_world_size(group) / summed_over(count, group)
+    return total * dist.get_world_size(group) / summed_over(count, group).clamp(min=1)
+
+
+def joint_mean(each: Tensor, group) -> Tensor:
+    """Over the entries of all ranks, the same on each; of none 0; no gradient."""
+    sums = summed_over(torch.stack([each.sum(), each.new_tensor(float(each.numel()))]), group)
+    return sums[0] / sums[1].clamp(min=1)
+
+
+def total_rows(name: str, x: Tensor, group) -> int:
+    check_group()
+    return layout_of(name, x, group).total
+
+
+def last_dimension(name: str, group, *tensors: Tensor) -> list[Tensor]:
+    """What all ranks have along the last dimension, of tensors that are alike in it."""
+    layout = layout_of(name, tensors[0], group)
+    return [gathered(t.detach().movedim(-1, 0), layout, group).movedim(0, -1) for t in tensors]
 
 
 def _apart(queries, keys, *rest) -> tuple:
