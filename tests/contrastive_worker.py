@@ -11,7 +11,6 @@ import torch.distributed as dist
 from gloo import raises, run
 from torch import Tensor
 
-import pyloss
 from pyloss import distributed
 from pyloss.functional import _contrastive_group as of_group
 from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
@@ -137,9 +136,7 @@ def sigmoid_sums(ring: bool) -> None:
     own = [(x[rows] if x.dim() else x.clone()).requires_grad_() for x in every]
     every = [x.requires_grad_() for x in every]
     expected = pair_sums(*every, target=torch.arange(total))
-    found = of_group.sums(
-        *own, group=dist.group.WORLD, ring=ring, target=torch.arange(len(own[0]))
-    )
+    found = of_group.sums(*own, group=dist.group.WORLD, ring=ring, target=torch.arange(len(own[0])))
     close(found, expected[rows])
     weight = draw(total, seed=7)
     whole = torch.autograd.grad((weight * expected).sum(), every)

@@ -39,6 +39,7 @@ from pyloss.functional.sets import (
     order_search_loss_from_table,
     sinkhorn_set_loss,
 )
+from pyloss.functional.sogclr import SogCLRStats, sogclr_loss
 from pyloss.functional.sorting import (
     soft_argsort,
     soft_permutation,
@@ -66,6 +67,7 @@ __all__ = [
     "GRPOMetrics",
     "PersistencePairs",
     "RowStats",
+    "SogCLRStats",
     "TensorAttentionCost",
     "approx_ndcg_loss",
     "betti_matching",
@@ -103,6 +105,7 @@ __all__ = [
     "soft_sort",
     "soft_sort_matrix",
     "soft_topk",
+    "sogclr_loss",
     "sorting_cross_entropy",
     "spearman_loss",
     "tensor_attention",

@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "ReadProcessWrite",
             "SinkhornSetLoss",
         ),
+        "sogclr": ("ISogCLRLoss", "SogCLRLoss"),
         "sorting": ("DiffSortNet", "DiffTopkNet", "SortingCrossEntropyLoss", "SpearmanLoss"),
         "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),

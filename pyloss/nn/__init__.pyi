@@ -26,6 +26,7 @@ from pyloss.nn.sets import (
     ReadProcessWrite,
     SinkhornSetLoss,
 )
+from pyloss.nn.sogclr import ISogCLRLoss, SogCLRLoss
 from pyloss.nn.sorting import (
     DiffSortNet,
     DiffTopkNet,
@@ -48,6 +49,7 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "GroCoLoss",
     "HungarianSetLoss",
+    "ISogCLRLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
@@ -62,6 +64,7 @@ __all__ = [
     "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
+    "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
     "TensorAttention",

@@ -38,7 +38,9 @@ def _sent_on(tensors: _Tensors, rows: int, layout: Layout, group) -> tuple[_Tens
     """(tensors that will hold as many rows of the rank before this one, what to wait for)."""
     world = len(layout.counts)
     after, before = (
-        dist.get_global_rank(dist.group.WORLD if group is None else group, (layout.rank + by) % world)
+        dist.get_global_rank(
+            dist.group.WORLD if group is None else group, (layout.rank + by) % world
+        )
         for by in (1, -1)
     )
     arriving = [t.new_empty((rows, *t.shape[1:])) for t in tensors]
@@ -234,9 +236,7 @@ class _Sums(torch.autograd.Function):
 
         def work(step, tensors, of_keys):
             pairs = block(step, tensors[0], *(tensors[1:] or [None]))
-            found = iter(
-                _ops.similarity_sums_bwd(*pairs, bias, numbers, SIGMOID, want, grad, None)
-            )
+            found = iter(_ops.similarity_sums_bwd(*pairs, bias, numbers, SIGMOID, want, grad, None))
             found = [next(found) if yes else None for yes in needed]
             if needed[1]:
                 of_keys = [of_keys[0] + found[1]]
