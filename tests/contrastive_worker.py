@@ -132,7 +132,8 @@ def statistics(name: str, ring: bool, scales: str) -> None:
 
 def sigmoid_sums(ring: bool) -> None:
     rows, total = mine(), sum(sizes())
-    every = [draw(total, DIM, seed=s) for s in (1, 2)] + [torch.tensor(x, dtype=F64) for x in (2, -1)]  # fmt: skip
+    every = [draw(total, DIM, seed=s) for s in (1, 2)]
+    every += [torch.tensor(x, dtype=F64) for x in (2, -1)]
     own = [(x[rows] if x.dim() else x.clone()).requires_grad_() for x in every]
     every = [x.requires_grad_() for x in every]
     expected = pair_sums(*every, target=torch.arange(total))

@@ -1,4 +1,4 @@
-"""Global contrastive losses of small batches: a moving average for each sample (SogCLR, iSogCLR)."""
+"""SogCLR, iSogCLR: contrastive losses whose samples each keep a moving average."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Global contrastive losses: the reference goes anchor by anchor, and exponentiates as it stands."""
+"""SogCLR: the reference goes anchor by anchor, and exponentiates as it stands."""
 
 from __future__ import annotations
 

@@ -98,47 +98,54 @@ class _Block:
     def __init__(self, queries, scale, scales, target, query_ids, first, flags) -> None:
         self.mine = queries, scale, scales, target, query_ids, first, flags
 
-    def __call__(self, step: int, keys: Tensor, key_ids: Tensor | None) -> tuple:
+    def __call__(self, step: int, tensors: _Tensors) -> tuple:
+        """tensors: the block's keys, and their ids where queries have some."""
         queries, scale, scales, target, query_ids, first, flags = self.mine
+        keys, key_ids = tensors[0], None if query_ids is None else tensors[1]
         if step:
             target, first = None, -1
         return queries, keys, scale, scales, target, query_ids, key_ids, first, flags
 
 
-class _Gradients:
-    """Sums over the blocks of what belongs to this rank."""
+def _going_around(keys: Tensor, key_ids: Tensor | None) -> _Tensors:
+    return [keys] if key_ids is None else [keys, key_ids]
 
-    def __init__(self, sources, needed) -> None:
-        self.sums = [
-            torch.zeros_like(s, dtype=accumulator_dtype(s.dtype)) if yes else None
-            for s, yes in zip(sources, needed)
-        ]
-        self.dtypes = [None if s is None else s.dtype for s in sources]
 
-    def add(self, found) -> None:
-        for total, part in zip(self.sums, found):
-            if total is not None:
-                total += part
+def _gradients(sources, needed, moving: _Tensors, where, call) -> list[Tensor | None]:
+    """Of the sources, the second being the keys, whose gradients go around with them.
 
-    def results(self) -> list[Tensor | None]:
-        return [None if t is None else t.to(d) for t, d in zip(self.sums, self.dtypes)]
+    call(step, tensors of a block, which gradients): those of this rank's queries with the block.
+    """
+    want = sum(bit for bit, yes in zip(WANTS, needed) if yes)
+    sums = [
+        torch.zeros_like(s, dtype=accumulator_dtype(s.dtype)) if yes else None
+        for s, yes in zip(sources, needed)
+    ]
+
+    def work(step, tensors, of_keys):
+        found = iter(call(step, tensors, want))
+        for at, yes in enumerate(needed):
+            if yes:
+                total = of_keys[0] if at == 1 else sums[at]
+                total += next(found)
+        return of_keys
+
+    own = _around(moving, [sums[1]] if needed[1] else [], *where, work)
+    if needed[1]:
+        sums[1] = own[0]
+    return [None if t is None else t.to(s.dtype) for t, s in zip(sums, sources)]
 
 
 class _Stats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        (queries, keys, scale, scales, target, query_ids, key_ids, first, flags), where = (
-            args[:9], args[9:],
-        )  # fmt: skip
+        queries, keys, scale, scales, target, query_ids, key_ids, first, flags, *where = args
         block = _Block(queries, scale, scales, target, query_ids, first, flags)
-        ids, rows, parts, column_parts = [] if key_ids is None else [key_ids], None, [], []
+        rows, parts, column_parts = None, [], []
 
         def work(step, tensors, columns):
             nonlocal rows
-            found = split_softmax(
-                _ops.similarity_softmax_fwd(*block(step, tensors[0], *(tensors[1:] or [None]))),
-                flags,
-            )
+            found = split_softmax(_ops.similarity_softmax_fwd(*block(step, tensors)), flags)
             rows = found[:5] if rows is None else _merged(rows, found[:5])
             parts.append(found[0])
             if not flags & COLUMNS:
@@ -149,7 +156,7 @@ class _Stats(torch.autograd.Function):
                 mine = _merged((*columns[0].unbind(1), None), mine)
             return [torch.stack(mine[:4], 1)]
 
-        columns = _around([keys, *ids], [], *where, work)
+        columns = _around(_going_around(keys, key_ids), [], *where, work)
         found = (*rows, *(columns[0].unbind(1) if columns else (None,) * 4))
         found = tuple(None if t is None else t.contiguous() for t in found)
         ctx.save_for_backward(*args[:2], *args[3:7], found[0], found[5], *parts, *column_parts)
@@ -167,59 +174,44 @@ class _Stats(torch.autograd.Function):
         scale, first, flags, where = ctx.rest
         parts, column_parts = parts[: len(where[0].counts)], parts[len(where[0].counts) :]
         block = _Block(queries, scale, scales, target, query_ids, first, flags)
-        needed = [ctx.needs_input_grad[at] for at in SOURCES]
-        want = sum(bit for bit, yes in zip(WANTS, needed) if yes)
-        mine = _Gradients((queries, keys, scales), needed)
         g, g_positive = _zeros_for(grads[:2], lse)
-        moving = [keys] if key_ids is None else [keys, key_ids]
+        moving = _going_around(keys, key_ids)
         if flags & COLUMNS:
             moving.append(torch.stack([column_lse, *_zeros_for(grads[5:7], column_lse)], 1))
 
-        def work(step, tensors, of_keys):
-            tensors = list(tensors)
-            column = (None,) * 3
+        def call(step, tensors, want):
+            of_columns = (None,) * 3
             if flags & COLUMNS:
-                total, column_g, column_g_positive = tensors.pop().unbind(1)
+                total, column_g, column_g_positive = tensors[-1].unbind(1)
                 column_g = _share(column_g, column_parts[step], total)
-                column = column_parts[step], column_g, column_g_positive.contiguous()
-            found = iter(
-                _ops.similarity_softmax_bwd(
-                    *block(step, tensors[0], *(tensors[1:] or [None])),
-                    want, parts[step], column[0], _share(g, parts[step], lse), g_positive,
-                    *column[1:],
-                )
-            )  # fmt: skip
-            found = [next(found) if yes else None for yes in needed]
-            if needed[1]:
-                of_keys = [of_keys[0] + found[1]]
-            mine.add((found[0], None, found[2]))
-            return of_keys
+                of_columns = column_parts[step], column_g, column_g_positive.contiguous()
+            of_rows = _share(g, parts[step], lse), g_positive
+            return _ops.similarity_softmax_bwd(
+                *block(step, tensors), want, parts[step], of_columns[0], *of_rows, *of_columns[1:]
+            )
 
-        own = [mine.sums[1]] if needed[1] else []
-        mine.sums[1] = None  # its sum goes around
-        own = _around(moving, own, *where, work)
-        of_queries, _, of_scales = mine.results()
-        of_keys = own[0].to(keys.dtype) if needed[1] else None
+        needed = [ctx.needs_input_grad[at] for at in SOURCES]
+        of_queries, of_keys, of_scales = _gradients(
+            (queries, keys, scales), needed, moving, where, call
+        )
         return of_queries, of_keys, None, of_scales, *(None,) * 7
 
 
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        (queries, keys, scale, scales, target, query_ids, key_ids, first, flags), rest = (
-            args[:9], args[9:],
-        )  # fmt: skip
+        queries, keys, scale, scales, target, query_ids, key_ids, first, flags, *rest = args
         bias, numbers, *where = rest
         block = _Block(queries, scale, scales, target, query_ids, first, flags)
         total = 0.0
 
         def work(step, tensors, nothing):
             nonlocal total
-            pairs = block(step, tensors[0], *(tensors[1:] or [None]))
+            pairs = block(step, tensors)
             total = total + _ops.similarity_sums_fwd(*pairs, bias, numbers, SIGMOID)[0]
             return nothing
 
-        _around([keys] if key_ids is None else [keys, key_ids], [], *where, work)
+        _around(_going_around(keys, key_ids), [], *where, work)
         ctx.save_for_backward(*args[:2], *args[3:7], bias)
         ctx.rest = scale, first, flags, numbers, where
         return total
@@ -230,30 +222,21 @@ class _Sums(torch.autograd.Function):
         queries, keys, scales, target, query_ids, key_ids, bias = ctx.saved_tensors
         scale, first, flags, numbers, where = ctx.rest
         block = _Block(queries, scale, scales, target, query_ids, first, flags)
+
+        def call(step, tensors, want):
+            pairs = block(step, tensors)
+            return _ops.similarity_sums_bwd(*pairs, bias, numbers, SIGMOID, want, grad, None)
+
         needed = [ctx.needs_input_grad[at] for at in (*SOURCES, 9)]
-        want = sum(bit for bit, yes in zip(WANTS, needed) if yes)
-        mine = _Gradients((queries, keys, scales, bias), needed)
-
-        def work(step, tensors, of_keys):
-            pairs = block(step, tensors[0], *(tensors[1:] or [None]))
-            found = iter(_ops.similarity_sums_bwd(*pairs, bias, numbers, SIGMOID, want, grad, None))
-            found = [next(found) if yes else None for yes in needed]
-            if needed[1]:
-                of_keys = [of_keys[0] + found[1]]
-            mine.add((found[0], None, *found[2:]))
-            return of_keys
-
-        own = [mine.sums[1]] if needed[1] else []
-        mine.sums[1] = None
-        own = _around([keys] if key_ids is None else [keys, key_ids], own, *where, work)
-        of_queries, _, of_scales, of_bias = mine.results()
-        of_keys = own[0].to(keys.dtype) if needed[1] else None
+        of_queries, of_keys, of_scales, of_bias = _gradients(
+            (queries, keys, scales, bias), needed, _going_around(keys, key_ids), where, call
+        )
         return of_queries, of_keys, None, of_scales, *(None,) * 5, of_bias, *(None,) * 3
 
 
 @eager
 def ring_softmax(args: tuple, layout: Layout, group) -> Stats:
-    """similarity_softmax of the op's arguments with this rank's keys, over the keys of all ranks."""
+    """similarity_softmax of the op's arguments with this rank's keys, over those of all ranks."""
     return Stats(*_Stats.apply(*args, layout, group))
 
 
