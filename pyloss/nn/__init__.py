@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "FocalLoss",
             "GeneralizedCrossEntropyLoss",
         ),
+        "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
         "ranking": (

@@ -5,6 +5,7 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.ranking import (
@@ -47,6 +48,7 @@ __all__ = [
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "GradCache",
     "GroCoLoss",
     "HungarianSetLoss",
     "ISogCLRLoss",
