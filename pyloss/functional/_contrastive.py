@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,16 @@ def check_positive(name: str, value) -> None:
         checks.check_floating(name, value)
     else:
         checks.check_range(name, value, 0.0, open_low=True)
+
+
+def check_finite(name: str, value) -> None:
+    """A number; of a tensor the dtype alone."""
+    if isinstance(value, Tensor):
+        checks.check_floating(name, value)
+        return
+    checks.check_number(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def checked_fraction(value) -> float:

@@ -117,6 +117,56 @@ class GroCoOptions(NetworkOptions, total=False):
     group: Any
 
 
+class SimilarityOptions(TypedDict, total=False):
+    """Of a loss on similarities of features; see :func:`pyloss.info_nce`."""
+
+    temperature: float
+    normalize: bool
+    reduction: str
+
+
+class InfoNCEOptions(SimilarityOptions, total=False):
+    """See :func:`pyloss.info_nce`."""
+
+    in_batch: bool
+    symmetric: bool
+
+
+class DCLOptions(SimilarityOptions, total=False):
+    """See :func:`pyloss.functional.dcl`."""
+
+    sigma: float | None
+
+
+class HardInfoNCEOptions(SimilarityOptions, total=False):
+    """See :func:`pyloss.functional.hard_info_nce`."""
+
+    hard_fraction: float
+
+
+class SimpleContrastiveOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.simple_contrastive`."""
+
+    weight: float | None
+    hard_fraction: float
+    normalize: bool
+    reduction: str
+
+
+class CLIPOptions(TypedDict, total=False):
+    """See :func:`pyloss.clip_loss`."""
+
+    logit_scale: float
+    normalize: bool
+    reduction: str
+
+
+class SigLIPOptions(CLIPOptions, total=False):
+    """See :func:`pyloss.siglip_loss`."""
+
+    logit_bias: float
+
+
 class ListNetOptions(TypedDict, total=False):
     """See :func:`pyloss.functional.list_net`."""
 

@@ -14,6 +14,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._contrastive import (
     Features,
     check_common,
+    check_finite,
     check_positive,
     check_same_rows,
     checked_fraction,
@@ -410,8 +411,9 @@ def hard_info_nce(
     features = Features(normalize, query=query, key=key)
     check_same_rows("key", key, "query", query)
     rows = query.shape[0]
-    count = hardest_count(hard_fraction, rows - 1)
-    if count == rows - 1:
+    negatives = max(0, rows - 1)
+    count = hardest_count(hard_fraction, negatives)
+    if count == negatives:
         return info_nce(
             query, key, temperature=temperature, normalize=normalize, reduction=reduction
         )
@@ -474,9 +476,10 @@ def simple_contrastive(
     rows = query.shape[0]
     q, k = (features.of(z).to(features.sums) for z in (query, key))
     positive = (q * k).sum(1)
-    count = hardest_count(hard_fraction, rows - 1)
-    if count == rows - 1:
-        negative = q @ k.sum(0) - positive
+    negatives = max(0, rows - 1)
+    count = hardest_count(hard_fraction, negatives)
+    if count == negatives:
+        negative = (q * k.sum(0)).sum(1) - positive
     else:
         _, negative = similarity_hardest(q, k, q.new_ones(()), count, 0)
     weight = 1 / max(1, rows) if weight is None else weight
@@ -542,8 +545,5 @@ def siglip_loss(
 
 def check_siglip(logit_scale, logit_bias, normalize, reduction) -> None:
     check_positive("logit_scale", logit_scale)
-    if isinstance(logit_bias, Tensor):
-        checks.check_floating("logit_bias", logit_bias)
-    else:
-        checks.check_range("logit_bias", logit_bias, -float("inf"))
+    check_finite("logit_bias", logit_bias)
     check_common(normalize, reduction)

@@ -5,6 +5,16 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.contrastive import (
+    CLIPLoss,
+    DCLLoss,
+    HardInfoNCELoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SimpleContrastiveLoss,
+    SupervisedContrastiveLoss,
+)
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
@@ -40,9 +50,11 @@ from pyloss.nn.topology import BettiMatchingLoss
 __all__ = [
     "ApproxNDCGLoss",
     "BettiMatchingLoss",
+    "CLIPLoss",
     "ChamferSetLoss",
     "CompSumLoss",
     "CrossEntropyLoss",
+    "DCLLoss",
     "DiceCELoss",
     "DiffSortNet",
     "DiffTopkNet",
@@ -50,12 +62,15 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "GradCache",
     "GroCoLoss",
+    "HardInfoNCELoss",
     "HungarianSetLoss",
     "ISogCLRLoss",
+    "InfoNCELoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
     "OrderSearchSchedule",
@@ -63,12 +78,15 @@ __all__ = [
     "Pointers",
     "ReadProcess",
     "ReadProcessWrite",
+    "SigLIPLoss",
+    "SimpleContrastiveLoss",
     "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
     "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
+    "SupervisedContrastiveLoss",
     "TensorAttention",
     "TopKCrossEntropyLoss",
 ]
