@@ -63,6 +63,7 @@ def statistics(
     Args: as there, of this rank: `first` and `target` count its own keys. `ring`: the keys go
         around the ranks, and none holds them all.
     """
+    check_group()
     layout = layout_of("the embeddings", keys, group)
     if ring:
         flags = DENOMINATORS[denominator] | (COLUMNS if columns else 0) | (MEAN if mean else 0)
@@ -91,6 +92,7 @@ def sums(
     same: str = "ignore",
 ) -> Tensor:
     """pair_sums of this rank's queries with the keys of all ranks."""
+    check_group()
     layout = layout_of("the embeddings", keys, group)
     if ring:
         args = _apart(queries, keys, scale, first, target, query_ids, key_ids, same, 0)
@@ -106,6 +108,12 @@ def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     the joined batch, and so is its gradient."""
     count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
     return total * dist.get_world_size(group) / summed_over(count, group).clamp(min=1)
+
+
+def shares(x: Tensor, group) -> Tensor:
+    """Softmax over the rows of all ranks, times their count."""
+    every = gathered(x.detach(), layout_of("the embeddings", x, group), group)
+    return len(every) * torch.exp(x - torch.logsumexp(every, 0))
 
 
 def joint_mean(each: Tensor, group) -> Tensor:

@@ -125,14 +125,21 @@ class SimilarityOptions(TypedDict, total=False):
     reduction: str
 
 
-class InfoNCEOptions(SimilarityOptions, total=False):
+class GroupOptions(SimilarityOptions, total=False):
+    """Of one that a process group can share."""
+
+    group: Any
+    ring: bool
+
+
+class InfoNCEOptions(GroupOptions, total=False):
     """See :func:`pyloss.info_nce`."""
 
     in_batch: bool
     symmetric: bool
 
 
-class DCLOptions(SimilarityOptions, total=False):
+class DCLOptions(GroupOptions, total=False):
     """See :func:`pyloss.functional.dcl`."""
 
     sigma: float | None
@@ -159,6 +166,8 @@ class CLIPOptions(TypedDict, total=False):
     logit_scale: float
     normalize: bool
     reduction: str
+    group: Any
+    ring: bool
 
 
 class SigLIPOptions(CLIPOptions, total=False):

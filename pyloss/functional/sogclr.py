@@ -16,8 +16,9 @@ from pyloss.functional._contrastive import (
     check_positive,
     check_same_rows,
     paired,
+    softmax_over,
 )
-from pyloss.ops.similarity_softmax import Stats, similarity_softmax
+from pyloss.ops.similarity_softmax import Stats
 
 
 class SogCLRStats(NamedTuple):
@@ -45,10 +46,7 @@ def check_options(
     checks.check_range("rho", rho, 0.0)
     checks.checked_flag("bimodal", bimodal)
     checks.checked_flag("center_positive", center_positive)
-    checks.checked_flag("ring", ring)
-    if ring and group is None:
-        raise ValueError("ring needs a group, whose ranks it goes around")
-    check_common(normalize, reduction)
+    check_common(normalize, reduction, group, ring)
 
 
 def sogclr_loss(
@@ -177,16 +175,10 @@ def _checked_temperature(temperature, features: Features, log_u: Tensor) -> floa
 def _statistics(features, z1, z2, tau, bimodal, group, ring) -> Stats:
     """Of the views z1 and z2 as anchors over their negatives, (2, B) each."""
     rows, options = z1.shape[0], dict(denominator="negatives", mean=True)
+    call = softmax_over(group, ring)
     first, second = features.of(z1), features.of(z2)
     each = isinstance(tau, Tensor) and tau.dim() > 0
-    total, call = rows, similarity_softmax
-    if group is not None:
-        from pyloss.functional import _contrastive_group as of_group  # with its first use
-
-        total = of_group.total_rows("z1", z1, group)
-        options |= dict(group=group, ring=ring)
-        call = of_group.statistics
-    if total == 1:
+    if _total_rows(z1, group) == 1:
         raise ValueError("z1 holds one sample, which has no negatives: there must be two or more")
     if not bimodal:
         z, other = paired(first, second)
@@ -200,6 +192,14 @@ def _statistics(features, z1, z2, tau, bimodal, group, ring) -> Stats:
         call(second, first, scales[1], target=own, **options),
     )
     return Stats(*(None if a is None else torch.stack([a, b]) for a, b in zip(*sides)))
+
+
+def _total_rows(z1: Tensor, group) -> int:
+    if group is None:
+        return z1.shape[0]
+    from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+    return of_group.total_rows("z1", z1, group)
 
 
 def _moved(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from pyloss.functional._checks import check_number, checked_flag
 from pyloss.functional._options import (
     CLIPOptions,
     DCLOptions,
+    GroupOptions,
     HardInfoNCEOptions,
     InfoNCEOptions,
     SigLIPOptions,
-    SimilarityOptions,
     SimpleContrastiveOptions,
     options_of,
 )
@@ -94,7 +94,8 @@ class InfoNCELoss(_ContrastiveLoss):
     .. math:: \ell_i = -\log \frac{e^{s_{i t_i} / T}}{\sum_{j \in K_i} e^{s_{ij} / T}}
 
     Args:
-        temperature, in_batch, normalize, symmetric, reduction: as for :func:`pyloss.info_nce`.
+        temperature, in_batch, normalize, symmetric, reduction, group, ring: as for
+            :func:`pyloss.info_nce`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -156,7 +157,7 @@ class NTXentLoss(_ContrastiveLoss):
     .. math:: \ell_a = -\log \frac{e^{s_{a p(a)} / T}}{\sum_{b \ne a} e^{s_{ab} / T}}
 
     Args:
-        temperature, normalize, reduction: as for :func:`pyloss.nt_xent`.
+        temperature, normalize, reduction, group, ring: as for :func:`pyloss.nt_xent`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -180,7 +181,7 @@ class NTXentLoss(_ContrastiveLoss):
     _loss = staticmethod(F.nt_xent)
 
     @options_of(F.nt_xent, positional=1, annotations=NUMBER, after={"learnable": "temperature"})
-    def __init__(self, *, learnable: bool = False, **options: Unpack[SimilarityOptions]) -> None:
+    def __init__(self, *, learnable: bool = False, **options: Unpack[GroupOptions]) -> None:
         F.check_nt_xent(**options)
         super().__init__(learnable, **options)
 
@@ -196,7 +197,7 @@ class CLIPLoss(_ContrastiveLoss):
               z_{ij} = \lambda \cos(x_i, y_j)
 
     Args:
-        logit_scale, normalize, reduction: as for :func:`pyloss.clip_loss`.
+        logit_scale, normalize, reduction, group, ring: as for :func:`pyloss.clip_loss`.
         learnable: the scale is learned, as the parameter ``log_logit_scale``.
 
     Shape:
@@ -240,7 +241,8 @@ class SupervisedContrastiveLoss(_ContrastiveLoss):
               \log \frac{e^{s_{ap} / T}}{\sum_{b \ne a} e^{s_{ab} / T}}
 
     Args:
-        temperature, normalize, reduction: as for :func:`pyloss.supervised_contrastive`.
+        temperature, normalize, reduction, group, ring: as for
+            :func:`pyloss.supervised_contrastive`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -270,7 +272,7 @@ class SupervisedContrastiveLoss(_ContrastiveLoss):
         annotations=NUMBER,
         after={"learnable": "temperature"},
     )
-    def __init__(self, *, learnable: bool = False, **options: Unpack[SimilarityOptions]) -> None:
+    def __init__(self, *, learnable: bool = False, **options: Unpack[GroupOptions]) -> None:
         F.check_nt_xent(**options)
         super().__init__(learnable, **options)
 
@@ -286,7 +288,7 @@ class DCLLoss(_ContrastiveLoss):
     .. math:: \ell_a = -w_a \frac{s_{a p(a)}}{T} + \log \sum_{b \ne a, p(a)} e^{s_{ab} / T}
 
     Args:
-        temperature, sigma, normalize, reduction: as for :func:`pyloss.functional.dcl`.
+        temperature, sigma, normalize, reduction, group, ring: as for :func:`pyloss.functional.dcl`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -400,7 +402,8 @@ class SigLIPLoss(_ContrastiveLoss):
     .. math:: \ell_i = \sum_j \log\big(1 + e^{-y_{ij} (\lambda \cos(x_i, y_j) + b)}\big)
 
     Args:
-        logit_scale, logit_bias, normalize, reduction: as for :func:`pyloss.siglip_loss`.
+        logit_scale, logit_bias, normalize, reduction, group, ring: as for
+            :func:`pyloss.siglip_loss`.
         learnable: both are learned, as the parameters ``log_logit_scale`` and ``bias``.
 
     Shape:

@@ -77,15 +77,15 @@ class GradCache(nn.Module):
         self.chunk_size = checks.checked_integer("chunk_size", chunk_size)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        self.encoders = encoders
-        # The parameters, each once; the tuple itself may hold functions.
-        self.modules_of_encoders = nn.ModuleList(e for e in encoders if isinstance(e, nn.Module))
+        self.encoders = nn.ModuleList(
+            e if isinstance(e, nn.Module) else _Function(e) for e in encoders
+        )
 
     def extra_repr(self) -> str:
         return f"chunk_size={self.chunk_size}"
 
     def forward(self, *inputs: Any) -> Tensor | tuple[Tensor, ...]:
-        encoders = self.encoders * len(inputs) if len(self.encoders) == 1 else self.encoders
+        encoders = list(self.encoders) * (len(inputs) if len(self.encoders) == 1 else 1)
         if len(encoders) != len(inputs) or not inputs:
             raise ValueError(
                 f"there must be an input for each of {len(self.encoders)} encoders, or one encoder "
@@ -125,6 +125,15 @@ class GradCache(nn.Module):
                 f"an encoder must return as many rows as input {at} has, {rows}, got {len(found)}"
             )
         return found
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
 
 
 def _arguments(given: Any) -> tuple[list, tuple[str, ...]]:
