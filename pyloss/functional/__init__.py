@@ -51,6 +51,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "order_search_loss_from_table",
             "sinkhorn_set_loss",
         ),
+        "sogclr": ("SogCLRStats", "sogclr_loss"),
         "sorting": (
             "soft_argsort",
             "soft_permutation",

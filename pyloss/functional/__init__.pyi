@@ -49,6 +49,7 @@ from pyloss.functional.sets import (
     order_search_loss_from_table,
     sinkhorn_set_loss,
 )
+from pyloss.functional.sogclr import SogCLRStats, sogclr_loss
 from pyloss.functional.sorting import (
     soft_argsort,
     soft_permutation,
@@ -76,6 +77,7 @@ __all__ = [
     "GRPOMetrics",
     "PersistencePairs",
     "RowStats",
+    "SogCLRStats",
     "TensorAttentionCost",
     "approx_ndcg_loss",
     "betti_matching",
@@ -120,6 +122,7 @@ __all__ = [
     "soft_sort",
     "soft_sort_matrix",
     "soft_topk",
+    "sogclr_loss",
     "sorting_cross_entropy",
     "spearman_loss",
     "supervised_contrastive",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
 
 
 def check_positive(name: str, value) -> None:
@@ -37,9 +40,11 @@ def checked_fraction(value) -> float:
     return value
 
 
-def check_common(normalize, reduction) -> None:
+def check_common(normalize, reduction, group=None, ring=False) -> None:
     checks.checked_flag("normalize", normalize)
     checks.check_reduction(reduction)
+    if checks.checked_flag("ring", ring) and group is None:
+        raise ValueError("ring needs a group, whose ranks the keys go around")
 
 
 class Features:
@@ -96,17 +101,24 @@ class Features:
         """One over a temperature."""
         return 1.0 / self.scale(name, value, rows)
 
-    def reduced(self, each: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
-        """Of rows, those that are not counted being 0; the mean of none is 0."""
+    def reduced(
+        self, each: Tensor, reduction: str, counted: Tensor | None = None, group=None
+    ) -> Tensor:
+        """Of rows, those that are not counted being 0; the mean of none is 0. With a group its mean
+        over the ranks is that of all their rows."""
         if counted is not None:
             each = torch.where(counted, each, 0.0)
         if reduction == "none":
             return each.to(self.result)
         total = _total(each)
         if reduction == "mean":
-            total = total / (
-                max(1, each.numel()) if counted is None else counted.sum().clamp(min=1)
-            )
+            count = each.numel() if counted is None else counted.sum()
+            if group is not None:
+                from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+                total = of_group.mean(total, count, group)
+            else:
+                total = total / (max(1, count) if counted is None else count.clamp(min=1))
         return total.to(self.result)
 
 
@@ -116,6 +128,32 @@ def _total(each: Tensor) -> Tensor:
     if each.shape[0] > 4096:
         each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)
     return each.sum()
+
+
+def softmax_over(group, ring: bool) -> Callable:
+    """similarity_softmax, with the keys of all ranks of a group."""
+    if group is None:
+        return similarity_softmax
+    from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+    return functools.partial(of_group.statistics, group=group, ring=ring)
+
+
+def pair_sums_over(group, ring: bool) -> Callable:
+    if group is None:
+        return pair_sums
+    from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+    return functools.partial(of_group.sums, group=group, ring=ring)
+
+
+def shares(x: Tensor, group) -> Tensor:
+    """Softmax over the rows, of all ranks of a group, times their count. Without a gradient."""
+    if group is None:
+        return x.shape[0] * x.softmax(0)
+    from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+    return of_group.shares(x, group)
 
 
 def check_same_rows(name: str, z: Tensor, other_name: str, other: Tensor) -> None:

@@ -124,14 +124,21 @@ class SimilarityOptions(TypedDict, total=False):
     reduction: str
 
 
-class InfoNCEOptions(SimilarityOptions, total=False):
+class GroupOptions(SimilarityOptions, total=False):
+    """Of one that a process group can share."""
+
+    group: Any
+    ring: bool
+
+
+class InfoNCEOptions(GroupOptions, total=False):
     """See :func:`pyloss.info_nce`."""
 
     in_batch: bool
     symmetric: bool
 
 
-class DCLOptions(SimilarityOptions, total=False):
+class DCLOptions(GroupOptions, total=False):
     """See :func:`pyloss.functional.dcl`."""
 
     sigma: float | None

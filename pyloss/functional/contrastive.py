@@ -6,6 +6,8 @@ from are 0, get no gradient and do not count in the mean; where no row counts, t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +22,12 @@ from pyloss.functional._contrastive import (
     checked_fraction,
     checked_labels,
     hardest_count,
+    pair_sums_over,
     paired,
+    shares,
+    softmax_over,
 )
-from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
+from pyloss.ops.similarity_softmax import similarity_softmax
 from pyloss.ops.similarity_topk import similarity_hardest
 
 
@@ -40,6 +45,8 @@ def info_nce(
     normalize: bool = True,
     symmetric: bool = False,
     reduction: str = "mean",
+    group: Any = None,
+    ring: bool = False,
 ) -> Tensor:
     r"""InfoNCE: the key of each query among the keys of the others.
 
@@ -63,6 +70,13 @@ def info_nce(
         symmetric: the mean of this and of the same loss with queries and keys exchanged, from one
             pass over the products.
         reduction: ``"mean"`` or ``"sum"`` over queries, or ``"none"``.
+        group: a process group: keys come from the batches of all its ranks, which may differ in
+            size. The mean over the ranks of their ``"mean"`` is the loss of the joined batch, and
+            so is its gradient as DDP averages it; ``"sum"`` and ``"none"`` are a rank's own, as are
+            the queue, and the keys that ``target`` counts. Every rank must call it, and run the
+            backward. Not for ``fullgraph=True``.
+        ring: with ``group``: keys go around the ranks, and none holds them all; no second
+            derivatives.
 
     Returns:
         0-d, or ``(B,)``; of the promoted dtype, float32 for half types under autocast. A query
@@ -85,7 +99,7 @@ def info_nce(
     Reference:
         van den Oord, Li, Vinyals. arXiv 1807.03748. He, Fan, Wu, Xie, Girshick. arXiv 1911.05722.
     """
-    check_info_nce(temperature, in_batch, normalize, symmetric, reduction)
+    check_info_nce(temperature, in_batch, normalize, symmetric, reduction, group, ring)
     given = {"query": query, "key": key}
     features = Features(normalize, **given, **({} if queue is None else {"queue": queue}))
     rows = query.shape[0]
@@ -103,22 +117,31 @@ def info_nce(
     if not in_batch:
         stats = similarity_softmax(q, others, scale, **masks)
         positive = (q.to(features.sums) * (k if target is None else k[target])).sum(1) * scale
-        return features.reduced(-F.logsigmoid(positive - stats.lse), reduction)
+        return features.reduced(-F.logsigmoid(positive - stats.lse), reduction, group=group)
     if target is None:
         target = torch.arange(rows, device=q.device)
-    keys = k if others is None else torch.cat([k, others])
-    stats = similarity_softmax(q, keys, scale, target=target, columns=symmetric, **masks)
-    each = stats.lse - stats.positive
+    options = dict(target=target, columns=symmetric)
+    if group is None or others is None:
+        keys = k if others is None else torch.cat([k, others])
+        stats = softmax_over(group, ring)(q, keys, scale, **options, **masks)
+        lse = stats.lse
+    else:  # the queue is no other rank's
+        of_batch, of_queue = _split_masks(masks, k.shape[0])
+        stats = softmax_over(group, ring)(q, k, scale, **options, **of_batch)
+        lse = torch.logaddexp(stats.lse, similarity_softmax(q, others, scale, **of_queue).lse)
+    each = lse - stats.positive
     if symmetric:
         each = 0.5 * (each + (stats.column_lse - stats.column_positive))
-    return features.reduced(each, reduction)
+    return features.reduced(each, reduction, group=group)
 
 
-def check_info_nce(temperature, in_batch, normalize, symmetric, reduction) -> None:
+def check_info_nce(
+    temperature, in_batch, normalize, symmetric, reduction, group=None, ring=False
+) -> None:
     check_positive("temperature", temperature)
     checks.checked_flag("in_batch", in_batch)
     checks.checked_flag("symmetric", symmetric)
-    check_common(normalize, reduction)
+    check_common(normalize, reduction, group, ring)
 
 
 def _check_together(queue, target, ids, key_ids, queue_ids, in_batch, symmetric) -> None:
@@ -149,6 +172,15 @@ def _masks(query, ids, key, key_ids, queue, queue_ids, in_batch) -> dict:
     return {"query_ids": ids, "key_ids": torch.cat(parts), "same": "drop"}
 
 
+def _split_masks(masks: dict, count: int) -> tuple[dict, dict]:
+    """Of the first so many keys, and of the others."""
+    if not masks:
+        return {}, {}
+    parts = masks["key_ids"][:count], masks["key_ids"][count:]
+    of_batch, of_queue = ({**masks, "key_ids": part} for part in parts)
+    return of_batch, of_queue
+
+
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
@@ -156,6 +188,8 @@ def nt_xent(
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Any = None,
+    ring: bool = False,
 ) -> Tensor:
     r"""NT-Xent of SimCLR: of each view, the other view of its image among all other views.
 
@@ -169,6 +203,7 @@ def nt_xent(
         temperature: T > 0, or a tensor of one number, with a gradient.
         normalize: cosines; else inner products of the features as they are.
         reduction: ``"mean"`` or ``"sum"`` over the 2B views, or ``"none"``.
+        group, ring: as for :func:`info_nce`.
 
     Returns:
         0-d, or ``(2B,)``, the views of ``z1`` first; dtype as :func:`info_nce`. One image alone has
@@ -185,18 +220,18 @@ def nt_xent(
     Reference:
         Chen, Kornblith, Norouzi, Hinton. arXiv 2002.05709.
     """
-    check_nt_xent(temperature, normalize, reduction)
+    check_nt_xent(temperature, normalize, reduction, group, ring)
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
     z, other = paired(features.of(z1), features.of(z2))
-    stats = similarity_softmax(z, z, scale, first=0, target=other)
-    return features.reduced(stats.lse - stats.positive, reduction)
+    stats = softmax_over(group, ring)(z, z, scale, first=0, target=other)
+    return features.reduced(stats.lse - stats.positive, reduction, group=group)
 
 
-def check_nt_xent(temperature, normalize, reduction) -> None:
+def check_nt_xent(temperature, normalize, reduction, group=None, ring=False) -> None:
     check_positive("temperature", temperature)
-    check_common(normalize, reduction)
+    check_common(normalize, reduction, group, ring)
 
 
 def clip_loss(
@@ -206,6 +241,8 @@ def clip_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Any = None,
+    ring: bool = False,
 ) -> Tensor:
     r"""The loss of CLIP: each image's text among all texts, and each text's image, on average.
 
@@ -220,6 +257,7 @@ def clip_loss(
             with a gradient, as open_clip's models return it.
         normalize: cosines. Features that have been normalised, as open_clip's are, give the same.
         reduction: ``"mean"`` or ``"sum"`` over pairs, or ``"none"``.
+        group, ring: as for :func:`info_nce`.
 
     Returns:
         0-d, or ``(B,)``; dtype as :func:`info_nce`. One pair alone, and no pairs: 0.
@@ -238,21 +276,21 @@ def clip_loss(
     Reference:
         Radford et al. arXiv 2103.00020.
     """
-    check_clip(logit_scale, normalize, reduction)
+    check_clip(logit_scale, normalize, reduction, group, ring)
     features = Features(normalize, image_features=image_features, text_features=text_features)
     check_same_rows("text_features", text_features, "image_features", image_features)
-    stats = similarity_softmax(
+    stats = softmax_over(group, ring)(
         features.of(image_features), features.of(text_features),
         features.scale("logit_scale", logit_scale), columns=True,
         target=torch.arange(image_features.shape[0], device=image_features.device),
     )  # fmt: skip
     rows, columns = stats.lse - stats.positive, stats.column_lse - stats.column_positive
-    return features.reduced(0.5 * (rows + columns), reduction)
+    return features.reduced(0.5 * (rows + columns), reduction, group=group)
 
 
-def check_clip(logit_scale, normalize, reduction) -> None:
+def check_clip(logit_scale, normalize, reduction, group=None, ring=False) -> None:
     check_positive("logit_scale", logit_scale)
-    check_common(normalize, reduction)
+    check_common(normalize, reduction, group, ring)
 
 
 def supervised_contrastive(
@@ -262,6 +300,8 @@ def supervised_contrastive(
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Any = None,
+    ring: bool = False,
 ) -> Tensor:
     r"""Supervised contrastive loss: all of one class are positives, in the "out" form.
 
@@ -277,6 +317,7 @@ def supervised_contrastive(
         reduction: ``"mean"`` or ``"sum"`` over features, or ``"none"``. One without a positive or
             without a negative, as in a batch of one class, has the loss 0, and the mean does not
             count it.
+        group, ring: as for :func:`info_nce`.
 
     Returns:
         0-d, or of the leading shape of ``features``; dtype as :func:`info_nce`.
@@ -292,7 +333,7 @@ def supervised_contrastive(
     Reference:
         Khosla et al. arXiv 2004.11362.
     """
-    check_nt_xent(temperature, normalize, reduction)
+    check_nt_xent(temperature, normalize, reduction, group, ring)
     checks.check_tensor("features", features)
     if features.dim() not in (2, 3):
         raise ValueError(f"features must be (B, D) or (B, V, D), got {list(features.shape)}")
@@ -302,12 +343,12 @@ def supervised_contrastive(
         labels, features = labels.repeat_interleave(lead[1]), features.flatten(0, 1)
     checked = Features(normalize, features=features)
     scale, z = checked.inverse("temperature", temperature), checked.of(features)
-    stats = similarity_softmax(
+    stats = softmax_over(group, ring)(
         z, z, scale, first=0, query_ids=labels, key_ids=labels, same="positive"
     )
     each = stats.lse - stats.positive / stats.positives.clamp(min=1)
     counted = (stats.positives > 0) & (stats.count > stats.positives)
-    found = checked.reduced(each, reduction, counted)
+    found = checked.reduced(each, reduction, counted, group)
     return found.view(lead) if reduction == "none" else found
 
 
@@ -319,6 +360,8 @@ def dcl(
     sigma: float | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Any = None,
+    ring: bool = False,
 ) -> Tensor:
     r"""Decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
@@ -333,6 +376,7 @@ def dcl(
         sigma: > 0: positives that agree already count less (DCLW). No gradient goes through w.
         normalize: cosines; else inner products of the features as they are.
         reduction: ``"mean"`` or ``"sum"`` over the 2B views, or ``"none"``.
+        group, ring: as for :func:`info_nce`.
 
     Returns:
         0-d, or ``(2B,)``, the views of ``z1`` first; dtype as :func:`info_nce`. It may be negative.
@@ -349,23 +393,23 @@ def dcl(
     Reference:
         Yeh et al. Decoupled Contrastive Learning. arXiv 2110.06848.
     """
-    check_dcl(temperature, sigma, normalize, reduction)
+    check_dcl(temperature, sigma, normalize, reduction, group, ring)
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
     u1, u2 = features.of(z1), features.of(z2)
     z, other = paired(u1, u2)
-    stats = similarity_softmax(z, z, scale, first=0, target=other, denominator="negatives")
+    stats = softmax_over(group, ring)(z, z, scale, first=0, target=other, denominator="negatives")
     positive = stats.positive
     if sigma is not None:
         agreed = (u1.detach().to(features.sums) * u2.detach()).sum(1)
-        weight = 2 - z1.shape[0] * (agreed / sigma).softmax(0)
+        weight = 2 - shares(agreed / sigma, group)
         positive = positive * torch.cat([weight, weight])
-    return features.reduced(stats.lse - positive, reduction, stats.count > 0)
+    return features.reduced(stats.lse - positive, reduction, stats.count > 0, group)
 
 
-def check_dcl(temperature, sigma, normalize, reduction) -> None:
-    check_nt_xent(temperature, normalize, reduction)
+def check_dcl(temperature, sigma, normalize, reduction, group=None, ring=False) -> None:
+    check_nt_xent(temperature, normalize, reduction, group, ring)
     if sigma is not None:
         checks.check_range("sigma", sigma, 0.0, open_low=True)
 
@@ -501,6 +545,8 @@ def siglip_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Any = None,
+    ring: bool = False,
 ) -> Tensor:
     r"""The loss of SigLIP: whether image and text belong together, for each pair by itself.
 
@@ -515,6 +561,7 @@ def siglip_loss(
         logit_bias: b, likewise.
         normalize: cosines. Features that have been normalised, as open_clip's are, give the same.
         reduction: ``"mean"`` or ``"sum"`` over images, or ``"none"``.
+        group, ring: as for :func:`info_nce`.
 
     Returns:
         0-d, or ``(B,)``; dtype as :func:`info_nce`. No pairs: 0; one alone has its positive term,
@@ -532,18 +579,18 @@ def siglip_loss(
     Reference:
         Zhai, Mustafa, Kolesnikov, Beyer. arXiv 2303.15343.
     """
-    check_siglip(logit_scale, logit_bias, normalize, reduction)
+    check_siglip(logit_scale, logit_bias, normalize, reduction, group, ring)
     features = Features(normalize, image_features=image_features, text_features=text_features)
     check_same_rows("text_features", text_features, "image_features", image_features)
-    each = pair_sums(
+    each = pair_sums_over(group, ring)(
         features.of(image_features), features.of(text_features),
         features.scale("logit_scale", logit_scale), features.scale("logit_bias", logit_bias),
         target=torch.arange(image_features.shape[0], device=image_features.device),
     )  # fmt: skip
-    return features.reduced(each, reduction)
+    return features.reduced(each, reduction, group=group)
 
 
-def check_siglip(logit_scale, logit_bias, normalize, reduction) -> None:
+def check_siglip(logit_scale, logit_bias, normalize, reduction, group=None, ring=False) -> None:
     check_positive("logit_scale", logit_scale)
     check_finite("logit_bias", logit_bias)
-    check_common(normalize, reduction)
+    check_common(normalize, reduction, group, ring)

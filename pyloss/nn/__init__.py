@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SimpleContrastiveLoss",
             "SupervisedContrastiveLoss",
         ),
+        "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
         "ranking": (
@@ -43,6 +44,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "ReadProcessWrite",
             "SinkhornSetLoss",
         ),
+        "sogclr": ("ISogCLRLoss", "SogCLRLoss"),
         "sorting": ("DiffSortNet", "DiffTopkNet", "SortingCrossEntropyLoss", "SpearmanLoss"),
         "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),

@@ -15,6 +15,7 @@ from pyloss.nn.contrastive import (
     SimpleContrastiveLoss,
     SupervisedContrastiveLoss,
 )
+from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.ranking import (
@@ -36,6 +37,7 @@ from pyloss.nn.sets import (
     ReadProcessWrite,
     SinkhornSetLoss,
 )
+from pyloss.nn.sogclr import ISogCLRLoss, SogCLRLoss
 from pyloss.nn.sorting import (
     DiffSortNet,
     DiffTopkNet,
@@ -58,9 +60,11 @@ __all__ = [
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "GradCache",
     "GroCoLoss",
     "HardInfoNCELoss",
     "HungarianSetLoss",
+    "ISogCLRLoss",
     "InfoNCELoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
@@ -79,6 +83,7 @@ __all__ = [
     "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
+    "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
     "SupervisedContrastiveLoss",

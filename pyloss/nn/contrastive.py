@@ -13,9 +13,9 @@ from pyloss.functional import contrastive as F
 from pyloss.functional._checks import check_number, checked_flag
 from pyloss.functional._options import (
     DCLOptions,
+    GroupOptions,
     HardInfoNCEOptions,
     InfoNCEOptions,
-    SimilarityOptions,
     SimpleContrastiveOptions,
     options_of,
 )
@@ -95,7 +95,8 @@ class InfoNCELoss(_TemperatureLoss):
     .. math:: \ell_i = -\log \frac{e^{s_{i t_i} / T}}{\sum_{j \in K_i} e^{s_{ij} / T}}
 
     Args:
-        temperature, in_batch, normalize, symmetric, reduction: as for :func:`pyloss.info_nce`.
+        temperature, in_batch, normalize, symmetric, reduction, group, ring: as for
+            :func:`pyloss.info_nce`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -157,7 +158,7 @@ class NTXentLoss(_TemperatureLoss):
     .. math:: \ell_a = -\log \frac{e^{s_{a p(a)} / T}}{\sum_{b \ne a} e^{s_{ab} / T}}
 
     Args:
-        temperature, normalize, reduction: as for :func:`pyloss.nt_xent`.
+        temperature, normalize, reduction, group, ring: as for :func:`pyloss.nt_xent`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -186,7 +187,7 @@ class NTXentLoss(_TemperatureLoss):
         temperature: float = 0.5,
         *,
         learnable: bool = False,
-        **options: Unpack[SimilarityOptions],
+        **options: Unpack[GroupOptions],
     ) -> None:
         F.check_nt_xent(temperature=temperature, **options)
         super().__init__(learnable, temperature=temperature, **options)
@@ -203,7 +204,7 @@ class CLIPLoss(_ContrastiveLoss):
               z_{ij} = \lambda \cos(x_i, y_j)
 
     Args:
-        logit_scale, normalize, reduction: as for :func:`pyloss.clip_loss`.
+        logit_scale, normalize, reduction, group, ring: as for :func:`pyloss.clip_loss`.
         learnable: the scale is learned, as the parameter ``log_logit_scale``.
 
     Shape:
@@ -235,7 +236,7 @@ class CLIPLoss(_ContrastiveLoss):
         logit_scale: float = 1 / 0.07,
         *,
         learnable: bool = False,
-        **options: Unpack[SimilarityOptions],
+        **options: Unpack[GroupOptions],
     ) -> None:
         F.check_clip(logit_scale=logit_scale, **options)
         super().__init__(learnable, logit_scale=logit_scale, **options)
@@ -253,7 +254,8 @@ class SupervisedContrastiveLoss(_TemperatureLoss):
               \log \frac{e^{s_{ap} / T}}{\sum_{b \ne a} e^{s_{ab} / T}}
 
     Args:
-        temperature, normalize, reduction: as for :func:`pyloss.supervised_contrastive`.
+        temperature, normalize, reduction, group, ring: as for
+            :func:`pyloss.supervised_contrastive`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -283,7 +285,7 @@ class SupervisedContrastiveLoss(_TemperatureLoss):
         temperature: float = 0.1,
         *,
         learnable: bool = False,
-        **options: Unpack[SimilarityOptions],
+        **options: Unpack[GroupOptions],
     ) -> None:
         F.check_nt_xent(temperature=temperature, **options)
         super().__init__(learnable, temperature=temperature, **options)
@@ -300,7 +302,7 @@ class DCLLoss(_TemperatureLoss):
     .. math:: \ell_a = -w_a \frac{s_{a p(a)}}{T} + \log \sum_{b \ne a, p(a)} e^{s_{ab} / T}
 
     Args:
-        temperature, sigma, normalize, reduction: as for :func:`pyloss.functional.dcl`.
+        temperature, sigma, normalize, reduction, group, ring: as for :func:`pyloss.functional.dcl`.
         learnable: the temperature is learned, as the parameter ``log_temperature``.
 
     Shape:
@@ -420,7 +422,8 @@ class SigLIPLoss(_ContrastiveLoss):
     .. math:: \ell_i = \sum_j \log\big(1 + e^{-y_{ij} (\lambda \cos(x_i, y_j) + b)}\big)
 
     Args:
-        logit_scale, logit_bias, normalize, reduction: as for :func:`pyloss.siglip_loss`.
+        logit_scale, logit_bias, normalize, reduction, group, ring: as for
+            :func:`pyloss.siglip_loss`.
         learnable: both are learned, as the parameters ``log_logit_scale`` and ``bias``.
 
     Shape:
@@ -455,7 +458,7 @@ class SigLIPLoss(_ContrastiveLoss):
         logit_bias: float = -10.0,
         *,
         learnable: bool = False,
-        **options: Unpack[SimilarityOptions],
+        **options: Unpack[GroupOptions],
     ) -> None:
         F.check_siglip(logit_scale=logit_scale, logit_bias=logit_bias, **options)
         super().__init__(learnable, logit_scale=logit_scale, logit_bias=logit_bias, **options)
