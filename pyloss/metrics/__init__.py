@@ -5,6 +5,7 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "embeddings": ("alignment", "penalty_entropy", "tolerance", "uniformity"),
         "ranking": ("mrr", "ndcg", "precision_at_k"),
         "sorting": ("RankingAccuracy", "ranking_accuracy"),
         "topology": (

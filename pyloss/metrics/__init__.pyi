@@ -1,3 +1,9 @@
+from pyloss.metrics.embeddings import (
+    alignment,
+    penalty_entropy,
+    tolerance,
+    uniformity,
+)
 from pyloss.metrics.ranking import (
     mrr,
     ndcg,
@@ -16,11 +22,15 @@ __all__ = [
     "BettiMatchingError",
     "BettiNumberError",
     "RankingAccuracy",
+    "alignment",
     "betti_matching_error",
     "betti_number_error",
     "betti_numbers",
     "mrr",
     "ndcg",
+    "penalty_entropy",
     "precision_at_k",
     "ranking_accuracy",
+    "tolerance",
+    "uniformity",
 ]

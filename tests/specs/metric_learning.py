@@ -1,0 +1,167 @@
+"""Metric learning: losses and metrics of embeddings; the references go pair by pair."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+import pyloss
+from pyloss.metrics import alignment, penalty_entropy, tolerance, uniformity
+from pyloss.testing import make_logits
+from specs._spec import F64, Bad, Empty, Sample, Spec
+
+LABELS = torch.tensor([4, -1, 4, 7, -1, 4])
+
+
+def embeddings(rows: int = 6, dim: int = 3, seed: int = 0) -> Tensor:
+    return make_logits((rows, dim), F64, scale=1.0, seed=seed)
+
+
+def unit(x: Tensor, normalize: bool) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1) if normalize else x
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def uniformity_reference(embeddings, t=2.0, *, normalize=True):
+    x = unit(embeddings, normalize)
+    each = [(-t * ((a - b) ** 2).sum()).exp() for a, b in itertools.combinations(x, 2)]
+    return torch.stack(each).mean().log()
+
+
+def tolerance_reference(embeddings, labels, *, normalize=True, over="same_class"):
+    rows = list(zip(unit(embeddings, normalize), labels.tolist()))
+    both = list(itertools.combinations(rows, 2))
+    same = [a @ b for (a, y), (b, z) in both if y == z]
+    return sum(same) / len(same if over == "same_class" else both)
+
+
+def alignment_reference(x, y, alpha=2.0, *, normalize=True, reduction="mean"):
+    each = [(a - b).norm() ** alpha for a, b in zip(unit(x, normalize), unit(y, normalize))]
+    return reduced(torch.stack(each), reduction)
+
+
+def entropy_reference(queries, keys=None, *, temperature=0.07, normalize=True, reduction="mean"):
+    q, k = (unit(x, normalize) for x in (queries, queries if keys is None else keys))
+    found = []
+    for i in range(len(q)):
+        others = torch.stack([q[i] @ k[j] for j in range(len(k)) if j != i])
+        found.append(torch.distributions.Categorical(logits=others / temperature).entropy())
+    return reduced(torch.stack(found), reduction)
+
+
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    return {"none": each, "mean": each.mean(), "sum": each.sum()}[reduction]
+
+
+def alone(**options) -> Sample:
+    return Sample(dict(embeddings=embeddings()), options)
+
+
+def labelled(**options) -> Sample:
+    return Sample(dict(embeddings=embeddings(), labels=LABELS), options)
+
+
+def pair(**options) -> Sample:
+    return Sample(dict(x=embeddings(), y=embeddings(seed=1)), options)
+
+
+def views(keys=True, **options) -> Sample:
+    return Sample(dict(queries=embeddings(), keys=embeddings(seed=1) if keys else None), options)
+
+
+X = embeddings()
+BAD_X = (
+    Bad(TypeError, "embeddings must be a Tensor, got list", dict(embeddings=[1.0])),
+    Bad(TypeError, "embeddings must be floating, got torch.int64", dict(embeddings=X.long())),
+    Bad(ValueError, r"embeddings must be \(N, D\), got \[6\]", dict(embeddings=X[:, 0])),
+    Bad(TypeError, "embeddings must be a dense", dict(embeddings=X.to_sparse())),
+)
+BAD_LABELS = (
+    Bad(TypeError, "labels must be a Tensor, got list", dict(labels=[1])),
+    Bad(TypeError, "labels must hold integers, got torch.float64", dict(labels=X[:, 0])),
+    Bad(ValueError, r"labels must have the shape \[6\], got \[5\]", dict(labels=LABELS[:5])),
+    Bad(RuntimeError, "same device, but labels is on meta", dict(labels=LABELS.to("meta"))),
+)
+BAD_REDUCTION = Bad(ValueError, "avg is not a valid value for reduction", dict(reduction="avg"))
+BAD_NORMALIZE = Bad(TypeError, "normalize must be a bool", dict(normalize="l2"))
+
+
+def metric(function, reference, **fields) -> Spec:
+    return Spec(**dict(function=function, reference=reference, result="wide") | fields)
+
+
+METRICS = (
+    metric(
+        uniformity, uniformity_reference,
+        samples={"plain": alone, "far": lambda: alone(t=60.0), "raw": lambda: alone(normalize=False)},
+        empty={"no features": Empty(lambda: alone().map(lambda _, t: t[:, :0]), 0.0)},
+        nan={"embeddings": "all"},
+        errors=(
+            *BAD_X, BAD_NORMALIZE,
+            Bad(ValueError, "embeddings must hold at least 2 rows", dict(embeddings=X[:1])),
+            Bad(ValueError, "t must be finite and > 0, got 0", dict(t=0.0)),
+            Bad(ValueError, "max_pairs must be at least 1, got 0", dict(max_pairs=0)),
+            Bad(TypeError, "max_pairs must be an integer", dict(max_pairs=2.5)),
+        ),
+    ),
+    metric(
+        tolerance, tolerance_reference,
+        samples={"plain": labelled, "all": lambda: labelled(over="all", normalize=False)},
+        empty={
+            "no rows": Empty(lambda: labelled().each(lambda _, t: t[:0]), math.nan),
+            "no pair": Empty(lambda: labelled().each(lambda _, t: t[1:4]), math.nan),
+        },
+        nan={"embeddings": "all"},
+        errors=(
+            *BAD_X, *BAD_LABELS, BAD_NORMALIZE,
+            Bad(ValueError, "over must be one of same_class, all", dict(over="class")),
+        ),
+    ),
+    metric(
+        alignment, alignment_reference,
+        samples={
+            "plain": pair,
+            "none": lambda: pair(alpha=1.0, reduction="none"),
+            "raw": lambda: pair(normalize=False, reduction="sum"),
+        },
+        empty={"no rows": Empty(lambda: pair().map(lambda _, t: t[:0]), math.nan)},
+        nan={"x": "all", "y": "all"},
+        vmap=("x", "y"),
+        errors=(
+            Bad(TypeError, "x must be floating", dict(x=X.long())),
+            Bad(ValueError, r"y must be torch.float32 of the shape \[6, 3\] of x, got torch.float32 "
+                r"\[5, 3\]", dict(y=X[:5].float())),
+            Bad(RuntimeError, "same device, but y is on meta", dict(y=X.float().to("meta"))),
+            Bad(ValueError, "alpha must be finite and > 0", dict(alpha=-1.0)),
+            BAD_REDUCTION, BAD_NORMALIZE,
+        ),
+    ),
+    metric(
+        penalty_entropy, entropy_reference,
+        samples={
+            "plain": lambda: views(temperature=0.5),
+            "alone": lambda: views(keys=False, temperature=0.5, reduction="none"),
+            "raw": lambda: views(normalize=False, temperature=2.0, reduction="sum"),
+        },
+        empty={"no features": Empty(
+            lambda: views(reduction="sum").map(lambda _, t: t[:2, :0]), 0.0)},
+        nan={"queries": "all", "keys": "all"},
+        errors=(
+            Bad(TypeError, "queries must be floating", dict(queries=X.long())),
+            Bad(ValueError, "queries must hold at least 2 rows", dict(queries=X[:1])),
+            Bad(ValueError, r"keys must be torch.float32 of the shape \[6, 3\] of queries, got "
+                r"torch.float64", dict(keys=X)),
+            Bad(RuntimeError, "same device, but keys is on meta", dict(keys=X.float().to("meta"))),
+            Bad(ValueError, "temperature must be finite and > 0", dict(temperature=0.0)),
+            BAD_REDUCTION, BAD_NORMALIZE,
+        ),
+    ),
+)  # fmt: skip
+
+SPECS = METRICS
