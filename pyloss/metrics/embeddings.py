@@ -13,7 +13,10 @@ from pyloss.metrics import _embeddings as pairs
 _LOWEST = -1e30  # in place of -inf: what it is multiplied by may be 0
 
 
-def _check_sampling(max_pairs) -> int | None:
+def check_uniformity(*, t=2.0, normalize=True, max_pairs=None) -> int | None:
+    """The options of uniformity, also for its accumulator; gives max_pairs."""
+    checks.check_range("t", t, 0.0, open_low=True)
+    checks.checked_flag("normalize", normalize)
     if max_pairs is None:
         return None
     max_pairs = checks.checked_integer("max_pairs", max_pairs)
@@ -61,9 +64,7 @@ def uniformity(
         Uniformity on the Hypersphere. arXiv 2005.10242.
     """
     pairs.checked("embeddings", embeddings, least=2)
-    checks.check_range("t", t, 0.0, open_low=True)
-    normalize = checks.checked_flag("normalize", normalize)
-    max_pairs = _check_sampling(max_pairs)
+    max_pairs = check_uniformity(t=t, normalize=normalize, max_pairs=max_pairs)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = pairs.prepared(embeddings, normalize)
         n = x.shape[0]
