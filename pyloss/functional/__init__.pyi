@@ -14,6 +14,19 @@ from pyloss.functional.classification import (
 from pyloss.functional.distillation import linear_distillation_loss
 from pyloss.functional.groco import groco_from_scores, groco_loss
 from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
+from pyloss.functional.metric_learning import (
+    contrastive_pair_loss,
+    multi_similarity_loss,
+    tcm_loss,
+    triplet_margin_loss,
+)
+from pyloss.functional.metric_learning_episodes import (
+    icnn_loss,
+    icnn_score,
+    proto_triplet_loss,
+    prototypes,
+)
+from pyloss.functional.metric_learning_margins import arcface_loss, cosface_loss
 from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
 from pyloss.functional.preference import (
     DPOMetrics,
@@ -68,10 +81,13 @@ __all__ = [
     "RowStats",
     "TensorAttentionCost",
     "approx_ndcg_loss",
+    "arcface_loss",
     "betti_matching",
     "betti_matching_loss",
     "chamfer_set_loss",
     "comp_sum_loss",
+    "contrastive_pair_loss",
+    "cosface_loss",
     "dice_cross_entropy_loss",
     "dpo_loss",
     "focal_loss",
@@ -82,10 +98,13 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "hungarian_set_loss",
+    "icnn_loss",
+    "icnn_score",
     "lambda_loss",
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
     "order_search_loss",
@@ -93,6 +112,8 @@ __all__ = [
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
+    "proto_triplet_loss",
+    "prototypes",
     "sequence_logprobs",
     "sinkhorn_set_loss",
     "soft_argsort",
@@ -105,10 +126,12 @@ __all__ = [
     "soft_topk",
     "sorting_cross_entropy",
     "spearman_loss",
+    "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
     "topk_cross_entropy",
+    "triplet_margin_loss",
 ]

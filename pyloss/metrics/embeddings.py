@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._embeddings import check_labels, check_rows, exact, prepared
 from pyloss.metrics import _embeddings as pairs
 
 _LOWEST = -1e30  # in place of -inf: what it is multiplied by may be 0
@@ -63,10 +64,10 @@ def uniformity(
         Wang, Isola. Understanding Contrastive Representation Learning through Alignment and
         Uniformity on the Hypersphere. arXiv 2005.10242.
     """
-    pairs.checked("embeddings", embeddings, least=2)
+    check_rows("embeddings", embeddings, least=2)
     max_pairs = check_uniformity(t=t, normalize=normalize, max_pairs=max_pairs)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        x = pairs.prepared(embeddings, normalize)
+    with exact(embeddings):
+        x = prepared(embeddings, normalize)
         n = x.shape[0]
         count = n * (n - 1) // 2
         if max_pairs is not None and max_pairs < count:
@@ -139,12 +140,12 @@ def tolerance(
     Reference:
         Wang, Liu. Understanding the Behaviour of Contrastive Loss. arXiv 2012.09740.
     """
-    pairs.checked("embeddings", embeddings)
-    pairs.check_labels(labels, embeddings)
+    check_rows("embeddings", embeddings)
+    check_labels(labels, embeddings)
     normalize = checks.checked_flag("normalize", normalize)
     checks.check_one_of("over", over, ("same_class", "all"))
-    with torch.autocast(embeddings.device.type, enabled=False):
-        x = pairs.prepared(embeddings, normalize)
+    with exact(embeddings):
+        x = prepared(embeddings, normalize)
         total, count = _same_class(x, labels)
         n = x.shape[0]
         return (total / (count if over == "same_class" else n * (n - 1) / 2)).to(x.dtype)
@@ -196,8 +197,8 @@ def alignment(
     Reference:
         Wang, Isola. arXiv 2005.10242.
     """
-    pairs.checked("x", x)
-    pairs.checked("y", y)
+    check_rows("x", x)
+    check_rows("y", y)
     if x.shape != y.shape or x.dtype != y.dtype:
         raise ValueError(
             f"y must be {x.dtype} of the shape {list(x.shape)} of x, got {y.dtype} {list(y.shape)}"
@@ -206,9 +207,9 @@ def alignment(
     checks.check_range("alpha", alpha, 0.0, open_low=True)
     normalize = checks.checked_flag("normalize", normalize)
     checks.check_reduction(reduction)
-    each = torch.linalg.vector_norm(
-        pairs.prepared(x, normalize) - pairs.prepared(y, normalize), dim=1
-    ).pow(alpha)
+    each = torch.linalg.vector_norm(prepared(x, normalize) - prepared(y, normalize), dim=1).pow(
+        alpha
+    )
     return _reduced(each, reduction)
 
 
@@ -254,9 +255,9 @@ def penalty_entropy(
     Reference:
         Wang, Liu. Understanding the Behaviour of Contrastive Loss. arXiv 2012.09740.
     """
-    pairs.checked("queries", queries, least=2)
+    check_rows("queries", queries, least=2)
     if keys is not None:
-        pairs.checked("keys", keys)
+        check_rows("keys", keys)
         if keys.shape != queries.shape or keys.dtype != queries.dtype:
             raise ValueError(
                 f"keys must be {queries.dtype} of the shape {list(queries.shape)} of queries, got "
@@ -266,9 +267,9 @@ def penalty_entropy(
     checks.check_range("temperature", temperature, 0.0, open_low=True)
     normalize = checks.checked_flag("normalize", normalize)
     checks.check_reduction(reduction)
-    with torch.autocast(queries.device.type, enabled=False):
-        q = pairs.prepared(queries, normalize)
-        k = q if keys is None else pairs.prepared(keys, normalize)
+    with exact(queries):
+        q = prepared(queries, normalize)
+        k = q if keys is None else prepared(keys, normalize)
         return _reduced(_entropies(q, k, temperature), reduction)
 
 

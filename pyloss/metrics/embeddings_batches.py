@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._embeddings import check_labels, check_rows
 from pyloss.functional._options import check_names, names_of
-from pyloss.metrics import _embeddings as pairs
 from pyloss.metrics.embeddings import alignment, check_uniformity, tolerance, uniformity
 from pyloss.metrics.embeddings_opis import OPISCurves, check_options, opis
 
@@ -46,7 +46,7 @@ class _Kept(_Batches):
         self._labels: list[Tensor] = []
 
     def _add(self, embeddings: Tensor, labels: Tensor | None) -> None:
-        pairs.checked("embeddings", embeddings)
+        check_rows("embeddings", embeddings)
         first = self._embeddings[0] if self._embeddings else embeddings
         if embeddings.shape[1] != first.shape[1] or embeddings.dtype != first.dtype:
             raise ValueError(
@@ -54,7 +54,7 @@ class _Kept(_Batches):
                 f"{embeddings.dtype} {list(embeddings.shape)}"
             )
         if labels is not None:
-            pairs.check_labels(labels, embeddings)
+            check_labels(labels, embeddings)
             self._labels.append(labels.detach().clone())
         self._embeddings.append(embeddings.detach().clone())
 

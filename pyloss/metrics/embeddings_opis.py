@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._embeddings import check_labels, check_rows, exact, prepared
 from pyloss.metrics import _embeddings as pairs
 
 
@@ -121,11 +122,11 @@ def opis(
         far=far, num_thresholds=num_thresholds, thresholds=thresholds, epsilon=epsilon,
         bounds_samples=bounds_samples, normalize=normalize, return_curves=return_curves,
     )  # fmt: skip
-    pairs.checked("embeddings", embeddings)
-    pairs.check_labels(labels, embeddings)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    check_rows("embeddings", embeddings)
+    check_labels(labels, embeddings)
+    with exact(embeddings):
         order = labels.argsort(stable=True)
-        x = pairs.prepared(embeddings[order], normalize)
+        x = prepared(embeddings[order], normalize)
         classes, of_row, sizes, skipped = _classes(labels[order])
         half = (x * x).sum(1).mul_(0.5)
         if thresholds is None:

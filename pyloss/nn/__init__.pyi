@@ -7,6 +7,16 @@ from pyloss.nn.classification import (
 )
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.metric_learning import (
+    ArcFaceLoss,
+    ContrastivePairLoss,
+    CosFaceLoss,
+    ICNNLoss,
+    MultiSimilarityLoss,
+    ProtoTripletLoss,
+    ThresholdConsistentMarginLoss,
+    TripletMarginLoss,
+)
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
     LambdaLoss,
@@ -37,9 +47,12 @@ from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
     "ApproxNDCGLoss",
+    "ArcFaceLoss",
     "BettiMatchingLoss",
     "ChamferSetLoss",
     "CompSumLoss",
+    "ContrastivePairLoss",
+    "CosFaceLoss",
     "CrossEntropyLoss",
     "DiceCELoss",
     "DiffSortNet",
@@ -48,15 +61,18 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "GroCoLoss",
     "HungarianSetLoss",
+    "ICNNLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "MultiSimilarityLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
+    "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
     "SinkhornSetLoss",
@@ -65,5 +81,7 @@ __all__ = [
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
     "TensorAttention",
+    "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
+    "TripletMarginLoss",
 ]
