@@ -37,8 +37,8 @@ def prototypes(support: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         ``(C, D)``, of the dtype of ``support``; sums are in float32 at least. Differentiable in
-        ``support``. On a GPU, where nobody looks, a class without embeddings is NaN, and so is
-        everything if a label is out of range.
+        ``support``. A NaN makes its feature NaN. On a GPU, where nobody looks, a class without
+        embeddings is NaN, and so is everything if a label is out of range.
 
     Raises:
         ValueError: a class without embeddings; wrong shapes. IndexError: a label out of range.
@@ -297,7 +297,7 @@ def _icnn(embeddings, labels, targets, target_labels, k, neighbours, use_omega):
 def _neighbours(x, labels, t, target_labels, own, count):
     """(distances to the nearest, ascending; whether they are of the own class; whether any is)."""
     with torch.no_grad():
-        far = torch.cdist(x, t, compute_mode="donot_use_mm_for_euclid_dist")
+        far = torch.cdist(x.detach(), t.detach(), compute_mode="donot_use_mm_for_euclid_dist")
         same = labels.long()[:, None] == target_labels.long()
         if own:
             itself = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
