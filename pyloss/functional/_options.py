@@ -219,6 +219,56 @@ class SinkhornOptions(ChamferOptions, total=False):
     iterations: int
 
 
+class TCMOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.tcm_loss`."""
+
+    m_pos: float
+    m_neg: float
+    lam_pos: float
+    lam_neg: float
+
+
+class EmbeddingPairOptions(TypedDict, total=False):
+    """Of a loss on distances of labelled embeddings."""
+
+    distance: str
+    normalize: bool
+    average: str
+    reduction: str
+
+
+class ContrastivePairOptions(EmbeddingPairOptions, total=False):
+    """See :func:`pyloss.functional.contrastive_pair_loss`."""
+
+    pos_margin: float
+    neg_margin: float
+
+
+class TripletMarginOptions(EmbeddingPairOptions, total=False):
+    """See :func:`pyloss.functional.triplet_margin_loss`."""
+
+    margin: float
+    mining: str
+
+
+class MultiSimilarityOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.multi_similarity_loss`."""
+
+    alpha: float
+    beta: float
+    base: float
+    epsilon: float | None
+    reduction: str
+
+
+class ICNNOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.icnn_score`."""
+
+    k: int
+    neighbours: int | None
+    use_omega: bool
+
+
 class BettiOptions(TypedDict, total=False):
     """See :func:`pyloss.betti_matching_loss`."""
 
