@@ -271,7 +271,7 @@ SPECS = (
         vmap=("query", "key"),
         nan={"query": "any", "key": "any"},
         large=lambda: keys(600, 8),
-        compile_samples=("plain", "queue with ids", "queue alone"),
+        compile_samples=("queue with ids",),
         errors=(
             *feature_errors("query", "key"),
             *TEMPERATURE_ERRORS,
