@@ -22,7 +22,15 @@ from pyloss.ops.similarity_softmax import Stats
 
 
 class SogCLRStats(NamedTuple):
-    """What :func:`pyloss.functional.sogclr_loss` found beside the loss. Nothing has a gradient."""
+    """What :func:`pyloss.functional.sogclr_loss` found beside the loss. Nothing has a gradient.
+
+    Example:
+        >>> import torch, pyloss
+        >>> z1, z2 = torch.randn(2, 8, 4)
+        >>> _, stats = pyloss.functional.sogclr_loss(z1, z2, torch.zeros(8))
+        >>> stats.log_u.shape, stats.value.shape
+        (torch.Size([8]), torch.Size([]))
+    """
 
     log_u: Tensor  #: the moving averages after the step, of the shape of ``log_u``
     temperature_grad: Tensor  #: of the robust loss, of the same shape
