@@ -3,6 +3,7 @@ tests/specs/contrastive.py."""
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def peers():
 
 def agree(ours, theirs, *leaves: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
-    found, expected = (torch.autograd.grad(loss, leaves) for loss in (ours, theirs))
+    found, expected = (torch.autograd.grad(f, leaves, retain_graph=True) for f in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -57,7 +58,6 @@ def test_cross_entropy_of_the_matrix() -> None:
     logits, truth = scale.exp() * u @ v.t(), torch.arange(8)
     theirs = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
     agree(pyloss.nn.CLIPLoss()(u, v, scale.exp()), theirs, x, y, scale)
-    u, v = F.normalize(x, dim=1), F.normalize(y, dim=1)
     queue = F.normalize(features(20, 5, seed=2), dim=1)
     logits = torch.cat([(u * v).sum(1, keepdim=True), u @ queue.t()], 1) / 0.07
     theirs = F.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
@@ -154,7 +154,30 @@ def test_temperature_trades_tolerance_for_uniformity() -> None:
     assert tolerance[0] > tolerance[1] + 0.05 > tolerance[2] + 0.1
 
 
-# --- modules that learn -------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (pyloss.nn.InfoNCELoss, pyloss.info_nce),
+        (pyloss.nn.NTXentLoss, pyloss.nt_xent),
+        (pyloss.nn.CLIPLoss, pyloss.clip_loss),
+        (pyloss.nn.SupervisedContrastiveLoss, pyloss.supervised_contrastive),
+        (pyloss.nn.DCLLoss, dcl),
+        (pyloss.nn.HardInfoNCELoss, hard_info_nce),
+        (pyloss.nn.SigLIPLoss, pyloss.siglip_loss),
+    ],
+)
+def test_options_of_modules(module, function) -> None:
+    """Those of the function, with its defaults, and one more."""
+    ours = {k: p.default for k, p in inspect.signature(module).parameters.items()}
+    assert ours.pop("learnable") is False
+    theirs = {k: p.default for k, p in inspect.signature(function).parameters.items()}
+    call = {"queue", "target", "ids", "key_ids", "queue_ids"}
+    assert ours == {
+        k: v for k, v in theirs.items() if v is not inspect.Parameter.empty and k not in call
+    }
 
 
 def test_temperature_is_learned_by_its_logarithm() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from pyloss.ops import similarity_topk as op
 from pyloss.ops.similarity_topk import by_tiles
-from pyloss.ops.similarity_topk.hardest import similarity_hardest
 from pyloss.reference import similarity_topk as reference
 from pyloss.reference.similarity_topk import similarity_hardest as reference_hardest
 
@@ -114,7 +113,7 @@ def test_hardest_by_tiles_is_the_reference(monkeypatch, tile, k) -> None:
     found = [
         (lse.nan_to_num(neginf=0.0), total)
         for lse, total in (
-            f(queries, keys, scale, k, 4) for f in (similarity_hardest, reference_hardest)
+            f(queries, keys, scale, k, 4) for f in (op.similarity_hardest, reference_hardest)
         )
     ]
     torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)

@@ -26,6 +26,19 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "distillation": ("linear_distillation_loss",),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
+        "metric_learning": (
+            "contrastive_pair_loss",
+            "multi_similarity_loss",
+            "tcm_loss",
+            "triplet_margin_loss",
+        ),
+        "metric_learning_episodes": (
+            "icnn_loss",
+            "icnn_score",
+            "proto_triplet_loss",
+            "prototypes",
+        ),
+        "metric_learning_margins": ("arcface_loss", "cosface_loss"),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "preference": (
             "DPOMetrics",

@@ -22,9 +22,34 @@ from pyloss.functional.contrastive import (
     supervised_contrastive,
 )
 from pyloss.functional.distillation import linear_distillation_loss
-from pyloss.functional.groco import groco_from_scores, groco_loss
-from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
-from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
+from pyloss.functional.groco import (
+    groco_from_scores,
+    groco_loss,
+)
+from pyloss.functional.linear import (
+    fused_linear_cross_entropy,
+    token_logprobs,
+)
+from pyloss.functional.metric_learning import (
+    contrastive_pair_loss,
+    multi_similarity_loss,
+    tcm_loss,
+    triplet_margin_loss,
+)
+from pyloss.functional.metric_learning_episodes import (
+    icnn_loss,
+    icnn_score,
+    proto_triplet_loss,
+    prototypes,
+)
+from pyloss.functional.metric_learning_margins import (
+    arcface_loss,
+    cosface_loss,
+)
+from pyloss.functional.permutahedron import (
+    permutahedron_rank,
+    permutahedron_sort,
+)
 from pyloss.functional.preference import (
     DPOMetrics,
     GRPOMetrics,
@@ -40,8 +65,14 @@ from pyloss.functional.ranking import (
     list_net,
     neural_ndcg_loss,
 )
-from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
-from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.relaxed_sort import (
+    neural_sort,
+    soft_sort_matrix,
+)
+from pyloss.functional.segmentation import (
+    dice_cross_entropy_loss,
+    soft_dice_loss,
+)
 from pyloss.functional.sets import (
     chamfer_set_loss,
     hungarian_set_loss,
@@ -49,7 +80,10 @@ from pyloss.functional.sets import (
     order_search_loss_from_table,
     sinkhorn_set_loss,
 )
-from pyloss.functional.sogclr import SogCLRStats, sogclr_loss
+from pyloss.functional.sogclr import (
+    SogCLRStats,
+    sogclr_loss,
+)
 from pyloss.functional.sorting import (
     soft_argsort,
     soft_permutation,
@@ -80,11 +114,14 @@ __all__ = [
     "SogCLRStats",
     "TensorAttentionCost",
     "approx_ndcg_loss",
+    "arcface_loss",
     "betti_matching",
     "betti_matching_loss",
     "chamfer_set_loss",
     "clip_loss",
     "comp_sum_loss",
+    "contrastive_pair_loss",
+    "cosface_loss",
     "dcl",
     "dice_cross_entropy_loss",
     "dpo_loss",
@@ -97,11 +134,14 @@ __all__ = [
     "grpo_loss",
     "hard_info_nce",
     "hungarian_set_loss",
+    "icnn_loss",
+    "icnn_score",
     "info_nce",
     "lambda_loss",
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
     "nt_xent",
@@ -110,6 +150,8 @@ __all__ = [
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
+    "proto_triplet_loss",
+    "prototypes",
     "sequence_logprobs",
     "siglip_loss",
     "simple_contrastive",
@@ -126,10 +168,12 @@ __all__ = [
     "sorting_cross_entropy",
     "spearman_loss",
     "supervised_contrastive",
+    "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",
     "tensor_attention_error",
     "tensor_attention_n",
     "token_logprobs",
     "topk_cross_entropy",
+    "triplet_margin_loss",
 ]

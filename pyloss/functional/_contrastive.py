@@ -88,7 +88,9 @@ class Features:
     def scale(self, name: str, value: float | Tensor, rows: int | None = None) -> float | Tensor:
         """A number, or a tensor of one number, or of one a row where there may be so many."""
         if not isinstance(value, Tensor):
-            return value
+            # A number that changes would be a graph for each value; a product is one for all.
+            compiling = torch.compiler.is_compiling()
+            return self.first.new_ones((), dtype=self.sums) * value if compiling else value
         checks.check_device(name, value, self.first, "the features")
         if value.dim() == 1 and rows is not None and value.shape[0] == rows:
             return value.to(self.sums)

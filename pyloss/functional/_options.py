@@ -118,9 +118,8 @@ class GroCoOptions(NetworkOptions, total=False):
 
 
 class SimilarityOptions(TypedDict, total=False):
-    """Of a loss on similarities of features; see :func:`pyloss.info_nce`."""
+    """Of a loss on similarities of features; see :func:`pyloss.nt_xent`."""
 
-    temperature: float
     normalize: bool
     reduction: str
 
@@ -151,29 +150,10 @@ class HardInfoNCEOptions(SimilarityOptions, total=False):
     hard_fraction: float
 
 
-class SimpleContrastiveOptions(TypedDict, total=False):
+class SimpleContrastiveOptions(HardInfoNCEOptions, total=False):
     """See :func:`pyloss.functional.simple_contrastive`."""
 
     weight: float | None
-    hard_fraction: float
-    normalize: bool
-    reduction: str
-
-
-class CLIPOptions(TypedDict, total=False):
-    """See :func:`pyloss.clip_loss`."""
-
-    logit_scale: float
-    normalize: bool
-    reduction: str
-    group: Any
-    ring: bool
-
-
-class SigLIPOptions(CLIPOptions, total=False):
-    """See :func:`pyloss.siglip_loss`."""
-
-    logit_bias: float
 
 
 class ListNetOptions(TypedDict, total=False):
@@ -237,6 +217,56 @@ class SinkhornOptions(ChamferOptions, total=False):
 
     epsilon: float
     iterations: int
+
+
+class TCMOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.tcm_loss`."""
+
+    m_pos: float
+    m_neg: float
+    lam_pos: float
+    lam_neg: float
+
+
+class EmbeddingPairOptions(TypedDict, total=False):
+    """Of a loss on distances of labelled embeddings."""
+
+    distance: str
+    normalize: bool
+    average: str
+    reduction: str
+
+
+class ContrastivePairOptions(EmbeddingPairOptions, total=False):
+    """See :func:`pyloss.functional.contrastive_pair_loss`."""
+
+    pos_margin: float
+    neg_margin: float
+
+
+class TripletMarginOptions(EmbeddingPairOptions, total=False):
+    """See :func:`pyloss.functional.triplet_margin_loss`."""
+
+    margin: float
+    mining: str
+
+
+class MultiSimilarityOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.multi_similarity_loss`."""
+
+    alpha: float
+    beta: float
+    base: float
+    epsilon: float | None
+    reduction: str
+
+
+class ICNNOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.icnn_score`."""
+
+    k: int
+    neighbours: int | None
+    use_omega: bool
 
 
 class BettiOptions(TypedDict, total=False):

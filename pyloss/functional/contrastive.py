@@ -28,7 +28,7 @@ from pyloss.functional._contrastive import (
     softmax_over,
 )
 from pyloss.ops.similarity_softmax import similarity_softmax
-from pyloss.ops.similarity_topk.hardest import similarity_hardest
+from pyloss.ops.similarity_topk import similarity_hardest
 
 
 def info_nce(
@@ -166,8 +166,9 @@ def _masks(query, ids, key, key_ids, queue, queue_ids, in_batch) -> dict:
         parts.append(checked_labels("key_ids", key_ids, key.shape[0], query))
     if queue is not None:
         if queue_ids is None:
-            # Two numbers of which none is an id of this batch cannot be had without looking.
-            raise ValueError("ids with a queue needs queue_ids, those of its keys")
+            # An id that no query has; nobody waits for it.
+            other = ids.min() - 1 if ids.shape[0] else ids.new_zeros(())
+            queue_ids = other.expand(queue.shape[0])
         parts.append(checked_labels("queue_ids", queue_ids, queue.shape[0], query))
     return {"query_ids": ids, "key_ids": torch.cat(parts), "same": "drop"}
 

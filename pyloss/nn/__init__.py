@@ -25,6 +25,16 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
+        "metric_learning": (
+            "ArcFaceLoss",
+            "ContrastivePairLoss",
+            "CosFaceLoss",
+            "ICNNLoss",
+            "MultiSimilarityLoss",
+            "ProtoTripletLoss",
+            "ThresholdConsistentMarginLoss",
+            "TripletMarginLoss",
+        ),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -18,6 +18,16 @@ from pyloss.nn.contrastive import (
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.metric_learning import (
+    ArcFaceLoss,
+    ContrastivePairLoss,
+    CosFaceLoss,
+    ICNNLoss,
+    MultiSimilarityLoss,
+    ProtoTripletLoss,
+    ThresholdConsistentMarginLoss,
+    TripletMarginLoss,
+)
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
     LambdaLoss,
@@ -25,8 +35,14 @@ from pyloss.nn.ranking import (
     ListNetLoss,
     NeuralNDCGLoss,
 )
-from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
-from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.relaxed_sort import (
+    NeuralSort,
+    SoftSort,
+)
+from pyloss.nn.segmentation import (
+    DiceCELoss,
+    SoftDiceLoss,
+)
 from pyloss.nn.sets import (
     ChamferSetLoss,
     HungarianSetLoss,
@@ -37,7 +53,10 @@ from pyloss.nn.sets import (
     ReadProcessWrite,
     SinkhornSetLoss,
 )
-from pyloss.nn.sogclr import ISogCLRLoss, SogCLRLoss
+from pyloss.nn.sogclr import (
+    ISogCLRLoss,
+    SogCLRLoss,
+)
 from pyloss.nn.sorting import (
     DiffSortNet,
     DiffTopkNet,
@@ -49,10 +68,13 @@ from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
     "ApproxNDCGLoss",
+    "ArcFaceLoss",
     "BettiMatchingLoss",
     "CLIPLoss",
     "ChamferSetLoss",
     "CompSumLoss",
+    "ContrastivePairLoss",
+    "CosFaceLoss",
     "CrossEntropyLoss",
     "DCLLoss",
     "DiceCELoss",
@@ -64,18 +86,21 @@ __all__ = [
     "GroCoLoss",
     "HardInfoNCELoss",
     "HungarianSetLoss",
+    "ICNNLoss",
     "ISogCLRLoss",
     "InfoNCELoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "MultiSimilarityLoss",
     "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
+    "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
     "SigLIPLoss",
@@ -88,5 +113,7 @@ __all__ = [
     "SpearmanLoss",
     "SupervisedContrastiveLoss",
     "TensorAttention",
+    "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
+    "TripletMarginLoss",
 ]

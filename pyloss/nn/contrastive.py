@@ -12,19 +12,16 @@ from typing_extensions import Unpack  # torch has imported it
 from pyloss.functional import contrastive as F
 from pyloss.functional._checks import check_number, checked_flag
 from pyloss.functional._options import (
-    CLIPOptions,
     DCLOptions,
     GroupOptions,
     HardInfoNCEOptions,
     InfoNCEOptions,
-    SigLIPOptions,
     SimpleContrastiveOptions,
     options_of,
 )
 from pyloss.nn._module import LossModule
 
 CALL = ("queue", "target", "ids", "key_ids", "queue_ids")  # what info_nce gets when called
-NUMBER = dict.fromkeys(("temperature", "logit_scale", "logit_bias"), "float")
 
 
 class _Learned:
@@ -63,8 +60,7 @@ class _ContrastiveLoss(LossModule):
     """A loss whose numbers may be learned, and may be given by the call instead."""
 
     _loss: Callable[..., Tensor]
-    _learned: tuple[str, ...] = ("temperature",)
-    temperature = _by_logarithm("log_temperature")
+    _learned: tuple[str, ...]
 
     def __init__(self, learnable: bool, **options) -> None:
         for name in self._learned:
@@ -88,7 +84,12 @@ class _ContrastiveLoss(LossModule):
         return f"{text}, learnable={self.learnable}"
 
 
-class InfoNCELoss(_ContrastiveLoss):
+class _TemperatureLoss(_ContrastiveLoss):
+    _learned = ("temperature",)
+    temperature = _by_logarithm("log_temperature")
+
+
+class InfoNCELoss(_TemperatureLoss):
     r"""Module of :func:`pyloss.info_nce`.
 
     .. math:: \ell_i = -\log \frac{e^{s_{i t_i} / T}}{\sum_{j \in K_i} e^{s_{ij} / T}}
@@ -122,16 +123,16 @@ class InfoNCELoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.info_nce)
 
-    @options_of(
-        F.info_nce,
-        without=CALL,
-        positional=1,
-        annotations=NUMBER,
-        after={"learnable": "temperature"},
-    )
-    def __init__(self, *, learnable: bool = False, **options: Unpack[InfoNCEOptions]) -> None:
-        F.check_info_nce(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.info_nce, without=(*CALL, "temperature"))
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable: bool = False,
+        **options: Unpack[InfoNCEOptions],
+    ) -> None:
+        F.check_info_nce(temperature=temperature, **options)
+        super().__init__(learnable, temperature=temperature, **options)
 
     def forward(
         self,
@@ -151,7 +152,7 @@ class InfoNCELoss(_ContrastiveLoss):
         )  # fmt: skip
 
 
-class NTXentLoss(_ContrastiveLoss):
+class NTXentLoss(_TemperatureLoss):
     r"""Module of :func:`pyloss.nt_xent`, the loss of SimCLR.
 
     .. math:: \ell_a = -\log \frac{e^{s_{a p(a)} / T}}{\sum_{b \ne a} e^{s_{ab} / T}}
@@ -180,10 +181,16 @@ class NTXentLoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.nt_xent)
 
-    @options_of(F.nt_xent, positional=1, annotations=NUMBER, after={"learnable": "temperature"})
-    def __init__(self, *, learnable: bool = False, **options: Unpack[GroupOptions]) -> None:
-        F.check_nt_xent(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.nt_xent, without=("temperature",))
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        learnable: bool = False,
+        **options: Unpack[GroupOptions],
+    ) -> None:
+        F.check_nt_xent(temperature=temperature, **options)
+        super().__init__(learnable, temperature=temperature, **options)
 
     def forward(self, z1: Tensor, z2: Tensor, *, temperature: Tensor | None = None) -> Tensor:
         return self._call(z1, z2, temperature=temperature)
@@ -223,10 +230,16 @@ class CLIPLoss(_ContrastiveLoss):
     _learned = ("logit_scale",)
     logit_scale = _by_logarithm("log_logit_scale")
 
-    @options_of(F.clip_loss, positional=1, annotations=NUMBER, after={"learnable": "logit_scale"})
-    def __init__(self, *, learnable: bool = False, **options: Unpack[CLIPOptions]) -> None:
-        F.check_clip(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.clip_loss, without=("logit_scale",))
+    def __init__(
+        self,
+        logit_scale: float = 1 / 0.07,
+        *,
+        learnable: bool = False,
+        **options: Unpack[GroupOptions],
+    ) -> None:
+        F.check_clip(logit_scale=logit_scale, **options)
+        super().__init__(learnable, logit_scale=logit_scale, **options)
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | None = None
@@ -234,7 +247,7 @@ class CLIPLoss(_ContrastiveLoss):
         return self._call(image_features, text_features, logit_scale=logit_scale)
 
 
-class SupervisedContrastiveLoss(_ContrastiveLoss):
+class SupervisedContrastiveLoss(_TemperatureLoss):
     r"""Module of :func:`pyloss.supervised_contrastive`.
 
     .. math:: \ell_a = -\frac{1}{|P_a|} \sum_{p \in P_a}
@@ -266,15 +279,16 @@ class SupervisedContrastiveLoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.supervised_contrastive)
 
-    @options_of(
-        F.supervised_contrastive,
-        positional=1,
-        annotations=NUMBER,
-        after={"learnable": "temperature"},
-    )
-    def __init__(self, *, learnable: bool = False, **options: Unpack[GroupOptions]) -> None:
-        F.check_nt_xent(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.supervised_contrastive, without=("temperature",))
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable: bool = False,
+        **options: Unpack[GroupOptions],
+    ) -> None:
+        F.check_nt_xent(temperature=temperature, **options)
+        super().__init__(learnable, temperature=temperature, **options)
 
     def forward(
         self, features: Tensor, labels: Tensor, *, temperature: Tensor | None = None
@@ -282,7 +296,7 @@ class SupervisedContrastiveLoss(_ContrastiveLoss):
         return self._call(features, labels, temperature=temperature)
 
 
-class DCLLoss(_ContrastiveLoss):
+class DCLLoss(_TemperatureLoss):
     r"""Module of :func:`pyloss.functional.dcl`.
 
     .. math:: \ell_a = -w_a \frac{s_{a p(a)}}{T} + \log \sum_{b \ne a, p(a)} e^{s_{ab} / T}
@@ -311,16 +325,18 @@ class DCLLoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.dcl)
 
-    @options_of(F.dcl, positional=1, annotations=NUMBER, after={"learnable": "temperature"})
-    def __init__(self, *, learnable: bool = False, **options: Unpack[DCLOptions]) -> None:
-        F.check_dcl(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.dcl, without=("temperature",))
+    def __init__(
+        self, temperature: float = 0.1, *, learnable: bool = False, **options: Unpack[DCLOptions]
+    ) -> None:
+        F.check_dcl(temperature=temperature, **options)
+        super().__init__(learnable, temperature=temperature, **options)
 
     def forward(self, z1: Tensor, z2: Tensor, *, temperature: Tensor | None = None) -> Tensor:
         return self._call(z1, z2, temperature=temperature)
 
 
-class HardInfoNCELoss(_ContrastiveLoss):
+class HardInfoNCELoss(_TemperatureLoss):
     r"""Module of :func:`pyloss.functional.hard_info_nce`.
 
     .. math:: \ell_i = -\log \frac{e^{s_{ii} / T}}{e^{s_{ii} / T} + \sum_{j \in H_i} e^{s_{ij} / T}}
@@ -350,12 +366,16 @@ class HardInfoNCELoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.hard_info_nce)
 
-    @options_of(
-        F.hard_info_nce, positional=1, annotations=NUMBER, after={"learnable": "temperature"}
-    )
-    def __init__(self, *, learnable: bool = False, **options: Unpack[HardInfoNCEOptions]) -> None:
-        F.check_hard_info_nce(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.hard_info_nce, without=("temperature",))
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable: bool = False,
+        **options: Unpack[HardInfoNCEOptions],
+    ) -> None:
+        F.check_hard_info_nce(temperature=temperature, **options)
+        super().__init__(learnable, temperature=temperature, **options)
 
     def forward(self, query: Tensor, key: Tensor, *, temperature: Tensor | None = None) -> Tensor:
         return self._call(query, key, temperature=temperature)
@@ -431,10 +451,17 @@ class SigLIPLoss(_ContrastiveLoss):
     logit_scale = _by_logarithm("log_logit_scale")
     logit_bias = _Learned("bias", float, lambda bias: bias)
 
-    @options_of(F.siglip_loss, positional=2, annotations=NUMBER, after={"learnable": "logit_bias"})
-    def __init__(self, *, learnable: bool = False, **options: Unpack[SigLIPOptions]) -> None:
-        F.check_siglip(**options)
-        super().__init__(learnable, **options)
+    @options_of(F.siglip_loss, without=("logit_scale", "logit_bias"))
+    def __init__(
+        self,
+        logit_scale: float = 10.0,
+        logit_bias: float = -10.0,
+        *,
+        learnable: bool = False,
+        **options: Unpack[GroupOptions],
+    ) -> None:
+        F.check_siglip(logit_scale=logit_scale, logit_bias=logit_bias, **options)
+        super().__init__(learnable, logit_scale=logit_scale, logit_bias=logit_bias, **options)
 
     def forward(
         self,

@@ -77,13 +77,13 @@ def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
 
 
 lib.define(
-    "similarity_hardest(Tensor queries, Tensor keys, Tensor scale, int k, int first) "
+    "similarity_hardest(Tensor queries, Tensor keys, Tensor scale, SymInt k, SymInt first) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 lib.define(
     "similarity_hardest_bwd(Tensor g_lse, Tensor g_total, Tensor queries, Tensor keys, "
-    "Tensor scale, Tensor lse, Tensor least, Tensor equals, int first) "
+    "Tensor scale, Tensor lse, Tensor least, Tensor equals, SymInt first) "
     "-> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )

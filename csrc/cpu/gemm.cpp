@@ -1,0 +1,197 @@
+// Matrix products on the CPU: choice of the instruction set, and whole products cut into tasks.
+//
+// Formula, decomposition, traffic, accumulator: gemm.h. A task of multiply() is a block of rows
+// times a range of columns; for each block of K it packs its rows of A, then each panel of B just
+// before the tiles that read it, which finds it in the first-level cache. A panel is packed once
+// for each block of rows: with left_rows() of them that takes 1 or 2 % of the time.
+#include "cpu/gemm.h"
+
+#include <type_traits>
+#include <utility>
+
+#include "common/multiversion.h"
+#include "cpu/instruction_set.h"
+#include "cpu/memory.h"
+#include "cpu/tasks.h"
+
+namespace pyloss::cpu::gemm {
+namespace {
+
+template <class R>
+struct Kernels {
+  int64_t tile_rows, panel_columns;
+  void (*pack_left)(const MatrixView<R>&, R*);
+  void (*pack_right)(const MatrixView<R>&, R*);
+  void (*product)(const Left<R>&, const Right<R>&, R*, int64_t, bool);
+};
+
+int64_t tiles_of(int64_t rows, int64_t height) {
+  return (rows + height - 1) / height;
+}
+
+// The rows of a tile times two vectors leave room in the registers for the two vectors and a
+// factor.
+#if PYLOSS_HAS_TARGET_PRAGMA
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace v4 {
+#define PYLOSS_VECTOR_BYTES 64
+#define PYLOSS_TILE_ROWS 14
+#include "cpu/gemm_kernels.h"
+#undef PYLOSS_VECTOR_BYTES
+#undef PYLOSS_TILE_ROWS
+}  // namespace v4
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+#define PYLOSS_VECTOR_BYTES 32
+#define PYLOSS_TILE_ROWS 6
+#include "cpu/gemm_kernels.h"
+#undef PYLOSS_VECTOR_BYTES
+#undef PYLOSS_TILE_ROWS
+}  // namespace v3
+#pragma GCC pop_options
+#endif
+
+namespace base {
+#define PYLOSS_VECTOR_BYTES 16
+#define PYLOSS_TILE_ROWS 6
+#include "cpu/gemm_kernels.h"
+#undef PYLOSS_VECTOR_BYTES
+#undef PYLOSS_TILE_ROWS
+}  // namespace base
+
+template <class R>
+const Kernels<R>& kernels() {
+  static const Kernels<R> base_kernels = base::kernels_of<R>();
+#if PYLOSS_HAS_TARGET_PRAGMA
+  static const Kernels<R> v3_kernels = v3::kernels_of<R>(), v4_kernels = v4::kernels_of<R>();
+  if (instruction_set() == InstructionSet::kV4) return v4_kernels;
+  if (instruction_set() == InstructionSet::kV3) return v3_kernels;
+#endif
+  return base_kernels;
+}
+
+// Below this many multiplications a product is over sooner than a second thread has woken up.
+constexpr int64_t kSerialProducts = int64_t(1) << 20;
+
+int64_t blocks_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
+
+// The cut of C into tasks: sizes only, which no bit of the result depends on.
+struct Cut {
+  int64_t rows, columns;  // of a task
+
+  template <class R>
+  static Cut of(const Kernels<R>& k, int64_t m, int64_t n, int64_t depth, int threads) {
+    Cut cut{left_rows<R>(depth), blocks_of(n, k.panel_columns) * k.panel_columns};
+    const int64_t rows = blocks_of(m, cut.rows);
+    cut.rows = blocks_of(blocks_of(m, rows), k.tile_rows) * k.tile_rows;
+    if (threads == 1 || m * n * depth < kSerialProducts) return cut;
+    // Four tasks a thread even out what the threads meet. First shorter rows, which cost another
+    // packing of B, where enough remain to hide it.
+    const int64_t tasks = 4 * int64_t(threads);
+    while (blocks_of(m, cut.rows) < tasks && cut.rows > 8 * k.tile_rows) {
+      cut.rows = blocks_of(cut.rows / 2, k.tile_rows) * k.tile_rows;
+    }
+    while (blocks_of(m, cut.rows) * blocks_of(n, cut.columns) < tasks &&
+           cut.columns > 4 * k.panel_columns) {
+      cut.columns = blocks_of(cut.columns / 2, k.panel_columns) * k.panel_columns;
+    }
+    return cut;
+  }
+};
+
+template <class R>
+void multiply_block(const Kernels<R>& k, const MatrixView<R>& a, const MatrixView<R>& b, R* c,
+                    int64_t ldc, bool add, R* scratch) {
+  R* const panel = scratch + left_size<R>(a.rows, std::min(kDepth, a.columns));
+  int64_t l = 0;
+  do {
+    const int64_t depth = std::min(kDepth, a.columns - l);
+    const Left<R> left = pack_left(a.block(0, l, a.rows, depth), scratch);
+    for (int64_t n = 0; n < b.columns; n += k.panel_columns) {
+      const int64_t width = std::min(k.panel_columns, b.columns - n);
+      product(left, pack_right(b.block(l, n, depth, width), panel), c + n, ldc, add || l > 0);
+    }
+    l += kDepth;
+  } while (l < a.columns);
+}
+
+}  // namespace
+
+template <class R>
+int64_t left_rows(int64_t depth) {
+  const int64_t bytes = std::max<int64_t>(1, std::min(depth, kDepth)) * sizeof(R);
+  const int64_t height = kernels<R>().tile_rows;
+  return std::max(height, l2_cache_bytes() / 2 / bytes / height * height);
+}
+
+template <class R>
+int64_t panel_columns() {
+  return kernels<R>().panel_columns;
+}
+
+template <class R>
+int64_t left_size(int64_t rows, int64_t depth) {
+  return rows * depth + kernels<R>().panel_columns;  // packing writes past the last panel
+}
+template <class R>
+int64_t right_size(int64_t depth, int64_t columns) {
+  const int64_t width = panel_columns<R>();
+  return blocks_of(columns, width) * width * depth;
+}
+
+template <class R>
+Left<R> pack_left(const MatrixView<R>& a, R* to) {
+  kernels<R>().pack_left(a, to);
+  return {to, a.rows, a.columns, a.columns, Form::kPanels};
+}
+template <class R>
+Right<R> pack_right(const MatrixView<R>& b, R* to) {
+  kernels<R>().pack_right(b, to);
+  return {to, b.rows, b.columns, b.rows};
+}
+
+template <class R>
+void product(const Left<R>& left, const Right<R>& right, R* c, int64_t ldc, bool add) {
+  kernels<R>().product(left, right, c, ldc, add);
+}
+
+template <class R>
+void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
+              int threads) {
+  if (a.rows == 0 || b.columns == 0) return;
+  const Kernels<R>& k = kernels<R>();
+  const Cut cut = Cut::of(k, a.rows, b.columns, a.columns, threads);
+  const int64_t across = blocks_of(b.columns, cut.columns);
+  const int64_t tasks = blocks_of(a.rows, cut.rows) * across;
+  const int64_t slots = slots_for(tasks, threads);
+  const int64_t depth = std::min(kDepth, a.columns);
+  const int64_t bytes = left_size<R>(std::min(a.rows, cut.rows), depth) + k.panel_columns * depth;
+  const Buffer<R> scratch(slots * bytes);
+  run_tasks(tasks, slots, [&](int64_t slot, int64_t task) {
+    const int64_t i = task / across * cut.rows, j = task % across * cut.columns;
+    const int64_t m = std::min(cut.rows, a.rows - i), n = std::min(cut.columns, b.columns - j);
+    multiply_block(k, a.block(i, 0, m, a.columns), b.block(0, j, b.rows, n), c + i * ldc + j, ldc,
+                   add, scratch.get() + slot * bytes);
+  });
+}
+
+#define PYLOSS_GEMM_OF(R)                                                       \
+  template int64_t left_rows<R>(int64_t);                                       \
+  template int64_t panel_columns<R>();                                          \
+  template int64_t left_size<R>(int64_t, int64_t);                              \
+  template int64_t right_size<R>(int64_t, int64_t);                             \
+  template Left<R> pack_left<R>(const MatrixView<R>&, R*);                      \
+  template Right<R> pack_right<R>(const MatrixView<R>&, R*);                    \
+  template void product<R>(const Left<R>&, const Right<R>&, R*, int64_t, bool); \
+  template void multiply<R>(const MatrixView<R>&, const MatrixView<R>&, R*, int64_t, bool, int);
+PYLOSS_GEMM_OF(float)
+PYLOSS_GEMM_OF(double)
+#undef PYLOSS_GEMM_OF
+
+}  // namespace pyloss::cpu::gemm
