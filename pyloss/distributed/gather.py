@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyloss.functional._checks import check_tensor
+from pyloss.functional._contrastive_group import all_rows
+
 
 def all_gather_with_grad(
     input: Tensor,
@@ -50,8 +53,5 @@ def all_gather_with_grad(
         torch.Size([4, 8])
         >>> dist.destroy_process_group()
     """
-    from pyloss.functional._checks import check_tensor
-    from pyloss.functional._contrastive_group import all_rows
-
     check_tensor("input", input)
     return all_rows("input", input, group, sizes)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.similarity_softmax import Stats, pair_sums, similarity_softmax
+from pyloss.ops.similarity_softmax import Stats, gather, pair_sums, similarity_softmax
 from pyloss.ops.similarity_softmax.call import COLUMNS, DENOMINATORS, MEAN, checked
-from pyloss.ops.similarity_softmax.gather import Layout, gathered, layout_of, summed_over
+from pyloss.ops.similarity_softmax.gather import Layout, gathered, summed_over
 from pyloss.ops.similarity_softmax.ring import ring_softmax, ring_sums
 
 
@@ -26,13 +26,19 @@ def check_group() -> None:
         )
 
 
+def layout_of(name: str, x: Tensor, group) -> Layout:
+    """Which rank holds which rows of x; the first thing that is asked of a group."""
+    check_group()
+    return gather.layout_of(name, x, group)
+
+
 def all_rows(name: str, x: Tensor, group, sizes: Sequence[int] | None) -> Tensor:
     """The rows of all ranks; `sizes`: how many each has, where that is known."""
-    check_group()
     if x.dim() == 0:
         raise ValueError(f"{name} must have rows, got a 0-d tensor")
     if sizes is None:
         return gathered(x, layout_of(name, x, group), group)
+    check_group()
     layout = Layout(tuple(sizes), dist.get_rank(group))
     if len(sizes) != dist.get_world_size(group) or sizes[layout.rank] != len(x):
         raise ValueError(
@@ -49,6 +55,7 @@ def statistics(
     *,
     group,
     ring: bool = False,
+    layout: Layout | None = None,
     first: int = -1,
     target: Tensor | None = None,
     query_ids: Tensor | None = None,
@@ -61,10 +68,10 @@ def statistics(
     """similarity_softmax of this rank's queries with the keys of all ranks.
 
     Args: as there, of this rank: `first` and `target` count its own keys. `ring`: the keys go
-        around the ranks, and none holds them all.
+        around the ranks, and none holds them all. `layout`: of the keys, where it is known.
     """
-    check_group()
-    layout = layout_of("the embeddings", keys, group)
+    if layout is None:
+        layout = layout_of("the embeddings", keys, group)
     if ring:
         flags = DENOMINATORS[denominator] | (COLUMNS if columns else 0) | (MEAN if mean else 0)
         args = _apart(queries, keys, scale, first, target, query_ids, key_ids, same, flags)
@@ -92,7 +99,6 @@ def sums(
     same: str = "ignore",
 ) -> Tensor:
     """pair_sums of this rank's queries with the keys of all ranks."""
-    check_group()
     layout = layout_of("the embeddings", keys, group)
     if ring:
         args = _apart(queries, keys, scale, first, target, query_ids, key_ids, same, 0)
@@ -120,11 +126,6 @@ def joint_mean(each: Tensor, group) -> Tensor:
     """Over the entries of all ranks, the same on each; of none 0; no gradient."""
     sums = summed_over(torch.stack([each.sum(), each.new_tensor(float(each.numel()))]), group)
     return sums[0] / sums[1].clamp(min=1)
-
-
-def total_rows(name: str, x: Tensor, group) -> int:
-    check_group()
-    return layout_of(name, x, group).total
 
 
 def last_dimension(name: str, group, *tensors: Tensor) -> list[Tensor]:

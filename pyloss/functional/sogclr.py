@@ -22,7 +22,15 @@ from pyloss.ops.similarity_softmax import Stats
 
 
 class SogCLRStats(NamedTuple):
-    """What :func:`pyloss.functional.sogclr_loss` found beside the loss. Nothing has a gradient."""
+    """What :func:`pyloss.functional.sogclr_loss` found beside the loss. Nothing has a gradient.
+
+    Example:
+        >>> import torch, pyloss
+        >>> z1, z2 = torch.randn(2, 8, 4)
+        >>> _, stats = pyloss.functional.sogclr_loss(z1, z2, torch.zeros(8))
+        >>> stats.log_u.shape, stats.value.shape
+        (torch.Size([8]), torch.Size([]))
+    """
 
     log_u: Tensor  #: the moving averages after the step, of the shape of ``log_u``
     temperature_grad: Tensor  #: of the robust loss, of the same shape
@@ -178,7 +186,16 @@ def _statistics(features, z1, z2, tau, bimodal, group, ring) -> Stats:
     call = softmax_over(group, ring)
     first, second = features.of(z1), features.of(z2)
     each = isinstance(tau, Tensor) and tau.dim() > 0
-    if _total_rows(z1, group) == 1:
+    total = rows
+    if group is not None:
+        from pyloss.functional import _contrastive_group as of_group  # with its first use
+
+        layout = of_group.layout_of("z1", z1, group)
+        total = layout.total
+        if not bimodal:  # keys are both views
+            layout = layout._replace(counts=tuple(2 * count for count in layout.counts))
+        options["layout"] = layout
+    if total == 1:
         raise ValueError("z1 holds one sample, which has no negatives: there must be two or more")
     if not bimodal:
         z, other = paired(first, second)
@@ -192,14 +209,6 @@ def _statistics(features, z1, z2, tau, bimodal, group, ring) -> Stats:
         call(second, first, scales[1], target=own, **options),
     )
     return Stats(*(None if a is None else torch.stack([a, b]) for a, b in zip(*sides)))
-
-
-def _total_rows(z1: Tensor, group) -> int:
-    if group is None:
-        return z1.shape[0]
-    from pyloss.functional import _contrastive_group as of_group  # with its first use
-
-    return of_group.total_rows("z1", z1, group)
 
 
 def _moved(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:

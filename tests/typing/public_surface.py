@@ -20,6 +20,7 @@ import pyloss.visualize
 from pyloss.functional import (
     DPOMetrics,
     GRPOMetrics,
+    SogCLRStats,
     TensorAttentionCost,
     approx_ndcg_loss,
     chamfer_set_loss,
@@ -46,6 +47,7 @@ from pyloss.functional import (
     sinkhorn_set_loss,
     soft_dice_loss,
     soft_sort_matrix,
+    sogclr_loss,
 )
 from pyloss.metrics import (
     BettiMatchingError,
@@ -117,6 +119,17 @@ def preference() -> None:
     dpo_loss(logps, logps, logps, logps, loss_type="sigmoid", f_divergence_type="js_divergence")
     assert_type(group_advantages(torch.rand(8), 4), Tensor)
     assert_type(grpo_loss(x, None, y, kl_coef=0.1), Tensor | tuple[Tensor, GRPOMetrics])
+
+
+def contrastive_state(z: Tensor) -> None:
+    index = torch.arange(4)
+    criterion = pyloss.nn.ISogCLRLoss(10, gamma_schedule="cosine", decay_epochs=3, bimodal=True)
+    criterion.step_epoch()
+    assert_type(criterion.temperature_of(index), Tensor)
+    assert_type(criterion.last_value, Tensor | None)
+    assert_type(sogclr_loss(z, z, index.float(), gamma=0.5), tuple[Tensor, SogCLRStats])
+    assert_type(pyloss.distributed.all_gather_with_grad(z, sizes=[4]), Tensor)
+    pyloss.nn.GradCache(nn.Linear(3, 2), torch.tanh, chunk_size=8)(z, z)
 
 
 def attention() -> None:
