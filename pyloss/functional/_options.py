@@ -117,6 +117,45 @@ class GroCoOptions(NetworkOptions, total=False):
     group: Any
 
 
+class SimilarityOptions(TypedDict, total=False):
+    """Of a loss on similarities of features; see :func:`pyloss.nt_xent`."""
+
+    normalize: bool
+    reduction: str
+
+
+class GroupOptions(SimilarityOptions, total=False):
+    """Of one that a process group can share."""
+
+    group: Any
+    ring: bool
+
+
+class InfoNCEOptions(GroupOptions, total=False):
+    """See :func:`pyloss.info_nce`."""
+
+    in_batch: bool
+    symmetric: bool
+
+
+class DCLOptions(GroupOptions, total=False):
+    """See :func:`pyloss.functional.dcl`."""
+
+    sigma: float | None
+
+
+class HardInfoNCEOptions(SimilarityOptions, total=False):
+    """See :func:`pyloss.functional.hard_info_nce`."""
+
+    hard_fraction: float
+
+
+class SimpleContrastiveOptions(HardInfoNCEOptions, total=False):
+    """See :func:`pyloss.functional.simple_contrastive`."""
+
+    weight: float | None
+
+
 class ListNetOptions(TypedDict, total=False):
     """See :func:`pyloss.functional.list_net`."""
 
@@ -178,6 +217,56 @@ class SinkhornOptions(ChamferOptions, total=False):
 
     epsilon: float
     iterations: int
+
+
+class TCMOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.tcm_loss`."""
+
+    m_pos: float
+    m_neg: float
+    lam_pos: float
+    lam_neg: float
+
+
+class EmbeddingPairOptions(TypedDict, total=False):
+    """Of a loss on distances of labelled embeddings."""
+
+    distance: str
+    normalize: bool
+    average: str
+    reduction: str
+
+
+class ContrastivePairOptions(EmbeddingPairOptions, total=False):
+    """See :func:`pyloss.functional.contrastive_pair_loss`."""
+
+    pos_margin: float
+    neg_margin: float
+
+
+class TripletMarginOptions(EmbeddingPairOptions, total=False):
+    """See :func:`pyloss.functional.triplet_margin_loss`."""
+
+    margin: float
+    mining: str
+
+
+class MultiSimilarityOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.multi_similarity_loss`."""
+
+    alpha: float
+    beta: float
+    base: float
+    epsilon: float | None
+    reduction: str
+
+
+class ICNNOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.icnn_score`."""
+
+    k: int
+    neighbours: int | None
+    use_omega: bool
 
 
 class BettiOptions(TypedDict, total=False):

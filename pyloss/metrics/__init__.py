@@ -5,6 +5,9 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "embeddings": ("alignment", "penalty_entropy", "tolerance", "uniformity"),
+        "embeddings_batches": ("Alignment", "OPIS", "Tolerance", "Uniformity"),
+        "embeddings_opis": ("OPISCurves", "opis"),
         "ranking": ("mrr", "ndcg", "precision_at_k"),
         "sorting": ("RankingAccuracy", "ranking_accuracy"),
         "topology": (

@@ -1,3 +1,11 @@
+from pyloss.metrics.embeddings import (
+    alignment,
+    penalty_entropy,
+    tolerance,
+    uniformity,
+)
+from pyloss.metrics.embeddings_batches import OPIS, Alignment, Tolerance, Uniformity
+from pyloss.metrics.embeddings_opis import OPISCurves, opis
 from pyloss.metrics.ranking import (
     mrr,
     ndcg,
@@ -13,14 +21,24 @@ from pyloss.metrics.topology import (
 )
 
 __all__ = [
+    "Alignment",
     "BettiMatchingError",
     "BettiNumberError",
+    "OPIS",
+    "OPISCurves",
     "RankingAccuracy",
+    "Tolerance",
+    "Uniformity",
+    "alignment",
     "betti_matching_error",
     "betti_number_error",
     "betti_numbers",
     "mrr",
     "ndcg",
+    "opis",
+    "penalty_entropy",
     "precision_at_k",
     "ranking_accuracy",
+    "tolerance",
+    "uniformity",
 ]

@@ -5,6 +5,7 @@ from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_lo
 from pyloss.reference.linear_distillation import linear_distillation
 from pyloss.reference.permutahedron import permutahedron_projection
 from pyloss.reference.row_softmax import row_softmax
+from pyloss.reference.similarity_softmax import similarity_softmax
 from pyloss.reference.similarity_topk import similarity_topk
 from pyloss.reference.sorting_network import (
     sorting_network_apply,
@@ -21,6 +22,7 @@ __all__ = [
     "linear_distillation",
     "permutahedron_projection",
     "row_softmax",
+    "similarity_softmax",
     "similarity_topk",
     "sorting_network_apply",
     "sorting_network_loss",

@@ -1,10 +1,11 @@
-"""Pictures of barcodes and matchings; needs matplotlib, the extra `pyloss[visualize]`."""
+"""Pictures of barcodes, matchings and operating points; needs matplotlib, `pyloss[visualize]`."""
 
 from pyloss import _lazy
 
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "embeddings": ("draw_opis",),
         "topology": ("draw_barcode", "draw_matching"),
     },
 )

@@ -1,3 +1,4 @@
+from pyloss.visualize.embeddings import draw_opis
 from pyloss.visualize.topology import draw_barcode, draw_matching
 
-__all__ = ["draw_barcode", "draw_matching"]
+__all__ = ["draw_barcode", "draw_matching", "draw_opis"]

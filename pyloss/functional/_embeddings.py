@@ -1,0 +1,101 @@
+"""What losses and metrics of labelled embeddings share: checks, and which pairs are positive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyloss.functional import _checks as checks
+from pyloss.ops._launch import accumulator_dtype
+
+DISTANCES = ("euclidean", "squared", "cosine")
+
+
+def check_rows(name: str, x, least: int = 0) -> None:
+    checks.check_floating(name, x)
+    checks.check_dense(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be (N, D), got {list(x.shape)}")
+    if x.shape[0] < least:
+        raise ValueError(f"{name} must hold at least {least} rows, got {list(x.shape)}")
+
+
+def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "embeddings") -> None:
+    checks.check_tensor(name, labels)
+    if labels.dtype not in checks.INTEGERS:
+        raise TypeError(f"{name} must hold integers, got {labels.dtype}")
+    if labels.shape != like.shape[:1]:
+        raise ValueError(f"{name} must have the shape {[like.shape[0]]}, got {list(labels.shape)}")
+    checks.check_device(name, labels, like, like_name)
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """No autocast: near pairs differ by less than half types tell apart."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def prepared(x: Tensor, normalize: bool) -> Tensor:
+    """In float32 at least, of length 1 if asked for; a row of zeros stays."""
+    x = x.to(accumulator_dtype(x.dtype))
+    return F.normalize(x, dim=1) if normalize else x
+
+
+class Labelled(NamedTuple):
+    """Embeddings that are compared: anchors, and what each of them is compared with."""
+
+    x: Tensor  # (N, D), float32 at least
+    y: Tensor  # (M, D): the same tensor where the anchors are compared with each other
+    labels: Tensor  # (N,), int64
+    others: Tensor  # (M,), int64
+    dtype: torch.dtype  # of the result
+
+    @property
+    def first(self) -> int:
+        """Of the anchors in y, as the op has it; -1: they are not in it."""
+        return 0 if self.y is self.x else -1
+
+    def kinds(self) -> tuple[Tensor, Tensor]:
+        """Which pairs are positive, which negative, (N, M)."""
+        same = self.labels[:, None] == self.others
+        if self.y is not self.x:
+            return same, ~same
+        own = torch.eye(self.x.shape[0], dtype=torch.bool, device=self.x.device)
+        return same & ~own, ~same
+
+    def distances(self, kind: str) -> Tensor:
+        """(N, M)."""
+        s = self.x @ self.y.mT
+        if kind == "cosine":
+            return 1 - s
+        square = (self.x * self.x).sum(1)[:, None] + (self.y * self.y).sum(1) - 2 * s
+        # Of equal embeddings the distance is 0, and so is its gradient, as in torch.cdist. Not
+        # "square > 0", which a NaN would not be.
+        none = square <= 0
+        square = torch.where(none, 0.0, square)
+        if kind == "squared":
+            return square
+        return torch.where(none, 0.0, torch.where(none, 1.0, square).sqrt())
+
+
+def labelled(embeddings, labels, ref_emb, ref_labels, normalize: bool = True) -> Labelled:
+    """Checked; to be compared under :func:`exact`."""
+    check_rows("embeddings", embeddings)
+    check_labels(labels, embeddings)
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("give both ref_emb and ref_labels, or neither")
+    dtype = checks.result_dtype(embeddings.dtype, embeddings)
+    x, labels = prepared(embeddings, normalize), labels.long()
+    if ref_emb is None or (ref_emb is embeddings and ref_labels is labels):
+        return Labelled(x, x, labels, labels, dtype)
+    check_rows("ref_emb", ref_emb)
+    if ref_emb.dtype != embeddings.dtype or ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"ref_emb must be {embeddings.dtype} (M, {embeddings.shape[1]}) as embeddings, got "
+            f"{ref_emb.dtype} {list(ref_emb.shape)}"
+        )
+    checks.check_device("ref_emb", ref_emb, embeddings, "embeddings")
+    check_labels(ref_labels, ref_emb, "ref_labels", "ref_emb")
+    return Labelled(x, prepared(ref_emb, normalize), labels, ref_labels.long(), dtype)
