@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
+from pyloss.ops.similarity_softmax import Stats, pair_sums, similarity_softmax
 
 
 def check_positive(name: str, value) -> None:
@@ -156,6 +156,22 @@ def shares(x: Tensor, group) -> Tensor:
     from pyloss.functional import _contrastive_group as of_group  # with its first use
 
     return of_group.shares(x, group)
+
+
+def of_rows(stats: Stats) -> Tensor:
+    """-log p of the positive, of each row."""
+    return _surprise(stats.lse, stats.positive, stats.count, stats.positives)
+
+
+def of_columns(stats: Stats) -> Tensor:
+    return _surprise(
+        stats.column_lse, stats.column_positive, stats.column_count, stats.column_positives
+    )
+
+
+def _surprise(lse: Tensor, positive: Tensor, count: Tensor, positives: Tensor) -> Tensor:
+    """A positive alone is certain, whatever the roundings of its logit; a NaN stays."""
+    return (lse - positive) * (count > positives)
 
 
 def check_same_rows(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
