@@ -87,6 +87,30 @@ def sorting_network_loss(
     problem: tuple[object, ...], targets: tuple[object, ...], loss: int, gx: int, threads: int, /
 ) -> None: ...
 
+# Of similarity_softmax; the records: pyloss/ops/similarity_softmax/records.py.
+def similarity_softmax_fwd_scratch_bytes(
+    problem: tuple[object, ...], columns: bool, threads: int, /
+) -> int: ...
+def similarity_softmax_bwd_scratch_bytes(
+    problem: tuple[object, ...], dq: bool, dk: bool, dscale: bool, threads: int, /
+) -> int: ...
+def similarity_softmax_fwd(
+    problem: tuple[object, ...],
+    forward: tuple[object, ...],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+def similarity_softmax_bwd(
+    problem: tuple[object, ...],
+    backward: tuple[object, ...],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+
 # Of tensor attention; `problem`, `backward`: pyloss/ops/tensor_attention/records.py.
 def tensor_attention_scratch_bytes(
     problem: tuple[object, ...], backward: bool, mask_gradients: bool, threads: int, /

@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_linear_cross_entropy(m);
   pyloss::register_permutahedron(m);
   pyloss::register_row_softmax(m);
+  pyloss::register_similarity_softmax(m);
   pyloss::register_sorting_network(m);
   pyloss::register_tensor_attention(m);
   pyloss::register_tensor_attention_lowrank(m);

@@ -6,8 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/tensor_attention_lowrank.h"
-#include "cpu/tensor_attention_plan.h"  // Arena, padded
+#include "cpu/tensor_attention_plan.h"  // padded
 
 namespace pyloss::cpu {
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/tensor_attention.h"
 
 namespace pyloss::cpu {
@@ -24,23 +25,6 @@ inline int64_t transposed_stride(int64_t n, int64_t element_bytes) {
   const int64_t line = 64 / element_bytes, lines = (n + kPanelPad + line - 1) / line;
   return (lines | 1) * line;
 }
-
-// Hands out parts of one buffer; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class R>
-  R* take(int64_t count) {
-    R* p = base_ ? reinterpret_cast<R*>(base_ + used_) : nullptr;
-    used_ += (count * int64_t(sizeof(R)) + 63) / 64 * 64;
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 // The product runs over rows of the first and columns of the second axis: the axis with the
 // narrower window comes first, where every row is used, and the wide one gives whole vectors.

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.similarity_softmax import by_tiles, reference
+from pyloss.ops.similarity_softmax import by_tiles, cpu, reference
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     DENOMINATORS,
@@ -58,7 +58,7 @@ define_op(
     f"similarity_softmax_fwd({SCHEMA}) -> Tensor[]",
     fake=_forward_fake,
     impls={
-        "cpu": by_tiles.forward,
+        "cpu": cpu.forward,
         "triton": by_tiles.forward,
         "reference": otherwise(reference.forward, by_tiles.forward),
     },
@@ -68,7 +68,7 @@ define_op(
     "-> Tensor[]",
     fake=_backward_fake,
     impls={
-        "cpu": by_tiles.backward,
+        "cpu": cpu.backward,
         "triton": by_tiles.backward,
         "reference": otherwise(reference.backward, by_tiles.backward),
     },

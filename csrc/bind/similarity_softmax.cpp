@@ -1,0 +1,129 @@
+// Python boundary of similarity_softmax: decodes and checks, releases the GIL, calls the kernels.
+#include "cpu/similarity_softmax.h"
+
+#include <pybind11/pybind11.h>
+
+#include "bind/args.h"
+#include "bind/attention.h"
+#include "bind/register.h"
+
+namespace py = pybind11;
+
+namespace pyloss {
+namespace {
+
+using cpu::SimilarityBackward;
+using cpu::SimilarityForward;
+using cpu::SimilarityProblem;
+
+constexpr int64_t kMostRows = int64_t(1) << 40, kMostElements = int64_t(1) << 44;
+
+// Rows are contiguous. scales: none, one or (with scale_of_each) n, of the accumulator's dtype.
+PYLOSS_RECORD(Problem, n, m, d, dtype, itself, queries, keys, scale, scales, scale_of_each, target,
+              query_ids, key_ids, first, flags);
+// The results; of the columns 0 where they are not wanted.
+PYLOSS_RECORD(Forward, lse, positive, count, positives, mean, column_lse, column_positive,
+              column_count, column_positives);
+PYLOSS_RECORD(Backward, lse, column_lse, g, g_positive, column_g, column_g_positive, dq, dk,
+              dscale);
+
+SimilarityProblem decode(py::handle record) {
+  const Reader<Problem> r(record);
+  SimilarityProblem p{};
+  p.n = r.integer(Problem::n);
+  p.m = r.integer(Problem::m);
+  p.d = r.integer(Problem::d);
+  for (const int64_t rows : {p.n, p.m}) {
+    if (checked_count("queries or keys", {rows, p.d}) > kMostElements || rows > kMostRows) {
+      bad_argument("queries or keys", "too many");
+    }
+  }
+  p.dtype = r.floating(Problem::dtype);
+  p.itself = r.flag(Problem::itself);
+  if (p.itself && p.n != p.m) r.bad(Problem::m, "must be n where the keys are the queries");
+  p.queries = r.pointer(Problem::queries, p.n * p.d);
+  p.keys = r.pointer(Problem::keys, p.m * p.d);
+  p.scale = r.number(Problem::scale);
+  p.scale_of_each = r.flag(Problem::scale_of_each);
+  p.scales = r.pointer(Problem::scales, p.scale_of_each ? p.n : 0);
+  if (p.itself && p.scale_of_each) {
+    r.bad(Problem::scale_of_each, "needs keys that are not the queries");
+  }
+  similarity::Kinds& k = p.kinds;
+  k.flags = static_cast<int>(r.code<int64_t>(Problem::flags, 1 << 5));
+  k.target = r.optional<int64_t>(Problem::target);
+  if (k.flags & (similarity::kPositive | similarity::kDrop)) {
+    k.query_ids = r.pointer<int64_t>(Problem::query_ids, p.n);
+    k.key_ids = r.pointer<int64_t>(Problem::key_ids, p.m);
+  }
+  k.first = r.integer(Problem::first);
+  if (k.first > kMostRows) r.bad(Problem::first, "too large");
+  return p;
+}
+
+SimilarityForward decode_forward(py::handle record, const SimilarityProblem& p) {
+  const Reader<Forward> r(record);
+  SimilarityForward f{};
+  f.rows = {r.pointer(Forward::lse, p.n), r.pointer(Forward::positive, p.n),
+            r.pointer(Forward::count, p.n), r.pointer(Forward::positives, p.n)};
+  f.mean = r.optional(Forward::mean);
+  if (r.optional(Forward::column_lse)) {
+    if (p.itself) r.bad(Forward::column_lse, "needs keys that are not the queries");
+    f.columns = {r.pointer(Forward::column_lse, p.m), r.pointer(Forward::column_positive, p.m),
+                 r.pointer(Forward::column_count, p.m), r.pointer(Forward::column_positives, p.m)};
+  }
+  return f;
+}
+
+SimilarityBackward decode_backward(py::handle record, const SimilarityProblem& p) {
+  const Reader<Backward> r(record);
+  SimilarityBackward b{};
+  b.rows = {r.pointer(Backward::lse, p.n), r.optional(Backward::g),
+            r.optional(Backward::g_positive)};
+  b.columns = {nullptr, r.optional(Backward::column_g), r.optional(Backward::column_g_positive)};
+  if (b.columns.of_lse) b.columns.lse = r.pointer(Backward::column_lse, p.m);
+  b.dq = r.optional(Backward::dq);
+  b.dk = r.optional(Backward::dk);
+  b.dscale = r.optional(Backward::dscale);
+  if (p.itself && (b.dk || b.columns.of_lse || b.columns.of_positive)) {
+    r.bad(Backward::dk, "needs keys that are not the queries, as cotangents of columns do");
+  }
+  return b;
+}
+
+}  // namespace
+
+void register_similarity_softmax(py::module_& m) {
+  declare_records<Problem, Forward, Backward>(m, "similarity_softmax");
+  m.def("similarity_softmax_fwd_scratch_bytes",
+        [](py::handle problem, bool columns, int64_t threads) {
+          return cpu::similarity_softmax_forward_scratch(decode(problem), columns,
+                                                         checked_threads(threads));
+        });
+  m.def("similarity_softmax_bwd_scratch_bytes",
+        [](py::handle problem, bool dq, bool dk, bool dscale, int64_t threads) {
+          return cpu::similarity_softmax_backward_scratch(decode(problem), {dq, dk, dscale},
+                                                          checked_threads(threads));
+        });
+  m.def("similarity_softmax_fwd", [](py::handle problem, py::handle forward, int64_t scratch,
+                                     int64_t scratch_bytes, int64_t threads) {
+    const SimilarityProblem p = decode(problem);
+    const SimilarityForward f = decode_forward(forward, p);
+    const int width = checked_threads(threads);
+    const int64_t needed =
+        cpu::similarity_softmax_forward_scratch(p, f.columns.lse != nullptr, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::similarity_softmax_forward, p, f, buffer, width);
+  });
+  m.def("similarity_softmax_bwd", [](py::handle problem, py::handle backward, int64_t scratch,
+                                     int64_t scratch_bytes, int64_t threads) {
+    const SimilarityProblem p = decode(problem);
+    const SimilarityBackward b = decode_backward(backward, p);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b), width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::similarity_softmax_backward, p, b, buffer, width);
+  });
+}
+
+}  // namespace pyloss

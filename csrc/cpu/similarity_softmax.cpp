@@ -1,0 +1,499 @@
+// Softmax statistics over all pairs of queries and keys on the CPU.
+//
+// Decomposition: blocks of kBlock queries and keys; a task is a pair of blocks, whose logits come as
+// tiles of a product (gemm.h), and both of its blocks get their statistics, or their gradients, from
+// the tile while it is in the cache. Pairs of blocks are run in rounds in which no block occurs
+// twice (similarity_softmax_rounds.h): no atomics, no partial gradients, and a block adds up its
+// terms in one order whatever the number of threads. Of a tensor with itself each pair of blocks is
+// multiplied once, for both triangles.
+// Memory traffic: keys packed once (twice and the queries once for the gradient), each block of
+// them read from there by every block of queries; the logits never leave the cache. Beyond that
+// O(n + m), and O(kBlock^2) for each thread.
+// Numerics: where the norms say that no |z| can exceed exp_limit, exp z is summed as it is, once for
+// row and column; else with the largest z so far taken off, once for each. Sums of tiles are of R,
+// sums over tiles double.
+#include "cpu/similarity_softmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "common/math.h"
+#include "cpu/gemm.h"
+#include "cpu/similarity_softmax_math.h"
+#include "cpu/similarity_softmax_plan.h"
+#include "cpu/similarity_softmax_rounds.h"
+#include "cpu/tasks.h"
+
+namespace pyloss::cpu {
+namespace {
+
+using gemm::Form;
+using gemm::Left;
+using gemm::Right;
+using gemm::Tile;
+using similarity::Kinds;
+using similarity_tiles::Terms;
+using similarity_tiles::tile_math;
+using similarity_tiles::TileMath;
+
+// exp of it, and the sum of 2^31 such, are normal numbers.
+template <class R>
+double exp_limit() {
+  return std::is_same_v<R, double> ? 600.0 : 60.0;
+}
+
+// ---- operands
+// -------------------------------------------------------------------------------------------------
+
+// Rows of a user's tensor as R, times a factor or the factor of each.
+template <class R>
+struct Source {
+  const void* data;
+  DType dtype;
+  int64_t rows, d;
+  R factor;
+  const R* factors;
+
+  bool direct() const {
+    return dtype == (std::is_same_v<R, double> ? DType::kF64 : DType::kF32) && factor == R(1) &&
+           !factors;
+  }
+  // Some rows; in `buffer` where they are not there as they are needed.
+  const R* get(int64_t first, int64_t n, R* buffer) const {
+    if (direct()) return static_cast<const R*>(data) + first * d;
+    const char* from = static_cast<const char*>(data) + first * d * dtype_size(dtype);
+    const auto read = tile_math<R>().read_scaled;
+    if (!factors) {
+      read(from, dtype, n * d, factor, buffer);
+      return buffer;
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      read(from + r * d * dtype_size(dtype), dtype, d, factors[first + r], buffer + r * d);
+    }
+    return buffer;
+  }
+};
+
+// The largest norm of a row; blocks of rows in parallel, `squares` has room for one of each.
+template <class R>
+double largest_norm(const Source<R>& x, const SimilaritySlots<R>& slots, double* squares) {
+  const int64_t blocks = blocks_of(x.rows, kPackRows);
+  run_tasks(blocks, slots_for(blocks, slots.count), [&](int64_t slot, int64_t block) {
+    const int64_t first = block * kPackRows, n = std::min(kPackRows, x.rows - first);
+    const R* rows = x.get(first, n, slots.at(slot).rows);
+    double most = 0;  // what is no number shows in every exp, with or without shifts
+    for (int64_t r = 0; r < n; ++r) {
+      most = std::max(most, double(tile_math<R>().dot(rows + r * x.d, rows + r * x.d, x.d)));
+    }
+    squares[block] = most;
+  });
+  return blocks == 0 ? 0 : std::sqrt(*std::max_element(squares, squares + blocks));
+}
+
+// x^T as the right operand of logits.
+template <class R>
+Right<R> packed_transposed(const Source<R>& x, const SimilaritySlots<R>& slots, R* to) {
+  const int64_t blocks = blocks_of(x.rows, kPackRows);
+  run_tasks(blocks, slots_for(blocks, slots.count), [&](int64_t slot, int64_t block) {
+    const int64_t first = block * kPackRows, n = std::min(kPackRows, x.rows - first);
+    const R* rows = x.get(first, n, slots.at(slot).rows);
+    gemm::pack_right(gemm::row_major(rows, n, x.d, x.d).transposed(), to + first * x.d);
+  });
+  return {to, x.d, x.rows, x.d};
+}
+
+// x as the right operand of gradients: panel by panel, each with all rows.
+template <class R>
+Right<R> packed_rows(const Source<R>& x, const SimilaritySlots<R>& slots, R* to) {
+  const int64_t blocks = blocks_of(x.rows, kPackRows), width = gemm::panel_columns<R>();
+  run_tasks(blocks, slots_for(blocks, slots.count), [&](int64_t slot, int64_t block) {
+    const int64_t first = block * kPackRows, n = std::min(kPackRows, x.rows - first);
+    const R* rows = x.get(first, n, slots.at(slot).rows);
+    for (int64_t l = 0; l < x.d; l += width) {
+      const auto part = gemm::row_major(rows + l, n, std::min(width, x.d - l), x.d);
+      gemm::pack_right(part, to + l * x.rows + first * width);
+    }
+  });
+  return {to, x.rows, x.d, x.rows};
+}
+
+// The operands of a problem: z = left (right of scores).
+template <class R>
+struct Operands {
+  Source<R> queries, keys;  // as they are
+  Source<R> left;           // with the scales of each
+  R scale;                  // of all
+  const R* scales;          // of each, or null
+
+  explicit Operands(const SimilarityProblem& p) {
+    const R* given = static_cast<const R*>(p.scales);
+    scales = p.scale_of_each ? given : nullptr;
+    scale = p.scale_of_each ? R(1) : (given ? given[0] : R(p.scale));
+    queries = {p.queries, p.dtype, p.n, p.d, R(1), nullptr};
+    keys = {p.keys, p.dtype, p.m, p.d, R(1), nullptr};
+    left = {p.queries, p.dtype, p.n, p.d, R(1), scales};
+  }
+  Source<R> scaled_keys() const { return {keys.data, keys.dtype, keys.rows, keys.d, scale, nullptr}; }
+};
+
+template <class R>
+bool bounded(const Operands<R>& o, bool itself, const SimilaritySlots<R>& slots, double* squares) {
+  const double of_left = largest_norm(o.left, slots, squares);
+  const double of_keys = itself ? of_left : largest_norm(o.keys, slots, squares);
+  return of_left * of_keys * std::fabs(double(o.scale)) <= exp_limit<R>();
+}
+
+// ---- pairs that are looked at one by one
+// -------------------------------------------------------------------------------------------------
+
+// Those of a tile, with their logits; of both directions where the keys are queries too.
+template <class R>
+int64_t find_specials(const Kinds& kinds, bool itself, const Tile<R>& t, Special<R>* to) {
+  int64_t count = 0;
+  const auto take = [&](int64_t r, int64_t c) { to[count++] = {r, c, t.data[r * t.stride + c]}; };
+  const auto of_queries = [&](int64_t first, int64_t n, int64_t other, int64_t m, auto&& found) {
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t own = kinds.own(first + k), target = kinds.target_of(first + k);
+      if (own >= other && own < other + m) found(k, own - other);
+      if (target >= other && target < other + m && target != own) found(k, target - other);
+    }
+  };
+  if (kinds.first < 0 && !kinds.target) return 0;
+  of_queries(t.row, t.rows, t.column, t.columns, take);
+  if (itself) {
+    of_queries(t.column, t.columns, t.row, t.rows, [&](int64_t c, int64_t r) {
+      if (!kinds.special(t.row + r, t.column + c)) take(r, c);
+    });
+  }
+  return count;
+}
+template <class R>
+void overwrite(const Tile<R>& t, const Special<R>* specials, int64_t count, R value) {
+  for (int64_t k = 0; k < count; ++k) t.data[specials[k].row * t.stride + specials[k].column] = value;
+}
+
+bool hides_equal(const Kinds& k) {
+  return k.query_ids && ((k.flags & similarity::kDrop) || (k.flags & similarity::kNegatives));
+}
+bool has_equal_positives(const Kinds& k) {
+  return k.query_ids && (k.flags & similarity::kPositive);
+}
+
+// ---- statistics
+// -------------------------------------------------------------------------------------------------
+
+// What comes to a row's, or column's, statistics from one tile.
+template <class R>
+void add_maxima(const Side<R>& s, int64_t first, int64_t n, const R* maxima, R* shifts) {
+  for (int64_t k = 0; k < n; ++k) {
+    const int64_t at = first + k;
+    shifts[k] = s.raise(at, maxima[k]);
+  }
+}
+template <class R>
+void add_equal(const Side<R>& s, const Kinds& kinds, int64_t first, int64_t n, const R* sums,
+               const int64_t* counts) {
+  for (int64_t k = 0; k < n; ++k) {
+    if (has_equal_positives(kinds)) {
+      s.positive[first + k] += sums[k];
+      s.positives[first + k] += counts[k];
+    }
+    if (hides_equal(kinds)) s.left_out[first + k] += counts[k];
+  }
+}
+// The pair (i, j) of a query and a key, for the row or column `at`.
+template <class R>
+void add_special(const Side<R>& s, const Kinds& kinds, int64_t i, int64_t j, int64_t at, R z,
+                 bool shifts) {
+  if (kinds.equal(i, j)) {  // was counted with the others
+    if (has_equal_positives(kinds)) s.positives[at] -= 1;
+    if (hides_equal(kinds)) s.left_out[at] -= 1;
+  }
+  if (kinds.positive(i, j)) {
+    s.positive[at] += z;
+    s.positives[at] += 1;
+  }
+  if (!kinds.counted(i, j)) {
+    s.left_out[at] += 1;
+    return;
+  }
+  const double e = exp_(shifts ? double(z) - s.raise(at, z) : double(z));
+  s.sum[at] += e;
+  if (s.weighted) s.weighted[at] += e > 0 ? e * z : 0.0;
+}
+
+template <class R>
+struct Forward {
+  const SimilarityProblem& p;
+  const TileMath<R>& math;
+  Side<R> rows, columns;
+  bool shifts;
+
+  // `both`: the columns have statistics too; where the keys are the queries, as queries.
+  void operator()(const Tile<R>& t, const SimilaritySlot<R>& b, bool both) const {
+    const Kinds& kinds = p.kinds;
+    const Side<R>& others = p.itself ? rows : columns;
+    math.pad(t);
+    const int64_t count = find_specials(kinds, p.itself, t, b.specials);
+    if (kinds.query_ids) {
+      const int64_t *row_ids = kinds.query_ids + t.row, *column_ids = kinds.key_ids + t.column;
+      overwrite(t, b.specials, count, R(0));
+      math.sum_equal(t, row_ids, column_ids,
+                     {b.row_sums, both ? b.column_sums : nullptr, b.row_counts, b.column_counts});
+      add_equal(rows, kinds, t.row, t.rows, b.row_sums, b.row_counts);
+      if (both) add_equal(others, kinds, t.column, t.columns, b.column_sums, b.column_counts);
+      if (hides_equal(kinds)) math.hide_equal(t, row_ids, column_ids);
+    }
+    overwrite(t, b.specials, count, -infinity_<R>());
+    if (shifts) {
+      math.maxima(t, b.row_sums, b.column_sums);
+      add_maxima(rows, t.row, t.rows, b.row_sums, b.row_shifts);
+      if (both) add_maxima(others, t.column, t.columns, b.column_sums, b.column_shifts);
+    }
+    math.sum_exp(t, {shifts ? b.row_shifts : nullptr, shifts ? b.column_shifts : nullptr,
+                     b.row_sums, both ? b.column_sums : nullptr,
+                     rows.weighted ? b.weighted : nullptr});
+    for (int64_t r = 0; r < t.rows; ++r) {
+      rows.sum[t.row + r] += b.row_sums[r];
+      if (rows.weighted) rows.weighted[t.row + r] += b.weighted[r];
+    }
+    if (both) {
+      for (int64_t c = 0; c < t.columns; ++c) others.sum[t.column + c] += b.column_sums[c];
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const Special<R>& s = b.specials[k];
+      const int64_t i = t.row + s.row, j = t.column + s.column;
+      add_special(rows, kinds, i, j, i, s.z, shifts);
+      if (!both) continue;
+      if (p.itself) {
+        add_special(rows, kinds, j, i, j, s.z, shifts);
+      } else {
+        add_special(columns, kinds, i, j, j, s.z, shifts);
+      }
+    }
+  }
+};
+
+template <class R>
+void write_stats(const Side<R>& s, const SimilarityStats& to, void* mean, int64_t n, int64_t others,
+                 bool shifts) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double shift = shifts && s.sum[i] != 0 ? double(s.most[i]) : 0.0;
+    static_cast<R*>(to.lse)[i] = R(shift + log_(s.sum[i]));
+    static_cast<R*>(to.positive)[i] = R(s.positive[i]);
+    static_cast<R*>(to.count)[i] = R(others - s.left_out[i]);
+    static_cast<R*>(to.positives)[i] = R(s.positives[i]);
+    if (mean) static_cast<R*>(mean)[i] = s.sum[i] == 0 ? R(0) : R(s.weighted[i] / s.sum[i]);
+  }
+}
+
+template <class R>
+void forward_of(const SimilarityProblem& p, const SimilarityForward& f, void* scratch,
+                int threads) {
+  const SimilarityPlan plan(p);
+  const bool columns = f.columns.lse != nullptr;
+  Arena arena(scratch);
+  const ForwardBuffers<R> b(p, plan, columns, f.mean != nullptr, threads, arena);
+  b.clear(p);
+  const Operands<R> o(p);
+  const bool shifts = !bounded(o, p.itself, b.slots, b.squares);
+  const Right<R> right = packed_transposed(o.scaled_keys(), b.slots, b.scores);
+  const Forward<R> on_tile{p, tile_math<R>(), b.rows, b.columns, shifts};
+  const auto pair = [&](int64_t slot, int64_t i, int64_t j) {
+    const SimilaritySlot<R> buffers = b.slots.at(slot);
+    const Range rows = plan.rows(i), keys = plan.keys(j);
+    const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
+    const bool both = p.itself ? i != j : columns;
+    gemm::stream(left, rows.first, right.some_columns(keys.first, keys.n), plan.width, buffers.tile,
+                 [&](Tile<R> t) {
+                   t.column += keys.first;
+                   on_tile(t, buffers, both);
+                 });
+  };
+  if (p.itself || columns) {
+    run_rounds(plan.rounds, b.slots.count, pair);
+  } else {
+    run_rows(plan.rounds, b.slots.count, pair);
+  }
+  write_stats(b.rows, f.rows, f.mean, p.n, p.m, shifts);
+  if (columns) write_stats(b.columns, f.columns, nullptr, p.m, p.n, shifts);
+}
+
+// ---- gradients
+// -------------------------------------------------------------------------------------------------
+
+// What a row, or column, brings to the gradient of its logits.
+template <class R>
+Terms<R> terms_of(const SimilarityCotangents& c, int64_t n, bool shifts, const TermBuffers<R>& to) {
+  const R *lse = static_cast<const R*>(c.lse), *g = static_cast<const R*>(c.of_lse);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool nothing = !g || lse[i] == -infinity_<R>();
+    if (shifts) {
+      to.shift[i] = nothing ? infinity_<R>() : lse[i];
+      to.factor[i] = nothing ? R(0) : g[i];
+    } else {
+      to.factor[i] = nothing ? R(0) : g[i] * R(exp_(-lse[i]));
+    }
+  }
+  return {to.factor, shifts ? to.shift : nullptr, static_cast<const R*>(c.of_positive)};
+}
+template <class R>
+Terms<R> from(const Terms<R>& t, int64_t first) {
+  const auto at = [&](const R* x) { return x ? x + first : nullptr; };
+  return {at(t.factor), at(t.shift), at(t.positive)};
+}
+template <class R>
+R special_gradient(const Terms<R>& t, const Kinds& kinds, int64_t i, int64_t j, int64_t at, R z) {
+  R grad = 0;
+  if (t.factor && kinds.counted(i, j)) {
+    grad += R(exp_(t.shift ? z - t.shift[at] : z)) * t.factor[at];
+  }
+  if (t.positive && kinds.positive(i, j)) grad += t.positive[at];
+  return grad;
+}
+
+template <class R>
+struct Backward {
+  const SimilarityProblem& p;
+  const TileMath<R>& math;
+  Terms<R> rows, columns;
+
+  // The tile of logits becomes that of their gradients.
+  void operator()(const Tile<R>& t, const SimilaritySlot<R>& b) const {
+    const Kinds& kinds = p.kinds;
+    const Terms<R>& others = p.itself ? rows : columns;
+    math.pad(t);
+    const int64_t count = find_specials(kinds, p.itself, t, b.specials);
+    const int64_t* row_ids = kinds.query_ids ? kinds.query_ids + t.row : nullptr;
+    const int64_t* column_ids = kinds.query_ids ? kinds.key_ids + t.column : nullptr;
+    if (hides_equal(kinds)) math.hide_equal(t, row_ids, column_ids);
+    overwrite(t, b.specials, count, -infinity_<R>());
+    const Terms<R> of_rows = from(rows, t.row), of_columns = from(others, t.column);
+    math.softmax_gradient(t, of_rows, of_columns);
+    if (has_equal_positives(kinds) && (of_rows.positive || of_columns.positive)) {
+      math.add_equal(t, row_ids, column_ids, of_rows.positive, of_columns.positive);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const Special<R>& s = b.specials[k];
+      const int64_t i = t.row + s.row, j = t.column + s.column;
+      R grad = special_gradient(rows, kinds, i, j, i, s.z);
+      grad += p.itself ? special_gradient(rows, kinds, j, i, j, s.z)
+                       : special_gradient(columns, kinds, i, j, j, s.z);
+      t.data[s.row * t.stride + s.column] = grad;
+    }
+  }
+};
+
+template <class R>
+void backward_of(const SimilarityProblem& p, const SimilarityBackward& g, void* scratch,
+                 int threads) {
+  const SimilarityPlan plan(p);
+  const bool of_queries = g.dq || g.dscale, of_keys = g.dk != nullptr;
+  Arena arena(scratch);
+  const BackwardBuffers<R> b(p, plan, wants_of(g), threads, arena);
+  const Operands<R> o(p);
+  const TileMath<R>& math = tile_math<R>();
+  const bool shifts = !bounded(o, p.itself, b.slots, b.squares);
+  const Right<R> scores = packed_transposed(o.scaled_keys(), b.slots, b.scores);
+  Right<R> keys{}, queries{};
+  if (of_queries) keys = packed_rows(o.keys, b.slots, b.keys);
+  if (of_keys) queries = packed_rows(o.left, b.slots, b.queries);
+  if (p.itself) queries = keys;
+  Backward<R> on_tile{p, math, terms_of<R>(g.rows, p.n, shifts, b.row_terms), {}};
+  if (g.columns.of_lse || g.columns.of_positive) {
+    on_tile.columns = terms_of<R>(g.columns, p.m, shifts, b.column_terms);
+  }
+  R* const dq = b.dq ? b.dq : static_cast<R*>(g.dq);
+  R* const dk = p.itself ? dq : (b.dk ? b.dk : static_cast<R*>(g.dk));
+  if (of_queries) std::fill(dq, dq + p.n * p.d, R(0));
+  if (of_keys) std::fill(dk, dk + p.m * p.d, R(0));
+  const auto pair = [&](int64_t slot, int64_t i, int64_t j) {
+    const SimilaritySlot<R> buffers = b.slots.at(slot);
+    const Range rows = plan.rows(i), columns = plan.keys(j);
+    const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
+    const bool both = p.itself ? i != j : of_keys;
+    gemm::stream(left, rows.first, scores.some_columns(columns.first, columns.n), plan.width,
+                 buffers.tile, [&](Tile<R> t) {
+                   t.column += columns.first;
+                   on_tile(t, buffers);
+                   if (of_queries) gemm::add_product(t, keys, dq + rows.first * p.d, p.d);
+                   if (both) {
+                     gemm::add_transposed_product(t, queries.some_depth(rows.first, rows.n),
+                                                  dk + t.column * p.d, p.d);
+                   }
+                 });
+  };
+  if (p.itself || of_keys) {
+    run_rounds(plan.rounds, b.slots.count, pair);
+  } else {
+    run_rows(plan.rounds, b.slots.count, pair);
+  }
+  // dq is G K so far.
+  const int64_t blocks = of_queries ? blocks_of(p.n, kPackRows) : 0;
+  run_tasks(blocks, slots_for(blocks, b.slots.count), [&](int64_t slot, int64_t block) {
+    const int64_t first = block * kPackRows, n = std::min(kPackRows, p.n - first);
+    const R* q = g.dscale ? o.queries.get(first, n, b.slots.at(slot).rows) : nullptr;
+    for (int64_t r = 0; r < n; ++r) {
+      const R* row = dq + (first + r) * p.d;
+      if (q) b.dots[first + r] = math.dot(q + r * p.d, row, p.d);
+      if (g.dq) {
+        const R factor = o.scales ? o.scales[first + r] : o.scale;
+        char* to = static_cast<char*>(g.dq) + (first + r) * p.d * dtype_size(p.dtype);
+        math.write_scaled(row, p.d, factor, p.dtype, to);
+      }
+    }
+  });
+  if (of_keys) math.write_scaled(dk, p.m * p.d, o.scale, p.dtype, g.dk);
+  if (g.dscale && o.scales) {
+    for (int64_t i = 0; i < p.n; ++i) static_cast<R*>(g.dscale)[i] = R(b.dots[i]);
+  } else if (g.dscale) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.n; ++i) sum += b.dots[i];
+    *static_cast<R*>(g.dscale) = R(p.itself ? sum / 2 : sum);  // G and its transpose
+  }
+}
+
+}  // namespace
+
+int64_t similarity_softmax_forward_scratch(const SimilarityProblem& p, bool columns, int threads) {
+  const SimilarityPlan plan(p);
+  Arena count(nullptr);
+  if (p.dtype == DType::kF64) {
+    ForwardBuffers<double>(p, plan, columns, true, threads, count);
+  } else {
+    ForwardBuffers<float>(p, plan, columns, true, threads, count);
+  }
+  return count.used();
+}
+int64_t similarity_softmax_backward_scratch(const SimilarityProblem& p, const SimilarityWants& w,
+                                            int threads) {
+  const SimilarityPlan plan(p);
+  Arena count(nullptr);
+  if (p.dtype == DType::kF64) {
+    BackwardBuffers<double>(p, plan, w, threads, count);
+  } else {
+    BackwardBuffers<float>(p, plan, w, threads, count);
+  }
+  return count.used();
+}
+
+void similarity_softmax_forward(const SimilarityProblem& p, const SimilarityForward& f,
+                                void* scratch, int threads) {
+  if (p.dtype == DType::kF64) {
+    forward_of<double>(p, f, scratch, threads);
+  } else {
+    forward_of<float>(p, f, scratch, threads);
+  }
+}
+void similarity_softmax_backward(const SimilarityProblem& p, const SimilarityBackward& b,
+                                 void* scratch, int threads) {
+  if (p.dtype == DType::kF64) {
+    backward_of<double>(p, b, scratch, threads);
+  } else {
+    backward_of<float>(p, b, scratch, threads);
+  }
+}
+
+}  // namespace pyloss::cpu

@@ -1,0 +1,63 @@
+// The loops over a tile of logits: choice of the instruction set.
+#include "cpu/similarity_softmax_math.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "common/math.h"
+#include "common/multiversion.h"
+#include "cpu/instruction_set.h"
+
+namespace pyloss::cpu::similarity_tiles {
+namespace {
+
+#if PYLOSS_HAS_TARGET_PRAGMA
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace v4 {
+#define PYLOSS_VECTOR_BYTES 64
+#define PYLOSS_TILE_ROWS 14
+#include "cpu/similarity_softmax_tiles.h"
+#undef PYLOSS_VECTOR_BYTES
+#undef PYLOSS_TILE_ROWS
+}  // namespace v4
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+#define PYLOSS_VECTOR_BYTES 32
+#define PYLOSS_TILE_ROWS 6
+#include "cpu/similarity_softmax_tiles.h"
+#undef PYLOSS_VECTOR_BYTES
+#undef PYLOSS_TILE_ROWS
+}  // namespace v3
+#pragma GCC pop_options
+#endif
+
+namespace base {
+#define PYLOSS_VECTOR_BYTES 16
+#define PYLOSS_TILE_ROWS 6
+#include "cpu/similarity_softmax_tiles.h"
+#undef PYLOSS_VECTOR_BYTES
+#undef PYLOSS_TILE_ROWS
+}  // namespace base
+
+}  // namespace
+
+template <class R>
+const TileMath<R>& tile_math() {
+  static const TileMath<R> base_math = base::math_of<R>();
+#if PYLOSS_HAS_TARGET_PRAGMA
+  static const TileMath<R> v3_math = v3::math_of<R>(), v4_math = v4::math_of<R>();
+  if (instruction_set() == InstructionSet::kV4) return v4_math;
+  if (instruction_set() == InstructionSet::kV3) return v3_math;
+#endif
+  return base_math;
+}
+template const TileMath<float>& tile_math<float>();
+template const TileMath<double>& tile_math<double>();
+
+}  // namespace pyloss::cpu::similarity_tiles

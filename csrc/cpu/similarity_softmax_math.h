@@ -1,0 +1,53 @@
+// The loops over tiles of logits and rows of features that matter for the time, chosen by instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/gemm.h"
+
+namespace pyloss::cpu::similarity_tiles {
+
+using gemm::Tile;
+
+// Columns of a tile are padded to whole vectors.
+
+// Of a tile: sums of exp(z - shift) over each row and column.
+template <class R>
+struct Sums {
+  const R *row_shifts, *column_shifts;  // null: no shifts, and z at most exp_limit
+  R *rows, *columns;                    // columns null: not wanted
+  R* weighted;                          // of z exp(z - shift) over each row; null: not wanted
+};
+
+// Of the rows or columns of a tile, for the gradient.
+template <class R>
+struct Terms {
+  const R *factor, *shift;  // columns without factors have no term; no shifts as above
+  const R* positive;        // the gradient of a positive pair; null: none
+};
+
+template <class R>
+struct EqualSums {
+  R *rows, *columns;  // columns null: not wanted
+  int64_t *row_counts, *column_counts;
+};
+
+template <class R>
+struct TileMath {
+  void (*pad)(const Tile<R>&);
+  void (*maxima)(const Tile<R>&, R*, R*);
+  void (*sum_exp)(const Tile<R>&, const Sums<R>&);
+  void (*softmax_gradient)(const Tile<R>&, const Terms<R>&, const Terms<R>&);
+  void (*hide_equal)(const Tile<R>&, const int64_t*, const int64_t*);
+  void (*sum_equal)(const Tile<R>&, const int64_t*, const int64_t*, const EqualSums<R>&);
+  void (*add_equal)(const Tile<R>&, const int64_t*, const int64_t*, const R*, const R*);
+  void (*read_scaled)(const void*, DType, int64_t, R, R*);
+  void (*write_scaled)(const R*, int64_t, R, DType, void*);
+  R (*dot)(const R*, const R*, int64_t);
+};
+
+template <class R>
+const TileMath<R>& tile_math();
+
+}  // namespace pyloss::cpu::similarity_tiles
