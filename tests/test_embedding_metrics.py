@@ -32,11 +32,20 @@ def clusters(classes=6, each=10, dim=5, spread=0.4, seed=0, dtype=torch.float64)
 
 
 def test_tiles_hold_each_pair_once(small_tiles) -> None:
-    x, y = clusters()
+    x, _ = clusters()
+    expected = torch.pdist(x).square().mul(-3.0).exp().mean().log()
+    torch.testing.assert_close(metrics.uniformity(x, 3.0, normalize=False), expected)
+
+
+def test_uniformity_and_entropy_of_unit_vectors() -> None:
+    x, _ = clusters()
     f = normalize(x, dim=1)
-    for t in (2.0, 100.0):  # without and with a shift by the largest
-        expected = torch.pdist(f).square().mul(-t).exp().mean().log()
+    for t in (2.0, 1000.0):
+        expected = torch.pdist(f).square().mul(-t).logsumexp(0) - math.log(60 * 59 / 2)
         torch.testing.assert_close(metrics.uniformity(x, t), expected)
+    x[[3, 8]] = 0  # no unit vectors: at a distance of 1 from those, of 0 from each other
+    expected = torch.pdist(normalize(x, dim=1)).square().mul(-2).exp().mean().log()
+    torch.testing.assert_close(metrics.uniformity(x), expected)
     r = (f @ f.t()).div(0.1).fill_diagonal_(-math.inf).softmax(1)
     expected = torch.special.entr(r).sum(1)
     found = metrics.penalty_entropy(x, temperature=0.1, reduction="none")
@@ -78,14 +87,6 @@ def test_opis_tells_classes_of_different_spread_apart() -> None:
     same = metrics.opis(*clusters(each=40, dim=16, spread=0.15))
     other = metrics.opis(*clusters(each=40, dim=16, spread=[0.05, 0.1, 0.15, 0.2, 0.25, 0.3]))
     assert other > 4 * same
-
-
-def test_opis_counts_in_tiles_what_it_counts_at_once(monkeypatch) -> None:
-    x, y = clusters(classes=9, spread=0.6)
-    whole = metrics.opis(x, y, return_curves=True)
-    monkeypatch.setattr(_embeddings, "TILE", 7)
-    for a, b in zip(metrics.opis(x, y, return_curves=True), whole):
-        torch.testing.assert_close(a, b)
 
 
 def test_range_of_opis_from_some_embeddings() -> None:
