@@ -175,6 +175,18 @@ def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any
     }
 
 
+def gemm_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    a, b, c, bias = (address(buffers[name]) for name in ("x", "target", "grad", "weight"))
+    m, n, k = OUTER, INNER, CLASSES
+    return {
+        "gemm": [
+            *[code(0, 1, 2, 3), size(m), size(n), size(k), a, stride(k), stride(1)],
+            *[b, stride(n), stride(1), c, stride(n), bias, Field([True, False], [2, -1]), THREADS],
+        ],
+        "fma_rate": [code(0, 1, 2, 3)],
+    }
+
+
 def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -414,6 +426,7 @@ def main() -> None:
     templates = {
         **row_softmax_calls(module, buffers),
         **linear_cross_entropy_calls(buffers),
+        **gemm_calls(buffers),
         **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **tensor_attention_calls(module, buffers),
@@ -428,6 +441,7 @@ def main() -> None:
             "cuda_device_count",
             "cuda_driver_problem",
             "fields",
+            "prefers_own_gemm",
             "simd_level",
         }
     )

@@ -68,10 +68,15 @@ MatrixView<R> row_major(const R* data, int64_t rows, int64_t columns, int64_t st
   return {data, rows, columns, stride, 1};
 }
 
-// C (+)= A B, C with rows of ldc elements. C must not overlap A or B.
+// C (+)= A B + 1 bias^T, C with rows of ldc elements, which must not overlap A or B; the bias, one
+// number for each column, may be null.
 template <class R>
 void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
-              int threads);
+              int threads, const R* bias = nullptr);
+
+// Multiplications and additions per second that one thread can do: the yardstick of benchmarks.
+template <class R>
+double fma_rate();
 
 // ---- the pieces
 // -------------------------------------------------------------------------------------------------

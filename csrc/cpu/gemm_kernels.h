@@ -69,11 +69,14 @@ void pack_transposed(const R* from, int64_t from_stride, int64_t n, int64_t leng
   }
 }
 
-// The same from rows that lie as they shall: to[j][i] = from[j][i], n columns.
+// The same from rows that lie as they shall: to[j][i] = from[j][i], n columns. The rows are often
+// far apart, where no prefetcher follows: what the next strips read is asked for.
 template <class R>
 void pack_copied(const R* from, int64_t from_stride, int64_t n, int64_t length, R* to,
                  int64_t to_stride) {
+  constexpr int64_t kAhead = 64;
   for (int64_t j = 0; j < length; ++j) {
+    __builtin_prefetch(from + j * from_stride + kAhead);
     store(to + j * to_stride, load_part(from + j * from_stride, n));
   }
 }
@@ -161,6 +164,9 @@ void product_of_panels(const Left<R>& a, const Right<R>& b, R* c, int64_t ldc, b
                              ? tile_of_size<R, false>(height, vectors, sum && whole)
                              : tile_of_size<R, true>(height, vectors, sum && whole);
         if (whole) {
+          for (int64_t r = 0; r < height; ++r) {
+            for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1);
+          }
           run(left, stride, panel, kPanel<R>, to, ldc, depth, {});
           continue;
         }
@@ -177,8 +183,28 @@ void product_of_panels(const Left<R>& a, const Right<R>& b, R* c, int64_t ldc, b
   } while (l < b.depth);
 }
 
+// `steps` fused multiply-adds on each of so many vectors that none waits for its predecessor.
+// Returns their number of operations; the values end in `sink`.
+template <class R>
+int64_t multiply_add(int64_t steps, R* sink) {
+  constexpr int kChains = PYLOSS_VECTOR_BYTES == 16 ? 12 : (PYLOSS_VECTOR_BYTES == 32 ? 12 : 24);
+  constexpr int kLanes = Vec<R>::kLanes;
+  typename Vec<R>::V x[kChains];
+  const typename Vec<R>::V factor = load(sink), term = load(sink + kLanes);
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) x[i] = factor * R(i);  // equal ones would be computed once
+#pragma GCC unroll 1
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) x[i] = x[i] * factor + term;
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) store(sink, load(sink) + x[i]);
+  return 2 * steps * kChains * kLanes;
+}
+
 template <class R>
 Kernels<R> kernels_of() {
-  return {PYLOSS_TILE_ROWS, kPanel<R>, pack_left_panels<R>, pack_right_panels<R>,
-          product_of_panels<R>};
+  return {PYLOSS_TILE_ROWS,     kPanel<R>,      pack_left_panels<R>, pack_right_panels<R>,
+          product_of_panels<R>, multiply_add<R>};
 }

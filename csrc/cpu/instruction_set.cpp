@@ -26,6 +26,15 @@ InstructionSet instruction_set() {
   return std::min(best, limit.load(std::memory_order_relaxed));
 }
 
+bool is_intel() {
+#if PYLOSS_HAS_TARGET_PRAGMA
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 void limit_instruction_set(InstructionSet most) {
   limit = most;
 }
