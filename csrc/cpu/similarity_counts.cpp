@@ -32,25 +32,31 @@ template <class R>
 struct Slot {
   R *left, *tile;
   uint8_t* near;
+  int32_t *found, *steps;
   int64_t* counts;
 
   Slot(const CountsProblem& p, Arena& arena)
       : left(arena.take<R>(gemm::left_size<R>(kRows, p.d))),
         tile(arena.take<R>(kRows * gemm::tile_stride<R>(kWidth))),
         near(arena.take<uint8_t>(kWidth)),
+        found(arena.take<int32_t>(kWidth)),
+        steps(arena.take<int32_t>(kWidth)),
         counts(arena.take<int64_t>(2 * (p.classes + 1) * p.steps)) {}
 };
 
 template <class R>
 struct Layout {
-  R* right;
+  R *right, *edges;
   int32_t* buckets;
+  int64_t* offsets;  // of the counts of each row's class
   char* slots;
   int64_t slot_bytes;
 
   Layout(const CountsProblem& p, int threads, Arena& arena)
       : right(arena.take<R>(gemm::right_size<R>(p.d, p.n))),
-        buckets(arena.take<int32_t>(kBuckets)) {
+        edges(arena.take<R>(p.steps + 1)),
+        buckets(arena.take<int32_t>(kBuckets)),
+        offsets(arena.take<int64_t>(p.n)) {
     Arena one(nullptr);
     Slot<R>(p, one);
     slot_bytes = one.used();
@@ -62,59 +68,74 @@ struct Layout {
   }
 };
 
-// near[c]: whether v <= the last edge, where limit is half_i - that.
-#define PYLOSS_NEAR(R)                                                                          \
-  PYLOSS_MULTIVERSION void mark(const R* s, const R* half, R limit, int64_t n, uint8_t* near) { \
-    for (int64_t c = 0; c < n; ++c) near[c] = s[c] - half[c] >= limit;                          \
+// A table says where to begin to look for the first edge that is no less than a value.
+template <class R>
+struct Steps {
+  const R* edges;  // and behind them infinity
+  const int32_t* buckets;
+  R first, per;
+  bool single;  // of the edges, one at most can follow the one that the table says
+
+  Steps(const CountsProblem& p, R* to, int32_t* table) : edges(to), buckets(table), per(0) {
+    const R* const given = static_cast<const R*>(p.edges);
+    std::copy_n(given, p.steps, to);
+    to[p.steps] = std::numeric_limits<R>::infinity();
+    first = given[0];
+    const R range = given[p.steps - 1] - first;
+    if (range > 0 && std::isfinite(range)) per = (kBuckets - 4) / range;
+    int32_t k = 0;
+    for (int64_t b = 0; b < kBuckets; ++b) {
+      // What falls into bucket b is above the lower edge of the one before it, however it is
+      // rounded, and below that of b + 2.
+      while (b > 0 && per > 0 && k < p.steps && edges[k] < first + (b - 1) / per) ++k;
+      table[b] = k;
+    }
+    single = per > 0;
+    for (int64_t b = 0; b + 3 < kBuckets; ++b) single &= table[b + 3] - table[b] <= 1;
+  }
+};
+
+// find: which columns are near, v <= the last edge, where limit is half_i - that; gives their
+// number. look_up: their steps, if the table leaves one comparison. Loops without branches: a tenth
+// is near, and nobody could foretell which.
+#define PYLOSS_NEAR(R)                                                                           \
+  PYLOSS_MULTIVERSION int64_t find(const R* s, const R* half, R limit, int64_t n, uint8_t* near, \
+                                   int32_t* found) {                                             \
+    for (int64_t c = 0; c < n; ++c) near[c] = s[c] - half[c] >= limit;                           \
+    int64_t count = 0;                                                                           \
+    for (int64_t c = 0; c < n; ++c) {                                                            \
+      found[count] = int32_t(c);                                                                 \
+      count += near[c];                                                                          \
+    }                                                                                            \
+    return count;                                                                                \
+  }                                                                                              \
+  PYLOSS_MULTIVERSION void look_up(const R* __restrict s, const R* __restrict half, R own,       \
+                                   const int32_t* __restrict found, int64_t n,                   \
+                                   const R* __restrict edges, const int32_t* __restrict table,   \
+                                   R first, R per, int32_t* __restrict steps) {                  \
+    for (int64_t k = 0; k < n; ++k) {                                                            \
+      const R v = own - (s[found[k]] - half[found[k]]);                                          \
+      R at = (v - first) * per;                                                                  \
+      at = at > R(0) ? at : R(0);                                                                \
+      at = at < R(kBuckets - 1) ? at : R(kBuckets - 1);                                          \
+      const int32_t step = table[int32_t(at)];                                                   \
+      steps[k] = step + (edges[step] < v);                                                       \
+    }                                                                                            \
   }
 PYLOSS_NEAR(float)
 PYLOSS_NEAR(double)
 #undef PYLOSS_NEAR
 
-// fn(c) for each marked column.
-template <class Fn>
-void for_marked(const uint8_t* near, int64_t n, Fn&& fn) {
-  int64_t c = 0;
-  for (; c + 8 <= n; c += 8) {
-    uint64_t word = 0;
-    for (int b = 0; b < 8; ++b) word |= uint64_t(near[c + b]) << (8 * b);
-    for (; word; word &= word - 1) fn(c + __builtin_ctzll(word) / 8);
-  }
-  for (; c < n; ++c) {
-    if (near[c]) fn(c);
+// The same for any edges.
+template <class R>
+void search(const R* s, const R* half, R own, const int32_t* found, int64_t n, const Steps<R>& t,
+            int32_t* steps) {
+  look_up(s, half, own, found, n, t.edges, t.buckets, t.first, t.per, steps);
+  for (int64_t k = 0; k < n && !t.single; ++k) {
+    const R v = own - (s[found[k]] - half[found[k]]);
+    while (t.edges[steps[k]] < v) ++steps[k];
   }
 }
-
-// The first step whose edge is no less than a value: a table says where to begin.
-template <class R>
-class Steps {
- public:
-  Steps(const R* edges, int64_t n, int32_t* buckets) : edges_(edges), n_(n), buckets_(buckets) {
-    const R range = edges[n - 1] - edges[0];
-    per_ = range > 0 && std::isfinite(range) ? (kBuckets - 2) / range : R(0);
-    int32_t k = 0;
-    for (int64_t b = 0; b < kBuckets; ++b) {
-      // What falls into bucket b is above the lower edge of the one before it, however it is
-      // rounded.
-      const R low = per_ > 0 ? edges[0] + (b - 1) / per_ : edges[0];
-      while (b > 0 && k < n - 1 && edges[k] < low) ++k;
-      buckets[b] = k;
-    }
-  }
-  // n where v is beyond the last edge.
-  int64_t of(R v) const {
-    const R at = (v - edges_[0]) * per_;
-    int64_t k = at > 0 ? buckets_[std::min(int64_t(at), kBuckets - 1)] : 0;
-    while (k < n_ && edges_[k] < v) ++k;
-    return k;
-  }
-
- private:
-  const R* edges_;
-  int64_t n_;
-  int32_t* buckets_;
-  R per_;
-};
 
 template <class R>
 void count(const CountsProblem& p, int64_t* counts, void* scratch, int threads) {
@@ -125,8 +146,9 @@ void count(const CountsProblem& p, int64_t* counts, void* scratch, int threads) 
   const Layout<R> layout(p, threads, arena);
   const auto rows = gemm::row_major(x, p.n, p.d, p.d);
   const gemm::Right<R> right = gemm::pack_right(rows.transposed(), layout.right);
-  const Steps<R> steps(static_cast<const R*>(p.edges), p.steps, layout.buckets);
-  const R last = static_cast<const R*>(p.edges)[p.steps - 1];
+  const Steps<R> steps(p, layout.edges, layout.buckets);
+  const R last = steps.edges[p.steps - 1];
+  for (int64_t i = 0; i < p.n; ++i) layout.offsets[i] = p.labels[i] * p.steps;
   const int64_t slots = slots_for(tasks, threads), panel = gemm::panel_columns<R>();
   for (int64_t i = 0; i < slots; ++i) std::fill_n(layout.slot(p, i).counts, size, 0);
 
@@ -140,22 +162,25 @@ void count(const CountsProblem& p, int64_t* counts, void* scratch, int threads) 
                  [&](const gemm::Tile<R>& t) {
                    for (int64_t r = 0; r < t.rows; ++r) {
                      const int64_t i = t.row + r, column = start + t.column;
-                     const int64_t skip = std::max<int64_t>(0, i + 1 - column), label = p.labels[i];
+                     const int64_t skip = std::max<int64_t>(0, i + 1 - column);
                      if (skip >= t.columns) continue;
+                     const int64_t own = layout.offsets[i], alone = p.classes * p.steps;
                      const R* const s = t.data + r * t.stride + skip;
                      const R* const others = half + column + skip;
-                     const int64_t* const labels = p.labels + column + skip;
-                     mark(s, others, half[i] - last, t.columns - skip, slot.near);
-                     for_marked(slot.near, t.columns - skip, [&](int64_t c) {
-                       const int64_t step = steps.of(half[i] - (s[c] - others[c]));
-                       if (step == p.steps) return;
-                       if (labels[c] == label && label < p.classes) {
-                         ++slot.counts[label * p.steps + step];
+                     const int64_t* const offsets = layout.offsets + column + skip;
+                     const int64_t near =
+                         find(s, others, half[i] - last, t.columns - skip, slot.near, slot.found);
+                     search(s, others, half[i], slot.found, near, steps, slot.steps);
+                     for (int64_t k = 0; k < near; ++k) {
+                       const int64_t other = offsets[slot.found[k]], step = slot.steps[k];
+                       if (step == p.steps) continue;
+                       if (other == own && own < alone) {
+                         ++slot.counts[own + step];
                        } else {
-                         ++across[label * p.steps + step];
-                         ++across[labels[c] * p.steps + step];
+                         ++across[own + step];
+                         ++across[other + step];
                        }
-                     });
+                     }
                    }
                  });
   });

@@ -166,11 +166,11 @@ def _bounds(x, half, of_row, classes, far, samples) -> tuple[Tensor, Tensor]:
     square = (half[:, None] + half - x @ x.t()).mul_(2)
     negative = (of_row[:, None] != of_row) | (of_row == classes)
     negative = negative.triu_(1)
-    # In front of all others a 0, which is the answer where there is nothing.
-    ordered = torch.where(negative, square, torch.inf).view(-1).sort().values.clamp_(min=0)
-    ordered = torch.cat([ordered.new_zeros(1), ordered])
-    count = negative.sum()
-    return tuple(ordered[(share * count).ceil().long()].double().sqrt() for share in far)
+    found = square[negative].clamp_(min=0)
+    if found.numel() == 0:
+        return (square.new_zeros((), dtype=torch.float64),) * 2
+    at = (math.ceil(share * found.numel()) for share in far)
+    return tuple(found.kthvalue(k).values.double().sqrt() for k in at)
 
 
 def _curves(near, n, classes, sizes, thresholds, epsilon, skipped) -> OPISCurves:
