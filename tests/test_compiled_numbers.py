@@ -102,6 +102,12 @@ def soft_targets(x, n):
     return pyloss.fused_cross_entropy(x, (X.flip(0) - x).softmax(1), temperature=n)
 
 
+CHANGING["info_nce, temperature"] = (
+    lambda x, n: pyloss.info_nce(x, X.flip(0), temperature=n), BELOW_ONE
+)  # fmt: skip
+CHANGING["siglip_loss, scale and bias"] = (
+    lambda x, n: pyloss.siglip_loss(x, X.flip(0), n, -n), BELOW_ONE
+)  # fmt: skip
 CHANGING["probabilities with a gradient"] = soft_targets, ABOVE_ONE
 CHANGING["distillation, num_items"] = distillation("num_items"), tuple(range(1, 12))
 CHANGING["distillation, temperature"] = distillation("temperature"), ABOVE_ONE

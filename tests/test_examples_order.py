@@ -15,6 +15,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # file: (needs scikit-learn, a row of its table)
 EXPERIMENTS = {
     "groco_digits": (True, "untrained encoder"),
+    "contrastive_digits": (True, "iSogCLR"),
+    "uniformity_tolerance": (True, "0.1 "),
     "sort_sets": (False, "N = 4, 1 steps, 1 glimpse"),
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),

@@ -10,6 +10,7 @@ import torch
 from pyloss.ops import similarity_topk as op
 from pyloss.ops.similarity_topk import by_tiles
 from pyloss.reference import similarity_topk as reference
+from pyloss.reference.similarity_topk import similarity_hardest as reference_hardest
 
 
 def problem(b=50, m=50, d=7, dtype=torch.float64, grad=True):
@@ -100,3 +101,36 @@ def test_what_is_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         op.similarity_topk(queries, keys, 10)
     assert sum(kept) == 400 * 32 * 8 * 2 + 400 * 10 * 8
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 20])
+@pytest.mark.parametrize("tile", [1 << 20, 60, 1])
+def test_hardest_by_tiles_is_the_reference(monkeypatch, tile, k) -> None:
+    """Features of few values, so that many products are equal."""
+    monkeypatch.setattr(by_tiles, "TILE", tile)
+    queries, keys = (t.detach().round().requires_grad_() for t in problem(21, 30, 3))
+    scale = torch.linspace(0.5, 1.5, 21, dtype=torch.float64).requires_grad_()
+    found = [
+        (lse.nan_to_num(neginf=0.0), total)
+        for lse, total in (
+            f(queries, keys, scale, k, 4) for f in (op.similarity_hardest, reference_hardest)
+        )
+    ]
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
+    if k == 0:
+        return
+    weight = torch.randn_like(scale)
+    gradients = [
+        torch.autograd.grad((lse * weight + total).sum(), (queries, keys, scale))
+        for lse, total in found
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_opcheck_of_the_hardest() -> None:
+    queries, keys = problem(5, 6, grad=False)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    lse, _, least, equals = torch.ops.pyloss.similarity_hardest(queries, keys, scale, 3, 0)
+    torch.library.opcheck(torch.ops.pyloss.similarity_hardest, (queries, keys, scale, 3, 0))
+    given = (lse, lse, queries, keys, scale, lse, least, equals, 0)
+    torch.library.opcheck(torch.ops.pyloss.similarity_hardest_bwd, given)

@@ -1,4 +1,5 @@
-// The loops over tiles of logits and rows of features that matter for the time, chosen by instruction set.
+// The loops over tiles of logits and rows of features that matter for the time, chosen by
+// instruction set.
 #pragma once
 
 #include <cstdint>

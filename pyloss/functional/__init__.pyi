@@ -11,9 +11,25 @@ from pyloss.functional.classification import (
     focal_loss,
     fused_cross_entropy,
 )
+from pyloss.functional.contrastive import (
+    clip_loss,
+    dcl,
+    hard_info_nce,
+    info_nce,
+    nt_xent,
+    siglip_loss,
+    simple_contrastive,
+    supervised_contrastive,
+)
 from pyloss.functional.distillation import linear_distillation_loss
-from pyloss.functional.groco import groco_from_scores, groco_loss
-from pyloss.functional.linear import fused_linear_cross_entropy, token_logprobs
+from pyloss.functional.groco import (
+    groco_from_scores,
+    groco_loss,
+)
+from pyloss.functional.linear import (
+    fused_linear_cross_entropy,
+    token_logprobs,
+)
 from pyloss.functional.metric_learning import (
     contrastive_pair_loss,
     multi_similarity_loss,
@@ -26,8 +42,14 @@ from pyloss.functional.metric_learning_episodes import (
     proto_triplet_loss,
     prototypes,
 )
-from pyloss.functional.metric_learning_margins import arcface_loss, cosface_loss
-from pyloss.functional.permutahedron import permutahedron_rank, permutahedron_sort
+from pyloss.functional.metric_learning_margins import (
+    arcface_loss,
+    cosface_loss,
+)
+from pyloss.functional.permutahedron import (
+    permutahedron_rank,
+    permutahedron_sort,
+)
 from pyloss.functional.preference import (
     DPOMetrics,
     GRPOMetrics,
@@ -43,14 +65,24 @@ from pyloss.functional.ranking import (
     list_net,
     neural_ndcg_loss,
 )
-from pyloss.functional.relaxed_sort import neural_sort, soft_sort_matrix
-from pyloss.functional.segmentation import dice_cross_entropy_loss, soft_dice_loss
+from pyloss.functional.relaxed_sort import (
+    neural_sort,
+    soft_sort_matrix,
+)
+from pyloss.functional.segmentation import (
+    dice_cross_entropy_loss,
+    soft_dice_loss,
+)
 from pyloss.functional.sets import (
     chamfer_set_loss,
     hungarian_set_loss,
     order_search_loss,
     order_search_loss_from_table,
     sinkhorn_set_loss,
+)
+from pyloss.functional.sogclr import (
+    SogCLRStats,
+    sogclr_loss,
 )
 from pyloss.functional.sorting import (
     soft_argsort,
@@ -79,15 +111,18 @@ __all__ = [
     "GRPOMetrics",
     "PersistencePairs",
     "RowStats",
+    "SogCLRStats",
     "TensorAttentionCost",
     "approx_ndcg_loss",
     "arcface_loss",
     "betti_matching",
     "betti_matching_loss",
     "chamfer_set_loss",
+    "clip_loss",
     "comp_sum_loss",
     "contrastive_pair_loss",
     "cosface_loss",
+    "dcl",
     "dice_cross_entropy_loss",
     "dpo_loss",
     "focal_loss",
@@ -97,9 +132,11 @@ __all__ = [
     "groco_loss",
     "group_advantages",
     "grpo_loss",
+    "hard_info_nce",
     "hungarian_set_loss",
     "icnn_loss",
     "icnn_score",
+    "info_nce",
     "lambda_loss",
     "linear_distillation_loss",
     "list_mle",
@@ -107,6 +144,7 @@ __all__ = [
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
+    "nt_xent",
     "order_search_loss",
     "order_search_loss_from_table",
     "permutahedron_rank",
@@ -115,6 +153,8 @@ __all__ = [
     "proto_triplet_loss",
     "prototypes",
     "sequence_logprobs",
+    "siglip_loss",
+    "simple_contrastive",
     "sinkhorn_set_loss",
     "soft_argsort",
     "soft_dice_loss",
@@ -124,8 +164,10 @@ __all__ = [
     "soft_sort",
     "soft_sort_matrix",
     "soft_topk",
+    "sogclr_loss",
     "sorting_cross_entropy",
     "spearman_loss",
+    "supervised_contrastive",
     "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",

@@ -117,6 +117,45 @@ class GroCoOptions(NetworkOptions, total=False):
     group: Any
 
 
+class SimilarityOptions(TypedDict, total=False):
+    """Of a loss on similarities of features; see :func:`pyloss.nt_xent`."""
+
+    normalize: bool
+    reduction: str
+
+
+class GroupOptions(SimilarityOptions, total=False):
+    """Of one that a process group can share."""
+
+    group: Any
+    ring: bool
+
+
+class InfoNCEOptions(GroupOptions, total=False):
+    """See :func:`pyloss.info_nce`."""
+
+    in_batch: bool
+    symmetric: bool
+
+
+class DCLOptions(GroupOptions, total=False):
+    """See :func:`pyloss.functional.dcl`."""
+
+    sigma: float | None
+
+
+class HardInfoNCEOptions(SimilarityOptions, total=False):
+    """See :func:`pyloss.functional.hard_info_nce`."""
+
+    hard_fraction: float
+
+
+class SimpleContrastiveOptions(HardInfoNCEOptions, total=False):
+    """See :func:`pyloss.functional.simple_contrastive`."""
+
+    weight: float | None
+
+
 class ListNetOptions(TypedDict, total=False):
     """See :func:`pyloss.functional.list_net`."""
 

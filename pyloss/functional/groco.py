@@ -145,9 +145,10 @@ def groco_loss(
         steepness, network, distribution, art_lambda: as in :func:`pyloss.soft_sort`.
         stop_grad: gradients reach the anchors alone, not what they are compared with.
         reduction: ``"mean"`` or ``"sum"`` over anchors, or ``"none"``.
-        group: a process group: negatives come from the batches of all its ranks, which must be of
-            one size. Each rank's loss is that of its own anchors; their mean is the loss of the
-            whole batch, and so is its gradient as DDP averages it. Not for ``fullgraph=True``.
+        group: a process group: negatives come from the batches of all its ranks, which may differ
+            in size. The mean over the ranks of their ``"mean"`` is the loss of the whole batch, and
+            so is its gradient as DDP averages it; ``"sum"`` and ``"none"`` are of a rank's own
+            anchors. Not for ``fullgraph=True``.
 
     Returns:
         0-d, or ``(V, B)``; of the dtype of the views, float32 for half types under autocast. A NaN
@@ -209,7 +210,12 @@ def groco_loss(
             if rows:
                 found = _loss_of(torch.cat(rows), topk_neg, settings).view(len(rows), images)
                 each[anchors.start : anchors.stop] = found.unbind(0)
-        return op.reduced(torch.stack(each), reduction).to(result)
+        each = torch.stack(each)
+        if group is not None and reduction == "mean":
+            from pyloss.functional._contrastive_group import mean
+
+            return mean(each.sum(), each.numel(), group).to(result)
+        return op.reduced(each, reduction).to(result)
 
 
 def _checked_views(views) -> list[Tensor]:

@@ -5,6 +5,17 @@ from pyloss.nn.classification import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
 )
+from pyloss.nn.contrastive import (
+    CLIPLoss,
+    DCLLoss,
+    HardInfoNCELoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SimpleContrastiveLoss,
+    SupervisedContrastiveLoss,
+)
+from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.metric_learning import (
@@ -24,8 +35,14 @@ from pyloss.nn.ranking import (
     ListNetLoss,
     NeuralNDCGLoss,
 )
-from pyloss.nn.relaxed_sort import NeuralSort, SoftSort
-from pyloss.nn.segmentation import DiceCELoss, SoftDiceLoss
+from pyloss.nn.relaxed_sort import (
+    NeuralSort,
+    SoftSort,
+)
+from pyloss.nn.segmentation import (
+    DiceCELoss,
+    SoftDiceLoss,
+)
 from pyloss.nn.sets import (
     ChamferSetLoss,
     HungarianSetLoss,
@@ -35,6 +52,10 @@ from pyloss.nn.sets import (
     ReadProcess,
     ReadProcessWrite,
     SinkhornSetLoss,
+)
+from pyloss.nn.sogclr import (
+    ISogCLRLoss,
+    SogCLRLoss,
 )
 from pyloss.nn.sorting import (
     DiffSortNet,
@@ -49,24 +70,31 @@ __all__ = [
     "ApproxNDCGLoss",
     "ArcFaceLoss",
     "BettiMatchingLoss",
+    "CLIPLoss",
     "ChamferSetLoss",
     "CompSumLoss",
     "ContrastivePairLoss",
     "CosFaceLoss",
     "CrossEntropyLoss",
+    "DCLLoss",
     "DiceCELoss",
     "DiffSortNet",
     "DiffTopkNet",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
+    "GradCache",
     "GroCoLoss",
+    "HardInfoNCELoss",
     "HungarianSetLoss",
     "ICNNLoss",
+    "ISogCLRLoss",
+    "InfoNCELoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
     "MultiSimilarityLoss",
+    "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
     "OrderSearchSchedule",
@@ -75,11 +103,15 @@ __all__ = [
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
+    "SigLIPLoss",
+    "SimpleContrastiveLoss",
     "SinkhornSetLoss",
     "SoftDiceLoss",
     "SoftSort",
+    "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
+    "SupervisedContrastiveLoss",
     "TensorAttention",
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",

@@ -42,7 +42,7 @@ def distinct(tensors):
         return tensors
     found = []
     for at, t in enumerate(tensors):
-        again = t is not None and any(t is other for other in tensors[:at])
+        again = isinstance(t, torch.Tensor) and any(t is other for other in tensors[:at])
         found.append(t.view_as(t) if again else t)
     return tuple(found)
 

@@ -25,3 +25,21 @@ def similarity_topk(
         columns = torch.arange(keys.shape[0], device=queries.device)
         scores = torch.where(own.unsqueeze(1) == columns, -math.inf, scores)
     return tuple(scores.topk(k, dim=-1))
+
+
+def similarity_hardest(
+    queries: Tensor, keys: Tensor, scale: Tensor, k: int, first: int = -1
+) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp (B,), sum (B,)) of the k largest z_ij = scale_i q_i . k_j over j.
+
+    Args:
+        queries, keys, k, first: as for :func:`similarity_topk`; of equal products the first count.
+        scale: 0-d or (B,), positive.
+    """
+    scores = scale.unsqueeze(-1) * (queries @ keys.mT)
+    if first >= 0:
+        own = first + torch.arange(queries.shape[0], device=queries.device)
+        columns = torch.arange(keys.shape[0], device=queries.device)
+        scores = torch.where(own.unsqueeze(1) == columns, -math.inf, scores)
+    kept = scores.sort(dim=-1, descending=True, stable=True).values[..., :k]
+    return kept.logsumexp(-1), kept.sum(-1)

@@ -20,14 +20,17 @@ import pyloss.visualize
 from pyloss.functional import (
     DPOMetrics,
     GRPOMetrics,
+    SogCLRStats,
     TensorAttentionCost,
     approx_ndcg_loss,
     chamfer_set_loss,
+    dcl,
     dice_cross_entropy_loss,
     dpo_loss,
     groco_from_scores,
     group_advantages,
     grpo_loss,
+    hard_info_nce,
     hungarian_set_loss,
     lambda_loss,
     linear_distillation_loss,
@@ -40,9 +43,11 @@ from pyloss.functional import (
     permutahedron_rank,
     permutahedron_sort,
     sequence_logprobs,
+    simple_contrastive,
     sinkhorn_set_loss,
     soft_dice_loss,
     soft_sort_matrix,
+    sogclr_loss,
 )
 from pyloss.metrics import (
     BettiMatchingError,
@@ -114,6 +119,17 @@ def preference() -> None:
     dpo_loss(logps, logps, logps, logps, loss_type="sigmoid", f_divergence_type="js_divergence")
     assert_type(group_advantages(torch.rand(8), 4), Tensor)
     assert_type(grpo_loss(x, None, y, kl_coef=0.1), Tensor | tuple[Tensor, GRPOMetrics])
+
+
+def contrastive_state(z: Tensor) -> None:
+    index = torch.arange(4)
+    criterion = pyloss.nn.ISogCLRLoss(10, gamma_schedule="cosine", decay_epochs=3, bimodal=True)
+    criterion.step_epoch()
+    assert_type(criterion.temperature_of(index), Tensor)
+    assert_type(criterion.last_value, Tensor | None)
+    assert_type(sogclr_loss(z, z, index.float(), gamma=0.5), tuple[Tensor, SogCLRStats])
+    assert_type(pyloss.distributed.all_gather_with_grad(z, sizes=[4]), Tensor)
+    pyloss.nn.GradCache(nn.Linear(3, 2), torch.tanh, chunk_size=8)(z, z)
 
 
 def attention() -> None:
@@ -214,6 +230,32 @@ def order() -> None:
             pyloss.nn.ApproxNDCGLoss(),
             pyloss.nn.NeuralNDCGLoss(k=3),
             pyloss.nn.LambdaLoss(k=3),
+        ]
+    )
+
+
+def contrastive() -> None:
+    z1, z2 = torch.randn(16, 8), torch.randn(16, 8)
+    number = torch.tensor(0.2, requires_grad=True)
+    assert_type(pyloss.info_nce(z1, z2, temperature=number, symmetric=True), Tensor)
+    assert_type(pyloss.info_nce(z1, z2, torch.randn(64, 8), in_batch=False), Tensor)
+    assert_type(pyloss.nt_xent(z1, z2), Tensor)
+    assert_type(pyloss.clip_loss(z1, z2, number.exp()), Tensor)
+    assert_type(pyloss.siglip_loss(z1, z2, 10.0, number), Tensor)
+    assert_type(pyloss.supervised_contrastive(z1, y.repeat(4)), Tensor)
+    assert_type(dcl(z1, z2, sigma=0.5), Tensor)
+    assert_type(hard_info_nce(z1, z2, hard_fraction=0.2), Tensor)
+    assert_type(simple_contrastive(z1, z2, weight=0.1), Tensor)
+    nn.ModuleList(
+        [
+            pyloss.nn.InfoNCELoss(0.07, learnable=True),
+            pyloss.nn.NTXentLoss(temperature=0.2),
+            pyloss.nn.CLIPLoss(learnable=True),
+            pyloss.nn.SupervisedContrastiveLoss(),
+            pyloss.nn.DCLLoss(sigma=0.5),
+            pyloss.nn.HardInfoNCELoss(hard_fraction=0.2),
+            pyloss.nn.SimpleContrastiveLoss(weight=0.1),
+            pyloss.nn.SigLIPLoss(10.0, -10.0),
         ]
     )
 

@@ -20,6 +20,7 @@ from pyloss import backends
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles
+from pyloss.ops.similarity_topk.hardest import similarity_hardest as similarity_hardest
 
 
 def _formulas():
