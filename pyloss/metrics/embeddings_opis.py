@@ -34,7 +34,7 @@ class OPISCurves(NamedTuple):
 
 
 def check_options(
-    *, far=(0.01, 0.1), num_thresholds=101, thresholds=None, epsilon=0.1, bounds_samples=2_000_000,
+    *, far=(0.01, 0.1), num_thresholds=101, thresholds=None, epsilon=0.1, bounds_samples=1_000_000,
     normalize=True, return_curves=False,
 ) -> None:  # fmt: skip
     """Those of opis, also for its accumulator."""
@@ -69,7 +69,7 @@ def opis(
     num_thresholds: int = 101,
     thresholds: Tensor | None = None,
     epsilon: float = 0.1,
-    bounds_samples: int = 2_000_000,
+    bounds_samples: int = 1_000_000,
     normalize: bool = True,
     return_curves: bool = False,
 ) -> Tensor | OPISCurves:
