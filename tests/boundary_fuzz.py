@@ -192,7 +192,7 @@ def similarity_counts_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str
     problem = record(
         *(module, "similarity_softmax", "Counts"),
         **dict(n=size(CLASSES), d=size(OUTER), classes=size(2), steps=size(INNER)),
-        **dict(dtype=code(0, 1), x=b["x"], half=b["weight"], labels=b["index"], edges=b["target"]),
+        **dict(dtype=code(0, 1), x=b["x"], half=b["weight"], labels=b["target"], edges=b["v"]),
     )
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
     return {
