@@ -37,6 +37,7 @@ OPS = {
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
     "permutahedron": "bench.bench_permutahedron",
+    "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",
     "sorting_network": "bench.bench_sorting_network",
     "tensor_attention": "bench.bench_tensor_attention",
