@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
-
 from pyloss.ops._launch import DTYPE_CODES, address
 from pyloss.ops.similarity_softmax.call import Pairs
 
