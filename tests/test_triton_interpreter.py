@@ -24,8 +24,12 @@ for _path in sorted((HERE / "interpreter").glob("check_*.py")):
     CHECKS.setdefault("_".join(_path.stem.split("_")[1:3]), []).append(_path)
 
 
-def run_interpreted(*paths: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, paths)]
+def _has_more(op: str) -> bool:
+    return any("mark.exhaustive" in path.read_text() for path in CHECKS[op])
+
+
+def run_interpreted(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         command, cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=900
@@ -41,6 +45,15 @@ def run_interpreted(*paths: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_interpreted(op: str) -> None:
     done = run_interpreted(*CHECKS[op])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("op", [op for op in CHECKS if _has_more(op)])
+def test_interpreted_exhaustively(op: str) -> None:
+    done = run_interpreted("--exhaustive", "-m", "exhaustive", *CHECKS[op])
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -18,7 +18,7 @@ namespace pyloss::similarity {
 inline constexpr int kPositive = 1, kDrop = 2, kNegatives = 4;
 
 struct Kinds {
-  int64_t first;  // below 0: no query has a key of its own
+  int64_t first;                                // below 0: no query has a key of its own
   const int64_t *target, *query_ids, *key_ids;  // null where there are none
   int flags;
 

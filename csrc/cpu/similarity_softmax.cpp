@@ -1,17 +1,15 @@
 // Softmax statistics over all pairs of queries and keys on the CPU.
 //
-// Decomposition: blocks of kBlock queries and keys; a task is a pair of blocks, whose logits come as
-// tiles of a product (gemm.h), and both of its blocks get their statistics, or their gradients, from
-// the tile while it is in the cache. Pairs of blocks are run in rounds in which no block occurs
-// twice (similarity_softmax_rounds.h): no atomics, no partial gradients, and a block adds up its
-// terms in one order whatever the number of threads. Of a tensor with itself each pair of blocks is
-// multiplied once, for both triangles.
-// Memory traffic: keys packed once (twice and the queries once for the gradient), each block of
-// them read from there by every block of queries; the logits never leave the cache. Beyond that
-// O(n + m), and O(kBlock^2) for each thread.
-// Numerics: where the norms say that no |z| can exceed exp_limit, exp z is summed as it is, once for
-// row and column; else with the largest z so far taken off, once for each. Sums of tiles are of R,
-// sums over tiles double.
+// Decomposition: blocks of kBlock queries and keys; a task is a pair of blocks, whose logits come
+// as tiles of a product (gemm.h), and both of its blocks get their statistics, or their gradients,
+// from the tile while it is in the cache. Pairs of blocks are run in rounds in which no block
+// occurs twice (similarity_softmax_rounds.h): no atomics, no partial gradients, and a block adds up
+// its terms in one order whatever the number of threads. Of a tensor with itself each pair of
+// blocks is multiplied once, for both triangles. Memory traffic: a pair reads its two blocks, and
+// for the gradient adds to theirs; the logits never leave the cache. Memory: O(n + m), and for each
+// thread four blocks of features and a tile. Numerics: where the norms say that no |z| can exceed
+// exp_limit, exp z is summed as it is, once for row and column; else with the largest z so far
+// taken off, once for each. Sums of tiles are of R, sums over tiles double.
 #include "cpu/similarity_softmax.h"
 
 #include <algorithm>
@@ -92,31 +90,16 @@ double largest_norm(const Source<R>& x, const SimilaritySlots<R>& slots, double*
   return blocks == 0 ? 0 : std::sqrt(*std::max_element(squares, squares + blocks));
 }
 
-// x^T as the right operand of logits.
+// Some rows, transposed, as the right operand of logits.
 template <class R>
-Right<R> packed_transposed(const Source<R>& x, const SimilaritySlots<R>& slots, R* to) {
-  const int64_t blocks = blocks_of(x.rows, kPackRows);
-  run_tasks(blocks, slots_for(blocks, slots.count), [&](int64_t slot, int64_t block) {
-    const int64_t first = block * kPackRows, n = std::min(kPackRows, x.rows - first);
-    const R* rows = x.get(first, n, slots.at(slot).rows);
-    gemm::pack_right(gemm::row_major(rows, n, x.d, x.d).transposed(), to + first * x.d);
-  });
-  return {to, x.d, x.rows, x.d};
+Right<R> packed_transposed(const Source<R>& x, Range at, R* rows, R* to) {
+  const R* from = x.get(at.first, at.n, rows);
+  return gemm::pack_right(gemm::row_major(from, at.n, x.d, x.d).transposed(), to);
 }
-
-// x as the right operand of gradients: panel by panel, each with all rows.
+// Some rows as the right operand of gradients.
 template <class R>
-Right<R> packed_rows(const Source<R>& x, const SimilaritySlots<R>& slots, R* to) {
-  const int64_t blocks = blocks_of(x.rows, kPackRows), width = gemm::panel_columns<R>();
-  run_tasks(blocks, slots_for(blocks, slots.count), [&](int64_t slot, int64_t block) {
-    const int64_t first = block * kPackRows, n = std::min(kPackRows, x.rows - first);
-    const R* rows = x.get(first, n, slots.at(slot).rows);
-    for (int64_t l = 0; l < x.d; l += width) {
-      const auto part = gemm::row_major(rows + l, n, std::min(width, x.d - l), x.d);
-      gemm::pack_right(part, to + l * x.rows + first * width);
-    }
-  });
-  return {to, x.rows, x.d, x.rows};
+Right<R> packed_rows(const Source<R>& x, Range at, R* rows, R* to) {
+  return gemm::pack_right(gemm::row_major(x.get(at.first, at.n, rows), at.n, x.d, x.d), to);
 }
 
 // The operands of a problem: z = left (right of scores).
@@ -135,7 +118,9 @@ struct Operands {
     keys = {p.keys, p.dtype, p.m, p.d, R(1), nullptr};
     left = {p.queries, p.dtype, p.n, p.d, R(1), scales};
   }
-  Source<R> scaled_keys() const { return {keys.data, keys.dtype, keys.rows, keys.d, scale, nullptr}; }
+  Source<R> scaled_keys() const {
+    return {keys.data, keys.dtype, keys.rows, keys.d, scale, nullptr};
+  }
 };
 
 template <class R>
@@ -171,7 +156,8 @@ int64_t find_specials(const Kinds& kinds, bool itself, const Tile<R>& t, Special
 }
 template <class R>
 void overwrite(const Tile<R>& t, const Special<R>* specials, int64_t count, R value) {
-  for (int64_t k = 0; k < count; ++k) t.data[specials[k].row * t.stride + specials[k].column] = value;
+  for (int64_t k = 0; k < count; ++k)
+    t.data[specials[k].row * t.stride + specials[k].column] = value;
 }
 
 bool hides_equal(const Kinds& k) {
@@ -191,6 +177,12 @@ void add_maxima(const Side<R>& s, int64_t first, int64_t n, const R* maxima, R* 
     const int64_t at = first + k;
     shifts[k] = s.raise(at, maxima[k]);
   }
+}
+template <class R>
+void add_sums(const Side<R>& s, int64_t first, int64_t n, const R* sums, const R* weighted) {
+  for (int64_t k = 0; k < n; ++k) s.sum[first + k] += sums[k];
+  if (!s.weighted) return;
+  for (int64_t k = 0; k < n; ++k) s.weighted[first + k] += weighted[k];
 }
 template <class R>
 void add_equal(const Side<R>& s, const Kinds& kinds, int64_t first, int64_t n, const R* sums,
@@ -252,16 +244,12 @@ struct Forward {
       add_maxima(rows, t.row, t.rows, b.row_sums, b.row_shifts);
       if (both) add_maxima(others, t.column, t.columns, b.column_sums, b.column_shifts);
     }
+    const bool mean = rows.weighted != nullptr;
     math.sum_exp(t, {shifts ? b.row_shifts : nullptr, shifts ? b.column_shifts : nullptr,
-                     b.row_sums, both ? b.column_sums : nullptr,
-                     rows.weighted ? b.weighted : nullptr});
-    for (int64_t r = 0; r < t.rows; ++r) {
-      rows.sum[t.row + r] += b.row_sums[r];
-      if (rows.weighted) rows.weighted[t.row + r] += b.weighted[r];
-    }
-    if (both) {
-      for (int64_t c = 0; c < t.columns; ++c) others.sum[t.column + c] += b.column_sums[c];
-    }
+                     b.row_sums, both ? b.column_sums : nullptr, mean ? b.weighted : nullptr,
+                     mean ? b.column_weighted : nullptr});
+    add_sums(rows, t.row, t.rows, b.row_sums, b.weighted);
+    if (both) add_sums(others, t.column, t.columns, b.column_sums, b.column_weighted);
     for (int64_t k = 0; k < count; ++k) {
       const Special<R>& s = b.specials[k];
       const int64_t i = t.row + s.row, j = t.column + s.column;
@@ -299,18 +287,17 @@ void forward_of(const SimilarityProblem& p, const SimilarityForward& f, void* sc
   b.clear(p);
   const Operands<R> o(p);
   const bool shifts = !bounded(o, p.itself, b.slots, b.squares);
-  const Right<R> right = packed_transposed(o.scaled_keys(), b.slots, b.scores);
   const Forward<R> on_tile{p, tile_math<R>(), b.rows, b.columns, shifts};
   const auto pair = [&](int64_t slot, int64_t i, int64_t j) {
     const SimilaritySlot<R> buffers = b.slots.at(slot);
     const Range rows = plan.rows(i), keys = plan.keys(j);
+    const Right<R> right = packed_transposed(o.scaled_keys(), keys, buffers.rows, buffers.scores);
     const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
     const bool both = p.itself ? i != j : columns;
-    gemm::stream(left, rows.first, right.some_columns(keys.first, keys.n), plan.width, buffers.tile,
-                 [&](Tile<R> t) {
-                   t.column += keys.first;
-                   on_tile(t, buffers, both);
-                 });
+    gemm::stream(left, rows.first, right, plan.width, buffers.tile, [&](Tile<R> t) {
+      t.column += keys.first;
+      on_tile(t, buffers, both);
+    });
   };
   if (p.itself || columns) {
     run_rounds(plan.rounds, b.slots.count, pair);
@@ -396,11 +383,6 @@ void backward_of(const SimilarityProblem& p, const SimilarityBackward& g, void* 
   const Operands<R> o(p);
   const TileMath<R>& math = tile_math<R>();
   const bool shifts = !bounded(o, p.itself, b.slots, b.squares);
-  const Right<R> scores = packed_transposed(o.scaled_keys(), b.slots, b.scores);
-  Right<R> keys{}, queries{};
-  if (of_queries) keys = packed_rows(o.keys, b.slots, b.keys);
-  if (of_keys) queries = packed_rows(o.left, b.slots, b.queries);
-  if (p.itself) queries = keys;
   Backward<R> on_tile{p, math, terms_of<R>(g.rows, p.n, shifts, b.row_terms), {}};
   if (g.columns.of_lse || g.columns.of_positive) {
     on_tile.columns = terms_of<R>(g.columns, p.m, shifts, b.column_terms);
@@ -412,18 +394,20 @@ void backward_of(const SimilarityProblem& p, const SimilarityBackward& g, void* 
   const auto pair = [&](int64_t slot, int64_t i, int64_t j) {
     const SimilaritySlot<R> buffers = b.slots.at(slot);
     const Range rows = plan.rows(i), columns = plan.keys(j);
-    const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
     const bool both = p.itself ? i != j : of_keys;
-    gemm::stream(left, rows.first, scores.some_columns(columns.first, columns.n), plan.width,
-                 buffers.tile, [&](Tile<R> t) {
-                   t.column += columns.first;
-                   on_tile(t, buffers);
-                   if (of_queries) gemm::add_product(t, keys, dq + rows.first * p.d, p.d);
-                   if (both) {
-                     gemm::add_transposed_product(t, queries.some_depth(rows.first, rows.n),
-                                                  dk + t.column * p.d, p.d);
-                   }
-                 });
+    Right<R> keys{}, queries{};
+    if (of_queries) keys = packed_rows(o.keys, columns, buffers.rows, buffers.keys);
+    if (both) queries = packed_rows(o.left, rows, buffers.rows, buffers.queries);
+    const Right<R> right =
+        packed_transposed(o.scaled_keys(), columns, buffers.rows, buffers.scores);
+    const Left<R> left{o.left.get(rows.first, rows.n, buffers.rows), rows.n, p.d, p.d, Form::kRows};
+    gemm::stream(left, rows.first, right, plan.width, buffers.tile, [&](const Tile<R>& t) {
+      Tile<R> whole = t;
+      whole.column += columns.first;
+      on_tile(whole, buffers);
+      if (of_queries) gemm::add_product(t, keys, dq + rows.first * p.d, p.d);
+      if (both) gemm::add_transposed_product(t, queries, dk + whole.column * p.d, p.d);
+    });
   };
   if (p.itself || of_keys) {
     run_rounds(plan.rounds, b.slots.count, pair);

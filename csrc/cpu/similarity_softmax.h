@@ -19,12 +19,12 @@ namespace pyloss::cpu {
 struct SimilarityProblem {
   int64_t n, m, d;
   DType dtype;
-  bool itself;            // the keys are the queries; then there is one scale, and no columns
-  const void* queries;    // (n, d)
-  const void* keys;       // (m, d)
-  double scale;           // of all rows, without scales
-  const void* scales;     // null, or one scale or n
-  bool scale_of_each;     // n scales
+  bool itself;          // the keys are the queries; then there is one scale, and no columns
+  const void* queries;  // (n, d)
+  const void* keys;     // (m, d)
+  double scale;         // of all rows, without scales
+  const void* scales;   // null, or one scale or n
+  bool scale_of_each;   // n scales
   similarity::Kinds kinds;
 };
 
@@ -41,8 +41,8 @@ struct SimilarityCotangents {
 };
 struct SimilarityBackward {
   SimilarityCotangents rows, columns;
-  void *dq, *dk;   // null: not wanted; of `itself` dq has both
-  void* dscale;    // one or n of the accumulator's dtype; null: not wanted
+  void *dq, *dk;  // null: not wanted; of `itself` dq has both
+  void* dscale;   // one or n of the accumulator's dtype; null: not wanted
 };
 
 struct SimilarityWants {  // of a backward

@@ -13,8 +13,8 @@
 
 namespace pyloss::cpu {
 
-// Rows that are converted and packed at a time; columns of a tile, at most; rows of a block. All are
-// multiples of the width of a panel, which is 32 or less.
+// Rows that are converted and packed at a time; columns of a tile, at most; rows of a block. All
+// are multiples of the width of a panel, which is 32 or less.
 inline constexpr int64_t kPanelMultiple = 32, kPackRows = 128, kWidth = 128;
 inline constexpr int64_t kBlock = 256, kSmallBlock = 64;
 
@@ -57,22 +57,29 @@ struct Special {
 };
 
 template <class R>
-struct SimilaritySlot {  // of one thread
-  R *tile, *rows;        // rows: some of the queries or keys
-  R *row_sums, *column_sums, *row_shifts, *column_shifts, *weighted;
+struct SimilaritySlot {        // of one thread
+  R *tile, *rows;              // rows: some of the queries or keys
+  R *scores, *keys, *queries;  // blocks, packed; the last two of a backward
+  R *row_sums, *column_sums, *row_shifts, *column_shifts, *weighted, *column_weighted;
   int64_t *row_counts, *column_counts;
   Special<R>* specials;
 
-  SimilaritySlot(const SimilarityProblem& p, const SimilarityPlan& plan, Arena& arena) {
+  SimilaritySlot(const SimilarityProblem& p, const SimilarityPlan& plan, bool backward,
+                 Arena& arena) {
     const int64_t rows_of_tile = std::min(p.n, plan.row_block);
     const int64_t columns = plan.width;
     tile = arena.take<R>(rows_of_tile * gemm::tile_stride<R>(columns));
-    rows = arena.take<R>(std::max(rows_of_tile, std::min(kPackRows, std::max(p.n, p.m))) * p.d);
+    const int64_t keys_of_pair = std::min(p.m, plan.key_block);
+    rows = arena.take<R>(std::max(rows_of_tile, keys_of_pair) * p.d);
+    scores = arena.take<R>(gemm::right_size<R>(p.d, keys_of_pair));
+    keys = backward ? arena.take<R>(gemm::right_size<R>(keys_of_pair, p.d)) : nullptr;
+    queries = backward ? arena.take<R>(gemm::right_size<R>(rows_of_tile, p.d)) : nullptr;
     row_sums = arena.take<R>(rows_of_tile);
     row_shifts = arena.take<R>(rows_of_tile);
     weighted = arena.take<R>(rows_of_tile);
     column_sums = arena.take<R>(columns);
     column_shifts = arena.take<R>(columns);
+    column_weighted = arena.take<R>(columns);
     row_counts = arena.take<int64_t>(rows_of_tile);
     column_counts = arena.take<int64_t>(columns);
     specials = arena.take<Special<R>>(2 * (rows_of_tile + columns));
@@ -83,13 +90,15 @@ template <class R>
 struct SimilaritySlots {
   const SimilarityProblem& p;
   const SimilarityPlan& plan;
+  bool backward;
   char* base;
   int64_t bytes, count;
 
-  SimilaritySlots(const SimilarityProblem& p, const SimilarityPlan& plan, int threads, Arena& arena)
-      : p(p), plan(plan) {
+  SimilaritySlots(const SimilarityProblem& p, const SimilarityPlan& plan, bool backward,
+                  int threads, Arena& arena)
+      : p(p), plan(plan), backward(backward) {
     Arena one(nullptr);
-    SimilaritySlot<R>(p, plan, one);
+    SimilaritySlot<R>(p, plan, backward, one);
     bytes = one.used();
     // Below this many multiplications the work is done sooner than a second thread has woken up.
     const bool small = double(p.n) * double(p.d) * double(p.m) < double(1 << 20);
@@ -98,7 +107,7 @@ struct SimilaritySlots {
   }
   SimilaritySlot<R> at(int64_t slot) const {
     Arena one(base + slot * bytes);
-    return SimilaritySlot<R>(p, plan, one);
+    return SimilaritySlot<R>(p, plan, backward, one);
   }
 };
 
@@ -143,14 +152,12 @@ struct Side {
 template <class R>
 struct ForwardBuffers {
   SimilaritySlots<R> slots;
-  R* scores;
   double* squares;
   Side<R> rows, columns;
 
   ForwardBuffers(const SimilarityProblem& p, const SimilarityPlan& plan, bool of_columns, bool mean,
                  int threads, Arena& arena)
-      : slots(p, plan, threads, arena) {
-    scores = arena.take<R>(gemm::right_size<R>(p.d, p.m));
+      : slots(p, plan, false, threads, arena) {
     squares = arena.take<double>(blocks_of(std::max(p.n, p.m), kPackRows));
     rows = Side<R>(p.n, mean, arena);
     if (of_columns) columns = Side<R>(p.m, false, arena);
@@ -171,17 +178,13 @@ template <class R>
 struct BackwardBuffers {
   SimilaritySlots<R> slots;
   TermBuffers<R> row_terms, column_terms;
-  R *scores, *keys = nullptr, *queries = nullptr;  // packed
-  R *dq = nullptr, *dk = nullptr;                  // where the user's cannot be added up in
+  R *dq = nullptr, *dk = nullptr;  // where the user's cannot be added up in
   double *squares, *dots;
 
   BackwardBuffers(const SimilarityProblem& p, const SimilarityPlan& plan, const SimilarityWants& w,
                   int threads, Arena& arena)
-      : slots(p, plan, threads, arena), row_terms(p.n, arena), column_terms(p.m, arena) {
-    scores = arena.take<R>(gemm::right_size<R>(p.d, p.m));
+      : slots(p, plan, true, threads, arena), row_terms(p.n, arena), column_terms(p.m, arena) {
     const bool half = dtype_size(p.dtype) != int64_t(sizeof(R)), of_queries = w.dq || w.dscale;
-    if (of_queries) keys = arena.take<R>(gemm::right_size<R>(p.m, p.d));
-    if (w.dk) queries = arena.take<R>(gemm::right_size<R>(p.n, p.d));
     if (of_queries && (half || !w.dq)) dq = arena.take<R>(p.n * p.d);
     if (w.dk && half) dk = arena.take<R>(p.m * p.d);
     squares = arena.take<double>(blocks_of(std::max(p.n, p.m), kPackRows));

@@ -1,6 +1,6 @@
-// Pairs of blocks of rows, in rounds in which no block occurs twice: the tasks of a round may add to
-// what belongs to their two blocks without any lock, and every block adds up its terms in the order
-// of the rounds, whatever the number of threads.
+// Pairs of blocks of rows, in rounds in which no block occurs twice: the tasks of a round may add
+// to what belongs to their two blocks without any lock, and every block adds up its terms in the
+// order of the rounds, whatever the number of threads.
 #pragma once
 
 #include <algorithm>

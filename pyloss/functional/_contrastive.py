@@ -81,9 +81,13 @@ class Features:
         self.first = first
 
     def of(self, z: Tensor) -> Tensor:
-        if self.normalize:
-            z = F.normalize(z.to(self.sums), dim=1)
-        return z.to(self.products)
+        """For the op."""
+        return self.exact(z).to(self.products) if self.normalize else z.to(self.products)
+
+    def exact(self, z: Tensor) -> Tensor:
+        """In the dtype of the sums."""
+        z = z.to(self.sums)
+        return F.normalize(z, dim=1) if self.normalize else z
 
     def scale(self, name: str, value: float | Tensor, rows: int | None = None) -> float | Tensor:
         """A number, or a tensor of one number, or of one a row where there may be so many."""

@@ -479,7 +479,7 @@ def hard_info_nce(
             query, key, temperature=temperature, normalize=normalize, reduction=reduction
         )
     scale = features.inverse("temperature", temperature, rows)
-    q, k = (features.of(z).to(features.sums) for z in (query, key))
+    q, k = features.exact(query), features.exact(key)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=q.dtype, device=q.device)
     lse, _ = similarity_hardest(q, k, scale, count, 0)
@@ -535,7 +535,7 @@ def simple_contrastive(
     features = Features(normalize, query=query, key=key)
     check_same_rows("key", key, "query", query)
     rows = query.shape[0]
-    q, k = (features.of(z).to(features.sums) for z in (query, key))
+    q, k = features.exact(query), features.exact(key)
     positive = (q * k).sum(1)
     negatives = max(0, rows - 1)
     count = hardest_count(hard_fraction, negatives)

@@ -29,6 +29,11 @@ _forced = _checked(os.environ.get("PYLOSS_GEMM") or None)
 _preferred = _C.prefers_own_gemm()
 
 
+def by_torch() -> bool:
+    """Whether PYLOSS_GEMM asks for torch's products, in ops whose kernels contain their own."""
+    return _forced == "torch"
+
+
 def is_own(x: Tensor) -> bool:
     """Whether products of such tensors are the own ones."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):

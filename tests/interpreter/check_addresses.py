@@ -13,6 +13,7 @@ import torch
 from access_recorder import addresses, recording
 from check_linear_cross_entropy import SMALL as SMALL_LINEAR
 from check_linear_cross_entropy import problem as linear_problem
+from check_similarity_softmax import small as small_pairs
 from check_tensor_attention import SMALL
 from check_tensor_attention import problem as attention_problem
 from check_tensor_attention_lowrank import SMALL as SMALL_LOWRANK
@@ -20,6 +21,7 @@ from check_tensor_attention_lowrank import coefficients
 from check_tensor_attention_lowrank import problem as lowrank_problem
 
 from pyloss.kernels import linear_cross_entropy as linear
+from pyloss.kernels import similarity_softmax as pairs
 from pyloss.kernels import tensor_attention as attention
 from pyloss.kernels.tensor_attention_lowrank import scan, whole
 
@@ -115,6 +117,45 @@ def lowrank_causal() -> None:
     )  # fmt: skip
 
 
+def pairs_of(n: int, m: int, d: int) -> tuple:
+    p = pairs.Pairs(
+        meta(n), 1, None, meta(n, dtype=torch.int64), meta(n, dtype=torch.int32),
+        meta(m, dtype=torch.int32), 0, n, m,
+    )  # fmt: skip
+    queries, keys = (meta(count, d, dtype=HALF) for count in (n, m))
+    return queries, keys, p, pairs.Kind(True, 1, False, False)
+
+
+def coeffs_of(n: int, m: int) -> pairs.Coeffs:
+    return pairs.Coeffs(*(meta(n) for _ in range(3)), *(meta(m) for _ in range(3)))
+
+
+def pairs_statistics() -> None:
+    config = pairs.Config(128, 128, 2048, 8, 1)
+    for n, m in ((2**20, 2**12), (2**12, 2**20)):  # queries or keys of 2^32 elements
+        pairs.pair_statistics(
+            *pairs_of(n, m, 2**12), columns=True, mean=True, config=config, splits=2**13
+        )
+
+
+def pairs_sweeps() -> None:
+    config = pairs.Config(128, 128, 128, 8, 1)
+    for n, m in ((2**25, 2**7), (2**7, 2**25)):
+        for of in (pairs.QUERIES, pairs.KEYS):
+            pairs.pair_sweep(
+                *pairs_of(n, m, 128), coeffs_of(n, m), of, want_scale=of == pairs.QUERIES,
+                config=config, splits=2**18,
+            )  # fmt: skip
+
+
+def pairs_blocks() -> None:
+    n, m = 2**17, 2**15 + 5  # a gradient of 2^32 elements
+    pairs.pair_gradient_block(
+        *pairs_of(n, m, 64), coeffs_of(n, m), pairs.QUERIES, meta(n, m + 3, dtype=HALF), 0,
+        want_scale=True, config=pairs.Config(128, 128, 64, 8, 1),
+    )  # fmt: skip
+
+
 CALLS = {
     "linear statistics": linear_statistics,
     "linear gradient": linear_gradient,
@@ -122,6 +163,9 @@ CALLS = {
     "attention rows": attention_windows("rows"),
     "attention pairs": attention_windows("pairs", masked=True),
     "attention mask": attention_mask,
+    "pairs statistics": pairs_statistics,
+    "pairs sweeps": pairs_sweeps,
+    "pairs blocks": pairs_blocks,
     "lowrank": lowrank_long,
     "lowrank causal": lowrank_causal,
 }
@@ -191,8 +235,26 @@ def lowrank_results(causal: bool) -> Callable[[], list[torch.Tensor]]:
     return call
 
 
+def pairs_results() -> list[torch.Tensor]:
+    queries, keys = torch.randn(37, 19), torch.randn(50, 19)
+    numbers = torch.rand(37), torch.rand(50)
+    p = pairs.Pairs(numbers[0], 1, None, torch.arange(37), None, None, 2, 37, 50)
+    args = (queries, keys, p, pairs.Kind(True, 0, False, False))
+    config = {"config": small_pairs(19)}
+    found = pairs.pair_statistics(*args, columns=True, mean=True, splits=2, **config)
+    c = pairs.Coeffs(*3 * numbers[:1], *3 * numbers[1:])
+    dz = torch.empty(48, 56)
+    block = pairs.pair_gradient_block(*args, c, pairs.QUERIES, dz, 0, want_scale=True, **config)
+    swept = [
+        pairs.pair_sweep(*args, c, of, want_scale=of == pairs.QUERIES, splits=2, **config)
+        for of in (pairs.QUERIES, pairs.KEYS)
+    ]
+    return [*found, *block, *swept[0], *swept[1]]
+
+
 RESULTS = {
     "linear": linear_results,
+    "pairs": pairs_results,
     "attention rows": attention_results("rows"),
     "attention pairs": attention_results("pairs"),
     "lowrank": lowrank_results(False),

@@ -235,8 +235,9 @@ TEMPERATURE_ERRORS = (
     Bad(ValueError, "temperature must be finite and > 0, got 0", dict(temperature=0.0)),
     Bad(TypeError, "temperature must be a number, got str", dict(temperature="low")),
 )
-# Logits of a temperature of 0.1 are ten times as large, and so are their roundings.
-TOLERANCES = {F32: (1e-4, 1e-5), BF16: (1e-2, 1e-4), F16: (2e-3, 1e-4)}
+# Logits of a temperature of 0.1 are ten times as large, and so are their roundings. On a GPU half
+# types round features of length 1; on a CPU, where they do not, `half` asks for every bit.
+TOLERANCES = {F32: (1e-4, 1e-5), BF16: (8e-2, 4e-2), F16: (1e-2, 5e-3)}
 SHARED = dict(
     wide=("temperature", "logit_scale", "logit_bias"), tolerances=TOLERANCES, build=of_module
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.similarity_softmax import by_tiles, cpu, reference
+from pyloss.ops.similarity_softmax import by_tiles, cpu, reference, triton
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     DENOMINATORS,
@@ -59,7 +59,7 @@ define_op(
     fake=_forward_fake,
     impls={
         "cpu": cpu.forward,
-        "triton": by_tiles.forward,
+        "triton": triton.forward,
         "reference": otherwise(reference.forward, by_tiles.forward),
     },
 )
@@ -69,7 +69,7 @@ define_op(
     fake=_backward_fake,
     impls={
         "cpu": cpu.backward,
-        "triton": by_tiles.backward,
+        "triton": triton.backward,
         "reference": otherwise(reference.backward, by_tiles.backward),
     },
 )

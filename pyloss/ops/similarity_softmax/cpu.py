@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
+from pyloss.ops import _gemm
 from pyloss.ops._launch import address, scratch
-from pyloss.ops.similarity_softmax import records
+from pyloss.ops.similarity_softmax import by_tiles, records
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     WANT_KEYS,
@@ -26,6 +27,8 @@ def _separate(p: Pairs) -> Pairs:
 
 
 def forward(*args) -> list[Tensor]:
+    if _gemm.by_torch():
+        return by_tiles.forward(*args)
     p = Pairs(*args)
     found = softmax_outputs(p.queries, p.keys, p.flags)
     problem = records.problem(_separate(p))
@@ -40,6 +43,8 @@ def forward(*args) -> list[Tensor]:
 
 
 def backward(*args) -> list[Tensor]:
+    if _gemm.by_torch():
+        return by_tiles.backward(*args)
     given, (want, lse, column_lse, *cotangents) = Pairs(*args[:9]), args[9:]
     p = _separate(given)
     if p is not given:

@@ -52,7 +52,19 @@ class Backward(NamedTuple):
     dscale: int
 
 
-RECORDS = (Problem, Forward, Backward)
+class Counts(NamedTuple):
+    n: int
+    d: int
+    classes: int
+    steps: int
+    dtype: int
+    x: int
+    half: int
+    labels: int
+    edges: int
+
+
+RECORDS = (Problem, Forward, Backward, Counts)
 
 
 def problem(p: Pairs) -> Problem:

@@ -11,7 +11,7 @@ from pyloss.ops._flops import count_by
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.similarity_softmax import by_tiles, reference
+from pyloss.ops.similarity_softmax import by_tiles, reference, triton
 from pyloss.ops.similarity_softmax.call import (
     MARGINS,
     SCHEMA,
@@ -52,7 +52,7 @@ define_op(
     fake=_forward_fake,
     impls={
         "cpu": by_tiles.sums_forward,
-        "triton": by_tiles.sums_forward,
+        "triton": triton.sums_forward,
         "reference": otherwise(reference.sums_forward, by_tiles.sums_forward),
     },
 )
@@ -61,7 +61,7 @@ define_op(
     fake=_backward_fake,
     impls={
         "cpu": by_tiles.sums_backward,
-        "triton": by_tiles.sums_backward,
+        "triton": triton.sums_backward,
         "reference": otherwise(reference.sums_backward, by_tiles.sums_backward),
     },
 )
