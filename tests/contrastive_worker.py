@@ -78,6 +78,9 @@ MASKS = {
     "self": dict(first=0, target="next", mean=True),
     "negatives": dict(first=0, target="next", denominator="negatives", mean=True),
     "labels": dict(first=0, same="positive", columns=True),
+    "no negatives": dict(
+        target="own", same="drop", columns=True, denominator="negatives", mean=True, classes=1
+    ),
     "false negatives": dict(target="own", same="drop", columns=True, denominator="negatives"),
 }
 
@@ -86,7 +89,7 @@ def masks_of(options: dict, rows: slice, whole: bool) -> dict:
     """For all ranks' rows, or for one's own; targets within the rank that has the row."""
     options = dict(options)
     total = sum(sizes())
-    ids, target = torch.arange(total) % 3, torch.arange(total)
+    ids, target = torch.arange(total) % options.pop("classes", 3), torch.arange(total)
     if options.get("target") == "next":
         begin = 0
         for size in sizes():
@@ -288,6 +291,24 @@ def second_derivatives() -> None:
            lambda: twice(own, x2[rows], group=dist.group.WORLD, ring=True))  # fmt: skip
 
 
+def a_group_of_some() -> None:
+    """The last ranks, whose numbers in the group are others."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    group = dist.new_group([*range(1, world)])
+    whole = draw(2 * world - 2, DIM, seed=30).requires_grad_()
+    if rank == 0:
+        raises(RuntimeError, "this process is not in the group",
+               lambda: pyloss.clip_loss(whole, whole, group=group))  # fmt: skip
+        return
+    rows = slice(2 * rank - 2, 2 * rank)
+    for ring in (False, True):
+        own = whole.detach()[rows].requires_grad_()
+        loss = pyloss.clip_loss(own, own.square(), group=group, ring=ring)
+        (found,) = torch.autograd.grad(loss, own)
+        (expected,) = torch.autograd.grad(pyloss.clip_loss(whole, whole.square()), whole)
+        close(found / (world - 1), expected[rows])
+
+
 def one_sample_in_all() -> None:
     z = draw(int(dist.get_rank() == 0), DIM, seed=1)
     raises(ValueError, "one sample, which has no negatives",
@@ -327,6 +348,7 @@ def cases() -> dict[str, Callable]:
     found = {
         "gather": gather_with_gradient,
         "gather of what differs": gather_of_what_differs,
+        "some ranks": a_group_of_some,
         "one sample": one_sample_in_all,
         "cached gradients, dropout": cached_gradients,
         "half, gathered": partial(half_types, False),

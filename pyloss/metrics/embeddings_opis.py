@@ -166,10 +166,12 @@ def _bounds(x, half, of_row, classes, far, samples) -> tuple[Tensor, Tensor]:
     square = (half[:, None] + half - x @ x.t()).mul_(2)
     negative = (of_row[:, None] != of_row) | (of_row == classes)
     negative = negative.triu_(1)
-    found = square[negative].clamp_(min=0)
-    if found.numel() == 0:
+    count = int(negative.sum())
+    if count == 0:
         return (square.new_zeros((), dtype=torch.float64),) * 2
-    at = (math.ceil(share * found.numel()) for share in far)
+    # Not only those of the mask: their indices would take more memory than all.
+    found = square.clamp_(min=0).masked_fill_(~negative, torch.inf).view(-1)
+    at = (math.ceil(share * count) for share in far)
     return tuple(found.kthvalue(k).values.double().sqrt() for k in at)
 
 
