@@ -260,8 +260,8 @@ def pair_seconds(
 
 
 def _pair_seconds() -> dict[str, float]:
-    """fwd+bwd of losses, tiles as in kernels/similarity_softmax/launch.py, with the torch operations
-    around: normalised features and their gradients, losses of rows.
+    """fwd+bwd of losses, with the tiles of kernels/similarity_softmax/launch.py, and with the torch
+    operations around: normalised features and their gradients, losses of rows.
     """
     n, d = 8192, 128  # sweeps
     statistics = pair_seconds(d, 1, (128, 64), 1, 10, True)
