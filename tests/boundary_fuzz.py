@@ -193,6 +193,20 @@ def gemm_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def similarity_counts_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    problem = record(
+        *(module, "similarity_softmax", "Counts"),
+        **dict(n=size(CLASSES), d=size(OUTER), classes=size(2), steps=size(INNER)),
+        **dict(dtype=code(0, 1), x=b["x"], half=b["weight"], labels=b["target"], edges=b["v"]),
+    )
+    scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
+    return {
+        "similarity_counts_scratch_bytes": [problem, THREADS],
+        "similarity_counts": [problem, b["grad"], *scratch],
+    }
+
+
 def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -470,6 +484,7 @@ def main() -> None:
         **gemm_calls(buffers),
         **betti_matching_calls(module, buffers),
         **permutahedron_calls(module, buffers),
+        **similarity_counts_calls(module, buffers),
         **tensor_attention_calls(module, buffers),
         **similarity_softmax_calls(module, buffers),
         **sorting_network_calls(module, buffers),

@@ -83,7 +83,7 @@ def test_gradients_of_similarities(temperature) -> None:
     p = (s / temperature).softmax(1).detach()
     expected = (p - p.diag().diag()) / temperature
     expected = expected - expected.sum(1).diag()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_penalties_are_more_even_at_higher_temperatures() -> None:

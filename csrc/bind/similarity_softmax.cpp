@@ -6,6 +6,7 @@
 #include "bind/args.h"
 #include "bind/attention.h"
 #include "bind/register.h"
+#include "cpu/similarity_counts.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,8 @@ PYLOSS_RECORD(Forward, lse, positive, count, positives, mean, column_lse, column
               column_count, column_positives);
 PYLOSS_RECORD(Backward, lse, column_lse, g, g_positive, column_g, column_g_positive, dq, dk,
               dscale);
+// Of similarity_counts: rows of float or double, labels from 0 to classes.
+PYLOSS_RECORD(Counts, n, d, classes, steps, dtype, x, half, labels, edges);
 
 SimilarityProblem decode(py::handle record) {
   const Reader<Problem> r(record);
@@ -91,10 +94,55 @@ SimilarityBackward decode_backward(py::handle record, const SimilarityProblem& p
   return b;
 }
 
+cpu::CountsProblem decode_counts(py::handle record) {
+  const Reader<Counts> r(record);
+  cpu::CountsProblem p{};
+  p.n = r.integer(Counts::n);
+  p.d = r.integer(Counts::d);
+  p.classes = r.integer(Counts::classes);
+  p.steps = r.integer(Counts::steps);
+  if (checked_count("x", {p.n, p.d}) > kMostElements || p.n > kMostRows) {
+    bad_argument("x", "too many");
+  }
+  if (p.classes < 0 || p.classes > p.n) r.bad(Counts::classes, "not from 0 to n");
+  if (p.steps < 1) r.bad(Counts::steps, "needs at least one");
+  if (checked_count("counts", {p.classes + 1, p.steps}) > kMostElements) {
+    bad_argument("counts", "too many");
+  }
+  p.dtype = r.float32_or_float64(Counts::dtype);
+  p.x = r.pointer(Counts::x, p.n * p.d);
+  p.half = r.pointer(Counts::half, p.n);
+  p.labels = r.pointer<const int64_t>(Counts::labels, p.n);
+  p.edges = r.pointer(Counts::edges, p.steps);
+  return p;
+}
+
+// They index the counts.
+void check_labels(const cpu::CountsProblem& p) {
+  for (int64_t i = 0; i < p.n; ++i) {
+    if (p.labels[i] < 0 || p.labels[i] > p.classes) {
+      bad_argument("labels", "not from 0 to the number of classes");
+    }
+  }
+}
+
 }  // namespace
 
 void register_similarity_softmax(py::module_& m) {
-  declare_records<Problem, Forward, Backward>(m, "similarity_softmax");
+  declare_records<Problem, Forward, Backward, Counts>(m, "similarity_softmax");
+  m.def("similarity_counts_scratch_bytes", [](py::handle problem, int64_t threads) {
+    return cpu::similarity_counts_scratch(decode_counts(problem), checked_threads(threads));
+  });
+  m.def("similarity_counts", [](py::handle problem, int64_t counts, int64_t scratch,
+                                int64_t scratch_bytes, int64_t threads) {
+    const cpu::CountsProblem p = decode_counts(problem);
+    const int width = checked_threads(threads);
+    void* buffer =
+        checked_scratch(scratch, scratch_bytes, cpu::similarity_counts_scratch(p, width));
+    auto* to = checked_pointer<int64_t>("counts", counts, 2 * (p.classes + 1) * p.steps);
+    check_labels(p);
+    without_gil(cpu::similarity_counts, p, to, buffer, width);
+  });
   m.def("similarity_softmax_fwd_scratch_bytes",
         [](py::handle problem, bool columns, int64_t threads) {
           return cpu::similarity_softmax_forward_scratch(decode(problem), columns,

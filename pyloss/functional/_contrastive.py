@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
+from pyloss.ops.similarity_softmax import Stats, pair_sums, similarity_softmax
 
 
 def check_positive(name: str, value) -> None:
@@ -81,9 +81,13 @@ class Features:
         self.first = first
 
     def of(self, z: Tensor) -> Tensor:
-        if self.normalize:
-            z = F.normalize(z.to(self.sums), dim=1)
-        return z.to(self.products)
+        """For the op."""
+        return self.exact(z).to(self.products) if self.normalize else z.to(self.products)
+
+    def exact(self, z: Tensor) -> Tensor:
+        """In the dtype of the sums."""
+        z = z.to(self.sums)
+        return F.normalize(z, dim=1) if self.normalize else z
 
     def scale(self, name: str, value: float | Tensor, rows: int | None = None) -> float | Tensor:
         """A number, or a tensor of one number, or of one a row where there may be so many."""
@@ -156,6 +160,22 @@ def shares(x: Tensor, group) -> Tensor:
     from pyloss.functional import _contrastive_group as of_group  # with its first use
 
     return of_group.shares(x, group)
+
+
+def of_rows(stats: Stats) -> Tensor:
+    """-log p of the positive, of each row."""
+    return _surprise(stats.lse, stats.positive, stats.count, stats.positives)
+
+
+def of_columns(stats: Stats) -> Tensor:
+    return _surprise(
+        stats.column_lse, stats.column_positive, stats.column_count, stats.column_positives
+    )
+
+
+def _surprise(lse: Tensor, positive: Tensor, count: Tensor, positives: Tensor) -> Tensor:
+    """A positive alone is certain, whatever the roundings of its logit; a NaN stays."""
+    return (lse - positive) * (count > positives)
 
 
 def check_same_rows(name: str, z: Tensor, other_name: str, other: Tensor) -> None:

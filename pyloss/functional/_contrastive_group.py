@@ -1,7 +1,7 @@
 """Contrastive losses over a process group: the statistics of one process on the joined batch.
 
 Every rank gives its own queries and keys, and gets the rows of its own queries (and columns of its
-own keys). Imported with the first call that has a group.
+own keys). Compiled graphs break at each function. Imported with the first call that has a group.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.linear_cross_entropy.vocab_parallel.group import eager
 from pyloss.ops.similarity_softmax import Stats, gather, pair_sums, similarity_softmax
 from pyloss.ops.similarity_softmax.call import COLUMNS, DENOMINATORS, MEAN, checked
 from pyloss.ops.similarity_softmax.gather import Layout, gathered, summed_over
@@ -26,12 +27,14 @@ def check_group() -> None:
         )
 
 
+@eager
 def layout_of(name: str, x: Tensor, group) -> Layout:
     """Which rank holds which rows of x; the first thing that is asked of a group."""
     check_group()
     return gather.layout_of(name, x, group)
 
 
+@eager
 def all_rows(name: str, x: Tensor, group, sizes: Sequence[int] | None) -> Tensor:
     """The rows of all ranks; `sizes`: how many each has, where that is known."""
     if x.dim() == 0:
@@ -48,6 +51,7 @@ def all_rows(name: str, x: Tensor, group, sizes: Sequence[int] | None) -> Tensor
     return gathered(x, layout, group)
 
 
+@eager
 def statistics(
     queries: Tensor,
     keys: Tensor,
@@ -84,6 +88,7 @@ def statistics(
     return _own_columns(stats, layout, group) if columns else stats
 
 
+@eager
 def sums(
     queries: Tensor,
     keys: Tensor,
@@ -109,6 +114,7 @@ def sums(
     return pair_sums(queries, gathered(keys, layout, group), scale, bias, **masks)
 
 
+@eager
 def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     """Of the ranks' `total` over their `count`, times the ranks: DDP's mean over them is that of
     the joined batch, and so is its gradient."""
@@ -116,18 +122,21 @@ def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     return total * dist.get_world_size(group) / summed_over(count, group).clamp(min=1)
 
 
+@eager
 def shares(x: Tensor, group) -> Tensor:
     """Softmax over the rows of all ranks, times their count."""
     every = gathered(x.detach(), layout_of("the embeddings", x, group), group)
     return len(every) * torch.exp(x - torch.logsumexp(every, 0))
 
 
+@eager
 def joint_mean(each: Tensor, group) -> Tensor:
     """Over the entries of all ranks, the same on each; of none 0; no gradient."""
     sums = summed_over(torch.stack([each.sum(), each.new_tensor(float(each.numel()))]), group)
     return sums[0] / sums[1].clamp(min=1)
 
 
+@eager
 def last_dimension(name: str, group, *tensors: Tensor) -> list[Tensor]:
     """What all ranks have along the last dimension, of tensors that are alike in it."""
     layout = layout_of(name, tensors[0], group)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
-
 from pyloss.ops._launch import DTYPE_CODES, address
 from pyloss.ops.similarity_softmax.call import Pairs
 
@@ -54,7 +52,19 @@ class Backward(NamedTuple):
     dscale: int
 
 
-RECORDS = (Problem, Forward, Backward)
+class Counts(NamedTuple):
+    n: int
+    d: int
+    classes: int
+    steps: int
+    dtype: int
+    x: int
+    half: int
+    labels: int
+    edges: int
+
+
+RECORDS = (Problem, Forward, Backward, Counts)
 
 
 def problem(p: Pairs) -> Problem:
