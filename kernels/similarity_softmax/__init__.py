@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .counts import pair_counts
 from .gradient import BOTH, KEYS, QUERIES, pair_gradient_block, pair_sweep
 from .launch import MOST_WHOLE, Config
 from .pairs import Coeffs, Kind, Pairs
@@ -17,6 +18,7 @@ __all__ = [
     "Kind",
     "PairStats",
     "Pairs",
+    "pair_counts",
     "pair_gradient_block",
     "pair_softplus_sums",
     "pair_statistics",
