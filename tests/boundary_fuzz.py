@@ -245,6 +245,41 @@ def tensor_attention_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str,
     }
 
 
+def similarity_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
+    op, flag = "similarity_softmax", Field([0, 1], [2, -1, *HUGE])
+    problem = record(
+        *(module, op, "Problem"),
+        **dict(n=size(4), m=size(4), d=size(5), dtype=code(0, 1, 2, 3), itself=flag),
+        **dict(queries=b["x"], keys=b["v"], scale=number(1.0, 80.0), scales=maybe["weight"]),
+        **dict(scale_of_each=flag, target=maybe["target"], query_ids=b["index"]),
+        **dict(key_ids=b["target2"], first=integer(0, 1, -1), flags=code(*range(32))),
+    )
+    names = ("stats", "extras", "loss", "norm")
+    results = dict(zip(("lse", "positive", "count", "positives"), (b[n] for n in names)))
+    columns = ("grad_loss", "cotangents", "cotangents2", "grad_rows")
+    fields = ("column_lse", "column_positive", "column_count", "column_positives")
+    forward = record(
+        *(module, op, "Forward"),
+        **dict(results, mean=maybe["mix"], **{f: maybe[n] for f, n in zip(fields, columns)}),
+    )
+    given = dict(g="loss", g_positive="norm", column_g="cotangents", column_g_positive="mix")
+    given |= dict(dq="grad", dk="grad_rows", dscale="factor")
+    backward = record(
+        *(module, op, "Backward"),
+        **dict(lse=b["stats"], column_lse=b["grad_loss"]),
+        **{field: maybe[name] for field, name in given.items()},
+    )
+    scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
+    return {
+        "similarity_softmax_fwd_scratch_bytes": [problem, flag, THREADS],
+        "similarity_softmax_bwd_scratch_bytes": [problem, flag, flag, flag, THREADS],
+        "similarity_softmax_fwd": [problem, forward, *scratch],
+        "similarity_softmax_bwd": [problem, backward, *scratch],
+    }
+
+
 def tensor_attention_lowrank_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -445,6 +480,7 @@ def main() -> None:
         **permutahedron_calls(module, buffers),
         **similarity_counts_calls(module, buffers),
         **tensor_attention_calls(module, buffers),
+        **similarity_softmax_calls(module, buffers),
         **sorting_network_calls(module, buffers),
         **tensor_attention_lowrank_calls(module, buffers),
     }

@@ -179,6 +179,12 @@ void add_maxima(const Side<R>& s, int64_t first, int64_t n, const R* maxima, R* 
   }
 }
 template <class R>
+void add_sums(const Side<R>& s, int64_t first, int64_t n, const R* sums, const R* weighted) {
+  for (int64_t k = 0; k < n; ++k) s.sum[first + k] += sums[k];
+  if (!s.weighted) return;
+  for (int64_t k = 0; k < n; ++k) s.weighted[first + k] += weighted[k];
+}
+template <class R>
 void add_equal(const Side<R>& s, const Kinds& kinds, int64_t first, int64_t n, const R* sums,
                const int64_t* counts) {
   for (int64_t k = 0; k < n; ++k) {
@@ -238,16 +244,12 @@ struct Forward {
       add_maxima(rows, t.row, t.rows, b.row_sums, b.row_shifts);
       if (both) add_maxima(others, t.column, t.columns, b.column_sums, b.column_shifts);
     }
-    math.sum_exp(t,
-                 {shifts ? b.row_shifts : nullptr, shifts ? b.column_shifts : nullptr, b.row_sums,
-                  both ? b.column_sums : nullptr, rows.weighted ? b.weighted : nullptr});
-    for (int64_t r = 0; r < t.rows; ++r) {
-      rows.sum[t.row + r] += b.row_sums[r];
-      if (rows.weighted) rows.weighted[t.row + r] += b.weighted[r];
-    }
-    if (both) {
-      for (int64_t c = 0; c < t.columns; ++c) others.sum[t.column + c] += b.column_sums[c];
-    }
+    const bool mean = rows.weighted != nullptr;
+    math.sum_exp(t, {shifts ? b.row_shifts : nullptr, shifts ? b.column_shifts : nullptr,
+                     b.row_sums, both ? b.column_sums : nullptr, mean ? b.weighted : nullptr,
+                     mean ? b.column_weighted : nullptr});
+    add_sums(rows, t.row, t.rows, b.row_sums, b.weighted);
+    if (both) add_sums(others, t.column, t.columns, b.column_sums, b.column_weighted);
     for (int64_t k = 0; k < count; ++k) {
       const Special<R>& s = b.specials[k];
       const int64_t i = t.row + s.row, j = t.column + s.column;

@@ -18,7 +18,7 @@ template <class R>
 struct Sums {
   const R *row_shifts, *column_shifts;  // null: no shifts, and z at most exp_limit
   R *rows, *columns;                    // columns null: not wanted
-  R* weighted;                          // of z exp(z - shift) over each row; null: not wanted
+  R *weighted, *column_weighted;        // of z exp(z - shift); null: not wanted
 };
 
 // Of the rows or columns of a tile, for the gradient.

@@ -60,7 +60,7 @@ template <class R>
 struct SimilaritySlot {        // of one thread
   R *tile, *rows;              // rows: some of the queries or keys
   R *scores, *keys, *queries;  // blocks, packed; the last two of a backward
-  R *row_sums, *column_sums, *row_shifts, *column_shifts, *weighted;
+  R *row_sums, *column_sums, *row_shifts, *column_shifts, *weighted, *column_weighted;
   int64_t *row_counts, *column_counts;
   Special<R>* specials;
 
@@ -79,6 +79,7 @@ struct SimilaritySlot {        // of one thread
     weighted = arena.take<R>(rows_of_tile);
     column_sums = arena.take<R>(columns);
     column_shifts = arena.take<R>(columns);
+    column_weighted = arena.take<R>(columns);
     row_counts = arena.take<int64_t>(rows_of_tile);
     column_counts = arena.take<int64_t>(columns);
     specials = arena.take<Special<R>>(2 * (rows_of_tile + columns));

@@ -63,25 +63,36 @@ template <class R, bool kShifts, bool kColumns, bool kMean>
 void sum_exp_of(const Tile<R>& t, const Sums<R>& s) {
   using V = typename Vec<R>::V;
   constexpr int kLanes = Vec<R>::kLanes;
+  constexpr bool kColumnMean = kColumns && kMean;
   if (kColumns) {
-    for (int64_t c = 0; c < t.columns; c += kLanes) store(s.columns + c, V{});
+    for (int64_t c = 0; c < t.columns; c += kLanes) {
+      store(s.columns + c, V{});
+      if (kColumnMean) store(s.column_weighted + c, V{});
+    }
   }
   by_four(t.rows, [&](auto count, int64_t r) {
     constexpr int kRows = decltype(count)::value;
     V sum[kRows], weighted[kRows];
     for (int k = 0; k < kRows; ++k) sum[k] = weighted[k] = V{};
     for (int64_t c = 0; c < t.columns; c += kLanes) {
-      V column{}, shift{};
+      V column{}, column_weighted{}, shift{};
       if (kColumns) column = load(s.columns + c);
+      if (kColumnMean) column_weighted = load(s.column_weighted + c);
       if (kShifts && kColumns) shift = load(s.column_shifts + c);
       for (int k = 0; k < kRows; ++k) {
         const V z = load(t.data + (r + k) * t.stride + c);
+        const V weight = z > V{} - infinity_<R>() ? z : V{};
         const V e = exp_of(kShifts ? z - s.row_shifts[r + k] : z);
         sum[k] += e;
-        if (kMean) weighted[k] += e * (z > V{} - infinity_<R>() ? z : V{});
-        if (kColumns) column += kShifts ? exp_of(z - shift) : e;
+        if (kMean) weighted[k] += e * weight;
+        if (kColumns) {
+          const V f = kShifts ? exp_of(z - shift) : e;
+          column += f;
+          if (kMean) column_weighted += f * weight;
+        }
       }
       if (kColumns) store(s.columns + c, column);
+      if (kColumnMean) store(s.column_weighted + c, column_weighted);
     }
     for (int k = 0; k < kRows; ++k) {
       s.rows[r + k] = lane_sum<R>(sum[k]);
