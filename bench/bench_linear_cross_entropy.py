@@ -2,8 +2,8 @@
 
 The yardstick is "bare products": torch's matrix products alone, into buffers made before (forward:
 the logits; forward and backward: also the gradients of the hidden states and of the weight). In
-float32 on the CPU pyloss has faster ones (bench_gemm.py). Extra memory is the peak of one call minus
-the gradients that it returns.
+float32 on the CPU pyloss has faster ones (bench_gemm.py). Extra memory is the peak of one call
+minus the gradients that it returns.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._launch import dot_precision, little_shared, widens
+from .._launch import device_capability, dot_precision, little_shared, widens
 from ..linear_cross_entropy.launch import Config, check_problem, for_few_rows
 from .pairs import Kind, Pairs
 
@@ -64,12 +64,20 @@ def choose_config(
         config = config._replace(block_k=config.block_k or max(16, triton.next_power_of_2(d)))
         if little_shared(device):
             config = config._replace(num_stages=2, block_m=64)
+        if kernel == "sweep" and kind == "half" and not _products_from_shared(device):
+            config = config._replace(block_n=32)
     else:
         config = TABLE[kernel, kind]
         if little_shared(device):
             config = config._replace(block_n=min(config.block_n, 128), num_stages=2)
     block_m = max(16, triton.next_power_of_2(rows))
     return config if block_m >= config.block_m else for_few_rows(config, block_m)
+
+
+def _products_from_shared(device: torch.device) -> bool:
+    """Whether tensor cores read factors from shared memory, which leaves registers to sums."""
+    capability = device_capability(device)
+    return capability is None or capability[0] in (9, 10)
 
 
 def tile_of(c: Config, x: torch.Tensor) -> Tile:
