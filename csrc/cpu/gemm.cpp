@@ -146,7 +146,7 @@ template <class R>
 int64_t left_rows(int64_t depth) {
   const int64_t bytes = std::max<int64_t>(1, std::min(depth, kDepth)) * sizeof(R);
   const int64_t height = kernels<R>().tile_rows;
-  return std::max(height, l2_cache_bytes() / 2 / bytes / height * height);
+  return std::max(height, l2_cache_bytes() * 3 / 4 / bytes / height * height);
 }
 
 template <class R>

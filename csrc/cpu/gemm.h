@@ -6,8 +6,8 @@
 // Decomposition: C in register tiles of 14 x 32 floats (AVX-512; 6 x 16 with AVX2, 6 x 8 below).
 // Operands are copied ("packed") into panels in the order in which the tiles read them: B into
 // panels of 32 columns, A into panels of the height of a tile. K is cut into blocks of kDepth, so
-// that a panel of B stays in the first-level cache while the rows of A, at most left_rows(depth)
-// of them, stream past it from the second.
+// that a panel of B, 48 KB at most, stays in the first caches while the rows of A, at most
+// left_rows(depth) of them, stream past it from the second.
 // Memory traffic: A and B read once for each block of the other one's, C written once and read
 // and written once more for each further block of K.
 // Accumulator: R, in registers within a block of K. An element is summed in the order of l inside
@@ -83,9 +83,10 @@ double multiply_adds(int64_t operations);
 // ---- the pieces
 // -------------------------------------------------------------------------------------------------
 
-inline constexpr int64_t kDepth = 256;  // the longest block of K
+inline constexpr int64_t kDepth = 384;  // the longest block of K
 
-// Rows of A that should take part in one product(): they fill half of the second-level cache.
+// Rows of A that should take part in one product(): they fill three quarters of the second-level
+// cache.
 template <class R>
 int64_t left_rows(int64_t depth);
 
