@@ -357,7 +357,7 @@ def test_memory() -> None:
         problem = (n, n, 128, 1, True, 64, 64, 1.0, 0, False, 0, 0, 0, 0, 0)
         return (
             _C.similarity_softmax_fwd_scratch_bytes(problem, False, 2),
-            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, 2),
+            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, False, 2),
         )
 
     for small, large in zip(scratch(1 << 14), scratch(1 << 20)):
