@@ -66,15 +66,19 @@ def plain_opis(x: Tensor, labels: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def products(x: Tensor) -> Run:
-    from pyloss.ops import _gemm
+    from pyloss import _C
 
-    n = x.shape[0]
+    (n, d), threads = x.shape, torch.get_num_threads()
     buffer = x.new_empty(BLOCK, n)
 
     def call() -> None:
         for i in range(0, n, BLOCK):
-            rows, others = x[i : i + BLOCK], x[i:]
-            _gemm.product(rows, others.t(), buffer[: rows.shape[0], : others.shape[0]])
+            rows = x[i : i + BLOCK]
+            # Float32; the rows times what stands behind them, transposed.
+            _C.gemm(
+                1, rows.shape[0], n - i, d, rows.data_ptr(), d, 1, rows.data_ptr(), 1, d,
+                buffer.data_ptr(), n, 0, False, threads,
+            )  # fmt: skip
 
     return Run(call=call)
 

@@ -1,8 +1,9 @@
 """Five-way few-shot learning of digits: ICNN and Proto-Triplet beside prototypical networks.
 
-Digits turned by 0, 90, 180 and 270 degrees are 40 classes. An encoder is trained in episodes on
-those of five digits, and judged by the nearest prototype on those of the other five, which it has
-never seen: one and five images of each of five classes are given, ten of each are to be named.
+Digits turned by 0, 90, 180 and 270 degrees are 40 classes, and each image is lit in its own way: a
+smooth pattern is laid over it. An encoder is trained in episodes on the classes of five digits, and
+judged by the nearest prototype on those of the other five, which it has never seen: one and five
+images of each of five classes are given, ten of each are to be named.
 Run: python examples/few_shot.py [--steps 300] [--episodes 200] [--quick] [--help]
 Needs scikit-learn.
 """
@@ -25,13 +26,23 @@ from pyloss.functional import icnn_loss, proto_triplet_loss, prototypes
 WAY = 5
 
 
-def classes_of(digits: list[int]) -> list[Tensor]:
+def lit(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """(n, 64): with a mixture of the nine slowest cosines of the image over each."""
+    at = (torch.arange(8) + 0.5) * torch.pi / 8
+    waves = torch.stack([torch.cos(k * at) for k in range(3)])
+    patterns = torch.einsum("ux,vy->uvxy", waves, waves).reshape(9, 64)
+    weights = strength * torch.randn(len(images), 9, generator=generator)
+    return images.flatten(1) + weights @ patterns
+
+
+def classes_of(digits: list[int], strength: float) -> list[Tensor]:
     """Images (n, 64) of each digit in each of four orientations."""
+    generator = torch.Generator().manual_seed(0)
     parts = load_digits()
     images = torch.cat([part.images for part in parts])
     labels = torch.cat([part.labels for part in parts])
     return [
-        images[labels == digit].rot90(turns, (1, 2)).flatten(1)
+        lit(images[labels == digit].rot90(turns, (1, 2)), strength, generator)
         for digit in digits
         for turns in range(4)
     ]
@@ -118,6 +129,7 @@ def main() -> None:
     add("--steps", type=int, default=300, help="episodes of training")
     add("--shots", type=int, default=5, help="given images of a class, in training")
     add("--queries", type=int, default=10, help="images of a class to be named, in training")
+    add("--light", type=float, default=0.3, help="strength of the patterns")
     add("--episodes", type=int, default=200, help="on which is judged")
     add("--marks", type=int, default=5, help="points of the plot")
     add("--rate", type=float, default=1e-3)
@@ -134,7 +146,7 @@ def main() -> None:
     splits = []  # which five digits are seen, by seed
     for seed in range(args.seeds):
         order = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
-        splits.append((classes_of(order[:5]), classes_of(order[5:])))
+        splits.append((classes_of(order[:5], args.light), classes_of(order[5:], args.light)))
     pixels = [
         [accuracy(nn.Identity(), unseen, shots, args.episodes) for _, unseen in splits]
         for shots in (1, 5)

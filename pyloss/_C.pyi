@@ -114,7 +114,6 @@ def similarity_softmax_bwd(
     threads: int,
     /,
 ) -> None: ...
-
 def pair_sums_fwd_scratch_bytes(problem: tuple[object, ...], threads: int, /) -> int: ...
 def pair_sums_fwd(
     problem: tuple[object, ...],

@@ -78,6 +78,9 @@ MASKS = {
     "self": dict(first=0, target="next", mean=True),
     "negatives": dict(first=0, target="next", denominator="negatives", mean=True),
     "labels": dict(first=0, same="positive", columns=True),
+    "no negatives": dict(
+        target="own", same="drop", columns=True, denominator="negatives", mean=True, classes=1
+    ),
     "false negatives": dict(target="own", same="drop", columns=True, denominator="negatives"),
 }
 
@@ -86,7 +89,7 @@ def masks_of(options: dict, rows: slice, whole: bool) -> dict:
     """For all ranks' rows, or for one's own; targets within the rank that has the row."""
     options = dict(options)
     total = sum(sizes())
-    ids, target = torch.arange(total) % 3, torch.arange(total)
+    ids, target = torch.arange(total) % options.pop("classes", 3), torch.arange(total)
     if options.get("target") == "next":
         begin = 0
         for size in sizes():

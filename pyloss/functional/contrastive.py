@@ -24,8 +24,8 @@ from pyloss.functional._contrastive import (
     hardest_count,
     of_columns,
     of_rows,
+    other_views,
     pair_sums_over,
-    paired,
     shares,
     softmax_over,
 )
@@ -241,7 +241,7 @@ def nt_xent(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
-    z, other = paired(features.of(z1), features.of(z2))
+    z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other)
     return features.reduced(of_rows(stats), reduction, group=group)
 
@@ -414,12 +414,12 @@ def dcl(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
-    u1, u2 = features.of(z1), features.of(z2)
-    z, other = paired(u1, u2)
+    z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other, denominator="negatives")
     positive = stats.positive
     if sigma is not None:
-        agreed = (u1.detach().to(features.sums) * u2.detach()).sum(1)
+        first, second = z.detach().to(features.sums).chunk(2)
+        agreed = (first * second).sum(1)
         weight = 2 - shares(agreed / sigma, group)
         positive = positive * torch.cat([weight, weight])
     return features.reduced(stats.lse - positive, reduction, stats.count > 0, group)
