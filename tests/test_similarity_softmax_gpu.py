@@ -40,9 +40,8 @@ def problem(n: int, m: int, d: int, dtype: torch.dtype, same: bool) -> tuple[lis
     tensors.append((0.5 + torch.rand(n, generator=g)) * d**-0.5)
     indices = {"target": torch.randint(m, (n,), generator=g)}
     if same:
-        indices |= {
-            f"{s}_ids": torch.randint(9, (r,), generator=g) for s, r in (("query", n), ("key", m))
-        }
+        indices["query_ids"] = torch.randint(9, (n,), generator=g)
+        indices["key_ids"] = torch.randint(9, (m,), generator=g)
     return tensors, indices
 
 
@@ -83,6 +82,7 @@ def test_sums_against_the_reference(size: tuple) -> None:
     check(run(pair_sums, [t.to(DEVICE) for t in tensors], moved), want, BOUNDS[torch.bfloat16])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="bits and waits of a GPU")
 @pytest.mark.parametrize("d", (128, 512))
 def test_two_runs_give_the_same_bits_without_a_wait(d: int) -> None:
     tensors, indices = problem(3000, 5000, d, torch.bfloat16, True)
@@ -98,7 +98,7 @@ def test_two_runs_give_the_same_bits_without_a_wait(d: int) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="memory of a GPU")
 @pytest.mark.parametrize("loss", ("info_nce", "clip_loss"))
 def test_memory(loss: str) -> None:
-    """The issue's number: under 1 GB beside features and gradients, 4 x 64 MB."""
+    """Under 1 GB beside features and gradients."""
     features = [
         torch.randn(65536, 512, device=DEVICE).bfloat16().requires_grad_() for _ in range(2)
     ]
