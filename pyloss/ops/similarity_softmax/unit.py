@@ -49,7 +49,9 @@ def _split(y: Tensor, parts) -> tuple[Tensor, ...]:
 
 def _by_blocks(x: Tensor, norms: Tensor, grad: Tensor) -> Tensor:
     found = torch.empty_like(x, memory_format=torch.contiguous_format)
-    step = max(1, x.shape[0] if x.is_cuda else _BLOCK // max(1, x.shape[1]))
+    if x.is_cuda or x.numel() <= _BLOCK:
+        return _gradient(x, norms, grad, found)
+    step = max(1, _BLOCK // x.shape[1])
     for first in range(0, x.shape[0], step):
         rows = slice(first, first + step)
         _gradient(x[rows], norms[rows], grad[rows], found[rows])
