@@ -268,10 +268,10 @@ def _pair_seconds() -> dict[str, float]:
     both = pair_seconds(d, 2, (64, 64), 2, 17, True)
     nt_xent = n * n * (statistics + both) + 30 * LAUNCH
 
-    n, d = 65536, 512  # blocks of 2 (N + M) D numbers
+    n, d = 65536, 512  # blocks of 1.5 (N + M) D numbers
     statistics = pair_seconds(d, 1, (128, 256), 1, 10, False)
     product = pair_seconds(d, 1, (128, 256), 0, 0, False)
-    blocks = n * n / (4 * n * d)
+    blocks = n * n / (3 * n * d)
     accumulated = blocks * 8 * n * d / COPY  # the keys' gradient, read and written for each block
     rows = pair_seconds(d, 1, (128, 256), 1, 12, False)
     info_nce = n * n * (statistics + rows + 2 * product) + accumulated + 200 * LAUNCH

@@ -289,12 +289,25 @@ def similarity_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[st
         **dict(lse=b["stats"], column_lse=b["grad_loss"]),
         **{field: maybe[name] for field, name in given.items()},
     )
+    sums = record(
+        *(module, op, "PairSums"),
+        **dict(kind=code(0, 1), bias=maybe["states"], number1=number(0.1), number2=number(0.9)),
+    )
+    found = dict(sum1=b["stats"], count1=maybe["extras"], sum2=b["loss"], count2=maybe["norm"])
+    sum_results = record(*(module, op, "PairSumResults"), **found)
+    given = dict(g1="loss", g2="norm", dq="grad", dk="grad_rows", dscale="factor", dbias="mix")
+    sum_gradients = record(
+        *(module, op, "PairSumGradients"), **{field: maybe[n] for field, n in given.items()}
+    )
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
     return {
         "similarity_softmax_fwd_scratch_bytes": [problem, flag, THREADS],
-        "similarity_softmax_bwd_scratch_bytes": [problem, flag, flag, flag, THREADS],
+        "similarity_softmax_bwd_scratch_bytes": [problem, flag, flag, flag, flag, THREADS],
         "similarity_softmax_fwd": [problem, forward, *scratch],
         "similarity_softmax_bwd": [problem, backward, *scratch],
+        "pair_sums_fwd_scratch_bytes": [problem, THREADS],
+        "pair_sums_fwd": [problem, sums, sum_results, *scratch],
+        "pair_sums_bwd": [problem, sums, sum_gradients, *scratch],
     }
 
 

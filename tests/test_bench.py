@@ -22,6 +22,7 @@ from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
+from bench import bench_similarity_softmax as similarity_softmax  # noqa: E402
 from bench import bench_similarity_topk as similarity_topk  # noqa: E402
 from bench import bench_sorting_network as sorting_network  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
@@ -196,6 +197,7 @@ def test_derived_columns_of_the_linear_op():
         attention,
         betti,
         permutahedron,
+        similarity_softmax,
         similarity_topk,
         sorting_network,
     ],

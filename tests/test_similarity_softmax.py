@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyloss
 from pyloss import _C
@@ -16,6 +17,8 @@ from pyloss.ops.similarity_softmax import (
     margin_sums,
     pair_sums,
     similarity_softmax,
+    unit,
+    unit_rows,
 )
 from pyloss.reference.similarity_softmax import margin_sums as reference_margins
 from pyloss.reference.similarity_softmax import pair_sums as reference_sums
@@ -357,7 +360,7 @@ def test_memory() -> None:
         problem = (n, n, 128, 1, True, 64, 64, 1.0, 0, False, 0, 0, 0, 0, 0)
         return (
             _C.similarity_softmax_fwd_scratch_bytes(problem, False, 2),
-            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, 2),
+            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, False, 2),
         )
 
     for small, large in zip(scratch(1 << 14), scratch(1 << 20)):
@@ -376,6 +379,28 @@ def test_torch_products_on_request(monkeypatch) -> None:
     monkeypatch.setattr(by_tiles, "_Online", None)
     with pytest.raises(TypeError):
         similarity_softmax(*problem())
+
+
+def test_unit_rows(monkeypatch) -> None:
+    """F.normalize and its gradient, of several parts and by blocks; tiny norms are clamped."""
+    monkeypatch.setattr(unit, "_BLOCK", 20)
+    x, y = problem(9, 5, 3)
+    with torch.no_grad():
+        x[2] = 0
+        x[3] *= 1e-14
+    grad = torch.randn(14, 3, dtype=torch.float64)
+    found, expected = unit_rows(x, y), F.normalize(torch.cat([x, y]), dim=1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(t, (x, y), grad, retain_graph=True) for t in (found, expected))
+    )
+    (alone,) = torch.autograd.grad(found, y, grad)  # the other part has a gradient, too
+    torch.testing.assert_close(alone, torch.autograd.grad(expected, y, grad)[0])
+    fixed = x.detach()
+    assert torch.autograd.grad(unit_rows(fixed, y).sum(), y)[0].shape == y.shape
+    z = problem(3, 1, 3)[0]
+    torch.autograd.gradcheck(unit_rows, (z,), check_batched_grad=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(unit_rows, (z,))
 
 
 def test_strides() -> None:

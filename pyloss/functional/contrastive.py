@@ -24,8 +24,8 @@ from pyloss.functional._contrastive import (
     hardest_count,
     of_columns,
     of_rows,
+    other_views,
     pair_sums_over,
-    paired,
     shares,
     softmax_over,
 )
@@ -241,8 +241,7 @@ def nt_xent(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
-    z, other = paired(z1, z2)
-    z = features.of(z)
+    z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other)
     return features.reduced(of_rows(stats), reduction, group=group)
 
@@ -415,8 +414,7 @@ def dcl(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
-    z, other = paired(z1, z2)
-    z = features.of(z)
+    z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other, denominator="negatives")
     positive = stats.positive
     if sigma is not None:

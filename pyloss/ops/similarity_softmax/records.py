@@ -64,7 +64,30 @@ class Counts(NamedTuple):
     edges: int
 
 
-RECORDS = (Problem, Forward, Backward, Counts)
+class PairSums(NamedTuple):
+    kind: int
+    bias: int
+    number1: float
+    number2: float
+
+
+class PairSumResults(NamedTuple):
+    sum1: int
+    count1: int
+    sum2: int
+    count2: int
+
+
+class PairSumGradients(NamedTuple):
+    g1: int
+    g2: int
+    dq: int
+    dk: int
+    dscale: int
+    dbias: int
+
+
+RECORDS = (Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients)
 
 
 def problem(p: Pairs) -> Problem:

@@ -290,6 +290,6 @@ class _Gradients:
 
 def block_rows(n: int, m: int, d: int, itemsize: int) -> int:
     """Queries whose part of the logits' gradient exists at a time: whole tiles of any height."""
-    room = max(_BLOCK_BYTES, 2 * (n + m) * d * itemsize)
+    room = max(_BLOCK_BYTES, 3 * (n + m) * d * itemsize // 2)
     rows = max(_ALIGN, room // (m * itemsize) // _ALIGN * _ALIGN)
     return min(rows, -(-n // _ALIGN) * _ALIGN)

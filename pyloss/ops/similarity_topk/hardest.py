@@ -34,7 +34,7 @@ def _formulas():
 def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their z), one behind the other in one buffer."""
     count, others = queries.shape[0], keys.t()
-    height = min(count, max(1, by_tiles.TILE // max(1, keys.shape[0])))
+    height = min(count, by_tiles.tile_rows(keys.shape[0], queries.device))
     buffer = queries.new_empty((height, keys.shape[0]))
     scale = scale.expand(count).unsqueeze(1)
     for begin in range(0, count, max(1, height)):
