@@ -184,6 +184,19 @@ def test_no_triplets_no_loss(labels) -> None:
     assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
 
 
+def test_equal_distances_without_a_margin_are_mined_but_have_no_loss() -> None:
+    """Of the anchor 0: positives at 1 and 2, negatives at 1 and 1.5."""
+    x, y = torch.tensor([[0.0], [1.0], [2.0], [-1.0], [1.5]]), torch.tensor([0, 0, 0, 1, 2])
+    anchor = dict(ref_emb=x[1:], ref_labels=y[1:], margin=0.0, normalize=False)
+    for mining, average, expected in (
+        ("all", "active", (1 + 0.5) / 2), ("all", "all", 1.5 / 4),
+        ("hard", "active", (1 + 0.5) / 2), ("hard", "all", 1.5 / 3),
+        ("semihard", "active", 0.0), ("semihard", "all", 0.0),
+    ):  # fmt: skip
+        loss = F.triplet_margin_loss(x[:1], y[:1], mining=mining, average=average, **anchor)
+        assert loss == expected, (mining, average)
+
+
 def test_references_that_are_the_embeddings_leave_out_each_itself() -> None:
     x, y = torch.randn(8, 3), torch.arange(8) // 2
     for loss, options in (

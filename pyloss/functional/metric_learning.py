@@ -259,17 +259,19 @@ def _sorted_triplets(d, positive, negative, margin, mining):
         size = d.shape[1]
         above = size - torch.searchsorted(far + margin, fixed, right=True)
         beyond = size - torch.searchsorted(far, fixed)
+        # Where the margin is 0, or lost in rounding, equal distances are hard and have no loss.
         of_positive, of_negative = {
             "all": (below, above),
-            "hard": (closer, beyond),
-            "semihard": (below - closer, above - beyond),
+            "hard": (closer.minimum(below), beyond.minimum(above)),
+            "semihard": ((below - closer).clamp(min=0), (above - beyond).clamp(min=0)),
         }[mining]
         of_positive = torch.where(positive, of_positive, 0).to(d.dtype)
         of_negative = torch.where(negative, of_negative, 0).to(d.dtype)
-        active = of_positive.sum(1)
-        mined = active
+        active = mined = of_positive.sum(1)
         if mining == "all":
             mined = positive.sum(1).to(d.dtype) * negative.sum(1)
+        elif mining == "hard":
+            mined = torch.where(positive, closer, 0).sum(1)
     each = (of_positive * (d + margin)).sum(1) - (of_negative * d).sum(1)
     return each, active, mined
 
