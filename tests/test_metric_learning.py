@@ -232,6 +232,29 @@ def test_icnn_of_a_query_set_keeps_the_nearest() -> None:
     assert F.icnn_score(x, y, t, z, k=1) > F.icnn_score(x, 1 - y, t, z, k=1) + 0.5
 
 
+def test_half_embeddings_meet_what_is_kept_in_float32_under_autocast() -> None:
+    """Directions of classes, memories, prototypes: as where a network gives half types."""
+    x, kept, y = torch.randn(6, 4).bfloat16(), torch.randn(6, 4), torch.arange(6) // 2
+    for call in (
+        nn.ArcFaceLoss(3, 4), nn.CosFaceLoss(3, 4),
+        lambda x, y: F.proto_triplet_loss(x, y, kept),
+        lambda x, y: F.icnn_loss(x, y, kept, y),
+        lambda x, y: F.tcm_loss(x, y, m_neg=-1.0, ref_emb=kept, ref_labels=y),
+        lambda x, y: metrics.alignment(x, kept),
+        lambda x, y: metrics.penalty_entropy(x, kept),
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, ValueError), match="must be torch.bfloat16"):
+            call(x, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(x, y)
+        assert found.dtype == torch.float32 and torch.equal(found, call(x.float(), y))
+
+
+def test_label_smoothing_is_checked_when_made() -> None:
+    with pytest.raises(RuntimeError, match="label_smoothing must be between"):
+        nn.ArcFaceLoss(3, 4, label_smoothing=2.0)
+
+
 # --------------------------------------------------------------------------------------------------
 # What the losses reach
 

@@ -34,6 +34,14 @@ def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "e
     checks.check_device(name, labels, like, like_name)
 
 
+def alike(x: Tensor, like: Tensor) -> bool:
+    """Whether their dtypes may be compared: under autocast what is kept is in float32, such as
+    the directions of classes, and what a network gives in a half type."""
+    if checks.autocast_on(like):
+        return accumulator_dtype(x.dtype) == accumulator_dtype(like.dtype)
+    return x.dtype == like.dtype
+
+
 def exact(x: Tensor) -> torch.autocast:
     """No autocast: near pairs differ by less than half types tell apart."""
     return torch.autocast(x.device.type, enabled=False)
@@ -93,7 +101,7 @@ def labelled(embeddings, labels, ref_emb, ref_labels, normalize: bool = True) ->
     if ref_emb is None or (ref_emb is embeddings and ref_labels is labels):
         return Labelled(x, x, labels, labels, dtype)
     check_rows("ref_emb", ref_emb)
-    if ref_emb.dtype != embeddings.dtype or ref_emb.shape[1] != embeddings.shape[1]:
+    if not alike(ref_emb, embeddings) or ref_emb.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"ref_emb must be {embeddings.dtype} (M, {embeddings.shape[1]}) as embeddings, got "
             f"{ref_emb.dtype} {list(ref_emb.shape)}"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, exact, prepared
+from pyloss.functional._embeddings import alike, check_labels, check_rows, exact, prepared
 
 _UNDER_ROOT = 1e-6  # of a distance, as the authors have it: a gradient at 0
 _OVER = 1e-7  # what a distance is divided by is at least this
@@ -96,7 +96,8 @@ def proto_triplet_loss(
     Args:
         queries: ``(Q, D)``, floating; computed in float32 at least, under autocast too.
         query_labels: ``(Q,)``, integers from 0 to C - 1.
-        prototypes: ``(C, D)``, of the same dtype, C >= 2: as :func:`prototypes` gives them.
+        prototypes: ``(C, D)``, of the same dtype, under autocast or float32, C >= 2: as
+            :func:`prototypes` gives them.
         margin: m, >= 0.
         reduction: ``"mean"`` or ``"sum"`` over queries, or ``"none"``.
 
@@ -139,7 +140,7 @@ def proto_triplet_loss(
 
 
 def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.dtype != other.dtype or x.shape[1] != other.shape[1]:
+    if not alike(x, other) or x.shape[1] != other.shape[1]:
         raise ValueError(
             f"{name} must be {other.dtype} with {other.shape[1]} features as {other_name}, got "
             f"{x.dtype} {list(x.shape)}"

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import exact
+from pyloss.functional._embeddings import alike, exact
+from pyloss.functional._rows import checked_smoothing
 from pyloss.functional.classification import fused_cross_entropy
 from pyloss.ops._launch import accumulator_dtype
 
@@ -24,7 +25,7 @@ def check_margin_options(
         raise ValueError(f"margin must be an angle of at most pi, got {margin}")
     checks.check_range("scale", scale, 0.0, open_low=True)
     checks.checked_integer("ignore_index", ignore_index)
-    checks.check_number("label_smoothing", label_smoothing)
+    checked_smoothing(label_smoothing)
     checks.check_reduction(reduction)
 
 
@@ -50,7 +51,8 @@ def arcface_loss(
 
     Args:
         input: x ``(N, D)``, floating; computed in float32 at least, under autocast too.
-        linear_weight: w ``(C, D)``, of the same dtype, one direction a class.
+        linear_weight: w ``(C, D)``, one direction a class; of the same dtype, or under autocast
+            float32.
         target: y ``(N,)``, class indices.
         margin: m, in radians, from 0 to pi.
         scale: s, > 0.
@@ -63,7 +65,8 @@ def arcface_loss(
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range. RuntimeError: shapes,
-            dtypes or devices that do not fit. IndexError: a target out of range.
+            dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1].
+            IndexError: a target out of range.
 
     Example:
         >>> import torch, pyloss
@@ -164,7 +167,7 @@ def _check_layer(input, linear_weight, target) -> None:
         checks.check_dense(name, t)
         if t.dim() != 2:
             raise RuntimeError(f"{name} must be 2-D, got {list(t.shape)}")
-    if linear_weight.shape[1] != input.shape[1] or linear_weight.dtype != input.dtype:
+    if linear_weight.shape[1] != input.shape[1] or not alike(linear_weight, input):
         raise RuntimeError(
             f"linear_weight must be {input.dtype} (C, {input.shape[1]}) as input, got "
             f"{linear_weight.dtype} {list(linear_weight.shape)}"

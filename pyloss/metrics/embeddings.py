@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._embeddings import (
+    alike,
     check_labels,
     check_rows,
     exact,
@@ -217,7 +218,7 @@ def alignment(
     """
     check_rows("x", x)
     check_rows("y", y)
-    if x.shape != y.shape or x.dtype != y.dtype:
+    if x.shape != y.shape or not alike(y, x):
         raise ValueError(
             f"y must be {x.dtype} of the shape {list(x.shape)} of x, got {y.dtype} {list(y.shape)}"
         )
@@ -276,7 +277,7 @@ def penalty_entropy(
     check_rows("queries", queries, least=2)
     if keys is not None:
         check_rows("keys", keys)
-        if keys.shape != queries.shape or keys.dtype != queries.dtype:
+        if keys.shape != queries.shape or not alike(keys, queries):
             raise ValueError(
                 f"keys must be {queries.dtype} of the shape {list(queries.shape)} of queries, got "
                 f"{keys.dtype} {list(keys.shape)}"
