@@ -108,6 +108,12 @@ def test_far_is_the_share_of_negatives_below_the_range() -> None:
         assert (distances <= bound + 1e-9).double().mean() == pytest.approx(share, abs=1e-3)
 
 
+@pytest.mark.parametrize("thresholds", [[0.5, 0.4], [-1.0, 0.5], [0.2, math.nan]])
+def test_thresholds_are_ascending_distances(thresholds) -> None:
+    with pytest.raises(ValueError, match="thresholds must be distances that ascend"):
+        metrics.opis(*clusters(), thresholds=torch.tensor(thresholds))
+
+
 def test_epsilon_opis_compares_the_ends() -> None:
     found = metrics.opis(*clusters(classes=5), epsilon=0.4, return_curves=True)
     ordered = found.utility.sort(0).values

@@ -6,6 +6,7 @@ Their promises: tests/specs/metric_learning.py.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -101,6 +102,23 @@ def test_contrastive_pairs_are_those_of_the_peer(pml, batch) -> None:
         lambda x: peer(x, y),
         x,
     )
+
+
+def test_cosines_and_distances_of_raw_vectors_are_those_of_the_peer(pml, batch) -> None:
+    """Margins of a similarity there are 1 - those of the distance here."""
+    x, y = batch
+    cosine = pml.distances.CosineSimilarity()
+    raw = pml.distances.LpDistance(normalize_embeddings=False)
+    pairs, triplets = pml.losses.ContrastiveLoss, pml.losses.TripletMarginLoss
+    for loss, options, peer in (
+        (F.contrastive_pair_loss, dict(distance="cosine", pos_margin=0.125, neg_margin=0.75),
+         pairs(pos_margin=0.875, neg_margin=0.25, distance=cosine)),
+        (F.triplet_margin_loss, dict(distance="cosine"), triplets(distance=cosine)),
+        (F.contrastive_pair_loss, dict(normalize=False, neg_margin=3.0),
+         pairs(neg_margin=3, distance=raw)),
+        (F.triplet_margin_loss, dict(normalize=False), triplets(distance=raw)),
+    ):  # fmt: skip
+        assert_same(partial(loss, labels=y, **options), partial(peer, labels=y), x)
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1])

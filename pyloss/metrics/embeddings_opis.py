@@ -141,8 +141,10 @@ def opis(
         else:
             checks.check_device("thresholds", thresholds, x, "embeddings")
             thresholds = thresholds.double()
-            if checks.can_look_at(thresholds) and bool((thresholds.diff() < 0).any()):
-                raise ValueError("thresholds must ascend")
+            # Not "diff < 0", which a NaN would not be.
+            rising = torch.cat([thresholds[:1], thresholds.diff()]) >= 0
+            if checks.can_look_at(thresholds) and not bool(rising.all()):
+                raise ValueError("thresholds must be distances that ascend")
         edges = thresholds.square().mul(0.5).to(x.dtype)
         near = near_pairs(x, half, of_row, edges, classes.shape[0])[:, :-1]
         found = _curves(near, x.shape[0], classes, sizes, thresholds, epsilon, skipped)
