@@ -70,7 +70,8 @@ def tcm_loss(
         m_pos, m_neg: thresholds that positives should be above, negatives below.
         lam_pos, lam_neg: weights, >= 0.
         ref_emb, ref_labels: ``(M, D)`` and ``(M,)``: what the embeddings are compared with, such as
-            a memory or the batches of all ranks, with a gradient; default: each other.
+            a memory, with a gradient; a copy of an embedding among them is its positive. Default:
+            each other.
 
     Returns:
         0-d; of the dtype of ``embeddings``, float32 for half types under autocast. A side without
