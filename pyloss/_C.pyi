@@ -102,6 +102,26 @@ def sorting_network_permutation_bwd(
 def sorting_network_loss(
     problem: tuple[object, ...], targets: tuple[object, ...], loss: int, gx: int, threads: int, /
 ) -> None: ...
+def gemm(
+    dtype: int,
+    m: int,
+    n: int,
+    k: int,
+    a: int,
+    a_row: int,
+    a_column: int,
+    b: int,
+    b_row: int,
+    b_column: int,
+    c: int,
+    c_row: int,
+    bias: int,
+    add: bool,
+    threads: int,
+    /,
+) -> None: ...
+def multiply_adds(dtype: int, operations: int, /) -> float: ...
+def prefers_own_gemm() -> bool: ...
 
 # Of similarity_softmax; the records: pyloss/ops/similarity_softmax/records.py.
 def similarity_counts_scratch_bytes(problem: tuple[object, ...], threads: int, /) -> int: ...
