@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pyloss import metrics
+from pyloss import backend, metrics
 from pyloss.metrics import _embeddings
 
 
@@ -32,15 +32,24 @@ def clusters(classes=6, each=10, dim=5, spread=0.4, seed=0, dtype=torch.float64)
 
 
 def test_tiles_hold_each_pair_once(small_tiles) -> None:
-    x, y = clusters()
+    x, _ = clusters()
+    expected = torch.pdist(x).square().mul(-3.0).exp().mean().log()
+    torch.testing.assert_close(metrics.uniformity(x, 3.0, normalize=False), expected)
+
+
+def test_uniformity_and_entropy_of_unit_vectors() -> None:
+    x, _ = clusters()
     f = normalize(x, dim=1)
-    for t in (2.0, 100.0):  # without and with a shift by the largest
-        expected = torch.pdist(f).square().mul(-t).exp().mean().log()
+    for t in (2.0, 1000.0):
+        expected = torch.pdist(f).square().mul(-t).logsumexp(0) - math.log(60 * 59 / 2)
         torch.testing.assert_close(metrics.uniformity(x, t), expected)
     r = (f @ f.t()).div(0.1).fill_diagonal_(-math.inf).softmax(1)
     expected = torch.special.entr(r).sum(1)
     found = metrics.penalty_entropy(x, temperature=0.1, reduction="none")
     torch.testing.assert_close(found, expected)
+    x[[3, 8]] = 0  # no unit vectors: at a distance of 1 from those, of 0 from each other
+    expected = torch.pdist(normalize(x, dim=1)).square().mul(-2).exp().mean().log()
+    torch.testing.assert_close(metrics.uniformity(x), expected)
 
 
 def test_drawn_pairs_estimate_the_mean_of_all() -> None:
@@ -78,14 +87,6 @@ def test_opis_tells_classes_of_different_spread_apart() -> None:
     same = metrics.opis(*clusters(each=40, dim=16, spread=0.15))
     other = metrics.opis(*clusters(each=40, dim=16, spread=[0.05, 0.1, 0.15, 0.2, 0.25, 0.3]))
     assert other > 4 * same
-
-
-def test_opis_counts_in_tiles_what_it_counts_at_once(monkeypatch) -> None:
-    x, y = clusters(classes=9, spread=0.6)
-    whole = metrics.opis(x, y, return_curves=True)
-    monkeypatch.setattr(_embeddings, "TILE", 7)
-    for a, b in zip(metrics.opis(x, y, return_curves=True), whole):
-        torch.testing.assert_close(a, b)
 
 
 def test_range_of_opis_from_some_embeddings() -> None:
@@ -203,3 +204,42 @@ def test_picture_of_opis() -> None:
     with pytest.raises(TypeError, match="curves must be OPISCurves, got Tensor"):
         visualize.draw_opis(curves.opis)
     pyplot.close("all")
+
+
+# --------------------------------------------------------------------------------------------------
+# The counts below OPIS
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "classes", "edges"),
+    [
+        (1, 3, 0, [1.0]),
+        (700, 19, 7, [3.0, 5.0, 5.5, 12.0]),
+        (200, 300, 40, torch.linspace(150.0, 300.0, 101).tolist()),  # K in two blocks
+        (150, 6, 4, [0.5, 0.5, 0.5001, 3.0, math.inf]),  # more edges in one place than a table has
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_near_pairs_of_kernel_tiles_and_reference(n, d, classes, edges, dtype, keep_num_threads):
+    from pyloss.ops.similarity_softmax import counts
+
+    g = torch.Generator().manual_seed(0)
+    # Multiples of 1/8: the distances are exact, whatever their order of summation.
+    x = torch.randint(-8, 9, (n, d), generator=g).to(dtype) / 8
+    labels = torch.randint(classes + 1, (n,), generator=g)
+    arguments = x, (x * x).sum(1) / 2, labels, torch.tensor(edges, dtype=dtype), classes
+    torch.set_num_threads(1)
+    found = counts.similarity_counts(*arguments)
+    assert torch.equal(found, counts._by_tiles(*arguments, 64))
+    with backend("reference"):
+        assert torch.equal(found, counts.similarity_counts(*arguments))
+    torch.set_num_threads(3)
+    assert torch.equal(found, counts.similarity_counts(*arguments))
+
+
+def test_labels_that_would_count_outside_are_refused() -> None:
+    from pyloss.ops.similarity_softmax.counts import similarity_counts
+
+    x = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match="labels: not from 0 to the number of classes"):
+        similarity_counts(x, x[:, 0], torch.tensor([0, 1, 3, 0]), torch.ones(2), 2)

@@ -17,6 +17,8 @@ EXPERIMENTS = {
     "groco_digits": (True, "untrained encoder"),
     "contrastive_digits": (True, "iSogCLR"),
     "uniformity_tolerance": (True, "0.1 "),
+    "tcm_opis": (False, "multi-similarity + TCM 0.7"),
+    "few_shot": (True, "ICNN + Proto-Triplet"),
     "sort_sets": (False, "N = 4, 1 steps, 1 glimpse"),
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),

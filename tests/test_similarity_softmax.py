@@ -7,13 +7,18 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyloss
+from pyloss import _C
+from pyloss.ops import _gemm
 from pyloss.ops.similarity_softmax import (
     by_tiles,
     margin_sums,
     pair_sums,
     similarity_softmax,
+    unit,
+    unit_rows,
 )
 from pyloss.reference.similarity_softmax import margin_sums as reference_margins
 from pyloss.reference.similarity_softmax import pair_sums as reference_sums
@@ -41,15 +46,15 @@ def targets(n: int, m: int) -> torch.Tensor:
     return found
 
 
-def masks(n: int, m: int) -> list[dict]:
-    """All combinations of what can be left out or positive."""
-    found = []
-    for first, target, same, denominator in itertools.product(
-        (-1, 0, 3), (None, targets(n, m)), ("ignore", "positive", "drop"), ("all", "negatives")
-    ):
-        given = {} if same == "ignore" else ids(n, m)
-        found.append(dict(first=first, target=target, same=same, denominator=denominator, **given))
-    return found
+def masks(n: int, m: int, same: str) -> list[dict]:
+    """All combinations of what can be left out or positive beside equal ids."""
+    given = {} if same == "ignore" else ids(n, m)
+    return [
+        dict(first=first, target=target, same=same, denominator=denominator, **given)
+        for first, target, denominator in itertools.product(
+            (-1, 0, 3), (None, targets(n, m)), ("all", "negatives")
+        )
+    ]
 
 
 def total(stats) -> torch.Tensor:
@@ -59,13 +64,17 @@ def total(stats) -> torch.Tensor:
     return sum((torch.where(t.isinf(), 0.0, t) * w).sum() for t, w in zip(sums, weights))
 
 
-def compare(queries, keys, scale, rtol=1e-12, **options) -> None:
+def compare(queries, keys, scale, rtol=1e-12, columns=True, **options) -> None:
     sources = [t for t in (queries, keys, scale) if isinstance(t, torch.Tensor) and t.requires_grad]
     sources = list({id(t): t for t in sources}.values())
-    found = similarity_softmax(queries, keys, scale, columns=True, mean=True, **options)
-    expected = reference(queries, keys, scale, columns=True, mean=True, **options)
+    options |= dict(columns=columns, mean=True)
+    found = similarity_softmax(queries, keys, scale, **options)
+    expected = reference(queries, keys, scale, **options)
     for name, a, b in zip(found._fields, found, expected):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+        assert (a is None) == (b is None)
+        if a is not None:
+            said = f"{name} of {options}"
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda m, s=said: s + m)
     gradients = [torch.autograd.grad(total(s), sources) for s in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=rtol, atol=10 * rtol)
 
@@ -105,18 +114,30 @@ def test_reference_by_hand() -> None:
     assert found.count.tolist() == [2, 2] and found.positive.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("options", masks(37, 53), ids=str)
-def test_masks(path, options) -> None:
-    scale = torch.linspace(0.2, 1.5, 37, dtype=torch.float64).requires_grad_()
-    compare(*problem(), scale, **options)
+# Of the scales: exp z is summed as it is, or with the largest z taken off.
+LARGEST = (1.0, 200.0)
 
 
-@pytest.mark.parametrize("options", masks(45, 45), ids=str)
-def test_a_tensor_with_itself(path, options) -> None:
-    x = problem(45)[0]
-    if "key_ids" in options:
-        options = {**options, "key_ids": options["query_ids"]}
-    compare(x, x, torch.tensor(0.7, dtype=torch.float64, requires_grad=True), **options)
+# In blocks of 64, so that these have pairs of blocks, and a part of one.
+@pytest.mark.parametrize("same", ["ignore", "positive", "drop"])
+def test_masks(path, same) -> None:
+    n, m = (21, 33) if path == "tiles" else (70, 140)
+    for largest in LARGEST:
+        scale = torch.linspace(-0.2, 1, n, dtype=torch.float64).mul(largest).requires_grad_()
+        for options in masks(n, m, same):
+            compare(*problem(n, m), scale, rtol=1e-12 * largest, **options)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("same", ["ignore", "positive", "drop"])
+def test_a_tensor_with_itself(path, same, columns) -> None:
+    x = problem(33 if path == "tiles" else 140)[0]
+    for largest in LARGEST:
+        scale = torch.tensor(largest, dtype=torch.float64, requires_grad=True)
+        for options in masks(len(x), len(x), same):
+            if "key_ids" in options:
+                options["key_ids"] = options["query_ids"]
+            compare(x, x, scale, rtol=1e-12 * largest, columns=columns, **options)
 
 
 @pytest.mark.parametrize("which", ["queries", "keys", "scale"])
@@ -222,26 +243,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(OPS.similarity_sums_bwd, (*pairs, bias, [0.0], 0, 15, rows, None))
 
 
-@pytest.mark.parametrize("itself", [False, True])
-def test_compiled_whole(itself) -> None:
-    queries, keys = problem(9, 12)
-    keys = queries if itself else keys
-    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-
-    target = targets(9, len(keys))
-
-    def loss(queries, keys, scale):
-        found = similarity_softmax(queries, keys, scale, first=0, target=target, columns=True)
-        sums = pair_sums(queries, keys, scale, scale)
-        return total(found) + sums.sum() + margin_sums(queries, keys).above.sum()
-
-    sources = (queries, scale) if itself else (queries, keys, scale)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    values = [f(queries, keys, scale) for f in (compiled, loss)]
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*[torch.autograd.grad(v, sources) for v in values])
-
-
 @pytest.mark.parametrize("n, m", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 40), (40, 1)])
 @pytest.mark.parametrize("first", [-1, 0])
 def test_few_rows(path, n, m, first) -> None:
@@ -322,6 +323,84 @@ def test_dtypes(dtype, itself) -> None:
     for a, b in zip(grads, wanted):
         assert a.dtype == dtype
         assert (a.double() - b).norm() < tolerance * b.norm()
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("largest", [1.0, 100.0])
+def test_threads_do_not_show(itself, largest) -> None:
+    """With sums of exp z, and with the largest z taken off."""
+    queries, keys = problem(700, 700 if itself else 450, 24, dtype=torch.float32)
+    keys = queries if itself else keys
+    sources = (queries,) if itself else (queries, keys)
+    scale = torch.tensor(largest, requires_grad=True)
+
+    def everything() -> list[torch.Tensor]:
+        found = similarity_softmax(
+            queries, keys, scale, first=0, target=targets(700, len(keys)), columns=not itself
+        )
+        sums = [t for t in found if t is not None and t.requires_grad]
+        return [*sums, *torch.autograd.grad(sum(t.sum() for t in sums), (*sources, scale))]
+
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_memory() -> None:
+    """Beside results and what a thread works on, some numbers for each row; nothing N x N."""
+
+    def scratch(n: int) -> tuple[int, int]:
+        problem = (n, n, 128, 1, True, 64, 64, 1.0, 0, False, 0, 0, 0, 0, 0)
+        return (
+            _C.similarity_softmax_fwd_scratch_bytes(problem, False, 2),
+            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, False, 2),
+        )
+
+    for small, large in zip(scratch(1 << 14), scratch(1 << 20)):
+        assert small < 4 << 20
+        assert large - small < 64 * (1 << 20)
+    kept = []
+    x = problem(500, 1, 16)[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        similarity_softmax(x, x, first=0, target=targets(500, 500))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    assert sum(storages.values()) == 8 * (500 * 16 + 2 * 500)  # x, targets, lse
+
+
+def test_torch_products_on_request(monkeypatch) -> None:
+    monkeypatch.setattr(_gemm, "_forced", "torch")
+    monkeypatch.setattr(by_tiles, "_Online", None)
+    with pytest.raises(TypeError):
+        similarity_softmax(*problem())
+
+
+def test_unit_rows(monkeypatch) -> None:
+    """F.normalize and its gradient, of several parts and by blocks; tiny norms are clamped."""
+    monkeypatch.setattr(unit, "_BLOCK", 20)
+    x, y = problem(9, 5, 3)
+    with torch.no_grad():
+        x[2] = 0
+        x[3] *= 1e-14
+    grad = torch.randn(14, 3, dtype=torch.float64)
+    found, expected = unit_rows(x, y), F.normalize(torch.cat([x, y]), dim=1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(t, (x, y), grad, retain_graph=True) for t in (found, expected))
+    )
+    (alone,) = torch.autograd.grad(found, y, grad)  # the other part has a gradient, too
+    torch.testing.assert_close(alone, torch.autograd.grad(expected, y, grad)[0])
+    fixed = x.detach()
+    assert torch.autograd.grad(unit_rows(fixed, y).sum(), y)[0].shape == y.shape
+    z = problem(3, 1, 3)[0]
+    torch.autograd.gradcheck(unit_rows, (z,), check_batched_grad=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(unit_rows, (z,))
 
 
 def test_strides() -> None:

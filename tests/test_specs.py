@@ -79,6 +79,7 @@ WITHOUT_SPEC = {
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
+    "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",
     "RowStats": "a result of fused_cross_entropy",
@@ -88,6 +89,10 @@ WITHOUT_SPEC = {
     "Pointers": "the result of PointerDecoder",
     # means over batches
     "BettiMatchingError": "accumulates betti_matching_error: tests/test_betti_matching.py",
+    "Alignment": "accumulates alignment: tests/test_embedding_metrics.py",
+    "OPIS": "accumulates opis: tests/test_embedding_metrics.py",
+    "Tolerance": "accumulates tolerance: tests/test_embedding_metrics.py",
+    "Uniformity": "accumulates uniformity: tests/test_embedding_metrics.py",
     "BettiNumberError": "accumulates betti_number_error: tests/test_betti_matching.py",
     # reports about a call, in Python numbers
     "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",

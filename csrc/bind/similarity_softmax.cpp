@@ -6,6 +6,7 @@
 #include "bind/args.h"
 #include "bind/attention.h"
 #include "bind/register.h"
+#include "cpu/similarity_counts.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,8 @@ PYLOSS_RECORD(Forward, lse, positive, count, positives, mean, column_lse, column
               column_count, column_positives);
 PYLOSS_RECORD(Backward, lse, column_lse, g, g_positive, column_g, column_g_positive, dq, dk,
               dscale);
+// Of similarity_counts: rows of float or double, labels from 0 to classes.
+PYLOSS_RECORD(Counts, n, d, classes, steps, dtype, x, half, labels, edges);
 
 SimilarityProblem decode(py::handle record) {
   const Reader<Problem> r(record);
@@ -82,27 +85,116 @@ SimilarityBackward decode_backward(py::handle record, const SimilarityProblem& p
             r.optional(Backward::g_positive)};
   b.columns = {nullptr, r.optional(Backward::column_g), r.optional(Backward::column_g_positive)};
   if (b.columns.of_lse) b.columns.lse = r.pointer(Backward::column_lse, p.m);
-  b.dq = r.optional(Backward::dq);
-  b.dk = r.optional(Backward::dk);
-  b.dscale = r.optional(Backward::dscale);
-  if (p.itself && (b.dk || b.columns.of_lse || b.columns.of_positive)) {
+  b.to.dq = r.optional(Backward::dq);
+  b.to.dk = r.optional(Backward::dk);
+  b.to.dscale = r.optional(Backward::dscale);
+  if (p.itself && (b.to.dk || b.columns.of_lse || b.columns.of_positive)) {
     r.bad(Backward::dk, "needs keys that are not the queries, as cotangents of columns do");
   }
+  return b;
+}
+
+cpu::CountsProblem decode_counts(py::handle record) {
+  const Reader<Counts> r(record);
+  cpu::CountsProblem p{};
+  p.n = r.integer(Counts::n);
+  p.d = r.integer(Counts::d);
+  p.classes = r.integer(Counts::classes);
+  p.steps = r.integer(Counts::steps);
+  if (checked_count("x", {p.n, p.d}) > kMostElements || p.n > kMostRows) {
+    bad_argument("x", "too many");
+  }
+  if (p.classes < 0 || p.classes > p.n) r.bad(Counts::classes, "not from 0 to n");
+  if (p.steps < 1) r.bad(Counts::steps, "needs at least one");
+  if (checked_count("counts", {p.classes + 1, p.steps}) > kMostElements) {
+    bad_argument("counts", "too many");
+  }
+  p.dtype = r.float32_or_float64(Counts::dtype);
+  p.x = r.pointer(Counts::x, p.n * p.d);
+  p.half = r.pointer(Counts::half, p.n);
+  p.labels = r.pointer<const int64_t>(Counts::labels, p.n);
+  p.edges = r.pointer(Counts::edges, p.steps);
+  return p;
+}
+
+// They index the counts.
+void check_labels(const cpu::CountsProblem& p) {
+  for (int64_t i = 0; i < p.n; ++i) {
+    if (p.labels[i] < 0 || p.labels[i] > p.classes) {
+      bad_argument("labels", "not from 0 to the number of classes");
+    }
+  }
+}
+
+// Sums that are no softmax. bias: one number of the accumulator's dtype, or 0; numbers: the bias,
+// or what is above and below.
+PYLOSS_RECORD(PairSums, kind, bias, number1, number2);
+PYLOSS_RECORD(PairSumResults, sum1, count1, sum2, count2);
+PYLOSS_RECORD(PairSumGradients, g1, g2, dq, dk, dscale, dbias);
+
+cpu::PairSumOptions decode_sums(py::handle record, const SimilarityProblem& p) {
+  const Reader<PairSums> r(record);
+  cpu::PairSumOptions s{};
+  s.kind = r.code<cpu::PairSum>(PairSums::kind, 2);
+  s.bias = s.above = r.number(PairSums::number1);
+  s.below = r.number(PairSums::number2);
+  if (const void* bias = r.optional(PairSums::bias)) {
+    s.bias = p.dtype == DType::kF64 ? *static_cast<const double*>(bias)
+                                    : double(*static_cast<const float*>(bias));
+  }
+  if (p.kinds.flags & similarity::kNegatives) {
+    bad_argument("flags", "sums over pairs have no denominator");
+  }
+  return s;
+}
+
+cpu::PairSumForward decode_results(py::handle record, const SimilarityProblem& p,
+                                   const cpu::PairSumOptions& s) {
+  const Reader<PairSumResults> r(record);
+  const bool one = s.kind == cpu::PairSum::kSigmoid;
+  return {{r.pointer(PairSumResults::sum1, p.n), r.pointer(PairSumResults::sum2, one ? 0 : p.n)},
+          {r.optional(PairSumResults::count1), r.optional(PairSumResults::count2)}};
+}
+
+cpu::PairSumBackward decode_gradients(py::handle record, const SimilarityProblem& p,
+                                      const cpu::PairSumOptions& s) {
+  const Reader<PairSumGradients> r(record);
+  const bool one = s.kind == cpu::PairSum::kSigmoid;
+  cpu::PairSumBackward b{};
+  b.cotangents[0] = r.pointer(PairSumGradients::g1, one ? p.n : 0);
+  b.cotangents[1] = r.optional(PairSumGradients::g2);
+  b.to = {r.optional(PairSumGradients::dq), r.optional(PairSumGradients::dk),
+          r.optional(PairSumGradients::dscale), r.optional(PairSumGradients::dbias)};
+  if (p.itself && b.to.dk) r.bad(PairSumGradients::dk, "needs keys that are not the queries");
   return b;
 }
 
 }  // namespace
 
 void register_similarity_softmax(py::module_& m) {
-  declare_records<Problem, Forward, Backward>(m, "similarity_softmax");
+  declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients>(
+      m, "similarity_softmax");
+  m.def("similarity_counts_scratch_bytes", [](py::handle problem, int64_t threads) {
+    return cpu::similarity_counts_scratch(decode_counts(problem), checked_threads(threads));
+  });
+  m.def("similarity_counts", [](py::handle problem, int64_t counts, int64_t scratch,
+                                int64_t scratch_bytes, int64_t threads) {
+    const cpu::CountsProblem p = decode_counts(problem);
+    const int width = checked_threads(threads);
+    void* buffer =
+        checked_scratch(scratch, scratch_bytes, cpu::similarity_counts_scratch(p, width));
+    auto* to = checked_pointer<int64_t>("counts", counts, 2 * (p.classes + 1) * p.steps);
+    check_labels(p);
+    without_gil(cpu::similarity_counts, p, to, buffer, width);
+  });
   m.def("similarity_softmax_fwd_scratch_bytes",
         [](py::handle problem, bool columns, int64_t threads) {
           return cpu::similarity_softmax_forward_scratch(decode(problem), columns,
                                                          checked_threads(threads));
         });
   m.def("similarity_softmax_bwd_scratch_bytes",
-        [](py::handle problem, bool dq, bool dk, bool dscale, int64_t threads) {
-          return cpu::similarity_softmax_backward_scratch(decode(problem), {dq, dk, dscale},
+        [](py::handle problem, bool dq, bool dk, bool dscale, bool dbias, int64_t threads) {
+          return cpu::similarity_softmax_backward_scratch(decode(problem), {dq, dk, dscale, dbias},
                                                           checked_threads(threads));
         });
   m.def("similarity_softmax_fwd", [](py::handle problem, py::handle forward, int64_t scratch,
@@ -120,9 +212,32 @@ void register_similarity_softmax(py::module_& m) {
     const SimilarityProblem p = decode(problem);
     const SimilarityBackward b = decode_backward(backward, p);
     const int width = checked_threads(threads);
-    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b), width);
+    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b.to), width);
     void* buffer = checked_scratch(scratch, scratch_bytes, needed);
     without_gil(cpu::similarity_softmax_backward, p, b, buffer, width);
+  });
+  m.def("pair_sums_fwd_scratch_bytes", [](py::handle problem, int64_t threads) {
+    return cpu::pair_sums_forward_scratch(decode(problem), checked_threads(threads));
+  });
+  m.def("pair_sums_fwd", [](py::handle problem, py::handle sums, py::handle results,
+                            int64_t scratch, int64_t scratch_bytes, int64_t threads) {
+    const SimilarityProblem p = decode(problem);
+    const cpu::PairSumOptions s = decode_sums(sums, p);
+    const cpu::PairSumForward f = decode_results(results, p, s);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::pair_sums_forward_scratch(p, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::pair_sums_forward, p, s, f, buffer, width);
+  });
+  m.def("pair_sums_bwd", [](py::handle problem, py::handle sums, py::handle gradients,
+                            int64_t scratch, int64_t scratch_bytes, int64_t threads) {
+    const SimilarityProblem p = decode(problem);
+    const cpu::PairSumOptions s = decode_sums(sums, p);
+    const cpu::PairSumBackward b = decode_gradients(gradients, p, s);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b.to), width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::pair_sums_backward, p, s, b, buffer, width);
   });
 }
 

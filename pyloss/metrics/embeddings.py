@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, exact, prepared
+from pyloss.functional._embeddings import (
+    check_labels,
+    check_rows,
+    exact,
+    prepared,
+    similarity_softmax,
+)
 from pyloss.metrics import _embeddings as pairs
 
 _LOWEST = -1e30  # in place of -inf: what it is multiplied by may be 0
@@ -73,15 +79,28 @@ def uniformity(
         if max_pairs is not None and max_pairs < count:
             potentials, count = _of_drawn_pairs(x, t, max_pairs, generator), max_pairs
         else:
-            potentials = _of_all_pairs(x, t, bounded=normalize and t < 20)
+            potentials = _of_unit_pairs(x, t) if normalize else _of_all_pairs(x, t)
         return potentials.logsumexp(0).sub(math.log(count)).to(x.dtype)
 
 
-def _of_all_pairs(x: Tensor, t: float, bounded: bool) -> Tensor:
+def _of_unit_pairs(x: Tensor, t: float) -> Tensor:
     """Logarithms, in float64, whose exponentials sum to that of e^(-t d^2) over the pairs.
 
-    `bounded`: none of these is so small that float32 has no number for it.
+    Of unit vectors d^2 = 2 - 2 s: a log-sum-exp of 2 t s. A vector of zeros is none: its s, 0, is
+    taken off again, and its d^2 is that of the definition.
     """
+    lse = similarity_softmax(x, x, 2 * t, first=0).lse.double() - 2 * t
+    zero = (x == 0).all(1)
+    zeros, units = zero.sum().double(), (~zero).sum().double()
+    ordered = torch.where(zero, -torch.inf, lse).logsumexp(0)
+    left = ordered.exp() - zeros * units * math.exp(-2 * t)
+    others = zeros * (zeros - 1) + 2 * zeros * units * math.exp(-t)
+    mixed = (left.clamp(min=0) + others).log()
+    return (torch.where(zeros == 0, ordered, mixed) - math.log(2)).view(1)
+
+
+def _of_all_pairs(x: Tensor, t: float) -> Tensor:
+    """The same of vectors of any length, part by part."""
     x = x * math.sqrt(2 * t)
     half = (x * x).sum(1).mul_(0.5)  # -t d^2 = x . y - |x|^2 / 2 - |y|^2 / 2
     parts = []
@@ -89,9 +108,8 @@ def _of_all_pairs(x: Tensor, t: float, bounded: bool) -> Tensor:
         z.sub_(half[rows, None]).sub_(half[columns])
         if rows == columns:
             z.masked_fill_(pairs.lower(z), _LOWEST)
-        top = z.new_zeros(()) if bounded else z.amax()
-        z = z if bounded else z.sub_(top)
-        parts.append(z.exp_().sum().double().log_().add_(top))
+        top = z.amax()
+        parts.append(z.sub_(top).exp_().sum().double().log_().add_(top))
     return torch.stack(parts)
 
 
@@ -270,22 +288,8 @@ def penalty_entropy(
     with exact(queries):
         q = prepared(queries, normalize)
         k = q if keys is None else prepared(keys, normalize)
-        return _reduced(_entropies(q, k, temperature), reduction)
-
-
-def _entropies(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    n = k.shape[0]
-    rows = max(1, min(n, pairs.TILE**2 // n))
-    buffer = q.new_empty(rows, n)
-    found = []
-    for begin in range(0, n, rows):
-        z = torch.mm(q[begin : begin + rows], k.t(), out=buffer[: min(rows, n - begin)])
-        z.div_(temperature).diagonal(begin).fill_(_LOWEST)
-        z.sub_(z.amax(1, keepdim=True))
-        p = z.exp()
-        total = p.sum(1)
-        found.append(total.log() - p.mul_(z).sum(1) / total)
-    return torch.cat(found)
+        found = similarity_softmax(q, k, 1 / temperature, first=0, mean=True)
+        return _reduced(found.lse - found.mean, reduction)
 
 
 def _reduced(each: Tensor, reduction: str) -> Tensor:

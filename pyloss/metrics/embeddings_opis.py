@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, exact, prepared
-from pyloss.metrics import _embeddings as pairs
+from pyloss.functional._embeddings import check_labels, check_rows, exact, near_pairs, prepared
 
 
 class OPISCurves(NamedTuple):
@@ -35,7 +34,7 @@ class OPISCurves(NamedTuple):
 
 
 def check_options(
-    *, far=(0.01, 0.1), num_thresholds=101, thresholds=None, epsilon=0.1, bounds_samples=2_000_000,
+    *, far=(0.01, 0.1), num_thresholds=101, thresholds=None, epsilon=0.1, bounds_samples=1_000_000,
     normalize=True, return_curves=False,
 ) -> None:  # fmt: skip
     """Those of opis, also for its accumulator."""
@@ -70,7 +69,7 @@ def opis(
     num_thresholds: int = 101,
     thresholds: Tensor | None = None,
     epsilon: float = 0.1,
-    bounds_samples: int = 2_000_000,
+    bounds_samples: int = 1_000_000,
     normalize: bool = True,
     return_curves: bool = False,
 ) -> Tensor | OPISCurves:
@@ -136,7 +135,10 @@ def opis(
         else:
             checks.check_device("thresholds", thresholds, x, "embeddings")
             thresholds = thresholds.double()
-        near = _near_pairs(x, half, of_row, classes.shape[0], -0.5 * thresholds.square())
+            if checks.can_look_at(thresholds) and bool((thresholds.diff() < 0).any()):
+                raise ValueError("thresholds must ascend")
+        edges = thresholds.square().mul(0.5).to(x.dtype)
+        near = near_pairs(x, half, of_row, edges, classes.shape[0])[:, :-1]
         found = _curves(near, x.shape[0], classes, sizes, thresholds, epsilon, skipped)
         poison = (half * 0).sum()
         found = found._replace(opis=(found.opis + poison).to(x.dtype))
@@ -164,39 +166,13 @@ def _bounds(x, half, of_row, classes, far, samples) -> tuple[Tensor, Tensor]:
     square = (half[:, None] + half - x @ x.t()).mul_(2)
     negative = (of_row[:, None] != of_row) | (of_row == classes)
     negative = negative.triu_(1)
-    # In front of all others a 0, which is the answer where there is nothing.
-    ordered = torch.where(negative, square, torch.inf).view(-1).sort().values.clamp_(min=0)
-    ordered = torch.cat([ordered.new_zeros(1), ordered])
-    count = negative.sum()
-    return tuple(ordered[(share * count).ceil().long()].double().sqrt() for share in far)
-
-
-def _near_pairs(x, half, of_row, classes, edges) -> Tensor:
-    """(2, C, T), int64: pairs of each class whose -d^2 / 2 is from an edge on, but below the one in
-    front of it; those within the class, and those with another one. The edges descend.
-    """
-    steps = edges.shape[0]
-    width = (classes + 1) * steps
-    # Rows that are alone count in a class of their own, which is left out.
-    counts = torch.zeros(2 * width, dtype=torch.int64, device=x.device)
-    ascending = -edges.to(x.dtype)
-    for rows, columns, z in pairs.triangle(x):
-        z.sub_(half[rows, None]).sub_(half[columns])
-        if rows == columns:
-            z.masked_fill_(pairs.lower(z), -torch.inf)
-        at = (z >= -ascending[-1]).view(-1).nonzero().squeeze(1)
-        step = torch.bucketize(z.view(-1)[at].neg_(), ascending)
-        size = z.shape[1]
-        first, second = of_row[rows][at // size], of_row[columns][at % size]
-        other = (first != second).long() * width
-        counts.add_(_counted(first * steps + step + other, 2 * width))
-        # A pair within a class counts once.
-        counts.add_(_counted((second * steps + step + width)[first != second], 2 * width))
-    return counts.view(2, classes + 1, steps)[:, :classes]
-
-
-def _counted(places: Tensor, size: int) -> Tensor:
-    return torch.bincount(places, minlength=size)
+    count = int(negative.sum())
+    if count == 0:
+        return (square.new_zeros((), dtype=torch.float64),) * 2
+    # Not only those of the mask: their indices would take more memory than all.
+    found = square.clamp_(min=0).masked_fill_(~negative, torch.inf).view(-1)
+    at = (math.ceil(share * count) for share in far)
+    return tuple(found.kthvalue(k).values.double().sqrt() for k in at)
 
 
 def _curves(near, n, classes, sizes, thresholds, epsilon, skipped) -> OPISCurves:

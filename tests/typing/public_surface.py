@@ -23,7 +23,10 @@ from pyloss.functional import (
     SogCLRStats,
     TensorAttentionCost,
     approx_ndcg_loss,
+    arcface_loss,
     chamfer_set_loss,
+    contrastive_pair_loss,
+    cosface_loss,
     dcl,
     dice_cross_entropy_loss,
     dpo_loss,
@@ -32,31 +35,47 @@ from pyloss.functional import (
     grpo_loss,
     hard_info_nce,
     hungarian_set_loss,
+    icnn_loss,
+    icnn_score,
     lambda_loss,
     linear_distillation_loss,
     list_mle,
     list_net,
+    multi_similarity_loss,
     neural_ndcg_loss,
     neural_sort,
     order_search_loss,
     order_search_loss_from_table,
     permutahedron_rank,
     permutahedron_sort,
+    proto_triplet_loss,
+    prototypes,
     sequence_logprobs,
     simple_contrastive,
     sinkhorn_set_loss,
     soft_dice_loss,
     soft_sort_matrix,
     sogclr_loss,
+    tcm_loss,
+    triplet_margin_loss,
 )
 from pyloss.metrics import (
+    OPIS,
+    Alignment,
     BettiMatchingError,
     BettiNumberError,
+    OPISCurves,
     RankingAccuracy,
+    Uniformity,
+    alignment,
     mrr,
     ndcg,
+    opis,
+    penalty_entropy,
     precision_at_k,
     ranking_accuracy,
+    tolerance,
+    uniformity,
 )
 from pyloss.testing import Tolerance, make_logits, tolerance_for
 
@@ -280,6 +299,44 @@ def sets() -> None:
             pyloss.nn.SinkhornSetLoss(iterations=5),
         ]
     )
+
+
+def metric_learning() -> None:
+    assert_type(tcm_loss(x, y, m_pos=0.8, ref_emb=x, ref_labels=y), Tensor)
+    assert_type(contrastive_pair_loss(x, y, distance="cosine"), Tensor)
+    assert_type(triplet_margin_loss(x, y, mining="batch_hard", average="all"), Tensor)
+    assert_type(multi_similarity_loss(x, y, epsilon=0.1), Tensor)
+    assert_type(arcface_loss(x, x, y, weight=None), Tensor)
+    assert_type(cosface_loss(x, x, y, scale=30.0), Tensor)
+    assert_type(proto_triplet_loss(x, y, prototypes(x, y, 4), 0.5), Tensor)
+    assert_type(icnn_score(x, y, k=2), Tensor)
+    assert_type(icnn_loss(x, y, x, y, neighbours=5), Tensor)
+    nn.ModuleList(
+        [
+            pyloss.nn.ThresholdConsistentMarginLoss(lam_neg=0.5),
+            pyloss.nn.ContrastivePairLoss(neg_margin=0.5),
+            pyloss.nn.TripletMarginLoss(mining="semihard"),
+            pyloss.nn.MultiSimilarityLoss(alpha=1.0),
+            pyloss.nn.ProtoTripletLoss(0.5),
+            pyloss.nn.ICNNLoss(k=3),
+            pyloss.nn.ArcFaceLoss(10, 4, 0.5, device="cpu"),
+            pyloss.nn.CosFaceLoss(10, 4, label_smoothing=0.1),
+        ]
+    )
+    assert_type(uniformity(x, max_pairs=100), Tensor)
+    assert_type(tolerance(x, y, over="all"), Tensor)
+    assert_type(alignment(x, x, 1.0), Tensor)
+    assert_type(penalty_entropy(x, temperature=0.1, reduction="none"), Tensor)
+    assert_type(opis(x, y, far=(0.1, 0.2)), Tensor | OPISCurves)
+    metric = OPIS(num_thresholds=11)
+    metric.update(x, y)
+    assert_type(metric.compute(), Tensor | OPISCurves)
+    Uniformity(t=2.0).update(x)
+    pyloss.metrics.Tolerance().update(x, y)
+    Alignment().update(x, x)
+    curves = opis(x, y, return_curves=True)
+    if isinstance(curves, OPISCurves):
+        pyloss.visualize.draw_opis(curves, worst=1)
 
 
 def transformers(model: nn.Module) -> None:
