@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -159,6 +160,26 @@ def _linear_cases(device: str, quick: bool) -> Iterator[Timed]:
         yield Timed(f"linear fwd+bwd {way}", linear, flop=6.0 * n * classes * d)
 
 
+def _pair_cases(device: str, quick: bool) -> Iterator[Timed]:
+    """Of contrastive losses. Operations are those of three products, whatever is done again."""
+
+    def contrastive(loss: str, n: int, d: int) -> Any:
+        import pyloss
+
+        features = [torch.randn((n, d), device=device).to(BF16) for _ in range(2)]
+        return _step(getattr(pyloss, loss), *features, backward=True)
+
+    for name, loss, views, n, d in (
+        ("nt_xent 8192x128", "nt_xent", 2, 4096, 128),
+        ("nt_xent 65536x512", "nt_xent", 2, 32768, 512),
+        ("info_nce 65536x512", "info_nce", 1, 65536, 512),
+        ("clip 65536x512", "clip_loss", 1, 65536, 512),
+    ):
+        sizes = (20, 8) if quick else (n, d)
+        call = functools.partial(contrastive, loss, *sizes)
+        yield Timed(f"pairs fwd+bwd {name}", call, flop=6.0 * (views * n) ** 2 * d)
+
+
 def _other_cases(device: str, quick: bool) -> Iterator[Timed]:
     def sorting(rows: int, wires: int) -> Any:
         import pyloss
@@ -204,6 +225,7 @@ def cases(device: str, quick: bool) -> Iterator[Timed]:
     yield from _yardsticks(device, quick)
     yield from _row_cases(device, quick)
     yield from _attention_cases(device, quick)
+    yield from _pair_cases(device, quick)
     yield from _other_cases(device, quick)
     yield from _linear_cases(device, quick)
 

@@ -20,6 +20,7 @@ COPY = 4.3e12  # bytes read and written a second
 MATRIX = 790e12  # operations a second, dense bf16
 MULTIPROCESSORS = 132
 CLOCK = 1.755e9
+L2 = 8e12  # bytes from the cache to the multiprocessors a second; by what Triton's products reach
 LATENCY = 0.8e-6  # of a load from memory that is busy
 LAUNCH = 3e-6  # from the end of one kernel to the work of the next
 SHARED_BYTES = 228 * 1024  # of a multiprocessor
@@ -171,6 +172,7 @@ def _seconds() -> dict[str, float]:
         "product": 2.0 * 8192**3 / MATRIX,
         **_row_seconds(),
         **_product_seconds(),
+        **_pair_seconds(),
         # By reading: latency of one block a multiprocessor; about 145 launches and the passes over
         # 2 M voxels; 1,400 links walked by each block of a million, and one chain in one block; one
         # lane pools a row in shared memory, about 200 cycles an element; its gradient, and a sort.
@@ -234,6 +236,55 @@ def _product_seconds() -> dict[str, float]:
         "attention fwd+bwd low rank": (1 + 4) * 3 * features / float32,
         "linear fwd+bwd chunks": 3 * linear / (0.85 * MATRIX) + 5 * logits / COPY,
         "linear fwd+bwd filter": 2 * linear / (0.6 * MATRIX),
+    }
+
+
+def pair_seconds(
+    d: int, products: int, tile: tuple[int, int], exps: int, instructions: int, filled: bool
+) -> float:
+    """A pair of a kernel of similarity_softmax, bf16: its products, then its arithmetic.
+
+    One or two programs a multiprocessor, so that little of the two overlaps. Instructions are those
+    of a lane where no mask is needed, counted by hand; `exps` have a pipe of their own.
+
+    Args:
+        products: of D numbers, for a pair.
+        filled: tiles begin with a pipeline of loads under way, as those of sweeps over whole rows.
+    """
+    rows, columns = tile
+    read = 2 * d * (1 / rows if filled else 1 / rows + 1 / columns)
+    multiplied = max(2 * d * products / MATRIX, read / L2)
+    cycles = max(exps / 16, instructions / 128) / MULTIPROCESSORS
+    fill = 0 if filled else LATENCY / (rows * columns * MULTIPROCESSORS)
+    return multiplied + cycles / CLOCK + fill
+
+
+def _pair_seconds() -> dict[str, float]:
+    """fwd+bwd of losses, with the tiles of kernels/similarity_softmax/launch.py, and with the torch
+    operations around: normalised features and their gradients, losses of rows.
+    """
+    n, d = 8192, 128  # sweeps
+    statistics = pair_seconds(d, 1, (128, 64), 1, 10, True)
+    both = pair_seconds(d, 2, (64, 64), 2, 17, True)
+    nt_xent = n * n * (statistics + both) + 30 * LAUNCH
+
+    n, d = 65536, 512  # blocks of 1.5 (N + M) D numbers
+    statistics = pair_seconds(d, 1, (128, 256), 1, 10, False)
+    product = pair_seconds(d, 1, (128, 256), 0, 0, False)
+    blocks = n * n / (3 * n * d)
+    accumulated = blocks * 8 * n * d / COPY  # the keys' gradient, read and written for each block
+    rows = pair_seconds(d, 1, (128, 256), 1, 12, False)
+    info_nce = n * n * (statistics + rows + 2 * product) + accumulated + 200 * LAUNCH
+    of_columns = pair_seconds(d, 1, (128, 128), 2, 22, False)
+    rows_and_columns = pair_seconds(d, 1, (128, 128), 2, 17, False)
+    clip = n * n * (of_columns + rows_and_columns + 2 * product) + accumulated + 200 * LAUNCH
+    of_both = pair_seconds(d, 1, (128, 128), 2, 17, False)
+    wide = n * n * (statistics + of_both + product) + 200 * LAUNCH
+    return {
+        "pairs fwd+bwd nt_xent 8192x128": nt_xent,
+        "pairs fwd+bwd nt_xent 65536x512": wide,
+        "pairs fwd+bwd info_nce 65536x512": info_nce,
+        "pairs fwd+bwd clip 65536x512": clip,
     }
 
 

@@ -5,13 +5,15 @@
 A sanitizer slows a program down many times, so this is not the test suite: few rows, but every kind
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
 derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, tensor
-attention by rows, by pairs and with masks, the gathers and scans of its low-rank form, every op of
-sorting_network, in all its kernels, Betti matching and the permutahedron. Each result is compared
-with the reference or with the CPU; exit status 1 if one differs.
+attention by rows, by pairs and with masks, the gathers and scans of its low-rank form, sweeps and
+blocks of similarity_softmax, every op of sorting_network, in all its kernels, Betti matching and
+the permutahedron. Each result is compared with the reference or with the CPU; exit status 1 if one
+differs.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import traceback
@@ -25,6 +27,10 @@ import pyloss
 from bench import bench_linear_cross_entropy as linear
 from bench import bench_tensor_attention_lowrank as lowrank
 from bench.bench_row_softmax import Problem, all_options, pyloss_provider
+from pyloss.ops import similarity_softmax as pairs
+
+# The package's attribute of this name is the function.
+exact_pairs = importlib.import_module("pyloss.reference.similarity_softmax")
 
 # Columns: one warp's row, an odd width (rows not aligned to 16 bytes), rows of one block, rows that
 # one multiprocessor cannot hold. Few rows of many columns are split over blocks.
@@ -59,6 +65,7 @@ def errors(device: str) -> Iterator[tuple[str, float]]:
         _sorting_errors,
         _attention_errors,
         _lowrank_errors,
+        _pairs_errors,
     ):
         try:
             yield from group(device)
@@ -219,6 +226,64 @@ def _attention_errors(device: str) -> Iterator[tuple[str, float]]:
             found = _with_gradients(attend, *(t.to(device) for t in rounded))
             error = max(_distance(a, b) for a, b in zip(found, want))
             yield f"attention {heads}x{n}x{d} {options} masks {masked} {dtype}", error / limit
+
+
+# Queries, keys (None: the queries), features, what is asked for: sweeps and blocks, whole rows and
+# parts of them, a sum of one side and of both, columns, ids, scales of rows.
+PAIRS_CASES: tuple[tuple[int, int | None, int, dict[str, Any]], ...] = (
+    (150, None, 40, {"first": 0}),
+    (300, 170, 72, {"columns": True}),
+    (20, 999, 128, {"same": "drop", "mean": True}),
+    (200, None, 200, {"first": 0, "same": "positive"}),
+    (130, 260, 256, {"columns": True, "denominator": "negatives", "first": 3}),
+)
+
+
+def _pairs_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against the reference in float64 on the CPU."""
+    for n, m, d, options in PAIRS_CASES:
+        generator = torch.Generator().manual_seed(n)
+        tensors = [torch.randn((r, d), generator=generator) for r in (n, m) if r is not None]
+        tensors.append((0.5 + torch.rand(n if m else (), generator=generator)) * d**-0.5)
+        indices = {"target": torch.randint(m or n, (n,), generator=generator)}
+        if "same" in options:
+            indices["query_ids"] = torch.randint(9, (n,), generator=generator)
+            indices["key_ids"] = torch.randint(9, (m,), generator=generator) if m else None
+        for kind in PAIRS_KINDS:
+            for dtype, limit in ((torch.float32, 2e-3), (torch.bfloat16, 4e-2)):
+                rounded = [t.to(dtype) for t in tensors[:-1]] + tensors[-1:]
+                want = _pairs_results(kind, 1, rounded, options, indices, torch.device("cpu"))
+                found = _pairs_results(kind, 0, rounded, options, indices, torch.device(device))
+                error = max(_distance(a, b) for a, b in zip(found, want))
+                yield f"pairs {kind} {n}x{m}x{d} {options} {dtype}", error / limit
+
+
+PAIRS_KINDS = {
+    "softmax": (pairs.similarity_softmax, exact_pairs.similarity_softmax),
+    "sigmoid": (pairs.pair_sums, exact_pairs.pair_sums),
+}
+
+
+def _pairs_results(kind: str, exact: int, tensors, options, indices, device) -> list[Tensor]:
+    """Sums and gradients, of the op or in float64."""
+    function = PAIRS_KINDS[kind][exact]
+    given = {name: None if t is None else t.to(device) for name, t in indices.items()}
+    if exact and given.get("key_ids", 0) is None:
+        given["key_ids"] = given["query_ids"]
+    given.update(options)
+    if kind == "sigmoid":
+        given = {k: v for k, v in given.items() if k not in ("columns", "mean", "denominator")}
+
+    def value(*t: Tensor) -> Tensor:
+        found = function(t[0], t[-2], t[-1], **given)
+        if kind == "sigmoid":
+            return found
+        rows = found.lse - found.positive
+        columns = [] if found.column_lse is None else [found.column_lse - found.column_positive]
+        return torch.cat([rows, *columns])
+
+    moved = [t.to(device, torch.float64) if exact else t.to(device) for t in tensors]
+    return _with_gradients(value, *moved)
 
 
 def _lowrank_errors(device: str) -> Iterator[tuple[str, float]]:

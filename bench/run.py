@@ -35,6 +35,7 @@ OPS = {
     "call_overhead": "bench.bench_call_overhead",
     "betti_matching": "bench.bench_betti_matching",
     "embedding_metrics": "bench.bench_embedding_metrics",
+    "gemm": "bench.bench_gemm",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
     "permutahedron": "bench.bench_permutahedron",

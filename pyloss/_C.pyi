@@ -96,7 +96,7 @@ def similarity_softmax_fwd_scratch_bytes(
     problem: tuple[object, ...], columns: bool, threads: int, /
 ) -> int: ...
 def similarity_softmax_bwd_scratch_bytes(
-    problem: tuple[object, ...], dq: bool, dk: bool, dscale: bool, threads: int, /
+    problem: tuple[object, ...], dq: bool, dk: bool, dscale: bool, dbias: bool, threads: int, /
 ) -> int: ...
 def similarity_softmax_fwd(
     problem: tuple[object, ...],
@@ -109,6 +109,25 @@ def similarity_softmax_fwd(
 def similarity_softmax_bwd(
     problem: tuple[object, ...],
     backward: tuple[object, ...],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+def pair_sums_fwd_scratch_bytes(problem: tuple[object, ...], threads: int, /) -> int: ...
+def pair_sums_fwd(
+    problem: tuple[object, ...],
+    sums: tuple[object, ...],
+    results: tuple[object, ...],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+def pair_sums_bwd(
+    problem: tuple[object, ...],
+    sums: tuple[object, ...],
+    gradients: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     threads: int,

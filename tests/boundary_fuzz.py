@@ -164,6 +164,7 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
 
 def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     total, x = address(buffers["stats"]), address(buffers["x"])
+    maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
     first = Field([True, False], [2, -1])
     floats = code(0, 1, 2, 3)
     return {
@@ -172,6 +173,11 @@ def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any
             *[total, x, floats, size(OUTER), size(CLASSES), stride(CLASSES), first, THREADS]
         ],
         "advise_huge_pages": [x, size(ROOM)],
+        "small_linear_cross_entropy": [
+            *[size(OUTER), size(CLASSES), size(INNER), x, maybe["factor"], maybe["weight"]],
+            *[address(buffers["target"]), code(4, 5, 6), integer(-100, 0), first],
+            *[address(buffers["loss"]), maybe["grad"], maybe["v"], maybe["grad_rows"]],
+        ],
     }
 
 
@@ -183,7 +189,7 @@ def gemm_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
             *[code(0, 1, 2, 3), size(m), size(n), size(k), a, stride(k), stride(1)],
             *[b, stride(n), stride(1), c, stride(n), bias, Field([True, False], [2, -1]), THREADS],
         ],
-        "fma_rate": [code(0, 1, 2, 3)],
+        "multiply_adds": [code(0, 1, 2, 3), size(1000)],
     }
 
 
@@ -271,12 +277,25 @@ def similarity_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[st
         **dict(lse=b["stats"], column_lse=b["grad_loss"]),
         **{field: maybe[name] for field, name in given.items()},
     )
+    sums = record(
+        *(module, op, "PairSums"),
+        **dict(kind=code(0, 1), bias=maybe["states"], number1=number(0.1), number2=number(0.9)),
+    )
+    found = dict(sum1=b["stats"], count1=maybe["extras"], sum2=b["loss"], count2=maybe["norm"])
+    sum_results = record(*(module, op, "PairSumResults"), **found)
+    given = dict(g1="loss", g2="norm", dq="grad", dk="grad_rows", dscale="factor", dbias="mix")
+    sum_gradients = record(
+        *(module, op, "PairSumGradients"), **{field: maybe[n] for field, n in given.items()}
+    )
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
     return {
         "similarity_softmax_fwd_scratch_bytes": [problem, flag, THREADS],
-        "similarity_softmax_bwd_scratch_bytes": [problem, flag, flag, flag, THREADS],
+        "similarity_softmax_bwd_scratch_bytes": [problem, flag, flag, flag, flag, THREADS],
         "similarity_softmax_fwd": [problem, forward, *scratch],
         "similarity_softmax_bwd": [problem, backward, *scratch],
+        "pair_sums_fwd_scratch_bytes": [problem, THREADS],
+        "pair_sums_fwd": [problem, sums, sum_results, *scratch],
+        "pair_sums_bwd": [problem, sums, sum_gradients, *scratch],
     }
 
 

@@ -78,6 +78,9 @@ MASKS = {
     "self": dict(first=0, target="next", mean=True),
     "negatives": dict(first=0, target="next", denominator="negatives", mean=True),
     "labels": dict(first=0, same="positive", columns=True),
+    "no negatives": dict(
+        target="own", same="drop", columns=True, denominator="negatives", mean=True, classes=1
+    ),
     "false negatives": dict(target="own", same="drop", columns=True, denominator="negatives"),
 }
 
@@ -86,7 +89,7 @@ def masks_of(options: dict, rows: slice, whole: bool) -> dict:
     """For all ranks' rows, or for one's own; targets within the rank that has the row."""
     options = dict(options)
     total = sum(sizes())
-    ids, target = torch.arange(total) % 3, torch.arange(total)
+    ids, target = torch.arange(total) % options.pop("classes", 3), torch.arange(total)
     if options.get("target") == "next":
         begin = 0
         for size in sizes():
@@ -270,6 +273,24 @@ def ring_on_the_reference() -> None:
         sigmoid_sums(True)
 
 
+def second_derivatives() -> None:
+    """Those of one process, or an error: never the part of them that needs no other rank."""
+    rows, (x1, x2, _) = mine(), inputs()
+    own, whole = x1[rows].clone().requires_grad_(), x1.clone().requires_grad_()
+
+    def twice(z, other, **group):
+        (grad,) = torch.autograd.grad(pyloss.nt_xent(z, other, **group), z, create_graph=True)
+        return grad
+
+    world = dist.get_world_size()
+    grad = twice(own, x2[rows], group=dist.group.WORLD) / world
+    (found,) = torch.autograd.grad(grad.square().sum(), own)
+    (expected,) = torch.autograd.grad(twice(whole, x2).square().sum(), whole)
+    close(found, expected[rows])
+    raises(RuntimeError, "ring=True has no second derivative",
+           lambda: twice(own, x2[rows], group=dist.group.WORLD, ring=True))  # fmt: skip
+
+
 def one_sample_in_all() -> None:
     z = draw(int(dist.get_rank() == 0), DIM, seed=1)
     raises(ValueError, "one sample, which has no negatives",
@@ -314,6 +335,7 @@ def cases() -> dict[str, Callable]:
         "half, gathered": partial(half_types, False),
         "half, ring": partial(half_types, True),
         "ring on the reference": ring_on_the_reference,
+        "second derivatives": second_derivatives,
         "cached gradients": cached_gradients_of_the_joined_batch,
     }
     for ring in (False, True):

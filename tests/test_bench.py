@@ -17,9 +17,11 @@ sys.path.append(str(ROOT))
 
 from bench import _core, _targets, plot, run  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
+from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
+from bench import bench_similarity_softmax as similarity_softmax  # noqa: E402
 from bench import bench_similarity_topk as similarity_topk  # noqa: E402
 from bench import bench_sorting_network as sorting_network  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
@@ -179,7 +181,17 @@ def test_derived_columns_of_the_linear_op():
 
 @pytest.mark.parametrize(
     "op",
-    [row_softmax, linear, attention, betti, permutahedron, similarity_topk, sorting_network],
+    [
+        row_softmax,
+        gemm,
+        linear,
+        attention,
+        betti,
+        permutahedron,
+        similarity_softmax,
+        similarity_topk,
+        sorting_network,
+    ],
 )
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):

@@ -83,7 +83,7 @@ def test_gradients_of_similarities(temperature) -> None:
     p = (s / temperature).softmax(1).detach()
     expected = (p - p.diag().diag()) / temperature
     expected = expected - expected.sum(1).diag()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_penalties_are_more_even_at_higher_temperatures() -> None:
@@ -190,6 +190,8 @@ def test_temperature_is_learned_by_its_logarithm() -> None:
     found.backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(criterion.log_temperature.grad, 0.2 * given.grad)
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(query, key), found)
     criterion.temperature = 0.5
     assert "temperature=0.5," in repr(criterion)
     torch.testing.assert_close(criterion.temperature, torch.tensor(0.5))

@@ -76,7 +76,16 @@ def test_a_kernel_that_never_ran_is_named() -> None:
 def test_small_cases_of_every_op_agree_on_the_cpu() -> None:
     found = dict(cases.errors("cpu"))
     assert {k: e for k, e in found.items() if not e <= 1} == {}
-    for op in ("fwd ", "linear", "sorting", "betti", "permutahedron", "attention", "lowrank"):
+    for op in (
+        "fwd ",
+        "linear",
+        "sorting",
+        "betti",
+        "permutahedron",
+        "attention",
+        "lowrank",
+        "pairs",
+    ):
         assert any(name.startswith(op) for name in found), op
 
 

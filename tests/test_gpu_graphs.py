@@ -74,6 +74,11 @@ def attention(d: int = 32, **options: object) -> Step:
     return step_of(lambda *t: pyloss.tensor_attention(*t, **options), *tensors)
 
 
+def contrastive(d: int, loss: Callable[..., Tensor] = pyloss.clip_loss) -> Step:
+    features = [draw(70, d, dtype=torch.bfloat16) for _ in range(2)]
+    return step_of(lambda x, y: loss(x, y + x.flip(0)), *features)
+
+
 def sorting(n: int, **options: object) -> Step:
     ranks = torch.arange(n, device=DEVICE).expand(3, n)
     loss = lambda x: pyloss.sorting_cross_entropy(x, ranks, target_is="ranks", **options)  # noqa: E731
@@ -105,6 +110,10 @@ STEPS: dict[str, Callable[[], Step]] = {
     "attention, low rank, causal": lambda: attention(
         8, method="lowrank", degree=2, scale=1e-3, is_causal=True
     ),
+    "contrastive, sweeps": lambda: contrastive(40),
+    "contrastive, of one tensor": lambda: contrastive(40, functional.nt_xent),
+    "contrastive, blocks": lambda: contrastive(160),
+    "contrastive, sigmoid": lambda: contrastive(40, functional.siglip_loss),
     "sorting, small": lambda: sorting(16),
     "sorting, tiles": lambda: sorting(128),
     "sorting, splitter selection": lambda: step_of(

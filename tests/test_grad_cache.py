@@ -119,6 +119,28 @@ def test_one_chunk_at_a_time() -> None:
     assert events[3:] == [f"{what} {at}" for at in (4, 2, 0) for what in ("forward", "backward")]
 
 
+def test_second_derivatives() -> None:
+    net, x = encoder(), torch.randn(7, 6, dtype=F64, requires_grad=True)
+    cache = GradCache(net, chunk_size=3)
+    labels = torch.arange(7) % 3
+
+    def twice(encode):
+        loss = pyloss.supervised_contrastive(encode(x), labels)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        return gradients(grad.square().sum(), net[0])
+
+    torch.testing.assert_close(twice(cache), twice(net))
+
+
+@pytest.mark.exhaustive
+def test_compiled_graphs() -> None:
+    net, x = encoder(), torch.randn(7, 6, dtype=F64)
+    cache = GradCache(net, chunk_size=3)
+    compiled = torch.compile(cache, fullgraph=True, backend="aot_eager")
+    found, expected = (gradients(pyloss.nt_xent(*f(x, -x)), net) for f in (compiled, cache))
+    torch.testing.assert_close(found, expected)
+
+
 def test_without_gradients_and_without_rows() -> None:
     net = encoder()
     cache = GradCache(net, chunk_size=2)

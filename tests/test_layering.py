@@ -68,6 +68,8 @@ PYTHON_LAYERS = {
         "diffsort",
         "difftopk",
         "torchsort",
+        "pytorch_metric_learning",
+        "lightly",
         "skimage",
         "numpy",
     },

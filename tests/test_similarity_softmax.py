@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyloss
 from pyloss import _C
@@ -16,6 +17,8 @@ from pyloss.ops.similarity_softmax import (
     margin_sums,
     pair_sums,
     similarity_softmax,
+    unit,
+    unit_rows,
 )
 from pyloss.reference.similarity_softmax import margin_sums as reference_margins
 from pyloss.reference.similarity_softmax import pair_sums as reference_sums
@@ -135,6 +138,13 @@ def test_a_tensor_with_itself(path, same, columns) -> None:
             if "key_ids" in options:
                 options["key_ids"] = options["query_ids"]
             compare(x, x, scale, rtol=1e-12 * largest, columns=columns, **options)
+
+
+def test_a_tensor_with_itself_under_two_names(path) -> None:
+    """Equal ids of (i, j) are then not those of (j, i)."""
+    x = problem(33)[0]
+    for options in masks(33, 33, "positive"):
+        compare(x, x, 0.7, **options)
 
 
 @pytest.mark.parametrize("which", ["queries", "keys", "scale"])
@@ -357,7 +367,7 @@ def test_memory() -> None:
         problem = (n, n, 128, 1, True, 64, 64, 1.0, 0, False, 0, 0, 0, 0, 0)
         return (
             _C.similarity_softmax_fwd_scratch_bytes(problem, False, 2),
-            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, 2),
+            _C.similarity_softmax_bwd_scratch_bytes(problem, True, False, False, False, 2),
         )
 
     for small, large in zip(scratch(1 << 14), scratch(1 << 20)):
@@ -376,6 +386,28 @@ def test_torch_products_on_request(monkeypatch) -> None:
     monkeypatch.setattr(by_tiles, "_Online", None)
     with pytest.raises(TypeError):
         similarity_softmax(*problem())
+
+
+def test_unit_rows(monkeypatch) -> None:
+    """F.normalize and its gradient, of several parts and by blocks; tiny norms are clamped."""
+    monkeypatch.setattr(unit, "_BLOCK", 20)
+    x, y = problem(9, 5, 3)
+    with torch.no_grad():
+        x[2] = 0
+        x[3] *= 1e-14
+    grad = torch.randn(14, 3, dtype=torch.float64)
+    found, expected = unit_rows(x, y), F.normalize(torch.cat([x, y]), dim=1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(t, (x, y), grad, retain_graph=True) for t in (found, expected))
+    )
+    (alone,) = torch.autograd.grad(found, y, grad)  # the other part has a gradient, too
+    torch.testing.assert_close(alone, torch.autograd.grad(expected, y, grad)[0])
+    fixed = x.detach()
+    assert torch.autograd.grad(unit_rows(fixed, y).sum(), y)[0].shape == y.shape
+    z = problem(3, 1, 3)[0]
+    torch.autograd.gradcheck(unit_rows, (z,), check_batched_grad=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(unit_rows, (z,))
 
 
 def test_strides() -> None:

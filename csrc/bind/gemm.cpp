@@ -44,10 +44,14 @@ void register_gemm(py::module_& m) {
     };
     t == DType::kF64 ? multiply(double{}) : multiply(float{});
   });
-  m.def("fma_rate", [](int64_t dtype) {
+  m.def("multiply_adds", [](int64_t dtype, int64_t operations) {
     const DType t = checked_float("dtype", dtype);
+    if (operations < 0 || operations > int64_t(1) << 40) {
+      bad_argument("operations", std::to_string(operations));
+    }
     py::gil_scoped_release nogil;
-    return t == DType::kF64 ? cpu::gemm::fma_rate<double>() : cpu::gemm::fma_rate<float>();
+    return t == DType::kF64 ? cpu::gemm::multiply_adds<double>(operations)
+                            : cpu::gemm::multiply_adds<float>(operations);
   });
   m.def("prefers_own_gemm",
         [] { return cpu::instruction_set() != cpu::InstructionSet::kBase && !cpu::is_intel(); });

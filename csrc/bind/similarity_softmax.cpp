@@ -85,10 +85,10 @@ SimilarityBackward decode_backward(py::handle record, const SimilarityProblem& p
             r.optional(Backward::g_positive)};
   b.columns = {nullptr, r.optional(Backward::column_g), r.optional(Backward::column_g_positive)};
   if (b.columns.of_lse) b.columns.lse = r.pointer(Backward::column_lse, p.m);
-  b.dq = r.optional(Backward::dq);
-  b.dk = r.optional(Backward::dk);
-  b.dscale = r.optional(Backward::dscale);
-  if (p.itself && (b.dk || b.columns.of_lse || b.columns.of_positive)) {
+  b.to.dq = r.optional(Backward::dq);
+  b.to.dk = r.optional(Backward::dk);
+  b.to.dscale = r.optional(Backward::dscale);
+  if (p.itself && (b.to.dk || b.columns.of_lse || b.columns.of_positive)) {
     r.bad(Backward::dk, "needs keys that are not the queries, as cotangents of columns do");
   }
   return b;
@@ -126,10 +126,54 @@ void check_labels(const cpu::CountsProblem& p) {
   }
 }
 
+// Sums that are no softmax. bias: one number of the accumulator's dtype, or 0; numbers: the bias,
+// or what is above and below.
+PYLOSS_RECORD(PairSums, kind, bias, number1, number2);
+PYLOSS_RECORD(PairSumResults, sum1, count1, sum2, count2);
+PYLOSS_RECORD(PairSumGradients, g1, g2, dq, dk, dscale, dbias);
+
+cpu::PairSumOptions decode_sums(py::handle record, const SimilarityProblem& p) {
+  const Reader<PairSums> r(record);
+  cpu::PairSumOptions s{};
+  s.kind = r.code<cpu::PairSum>(PairSums::kind, 2);
+  s.bias = s.above = r.number(PairSums::number1);
+  s.below = r.number(PairSums::number2);
+  if (const void* bias = r.optional(PairSums::bias)) {
+    s.bias = p.dtype == DType::kF64 ? *static_cast<const double*>(bias)
+                                    : double(*static_cast<const float*>(bias));
+  }
+  if (p.kinds.flags & similarity::kNegatives) {
+    bad_argument("flags", "sums over pairs have no denominator");
+  }
+  return s;
+}
+
+cpu::PairSumForward decode_results(py::handle record, const SimilarityProblem& p,
+                                   const cpu::PairSumOptions& s) {
+  const Reader<PairSumResults> r(record);
+  const bool one = s.kind == cpu::PairSum::kSigmoid;
+  return {{r.pointer(PairSumResults::sum1, p.n), r.pointer(PairSumResults::sum2, one ? 0 : p.n)},
+          {r.optional(PairSumResults::count1), r.optional(PairSumResults::count2)}};
+}
+
+cpu::PairSumBackward decode_gradients(py::handle record, const SimilarityProblem& p,
+                                      const cpu::PairSumOptions& s) {
+  const Reader<PairSumGradients> r(record);
+  const bool one = s.kind == cpu::PairSum::kSigmoid;
+  cpu::PairSumBackward b{};
+  b.cotangents[0] = r.pointer(PairSumGradients::g1, one ? p.n : 0);
+  b.cotangents[1] = r.optional(PairSumGradients::g2);
+  b.to = {r.optional(PairSumGradients::dq), r.optional(PairSumGradients::dk),
+          r.optional(PairSumGradients::dscale), r.optional(PairSumGradients::dbias)};
+  if (p.itself && b.to.dk) r.bad(PairSumGradients::dk, "needs keys that are not the queries");
+  return b;
+}
+
 }  // namespace
 
 void register_similarity_softmax(py::module_& m) {
-  declare_records<Problem, Forward, Backward, Counts>(m, "similarity_softmax");
+  declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients>(
+      m, "similarity_softmax");
   m.def("similarity_counts_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::similarity_counts_scratch(decode_counts(problem), checked_threads(threads));
   });
@@ -149,8 +193,8 @@ void register_similarity_softmax(py::module_& m) {
                                                          checked_threads(threads));
         });
   m.def("similarity_softmax_bwd_scratch_bytes",
-        [](py::handle problem, bool dq, bool dk, bool dscale, int64_t threads) {
-          return cpu::similarity_softmax_backward_scratch(decode(problem), {dq, dk, dscale},
+        [](py::handle problem, bool dq, bool dk, bool dscale, bool dbias, int64_t threads) {
+          return cpu::similarity_softmax_backward_scratch(decode(problem), {dq, dk, dscale, dbias},
                                                           checked_threads(threads));
         });
   m.def("similarity_softmax_fwd", [](py::handle problem, py::handle forward, int64_t scratch,
@@ -168,9 +212,32 @@ void register_similarity_softmax(py::module_& m) {
     const SimilarityProblem p = decode(problem);
     const SimilarityBackward b = decode_backward(backward, p);
     const int width = checked_threads(threads);
-    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b), width);
+    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b.to), width);
     void* buffer = checked_scratch(scratch, scratch_bytes, needed);
     without_gil(cpu::similarity_softmax_backward, p, b, buffer, width);
+  });
+  m.def("pair_sums_fwd_scratch_bytes", [](py::handle problem, int64_t threads) {
+    return cpu::pair_sums_forward_scratch(decode(problem), checked_threads(threads));
+  });
+  m.def("pair_sums_fwd", [](py::handle problem, py::handle sums, py::handle results,
+                            int64_t scratch, int64_t scratch_bytes, int64_t threads) {
+    const SimilarityProblem p = decode(problem);
+    const cpu::PairSumOptions s = decode_sums(sums, p);
+    const cpu::PairSumForward f = decode_results(results, p, s);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::pair_sums_forward_scratch(p, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::pair_sums_forward, p, s, f, buffer, width);
+  });
+  m.def("pair_sums_bwd", [](py::handle problem, py::handle sums, py::handle gradients,
+                            int64_t scratch, int64_t scratch_bytes, int64_t threads) {
+    const SimilarityProblem p = decode(problem);
+    const cpu::PairSumOptions s = decode_sums(sums, p);
+    const cpu::PairSumBackward b = decode_gradients(gradients, p, s);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b.to), width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::pair_sums_backward, p, s, b, buffer, width);
   });
 }
 

@@ -12,7 +12,8 @@
 // and written once more for each further block of K.
 // Accumulator: R, in registers within a block of K. An element is summed in the order of l inside
 // a block, blocks in order; so its bits depend on the number of threads, on the cut into tasks and
-// on its place in a tile in no way.
+// on its place in a tile in no way. (multiply() adds a small C, of a long K, in up to 8 parts of K,
+// which depend on the sizes alone.)
 //
 // 1. A whole product: multiply(). A B, A B^T, A^T B are one function, since a MatrixView has two
 //    strides:
@@ -74,9 +75,10 @@ template <class R>
 void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
               int threads, const R* bias = nullptr);
 
-// Multiplications and additions per second that one thread can do: the yardstick of benchmarks.
+// At least so many multiplications and additions in registers, on this thread: the yardstick of
+// benchmarks. What it returns means nothing.
 template <class R>
-double fma_rate();
+double multiply_adds(int64_t operations);
 
 // ---- the pieces
 // -------------------------------------------------------------------------------------------------

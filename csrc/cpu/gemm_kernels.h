@@ -183,14 +183,14 @@ void product_of_panels(const Left<R>& a, const Right<R>& b, R* c, int64_t ldc, b
   } while (l < b.depth);
 }
 
-// `steps` fused multiply-adds on each of so many vectors that none waits for its predecessor.
-// Returns their number of operations; the values end in `sink`.
+// `steps` fused multiply-adds on each of so many vectors that none waits for its predecessor, from
+// and to two vectors of numbers. Returns how many multiplications and additions that were.
 template <class R>
-int64_t multiply_add(int64_t steps, R* sink) {
-  constexpr int kChains = PYLOSS_VECTOR_BYTES == 16 ? 12 : (PYLOSS_VECTOR_BYTES == 32 ? 12 : 24);
+int64_t multiply_adds(int64_t steps, R* numbers) {
+  constexpr int kChains = PYLOSS_VECTOR_BYTES == 64 ? 24 : 12;
   constexpr int kLanes = Vec<R>::kLanes;
+  const typename Vec<R>::V factor = load(numbers), term = load(numbers + kLanes);
   typename Vec<R>::V x[kChains];
-  const typename Vec<R>::V factor = load(sink), term = load(sink + kLanes);
 #pragma GCC unroll 24
   for (int i = 0; i < kChains; ++i) x[i] = factor * R(i);  // equal ones would be computed once
 #pragma GCC unroll 1
@@ -198,13 +198,15 @@ int64_t multiply_add(int64_t steps, R* sink) {
 #pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) x[i] = x[i] * factor + term;
   }
+  typename Vec<R>::V sum{};
 #pragma GCC unroll 24
-  for (int i = 0; i < kChains; ++i) store(sink, load(sink) + x[i]);
+  for (int i = 0; i < kChains; ++i) sum += x[i] * R(1.0 / (2 * kChains));
+  store(numbers, sum);
   return 2 * steps * kChains * kLanes;
 }
 
 template <class R>
 Kernels<R> kernels_of() {
-  return {PYLOSS_TILE_ROWS,     kPanel<R>,      pack_left_panels<R>, pack_right_panels<R>,
-          product_of_panels<R>, multiply_add<R>};
+  return {PYLOSS_TILE_ROWS,     kPanel<R>,       pack_left_panels<R>, pack_right_panels<R>,
+          product_of_panels<R>, multiply_adds<R>};
 }

@@ -39,17 +39,38 @@ struct SimilarityForward {
 struct SimilarityCotangents {
   const void *lse, *of_lse, *of_positive;  // the statistic, and cotangents or null
 };
-struct SimilarityBackward {
-  SimilarityCotangents rows, columns;
+struct SimilarityGradients {
   void *dq, *dk;  // null: not wanted; of `itself` dq has both
   void* dscale;   // one or n of the accumulator's dtype; null: not wanted
+  void* dbias;    // one, of pair sums alone
+};
+struct SimilarityBackward {
+  SimilarityCotangents rows, columns;
+  SimilarityGradients to;
+};
+
+// Sums over pairs that are no softmax, (n,) each.
+//   kSigmoid  sum_j softplus(-y_ij (z_ij + bias)), y = 1 for positives and -1 for negatives
+//   kMargins  over negatives sum_j max(0, z_ij - above) and how many are not below it, over
+//             positives sum_j max(0, below - z_ij) and how many are not above it
+enum class PairSum : int { kSigmoid = 0, kMargins = 1 };
+struct PairSumOptions {
+  PairSum kind;
+  double bias, above, below;
+};
+struct PairSumForward {
+  void *sums[2], *counts[2];  // of kSigmoid the first alone
+};
+struct PairSumBackward {
+  const void* cotangents[2];  // of the sums, or null
+  SimilarityGradients to;
 };
 
 struct SimilarityWants {  // of a backward
-  bool dq, dk, dscale;
+  bool dq, dk, dscale, dbias;
 };
-inline SimilarityWants wants_of(const SimilarityBackward& b) {
-  return {b.dq != nullptr, b.dk != nullptr, b.dscale != nullptr};
+inline SimilarityWants wants_of(const SimilarityGradients& g) {
+  return {g.dq != nullptr, g.dk != nullptr, g.dscale != nullptr, g.dbias != nullptr};
 }
 
 int64_t similarity_softmax_forward_scratch(const SimilarityProblem& p, bool columns, int threads);
@@ -60,5 +81,12 @@ void similarity_softmax_forward(const SimilarityProblem& p, const SimilarityForw
                                 void* scratch, int threads);
 void similarity_softmax_backward(const SimilarityProblem& p, const SimilarityBackward& b,
                                  void* scratch, int threads);
+
+// The scratch memory of the backward is that of the softmax.
+int64_t pair_sums_forward_scratch(const SimilarityProblem& p, int threads);
+void pair_sums_forward(const SimilarityProblem& p, const PairSumOptions& s, const PairSumForward& f,
+                       void* scratch, int threads);
+void pair_sums_backward(const SimilarityProblem& p, const PairSumOptions& s,
+                        const PairSumBackward& b, void* scratch, int threads);
 
 }  // namespace pyloss::cpu

@@ -34,6 +34,18 @@ struct EqualSums {
   int64_t *row_counts, *column_counts;
 };
 
+// Ids of the rows and columns of a tile, null where no pair is special for them.
+struct Ids {
+  const int64_t *rows, *columns;
+};
+
+// Of a tile: sums over negatives and over positives, of each row and column.
+template <class R>
+struct PairSums {
+  R *rows[2], *columns[2];  // columns null: not wanted
+  int64_t *row_counts[2], *column_counts[2];
+};
+
 template <class R>
 struct TileMath {
   void (*pad)(const Tile<R>&);
@@ -43,6 +55,12 @@ struct TileMath {
   void (*hide_equal)(const Tile<R>&, const int64_t*, const int64_t*);
   void (*sum_equal)(const Tile<R>&, const int64_t*, const int64_t*, const EqualSums<R>&);
   void (*add_equal)(const Tile<R>&, const int64_t*, const int64_t*, const R*, const R*);
+  // Of pair sums. to_signed: z becomes -y (z + bias), y = 1 for equal ids and -1 else.
+  void (*to_signed)(const Tile<R>&, R, Ids);
+  void (*sum_softplus)(const Tile<R>&, R*, R*);
+  void (*sigmoid_gradient)(const Tile<R>&, Ids, const R*, const R*);
+  void (*sum_margins)(const Tile<R>&, R, R, Ids, const PairSums<R>&);
+  void (*margin_gradient)(const Tile<R>&, R, R, Ids, const R* const*, const R* const*);
   void (*read_scaled)(const void*, DType, int64_t, R, R*);
   void (*write_scaled)(const R*, int64_t, R, DType, void*);
   R (*dot)(const R*, const R*, int64_t);

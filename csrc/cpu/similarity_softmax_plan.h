@@ -60,8 +60,9 @@ template <class R>
 struct SimilaritySlot {        // of one thread
   R *tile, *rows;              // rows: some of the queries or keys
   R *scores, *keys, *queries;  // blocks, packed; the last two of a backward
+  // Sums and shifts; of pair sums those of negatives, and of positives in the place of shifts.
   R *row_sums, *column_sums, *row_shifts, *column_shifts, *weighted, *column_weighted;
-  int64_t *row_counts, *column_counts;
+  int64_t *row_counts, *column_counts, *row_counts2, *column_counts2;
   Special<R>* specials;
 
   SimilaritySlot(const SimilarityProblem& p, const SimilarityPlan& plan, bool backward,
@@ -70,7 +71,8 @@ struct SimilaritySlot {        // of one thread
     const int64_t columns = plan.width;
     tile = arena.take<R>(rows_of_tile * gemm::tile_stride<R>(columns));
     const int64_t keys_of_pair = std::min(p.m, plan.key_block);
-    rows = arena.take<R>(std::max(rows_of_tile, keys_of_pair) * p.d);
+    const int64_t most = std::min(std::max(kBlock, kPackRows), std::max(p.n, p.m));
+    rows = arena.take<R>(most * p.d);
     scores = arena.take<R>(gemm::right_size<R>(p.d, keys_of_pair));
     keys = backward ? arena.take<R>(gemm::right_size<R>(keys_of_pair, p.d)) : nullptr;
     queries = backward ? arena.take<R>(gemm::right_size<R>(rows_of_tile, p.d)) : nullptr;
@@ -82,6 +84,8 @@ struct SimilaritySlot {        // of one thread
     column_weighted = arena.take<R>(columns);
     row_counts = arena.take<int64_t>(rows_of_tile);
     column_counts = arena.take<int64_t>(columns);
+    row_counts2 = arena.take<int64_t>(rows_of_tile);
+    column_counts2 = arena.take<int64_t>(columns);
     specials = arena.take<Special<R>>(2 * (rows_of_tile + columns));
   }
 };
@@ -168,6 +172,24 @@ struct ForwardBuffers {
   }
 };
 
+// Of sums that are no softmax: one, or two of the negatives and positives.
+template <class R>
+struct PairSumBuffers {
+  SimilaritySlots<R> slots;
+  double* sums[2];
+  int64_t* counts[2];
+
+  PairSumBuffers(const SimilarityProblem& p, const SimilarityPlan& plan, int threads, Arena& arena)
+      : slots(p, plan, false, threads, arena) {
+    for (double*& x : sums) x = arena.take<double>(p.n);
+    for (int64_t*& x : counts) x = arena.take<int64_t>(p.n);
+  }
+  void clear(int64_t n) const {
+    for (double* x : sums) std::fill(x, x + n, 0.0);
+    for (int64_t* x : counts) std::fill(x, x + n, int64_t(0));
+  }
+};
+
 template <class R>
 struct TermBuffers {
   R *factor, *shift;
@@ -179,7 +201,7 @@ struct BackwardBuffers {
   SimilaritySlots<R> slots;
   TermBuffers<R> row_terms, column_terms;
   R *dq = nullptr, *dk = nullptr;  // where the user's cannot be added up in
-  double *squares, *dots;
+  double *squares, *dots, *gradient_sums = nullptr;
 
   BackwardBuffers(const SimilarityProblem& p, const SimilarityPlan& plan, const SimilarityWants& w,
                   int threads, Arena& arena)
@@ -189,6 +211,7 @@ struct BackwardBuffers {
     if (w.dk && half) dk = arena.take<R>(p.m * p.d);
     squares = arena.take<double>(blocks_of(std::max(p.n, p.m), kPackRows));
     dots = arena.take<double>(p.n);
+    if (w.dbias) gradient_sums = arena.take<double>(p.n);
   }
 };
 

@@ -211,6 +211,121 @@ void add_equal(const Tile<R>& t, const int64_t* row_ids, const int64_t* column_i
   }
 }
 
+// ---- sums that are no softmax
+// -------------------------------------------------------------------------------------------------
+
+template <class R>
+void to_signed(const Tile<R>& t, R bias, Ids ids) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    R* const z = t.data + r * t.stride;
+    for (int64_t c = 0; c < t.columns; ++c) z[c] += bias;
+    if (!ids.rows) continue;
+    const int64_t id = ids.rows[r];
+    for (int64_t c = 0; c < t.columns; ++c) z[c] = ids.columns[c] == id ? -z[c] : z[c];
+  }
+}
+
+// e = exp(-|u|), of which softplus and sigmoid are made without overflow.
+template <class R>
+PYLOSS_INLINE typename Vec<R>::V exp_below(typename Vec<R>::V u) {
+  return exp_of(u > typename Vec<R>::V{} ? -u : u);
+}
+// log(1 + e), 0 <= e <= 1, to the last digits of e however small: 2 artanh(e / (2 + e)).
+PYLOSS_INLINE Vec<float>::V log1p_of(Vec<float>::V e) {
+  const Vec<float>::V s = e / (2.0f + e), q = s * s;
+  const Vec<float>::V tail =
+      1 / 3.0f + q * (1 / 5.0f + q * (1 / 7.0f + q * (1 / 9.0f + q * (1 / 11.0f + q / 13.0f))));
+  return 2.0f * (s + s * q * tail);
+}
+PYLOSS_INLINE Vec<double>::V log1p_of(Vec<double>::V e) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) e[i] = ::log1p(e[i]);
+  return e;
+}
+
+// Of u, padded with -inf; columns may be null.
+template <class R>
+void sum_softplus(const Tile<R>& t, R* rows, R* columns) {
+  using V = typename Vec<R>::V;
+  constexpr int kLanes = Vec<R>::kLanes;
+  for (int64_t c = 0; columns && c < t.columns; c += kLanes) store(columns + c, V{});
+  for (int64_t r = 0; r < t.rows; ++r) {
+    V sum{};
+    for (int64_t c = 0; c < t.columns; c += kLanes) {
+      const V u = load(t.data + r * t.stride + c);
+      const V y = (u > V{} ? u : V{}) + log1p_of(exp_below<R>(u));
+      sum += y;
+      if (columns) store(columns + c, load(columns + c) + y);
+    }
+    rows[r] = lane_sum<R>(sum);
+  }
+}
+
+// u becomes -y sigmoid(u) (g_r + g_c); g of the columns may be null.
+template <class R>
+void sigmoid_gradient(const Tile<R>& t, Ids ids, const R* rows, const R* columns) {
+  using V = typename Vec<R>::V;
+  constexpr int kLanes = Vec<R>::kLanes;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    R* const at = t.data + r * t.stride;
+    for (int64_t c = 0; c < t.columns; c += kLanes) {
+      const V u = load(at + c), e = exp_below<R>(u), one = V{} + R(1);
+      V g = V{} + rows[r];
+      if (columns) g += load_part(columns + c, t.columns - c);
+      store(at + c, (u > V{} ? one : e) / (one + e) * g);
+    }
+    if (!ids.rows) continue;
+    const int64_t id = ids.rows[r];
+    for (int64_t c = 0; c < t.columns; ++c) at[c] = ids.columns[c] == id ? -at[c] : at[c];
+  }
+}
+
+template <class R>
+void sum_margins(const Tile<R>& t, R above, R below, Ids ids, const PairSums<R>& s) {
+  for (int side = 0; s.columns[0] && side < 2; ++side) {
+    std::fill(s.columns[side], s.columns[side] + t.columns, R(0));
+    std::fill(s.column_counts[side], s.column_counts[side] + t.columns, int64_t(0));
+  }
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const R* const z = t.data + r * t.stride;
+    R sums[2] = {};
+    int64_t counts[2] = {};
+    for (int64_t c = 0; c < t.columns; ++c) {
+      const bool positive = ids.rows && ids.columns[c] == ids.rows[r];
+      // Not "z >= above": what is no number belongs to the sum.
+      if (positive ? z[c] > below : z[c] < above) continue;
+      const R y = positive ? below - z[c] : z[c] - above;
+      sums[positive] += y;
+      ++counts[positive];
+      if (!s.columns[0]) continue;
+      s.columns[positive][c] += y;
+      ++s.column_counts[positive][c];
+    }
+    for (int side = 0; side < 2; ++side) {
+      s.rows[side][r] = sums[side];
+      s.row_counts[side][r] = counts[side];
+    }
+  }
+}
+
+// g: of the rows and of the columns, each of negatives and positives; any may be null.
+template <class R>
+void margin_gradient(const Tile<R>& t, R above, R below, Ids ids, const R* const* rows,
+                     const R* const* columns) {
+  const auto of = [](const R* g, int64_t at) { return g ? g[at] : R(0); };
+  for (int64_t r = 0; r < t.rows; ++r) {
+    R* const z = t.data + r * t.stride;
+    const R high = of(rows[0], r), low = of(rows[1], r);
+    for (int64_t c = 0; c < t.columns; ++c) {
+      const bool positive = ids.rows && ids.columns[c] == ids.rows[r];
+      if (positive) {
+        z[c] = z[c] > below ? R(0) : -(low + of(columns[1], c));
+      } else {
+        z[c] = z[c] < above ? R(0) : high + of(columns[0], c);
+      }
+    }
+  }
+}
+
 // ---- rows of the user's tensors
 // -------------------------------------------------------------------------------------------------
 
@@ -243,6 +358,8 @@ R dot(const R* x, const R* y, int64_t n) {
 
 template <class R>
 TileMath<R> math_of() {
-  return {pad<R>,       maxima<R>,    sum_exp<R>,     softmax_gradient<R>, hide_equal<R>,
-          sum_equal<R>, add_equal<R>, read_scaled<R>, write_scaled<R>,     dot<R>};
+  return {pad<R>,          maxima<R>,           sum_exp<R>,     softmax_gradient<R>,
+          hide_equal<R>,   sum_equal<R>,        add_equal<R>,   to_signed<R>,
+          sum_softplus<R>, sigmoid_gradient<R>, sum_margins<R>, margin_gradient<R>,
+          read_scaled<R>,  write_scaled<R>,     dot<R>};
 }

@@ -29,7 +29,8 @@ from .pairs import (
     target_range,
 )
 
-# A sweep is split where its row tiles alone would leave multiprocessors of an H200 idle.
+# A sweep is split where its row tiles alone would leave multiprocessors of an H200 idle: it is to
+# have at most two programs for each, which run at once.
 SWEEP_GRID = 264
 
 QUERIES, KEYS, BOTH = 0, 1, 2
@@ -74,8 +75,9 @@ def pair_sweep_kernel(
     n_splits,
     tiles_per_split,
     K: tl.constexpr,  # Kind
-    C: tl.constexpr,  # Tile; WHOLE
+    C: tl.constexpr,  # Tile
     OF: tl.constexpr,  # gradients of the queries, of the keys, or of both, which are one tensor
+    BLOCK_D: tl.constexpr,  # holds n_inner; BLOCK_K if C.WHOLE
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
@@ -85,8 +87,11 @@ def pair_sweep_kernel(
     row0 = row_tile * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
     near = tl.minimum(rows, n_own - 1)
-    own = load_whole(rows_of(own_ptr, near, stride_own), n_inner, C.EVEN, C.BLOCK_K)
-    inner = tl.arange(0, C.BLOCK_K)
+    own_rows = rows_of(own_ptr, near, stride_own)
+    own = own_rows
+    if C.WHOLE:
+        own = load_whole(own_rows, n_inner, C.EVEN, C.BLOCK_K)
+    inner = tl.arange(0, BLOCK_D)
     offsets = tl.arange(0, BLOCK_N)
 
     low, high = 0, -1
@@ -98,7 +103,7 @@ def pair_sweep_kernel(
         if p.target is not None:
             low, high = target_range(rows, p)
 
-    acc = tl.zeros((BLOCK_M, C.BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale_sum = tl.zeros((BLOCK_M,), tl.float32)
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(n_other, BLOCK_N))
@@ -106,9 +111,13 @@ def pair_sweep_kernel(
         col0 = tile * BLOCK_N
         cols = col0 + offsets
         near_cols = tl.minimum(cols, n_other - 1)
-        other = load_whole(rows_of(other_ptr, near_cols, stride_other), n_inner, C.EVEN, C.BLOCK_K)
-        zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        s = dot(own, tl.trans(other), zero, C.WIDE, C.PRECISION)
+        other_rows = rows_of(other_ptr, near_cols, stride_other)
+        if C.WHOLE:
+            other = load_whole(other_rows, n_inner, C.EVEN, BLOCK_D)
+            zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            s = dot(own, tl.trans(other), zero, C.WIDE, C.PRECISION)
+        else:
+            s = products(own, own_rows, other_rows, n_inner, C)
         if OF == _KEYS:
             lse, a = query_coeffs(near_cols[None, :], c)
             scale = scale_of(near_cols, p)[None, :]
@@ -132,6 +141,8 @@ def pair_sweep_kernel(
             bias_sum += tl.sum(g, axis=1)
         if OF == _KEYS:
             g *= tl.load(p.scale + near_cols * p.scale_stride)[None, :]
+        if not C.WHOLE:
+            other = load_whole(other_rows, n_inner, False, BLOCK_D)
         acc = dot(g.to(other.dtype), other, acc, C.WIDE, C.PRECISION)
 
     if OF != _KEYS:
@@ -253,7 +264,7 @@ def pair_sweep(
     (n_own, d), n_other = own.shape, other.shape[0]
     c = config or launch.choose_config("sweep", own.dtype, d, n_own, own.device)
     row_tiles, col_tiles = cdiv(n_own, c.block_m), cdiv(n_other, c.block_n)
-    per_split = cdiv(col_tiles, splits or cdiv(SWEEP_GRID, row_tiles))
+    per_split = cdiv(col_tiles, splits or max(1, SWEEP_GRID // row_tiles))
     splits = cdiv(col_tiles, per_split)
     dtype = dtype or own.dtype
     part = own.new_empty((splits, n_own, d), dtype=dtype if splits == 1 else torch.float32)
@@ -282,6 +293,7 @@ def pair_sweep(
             K=kind,
             C=tile_of(c, own),
             OF=of,
+            BLOCK_D=max(16, triton.next_power_of_2(d)),
             num_warps=c.num_warps,
             num_stages=c.num_stages,
             **OPTIONS,
@@ -314,7 +326,11 @@ def pair_gradient_block(
     """
     check_pairs(queries, keys, p, kind)
     (n, d), m = queries.shape, keys.shape[0]
-    c = config or launch.choose_config("block", queries.dtype, d, n, queries.device)
+    columns = coeffs.column_a is not None or coeffs.column_positive is not None
+    more = kind.sigmoid or kind.same != 0 or columns or of == BOTH or d % 64 != 0
+    c = config or launch.choose_config(
+        "block with more" if more else "block", queries.dtype, d, n, queries.device
+    )
     if first_row % c.block_m:
         raise ValueError(f"first_row must be a multiple of {c.block_m}, got {first_row}")
     dz = out[: n - first_row, :m]

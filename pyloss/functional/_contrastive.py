@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.similarity_softmax import pair_sums, similarity_softmax
+from pyloss.ops.similarity_softmax import Stats, pair_sums, similarity_softmax, unit_rows
 
 
 def check_positive(name: str, value) -> None:
@@ -80,10 +80,17 @@ class Features:
         self.result = checks.result_dtype(dtype, first)
         self.first = first
 
-    def of(self, z: Tensor) -> Tensor:
+    def of(self, *parts: Tensor) -> Tensor:
+        """For the op: the rows of all parts."""
         if self.normalize:
-            z = F.normalize(z.to(self.sums), dim=1)
-        return z.to(self.products)
+            return self.exact(*parts).to(self.products)
+        return _joined(parts).to(self.products)
+
+    def exact(self, *parts: Tensor) -> Tensor:
+        """In the dtype of the sums."""
+        if self.normalize:
+            return unit_rows(*(z.to(self.sums) for z in parts))
+        return _joined(parts).to(self.sums)
 
     def scale(self, name: str, value: float | Tensor, rows: int | None = None) -> float | Tensor:
         """A number, or a tensor of one number, or of one a row where there may be so many."""
@@ -158,6 +165,22 @@ def shares(x: Tensor, group) -> Tensor:
     return of_group.shares(x, group)
 
 
+def of_rows(stats: Stats) -> Tensor:
+    """-log p of the positive, of each row."""
+    return _surprise(stats.lse, stats.positive, stats.count, stats.positives)
+
+
+def of_columns(stats: Stats) -> Tensor:
+    return _surprise(
+        stats.column_lse, stats.column_positive, stats.column_count, stats.column_positives
+    )
+
+
+def _surprise(lse: Tensor, positive: Tensor, count: Tensor, positives: Tensor) -> Tensor:
+    """A positive alone is certain, whatever the roundings of its logit; a NaN stays."""
+    return (lse - positive) * (count > positives)
+
+
 def check_same_rows(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
     if z.shape[0] != other.shape[0]:
         raise ValueError(
@@ -178,8 +201,17 @@ def checked_labels(name: str, labels, rows: int, like: Tensor) -> Tensor:
 
 def paired(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     """(2B, D), the one view and then the other; the row of each one's other view."""
-    z = torch.cat([z1, z2])
-    return z, torch.arange(z.shape[0], device=z.device).roll(z1.shape[0])
+    return torch.cat([z1, z2]), other_views(z1)
+
+
+def other_views(z: Tensor) -> Tensor:
+    """Of 2B rows, the views of B images and then their other ones: the row of the other view."""
+    count = z.shape[0]
+    return torch.arange(2 * count, device=z.device).roll(count)
+
+
+def _joined(parts) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def hardest_count(hard_fraction: float, negatives: int) -> int:

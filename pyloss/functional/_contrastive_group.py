@@ -1,7 +1,7 @@
 """Contrastive losses over a process group: the statistics of one process on the joined batch.
 
 Every rank gives its own queries and keys, and gets the rows of its own queries (and columns of its
-own keys). Imported with the first call that has a group.
+own keys). Compiled graphs break at each function. Imported with the first call that has a group.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops.linear_cross_entropy.vocab_parallel.group import eager
 from pyloss.ops.similarity_softmax import Stats, gather, pair_sums, similarity_softmax
 from pyloss.ops.similarity_softmax.call import COLUMNS, DENOMINATORS, MEAN, checked
 from pyloss.ops.similarity_softmax.gather import Layout, gathered, summed_over
@@ -26,12 +27,14 @@ def check_group() -> None:
         )
 
 
+@eager
 def layout_of(name: str, x: Tensor, group) -> Layout:
     """Which rank holds which rows of x; the first thing that is asked of a group."""
     check_group()
     return gather.layout_of(name, x, group)
 
 
+@eager
 def all_rows(name: str, x: Tensor, group, sizes: Sequence[int] | None) -> Tensor:
     """The rows of all ranks; `sizes`: how many each has, where that is known."""
     if x.dim() == 0:
@@ -48,6 +51,7 @@ def all_rows(name: str, x: Tensor, group, sizes: Sequence[int] | None) -> Tensor
     return gathered(x, layout, group)
 
 
+@eager
 def statistics(
     queries: Tensor,
     keys: Tensor,
@@ -56,27 +60,24 @@ def statistics(
     group,
     ring: bool = False,
     layout: Layout | None = None,
-    first: int = -1,
-    target: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    same: str = "ignore",
     denominator: str = "all",
     columns: bool = False,
     mean: bool = False,
+    **masks,
 ) -> Stats:
     """similarity_softmax of this rank's queries with the keys of all ranks.
 
     Args: as there, of this rank: `first` and `target` count its own keys. `ring`: the keys go
         around the ranks, and none holds them all. `layout`: of the keys, where it is known.
+        `masks`: first, target, query_ids, key_ids and same.
     """
     if layout is None:
         layout = layout_of("the embeddings", keys, group)
     if ring:
         flags = DENOMINATORS[denominator] | (COLUMNS if columns else 0) | (MEAN if mean else 0)
-        args = _apart(queries, keys, scale, first, target, query_ids, key_ids, same, flags)
+        args = _apart(queries, keys, scale, flags, **masks)
         return ring_softmax(args, layout, group)
-    masks = _of_all(layout, group, len(keys), first, target, query_ids, key_ids, same)
+    masks = _of_all(layout, group, len(keys), **masks)
     every = gathered(keys, layout, group)
     stats = similarity_softmax(
         queries, every, scale, **masks, denominator=denominator, columns=columns, mean=mean
@@ -84,6 +85,7 @@ def statistics(
     return _own_columns(stats, layout, group) if columns else stats
 
 
+@eager
 def sums(
     queries: Tensor,
     keys: Tensor,
@@ -92,23 +94,20 @@ def sums(
     *,
     group,
     ring: bool = False,
-    first: int = -1,
-    target: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    same: str = "ignore",
+    **masks,
 ) -> Tensor:
     """pair_sums of this rank's queries with the keys of all ranks."""
     layout = layout_of("the embeddings", keys, group)
     if ring:
-        args = _apart(queries, keys, scale, first, target, query_ids, key_ids, same, 0)
+        args = _apart(queries, keys, scale, 0, **masks)
         numbers = (0.0,) if isinstance(bias, Tensor) else (float(bias),)
         bias = bias.to(accumulator_dtype(keys.dtype)) if isinstance(bias, Tensor) else None
         return ring_sums(args, bias, numbers, layout, group)
-    masks = _of_all(layout, group, len(keys), first, target, query_ids, key_ids, same)
+    masks = _of_all(layout, group, len(keys), **masks)
     return pair_sums(queries, gathered(keys, layout, group), scale, bias, **masks)
 
 
+@eager
 def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     """Of the ranks' `total` over their `count`, times the ranks: DDP's mean over them is that of
     the joined batch, and so is its gradient."""
@@ -116,30 +115,38 @@ def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     return total * dist.get_world_size(group) / summed_over(count, group).clamp(min=1)
 
 
+@eager
 def shares(x: Tensor, group) -> Tensor:
     """Softmax over the rows of all ranks, times their count."""
     every = gathered(x.detach(), layout_of("the embeddings", x, group), group)
     return len(every) * torch.exp(x - torch.logsumexp(every, 0))
 
 
+@eager
 def joint_mean(each: Tensor, group) -> Tensor:
     """Over the entries of all ranks, the same on each; of none 0; no gradient."""
     sums = summed_over(torch.stack([each.sum(), each.new_tensor(float(each.numel()))]), group)
     return sums[0] / sums[1].clamp(min=1)
 
 
+@eager
 def last_dimension(name: str, group, *tensors: Tensor) -> list[Tensor]:
     """What all ranks have along the last dimension, of tensors that are alike in it."""
     layout = layout_of(name, tensors[0], group)
     return [gathered(t.detach().movedim(-1, 0), layout, group).movedim(0, -1) for t in tensors]
 
 
-def _apart(queries, keys, *rest) -> tuple:
+def _apart(
+    queries, keys, scale, flags, first=-1, target=None, query_ids=None, key_ids=None, same="ignore"
+) -> tuple:
     """The op's arguments with keys of their own, also where they are the queries."""
-    return checked(queries, keys.view_as(keys) if keys is queries else keys, *rest)
+    keys = keys.view_as(keys) if keys is queries else keys
+    return checked(queries, keys, scale, first, target, query_ids, key_ids, same, flags)
 
 
-def _of_all(layout, group, own, first, target, query_ids, key_ids, same) -> dict:
+def _of_all(
+    layout, group, own, first=-1, target=None, query_ids=None, key_ids=None, same="ignore"
+) -> dict:
     """The masks as they are among the keys of all ranks."""
     if first >= 0:
         first += layout.first
@@ -156,14 +163,18 @@ def _of_all(layout, group, own, first, target, query_ids, key_ids, same) -> dict
 def _own_columns(stats: Stats, layout, group) -> Stats:
     """Of each rank's statistics of all keys over its own queries: of its own keys over all."""
     even = layout._replace(counts=(1,) * len(layout.counts))
+    mine = slice(layout.first, layout.first + layout.counts[layout.rank])
 
-    def parts(x: Tensor) -> Tensor:  # (ranks, own keys)
-        every = gathered(x.unsqueeze(0), even, group)
-        return every[:, layout.first : layout.first + layout.counts[layout.rank]]
+    def parts(*rows: Tensor):  # (ranks, own keys) of each
+        return gathered(torch.stack(rows).unsqueeze(0), even, group)[..., mine].unbind(1)
 
+    lse, positive = parts(stats.column_lse, stats.column_positive)
+    count, positives = parts(stats.column_count, stats.column_positives)
+    nothing = (lse == -torch.inf).all(0)  # whose gradient would be NaN
+    lse = torch.logsumexp(lse.masked_fill(nothing, 0), 0).masked_fill(nothing, -torch.inf)
     return stats._replace(
-        column_lse=torch.logsumexp(parts(stats.column_lse), 0),
-        column_positive=parts(stats.column_positive).sum(0),
-        column_count=parts(stats.column_count).sum(0),
-        column_positives=parts(stats.column_positives).sum(0),
+        column_lse=lse,
+        column_positive=positive.sum(0),
+        column_count=count.sum(0),
+        column_positives=positives.sum(0),
     )

@@ -22,8 +22,10 @@ from pyloss.functional._contrastive import (
     checked_fraction,
     checked_labels,
     hardest_count,
+    of_columns,
+    of_rows,
+    other_views,
     pair_sums_over,
-    paired,
     shares,
     softmax_over,
 )
@@ -60,11 +62,12 @@ def info_nce(
         key: ``(B, D)``, or ``(M, D)`` with ``target``.
         queue: ``(Q, D)``: further negative keys of all queries.
         temperature: T > 0, or a tensor of one number or of one a query, with a gradient.
-        target: ``(B,)``, integer: which key is a query's positive; default: the key of its row.
+        target: ``(B,)``, integer: which key is a query's positive; default: the key of its row. -1
+            is none: the query has the loss 0, and the mean does not count it.
         ids: ``(B,)``, integer: of which item a query is. Keys of the same item that are not the
             positive are no negatives.
         key_ids: ``(M,)`` of the keys; default: ``ids``.
-        queue_ids: ``(Q,)`` of the queue, with ``ids``; default: all of it is of other items.
+        queue_ids: ``(Q,)`` of the queue; default: all of it is of other items.
         in_batch: whether the other keys of the batch are negatives. In MoCo the queue has them all.
         normalize: cosines; else inner products of the features as they are.
         symmetric: the mean of this and of the same loss with queries and keys exchanged, from one
@@ -85,6 +88,7 @@ def info_nce(
     Raises:
         TypeError: features that are no floating tensors; an option of the wrong type.
         ValueError: shapes that do not fit; options that exclude each other or are out of range.
+        IndexError: a target that is no key (CPU).
         RuntimeError: tensors on several devices.
 
     Example:
@@ -106,7 +110,7 @@ def info_nce(
     if target is None:
         check_same_rows("key", key, "query", query)
     else:
-        target = checked_labels("target", target, rows, query)
+        target = _checked_target(target, query, key)
     _check_together(queue, target, ids, key_ids, queue_ids, in_batch, symmetric)
     scale = features.inverse("temperature", temperature, None if symmetric else rows)
     q, k = features.of(query), features.of(key)
@@ -116,23 +120,26 @@ def info_nce(
         masks = _masks(query, ids, key, key_ids, queue, queue_ids, in_batch)
     if not in_batch:
         stats = similarity_softmax(q, others, scale, **masks)
-        positive = (q.to(features.sums) * (k if target is None else k[target])).sum(1) * scale
-        return features.reduced(-F.logsigmoid(positive - stats.lse), reduction, group=group)
-    if target is None:
-        target = torch.arange(rows, device=q.device)
-    options = dict(target=target, columns=symmetric)
+        own, counted = k, None
+        if target is not None:
+            own, counted = k[target.clamp(min=0)], target >= 0
+        positive = (q.to(features.sums) * own).sum(1) * scale
+        return features.reduced(-F.logsigmoid(positive - stats.lse), reduction, counted, group)
+    options = dict(columns=symmetric)
+    options["target"] = torch.arange(rows, device=q.device) if target is None else target
     if group is None or others is None:
         keys = k if others is None else torch.cat([k, others])
         stats = softmax_over(group, ring)(q, keys, scale, **options, **masks)
-        lse = stats.lse
     else:  # the queue is no other rank's
         of_batch, of_queue = _split_masks(masks, k.shape[0])
         stats = softmax_over(group, ring)(q, k, scale, **options, **of_batch)
-        lse = torch.logaddexp(stats.lse, similarity_softmax(q, others, scale, **of_queue).lse)
-    each = lse - stats.positive
+        more = similarity_softmax(q, others, scale, **of_queue)
+        lse = torch.logaddexp(stats.lse, more.lse)
+        stats = stats._replace(lse=lse, count=stats.count + more.count)
+    each = of_rows(stats)
     if symmetric:
-        each = 0.5 * (each + (stats.column_lse - stats.column_positive))
-    return features.reduced(each, reduction, group=group)
+        each = 0.5 * (each + of_columns(stats))
+    return features.reduced(each, reduction, None if target is None else target >= 0, group)
 
 
 def check_info_nce(
@@ -142,6 +149,15 @@ def check_info_nce(
     checks.checked_flag("in_batch", in_batch)
     checks.checked_flag("symmetric", symmetric)
     check_common(normalize, reduction, group, ring)
+
+
+def _checked_target(target, query: Tensor, key: Tensor) -> Tensor:
+    """Out of range on a device that is not looked at: as -1."""
+    target, count = checked_labels("target", target, query.shape[0], query), key.shape[0]
+    if checks.can_look_at(target):
+        checks.check_index_values(target, count, -1)
+        return target
+    return torch.where((target < 0) | (target >= count), -1, target)
 
 
 def _check_together(queue, target, ids, key_ids, queue_ids, in_batch, symmetric) -> None:
@@ -225,9 +241,9 @@ def nt_xent(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
-    z, other = paired(features.of(z1), features.of(z2))
+    z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other)
-    return features.reduced(stats.lse - stats.positive, reduction, group=group)
+    return features.reduced(of_rows(stats), reduction, group=group)
 
 
 def check_nt_xent(temperature, normalize, reduction, group=None, ring=False) -> None:
@@ -285,8 +301,8 @@ def clip_loss(
         features.scale("logit_scale", logit_scale), columns=True,
         target=torch.arange(image_features.shape[0], device=image_features.device),
     )  # fmt: skip
-    rows, columns = stats.lse - stats.positive, stats.column_lse - stats.column_positive
-    return features.reduced(0.5 * (rows + columns), reduction, group=group)
+    each = 0.5 * (of_rows(stats) + of_columns(stats))
+    return features.reduced(each, reduction, group=group)
 
 
 def check_clip(logit_scale, normalize, reduction, group=None, ring=False) -> None:
@@ -398,12 +414,12 @@ def dcl(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
-    u1, u2 = features.of(z1), features.of(z2)
-    z, other = paired(u1, u2)
+    z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other, denominator="negatives")
     positive = stats.positive
     if sigma is not None:
-        agreed = (u1.detach().to(features.sums) * u2.detach()).sum(1)
+        first, second = z.detach().to(features.sums).chunk(2)
+        agreed = (first * second).sum(1)
         weight = 2 - shares(agreed / sigma, group)
         positive = positive * torch.cat([weight, weight])
     return features.reduced(stats.lse - positive, reduction, stats.count > 0, group)
@@ -463,7 +479,7 @@ def hard_info_nce(
             query, key, temperature=temperature, normalize=normalize, reduction=reduction
         )
     scale = features.inverse("temperature", temperature, rows)
-    q, k = (features.of(z).to(features.sums) for z in (query, key))
+    q, k = features.exact(query), features.exact(key)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=q.dtype, device=q.device)
     lse, _ = similarity_hardest(q, k, scale, count, 0)
@@ -519,7 +535,7 @@ def simple_contrastive(
     features = Features(normalize, query=query, key=key)
     check_same_rows("key", key, "query", query)
     rows = query.shape[0]
-    q, k = (features.of(z).to(features.sums) for z in (query, key))
+    q, k = features.exact(query), features.exact(key)
     positive = (q * k).sum(1)
     negatives = max(0, rows - 1)
     count = hardest_count(hard_fraction, negatives)

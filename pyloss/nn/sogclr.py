@@ -143,8 +143,8 @@ class SogCLRLoss(OptionsModule):
         self.last_value = found.value
         if self.training:
             with torch.no_grad():
-                log_u, grad = (t.to(self.logu.device) for t in found[:2])
-                self._store(*F.over_all_samples(index, log_u, grad, self.group))
+                moved = F.over_all_samples(index.to(z1.device), *found[:2], self.group)
+                self._store(*(t.to(self.logu.device) for t in moved))
         return loss
 
     def _temperatures(self, index: Tensor, device: torch.device) -> float | Tensor:

@@ -41,6 +41,8 @@ LARGE = {
         1, 16, 16, n_1=3_000_000, masked=True, heads=(1, 1), batch=1
     ),
     "many rows": scenarios.linear_loss(1 << 22, 16, 64),
+    "many pairs": scenarios.pairs_of(1 << 24, 1 << 14, 16, columns=True),
+    "many wide pairs": scenarios.pairs_of(1 << 19, None, 256),
 }
 
 
@@ -154,7 +156,8 @@ def backward_bytes(call: Callable[..., Any]) -> tuple[int, int]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (scenarios.linear, scenarios.attention, scenarios.lowrank):
+        ops = (scenarios.linear, scenarios.similarity, scenarios.attention, scenarios.lowrank)
+        for module in ops:
             patch.setattr(module, "backward", counted(module.backward))
         record(call)
     return found["bytes"]
@@ -171,6 +174,9 @@ LONG = {
     "exact windows": scenarios.attention_of(65536, 65536, 128, heads=(16, 16), **scenarios.WINDOWS),
     "tiles": scenarios.linear_loss(16384, 4096, 128256),
     "filtered tiles": scenarios.linear_loss(16384, 4096, 128256, filter=1e-3, exact=True),
+    "pairs": scenarios.pairs_of(65536, 65536, 128, columns=True),
+    "wide pairs": scenarios.pairs_of(65536, 65536, 512),
+    "pairs of half a float32": scenarios.pairs_of(65536, 65536, 192, torch.float16),
 }
 
 

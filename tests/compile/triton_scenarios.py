@@ -17,6 +17,8 @@ from pyloss.ops.linear_cross_entropy import triton as linear
 from pyloss.ops.linear_cross_entropy.call import Tensors
 from pyloss.ops.row_softmax.calls import WANT_EXTRAS
 from pyloss.ops.row_softmax.records import COMP_SUM, INDEX, REDUCTIONS, Codes, Options
+from pyloss.ops.similarity_softmax import call as pairs_call
+from pyloss.ops.similarity_softmax import triton as similarity
 from pyloss.ops.tensor_attention import triton as attention
 from pyloss.ops.tensor_attention.plan import WANT
 from pyloss.ops.tensor_attention.plan import Settings as AttentionSettings
@@ -155,6 +157,47 @@ def lowrank_of(
     return call
 
 
+def pairs_of(
+    n: int,
+    m: int | None,
+    d: int,
+    dtype: torch.dtype = BF16,
+    first: int = -1,
+    target: bool = True,
+    same: str = "ignore",
+    denominator: str = "all",
+    columns: bool = False,
+    mean: bool = False,
+    scales: bool = False,
+    sigmoid: bool = False,
+) -> Callable[[], None]:
+    """Forward and backward of similarity_softmax, or of pair_sums; m None: of queries alone."""
+
+    def call() -> None:
+        flags = pairs_call.SAME[same] | pairs_call.DENOMINATORS[denominator]
+        flags |= pairs_call.COLUMNS * columns | pairs_call.MEAN * mean
+        ids = (meta(n, dtype=torch.int64), meta(m or n, dtype=torch.int64))
+        queries, keys = meta(n, d, dtype=dtype), None if m is None else meta(m, d, dtype=dtype)
+        pairs = (
+            queries, keys, 1.0, meta(n) if scales else meta(),
+            meta(n, dtype=torch.int64) if target else None,
+            *(ids if same != "ignore" else (None, None)), first, flags,
+        )  # fmt: skip
+        want = pairs_call.WANT_QUERIES | pairs_call.WANT_SCALE
+        want |= 0 if m is None else pairs_call.WANT_KEYS
+        if sigmoid:
+            bias = (meta(), [0.0], pairs_call.SIGMOID)
+            similarity.sums_forward(*pairs, *bias)
+            want |= pairs_call.WANT_BIAS
+            similarity.sums_backward(*pairs, *bias, want, meta(n), None)
+            return
+        lse, _, *rest = similarity.forward(*pairs)
+        of_columns = (rest[-4], meta(m or n), meta(m or n)) if columns else (None,) * 3
+        similarity.backward(*pairs, want, lse, of_columns[0], meta(n), meta(n), *of_columns[1:])
+
+    return call
+
+
 # --------------------------------------------------------------------------------------------------
 
 WINDOWS = {"causal": True, "windows": (512, 32)}
@@ -172,6 +215,10 @@ USUAL: dict[str, dict[str, Callable[[], Any]]] = {
         "float32 accumulation": linear_loss(exact=True, filter=1e-3),
         "tf32": tf32(linear_loss(dtype=FP32)),
         "odd sizes": linear_loss(777, 333, 50257, FP16, bias=True),
+    },
+    "similarity_softmax": {
+        "NT-Xent": pairs_of(8192, None, 128, first=0),
+        "wide": pairs_of(65536, None, 512, first=0),
     },
     "tensor_attention": {
         "full": attention_of(1024, 1024, 64),
@@ -196,6 +243,23 @@ MORE: dict[str, dict[str, Callable[[], Any]]] = {
         "one row": linear_loss(1, 64, 1000, bias=True, filter=1e-3),
         "float16 accumulation": linear_loss(dtype=FP16, exact=True),
         "no weight decides": linear_loss(8192, 2048, 50304, FP16, weighted=True, smoothing=0.1),
+    },
+    "similarity_softmax": {
+        "two sides": pairs_of(4096, 65536, 128),
+        "wide two sides": pairs_of(65536, 65536, 512),
+        "CLIP": pairs_of(32768, 32768, 512, columns=True),
+        "narrow CLIP": pairs_of(32768, 32768, 100, FP16, columns=True, scales=True, mean=True),
+        "SupCon": pairs_of(8192, None, 128, FP16, first=0, target=False, same="positive"),
+        "wide SupCon": pairs_of(4096, None, 768, first=0, target=False, same="positive"),
+        "queue": pairs_of(256, 65536, 128, same="drop", denominator="negatives", scales=True),
+        "DCL": pairs_of(1024, 1024, 64, first=0, denominator="negatives", mean=True),
+        "one row": pairs_of(1, 5000, 7),
+        "sigmoid": pairs_of(16384, 16384, 128, sigmoid=True),
+        "wide sigmoid": pairs_of(16384, 16384, 1024, sigmoid=True, same="positive"),
+        "float32": pairs_of(8192, 8192, 128, FP32, columns=True),
+        "wide float32": pairs_of(4096, None, 512, FP32, first=0),
+        "tf32": tf32(pairs_of(8192, None, 128, FP32, first=0)),
+        "wide tf32": tf32(pairs_of(4096, 4096, 1000, FP32, columns=True)),
     },
     "tensor_attention": {
         "one of everything": attention_of(1, 1, 16, heads=(1, 1), batch=1),

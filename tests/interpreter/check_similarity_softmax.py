@@ -41,9 +41,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_kernels, "block_rows", lambda *_: 32)
 
 
-@pytest.fixture(params=["sweeps", "blocks"])
+@pytest.fixture(params=["sweeps", "blocks", pytest.param("chunks", marks=pytest.mark.exhaustive)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Rows that a program holds whole, or a block of the logits' gradient at a time."""
+    """Sweeps, of rows that a program holds whole or by chunks; blocks of the logits' gradient."""
+    if request.param == "chunks":
+        monkeypatch.setattr(launch, "choose_config", lambda *_: small(16))
     if request.param == "blocks":
         for module in (K, launch):
             monkeypatch.setattr(module, "MOST_WHOLE", 0)
@@ -229,8 +231,8 @@ def test_columns_in_several_launches(monkeypatch: pytest.MonkeyPatch, watched) -
     monkeypatch.setattr(statistics, "COLUMN_BYTES", 4 * 3 * 33 * 3)
     q, k = problem(70, 33, 8)
     compare(q, k, temperature(), target=torch.arange(70) % 40, columns=True, mean=True)
-    # Five tiles of rows by twos, each launch with one that merges; rows; three of the gradient.
-    assert watched.launches == 2 * 3 + 1 + 3
+    # Five tiles of rows by twos, each launch with one that merges; rows; counts; the gradients.
+    assert watched.launches == 2 * 3 + 1 + 2 + 3
 
 
 # ------------------------------------------------------------------------------ numbers
@@ -292,7 +294,7 @@ def test_nothing_counts() -> None:
 def test_the_op_runs_the_kernels(watched) -> None:
     assert isinstance(K.gradient.pair_sweep_kernel, InterpretedFunction)
     q, k = problem(20, 40, 8)
-    for options, fwd, bwd in (({}, 2, 2), ({"target": torch.arange(20)}, 2, 3)):
+    for options, fwd, bwd in (({}, 3, 2), ({"target": torch.arange(20)}, 3, 3)):
         before = watched.launches
         lse = similarity_softmax(q, k, 0.5, **options).lse
         assert watched.launches - before == fwd
@@ -301,7 +303,7 @@ def test_the_op_runs_the_kernels(watched) -> None:
     before = watched.launches
     lse = similarity_softmax(q, q, 0.5, first=0).lse
     torch.autograd.grad(lse.sum(), q)
-    assert watched.launches - before == 2 + 1  # one gradient, of both sides
+    assert watched.launches - before == 3 + 1  # one gradient, of both sides
 
 
 def test_left_to_tiles_of_torch(watched) -> None:

@@ -32,6 +32,8 @@ ROWS = (
             pyloss.info_nce, Q, K, key_ids=IDS),
     refused(ValueError, "ids with target needs key_ids, those of the keys",
             pyloss.info_nce, Q, K, target=LABELS, ids=IDS),
+    refused(IndexError, "Target 4 is out of bounds", pyloss.info_nce, Q, K,
+            target=torch.tensor([0, 1, 4, 2])),
     refused(ValueError, "ids must have the shape [4], got [3]", pyloss.info_nce, Q, K, ids=IDS[:3]),
     refused(TypeError, "ids must hold integers, got torch.float32",
             pyloss.info_nce, Q, K, ids=IDS.float()),

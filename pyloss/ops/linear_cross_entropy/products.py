@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
+from pyloss.ops._gemm import product
 from pyloss.ops._launch import DTYPE_CODES, accumulator_dtype
 from pyloss.ops.linear_cross_entropy.call import Tensors
 from pyloss.ops.linear_cross_entropy.chunks import Chunks
@@ -32,7 +33,7 @@ class Linear:
         x = t.input
         self.chunks, self.exact = chunks, exact
         self.weight = t.linear_weight.to(x.dtype)
-        self.bias = None if t.linear_bias is None else t.linear_bias.to(x.dtype)
+        self.bias = None if t.linear_bias is None else t.linear_bias.to(x.dtype).contiguous()
         classes, features = self.weight.shape
         self.buffer = _advised(x.new_empty((chunks.step, classes)))
         acc = accumulator_dtype(x.dtype)
@@ -53,18 +54,19 @@ class Linear:
 
     def logits(self, x: Tensor) -> Tensor:
         out = self.buffer[: x.shape[0]]
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+        product(x, self.weight.t(), out, bias=self.bias)
+        return out
 
     def add(self, dz: Tensor, x: Tensor, part: slice) -> None:
         """Adds what a chunk's gradient of the logits gives."""
         dx, dw, db = self.results
         if dx is not None:
             if self.chunks.kept is None:
-                torch.mm(dz, self.weight, out=dx[part])
+                product(dz, self.weight, dx[part])
             else:
-                self.chunks.put(dx, part, torch.mm(dz, self.weight))
+                rows = dx.new_empty((dz.shape[0], dx.shape[1]))
+                product(dz, self.weight, rows)
+                self.chunks.put(dx, part, rows)
         if dw is not None and self._by_parts(dw, dz):
             labels = [] if self.exact else self._without_labels(dz, part)
             x = x.to(dw.dtype) if self.exact else x
@@ -117,10 +119,7 @@ class Linear:
 
     def _add_product(self, dw, dz, x):
         if dw.dtype == dz.dtype:
-            if self.first:
-                torch.mm(dz.t(), x, out=dw)
-            else:
-                dw.addmm_(dz.t(), x)
+            product(dz.t(), x, dw, add=not self.first)
         elif self.first:
             torch.ops.aten.mm.dtype_out(dz.t(), x, dw.dtype, out=dw)
         else:

@@ -40,8 +40,9 @@ from pyloss.ops.similarity_softmax.call import (
     split_softmax,
 )
 from pyloss.ops.similarity_softmax.sums import Margins, margin_sums, pair_sums
+from pyloss.ops.similarity_softmax.unit import unit_rows
 
-__all__ = ["Margins", "Stats", "margin_sums", "pair_sums", "similarity_softmax"]
+__all__ = ["Margins", "Stats", "margin_sums", "pair_sums", "similarity_softmax", "unit_rows"]
 
 _OF_ROWS = "Tensor? g, Tensor? g_positive, Tensor? column_g, Tensor? column_g_positive"
 

@@ -1,4 +1,4 @@
-"""The CPU implementations of the ops of similarity_softmax: lay out the tensors, call the kernels."""
+"""The CPU implementations of similarity_softmax: lay out the tensors, call the kernels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     WANT_KEYS,
     WANT_QUERIES,
-    WANT_SCALE,
+    WANTS,
     Pairs,
     gradients,
     softmax_outputs,
     split_softmax,
+    sums_outputs,
 )
 
 
@@ -53,7 +54,7 @@ def backward(*args) -> list[Tensor]:
     kept = [None if g is None else g.contiguous() for g in cotangents]
     problem = records.problem(p)
     threads = torch.get_num_threads()
-    wanted = (bool(want & bit) for bit in (WANT_QUERIES, WANT_KEYS, WANT_SCALE))
+    wanted = (bool(want & bit) for bit in WANTS)
     size = _C.similarity_softmax_bwd_scratch_bytes(problem, *wanted, threads)
     buffer, start = scratch(p.queries, size)
     record = records.Backward(*map(address, (lse, column_lse, *kept, dq, dk, dscale)))
@@ -62,4 +63,38 @@ def backward(*args) -> list[Tensor]:
     if p is not given and dq is not None:
         dq += dk
         found[1] = None
+    return [g for g in found if g is not None]
+
+
+def sums_forward(*args) -> list[Tensor]:
+    if _gemm.by_torch():
+        return by_tiles.sums_forward(*args)
+    p, (bias, numbers, kind) = Pairs(*args[:9]), args[9:]
+    found = sums_outputs(p.queries, kind)
+    problem = records.problem(p)
+    threads = torch.get_num_threads()
+    size = _C.pair_sums_fwd_scratch_bytes(problem, threads)
+    buffer, start = scratch(p.queries, size)
+    results = records.PairSumResults(*map(address, (*found, None, None, None)[:4]))
+    sums = records.PairSums(kind, address(bias), numbers[0], numbers[-1])
+    _C.pair_sums_fwd(problem, sums, results, start, size, threads)
+    del buffer
+    return found
+
+
+def sums_backward(*args) -> list[Tensor]:
+    if _gemm.by_torch():
+        return by_tiles.sums_backward(*args)
+    p, (bias, numbers, kind, want, *cotangents) = Pairs(*args[:9]), args[9:]
+    found = gradients(p, want, bias)
+    kept = [None if g is None else g.contiguous() for g in cotangents]
+    problem = records.problem(p)
+    threads = torch.get_num_threads()
+    wanted = (bool(want & bit) for bit in WANTS)
+    size = _C.similarity_softmax_bwd_scratch_bytes(problem, *wanted, threads)
+    buffer, start = scratch(p.queries, size)
+    sums = records.PairSums(kind, address(bias), numbers[0], numbers[-1])
+    record = records.PairSumGradients(*map(address, (*kept, *found)))
+    _C.pair_sums_bwd(problem, sums, record, start, size, threads)
+    del kept, buffer
     return [g for g in found if g is not None]

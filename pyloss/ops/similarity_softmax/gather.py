@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.linear_cross_entropy.vocab_parallel.group import all_gather, eager
+from pyloss.ops.linear_cross_entropy.vocab_parallel.group import all_gather
 
 # Renamed in torch 2.13, where the old name warns.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(
@@ -41,7 +41,6 @@ class Layout(NamedTuple):
         return len(set(self.counts)) == 1
 
 
-@eager
 def layout_of(name: str, x: Tensor, group) -> Layout:
     """One gather of three integers, which every rank then reads: on CUDA it waits for the device.
 
@@ -121,13 +120,11 @@ class _Sum(torch.autograd.Function):
         return _Gather.apply(grad, *ctx.where), None, None
 
 
-@eager
 def gathered(x: Tensor, layout: Layout, group) -> Tensor:
     """(B_r, ...) of each rank r as (sum of B_r, ...); with its gradient where x has one."""
     return _Gather.apply(x, layout, group)
 
 
-@eager
 def summed_over(x: Tensor, group) -> Tensor:
     """The sum of what the ranks have, without a gradient."""
     total = x.detach().clone()

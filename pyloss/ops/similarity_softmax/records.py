@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
-
 from pyloss.ops._launch import DTYPE_CODES, address
 from pyloss.ops.similarity_softmax.call import Pairs
 
@@ -66,7 +64,30 @@ class Counts(NamedTuple):
     edges: int
 
 
-RECORDS = (Problem, Forward, Backward, Counts)
+class PairSums(NamedTuple):
+    kind: int
+    bias: int
+    number1: float
+    number2: float
+
+
+class PairSumResults(NamedTuple):
+    sum1: int
+    count1: int
+    sum2: int
+    count2: int
+
+
+class PairSumGradients(NamedTuple):
+    g1: int
+    g2: int
+    dq: int
+    dk: int
+    dscale: int
+    dbias: int
+
+
+RECORDS = (Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients)
 
 
 def problem(p: Pairs) -> Problem:

@@ -16,10 +16,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.linear_cross_entropy.vocab_parallel.group import eager
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     SIGMOID,
@@ -116,6 +114,9 @@ def _gradients(sources, needed, moving: _Tensors, where, call) -> list[Tensor | 
 
     call(step, tensors of a block, which gradients): those of this rank's queries with the block.
     """
+    if torch.is_grad_enabled():
+        # torch's once_differentiable would let a constant upstream pass, and count as zero.
+        raise RuntimeError("ring=True has no second derivative (create_graph=True)")
     want = sum(bit for bit, yes in zip(WANTS, needed) if yes)
     sums = [
         torch.zeros_like(s, dtype=accumulator_dtype(s.dtype)) if yes else None
@@ -166,7 +167,6 @@ class _Stats(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         queries, keys, scales, target, query_ids, key_ids, lse, column_lse, *parts = (
             ctx.saved_tensors
@@ -217,7 +217,6 @@ class _Sums(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         queries, keys, scales, target, query_ids, key_ids, bias = ctx.saved_tensors
         scale, first, flags, numbers, where = ctx.rest
@@ -234,13 +233,11 @@ class _Sums(torch.autograd.Function):
         return of_queries, of_keys, None, of_scales, *(None,) * 5, of_bias, *(None,) * 3
 
 
-@eager
 def ring_softmax(args: tuple, layout: Layout, group) -> Stats:
     """similarity_softmax of the op's arguments with this rank's keys, over those of all ranks."""
     return Stats(*_Stats.apply(*args, layout, group))
 
 
-@eager
 def ring_sums(args: tuple, bias: Tensor | None, numbers, layout: Layout, group) -> Tensor:
     """pair_sums likewise."""
     return _Sums.apply(*args, bias, numbers, layout, group)

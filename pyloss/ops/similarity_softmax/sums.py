@@ -11,7 +11,7 @@ from pyloss.ops._flops import count_by
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.similarity_softmax import by_tiles, reference, triton
+from pyloss.ops.similarity_softmax import by_tiles, cpu, reference, triton
 from pyloss.ops.similarity_softmax.call import (
     MARGINS,
     SCHEMA,
@@ -51,7 +51,7 @@ define_op(
     f"similarity_sums_fwd({_SUMS}) -> Tensor[]",
     fake=_forward_fake,
     impls={
-        "cpu": by_tiles.sums_forward,
+        "cpu": cpu.sums_forward,
         "triton": triton.sums_forward,
         "reference": otherwise(reference.sums_forward, by_tiles.sums_forward),
     },
@@ -60,7 +60,7 @@ define_op(
     f"similarity_sums_bwd({_SUMS}, int want, Tensor? g, Tensor? g_below) -> Tensor[]",
     fake=_backward_fake,
     impls={
-        "cpu": by_tiles.sums_backward,
+        "cpu": cpu.sums_backward,
         "triton": triton.sums_backward,
         "reference": otherwise(reference.sums_backward, by_tiles.sums_backward),
     },

@@ -1,13 +1,13 @@
 """The ops of similarity_softmax by the Triton kernels, and what these leave to torch's tiles.
 
-    counts     of pairs, from indices: sorted ids and sums over targets; no kernel counts
-    forward    statistics of rows, and of columns from the same sweep
+    forward    statistics of rows, and of columns from the same sweep; counts from indices alone
     backward   D up to 128: a sweep over the keys gives the queries' gradient, one over the queries
                the keys', each with its logits formed once more. Wider: blocks of rows of the
                logits' gradient, formed once, and two products with each. A tensor with itself has
                one gradient, whose tiles hold the pairs (i, j) and (j, i).
 
-Left to by_tiles: float64, nothing to do (an empty side), pairs beyond margins.
+Queries and keys of a width that is no multiple of 16 are copied to rows that are. Left to
+by_tiles: float64, nothing to do (an empty side), pairs beyond margins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.ops.similarity_softmax import by_tiles
@@ -30,8 +31,8 @@ from pyloss.ops.similarity_softmax.call import (
     WANT_KEYS,
     WANT_QUERIES,
     WANT_SCALE,
+    WANTS,
     Pairs,
-    gradients,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,48 +80,20 @@ def _ids(p: Pairs) -> _Ids | None:
     return _Ids(torch.where(known[at] == p.query_ids, at, -1), keys)
 
 
-def _equal(of: Tensor, among: Tensor) -> Tensor:
-    """How many of the second are equal to each of the first."""
-    known = among.sort().values
-    return torch.searchsorted(known, of, right=True) - torch.searchsorted(known, of)
-
-
-def _counts(p: Pairs, ids: _Ids | None, columns: bool) -> tuple[Tensor, Tensor]:
-    """(entries of the denominator, positives) of the rows, or of the columns."""
-    n, m = p.queries.shape[0], _keys(p).shape[0]
-    i = torch.arange(n, device=p.queries.device)
-    # Queries with a key of their own, or with a target that is another one; and these keys.
-    own, own_key = ((p.first >= 0) & (i + p.first < m)), (i + p.first).clamp(0, m - 1)
-    hit, target = torch.zeros_like(own), own_key
-    if p.target is not None:
-        target = p.target.clamp(0, m - 1)
-        hit = (p.target == target) & ~(own & (target == own_key))
-
-    def counted(queries: Tensor, keys: Tensor) -> Tensor:
-        """Of one pair for each query that is marked."""
-        return i.new_zeros(m).index_add_(0, keys, queries.long()) if columns else queries.long()
-
-    left_out, positives = counted(own, own_key), counted(hit, target)
-    if ids is not None:
-        same = _equal(ids.keys, ids.queries) if columns else _equal(ids.queries, ids.keys)
-        for marked, keys in ((own, own_key), (hit, target)):
-            same = same - counted(marked & (ids.queries == ids.keys[keys]), keys)
-        if p.flags & POSITIVE:
-            positives = positives + same
-        else:
-            left_out = left_out + same
-    count = (n if columns else m) - left_out
-    return count - positives if p.flags & NEGATIVES else count, positives
-
-
 # --------------------------------------------------------------------------------------------------
 # What the kernels take
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 numbers: others are loaded a number at a time."""
+    return t if t.shape[1] % 16 == 0 else F.pad(t, (0, -t.shape[1] % 16))
 
 
 class _Call:
     def __init__(self, p: Pairs, bias: Tensor | None = None, sigmoid: bool = False) -> None:
         self.p, self.kernels, self.ids = p, _kernels(), _ids(p)
-        self.queries, self.keys = p.queries, _keys(p)
+        self.queries = _aligned(p.queries)
+        self.keys = self.queries if p.keys is None else _aligned(p.keys)
         if p.scales is None:
             self.scale = self.queries.new_full((1,), p.scale, dtype=torch.float32)
         else:
@@ -155,20 +128,20 @@ def forward(*args) -> list[Tensor]:
     if not _takes(p):
         return by_tiles.forward(*args)
     call = _Call(p)
-    found = call.kernels.pair_statistics(
-        *call.arguments(), columns=bool(p.flags & COLUMNS), mean=bool(p.flags & MEAN)
-    )
-    results = _of_side(call, found.lse, found.positive, False)
-    if p.flags & MEAN:
+    columns, mean = bool(p.flags & COLUMNS), bool(p.flags & MEAN)
+    found = call.kernels.pair_statistics(*call.arguments(), columns=columns, mean=mean)
+    counts = call.kernels.pair_counts(call.pairs, call.kind, call.queries, columns)
+    results = [found.lse, _or_zeros(found.positive, found.lse), *counts[:2]]
+    if mean:
         results.append(found.mean)
-    if p.flags & COLUMNS:
-        results += _of_side(call, found.column_lse, found.column_positive, True)
+    if columns:
+        of_columns = found.column_lse, _or_zeros(found.column_positive, found.column_lse)
+        results += [*of_columns, *counts[2:]]
     return results
 
 
-def _of_side(call: _Call, lse: Tensor, positive: Tensor | None, columns: bool) -> list[Tensor]:
-    positive = torch.zeros_like(lse) if positive is None else positive
-    return [lse, positive, *(t.float() for t in _counts(call.p, call.ids, columns))]
+def _or_zeros(t: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if t is None else t
 
 
 def sums_forward(*args) -> list[Tensor]:
@@ -192,17 +165,16 @@ def backward(*args) -> list[Tensor]:
     call = _Call(p)
     if not call.has_positives:
         g_positive = column_g_positive = None
-    lse, a = _side(lse, g)
-    if a is None:
-        lse, a = torch.full_like(lse, torch.inf), torch.zeros_like(lse)
-    column_lse, column_a = (None, None) if column_g is None else _side(column_lse, column_g)
-    coeffs = call.kernels.Coeffs(lse, a, g_positive, column_lse, column_a, column_g_positive)
+    a = torch.zeros_like(lse) if g is None else g
+    column_lse = None if column_g is None else _in_powers(column_lse)
+    lse = torch.full_like(lse, torch.inf) if g is None else _in_powers(lse)
+    coeffs = call.kernels.Coeffs(lse, a, g_positive, column_lse, column_g, column_g_positive)
     return _Gradients(call, want, coeffs).results()
 
 
-def _side(lse: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _in_powers(lse: Tensor) -> Tensor:
     """lse in powers of 2, +inf where nothing counts."""
-    return torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E), g
+    return lse.nan_to_num(torch.nan, torch.inf, torch.inf).mul_(_LOG2E)
 
 
 def sums_backward(*args) -> list[Tensor]:
@@ -232,7 +204,7 @@ class _Gradients:
     def __init__(self, call: _Call, want: int, coeffs, bias: Tensor | None = None) -> None:
         self.call, self.want, self.kernels = call, want, call.kernels
         self.both = call.p.keys is None
-        self.given = gradients(call.p, want, bias)
+        self.sources = (call.p.queries, call.p.keys, call.p.scales, bias)
         self.unit = None
         coeffs = _contiguous(coeffs)
         if call.queries.dtype == torch.float16:
@@ -252,13 +224,16 @@ class _Gradients:
             of_queries = of_queries + of_keys
         found = (of_queries, of_keys, self._per_scale(scale_sums), self._total(bias_sums))
         return [
-            self._settled(value).view_as(to).to(to.dtype)
-            for to, value in zip(self.given, found)
-            if to is not None
+            self._settled(value, source)
+            for value, source, bit in zip(found, self.sources, WANTS)
+            if self.want & bit
         ]
 
-    def _settled(self, t: Tensor) -> Tensor:
-        return t if self.unit is None else t / self.unit
+    def _settled(self, t: Tensor, source: Tensor) -> Tensor:
+        t = t if self.unit is None else t / self.unit
+        if t.dim() == 2:
+            t = t[:, : source.shape[1]]
+        return t.reshape(source.shape).to(source.dtype).contiguous()
 
     def _total(self, sums: Tensor | None) -> Tensor | None:
         if sums is None:
@@ -315,6 +290,6 @@ class _Gradients:
 
 def block_rows(n: int, m: int, d: int, itemsize: int) -> int:
     """Queries whose part of the logits' gradient exists at a time: whole tiles of any height."""
-    room = max(_BLOCK_BYTES, 2 * (n + m) * d * itemsize)
+    room = max(_BLOCK_BYTES, 3 * (n + m) * d * itemsize // 2)
     rows = max(_ALIGN, room // (m * itemsize) // _ALIGN * _ALIGN)
     return min(rows, -(-n // _ALIGN) * _ALIGN)

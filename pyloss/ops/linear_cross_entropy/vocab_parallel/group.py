@@ -34,10 +34,10 @@ def eager(function):
     torch.compiler.disable as a decorator would do the same, and import Dynamo with all its weight.
     """
 
-    def call(*args):
+    def call(*args, **options):
         if "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(function)(*args)
-        return function(*args)
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
 
     return call
 
