@@ -266,7 +266,7 @@ def _pairs_errors(device: str) -> Iterator[tuple[str, float]]:
                 want = _with_gradients(loss, *(t.double() for t in rounded))
             found = _with_gradients(loss, *(t.to(device) for t in rounded))
             error = max(_distance(a, b) for a, b in zip(found, want))
-            yield f"{name} {n}x{m}x{d} {dtype}", error / limit
+            yield f"pairs {name} {n}x{m}x{d} {dtype}", error / limit
 
 
 def _lowrank_errors(device: str) -> Iterator[tuple[str, float]]:
