@@ -59,8 +59,21 @@ def column_sums(
     threads: int, /,
 ) -> None: ...  # fmt: skip
 def small_linear_cross_entropy(
-    rows: int, classes: int, features: int, x: int, w: int, bias: int, target: int,
-    target_dtype: int, ignore_index: int, mean: bool, loss: int, dx: int, dw: int, dbias: int, /,
+    rows: int,
+    classes: int,
+    features: int,
+    x: int,
+    w: int,
+    bias: int,
+    target: int,
+    target_dtype: int,
+    ignore_index: int,
+    mean: bool,
+    loss: int,
+    dx: int,
+    dw: int,
+    dbias: int,
+    /,
 ) -> None: ...
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 def similarity_topk(
