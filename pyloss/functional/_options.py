@@ -261,6 +261,17 @@ class MultiSimilarityOptions(TypedDict, total=False):
     reduction: str
 
 
+class MarginSoftmaxOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.arcface_loss`."""
+
+    margin: float
+    scale: float
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+
+
 class ICNNOptions(TypedDict, total=False):
     """See :func:`pyloss.functional.icnn_score`."""
 

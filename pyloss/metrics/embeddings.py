@@ -209,7 +209,7 @@ def alignment(
     Example:
         >>> import torch, pyloss
         >>> x = torch.eye(3)
-        >>> pyloss.metrics.alignment(x, x.roll(1, 0))
+        >>> pyloss.metrics.alignment(x, x.roll(1, 0)).round(decimals=3)
         tensor(2.)
 
     Reference:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, exact, near_pairs, prepared
+from pyloss.functional._embeddings import check_labels, check_rows, exact, near_pairs
 
 
 class OPISCurves(NamedTuple):
@@ -125,9 +125,15 @@ def opis(
     check_labels(labels, embeddings)
     with exact(embeddings):
         order = labels.argsort(stable=True)
-        x = prepared(embeddings[order], normalize)
+        x = embeddings[order].to(torch.promote_types(embeddings.dtype, torch.float32))
+        # In place, and without a matrix of squares: the embeddings are the most of the memory.
+        length = torch.linalg.vector_norm(x, dim=1)
+        if normalize:
+            unit = length.clamp(min=1e-12)
+            x.div_(unit.unsqueeze(1))
+            length = length / unit
         classes, of_row, sizes, skipped = _classes(labels[order])
-        half = (x * x).sum(1).mul_(0.5)
+        half = length.square().mul_(0.5)
         if thresholds is None:
             low, high = _bounds(x, half, of_row, classes.shape[0], far, bounds_samples)
             steps = torch.linspace(0, 1, num_thresholds, dtype=torch.float64, device=x.device)
@@ -163,14 +169,14 @@ def _bounds(x, half, of_row, classes, far, samples) -> tuple[Tensor, Tensor]:
     # Rows stand by class: evenly spaced ones keep the shares of the classes.
     rows = torch.arange(kept, device=x.device) * n // max(kept, 1)
     x, half, of_row = x[rows], half[rows], of_row[rows]
-    square = (half[:, None] + half - x @ x.t()).mul_(2)
+    square = (x @ x.t()).neg_().add_(half).add_(half[:, None]).mul_(2)
     negative = (of_row[:, None] != of_row) | (of_row == classes)
     negative = negative.triu_(1)
     count = int(negative.sum())
     if count == 0:
         return (square.new_zeros((), dtype=torch.float64),) * 2
     # Not only those of the mask: their indices would take more memory than all.
-    found = square.clamp_(min=0).masked_fill_(~negative, torch.inf).view(-1)
+    found = square.clamp_(min=0).masked_fill_(negative.logical_not_(), torch.inf).view(-1)
     at = (math.ceil(share * count) for share in far)
     return tuple(found.kthvalue(k).values.double().sqrt() for k in at)
 

@@ -16,6 +16,7 @@ from pyloss.functional._checks import checked_integer
 from pyloss.functional._options import (
     ContrastivePairOptions,
     ICNNOptions,
+    MarginSoftmaxOptions,
     MultiSimilarityOptions,
     TCMOptions,
     TripletMarginOptions,
@@ -24,6 +25,7 @@ from pyloss.functional._options import (
 from pyloss.nn._module import LossModule, WeightedLoss
 
 _REFERENCE = ("ref_emb", "ref_labels")
+_LAST = {"device": "reduction", "dtype": "device"}  # of the arguments that are shown
 
 
 class _PairLoss(LossModule):
@@ -263,9 +265,7 @@ class _MarginSoftmax(WeightedLoss):
     _loss: Callable[..., Tensor]
     _most = math.inf  # of the margin
 
-    def __init__(
-        self, num_classes, embedding_size, *, weight, device, dtype, **options
-    ) -> None:  # fmt: skip
+    def __init__(self, num_classes, embedding_size, device, dtype, *, weight, **options) -> None:
         margins.check_margin_options(most=self._most, **options)
         super().__init__(weight, **options)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
@@ -324,25 +324,17 @@ class ArcFaceLoss(_MarginSoftmax):
     _loss = staticmethod(margins.arcface_loss)
     _most = math.pi
 
+    @options_of(margins.arcface_loss, positional=2, after=_LAST)
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.5,
-        scale: float = 64.0,
         *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[MarginSoftmaxOptions],
     ) -> None:
-        super().__init__(
-            num_classes, embedding_size, weight=weight, device=device, dtype=dtype, margin=margin,
-            scale=scale, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            reduction=reduction,
-        )  # fmt: skip
+        super().__init__(num_classes, embedding_size, device, dtype, **options)
 
 
 class CosFaceLoss(_MarginSoftmax):
@@ -377,22 +369,14 @@ class CosFaceLoss(_MarginSoftmax):
 
     _loss = staticmethod(margins.cosface_loss)
 
+    @options_of(margins.cosface_loss, positional=2, after=_LAST)
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.35,
-        scale: float = 64.0,
         *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[MarginSoftmaxOptions],
     ) -> None:
-        super().__init__(
-            num_classes, embedding_size, weight=weight, device=device, dtype=dtype, margin=margin,
-            scale=scale, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            reduction=reduction,
-        )  # fmt: skip
+        super().__init__(num_classes, embedding_size, device, dtype, **options)

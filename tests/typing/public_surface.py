@@ -319,7 +319,7 @@ def metric_learning() -> None:
             pyloss.nn.MultiSimilarityLoss(alpha=1.0),
             pyloss.nn.ProtoTripletLoss(0.5),
             pyloss.nn.ICNNLoss(k=3),
-            pyloss.nn.ArcFaceLoss(10, 4, 0.5, device="cpu"),
+            pyloss.nn.ArcFaceLoss(10, 4, margin=0.5, device="cpu"),
             pyloss.nn.CosFaceLoss(10, 4, label_smoothing=0.1),
         ]
     )

@@ -10,6 +10,7 @@ from pyloss.ops._flops import count_by
 from pyloss.ops._launch import DTYPE_CODES, address, scratch
 from pyloss.ops._registry import define_op
 from pyloss.ops.similarity_softmax import records
+from pyloss.ops.similarity_softmax.call import otherwise
 
 # A side of a tile of torch's products: they run at the full rate, and a tile stays in the cache.
 TILE = 1024
@@ -66,7 +67,11 @@ define_op(
     "similarity_counts(Tensor x, Tensor half, Tensor labels, Tensor edges, SymInt classes) "
     "-> Tensor",
     fake=lambda x, half, labels, edges, classes: _empty(x, edges, classes),
-    impls={"cpu": _by_kernel, "triton": _by_tiles, "reference": _by_reference},
+    impls={
+        "cpu": _by_kernel,
+        "triton": _by_tiles,
+        "reference": otherwise(_by_reference, _by_tiles),
+    },
 )
 # Each pair once.
 count_by("similarity_counts", lambda x, *rest, out_shape=None: x[0] * x[0] * x[1])
