@@ -2,7 +2,9 @@
 // once for each, inside a namespace and a `#pragma GCC target` region, with PYLOSS_VECTOR_BYTES
 // set (0: plain C++).
 
-// above(a, b): not a <= b, a bit a lane. larger(a, b): b where one is NaN.
+// above(a, b): not a <= b, a bit a lane. larger(a, b): b where one is NaN. append(to, first,
+// lanes): the numbers first + lane of the lanes that are set; what is behind them in `to` is
+// overwritten.
 template <class R>
 struct Lanes;
 #if PYLOSS_VECTOR_BYTES == 64
@@ -19,6 +21,12 @@ struct Lanes<float> {
   static uint32_t is_number(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
   static V load(const float* p, uint32_t lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
   static void store(float* p, uint32_t lanes, V v) { _mm512_mask_storeu_ps(p, lanes, v); }
+  static int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(
+        to, _mm512_maskz_compress_epi32(lanes, _mm512_add_epi32(at, _mm512_set1_epi32(first))));
+    return __builtin_popcount(lanes);
+  }
 };
 template <>
 struct Lanes<double> {
@@ -33,6 +41,13 @@ struct Lanes<double> {
   static uint32_t is_number(V a) { return _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q); }
   static V load(const double* p, uint32_t lanes) { return _mm512_maskz_loadu_pd(lanes, p); }
   static void store(double* p, uint32_t lanes, V v) { _mm512_mask_storeu_pd(p, lanes, v); }
+  static int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+    const __m256i at = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to),
+        _mm256_maskz_compress_epi32(lanes, _mm256_add_epi32(at, _mm256_set1_epi32(first))));
+    return __builtin_popcount(lanes);
+  }
 };
 #elif PYLOSS_VECTOR_BYTES == 32
 template <>
@@ -70,6 +85,32 @@ struct Lanes {
   static uint32_t above(V a, V b) { return !(a <= b); }
 };
 #endif
+
+#if PYLOSS_VECTOR_BYTES != 64
+template <class R>
+int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+  int64_t n = 0;
+  for (; lanes; lanes &= lanes - 1) to[n++] = first + __builtin_ctz(lanes);
+  return n;
+}
+#else
+template <class R>
+int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+  return Lanes<R>::append(to, first, lanes);
+}
+#endif
+
+// Where x is not below bound(place), in whole vectors; the number of such places. On AVX-512
+// without a branch, of which each number that passes would cost several that are foretold wrongly.
+template <class R, class Bound>
+int64_t find(const R* x, int64_t whole, Bound bound, int32_t* places) {
+  using L = Lanes<R>;
+  int64_t n = 0;
+  for (int64_t c = 0; c < whole; c += L::kCount) {
+    n += append<R>(places + n, static_cast<int32_t>(c), L::above(L::load(x + c), bound(c)));
+  }
+  return n;
+}
 
 // Into a list, behind what is not smaller.
 template <class R>
@@ -178,6 +219,7 @@ void scan(const gemm::Tile<R>& t, const Lists<R>& to) {
   constexpr R kLowest = -std::numeric_limits<R>::infinity();
   const R* const of_columns = to.bounds + t.column;
   const int64_t whole = t.columns / L::kCount * L::kCount;
+  int32_t places[kTile + L::kCount];
   for (int64_t c = 0; kBoth && to.k <= kGroups && c < whole; c += L::kCount) {
     if (of_columns[c] == kLowest) first_bounds_of_columns(t, c, to);
   }
@@ -185,23 +227,12 @@ void scan(const gemm::Tile<R>& t, const Lists<R>& to) {
     const R* const x = t.data + r * t.stride;
     const int64_t row = t.row + r;
     if (to.k <= kGroups && to.bounds[row] == kLowest) first_bound_of_row(t, r, to);
-    typename L::V bound = L::fill(to.bounds[row]);
-    for (int64_t c = 0; c < whole; c += L::kCount) {
-      const typename L::V v = L::load(x + c);
-      uint32_t rows = L::above(v, bound);
-      uint32_t columns = kBoth ? L::above(v, L::load(of_columns + c)) : 0;
-      if (!(rows | columns)) continue;
-      if (rows) {
-        for (; rows; rows &= rows - 1) {
-          const int64_t at = c + __builtin_ctz(rows);
-          insert(to, row, x[at], t.column + at);
-        }
-        bound = L::fill(to.bounds[row]);
-      }
-      for (; columns; columns &= columns - 1) {
-        const int64_t at = c + __builtin_ctz(columns);
-        insert(to, t.column + at, x[at], row);
-      }
+    const typename L::V bound = L::fill(to.bounds[row]);
+    int64_t n = find<R>(x, whole, [&](int64_t) { return bound; }, places);
+    for (int64_t i = 0; i < n; ++i) insert(to, row, x[places[i]], t.column + places[i]);
+    if (kBoth) {
+      n = find<R>(x, whole, [&](int64_t c) { return L::load(of_columns + c); }, places);
+      for (int64_t i = 0; i < n; ++i) insert(to, t.column + places[i], x[places[i]], row);
     }
     for (int64_t c = whole; c < t.columns; ++c) {
       insert(to, row, x[c], t.column + c);
