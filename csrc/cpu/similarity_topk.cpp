@@ -32,7 +32,7 @@ namespace pyloss::cpu {
 namespace {
 
 // Rows and columns of a tile: of the panels of all instruction sets a multiple.
-constexpr int64_t kTile = 224;
+constexpr int64_t kTile = 128;
 constexpr int64_t kMostParts = 16;
 
 template <class R>

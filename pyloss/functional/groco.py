@@ -186,7 +186,11 @@ def groco_loss(
     result = checks.result_dtype(dtype, views[0])
     # Not under autocast: cosines of near neighbours differ by less than half types tell apart.
     with torch.autocast(views[0].device.type, enabled=False):
-        units = [_unit_rows(z.to(accumulator_dtype(dtype))) for z in views]
+        views = [z.to(accumulator_dtype(dtype)) for z in views]
+        if count == n_pos == 2 and stop_grad and group is None and images > topk_neg:
+            scores = _scores_of_two(views, topk_neg)
+            return op.reduced(_loss_of(scores, topk_neg, settings), reduction).to(result)
+        units = [_unit_rows(z) for z in views]
         keys = [u.detach() for u in units] if stop_grad else units
         others, first = keys, 0  # what negatives are taken from, and where this rank's begin
         if group is not None:
@@ -238,7 +242,20 @@ def _checked_views(views) -> list[Tensor]:
 
 def _unit_rows(x: Tensor) -> Tensor:
     """F.normalize with eps 1e-8; a backward of half as many passes over x."""
-    return x * x.square().sum(-1, keepdim=True).clamp_min(1e-16).rsqrt()
+    return x * x.square().sum(-1, keepdim=True).clamp_min(nearest.SHORTEST).rsqrt()
+
+
+def _scores_of_two(views: list[Tensor], topk_neg: int) -> Tensor:
+    """(2, B, K + 1) of two views, each an anchor."""
+
+    def compose(views: list[Tensor]) -> Tensor:
+        units = [_unit_rows(z) for z in views]
+        keys = [u.detach() for u in units]
+        return torch.stack([_scores(units[a], [keys[1 - a]], keys[a], topk_neg, 0) for a in (0, 1)])
+
+    if nearest.transforms_active() or torch.compiler.is_compiling():
+        return compose(views)
+    return nearest.anchor_scores(views, topk_neg, compose)
 
 
 def _scores(
