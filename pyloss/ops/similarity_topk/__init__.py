@@ -37,7 +37,7 @@ def _formulas():
 def _forward(queries, keys, k, first):
     if backends.forced() == "reference":
         return _formulas()(queries, keys, k, first)
-    way = cpu if cpu.takes(queries, k) else by_tiles
+    way = cpu if cpu.takes(queries, keys, k) else by_tiles
     return way.forward(queries, keys, k, first)
 
 

@@ -1,7 +1,7 @@
 r"""Two views as anchors of each other: cosines of each with its nearest negatives and its positive.
 
     u_i = z_i / |z_i|      s_i = (u_i . u_j ascending over the k nearest j, u_i . v_i)
-    dz_i = (t_i - u_i (u_i . t_i)) / |z_i|,   t_i = sum_j g_ij u_j + g_i v_i,   u_i . t_i = g_i . s_i
+    dz_i = (t_i - u_i (g_i . s_i)) / |z_i|,   t_i = sum_j g_ij u_j + g_iv v_i
 
 What an anchor is compared with gets no gradient. The backward is one pass of sums over the chosen
 rows and three over the result; as a chain of torch operations it is ten.
