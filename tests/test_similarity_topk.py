@@ -66,7 +66,7 @@ def test_kernel_is_the_tiles(dtype, same, k) -> None:
         scores = queries @ keys.T
         if first >= 0:
             scores.diagonal(first).fill_(-math.inf)
-        indices = scores.sort(1, descending=True, stable=True).indices[:, :k]
+        indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         for threads in (1, 3):
             torch.set_num_threads(threads)
             found = cpu.forward(queries, keys, k, first)
