@@ -34,6 +34,7 @@ OPS = {
     "row_softmax": "bench.bench_row_softmax",
     "call_overhead": "bench.bench_call_overhead",
     "betti_matching": "bench.bench_betti_matching",
+    "gemm": "bench.bench_gemm",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
     "permutahedron": "bench.bench_permutahedron",

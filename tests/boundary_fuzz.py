@@ -164,6 +164,7 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
 
 def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     total, x = address(buffers["stats"]), address(buffers["x"])
+    maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
     first = Field([True, False], [2, -1])
     floats = code(0, 1, 2, 3)
     return {
@@ -172,6 +173,11 @@ def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any
             *[total, x, floats, size(OUTER), size(CLASSES), stride(CLASSES), first, THREADS]
         ],
         "advise_huge_pages": [x, size(ROOM)],
+        "small_linear_cross_entropy": [
+            *[size(OUTER), size(CLASSES), size(INNER), x, maybe["factor"], maybe["weight"]],
+            *[address(buffers["target"]), code(4, 5, 6), integer(-100, 0), first],
+            *[address(buffers["loss"]), maybe["grad"], maybe["v"], maybe["grad_rows"]],
+        ],
     }
 
 

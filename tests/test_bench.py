@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))
 
 from bench import _core, _targets, plot, run  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
+from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
@@ -188,7 +189,16 @@ def test_derived_columns_of_the_linear_op():
 
 @pytest.mark.parametrize(
     "op",
-    [row_softmax, linear, attention, betti, permutahedron, similarity_topk, sorting_network],
+    [
+        row_softmax,
+        gemm,
+        linear,
+        attention,
+        betti,
+        permutahedron,
+        similarity_topk,
+        sorting_network,
+    ],
 )
 def test_every_target_has_a_case(op):
     for device in ("cpu", "cuda"):

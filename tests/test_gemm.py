@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import runpy
 
 import pytest
 import torch
 
+import pyloss
 from pyloss import _C
 from pyloss.ops import _gemm
 
@@ -39,6 +38,23 @@ def test_what_the_own_product_takes(choice) -> None:
     assert not _gemm.is_own(torch.empty(1, device="meta"))
 
 
+def test_bits_do_not_depend_on_the_threads(monkeypatch) -> None:
+    monkeypatch.setattr(_gemm, "_forced", "own")
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(600, 40), torch.randn(700, 40)
+    y, found, before = torch.randint(700, (600,)), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            layer = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+            loss = pyloss.fused_linear_cross_entropy(*layer, y, chunk=256)
+            found.append((loss, *torch.autograd.grad(loss, layer)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
 def test_nan_and_infinity_reach_their_row_and_column_only() -> None:
     a, b = torch.ones(20, 20), torch.ones(20, 40)
     a[3, 4], b[5, 7] = torch.nan, torch.inf
@@ -50,12 +66,10 @@ def test_nan_and_infinity_reach_their_row_and_column_only() -> None:
     torch.testing.assert_close(out, a @ b, equal_nan=True)
 
 
-@pytest.mark.parametrize("value, fails", [("mkl", True), ("own", False), ("torch", False)])
-def test_environment(value, fails) -> None:
-    code = "from pyloss.ops import _gemm; print(_gemm._forced)"
-    env = {**os.environ, "PYLOSS_GEMM": value}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    if fails:
-        assert "ValueError: PYLOSS_GEMM must be own or torch; got 'mkl'" in done.stderr
-    else:
-        assert done.stdout.strip() == value, done.stderr
+def test_environment(monkeypatch) -> None:
+    for value, forced in [("", None), ("own", "own"), ("torch", "torch")]:
+        monkeypatch.setenv("PYLOSS_GEMM", value)
+        assert runpy.run_path(_gemm.__file__)["_forced"] == forced
+    monkeypatch.setenv("PYLOSS_GEMM", "mkl")
+    with pytest.raises(ValueError, match="PYLOSS_GEMM must be own or torch; got 'mkl'"):
+        runpy.run_path(_gemm.__file__)

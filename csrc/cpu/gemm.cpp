@@ -1,9 +1,10 @@
 // Matrix products on the CPU: choice of the instruction set, and whole products cut into tasks.
 //
 // Formula, decomposition, traffic, accumulator: gemm.h. A task of multiply() is a block of rows
-// times a range of columns; for each block of K it packs its rows of A, then each panel of B just
-// before the tiles that read it, which finds it in the first-level cache. A panel is packed once
-// for each block of rows: with left_rows() of them that takes 1 or 2 % of the time.
+// times a range of columns (times a part of K, see part_depth); for each block of K it packs its
+// rows of A, then each panel of B just before the tiles that read it, which finds it in the
+// first-level cache. A panel is packed once for each block of rows: with left_rows() of them that
+// takes 1 or 2 % of the time.
 #include "cpu/gemm.h"
 
 #include <type_traits>
@@ -87,24 +88,32 @@ struct Cut {
   int64_t rows, columns;  // of a task
 
   template <class R>
-  static Cut of(const Kernels<R>& k, int64_t m, int64_t n, int64_t depth, int threads) {
-    Cut cut{left_rows<R>(depth), blocks_of(n, k.panel_columns) * k.panel_columns};
-    const int64_t rows = blocks_of(m, cut.rows);
-    cut.rows = blocks_of(blocks_of(m, rows), k.tile_rows) * k.tile_rows;
-    if (threads == 1 || m * n * depth < kSerialProducts) return cut;
-    // Four tasks a thread even out what the threads meet. First shorter rows, which cost another
-    // packing of B, where enough remain to hide it.
-    const int64_t tasks = 4 * int64_t(threads);
-    while (blocks_of(m, cut.rows) < tasks && cut.rows > 8 * k.tile_rows) {
-      cut.rows = blocks_of(cut.rows / 2, k.tile_rows) * k.tile_rows;
-    }
-    while (blocks_of(m, cut.rows) * blocks_of(n, cut.columns) < tasks &&
-           cut.columns > 4 * k.panel_columns) {
-      cut.columns = blocks_of(cut.columns / 2, k.panel_columns) * k.panel_columns;
+  static Cut of(const Kernels<R>& k, int64_t m, int64_t n, int64_t depth, int64_t tasks) {
+    const auto rounded = [](int64_t n, int64_t size) { return blocks_of(n, size) * size; };
+    const int64_t blocks = blocks_of(m, left_rows<R>(depth));
+    Cut cut{rounded(blocks_of(m, blocks), k.tile_rows), rounded(n, k.panel_columns)};
+    // Shorter rows pack B once more, fewer columns A: the longer side hides it better.
+    const int64_t least_rows = 8 * k.tile_rows, least_columns = 4 * k.panel_columns;
+    while (blocks_of(m, cut.rows) * blocks_of(n, cut.columns) < tasks) {
+      if (cut.columns >= cut.rows && cut.columns > least_columns) {
+        cut.columns = rounded(cut.columns / 2, k.panel_columns);
+      } else if (cut.rows > least_rows) {
+        cut.rows = rounded(cut.rows / 2, k.tile_rows);
+      } else {
+        break;
+      }
     }
     return cut;
   }
 };
+
+// The depth of the parts that are summed on their own and then added in order, where C is too small
+// to be cut among threads and K is long. By the sizes alone: bits depend on it.
+int64_t part_depth(int64_t m, int64_t n, int64_t depth) {
+  constexpr int64_t kSmall = int64_t(1) << 17, kParts = 8, kLeastBlocks = 4;
+  if (m * n > kSmall) return depth;
+  return kDepth * std::max(kLeastBlocks, blocks_of(blocks_of(depth, kDepth), kParts));
+}
 
 // Of a few columns, which are in the cache.
 template <class R>
@@ -147,7 +156,8 @@ int64_t panel_columns() {
 
 template <class R>
 int64_t left_size(int64_t rows, int64_t depth) {
-  return rows * depth + kernels<R>().panel_columns;  // packing writes past the last panel
+  // Packing writes past the last panel. Whole cache lines, as there may be another array behind.
+  return (rows * depth + kernels<R>().panel_columns + 63) / 64 * 64;
 }
 template <class R>
 int64_t right_size(int64_t depth, int64_t columns) {
@@ -174,21 +184,33 @@ void product(const Left<R>& left, const Right<R>& right, R* c, int64_t ldc, bool
 template <class R>
 void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc, bool add,
               int threads, const R* bias) {
-  if (a.rows == 0 || b.columns == 0) return;
-  const Kernels<R>& k = kernels<R>();
-  const Cut cut = Cut::of(k, a.rows, b.columns, a.columns, threads);
-  const int64_t across = blocks_of(b.columns, cut.columns);
-  const int64_t tasks = blocks_of(a.rows, cut.rows) * across;
-  const int64_t slots = slots_for(tasks, threads);
-  const int64_t depth = std::min(kDepth, a.columns);
-  const int64_t bytes = left_size<R>(std::min(a.rows, cut.rows), depth) + k.panel_columns * depth;
-  const Buffer<R> scratch(slots * bytes);
-  run_tasks(tasks, slots, [&](int64_t slot, int64_t task) {
-    const int64_t i = task / across * cut.rows, j = task % across * cut.columns;
-    const int64_t m = std::min(cut.rows, a.rows - i), n = std::min(cut.columns, b.columns - j);
-    multiply_block(k, a.block(i, 0, m, a.columns), b.block(0, j, b.rows, n), c + i * ldc + j, ldc,
-                   add, bias ? bias + j : nullptr, scratch.get() + slot * bytes);
+  const int64_t m = a.rows, n = b.columns, k = a.columns;
+  if (m == 0 || n == 0) return;
+  const Kernels<R>& kernel = kernels<R>();
+  const int64_t part = part_depth(m, n, k), parts = std::max<int64_t>(1, blocks_of(k, part));
+  // Four tasks for each thread even out what the threads meet.
+  const bool serial = threads == 1 || m * n * k < kSerialProducts;
+  const Cut cut = Cut::of(kernel, m, n, k, serial ? 1 : blocks_of(4 * int64_t(threads), parts));
+  const int64_t across = blocks_of(n, cut.columns), tiles = blocks_of(m, cut.rows) * across;
+  const int64_t slots = slots_for(tiles * parts, serial ? 1 : threads);
+  const int64_t depth = std::min(kDepth, k);
+  const int64_t size = left_size<R>(std::min(m, cut.rows), depth) + kernel.panel_columns * depth;
+  const Buffer<R> scratch(slots * size), sums((parts - 1) * m * n);
+  run_tasks(tiles * parts, slots, [&](int64_t slot, int64_t task) {
+    const int64_t p = task / tiles, at = task % tiles;
+    const int64_t i = at / across * cut.rows, j = at % across * cut.columns, l = p * part;
+    const int64_t rows = std::min(cut.rows, m - i), columns = std::min(cut.columns, n - j);
+    const int64_t length = std::min(part, k - l), stride = p ? n : ldc;
+    R* const to = p ? sums.get() + (p - 1) * m * n : c;
+    multiply_block(kernel, a.block(i, l, rows, length), b.block(l, j, length, columns),
+                   to + i * stride + j, stride, add && p == 0, p || !bias ? nullptr : bias + j,
+                   scratch.get() + slot * size);
   });
+  for (int64_t p = 0; p < parts - 1; ++p) {
+    for (int64_t i = 0; i < m; ++i) {
+      add_row(1, n, sums.get() + (p * m + i) * n, c + i * ldc, ldc);
+    }
+  }
 }
 
 template <class R>

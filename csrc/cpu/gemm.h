@@ -12,7 +12,8 @@
 // and written once more for each further block of K.
 // Accumulator: R, in registers within a block of K. An element is summed in the order of l inside
 // a block, blocks in order; so its bits depend on the number of threads, on the cut into tasks and
-// on its place in a tile in no way.
+// on its place in a tile in no way. (multiply() adds a small C, of a long K, in up to 8 parts of K,
+// which depend on the sizes alone.)
 //
 // 1. A whole product: multiply(). A B, A B^T, A^T B are one function, since a MatrixView has two
 //    strides:

@@ -3,8 +3,12 @@
 //   accumulate    total += part       the weight's gradient, whose product is in the half dtype
 //   column_sums   total += sum_r x_r  the bias's gradient from the logits' gradient
 //
-// The products themselves are torch.mm (pyloss/ops/linear_cross_entropy), the rows between them
-// the row-softmax kernel.
+// The products themselves are those of gemm.h or torch.mm (pyloss/ops/linear_cross_entropy), the
+// rows between them the row-softmax kernel.
+//
+//   small_linear_cross_entropy   all of it in one call, for problems whose arithmetic takes less
+//                                time than the Python around it
+//
 //
 // Decomposition: threads take columns, in ranges that do not look at the thread count; each column
 // is summed in row order. So the bits never depend on the threads.
@@ -15,11 +19,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "common/multiversion.h"
+#include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/row_access.h"
 #include "cpu/row_blocks.h"
+#include "cpu/row_softmax.h"
 
 namespace pyloss::cpu {
 namespace {
@@ -103,6 +110,68 @@ void column_sums(void* total, const void* x, DType t, int64_t rows, int64_t colu
       return column_sums_as(static_cast<float*>(total), static_cast<const float*>(x), rows, columns,
                             row_stride, first, threads);
   }
+}
+
+void small_linear_cross_entropy(const SmallLinearCrossEntropy& p) {
+  using gemm::row_major;
+  const auto label = [&](int64_t i) -> int64_t {
+    if (p.target_dtype == DType::kI64) return static_cast<const int64_t*>(p.target)[i];
+    if (p.target_dtype == DType::kI32) return static_cast<const int32_t*>(p.target)[i];
+    return static_cast<const uint8_t*>(p.target)[i];
+  };
+  // The rows that count, next to each other: what the others hold must not be read.
+  std::vector<int64_t> kept, labels;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (label(i) == p.ignore_index) continue;
+    kept.push_back(i);
+    labels.push_back(label(i));
+  }
+  const int64_t n = int64_t(kept.size()), v = p.classes, d = p.features;
+  const bool all = n == p.rows;
+  std::vector<float> logits(n * v), rows(all ? 0 : n * d), stats(4 * n);
+  for (int64_t i = 0; !all && i < n; ++i) {
+    std::copy_n(p.x + kept[i] * d, d, rows.data() + i * d);
+  }
+  const auto x = row_major(all ? p.x : rows.data(), n, d, d), w = row_major(p.w, v, d, d);
+  gemm::multiply(x, w.transposed(), logits.data(), v, false, 1, p.bias);
+
+  float norm[kNormCount];
+  RowSoftmaxProblem problem{};
+  problem.outer = n;
+  problem.classes = v;
+  problem.inner = 1;
+  problem.dtype = DType::kF32;
+  problem.x = logits.data();
+  problem.x_strides = {v, 1, 1};
+  problem.kind = TargetKind::kIndex;
+  problem.target = labels.data();
+  problem.target_dtype = DType::kI64;
+  RowSoftmaxOptions& o = problem.options;
+  o.logit_scale = o.temperature = o.tau = 1;
+  o.max_nll = infinity_<double>();
+  o.ignore_index = p.ignore_index;
+  o.reduction = p.mean ? Reduction::kMean : Reduction::kSum;
+  RowSoftmaxForward forward{};
+  forward.loss = p.loss;
+  forward.loss_dtype = DType::kF32;
+  forward.stats = stats.data();
+  forward.norm = norm;
+  if (p.dx || p.dw || p.dbias) {
+    forward.grad = logits.data();
+    forward.grad_strides = problem.x_strides;
+  }
+  row_softmax_forward(problem, forward, 1);
+
+  const auto g = row_major(logits.data(), n, v, v);
+  if (p.dx && all) gemm::multiply(g, w, p.dx, d, false, 1);
+  if (p.dx && !all) {
+    std::vector<float> dx(n * d);
+    gemm::multiply(g, w, dx.data(), d, false, 1);
+    std::fill_n(p.dx, p.rows * d, 0.0f);
+    for (int64_t i = 0; i < n; ++i) std::copy_n(dx.data() + i * d, d, p.dx + kept[i] * d);
+  }
+  if (p.dw) gemm::multiply(g.transposed(), x, p.dw, d, false, 1);
+  if (p.dbias) column_sums(p.dbias, logits.data(), DType::kF32, n, v, v, true, 1);
 }
 
 }  // namespace pyloss::cpu

@@ -16,6 +16,7 @@ from pyloss.functional.classification import MixUpTarget, RowStats
 from pyloss.ops import linear_cross_entropy as op
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import forward_ad_active, functorch_active
+from pyloss.ops.linear_cross_entropy import small
 from pyloss.ops.row_softmax.epilogue import unless_zero
 
 
@@ -130,6 +131,21 @@ def fused_linear_cross_entropy(
         Mao, Mohri, Zhong. arXiv 2304.07288. Wijmans et al. Cut Your Losses in Large-Vocabulary
         Language Models. arXiv 2411.09009.
     """
+    if (
+        weight is token_weight is truncate is softcap is loss_dtype is num_items is None
+        and accumulate_dtype is filter is group is None
+        and (reduction == "mean" or reduction == "sum")
+        and _all_are(
+            _PLAIN, label_smoothing, tau, z_loss, logit_scale, temperature, return_stats, empty,
+            shift, chunk, strategy,
+        )
+        and (ignore_index is None or type(ignore_index) is int)
+        and small.is_small(input, linear_weight, target, linear_bias)
+    ):  # fmt: skip
+        ignore_index = -100 if ignore_index is None else ignore_index
+        return small.small_linear_cross_entropy(
+            input, linear_weight, target, linear_bias, ignore_index, reduction == "mean"
+        )
     arguments = dict(
         weight=weight,
         ignore_index=-100 if ignore_index is None else ignore_index,
@@ -185,6 +201,16 @@ def fused_linear_cross_entropy(
         )
         layer, arguments["temperature"] = (input, linear_weight, None), 1.0
     return _by_rows(*layer, target, token_weight, shift, settings, arguments)
+
+
+# Of label_smoothing, tau, z_loss, logit_scale, temperature, return_stats, empty, shift, chunk,
+# strategy.
+_PLAIN = (0.0, 1.0, 0.0, 1.0, 1.0, (), "nan", 0, "auto", "auto")
+
+
+def _all_are(wanted, *values) -> bool:
+    """Equal and of the same type: a tensor or True is no 1.0."""
+    return all(type(v) is type(w) and v == w for v, w in zip(values, wanted))
 
 
 def _by_rows(input, linear_weight, linear_bias, target, token_weight, shift, settings, arguments):

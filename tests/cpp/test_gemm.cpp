@@ -86,14 +86,15 @@ void check_sizes() {
   check_whole<R>(3, 0, 4, Order::kRows, Order::kRows, false, false, 1);
   check_whole<R>(30, 70, 2 * kDepth + 3, Order::kRows, Order::kColumns, false, true, 2);
   check_whole<R>(30, 70, 2 * kDepth + 3, Order::kColumns, Order::kRows, true, false, 2);
+  check_whole<R>(17, 9, 11 * kDepth + 5, Order::kRows, Order::kRows, true, true, 3);
+  check_whole<R>(1, 1, 9 * kDepth, Order::kRows, Order::kColumns, false, true, 1);
   check_whole<R>(left_rows<R>(kDepth) + 9, 40, kDepth, Order::kRows, Order::kColumns, false, false,
                  5);
 }
 
 // Numbers whose sums depend on their order, and a product large enough to be cut.
 template <class R>
-void check_bits() {
-  const int64_t m = 150, n = 310, k = kDepth + 40;
+void check_bits(int64_t m, int64_t n, int64_t k) {
   std::normal_distribution<double> normal;
   std::vector<R> a(m * k), b(k * n), once(m * n), again(m * n);
   for (R& x : a) x = R(normal(generator));
@@ -104,6 +105,7 @@ void check_bits() {
     multiply(x, y, again.data(), n, false, threads);
     CHECK(std::memcmp(once.data(), again.data(), sizeof(R) * m * n) == 0);
   }
+  if (k > 4 * kDepth) return;
   // A row's bits do not depend on its neighbours, on which the height of its tile does.
   multiply(x.block(7, 0, 1, k), y, again.data(), n, false, 1);
   CHECK(std::memcmp(once.data() + 7 * n, again.data(), sizeof(R) * n) == 0);
@@ -152,7 +154,8 @@ void check_stream(int64_t n, int64_t m, int64_t d, int64_t width) {
 template <class R>
 void check_all() {
   check_sizes<R>();
-  check_bits<R>();
+  check_bits<R>(150, 310, kDepth + 40);
+  check_bits<R>(20, 40, 6 * kDepth);
   const int64_t width = panel_columns<R>();
   check_stream<R>(1, 1, 1, width);
   check_stream<R>(20, 3 * width + 5, 9, 2 * width);
