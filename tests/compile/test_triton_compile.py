@@ -151,6 +151,9 @@ def test_compiles_everywhere(module: str, kernel: str, capability: int) -> None:
         ("linear_cross_entropy", "linear_softmax_stats_kernel", "plain"),
         ("linear_cross_entropy", "masked_matmul_tn_kernel", "float32 accumulation"),
         ("tensor_attention", "tensor_attention_fwd_rows_kernel", "full"),
+        pytest.param(
+            "similarity_softmax", "pair_sweep_kernel", "NT-Xent", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_products_are_those_of_the_architecture(module: str, kernel: str, scenario: str) -> None:

@@ -170,7 +170,7 @@ def test_every_kind(at: int, way: str) -> None:
     compare(x, x, temperature(), **everything(options))
 
 
-@pytest.mark.parametrize("at", (2, 27))
+@pytest.mark.parametrize("at", (27, pytest.param(2, marks=pytest.mark.exhaustive)))
 def test_softplus(at: int, way: str) -> None:
     options = masks(21, 35)[at]
     del options["denominator"]
@@ -187,7 +187,7 @@ def test_softplus(at: int, way: str) -> None:
 # ------------------------------------------------------------------------------ shapes and types
 
 
-@pytest.mark.parametrize("dtype", TOL, ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_types(dtype: torch.dtype, way: str) -> None:
     target = (torch.arange(33) * 3) % 40
     size = 1e-4 if dtype == torch.float16 else 1.0  # its small numbers would not do
