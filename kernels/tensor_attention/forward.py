@@ -9,6 +9,7 @@ from .tiles import (
     LN2,
     LOG2E,
     NEG_INF,
+    POS_INF,
     dot,
     finite_floor,
     key_block,
@@ -25,6 +26,9 @@ from .tiles import (
     split_range,
     store_rows,
 )
+
+FAR = tl.constexpr(2**30)
+ROOM = tl.constexpr(2.0**60)  # what sums over one chunk may reach
 
 
 @triton.jit
@@ -126,6 +130,57 @@ def tensor_attention_fwd_rows_kernel(
 
 
 @triton.jit
+def _pairs(x, keys, i0, p, slab, chunk, C: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A: a row is q_i k1_j of a query and a key of the chunk, with the scale."""
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
+    D: tl.constexpr = C.D
+    i = tl.minimum(i0 + tl.arange(0, BLOCK_I), x.n_q - 1)
+    q = load_rows(x.q + (slab.to(tl.int64) * x.n_q + i) * x.d, x.d, D, C.EVEN_D)
+    j, _ = pair_keys(x, p, chunk, BLOCK_J, BLOCK_M)
+    k1 = load_rows(keys.k1 + j * x.d, x.d, D, C.EVEN_D)
+    a = tl.reshape(k1, (BLOCK_I, BLOCK_J, D)).to(tl.float32) * x.logit_scale
+    return tl.reshape((a * q.to(tl.float32)[:, None, :]).to(q.dtype), (BLOCK_M, D))
+
+
+@triton.jit
+def _pair_scores(a, x, queries, keys, over, t, C: tl.constexpr):
+    """Of block t: [BLOCK_M, BLOCK_N], masked; and its keys, clamped."""
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    EVEN: tl.constexpr = C.EVEN_N and not C.LIMITED
+    k, near = key_block(x, over.lo + t * BLOCK_N, BLOCK_N, not EVEN)
+    k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
+    s = scores(a, k2, x, queries, k, near, False, C)
+    if not EVEN:
+        if (t < over.first) | (t >= over.last):
+            # One comparison of an unsigned difference: fewer registers than two bounds of each row.
+            ahead = tl.where(k < x.n_2, k, FAR)[None, :] - (queries.p - x.left2)[:, None]
+            s = tl.where(ahead.to(tl.uint32) <= x.left2 + x.right2, s, NEG_INF)
+    return s, near
+
+
+@triton.jit
+def _chunks(x, p, split, BLOCK_J: tl.constexpr):
+    """This program's part of the chunks of BLOCK_J keys that positions p see."""
+    spans = tl.minimum(p + x.right1 + 1, x.n_1) - tl.maximum(p - x.left1, 0)
+    chunks = tl.cdiv(tl.maximum(tl.max(spans, axis=0), 0), BLOCK_J)
+    return split_range(0, chunks, split)
+
+
+@triton.jit
+def _store_queries(
+    x, out_ptr, lse_ptr, total_rows, tile, slab, split, m, total, acc, C: tl.constexpr
+):
+    BLOCK_I: tl.constexpr = acc.shape[0]
+    inverse, lse = _finish(m, total)
+    own = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    flat = slab.to(tl.int64) * x.n_q + split.to(tl.int64) * total_rows + own
+    inside = own < x.n_q
+    store_rows(out_ptr + flat * x.dv, acc * inverse[:, None], inside, x.dv, C.DV)
+    tl.store(lse_ptr + flat, lse, mask=inside)
+
+
+@triton.jit
 def tensor_attention_fwd_pairs_kernel(
     x,  # as above
     out_ptr,
@@ -133,8 +188,15 @@ def tensor_attention_fwd_pairs_kernel(
     total_rows,
     C: tl.constexpr,
     BLOCK_J: tl.constexpr,  # divides BLOCK_M; row = query BLOCK_J + key
+    CHUNKS: tl.constexpr,  # whether a window may have more than BLOCK_J keys
 ):
+    """The exponent is shifted by what the first block of keys shows, which nothing rescales later.
+
+    Sums and probabilities have room for what exceeds it by 2^60; a chunk where that is not enough,
+    or where the first block is empty, is done again with the true maximum.
+    """
     DV: tl.constexpr = C.DV
+    D: tl.constexpr = C.D
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
     n_tiles = tl.cdiv(x.n_q, BLOCK_I)
@@ -145,44 +207,73 @@ def tensor_attention_fwd_pairs_kernel(
     queries = pair_queries(x, tile, slab, C, BLOCK_J)
     keys = keys_of(x, queries.key_head)
     i, p = queries.i, queries.p
-    q = load_rows(x.q + queries.flat * x.d, x.d, C.D, C.EVEN_D)
-    spans = tl.minimum(p + x.right1 + 1, x.n_1) - tl.maximum(p - x.left1, 0)
-    chunks = tl.cdiv(tl.maximum(tl.max(spans, axis=0), 0), BLOCK_J)
-    chunk_lo, chunk_hi = split_range(0, chunks, split)
     over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
 
     m_i = tl.full((BLOCK_I,), NEG_INF, tl.float32)
-    total_i = tl.zeros((BLOCK_I,), tl.float32)
-    acc = tl.zeros((BLOCK_I, DV), tl.float32)
-    for chunk in range(chunk_lo, chunk_hi):
-        j, valid = pair_keys(x, p, chunk, BLOCK_J, BLOCK_M)
-        k1 = load_rows(keys.k1 + j * x.d, x.d, C.D, C.EVEN_D)
-        a = (q.to(tl.float32) * k1.to(tl.float32) * x.logit_scale).to(q.dtype)
+    if CHUNKS:
+        chunk, chunk_hi = _chunks(x, p, split, BLOCK_J)
+        total_i = tl.zeros((BLOCK_I,), tl.float32)
+        acc = tl.zeros((BLOCK_I, DV), tl.float32)
+    else:
+        chunk, chunk_hi = 0, 1
+    exact = 0  # whether the true maximum is taken
+    # What a loop carries is read from shared memory by the products, not from registers.
+    a = _pairs(x, keys, tile * BLOCK_I, p, slab, chunk, C, BLOCK_J)
+    while chunk < chunk_hi:
+        # Of the first block alone, or of all.
         m = tl.full((BLOCK_M,), NEG_INF, tl.float32)
-        m, total, o = _attend(a, m, None, x, queries, keys, over, C)
+        for t in range(tl.where(exact > 0, over.end, tl.minimum(over.end, 1))):
+            s, _ = _pair_scores(a, x, queries, keys, over, t, C)
+            m = tl.maximum(m, tl.max(s, axis=1))
+        shift = finite_floor(m)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        o = tl.zeros((BLOCK_M, DV), tl.float32)
+        for t in range(over.end):
+            s, near = _pair_scores(a, x, queries, keys, over, t, C)
+            e = tl.exp2(s - shift[:, None])
+            total += tl.sum(e, axis=1)
+            v2 = load_rows(keys.v2 + near * x.dv, x.dv, DV, C.EVEN_DV)
+            o = dot(e.to(v2.dtype), v2, o, C)
+
         # The sum over the keys j of a query: rows of one softmax, weighted by v1_j.
+        j, valid = pair_keys(x, p, chunk, BLOCK_J, BLOCK_M)
+        m = tl.where(total == 0.0, NEG_INF, shift)
         if x.mask1 is not None:
             rows = x.mask1 + queries.mask1_at + i.to(tl.int64) * x.stride_mask1_row
             m += tl.load(rows + j) * LOG2E
         m = tl.where(valid, m, NEG_INF)
         m_rows = tl.reshape(m, (BLOCK_I, BLOCK_J))
         new_m = tl.maximum(m_i, tl.max(m_rows, axis=1))
-        shift = finite_floor(new_m)
-        weight = tl.exp2(m_rows - shift[:, None])
-        shrink = tl.exp2(m_i - shift)
-        part = tl.sum(weight * tl.reshape(total, (BLOCK_I, BLOCK_J)), axis=1)
-        total_i = total_i * shrink + part
+        floor = finite_floor(new_m)
+        weight = tl.exp2(m_rows - floor[:, None])
+        part_total = tl.sum(weight * tl.reshape(total, (BLOCK_I, BLOCK_J)), axis=1)
         v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV).to(tl.float32)
         o = o * v1 * tl.reshape(weight, (BLOCK_M,))[:, None]
-        acc = acc * shrink[:, None] + tl.sum(tl.reshape(o, (BLOCK_I, BLOCK_J, DV)), axis=1)
-        m_i = new_m
+        part = tl.sum(tl.reshape(o, (BLOCK_I, BLOCK_J, DV)), axis=1)
+        # A sum is no less than its summand of the first block, if that was not empty.
+        good = (total >= 0.5) & (total < ROOM)
+        bad = tl.sum(tl.where(good | ~valid, 0, 1), axis=0)
+        bad += tl.sum(tl.sum(tl.where(tl.abs(part) < POS_INF, 0, 1), axis=1), axis=0)
+        if (bad == 0) | (exact > 0):
+            if CHUNKS:
+                shrink = tl.exp2(m_i - floor)
+                total_i = total_i * shrink + part_total
+                acc = acc * shrink[:, None] + part
+                m_i = new_m
+            else:
+                _store_queries(
+                    x, out_ptr, lse_ptr, total_rows, tile, slab, split, new_m, part_total, part, C
+                )
+            exact = 0
+            chunk += 1
+        else:
+            exact = 1
+        a = tl.zeros((BLOCK_M, D), x.q.dtype.element_ty)
+        if chunk < chunk_hi:
+            a = _pairs(x, keys, tile * BLOCK_I, p, slab, chunk, C, BLOCK_J)
 
-    inverse, lse = _finish(m_i, total_i)
-    own = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-    flat = slab.to(tl.int64) * x.n_q + split.to(tl.int64) * total_rows + own
-    inside = own < x.n_q
-    store_rows(out_ptr + flat * x.dv, acc * inverse[:, None], inside, x.dv, DV)
-    tl.store(lse_ptr + flat, lse, mask=inside)
+    if CHUNKS:
+        _store_queries(x, out_ptr, lse_ptr, total_rows, tile, slab, split, m_i, total_i, acc, C)
 
 
 @triton.jit
