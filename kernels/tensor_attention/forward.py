@@ -144,15 +144,14 @@ def _pairs(x, keys, i0, p, slab, chunk, C: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _pair_scores(a, x, queries, keys, over, t, C: tl.constexpr):
-    """Of block t: [BLOCK_M, BLOCK_N], masked; and its keys, clamped."""
-    BLOCK_N: tl.constexpr = C.BLOCK_N
+def _pair_scores(a, x, queries, keys, k0, edge, C: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] of the keys from k0 on, windows at an `edge`; and the keys, clamped."""
     EVEN: tl.constexpr = C.EVEN_N and not C.LIMITED
-    k, near = key_block(x, over.lo + t * BLOCK_N, BLOCK_N, not EVEN)
+    k, near = key_block(x, k0, C.BLOCK_N, not EVEN)
     k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
     s = scores(a, k2, x, queries, k, near, False, C)
     if not EVEN:
-        if (t < over.first) | (t >= over.last):
+        if edge:
             # One comparison of an unsigned difference: fewer registers than two bounds of each row.
             ahead = tl.where(k < x.n_2, k, FAR)[None, :] - (queries.p - x.left2)[:, None]
             s = tl.where(ahead.to(tl.uint32) <= x.left2 + x.right2, s, NEG_INF)
@@ -190,12 +189,13 @@ def tensor_attention_fwd_pairs_kernel(
     BLOCK_J: tl.constexpr,  # divides BLOCK_M; row = query BLOCK_J + key
     CHUNKS: tl.constexpr,  # whether a window may have more than BLOCK_J keys
 ):
-    """The exponent is shifted by what the first block of keys shows, which nothing rescales later.
+    """What shifts the exponent is the maximum over few keys, and stays: no block rescales.
 
-    Sums and probabilities have room for what exceeds it by 2^60; a chunk where that is not enough,
-    or where the first block is empty, is done again with the true maximum.
+    Sums and probabilities have room for 2^60 times that. A chunk where it is not enough, or where a
+    row sees none of those keys, is done again with the true maximum.
     """
     DV: tl.constexpr = C.DV
+    BLOCK_N: tl.constexpr = C.BLOCK_N
     D: tl.constexpr = C.D
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
@@ -220,16 +220,19 @@ def tensor_attention_fwd_pairs_kernel(
     # What a loop carries is read from shared memory by the products, not from registers.
     a = _pairs(x, keys, tile * BLOCK_I, p, slab, chunk, C, BLOCK_J)
     while chunk < chunk_hi:
-        # Of the first block alone, or of all.
+        # Of the keys next to the queries, or of all.
+        near_lo = tl.maximum(tl.minimum(queries.p1 + 1, x.n_2) - BLOCK_N, over.lo)
+        k_lo = tl.where(exact > 0, over.lo, near_lo)
         m = tl.full((BLOCK_M,), NEG_INF, tl.float32)
         for t in range(tl.where(exact > 0, over.end, tl.minimum(over.end, 1))):
-            s, _ = _pair_scores(a, x, queries, keys, over, t, C)
+            s, _ = _pair_scores(a, x, queries, keys, k_lo + t * BLOCK_N, True, C)
             m = tl.maximum(m, tl.max(s, axis=1))
         shift = finite_floor(m)
         total = tl.zeros((BLOCK_M,), tl.float32)
         o = tl.zeros((BLOCK_M, DV), tl.float32)
         for t in range(over.end):
-            s, near = _pair_scores(a, x, queries, keys, over, t, C)
+            edge = (t < over.first) | (t >= over.last)
+            s, near = _pair_scores(a, x, queries, keys, over.lo + t * BLOCK_N, edge, C)
             e = tl.exp2(s - shift[:, None])
             total += tl.sum(e, axis=1)
             v2 = load_rows(keys.v2 + near * x.dv, x.dv, DV, C.EVEN_DV)
@@ -250,7 +253,7 @@ def tensor_attention_fwd_pairs_kernel(
         v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV).to(tl.float32)
         o = o * v1 * tl.reshape(weight, (BLOCK_M,))[:, None]
         part = tl.sum(tl.reshape(o, (BLOCK_I, BLOCK_J, DV)), axis=1)
-        # A sum is no less than its summand of the first block, if that was not empty.
+        # A sum is no less than its largest summand of those few keys, if there was any.
         good = (total >= 0.5) & (total < ROOM)
         bad = tl.sum(tl.where(good | ~valid, 0, 1), axis=0)
         bad += tl.sum(tl.sum(tl.where(tl.abs(part) < POS_INF, 0, 1), axis=1), axis=0)

@@ -25,9 +25,9 @@ TABLE = {
     ("fwd rows", "half", 64): Config(128, 64, 8, 3),
     ("fwd rows", "half", 128): Config(128, 64, 8, 3),
     ("fwd rows", "half", 256): Config(64, 32, 8, 2),
-    ("fwd pairs", "half", 64): Config(128, 64, 8, 3),
-    ("fwd pairs", "half", 128): Config(128, 64, 8, 2),
-    ("fwd pairs", "half", 256): Config(64, 32, 8, 2),
+    ("fwd pairs", "half", 64): Config(128, 64, 4, 3),
+    ("fwd pairs", "half", 128): Config(128, 32, 4, 3),
+    ("fwd pairs", "half", 256): Config(64, 32, 4, 2),
     ("bwd q rows", "half", 64): Config(128, 64, 8, 2),
     ("bwd q rows", "half", 128): Config(128, 32, 8, 2),
     ("bwd q rows", "half", 256): Config(64, 32, 8, 1),
@@ -53,3 +53,4 @@ for _name in sorted({name for name, _, _ in TABLE}):
     TABLE[_name, "ieee", 64] = Config(32, 32, 4, 2)
     TABLE[_name, "ieee", 128] = Config(32, 32, 8, 1)
     TABLE[_name, "ieee", 256] = Config(16, 16, 4, 1)
+TABLE["fwd pairs", "tf32", 128] = Config(64, 32, 4, 2)
