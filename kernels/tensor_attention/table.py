@@ -22,7 +22,7 @@ class Config(NamedTuple):
 
 # (kernel, kind of product, padded head dimension up to): the larger of d and dv counts.
 TABLE = {
-    ("fwd rows", "half", 64): Config(128, 64, 8, 3),
+    ("fwd rows", "half", 64): Config(128, 64, 4, 3),
     ("fwd rows", "half", 128): Config(128, 64, 8, 3),
     ("fwd rows", "half", 256): Config(64, 32, 8, 2),
     ("fwd pairs", "half", 64): Config(128, 64, 4, 3),
