@@ -42,9 +42,7 @@ ALL = [pytest.param(p.stem, k, id=f"{p.stem}-{k}") for p in OPS for k in kernels
 EXCEPTIONS = (
     ("", "float32", "full precision has no tensor cores: operands stand in registers"),
     ("", "256", "two accumulators of 256 columns do not fit the registers"),
-    ("tensor_attention_", "masked", "tiles of the masks stand in registers beside the scores"),
     ("tensor_attention_lowrank_", "degree 3", "up to 4 reloads an iteration of thousands"),
-    ("tensor_attention_fwd_rows", "old", "ptxas of Triton 3.6 serialises products (C7515)"),
     ("tensor_attention_bwd", "99 KiB", "tiles are made small by halving, not chosen"),
 )
 
@@ -85,8 +83,6 @@ def properties(launch, capability: int) -> set[str]:
         found.add("masked")
     if degree >= 3:
         found.add("degree 3")
-    if triton.__version__.startswith("3.6."):
-        found.add("old")
     if capability == 89:
         found.add("99 KiB")
     return found
