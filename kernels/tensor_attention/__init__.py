@@ -57,7 +57,7 @@ Prediction (H200 at 790 TFLOP/s dense bf16; no device was at hand, nothing here 
   windows 512 x 32, d = 128, bf16: 4 w1 w2 d = 8.4 MFLOP per query. Valid share of T3 tiles with 4
     queries and blocks of 32: 512 / 544 = 94 %. Two programs a multiprocessor: 430 to 530 useful
     TFLOP/s (docs/gpu.md, bench/_predictions.py).
-    Backward 16/4 of the FLOP, one program a multiprocessor: about 5 ms for 8 heads of 8192, 5 to 7
+    Backward 16/4 of the FLOP, one program a multiprocessor: about 8 ms for 8 heads of 8192, 6 to 7
     times the forward (the bound of 3.5 is missed).
   full, n = 1024, d = 64: 275 GFLOP forward and 962 backward per head: 490 to 620 TFLOP/s forward;
     backward 1.22 ms of products, 1.6e9 exp2 twice.

@@ -54,3 +54,8 @@ for _name in sorted({name for name, _, _ in TABLE}):
     TABLE[_name, "ieee", 128] = Config(32, 32, 8, 1)
     TABLE[_name, "ieee", 256] = Config(16, 16, 4, 1)
 TABLE["fwd pairs", "tf32", 128] = Config(64, 32, 4, 2)
+# Instead, with masks whose rows differ: tiles of them stand in registers beside the scores.
+MASKED = {
+    ("fwd rows", "half", 128): Config(128, 32, 8, 3),
+    ("fwd pairs", "half", 128): Config(64, 32, 4, 3),
+}
