@@ -213,7 +213,7 @@ def tensor_attention_fwd_pairs_kernel(
     total_rows,
     C: tl.constexpr,
     BLOCK_J: tl.constexpr,  # divides BLOCK_M; row = query BLOCK_J + key
-    CHUNKS: tl.constexpr,  # whether a window may have more than BLOCK_J keys
+    CHUNKS: tl.constexpr,  # whether a window may have more than BLOCK_J keys, or is in splits
 ):
     """What shifts the exponent is the maximum over few keys, and stays: no block rescales.
 

@@ -106,7 +106,7 @@ def tensor_attention_fwd(
         block_j = min(c.block_m, triton.next_power_of_2(p.spans[0]))
         programs = cdiv(n_q, c.block_m // block_j) * b * h
         splits = splits or _splits(programs, cdiv(p.spans[0], block_j), 1)
-        extra = {"BLOCK_J": block_j, "CHUNKS": p.spans[0] > block_j}
+        extra = {"BLOCK_J": block_j, "CHUNKS": splits > 1 or p.spans[0] > block_j}
     else:
         c, kernel = row_config, tensor_attention_fwd_rows_kernel
         programs = cdiv(n_q * pack, c.block_m) * (b * h // pack)
