@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._launch import cdiv, dot_precision, little_shared, widens
+from .._launch import cdiv, device_capability, dot_precision, little_shared, widens
 from .arguments import Constants, Inputs
-from .table import MASKED, TABLE, Config
+from .table import MASKED, TABLE, TENSOR_MEMORY, Config
 
 UNLIMITED = 2**29  # left or right of a window without bound
 _MAX_LENGTH = 2**28  # sums of a few lengths and UNLIMITED stay below 2^31
@@ -201,7 +201,10 @@ def choose_config(kernel: str, p: Problem) -> Config:
     dtype = p.q.dtype
     kind = "half" if dtype.itemsize == 2 else dot_precision(dtype)
     which = kernel, kind, max(64, p.width)
-    config = MASKED.get(which, TABLE[which]) if p.masks_rows else TABLE[which]
+    others = MASKED if p.masks_rows else {}
+    if device_capability(p.q.device) == (10, 0):
+        others = {**TENSOR_MEMORY, **others}
+    config = others.get(which, TABLE[which])
     if little_shared(p.q.device):
         config = config._replace(num_stages=1, block_n=max(16, config.block_n // 2))
     return config
