@@ -60,4 +60,7 @@ MASKED = {
     ("fwd pairs", "half", 128): Config(64, 32, 4, 3),
 }
 # Instead, on sm_100, where registers hold no accumulators during products.
-TENSOR_MEMORY = {("fwd pairs", "half", 128): Config(128, 64, 8, 2)}
+TENSOR_MEMORY = {
+    ("fwd rows", "half", 64): Config(128, 64, 8, 3),
+    ("fwd pairs", "half", 128): Config(128, 64, 8, 2),
+}
