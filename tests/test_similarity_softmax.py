@@ -140,6 +140,13 @@ def test_a_tensor_with_itself(path, same, columns) -> None:
             compare(x, x, scale, rtol=1e-12 * largest, columns=columns, **options)
 
 
+def test_a_tensor_with_itself_under_two_names(path) -> None:
+    """Equal ids of (i, j) are then not those of (j, i)."""
+    x = problem(33)[0]
+    for options in masks(33, 33, "positive"):
+        compare(x, x, 0.7, **options)
+
+
 @pytest.mark.parametrize("which", ["queries", "keys", "scale"])
 def test_gradient_of_one_alone(path, which) -> None:
     queries, keys = problem(grad=False)
