@@ -268,6 +268,22 @@ def test_half_embeddings_meet_what_is_kept_in_float32_under_autocast() -> None:
         assert found.dtype == torch.float32 and torch.equal(found, call(x.float(), y))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_without_data(dtype) -> None:
+    x = torch.empty(6, 4, device="meta", dtype=dtype, requires_grad=True)
+    y = torch.empty(6, device="meta", dtype=torch.long)
+    for loss in (
+        F.tcm_loss(x, y), F.contrastive_pair_loss(x, y), F.triplet_margin_loss(x, y),
+        F.triplet_margin_loss(x, y, mining="batch_hard"), F.multi_similarity_loss(x, y),
+        F.icnn_loss(x, y), F.proto_triplet_loss(x, y, F.prototypes(x, y, 3)),
+        F.arcface_loss(x, x, y), F.cosface_loss(x, x, y), F.groco_loss([x, x], topk_neg=3),
+    ):  # fmt: skip
+        assert loss.is_meta and loss.shape == () and loss.dtype == dtype
+        assert torch.autograd.grad(loss, x)[0].shape == x.shape
+    for metric in (metrics.uniformity(x), metrics.tolerance(x, y), metrics.penalty_entropy(x)):
+        assert metric.is_meta and metric.dtype == torch.float32
+
+
 def test_label_smoothing_is_checked_when_made() -> None:
     with pytest.raises(RuntimeError, match="label_smoothing must be between"):
         nn.ArcFaceLoss(3, 4, label_smoothing=2.0)

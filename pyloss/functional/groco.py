@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._embeddings import exact
 from pyloss.functional._sorting_rows import (
     applied,
     check_choice,
@@ -186,7 +187,7 @@ def groco_loss(
     dtype = views[0].dtype
     result = checks.result_dtype(dtype, views[0])
     # Not under autocast: cosines of near neighbours differ by less than half types tell apart.
-    with torch.autocast(views[0].device.type, enabled=False):
+    with exact(views[0]):
         views = [z.to(accumulator_dtype(dtype)) for z in views]
         if count == n_pos == 2 and stop_grad and group is None and images > topk_neg:
             scores = _scores_of_two(views, topk_neg)
