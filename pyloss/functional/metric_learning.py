@@ -248,31 +248,36 @@ def _sorted_triplets(d, positive, negative, margin, mining):
 
     A sum of (d_p + m) - d_n is a sum of distances, each as often as it is in a triplet.
     """
-    with torch.no_grad():
-        fixed = d.detach()
-        upper = fixed + margin
-        near = torch.where(negative, fixed, torch.inf).sort(1).values
-        far = torch.where(positive, fixed, -torch.inf).sort(1).values
-        # Of a positive p: negatives with d_n < d_p + m, with d_n <= d_p; of a negative n the same
-        # comparisons, in the same rounding.
-        below = torch.searchsorted(near, upper)
-        closer = torch.searchsorted(near, fixed, right=True)
-        size = d.shape[1]
-        above = size - torch.searchsorted(far + margin, fixed, right=True)
-        beyond = size - torch.searchsorted(far, fixed)
+
+    def counted(within: Tensor, harder: Tensor | None) -> Tensor:
+        """Of the triplets with a loss and of the hard ones, those that are mined and have one."""
+        if mining == "semihard":
+            return (within - harder).clamp(min=0)
         # Where the margin is 0, or lost in rounding, equal distances are hard and have no loss.
-        of_positive, of_negative = {
-            "all": (below, above),
-            "hard": (closer.minimum(below), beyond.minimum(above)),
-            "semihard": ((below - closer).clamp(min=0), (above - beyond).clamp(min=0)),
-        }[mining]
+        return harder.minimum(within) if mining == "hard" else within
+
+    def rank(rows: Tensor, values: Tensor, right: bool) -> Tensor:
+        return torch.searchsorted(rows, values, right=right, out_int32=True)
+
+    with torch.no_grad():
+        fixed, size = d.detach(), d.shape[1]
+        # Of a positive p: negatives with d_n < d_p + m, with d_n <= d_p.
+        near = torch.where(negative, fixed, torch.inf).sort(1).values
+        closer = None if mining == "all" else rank(near, fixed, True)
+        of_positive = counted(rank(near, fixed + margin, False), closer)
         of_positive = torch.where(positive, of_positive, 0).to(d.dtype)
-        of_negative = torch.where(negative, of_negative, 0).to(d.dtype)
         active = mined = of_positive.sum(1)
         if mining == "all":
             mined = positive.sum(1).to(d.dtype) * negative.sum(1)
         elif mining == "hard":
             mined = torch.where(positive, closer, 0).sum(1)
+        del near, closer
+        # Of a negative n the same comparisons, in the same rounding.
+        far = torch.where(positive, fixed, -torch.inf).sort(1).values
+        beyond = None if mining == "all" else size - rank(far, fixed, False)
+        of_negative = counted(size - rank(far + margin, fixed, True), beyond)
+        of_negative = torch.where(negative, of_negative, 0).to(d.dtype)
+        del far, beyond
     each = (of_positive * (d + margin)).sum(1) - (of_negative * d).sum(1)
     return each, active, mined
 
