@@ -256,7 +256,17 @@ def test_float32_under_autocast(name) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = LOSSES[name](a, b)
         assert LOSSES[name](a.bfloat16(), b.bfloat16()).dtype == torch.float32
+        _, transformed = torch.func.grad_and_value(LOSSES[name])(a, b)
     assert torch.equal(found, LOSSES[name](a, b))
+    torch.testing.assert_close(transformed, found)
+
+
+def test_the_other_half_type_under_autocast() -> None:
+    """torch.cat refuses float16 where autocast is to bfloat16."""
+    a, b = torch.randn(30, 16).half(), torch.randn(30, 16)
+    expected = pyloss.nt_xent(a.float(), b, normalize=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pyloss.nt_xent(a, b, normalize=False), expected)
 
 
 def test_sums_of_many_rows_do_not_depend_on_threads(keep_num_threads) -> None:

@@ -24,11 +24,12 @@ from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active
 from pyloss.ops.similarity_topk import by_tiles
 
 
-def _formulas():
-    """The reference, imported with its first use."""
+def _formulas(queries, keys, scale, k, first) -> tuple[Tensor, Tensor]:
+    """The reference, imported with its first use; autocast would round its products."""
     from pyloss.reference.similarity_topk import similarity_hardest as reference
 
-    return reference
+    with torch.autocast(queries.device.type, enabled=False):
+        return reference(queries, keys, scale, k, first)
 
 
 def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
@@ -55,7 +56,7 @@ def _forward(queries, keys, scale, k, first):
             equals[rows] = k - (kept > least[rows].unsqueeze(1)).sum(1)
             lse[rows], total[rows] = kept.logsumexp(1), kept.sum(1)
     if backends.forced() == "reference":
-        lse, total = _formulas()(queries, keys, scale, k, first)
+        lse, total = _formulas(queries, keys, scale, k, first)
     return lse, total, least, equals
 
 
@@ -124,7 +125,7 @@ class _SimilarityHardest(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(g_lse):
 
             def formula(*sources):
-                return _formulas()(*sources, ctx.k, ctx.first)
+                return _formulas(*sources, ctx.k, ctx.first)
 
             found = gradients(
                 formula, (queries, keys, scale), (g_lse, g_total), ctx.needs_input_grad[:3],
@@ -142,7 +143,7 @@ def similarity_hardest(
 ) -> tuple[Tensor, Tensor]:
     """(log-sum-exp (B,), sum (B,)): see the reference. float32 or float64, dense."""
     if functorch_active() or forward_ad_active():
-        return _formulas()(queries, keys, scale, k, first)
+        return _formulas(queries, keys, scale, k, first)
     sources = (queries, keys, scale)
     if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
         return _SimilarityHardest.apply(*distinct(sources), k, first)
