@@ -140,6 +140,13 @@ def test_a_tensor_with_itself(path, same, columns) -> None:
             compare(x, x, scale, rtol=1e-12 * largest, columns=columns, **options)
 
 
+@pytest.mark.parametrize("same", ["positive", "drop"])
+def test_a_tensor_with_itself_by_other_ids(path, same) -> None:
+    """Which pairs are equal then depends on their direction."""
+    x = problem(33 if path == "tiles" else 140)[0]
+    compare(x, x, 1.0, columns=False, same=same, **ids(len(x), len(x)))
+
+
 @pytest.mark.parametrize("which", ["queries", "keys", "scale"])
 def test_gradient_of_one_alone(path, which) -> None:
     queries, keys = problem(grad=False)

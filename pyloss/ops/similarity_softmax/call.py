@@ -114,7 +114,8 @@ def checked(
         key_ids = query_ids if key_ids is None else key_ids
     else:
         query_ids = key_ids = None
-    if keys is queries and (scales is None or scales.dim() == 0):
+    # A pair then stands for both directions, which ids of keys alone would tell apart.
+    if keys is queries and key_ids is query_ids and (scales is None or scales.dim() == 0):
         keys = None
     else:
         keys = keys.contiguous()
