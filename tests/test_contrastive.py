@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyloss
 from pyloss.functional import _contrastive, dcl, hard_info_nce, simple_contrastive
+from pyloss.ops import _gemm
 
 F64 = torch.float64
 
@@ -267,6 +268,17 @@ def test_the_other_half_type_under_autocast() -> None:
     expected = pyloss.nt_xent(a.float(), b, normalize=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pyloss.nt_xent(a, b, normalize=False), expected)
+
+
+@pytest.mark.skipif(not _gemm.is_own(torch.empty(0)), reason="threads may show in torch's products")
+def test_hardest_do_not_depend_on_threads(keep_num_threads) -> None:
+    query, key = (features(1300, 24, seed=s).float().requires_grad_() for s in (0, 1))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        loss = hard_info_nce(query, key)
+        found.append((loss, *torch.autograd.grad(loss, (query, key))))
+    assert all(map(torch.equal, *found))
 
 
 def test_sums_of_many_rows_do_not_depend_on_threads(keep_num_threads) -> None:

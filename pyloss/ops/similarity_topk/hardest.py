@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops import _gemm
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
@@ -40,7 +41,9 @@ def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
     scale = scale.expand(count).unsqueeze(1)
     for begin in range(0, count, max(1, height)):
         rows = slice(begin, min(begin + height, count))
-        z = torch.mm(queries[rows], others, out=buffer[: rows.stop - begin]).mul_(scale[rows])
+        z = buffer[: rows.stop - begin]
+        _gemm.product(queries[rows], others, z)
+        z.mul_(scale[rows])
         if first >= 0:
             z.diagonal(first + begin).fill_(-math.inf)
         yield rows, z
@@ -61,7 +64,7 @@ def _forward(queries, keys, scale, k, first):
 
 
 def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
-    g_queries, g_keys = torch.empty_like(queries), torch.zeros_like(keys)
+    g_queries, g_keys = queries.new_empty(queries.shape), keys.new_zeros(keys.shape)
     with torch.autocast(queries.device.type, enabled=False):
         scaled = queries * scale.expand(queries.shape[0]).unsqueeze(1)
         for rows, z in _tiles(queries, keys, scale, first):
@@ -71,8 +74,8 @@ def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
             left_out = ~(same | (z > bar) | level.isnan())
             g = z.sub_(level).exp_().mul_(g_lse[rows].unsqueeze(1))
             g = g.add_(g_total[rows].unsqueeze(1)).masked_fill_(left_out, 0.0)
-            torch.mm(g, keys, out=g_queries[rows])
-            g_keys.addmm_(g.t(), scaled[rows])
+            _gemm.product(g, keys, g_queries[rows])
+            _gemm.product(g.t(), scaled[rows], g_keys, add=True)
     g_scale = (g_queries * queries).sum(1)
     return g_queries.mul_(scale.expand(queries.shape[0]).unsqueeze(1)), g_keys, g_scale
 
@@ -102,8 +105,8 @@ register_fake("similarity_hardest", _fake)
 register_fake(
     "similarity_hardest_bwd",
     lambda g_lse, g_total, queries, keys, *rest: (
-        torch.empty_like(queries),
-        torch.empty_like(keys),
+        queries.new_empty(queries.shape),
+        keys.new_empty(keys.shape),
         queries.new_empty((queries.shape[0],)),
     ),
 )
