@@ -8,6 +8,10 @@ predicted; tests/compile/test_nvcc_compile.py holds KERNELS against what the com
 The model of a streaming kernel: a multiprocessor moves bytes at its share of the copy rate, starts
 4 instructions of a warp a cycle, and has a number of bytes under way for the latency of a load. The
 three times are joined by a soft maximum, because none of them overlaps the others wholly.
+
+That of attention (Products) is alike: products, instructions, exponentials, bytes of L2, and one
+program after the other where few share a multiprocessor. For the plain softmax attention of
+Triton at d = 128 it gives 420 TFLOP/s with the power OVERLAP; others have measured 395 to 480.
 """
 
 from __future__ import annotations
@@ -24,6 +28,11 @@ L2 = 8e12  # bytes from the cache to the multiprocessors a second; by what Trito
 LATENCY = 0.8e-6  # of a load from memory that is busy
 LAUNCH = 3e-6  # from the end of one kernel to the work of the next
 SHARED_BYTES = 228 * 1024  # of a multiprocessor
+SHARED_RATE = 128  # bytes of it a cycle
+L2 = 5.5e12  # bytes a second
+L2_LATENCY = 0.4e-6
+TILE_SYNC = 150  # cycles of a tile that wait for barriers and for the end of products
+OVERLAP = 4  # power of the soft maximum of what a tile of attention needs
 
 
 class Kernel(NamedTuple):
@@ -132,8 +141,8 @@ def team(classes: int, size: int) -> int:
     return 32 if vectors <= 256 else 128 if vectors <= 1024 else 256
 
 
-def soft_max(*seconds: float) -> float:
-    return sum(t**6 for t in seconds) ** (1 / 6)
+def soft_max(*times: float, power: float = 6) -> float:
+    return sum(t**power for t in times) ** (1 / power)
 
 
 def rows_seconds(k: Rows, rows: int, classes: int, size: int = 2) -> float:
@@ -159,6 +168,78 @@ def share(k: Rows, classes: int, elements: int = 2**29) -> float:
     """Of the copy rate, for as many logits."""
     rows = elements // classes
     return rows * classes * (k.read + k.written) / COPY / rows_seconds(k, rows, classes)
+
+
+class Products(NamedTuple):
+    """The forward of tensor attention: tiles of scores, two products each, on sm_90.
+
+    Counted in the machine code of the pinned Triton; tests/compile/test_triton_compile.py holds
+    AFTER against what it compiles.
+    """
+
+    what: str
+    kernel: str
+    rows: int  # of a tile: queries, or pairs of a query and a key
+    keys: int
+    width: int  # d
+    warps: int
+    registers: int
+    shared: int
+    loop: float  # instructions of a warp for a tile
+    rest: float  # of a warp outside of the loop over tiles
+    fills: int  # latencies of L2, one after the other, outside of the loop
+    tiles: int  # of a turn of that loop
+    useful: float  # operations of a turn
+
+    @property
+    def programs(self) -> int:
+        """Of a multiprocessor."""
+        return blocks_per_multiprocessor(32 * self.warps, self.registers, self.shared + 1024)
+
+
+def _turn(what: str, kernel: str, useful: float, *counts: int) -> Products:
+    return Products(what, f"tensor_attention_fwd_{kernel}_kernel", *counts, useful)
+
+
+# A turn: 4 queries with 32 x 512 keys each; 128 queries with one of 1024 x 1024 keys' rows.
+WINDOWS_FLOP, FULL_FLOP = 4.0 * 4 * 32 * 512 * 128, 4.0 * 128 * 1024 * 64
+BEFORE = (
+    _turn("windows", "pairs", WINDOWS_FLOP, 128, 64, 128, 8, 255, 98304, 386, 2179, 5, 9),
+    _turn("full", "rows", FULL_FLOP, 128, 64, 64, 8, 239, 65536, 302, 750, 1, 16),
+)
+AFTER = (
+    _turn("windows", "pairs", WINDOWS_FLOP, 128, 32, 128, 4, 255, 81920, 308, 3172, 4, 17),
+    _turn("full", "rows", FULL_FLOP, 128, 64, 64, 4, 255, 65536, 361, 750, 1, 16),
+)
+
+
+def matrix_cycles(k: Products) -> float:
+    """Of one tile: the rate of dense products, or of the shared memory that their factors are in.
+
+    A step multiplies 64 x 16 by 16 x n numbers; the probabilities come from registers.
+    """
+
+    def step(n: int, left_bytes: int) -> float:
+        by_shared = (left_bytes + 32 * n) / SHARED_RATE
+        return max(2 * 64 * 16 * n / (MATRIX / MULTIPROCESSORS / CLOCK), by_shared)
+
+    scores = k.width // 16 * step(k.keys, 2048)
+    return k.rows // 64 * (scores + k.keys // 16 * step(k.width, 0))
+
+
+def turn_cycles(k: Products, power: float = OVERLAP) -> float:
+    """Of a multiprocessor for a turn of one program."""
+    matrix = k.tiles * matrix_cycles(k)
+    issued = (k.tiles * k.loop + k.rest) * k.warps / 4
+    exponentials = k.tiles * k.rows * k.keys / 16
+    loaded = k.tiles * k.keys * k.width * 4 / (L2 / MULTIPROCESSORS / CLOCK)
+    alone = matrix + issued + k.tiles * TILE_SYNC + k.fills * L2_LATENCY * CLOCK
+    return soft_max(matrix, issued, exponentials, loaded, alone / k.programs, power=power)
+
+
+def useful_rate(k: Products, power: float = OVERLAP) -> float:
+    """Useful operations a second of the whole device."""
+    return k.useful / turn_cycles(k, power) * CLOCK * MULTIPROCESSORS
 
 
 def milliseconds() -> dict[str, float]:
@@ -217,11 +298,12 @@ def _row_seconds() -> dict[str, float]:
 def _product_seconds() -> dict[str, float]:
     """Operations at half the rate of bare products, of 3 tf32 products for float32.
 
-    Windows: one program a multiprocessor, the middle of what docs/gpu.md says; the backward takes
-    3.9 times the forward (kernels/tensor_attention). Low rank: the backward forms the features
-    again, 4 times the products of the forward.
+    The forward of attention by its model. The backward of windows takes 3.9 times the forward as
+    it was before (kernels/tensor_attention). Low rank: the backward forms the features again, 4
+    times the products of the forward.
     """
-    attention, windowed = MATRIX / 2, 305e12
+    attention, before = MATRIX / 2, useful_rate(BEFORE[0])
+    windowed, whole = (useful_rate(k) for k in AFTER)
     float32 = attention / 2 / 3  # tf32 has half the rate of bf16
     windows, full = 8 * 8192 * 512 * 32 * 128, 16 * 1024**3 * 64
     features = 2 * 8 * 65536 * math.comb(66, 2) * 65
@@ -229,9 +311,9 @@ def _product_seconds() -> dict[str, float]:
     logits = 2.0 * 4096 * 128256
     return {
         "attention fwd windows": 4 * windows / windowed,
-        "attention fwd+bwd windows": (1 + 3.9) * 4 * windows / windowed,
-        "attention fwd full": 4 * full / attention,
-        "attention fwd+bwd full": 14 * full / attention,
+        "attention fwd+bwd windows": 4 * windows * (1 / windowed + 3.9 / before),
+        "attention fwd full": 4 * full / whole,
+        "attention fwd+bwd full": 4 * full / whole + 10 * full / attention,
         "attention fwd low rank": 3 * features / float32,
         "attention fwd+bwd low rank": (1 + 4) * 3 * features / float32,
         "linear fwd+bwd chunks": 3 * linear / (0.85 * MATRIX) + 5 * logits / COPY,
@@ -312,6 +394,15 @@ def main() -> None:
         for classes in (4096, 8192, 32768, 131072):
             shares = f"{share(before, classes):6.1%} {share(after, classes):6.1%}"
             print(f"{what:<9} V = {classes:>6} {shares}")
+    print("\nforward of tensor attention, bf16, useful TFLOP/s with the powers 3, 4, 6")
+    for when, rows in (("before", BEFORE), ("now", AFTER)):
+        for k in rows:
+            rates = " ".join(f"{useful_rate(k, power) / 1e12:4.0f}" for power in (3, 4, 6))
+            print(
+                f"{k.what:<8} {when:<7} {k.rows} x {k.keys}, {k.warps} warps, {k.registers}"
+                f" registers, {k.programs} a multiprocessor, {matrix_cycles(k):4.0f} cycles of"
+                f" products: {rates}"
+            )
     print()
     for name, ms in milliseconds().items():
         print(f"{name:<34} {ms:10.4f} ms")

@@ -13,11 +13,10 @@ differs.
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ import pyloss
 from bench import bench_linear_cross_entropy as linear
 from bench import bench_tensor_attention_lowrank as lowrank
 from bench.bench_row_softmax import Problem, all_options, pyloss_provider
-from pyloss.ops import similarity_softmax as pairs
+from pyloss import backend
 
 # The package's attribute of this name is the function.
-exact_pairs = importlib.import_module("pyloss.reference.similarity_softmax")
 
 # Columns: one warp's row, an odd width (rows not aligned to 16 bytes), rows of one block, rows that
 # one multiprocessor cannot hold. Few rows of many columns are split over blocks.
@@ -228,62 +226,47 @@ def _attention_errors(device: str) -> Iterator[tuple[str, float]]:
             yield f"attention {heads}x{n}x{d} {options} masks {masked} {dtype}", error / limit
 
 
-# Queries, keys (None: the queries), features, what is asked for: sweeps and blocks, whole rows and
-# parts of them, a sum of one side and of both, columns, ids, scales of rows.
-PAIRS_CASES: tuple[tuple[int, int | None, int, dict[str, Any]], ...] = (
-    (150, None, 40, {"first": 0}),
-    (300, 170, 72, {"columns": True}),
-    (20, 999, 128, {"same": "drop", "mean": True}),
-    (200, None, 200, {"first": 0, "same": "positive"}),
-    (130, 260, 256, {"columns": True, "denominator": "negatives", "first": 3}),
-)
+# Rows of both tensors, features, a loss of them, two numbers for the labels: sweeps and blocks,
+# whole rows and parts of them, a sum of one side and of both, columns, ids, scales of rows.
+def _pairs_cases() -> Iterator[tuple[str, tuple[int, int, int], Callable[..., Tensor]]]:
+    from pyloss import functional as F
+
+    def labels(count: int, classes: int, device: torch.device) -> Tensor:
+        return (torch.arange(count, device=device) * 7) % classes
+
+    def queued(query: Tensor, queue: Tensor) -> Tensor:
+        at = query.device
+        ids, queue_ids = labels(len(query), 9, at), labels(len(queue), 9, at)
+        key, temperature = query.flip(1), torch.linspace(0.5, 1.5, len(query), device=at)
+        options = {"ids": ids, "queue_ids": queue_ids, "temperature": temperature}
+        return F.info_nce(query, key, queue, **options, reduction="none")
+
+    yield "nt_xent", (75, 75, 40), lambda a, b: F.nt_xent(a, b, reduction="none")
+    yield "clip_loss", (300, 300, 72), lambda a, b: F.clip_loss(a, b, 5.0, reduction="none")
+    yield "info_nce", (20, 999, 128), queued
+    yield (
+        "supervised_contrastive",
+        (100, 100, 200),
+        lambda a, b: F.supervised_contrastive(
+            torch.cat([a, b]), labels(200, 9, a.device), reduction="none"
+        ),
+    )
+    yield "dcl", (130, 130, 256), lambda a, b: F.dcl(a, b, reduction="none")
+    yield "siglip_loss", (90, 90, 72), lambda a, b: F.siglip_loss(a, b, reduction="none")
 
 
 def _pairs_errors(device: str) -> Iterator[tuple[str, float]]:
     """Against the reference in float64 on the CPU."""
-    for n, m, d, options in PAIRS_CASES:
+    for name, (n, m, d), loss in _pairs_cases():
         generator = torch.Generator().manual_seed(n)
-        tensors = [torch.randn((r, d), generator=generator) for r in (n, m) if r is not None]
-        tensors.append((0.5 + torch.rand(n if m else (), generator=generator)) * d**-0.5)
-        indices = {"target": torch.randint(m or n, (n,), generator=generator)}
-        if "same" in options:
-            indices["query_ids"] = torch.randint(9, (n,), generator=generator)
-            indices["key_ids"] = torch.randint(9, (m,), generator=generator) if m else None
-        for kind in PAIRS_KINDS:
-            for dtype, limit in ((torch.float32, 2e-3), (torch.bfloat16, 4e-2)):
-                rounded = [t.to(dtype) for t in tensors[:-1]] + tensors[-1:]
-                want = _pairs_results(kind, 1, rounded, options, indices, torch.device("cpu"))
-                found = _pairs_results(kind, 0, rounded, options, indices, torch.device(device))
-                error = max(_distance(a, b) for a, b in zip(found, want))
-                yield f"pairs {kind} {n}x{m}x{d} {options} {dtype}", error / limit
-
-
-PAIRS_KINDS = {
-    "softmax": (pairs.similarity_softmax, exact_pairs.similarity_softmax),
-    "sigmoid": (pairs.pair_sums, exact_pairs.pair_sums),
-}
-
-
-def _pairs_results(kind: str, exact: int, tensors, options, indices, device) -> list[Tensor]:
-    """Sums and gradients, of the op or in float64."""
-    function = PAIRS_KINDS[kind][exact]
-    given = {name: None if t is None else t.to(device) for name, t in indices.items()}
-    if exact and given.get("key_ids", 0) is None:
-        given["key_ids"] = given["query_ids"]
-    given.update(options)
-    if kind == "sigmoid":
-        given = {k: v for k, v in given.items() if k not in ("columns", "mean", "denominator")}
-
-    def value(*t: Tensor) -> Tensor:
-        found = function(t[0], t[-2], t[-1], **given)
-        if kind == "sigmoid":
-            return found
-        rows = found.lse - found.positive
-        columns = [] if found.column_lse is None else [found.column_lse - found.column_positive]
-        return torch.cat([rows, *columns])
-
-    moved = [t.to(device, torch.float64) if exact else t.to(device) for t in tensors]
-    return _with_gradients(value, *moved)
+        tensors = [torch.randn((rows, d), generator=generator) for rows in (n, m)]
+        for dtype, limit in ((torch.float32, 2e-3), (torch.bfloat16, 4e-2)):
+            rounded = [t.to(dtype) for t in tensors]
+            with backend("reference"):
+                want = _with_gradients(loss, *(t.double() for t in rounded))
+            found = _with_gradients(loss, *(t.to(device) for t in rounded))
+            error = max(_distance(a, b) for a, b in zip(found, want))
+            yield f"pairs {name} {n}x{m}x{d} {dtype}", error / limit
 
 
 def _lowrank_errors(device: str) -> Iterator[tuple[str, float]]:

@@ -58,6 +58,23 @@ def column_sums(
     total: int, x: int, dtype: int, rows: int, columns: int, row_stride: int, first: bool,
     threads: int, /,
 ) -> None: ...  # fmt: skip
+def small_linear_cross_entropy(
+    rows: int,
+    classes: int,
+    features: int,
+    x: int,
+    w: int,
+    bias: int,
+    target: int,
+    target_dtype: int,
+    ignore_index: int,
+    mean: bool,
+    loss: int,
+    dx: int,
+    dw: int,
+    dbias: int,
+    /,
+) -> None: ...
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 def similarity_topk(
     dtype: int,
@@ -102,6 +119,26 @@ def sorting_network_permutation_bwd(
 def sorting_network_loss(
     problem: tuple[object, ...], targets: tuple[object, ...], loss: int, gx: int, threads: int, /
 ) -> None: ...
+def gemm(
+    dtype: int,
+    m: int,
+    n: int,
+    k: int,
+    a: int,
+    a_row: int,
+    a_column: int,
+    b: int,
+    b_row: int,
+    b_column: int,
+    c: int,
+    c_row: int,
+    bias: int,
+    add: bool,
+    threads: int,
+    /,
+) -> None: ...
+def multiply_adds(dtype: int, operations: int, /) -> float: ...
+def prefers_own_gemm() -> bool: ...
 
 # Of similarity_softmax; the records: pyloss/ops/similarity_softmax/records.py.
 def similarity_counts_scratch_bytes(problem: tuple[object, ...], threads: int, /) -> int: ...

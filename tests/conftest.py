@@ -48,8 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: no collection of garbage need look at it."""
+    """What is there by now stays: no collection of garbage need look at it, and those that remain
+    come less often. They were a sixth of the time of tests of torch.compile."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 seeded = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed

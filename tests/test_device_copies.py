@@ -32,6 +32,10 @@ ALLOWED = {
     ): "once for each size, and never captured",
     ("ops/betti_matching/reference.py", "loss"): "the reference computes on the host",
     (
+        "ops/similarity_softmax/gather.py",
+        "layout_of",
+    ): "ranks read each other's sizes, and wait for them",
+    (
         "functional/_sorting_padding.py",
         "__init__",
     ): "rows are grouped by a length that is looked at",

@@ -102,3 +102,22 @@ def test_memory_does_not_grow_with_the_square_of_the_batch() -> None:
             pyloss.groco_loss(views, topk_neg=10)
         kept[images] = sum(sizes)
     assert kept[400] < 2.1 * kept[200]
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
+def test_two_views_have_one_backward(wanted, monkeypatch) -> None:
+    """It is that of the operations, in short rows and in rows of zeros too."""
+    views = list(torch.randn(2, 30, 6, dtype=torch.float64))
+    views[0][3], views[1][5] = 0.0, views[1][5] * 1e-10
+    for at in wanted:
+        views[at].requires_grad_()
+    leaves = [views[at] for at in wanted]
+
+    def found():
+        losses = pyloss.groco_loss(views, topk_neg=4, reduction="none")
+        weights = torch.linspace(0.5, 2.0, losses.numel(), dtype=losses.dtype).view_as(losses)
+        return losses.detach(), *torch.autograd.grad((losses * weights).sum(), leaves)
+
+    ours = found()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(ours, found(), rtol=1e-12, atol=1e-14)

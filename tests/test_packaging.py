@@ -74,8 +74,8 @@ def test_tool_versions_agree() -> None:
         assert set(re.findall(rf"\[{tool}==([\w.]+)\]", hooks)) == {pin}
 
 
-# Without optimisation, which is most of the time of a build and decides nothing here; CI builds
-# wheels as users do.
+# Without optimisation, and without clones for instruction sets, which are most of the time of a
+# build and decide nothing here; CI builds wheels as users do.
 BUILD = {
     "PYLOSS_CMAKE_ARGS": "-DPYLOSS_CUDA=OFF",
     "PYLOSS_BUILD_TYPE": "Debug",

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from pyloss.ops import similarity_topk as op
-from pyloss.ops.similarity_topk import by_tiles
+from pyloss.ops.similarity_topk import by_tiles, cpu
 from pyloss.reference import similarity_topk as reference
 from pyloss.reference.similarity_topk import similarity_hardest as reference_hardest
+
+
+@pytest.fixture(autouse=True)
+def threads(keep_num_threads) -> None:
+    pass
 
 
 def problem(b=50, m=50, d=7, dtype=torch.float64, grad=True):
@@ -33,6 +38,7 @@ def test_reference_by_hand() -> None:
 @pytest.mark.parametrize("tile", [1 << 20, 60, 130, 1])
 def test_tiles_are_the_reference(monkeypatch, tile, first) -> None:
     monkeypatch.setattr(by_tiles, "TILE", tile)
+    monkeypatch.setattr(cpu, "takes", lambda *_: False)
     queries, keys = problem(21, 60)
     expected = reference(queries, keys, 5, first)
     found = op.similarity_topk(queries, keys, 5, first)
@@ -44,6 +50,64 @@ def test_tiles_are_the_reference(monkeypatch, tile, first) -> None:
         for values in (found[0], expected[0])
     ]
     torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
+
+
+# Several tiles of the kernel, none of them whole; lists of less and more than a vector.
+@pytest.mark.parametrize("k", [1, 10, 40])
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_is_the_tiles(dtype, same, k) -> None:
+    """Multiples of 1/8, whose products are exact: many ties, which the smaller index wins."""
+    queries, keys = (t.detach() for t in problem(331, 300, 9, dtype))
+    queries, keys = (torch.round(2 * t) / 8 for t in (queries, keys))
+    if same:
+        keys = queries
+    for first in (-1, 0) if same else (-1, 0, 7):
+        expected, _ = by_tiles.forward(queries, keys, k, first)
+        scores = queries @ keys.T
+        if first >= 0:
+            scores.diagonal(first).fill_(-math.inf)
+        indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = cpu.forward(queries, keys, k, first)
+            assert torch.equal(found[0], expected)
+            assert torch.equal(found[1], indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_are_those_of_any_thread_count_and_of_half_the_products(dtype) -> None:
+    x = torch.randn(300, 77, dtype=dtype)
+    torch.set_num_threads(1)
+    expected = cpu.forward(x, x, 12, 0)
+    for keys, threads in ((x.clone(), 1), (x, 2), (x, 5), (x.clone(), 2)):
+        torch.set_num_threads(threads)
+        for a, b in zip(cpu.forward(x, keys, 12, 0), expected):
+            assert torch.equal(a, b)
+
+
+def test_kernel_with_numbers_that_are_none() -> None:
+    """NaN comes first, the smaller index before others; -inf fills up, a left out key too."""
+    x = torch.zeros(140, 1)
+    x[0] = 1.0
+    keys = torch.full((140, 1), -math.inf)
+    keys[[3, 130]] = math.nan
+    keys[[5, 131]] = 2.0
+    values, indices = cpu.forward(x[:1], keys, 6, 3)
+    assert torch.equal(values.nan_to_num(9.0), torch.tensor([[9.0, 2.0, 2.0] + [-math.inf] * 3])
+                       .nan_to_num(9.0))  # fmt: skip
+    assert indices.tolist() == [[130, 5, 131, 0, 1, 2]]
+    assert cpu.forward(x[:1], keys, 6, -1)[1].tolist() == [[3, 130, 5, 131, 0, 1]]
+    few = torch.eye(3)
+    assert cpu.forward(few, few, 3, 0)[1].tolist() == [[1, 2, 0], [0, 2, 1], [0, 1, 2]]
+
+
+def test_rows_that_are_far_apart_or_transposed() -> None:
+    queries, keys = (t.detach() for t in problem(50, 60, 8))
+    expected = cpu.forward(queries, keys, 5, -1)
+    wide = torch.cat([queries, queries], 1)[:, :8]
+    for a, b in zip(cpu.forward(wide, keys.T.contiguous().T, 5, -1), expected):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("world", [2, 3])
+# Of two, the shards are equal, as those of fsdp2 and of the documentation are.
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_against_one_process(world: int, tmp_path: Path) -> None:
     texts = check_ranks(tmp_path, world, str(ROOT / "tests" / "vocab_parallel_worker.py"))
     assert all("all cases done" in text for text in texts)

@@ -25,6 +25,7 @@ void register_similarity_topk(py::module_& m) {
           check_strides("keys", {columns, depth}, {key_stride, 1});
           const int64_t count = checked_count("values", {rows, k});
           if (k > columns) bad_argument("k", std::to_string(k) + " exceeds the keys");
+          if (columns > INT32_MAX) bad_argument("keys", "too many");
           if (first > INT64_MAX / 4) bad_argument("first", std::to_string(first));
           const cpu::SimilarityTopk p{t,
                                       rows,

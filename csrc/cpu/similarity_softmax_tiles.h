@@ -286,32 +286,57 @@ void sigmoid_gradient(const Tile<R>& t, Ids ids, const R* rows, const R* columns
   }
 }
 
+// Without branches, so that the compiler vectorises it: what a pair brings to the one and the other
+// sum, 0 where it does not belong there. Not "z >= above": what is no number belongs to the sum.
+template <class R, bool kIds, bool kColumns>
+void sum_margins_of(const Tile<R>& t, R above, R below, Ids ids, const PairSums<R>& s) {
+  constexpr int kWays = 16;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const R* const z = t.data + r * t.stride;
+    const int64_t id = kIds ? ids.rows[r] : 0;
+    R sums[2][kWays] = {};
+    R counts[2][kWays] = {};
+    for (int64_t c0 = 0; c0 < t.columns; c0 += kWays) {
+      const int64_t n = std::min<int64_t>(kWays, t.columns - c0);
+      for (int64_t k = 0; k < n; ++k) {
+        const R x = z[c0 + k];
+        const bool positive = kIds && ids.columns[c0 + k] == id;
+        const bool high = !positive && !(x < above), low = positive && !(x > below);
+        const R y0 = high ? x - above : R(0), y1 = low ? below - x : R(0);
+        sums[0][k] += y0;
+        counts[0][k] += high ? R(1) : R(0);
+        if (kIds) {
+          sums[1][k] += y1;
+          counts[1][k] += low ? R(1) : R(0);
+        }
+        if (kColumns) {
+          s.columns[0][c0 + k] += y0;
+          s.column_counts[0][c0 + k] += high;
+          if (kIds) {
+            s.columns[1][c0 + k] += y1;
+            s.column_counts[1][c0 + k] += low;
+          }
+        }
+      }
+    }
+    for (int side = 0; side < 2; ++side) {
+      R sum = 0, count = 0;
+      for (int k = 0; k < kWays; ++k) sum += sums[side][k], count += counts[side][k];
+      s.rows[side][r] = sum;
+      s.row_counts[side][r] = int64_t(count);
+    }
+  }
+}
 template <class R>
 void sum_margins(const Tile<R>& t, R above, R below, Ids ids, const PairSums<R>& s) {
   for (int side = 0; s.columns[0] && side < 2; ++side) {
     std::fill(s.columns[side], s.columns[side] + t.columns, R(0));
     std::fill(s.column_counts[side], s.column_counts[side] + t.columns, int64_t(0));
   }
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const R* const z = t.data + r * t.stride;
-    R sums[2] = {};
-    int64_t counts[2] = {};
-    for (int64_t c = 0; c < t.columns; ++c) {
-      const bool positive = ids.rows && ids.columns[c] == ids.rows[r];
-      // Not "z >= above": what is no number belongs to the sum.
-      if (positive ? z[c] > below : z[c] < above) continue;
-      const R y = positive ? below - z[c] : z[c] - above;
-      sums[positive] += y;
-      ++counts[positive];
-      if (!s.columns[0]) continue;
-      s.columns[positive][c] += y;
-      ++s.column_counts[positive][c];
-    }
-    for (int side = 0; side < 2; ++side) {
-      s.rows[side][r] = sums[side];
-      s.row_counts[side][r] = counts[side];
-    }
-  }
+  const auto run =
+      ids.rows ? (s.columns[0] ? sum_margins_of<R, true, true> : sum_margins_of<R, true, false>)
+               : (s.columns[0] ? sum_margins_of<R, false, true> : sum_margins_of<R, false, false>);
+  run(t, above, below, ids, s);
 }
 
 // g: of the rows and of the columns, each of negatives and positives; any may be null.
@@ -322,13 +347,24 @@ void margin_gradient(const Tile<R>& t, R above, R below, Ids ids, const R* const
   for (int64_t r = 0; r < t.rows; ++r) {
     R* const z = t.data + r * t.stride;
     const R high = of(rows[0], r), low = of(rows[1], r);
-    for (int64_t c = 0; c < t.columns; ++c) {
-      const bool positive = ids.rows && ids.columns[c] == ids.rows[r];
-      if (positive) {
-        z[c] = z[c] > below ? R(0) : -(low + of(columns[1], c));
-      } else {
-        z[c] = z[c] < above ? R(0) : high + of(columns[0], c);
+    const auto each = [&](auto high_of, auto low_of) {
+      if (!ids.rows) {
+        for (int64_t c = 0; c < t.columns; ++c) z[c] = z[c] < above ? R(0) : high_of(c);
+        return;
       }
+      const int64_t id = ids.rows[r];
+      for (int64_t c = 0; c < t.columns; ++c) {
+        const R x = z[c], g0 = high_of(c), g1 = -low_of(c);
+        const R negative = x < above ? R(0) : g0, positive = x > below ? R(0) : g1;
+        z[c] = ids.columns[c] == id ? positive : negative;
+      }
+    };
+    if (columns[0] && columns[1]) {
+      const R *g0 = columns[0], *g1 = columns[1];
+      each([=](int64_t c) { return high + g0[c]; }, [=](int64_t c) { return low + g1[c]; });
+    } else {
+      each([&](int64_t c) { return high + of(columns[0], c); },
+           [&](int64_t c) { return low + of(columns[1], c); });
     }
   }
 }

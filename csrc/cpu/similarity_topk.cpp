@@ -32,7 +32,7 @@ namespace pyloss::cpu {
 namespace {
 
 // Rows and columns of a tile: of the panels of all instruction sets a multiple.
-constexpr int64_t kTile = 224;
+constexpr int64_t kTile = 128;
 constexpr int64_t kMostParts = 16;
 
 template <class R>
@@ -40,29 +40,34 @@ bool above(R a, R b) {
   return a > b || (a != a && b == b);
 }
 
-// Of each query; empty places hold -inf and the index -1.
+// Of each query, with room for more than k, in whole vectors; empty places hold -inf and the index
+// -1.
 template <class R>
 struct Lists {
-  int64_t k;
-  R* values;  // (rows x k), largest first
-  int64_t* indices;
-  R* bounds;  // of each: what is not above is none of the k; the last number, or more
+  static constexpr int64_t kLanes = 64 / sizeof(R);
+
+  int64_t k, stride;
+  R* values;  // (rows x stride), largest first
+  int32_t* indices;
+  R* bounds;  // of each: what is not above is none of the k; the k-th number, or more
+
+  static int64_t stride_of(int64_t k) { return (k + kLanes - 1) / kLanes * kLanes; }
 
   void clear(int64_t rows) const {
     constexpr R kLowest = -std::numeric_limits<R>::infinity();
-    std::fill_n(values, rows * k, kLowest);
-    std::fill_n(indices, rows * k, int64_t(-1));
+    std::fill_n(values, rows * stride, kLowest);
+    std::fill_n(indices, rows * stride, -1);
     std::fill_n(bounds, rows, kLowest);
   }
 
   void raise(int64_t row) const {
-    const R last = values[row * k + k - 1];
+    const R last = values[row * stride + k - 1];
     if (above(last, bounds[row])) bounds[row] = last;
   }
 
-  void insert(int64_t row, R value, int64_t index) const {
-    R* const x = values + row * k;
-    int64_t* const at = indices + row * k;
+  void insert(int64_t row, R value, int32_t index) const {
+    R* const x = values + row * stride;
+    int32_t* const at = indices + row * stride;
     int64_t p = k - 1;
     if (!above(value, x[p])) return;
     for (; p > 0 && above(value, x[p - 1]); --p) {
@@ -73,6 +78,30 @@ struct Lists {
     at[p] = index;
     raise(row);
   }
+};
+
+// The lists of a part of the work, in memory of their own.
+template <class R>
+class Memory {
+ public:
+  Memory(int64_t rows, int64_t k, int64_t parts)
+      : rows_(rows),
+        k_(k),
+        stride_(Lists<R>::stride_of(k)),
+        values_(parts * rows * stride_),
+        bounds_(parts * (rows + Lists<R>::kLanes)),
+        indices_(parts * rows * stride_) {}
+
+  Lists<R> part(int64_t i) const {
+    const int64_t at = i * rows_ * stride_;
+    return {k_, stride_, values_.get() + at, indices_.get() + at,
+            bounds_.get() + i * (rows_ + Lists<R>::kLanes)};
+  }
+
+ private:
+  const int64_t rows_, k_, stride_;
+  const gemm::Buffer<R> values_, bounds_;
+  const gemm::Buffer<int32_t> indices_;
 };
 
 #if PYLOSS_HAS_TARGET_PRAGMA
@@ -161,12 +190,15 @@ struct Call {
   }
 };
 
-// Places that nothing above -inf has filled: what is -inf, the smallest indices first.
+// Places that nothing above -inf has filled get what is -inf, the smallest indices first.
 template <class R>
-void fill_up(const SimilarityTopk& p, const Lists<R>& lists) {
+void write(const SimilarityTopk& p, const Lists<R>& lists) {
   for (int64_t i = 0; i < p.rows; ++i) {
-    int64_t* const at = lists.indices + i * p.k;
-    if (at[p.k - 1] >= 0) continue;
+    const int32_t* const found = lists.indices + i * lists.stride;
+    int64_t* const at = p.indices + i * p.k;
+    std::copy_n(lists.values + i * lists.stride, p.k, static_cast<R*>(p.values) + i * p.k);
+    std::copy_n(found, p.k, at);
+    if (found[p.k - 1] >= 0) continue;
     int64_t filled = std::find(at, at + p.k, int64_t(-1)) - at;
     for (int64_t j = 0; filled < p.k; ++j) {
       if (std::find(at, at + filled, j) == at + filled) at[filled++] = j;
@@ -183,44 +215,37 @@ void run(const SimilarityTopk& p, int threads) {
   const gemm::Buffer<R> packed(gemm::right_size<R>(p.depth, p.columns));
   const Call<R> call{p, queries, gemm::pack_right(keys.transposed(), packed.get()),
                      scan_of_this_cpu<R>()};
-  const gemm::Buffer<R> bounds(p.rows);
-  const Lists<R> lists{p.k, static_cast<R*>(p.values), p.indices, bounds.get()};
-  lists.clear(p.rows);
   const bool one =
       p.queries == p.keys && p.rows == p.columns && p.query_stride == p.key_stride && p.first <= 0;
   const int64_t tiles = call.blocks() * (call.blocks() + 1) / 2;
   const int64_t parts =
       one ? std::min({tiles, int64_t(threads), kMostParts}) : slots_for(call.blocks(), threads);
+  const Memory<R> memory(p.rows, p.k, one ? parts : 1);
+  const Lists<R> lists = memory.part(0);
   const gemm::Buffer<R> left(parts * call.left_size()), tile(parts * call.tile_size());
   const auto left_of = [&](int64_t slot) { return left.get() + slot * call.left_size(); };
   const auto tile_of = [&](int64_t slot) { return tile.get() + slot * call.tile_size(); };
-  if (!one) {
+  if (one) {
+    run_tasks(parts, parts, [&](int64_t slot, int64_t part) {
+      memory.part(part).clear(p.rows);
+      call.half(tiles * part / parts, tiles * (part + 1) / parts, left_of(slot), tile_of(slot),
+                memory.part(part));
+    });
+    for (int64_t part = 1; part < parts; ++part) {
+      const Lists<R> from = memory.part(part);
+      for (int64_t i = 0; i < p.rows; ++i) {
+        for (int64_t at = i * from.stride; at < i * from.stride + p.k; ++at) {
+          if (from.indices[at] >= 0) lists.insert(i, from.values[at], from.indices[at]);
+        }
+      }
+    }
+  } else {
+    lists.clear(p.rows);
     run_tasks(call.blocks(), parts, [&](int64_t slot, int64_t block) {
       call.rows(block, left_of(slot), tile_of(slot), lists);
     });
-  } else {
-    // The first part fills the lists of the result, the others their own.
-    const int64_t others = parts - 1;
-    const gemm::Buffer<R> values(others * p.rows * p.k), last(others * p.rows);
-    std::vector<int64_t> indices(others * p.rows * p.k);
-    const auto lists_of = [&](int64_t part) -> Lists<R> {
-      if (part == 0) return lists;
-      const int64_t at = (part - 1) * p.rows;
-      return {p.k, values.get() + at * p.k, indices.data() + at * p.k, last.get() + at};
-    };
-    run_tasks(parts, parts, [&](int64_t slot, int64_t part) {
-      if (part > 0) lists_of(part).clear(p.rows);
-      call.half(tiles * part / parts, tiles * (part + 1) / parts, left_of(slot), tile_of(slot),
-                lists_of(part));
-    });
-    for (int64_t part = 1; part < parts; ++part) {
-      const Lists<R> from = lists_of(part);
-      for (int64_t at = 0; at < p.rows * p.k; ++at) {
-        if (from.indices[at] >= 0) lists.insert(at / p.k, from.values[at], from.indices[at]);
-      }
-    }
   }
-  fill_up(p, lists);
+  write(p, lists);
 }
 
 }  // namespace

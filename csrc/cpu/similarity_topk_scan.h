@@ -2,7 +2,9 @@
 // once for each, inside a namespace and a `#pragma GCC target` region, with PYLOSS_VECTOR_BYTES
 // set (0: plain C++).
 
-// above(a, b): not a <= b, a bit a lane. larger(a, b): b where one is NaN.
+// above(a, b): not a <= b, a bit a lane. larger(a, b): b where one is NaN. append(to, first,
+// lanes): the numbers first + lane of the lanes that are set; what is behind them in `to` is
+// overwritten.
 template <class R>
 struct Lanes;
 #if PYLOSS_VECTOR_BYTES == 64
@@ -17,8 +19,28 @@ struct Lanes<float> {
   static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
   static uint32_t above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
   static uint32_t is_number(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
-  static V load(const float* p, uint32_t lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
-  static void store(float* p, uint32_t lanes, V v) { _mm512_mask_storeu_ps(p, lanes, v); }
+  using I = __m512i;
+  static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  // Those of `moved` from the lane before, the first from `carry`; `place` is x.
+  static V shifted(V v, float carry, uint32_t moved, float x, uint32_t place) {
+    const I before = _mm512_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14);
+    const V next = _mm512_mask_mov_ps(_mm512_permutexvar_ps(before, v), 1, fill(carry));
+    return _mm512_mask_mov_ps(_mm512_mask_mov_ps(v, moved, next), place, fill(x));
+  }
+  static I shifted(I v, int32_t carry, uint32_t moved, int32_t x, uint32_t place) {
+    const I before = _mm512_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14);
+    const I next =
+        _mm512_mask_mov_epi32(_mm512_permutexvar_epi32(before, v), 1, _mm512_set1_epi32(carry));
+    return _mm512_mask_mov_epi32(_mm512_mask_mov_epi32(v, moved, next), place,
+                                 _mm512_set1_epi32(x));
+  }
+  static int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(
+        to, _mm512_maskz_compress_epi32(lanes, _mm512_add_epi32(at, _mm512_set1_epi32(first))));
+    return __builtin_popcount(lanes);
+  }
 };
 template <>
 struct Lanes<double> {
@@ -31,8 +53,30 @@ struct Lanes<double> {
   static V smaller(V a, V b) { return _mm512_min_pd(a, b); }
   static uint32_t above(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
   static uint32_t is_number(V a) { return _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q); }
-  static V load(const double* p, uint32_t lanes) { return _mm512_maskz_loadu_pd(lanes, p); }
-  static void store(double* p, uint32_t lanes, V v) { _mm512_mask_storeu_pd(p, lanes, v); }
+  using I = __m256i;
+  static I load(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static V shifted(V v, double carry, uint32_t moved, double x, uint32_t place) {
+    const __m512i before = _mm512_setr_epi64(0, 0, 1, 2, 3, 4, 5, 6);
+    const V next = _mm512_mask_mov_pd(_mm512_permutexvar_pd(before, v), 1, fill(carry));
+    return _mm512_mask_mov_pd(_mm512_mask_mov_pd(v, moved, next), place, fill(x));
+  }
+  static I shifted(I v, int32_t carry, uint32_t moved, int32_t x, uint32_t place) {
+    const I before = _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6);
+    const I next =
+        _mm256_mask_mov_epi32(_mm256_permutexvar_epi32(before, v), 1, _mm256_set1_epi32(carry));
+    return _mm256_mask_mov_epi32(_mm256_mask_mov_epi32(v, moved, next), place,
+                                 _mm256_set1_epi32(x));
+  }
+  static int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+    const __m256i at = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to),
+        _mm256_maskz_compress_epi32(lanes, _mm256_add_epi32(at, _mm256_set1_epi32(first))));
+    return __builtin_popcount(lanes);
+  }
 };
 #elif PYLOSS_VECTOR_BYTES == 32
 template <>
@@ -71,29 +115,52 @@ struct Lanes {
 };
 #endif
 
-// Into a list, behind what is not smaller.
+#if PYLOSS_VECTOR_BYTES != 64
 template <class R>
-void insert(const Lists<R>& to, int64_t row, R value, int64_t index) {
-#if PYLOSS_VECTOR_BYTES == 64
-  // Without a branch that depends on the place: what is below it moves up by one, all at once.
+int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+  int64_t n = 0;
+  for (; lanes; lanes &= lanes - 1) to[n++] = first + __builtin_ctz(lanes);
+  return n;
+}
+#else
+template <class R>
+int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
+  return Lanes<R>::append(to, first, lanes);
+}
+#endif
+
+// Where x is not below bound(place), in whole vectors; the number of such places. On AVX-512
+// without a branch, of which each number that passes would cost several that are foretold wrongly.
+template <class R, class Bound>
+int64_t find(const R* x, int64_t whole, Bound bound, int32_t* places) {
   using L = Lanes<R>;
-  R* const x = to.values + row * to.k;
-  int64_t* const at = to.indices + row * to.k;
+  int64_t n = 0;
+  for (int64_t c = 0; c < whole; c += L::kCount) {
+    n += append<R>(places + n, static_cast<int32_t>(c), L::above(L::load(x + c), bound(c)));
+  }
+  return n;
+}
+
+// Into a list, behind what is not smaller. On AVX-512 without a branch that depends on the place:
+// what is below it moves up by one, all at once, by loads and stores of whole vectors, which the
+// next insertion into the list need not wait for.
+template <class R>
+void insert(const Lists<R>& to, int64_t row, R value, int32_t index) {
+#if PYLOSS_VECTOR_BYTES == 64
+  using L = Lanes<R>;
+  R* const x = to.values + row * to.stride;
+  int32_t* const at = to.indices + row * to.stride;
   const typename L::V v = L::fill(value);
-  const bool nan = value != value;
-  for (int64_t c = (to.k - 1) / L::kCount * L::kCount; c >= 0; c -= L::kCount) {
-    const uint32_t all = uint32_t((uint64_t(1) << std::min<int64_t>(L::kCount, to.k - c)) - 1);
-    const typename L::V old = L::load(x + c, all);
-    const uint32_t behind = all & L::is_number(old) & (nan ? all : L::above(v, old));
-    const uint32_t moved = behind & (behind << 1 | (c > 0 && above(value, x[c - 1])));
+  const uint32_t number = value == value ? 0u : ~0u;
+  for (int64_t c = to.stride - L::kCount; c >= 0; c -= L::kCount) {
+    const typename L::V old = L::load(x + c);
+    const uint32_t behind = L::is_number(old) & (number | L::above(v, old));
+    const bool more = c > 0;  // of the list, in front of these
+    const R carry = more ? x[c - 1] : value;
+    const uint32_t moved = behind & (behind << 1 | (more && above(value, carry)));
     const uint32_t place = behind & ~moved;
-    L::store(x + c, moved, L::load(x + c - 1, moved));
-    L::store(x + c, place, v);
-    for (int h = L::kCount - 8; h >= 0; h -= 8) {  // from the end, as each reads what is before it
-      const auto from = _mm512_maskz_loadu_epi64(moved >> h, at + c + h - 1);
-      _mm512_mask_storeu_epi64(at + c + h, moved >> h, from);
-      _mm512_mask_storeu_epi64(at + c + h, place >> h, _mm512_set1_epi64(index));
-    }
+    L::store(x + c, L::shifted(old, carry, moved, value, place));
+    L::store(at + c, L::shifted(L::load(at + c), more ? at[c - 1] : 0, moved, index, place));
   }
   to.raise(row);
 #else
@@ -178,6 +245,7 @@ void scan(const gemm::Tile<R>& t, const Lists<R>& to) {
   constexpr R kLowest = -std::numeric_limits<R>::infinity();
   const R* const of_columns = to.bounds + t.column;
   const int64_t whole = t.columns / L::kCount * L::kCount;
+  int32_t places[kTile + L::kCount];
   for (int64_t c = 0; kBoth && to.k <= kGroups && c < whole; c += L::kCount) {
     if (of_columns[c] == kLowest) first_bounds_of_columns(t, c, to);
   }
@@ -185,27 +253,20 @@ void scan(const gemm::Tile<R>& t, const Lists<R>& to) {
     const R* const x = t.data + r * t.stride;
     const int64_t row = t.row + r;
     if (to.k <= kGroups && to.bounds[row] == kLowest) first_bound_of_row(t, r, to);
-    typename L::V bound = L::fill(to.bounds[row]);
-    for (int64_t c = 0; c < whole; c += L::kCount) {
-      const typename L::V v = L::load(x + c);
-      uint32_t rows = L::above(v, bound);
-      uint32_t columns = kBoth ? L::above(v, L::load(of_columns + c)) : 0;
-      if (!(rows | columns)) continue;
-      if (rows) {
-        for (; rows; rows &= rows - 1) {
-          const int64_t at = c + __builtin_ctz(rows);
-          insert(to, row, x[at], t.column + at);
-        }
-        bound = L::fill(to.bounds[row]);
-      }
-      for (; columns; columns &= columns - 1) {
-        const int64_t at = c + __builtin_ctz(columns);
-        insert(to, t.column + at, x[at], row);
+    const typename L::V bound = L::fill(to.bounds[row]);
+    int64_t n = find<R>(x, whole, [&](int64_t) { return bound; }, places);
+    for (int64_t i = 0; i < n; ++i) {
+      insert(to, row, x[places[i]], static_cast<int32_t>(t.column + places[i]));
+    }
+    if (kBoth) {
+      n = find<R>(x, whole, [&](int64_t c) { return L::load(of_columns + c); }, places);
+      for (int64_t i = 0; i < n; ++i) {
+        insert(to, t.column + places[i], x[places[i]], static_cast<int32_t>(row));
       }
     }
     for (int64_t c = whole; c < t.columns; ++c) {
-      insert(to, row, x[c], t.column + c);
-      if (kBoth) insert(to, t.column + c, x[c], row);
+      insert(to, row, x[c], static_cast<int32_t>(t.column + c));
+      if (kBoth) insert(to, t.column + c, x[c], static_cast<int32_t>(row));
     }
   }
 }

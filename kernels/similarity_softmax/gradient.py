@@ -81,6 +81,10 @@ def pair_sweep_kernel(
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
+    BLOCK_K: tl.constexpr = C.BLOCK_K
+    EVEN: tl.constexpr = C.EVEN
+    WIDE: tl.constexpr = C.WIDE
+    PRECISION: tl.constexpr = "tf32" if C.TF32 else "ieee"
     row_tile, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
     n_own = p.n_keys if OF == _KEYS else p.n_queries
     n_other = p.n_queries if OF == _KEYS else p.n_keys
@@ -90,7 +94,7 @@ def pair_sweep_kernel(
     own_rows = rows_of(own_ptr, near, stride_own)
     own = own_rows
     if C.WHOLE:
-        own = load_whole(own_rows, n_inner, C.EVEN, C.BLOCK_K)
+        own = load_whole(own_rows, n_inner, EVEN, BLOCK_K)
     inner = tl.arange(0, BLOCK_D)
     offsets = tl.arange(0, BLOCK_N)
 
@@ -113,9 +117,9 @@ def pair_sweep_kernel(
         near_cols = tl.minimum(cols, n_other - 1)
         other_rows = rows_of(other_ptr, near_cols, stride_other)
         if C.WHOLE:
-            other = load_whole(other_rows, n_inner, C.EVEN, BLOCK_D)
+            other = load_whole(other_rows, n_inner, EVEN, BLOCK_D)
             zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            s = dot(own, tl.trans(other), zero, C.WIDE, C.PRECISION)
+            s = dot(own, tl.trans(other), zero, WIDE, PRECISION)
         else:
             s = products(own, own_rows, other_rows, n_inner, C)
         if OF == _KEYS:
@@ -143,7 +147,7 @@ def pair_sweep_kernel(
             g *= tl.load(p.scale + near_cols * p.scale_stride)[None, :]
         if not C.WHOLE:
             other = load_whole(other_rows, n_inner, False, BLOCK_D)
-        acc = dot(g.to(other.dtype), other, acc, C.WIDE, C.PRECISION)
+        acc = dot(g.to(other.dtype), other, acc, WIDE, PRECISION)
 
     if OF != _KEYS:
         acc *= tl.load(p.scale + near * p.scale_stride)[:, None]
@@ -179,15 +183,18 @@ def pair_gradient_kernel(
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
+    BLOCK_K: tl.constexpr = C.BLOCK_K
+    EVEN: tl.constexpr = C.EVEN
+    GROUP: tl.constexpr = C.GROUP
     n_col_tiles = tl.cdiv(p.n_keys, BLOCK_N)
-    row_tile, col_tile = patch(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), n_col_tiles, C.GROUP)
+    row_tile, col_tile = patch(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), n_col_tiles, GROUP)
     row0, col0 = (first_tile + row_tile) * BLOCK_M, col_tile * BLOCK_N
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
     near, near_cols = tl.minimum(rows, p.n_queries - 1), tl.minimum(cols, p.n_keys - 1)
     q_rows, k_rows = rows_of(q_ptr, near, stride_q), rows_of(k_ptr, near_cols, stride_k)
     left = q_rows
     if C.WHOLE:
-        left = load_whole(q_rows, n_inner, C.EVEN, C.BLOCK_K)
+        left = load_whole(q_rows, n_inner, EVEN, BLOCK_K)
     s = products(left, q_rows, k_rows, n_inner, C)
 
     low, high = 0, -1

@@ -51,7 +51,7 @@ class Tile(NamedTuple):
     WHOLE: bool  # BLOCK_K numbers hold all of D
     EVEN: bool  # D is a multiple of BLOCK_K
     WIDE: bool
-    PRECISION: str
+    TF32: bool  # of float32 products; a string would not do here
 
 
 def choose_config(
@@ -84,7 +84,7 @@ def tile_of(c: Config, x: torch.Tensor) -> Tile:
     d = x.shape[1]
     return Tile(
         c.block_m, c.block_n, c.block_k, c.group, d <= c.block_k, d % c.block_k == 0,
-        widens(x.dtype), dot_precision(x.dtype),
+        widens(x.dtype), dot_precision(x.dtype) == "tf32",
     )  # fmt: skip
 
 

@@ -75,15 +75,21 @@ def load_whole(rows, n_inner, EVEN: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def products(left, left_rows, right_rows, n_inner, C: tl.constexpr):
     """left right^T in float32, where C.WHOLE with `left` loaded before the loop."""
+    # Triton 3.6 hands a field of C on only by a name of its own.
+    EVEN: tl.constexpr = C.EVEN
+    WIDE: tl.constexpr = C.WIDE
+    PRECISION: tl.constexpr = "tf32" if C.TF32 else "ieee"
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    BLOCK_K: tl.constexpr = C.BLOCK_K
     if C.WHOLE:
-        right = load_whole(right_rows, n_inner, C.EVEN, C.BLOCK_K)
-        acc = tl.zeros((C.BLOCK_M, C.BLOCK_N), tl.float32)
-        return dot(left, tl.trans(right), acc, C.WIDE, C.PRECISION)
+        right = load_whole(right_rows, n_inner, EVEN, BLOCK_K)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        return dot(left, tl.trans(right), acc, WIDE, PRECISION)
     else:
         return tile_product(
-            left_rows, right_rows, n_inner, C.EVEN, C.WIDE, C.PRECISION,
-            C.BLOCK_M, C.BLOCK_N, C.BLOCK_K,
-        )  # fmt: skip
+            left_rows, right_rows, n_inner, EVEN, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
 
 
 @triton.jit

@@ -65,7 +65,10 @@ def pair_statistics_kernel(
 ):
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
-    local_tile, split = patch(tl.program_id(0), n_row_tiles, n_splits, C.GROUP)
+    BLOCK_K: tl.constexpr = C.BLOCK_K
+    EVEN: tl.constexpr = C.EVEN
+    GROUP: tl.constexpr = C.GROUP
+    local_tile, split = patch(tl.program_id(0), n_row_tiles, n_splits, GROUP)
     row0 = (first_tile + local_tile) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
     # A tile that reaches over the end reads the last row again instead of a mask in the loop.
@@ -73,7 +76,7 @@ def pair_statistics_kernel(
     q_rows = rows_of(q_ptr, near, stride_q)
     left = q_rows
     if C.WHOLE:
-        left = load_whole(q_rows, n_inner, C.EVEN, C.BLOCK_K)
+        left = load_whole(q_rows, n_inner, EVEN, BLOCK_K)
     scale = scale_of(near, p)[:, None]
     offsets = tl.arange(0, BLOCK_N)
     low, high = 0, -1

@@ -49,17 +49,18 @@ byte for 16-bit numbers, so 128 rows at 790 TFLOP/s would want 6.2 TB/s; DRAM se
 
 Numerics: products in the input's type, sums and softmax in float32; A is built in float32 and
 rounded once, with s log2(e) in it, so exp is exp2 of a difference. lse is a natural logarithm.
+The forward shifts the exponent by the maximum over a few keys, which are those next to the query;
+with rows also by what sums have grown to. Where sums leave the range or float16 overflows, the
+program begins again with the maxima of all keys.
 
 Prediction (H200 at 790 TFLOP/s dense bf16; no device was at hand, nothing here is measured):
   windows 512 x 32, d = 128, bf16: 4 w1 w2 d = 8.4 MFLOP per query. Valid share of T3 tiles with 4
-    queries and blocks of 64: 512 / 576 = 89 %, so 700 TFLOP/s useful at most. exp2 (16 per clock
-    and multiprocessor) alone takes 0.5 of the products' time, other float32 work 0.4; with the
-    overlap within the one program that registers leave a multiprocessor, 270 to 340 useful.
-    Backward 16/4 of the FLOP at about the same rate: 3.6 to 4.2 times the forward (the bound of
-    3.5 may be missed).
-  full, n = 1024, d = 64: 275 GFLOP forward and 962 backward per head: 0.35 + 1.22 ms of products;
-    3.2e9 exp2 take 0.87 ms, other float32 work 0.65 ms. 1.6 ms with full overlap, 3.1 ms with
-    none; 2.3 ms needs about half of it.
+    queries and blocks of 32: 512 / 544 = 94 %. Two programs a multiprocessor: 430 to 530 useful
+    TFLOP/s (docs/gpu.md, bench/_predictions.py).
+    Backward 16/4 of the FLOP, one program a multiprocessor: about 8 ms for 8 heads of 8192, 6 to 7
+    times the forward (the bound of 3.5 is missed).
+  full, n = 1024, d = 64: 275 GFLOP forward and 962 backward per head: 490 to 620 TFLOP/s forward;
+    backward 1.22 ms of products, 1.6e9 exp2 twice.
 
 Papers: arXiv 2310.04064 and 2405.16411 (tensor attention), 1909.00668 (2-simplicial attention);
 head packing after 2507.02754. The tilings and the product counts are derived in the docs page.

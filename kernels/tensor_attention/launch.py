@@ -87,7 +87,7 @@ def tensor_attention_fwd(
         0 and -inf for rows without a valid triple.
     """
     p = checked_problem(q, k1, k2, v1, v2, mask1, mask2, scale, causal, w1, w2, q_offset, kv_bias)
-    (b, h, n_q, d), dv = p.q.shape, p.v1.shape[3]
+    (b, h, n_q, _), dv = p.q.shape, p.v1.shape[3]
     out = torch.empty((b, h, n_q, dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
     if p.empty or not out.numel():
@@ -96,8 +96,8 @@ def tensor_attention_fwd(
     if hides(p):
         with device_guard(q):
             p, count = cleared(p)
-    row_config = config or choose_config("fwd rows", q.dtype, d, dv, q.device)
-    pair_config = config or choose_config("fwd pairs", q.dtype, d, dv, q.device)
+    row_config = config or choose_config("fwd rows", p)
+    pair_config = config or choose_config("fwd pairs", p)
     tiling = tiling or choose_tiling(p, row_config, pair_config)
     pack = p.group if tiling == "packed" else 1
     total = b * h * n_q
@@ -106,7 +106,7 @@ def tensor_attention_fwd(
         block_j = min(c.block_m, triton.next_power_of_2(p.spans[0]))
         programs = cdiv(n_q, c.block_m // block_j) * b * h
         splits = splits or _splits(programs, cdiv(p.spans[0], block_j), 1)
-        extra = {"BLOCK_J": block_j}
+        extra = {"BLOCK_J": block_j, "CHUNKS": splits > 1 or p.spans[0] > block_j}
     else:
         c, kernel = row_config, tensor_attention_fwd_rows_kernel
         programs = cdiv(n_q * pack, c.block_m) * (b * h // pack)
@@ -276,7 +276,7 @@ def _upstream(
 
 
 def _bwd_config(name: str, p: Problem, config: Config | None) -> Config:
-    return config or choose_config(name, p.q.dtype, p.q.shape[3], p.v1.shape[3], p.q.device)
+    return config or choose_config(name, p)
 
 
 def _take_pairs(p: Problem, tiling: str | None, config: Config | None) -> bool:
@@ -395,7 +395,7 @@ def _backward_rows(
     want_k, want_v = want.k1 or want.k2, want.v1 or want.v2
     # Accumulators of both do not fit the registers beyond 128 columns.
     turns = [(want_k, want_v)]
-    if max(padded(d), padded(dv)) > 128:
+    if p.width > 128:
         turns = [(want_k, False), (False, want_v)]
     for turn_k, turn_v in turns:
         if not (turn_k or turn_v):

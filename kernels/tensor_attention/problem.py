@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 
-from .._launch import cdiv, dot_precision, little_shared, widens
+from .._launch import cdiv, device_capability, dot_precision, little_shared, widens
 from .arguments import Constants, Inputs
-from .table import TABLE, Config
+from .table import MASKED, TABLE, TENSOR_MEMORY, Config
 
 UNLIMITED = 2**29  # left or right of a window without bound
 _MAX_LENGTH = 2**28  # sums of a few lengths and UNLIMITED stay below 2^31
@@ -41,6 +41,16 @@ class Problem(NamedTuple):
         left1, right1, left2, right2 = self.limits
         n_1, n_2 = self.k1.shape[2], self.k2.shape[2]
         return min(n_1, left1 + right1 + 1), min(n_2, left2 + right2 + 1)
+
+    @property
+    def width(self) -> int:
+        """The larger of d and dv, padded."""
+        return padded(max(self.q.shape[3], self.v1.shape[3]))
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether the queries of a head have masks of axis 2 of their own."""
+        return _mask_strides(self.mask2)[2] != 0
 
     @property
     def empty(self) -> bool:
@@ -186,11 +196,16 @@ def checked_problem(
     return p.exchanged() if p.spans[1] < p.spans[0] else p
 
 
-def choose_config(kernel: str, p_dtype: torch.dtype, d: int, dv: int, device: Any) -> Config:
+def choose_config(kernel: str, p: Problem) -> Config:
     """Tiles of `kernel`, a name of the table."""
-    kind = "half" if p_dtype.itemsize == 2 else dot_precision(p_dtype)
-    config = TABLE[kernel, kind, max(64, padded(max(d, dv)))]
-    if little_shared(device):
+    dtype = p.q.dtype
+    kind = "half" if dtype.itemsize == 2 else dot_precision(dtype)
+    which = kernel, kind, max(64, p.width)
+    others = MASKED if p.masks_rows else {}
+    if device_capability(p.q.device) == (10, 0):
+        others = {**TENSOR_MEMORY, **others}
+    config = others.get(which, TABLE[which])
+    if little_shared(p.q.device):
         config = config._replace(num_stages=1, block_n=max(16, config.block_n // 2))
     return config
 

@@ -22,12 +22,12 @@ class Config(NamedTuple):
 
 # (kernel, kind of product, padded head dimension up to): the larger of d and dv counts.
 TABLE = {
-    ("fwd rows", "half", 64): Config(128, 64, 8, 3),
+    ("fwd rows", "half", 64): Config(128, 64, 4, 3),
     ("fwd rows", "half", 128): Config(128, 64, 8, 3),
     ("fwd rows", "half", 256): Config(64, 32, 8, 2),
-    ("fwd pairs", "half", 64): Config(128, 64, 8, 3),
-    ("fwd pairs", "half", 128): Config(128, 64, 8, 2),
-    ("fwd pairs", "half", 256): Config(64, 32, 8, 2),
+    ("fwd pairs", "half", 64): Config(128, 64, 4, 3),
+    ("fwd pairs", "half", 128): Config(128, 32, 4, 3),
+    ("fwd pairs", "half", 256): Config(64, 32, 4, 2),
     ("bwd q rows", "half", 64): Config(128, 64, 8, 2),
     ("bwd q rows", "half", 128): Config(128, 32, 8, 2),
     ("bwd q rows", "half", 256): Config(64, 32, 8, 1),
@@ -53,3 +53,14 @@ for _name in sorted({name for name, _, _ in TABLE}):
     TABLE[_name, "ieee", 64] = Config(32, 32, 4, 2)
     TABLE[_name, "ieee", 128] = Config(32, 32, 8, 1)
     TABLE[_name, "ieee", 256] = Config(16, 16, 4, 1)
+TABLE["fwd pairs", "tf32", 128] = Config(64, 32, 4, 2)
+# Instead, with masks whose rows differ: tiles of them stand in registers beside the scores.
+MASKED = {
+    ("fwd rows", "half", 128): Config(128, 32, 8, 3),
+    ("fwd pairs", "half", 128): Config(64, 32, 4, 3),
+}
+# Instead, on sm_100, where registers hold no accumulators during products.
+TENSOR_MEMORY = {
+    ("fwd rows", "half", 64): Config(128, 64, 8, 3),
+    ("fwd pairs", "half", 128): Config(128, 64, 8, 2),
+}

@@ -111,7 +111,10 @@ def sums(
 def mean(total: Tensor, count: float | Tensor, group) -> Tensor:
     """Of the ranks' `total` over their `count`, times the ranks: DDP's mean over them is that of
     the joined batch, and so is its gradient."""
-    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+    if isinstance(count, Tensor):
+        count = count.to(total.dtype)
+    else:  # no copy from the host, which waits for the device
+        count = torch.full((), count, dtype=total.dtype, device=total.device)
     return total * dist.get_world_size(group) / summed_over(count, group).clamp(min=1)
 
 
@@ -125,7 +128,8 @@ def shares(x: Tensor, group) -> Tensor:
 @eager
 def joint_mean(each: Tensor, group) -> Tensor:
     """Over the entries of all ranks, the same on each; of none 0; no gradient."""
-    sums = summed_over(torch.stack([each.sum(), each.new_tensor(float(each.numel()))]), group)
+    count = each.new_full((), each.numel())
+    sums = summed_over(torch.stack([each.sum(), count]), group)
     return sums[0] / sums[1].clamp(min=1)
 
 

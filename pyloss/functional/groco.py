@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
@@ -187,7 +187,11 @@ def groco_loss(
     result = checks.result_dtype(dtype, views[0])
     # Not under autocast: cosines of near neighbours differ by less than half types tell apart.
     with torch.autocast(views[0].device.type, enabled=False):
-        units = [F.normalize(z.to(accumulator_dtype(dtype)), dim=-1, eps=1e-8) for z in views]
+        views = [z.to(accumulator_dtype(dtype)) for z in views]
+        if count == n_pos == 2 and stop_grad and group is None and images > topk_neg:
+            scores = _scores_of_two(views, topk_neg)
+            return op.reduced(_loss_of(scores, topk_neg, settings), reduction).to(result)
+        units = [_unit_rows(z) for z in views]
         keys = [u.detach() for u in units] if stop_grad else units
         others, first = keys, 0  # what negatives are taken from, and where this rank's begin
         if group is not None:
@@ -242,6 +246,24 @@ def _checked_views(views) -> list[Tensor]:
     return list(views)
 
 
+def _unit_rows(x: Tensor) -> Tensor:
+    """F.normalize with eps 1e-8; a backward of half as many passes over x."""
+    return x * x.square().sum(-1, keepdim=True).clamp_min(nearest.SHORTEST).rsqrt()
+
+
+def _scores_of_two(views: list[Tensor], topk_neg: int) -> Tensor:
+    """(2, B, K + 1) of two views, each an anchor."""
+
+    def compose(views: list[Tensor]) -> Tensor:
+        units = [_unit_rows(z) for z in views]
+        keys = [u.detach() for u in units]
+        return torch.stack([_scores(units[a], [keys[1 - a]], keys[a], topk_neg, 0) for a in (0, 1)])
+
+    if nearest.transforms_active() or torch.compiler.is_compiling():
+        return compose(views)
+    return nearest.anchor_scores(views, topk_neg, compose)
+
+
 def _scores(
     anchor: Tensor, positives: list[Tensor], others: Tensor, topk_neg: int, first: int
 ) -> Tensor:
@@ -258,6 +280,6 @@ def _loss_of(scores: Tensor, count: int, settings: op.Settings) -> Tensor:
     # Both masses: the small one of the two, as 1 less the other, would lose its digits.
     masses = applied(rows, torch.stack([below, 1 - below], -1).unsqueeze(0), False)
     q = torch.cat([masses[:, :count, 0], masses[:, count:, 1]], 1)
-    tiny = torch.finfo(q.dtype).tiny
-    surprise = torch.where(q < tiny, _FLOOR, -q.clamp(tiny, 1.0).log()).clamp(max=_FLOOR)
+    tiny = max(torch.finfo(q.dtype).tiny, math.exp(-_FLOOR))
+    surprise = torch.where(q < tiny, _FLOOR, -q.clamp(tiny, 1.0).log())
     return surprise.mean(1).view(rows.lead)

@@ -132,7 +132,8 @@ def fused_linear_cross_entropy(
         Language Models. arXiv 2411.09009.
     """
     if (
-        weight is token_weight is truncate is softcap is loss_dtype is num_items is None
+        not torch.compiler.is_compiling()  # first: a graph must not depend on the values below
+        and weight is token_weight is truncate is softcap is loss_dtype is num_items is None
         and accumulate_dtype is filter is group is None
         and (reduction == "mean" or reduction == "sum")
         and _all_are(

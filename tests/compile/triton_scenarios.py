@@ -264,6 +264,7 @@ MORE: dict[str, dict[str, Callable[[], Any]]] = {
     "tensor_attention": {
         "one of everything": attention_of(1, 1, 16, heads=(1, 1), batch=1),
         "grouped windows": attention_of(4096, 4096, 64, heads=(16, 2), **WINDOWS),
+        "masked windows": attention_of(4096, 4096, 128, masked=True, **WINDOWS),
         "wide": attention_of(1024, 1024, 256),
         "wide windows": attention_of(4096, 4096, 256, **WINDOWS),
         "float16": attention_of(1024, 1024, 128, FP16),

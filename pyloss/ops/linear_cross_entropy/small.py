@@ -40,8 +40,9 @@ _is_tracing = getattr(torch._C, "_is_tracing", lambda: True)
 
 
 def is_small(input, weight, target, bias) -> bool:
-    """Whether these arguments are right, and few and plain enough; asks nothing of options."""
-    if torch.compiler.is_compiling() or type(input) not in _PLAIN or type(weight) not in _PLAIN:
+    """Whether these arguments are right, and few and plain enough; asks nothing of options.
+    Not for compiled graphs."""
+    if type(input) not in _PLAIN or type(weight) not in _PLAIN:
         return False
     if type(target) is not Tensor or target.dtype not in _LABELS:
         return False

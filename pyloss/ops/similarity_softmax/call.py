@@ -114,8 +114,8 @@ def checked(
         key_ids = query_ids if key_ids is None else key_ids
     else:
         query_ids = key_ids = None
-    # A pair then stands for both directions, which ids of keys alone would tell apart.
-    if keys is queries and key_ids is query_ids and (scales is None or scales.dim() == 0):
+    one_scale = scales is None or scales.dim() == 0
+    if keys is queries and query_ids is key_ids and one_scale:
         keys = None
     else:
         keys = keys.contiguous()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss import _C
+from pyloss.ops import _gemm
 from pyloss.ops._flops import count_by
 from pyloss.ops._launch import DTYPE_CODES, address, scratch
 from pyloss.ops._registry import define_op
@@ -22,6 +23,8 @@ def _empty(x: Tensor, edges: Tensor, classes: int) -> Tensor:
 
 
 def _by_kernel(x, half, labels, edges, classes):
+    if _gemm.by_torch():
+        return _by_tiles(x, half, labels, edges, classes)
     x, half, labels, edges = (t.contiguous() for t in (x, half, labels, edges))
     counts, threads = _empty(x, edges, classes), torch.get_num_threads()
     problem = records.Counts(

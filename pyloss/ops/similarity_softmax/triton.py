@@ -77,7 +77,7 @@ def _ids(p: Pairs) -> _Ids | None:
     known = p.key_ids.sort().values
     keys = torch.searchsorted(known, p.key_ids, out_int32=True)
     at = torch.searchsorted(known, p.query_ids, out_int32=True).clamp_(max=known.numel() - 1)
-    return _Ids(torch.where(known[at] == p.query_ids, at, -1), keys)
+    return _Ids(torch.where(known.index_select(0, at) == p.query_ids, at, -1), keys)
 
 
 # --------------------------------------------------------------------------------------------------

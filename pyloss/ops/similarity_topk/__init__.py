@@ -22,7 +22,16 @@ from pyloss import backends
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles, cpu
-from pyloss.ops.similarity_topk.hardest import similarity_hardest as similarity_hardest
+from pyloss.ops.similarity_topk.anchors import SHORTEST, anchor_scores
+from pyloss.ops.similarity_topk.hardest import similarity_hardest
+
+__all__ = [
+    "SHORTEST",
+    "anchor_scores",
+    "similarity_hardest",
+    "similarity_topk",
+    "transforms_active",
+]
 
 
 def _formulas(queries, keys, k, first) -> tuple[Tensor, Tensor]:
@@ -36,7 +45,7 @@ def _formulas(queries, keys, k, first) -> tuple[Tensor, Tensor]:
 def _forward(queries, keys, k, first):
     if backends.forced() == "reference":
         return _formulas(queries, keys, k, first)
-    way = cpu if cpu.takes(queries, k) else by_tiles
+    way = cpu if cpu.takes(queries, keys, k) else by_tiles
     return way.forward(queries, keys, k, first)
 
 
@@ -84,9 +93,14 @@ class _SimilarityTopk(torch.autograd.Function):
         return gq, gk, None, None
 
 
+def transforms_active() -> bool:
+    """Whether derivatives must be taken of torch operations."""
+    return functorch_active() or forward_ad_active()
+
+
 def similarity_topk(queries: Tensor, keys: Tensor, k: int, first: int = -1):
     """(values (B, k) descending, indices): see the reference. float32 or float64, dense."""
-    if functorch_active() or forward_ad_active():
+    if transforms_active():
         return _formulas(queries, keys, k, first)
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         return _SimilarityTopk.apply(queries, keys, k, first)

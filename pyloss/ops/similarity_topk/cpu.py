@@ -13,10 +13,11 @@ MOST = 64
 _VECTORS = "-v" in _C.simd_level()  # else the products of torch are the faster ones
 
 
-def takes(queries: Tensor, k: int) -> bool:
+def takes(queries: Tensor, keys: Tensor, k: int) -> bool:
     return (
         _VECTORS
         and k <= MOST
+        and keys.shape[0] < 2**31
         and queries.device.type == "cpu"
         and queries.dtype in (torch.float32, torch.float64)
     )
