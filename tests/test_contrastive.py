@@ -274,7 +274,7 @@ def test_the_other_half_type_under_autocast() -> None:
 def test_hardest_do_not_depend_on_threads(keep_num_threads) -> None:
     query, key = (features(1300, 24, seed=s).float().requires_grad_() for s in (0, 1))
     found = []
-    for threads in (1, 2):
+    for threads in (1, 3):  # torch's products show it from 3 on
         torch.set_num_threads(threads)
         loss = hard_info_nce(query, key)
         found.append((loss, *torch.autograd.grad(loss, (query, key))))
