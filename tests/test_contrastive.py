@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import pyloss
 from pyloss.functional import _contrastive, dcl, hard_info_nce, simple_contrastive
@@ -196,6 +197,8 @@ def test_temperature_is_learned_by_its_logarithm() -> None:
     criterion.temperature = 0.5
     assert "temperature=0.5," in repr(criterion)
     torch.testing.assert_close(criterion.temperature, torch.tensor(0.5))
+    with pytest.raises(ValueError, match="temperature must be finite and > 0, got -1"):
+        criterion.temperature = -1
     other = pyloss.nn.NTXentLoss(0.2, learnable=True)
     other.load_state_dict(criterion.state_dict())
     assert torch.equal(other(query, key), criterion(query, key))
@@ -249,6 +252,15 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_batch(name) -> None:
             LOSSES[name](a, b)
         kept.append(sum(sizes))
     assert kept[1] < 2.1 * kept[0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_checkpoints(name) -> None:
+    """They give out each saved tensor once."""
+    a, b = (torch.randn(30, 16, requires_grad=True) for _ in range(2))
+    kept = checkpoint(LOSSES[name], a, b, use_reentrant=False)
+    (found,), (expected,) = (torch.autograd.grad(f, a) for f in (kept, LOSSES[name](a, b)))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)
