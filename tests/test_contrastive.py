@@ -301,3 +301,19 @@ def test_sums_of_many_rows_do_not_depend_on_threads(keep_num_threads) -> None:
         found.append(_contrastive._total(each))
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], each.sum())
+
+
+def test_meta_tensors() -> None:
+    x, y = torch.empty(2, 6, 4, device="meta", requires_grad=True)
+    labels = torch.empty(6, device="meta", dtype=torch.long)
+    for loss in (
+        pyloss.functional.info_nce(x, y),
+        pyloss.functional.nt_xent(x, y),
+        pyloss.functional.clip_loss(x, y),
+        pyloss.functional.dcl(x, y),
+        pyloss.functional.siglip_loss(x, y),
+        pyloss.functional.hard_info_nce(x, y, hard_fraction=0.5),
+        pyloss.functional.simple_contrastive(x, y),
+        pyloss.functional.supervised_contrastive(x, labels),
+    ):
+        assert loss.is_meta and loss.shape == ()

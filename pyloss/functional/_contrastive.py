@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, without_autocast
 from pyloss.ops.similarity_softmax import Stats, pair_sums, similarity_softmax, unit_rows
 
 
@@ -214,7 +214,7 @@ def joined(*parts: Tensor) -> Tensor:
     """Rows of all parts, also under autocast to another half type, which torch.cat refuses."""
     if len(parts) == 1:
         return parts[0]
-    with torch.autocast(parts[0].device.type, enabled=False):
+    with without_autocast(parts[0]):
         return torch.cat(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -41,13 +40,6 @@ def alike(x: Tensor, like: Tensor) -> bool:
     if checks.autocast_on(like):
         return accumulator_dtype(x.dtype) == accumulator_dtype(like.dtype)
     return x.dtype == like.dtype
-
-
-def exact(x: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast: near pairs differ by less than half types tell apart. Meta tensors know none."""
-    if x.is_meta:
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def prepared(x: Tensor, normalize: bool) -> Tensor:
@@ -94,14 +86,15 @@ class Labelled(NamedTuple):
 
 
 def labelled(embeddings, labels, ref_emb, ref_labels, normalize: bool = True) -> Labelled:
-    """Checked; to be compared under :func:`exact`."""
+    """Checked; to be compared under ``without_autocast``."""
     check_rows("embeddings", embeddings)
     check_labels(labels, embeddings)
     if (ref_emb is None) != (ref_labels is None):
         raise ValueError("give both ref_emb and ref_labels, or neither")
     dtype = checks.result_dtype(embeddings.dtype, embeddings)
+    own = ref_emb is None or (ref_emb is embeddings and ref_labels is labels)
     x, labels = prepared(embeddings, normalize), labels.long()
-    if ref_emb is None or (ref_emb is embeddings and ref_labels is labels):
+    if own:
         return Labelled(x, x, labels, labels, dtype)
     check_rows("ref_emb", ref_emb)
     if not alike(ref_emb, embeddings) or ref_emb.shape[1] != embeddings.shape[1]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import exact
 from pyloss.functional._sorting_rows import (
     applied,
     check_choice,
@@ -20,7 +19,7 @@ from pyloss.functional._sorting_rows import (
 )
 from pyloss.ops import similarity_topk as nearest
 from pyloss.ops import sorting_network as op
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, without_autocast
 
 _FLOOR = 100.0  # of -log q, as torch's binary cross entropy has it
 
@@ -187,7 +186,7 @@ def groco_loss(
     dtype = views[0].dtype
     result = checks.result_dtype(dtype, views[0])
     # Not under autocast: cosines of near neighbours differ by less than half types tell apart.
-    with exact(views[0]):
+    with without_autocast(views[0]):
         views = [z.to(accumulator_dtype(dtype)) for z in views]
         if count == n_pos == 2 and stop_grad and group is None and images > topk_neg:
             scores = _scores_of_two(views, topk_neg)

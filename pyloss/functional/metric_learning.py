@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import DISTANCES, exact, labelled
+from pyloss.functional._embeddings import DISTANCES, labelled
+from pyloss.ops._launch import without_autocast
 from pyloss.ops.similarity_softmax import margin_sums
 
 MININGS = ("all", "hard", "semihard", "batch_hard")
@@ -94,7 +95,7 @@ def tcm_loss(
     """
     check_pair_options(m_pos=m_pos, m_neg=m_neg, lam_pos=lam_pos, lam_neg=lam_neg)
     given = labelled(embeddings, labels, ref_emb, ref_labels)
-    with exact(given.x):
+    with without_autocast(given.x):
         sums = margin_sums(
             given.x, given.y, above=m_neg, below=m_pos, first=given.first,
             query_ids=given.labels, key_ids=given.others, same="positive",
@@ -153,7 +154,7 @@ def contrastive_pair_loss(
         average=average, reduction=reduction,
     )  # fmt: skip
     given = labelled(embeddings, labels, ref_emb, ref_labels, normalize)
-    with exact(given.x):
+    with without_autocast(given.x):
         d = given.distances(distance)
         found = 0.0
         for mask, excess in zip(given.kinds(), (d - pos_margin, neg_margin - d)):
@@ -220,7 +221,7 @@ def triplet_margin_loss(
         reduction=reduction,
     )  # fmt: skip
     given = labelled(embeddings, labels, ref_emb, ref_labels, normalize)
-    with exact(given.x):
+    with without_autocast(given.x):
         d = given.distances(distance)
         if 0 in d.shape:
             each = active = counted = d.sum(1)
@@ -329,7 +330,7 @@ def multi_similarity_loss(
     """
     check_pair_options(alpha=alpha, beta=beta, base=base, epsilon=epsilon, reduction=reduction)
     given = labelled(embeddings, labels, ref_emb, ref_labels)
-    with exact(given.x):
+    with without_autocast(given.x):
         s = given.x @ given.y.mT
         positive, negative = given.kinds()
         if epsilon is not None and 0 not in s.shape:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import alike, check_labels, check_rows, exact, prepared
+from pyloss.functional._embeddings import alike, check_labels, check_rows, prepared
+from pyloss.ops._launch import without_autocast
 
 _UNDER_ROOT = 1e-6  # of a distance, as the authors have it: a gradient at 0
 _OVER = 1e-7  # what a distance is divided by is at least this
@@ -67,7 +68,7 @@ def prototypes(support: Tensor, labels: Tensor, num_classes: int) -> Tensor:
             raise ValueError(
                 f"labels must name every class, but class {int(missing[0])} is not there"
             )
-    with exact(support):
+    with without_autocast(support):
         x = prepared(support, False)
         share = member.to(x.dtype) / member.sum(0)
         # A label that is no class: nothing of the result can be relied on.

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import alike, exact
+from pyloss.functional._embeddings import alike
 from pyloss.functional._rows import checked_smoothing
 from pyloss.functional.classification import fused_cross_entropy
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, without_autocast
 
 
 def check_margin_options(
@@ -148,7 +148,7 @@ def _with_margin(input, linear_weight, target, harder, scale, options) -> Tensor
     _check_layer(input, linear_weight, target)
     dtype = checks.result_dtype(input.dtype, input)
     classes, work = linear_weight.shape[0], accumulator_dtype(input.dtype)
-    with exact(input):
+    with without_autocast(input):
         x, w = (F.normalize(t.to(work), dim=1) for t in (input, linear_weight))
         cosines = x @ w.mT
         if classes:

@@ -12,11 +12,11 @@ from pyloss.functional._embeddings import (
     alike,
     check_labels,
     check_rows,
-    exact,
     prepared,
     similarity_softmax,
 )
 from pyloss.metrics import _embeddings as pairs
+from pyloss.ops._launch import without_autocast
 
 _LOWEST = -1e30  # in place of -inf: what it is multiplied by may be 0
 
@@ -73,7 +73,7 @@ def uniformity(
     """
     check_rows("embeddings", embeddings, least=2)
     max_pairs = check_uniformity(t=t, normalize=normalize, max_pairs=max_pairs)
-    with exact(embeddings):
+    with without_autocast(embeddings):
         x = prepared(embeddings, normalize)
         n = x.shape[0]
         count = n * (n - 1) // 2
@@ -163,7 +163,7 @@ def tolerance(
     check_labels(labels, embeddings)
     normalize = checks.checked_flag("normalize", normalize)
     checks.check_one_of("over", over, ("same_class", "all"))
-    with exact(embeddings):
+    with without_autocast(embeddings):
         x = prepared(embeddings, normalize)
         total, count = _same_class(x, labels)
         n = x.shape[0]
@@ -286,7 +286,7 @@ def penalty_entropy(
     checks.check_range("temperature", temperature, 0.0, open_low=True)
     normalize = checks.checked_flag("normalize", normalize)
     checks.check_reduction(reduction)
-    with exact(queries):
+    with without_autocast(queries):
         q = prepared(queries, normalize)
         k = q if keys is None else prepared(keys, normalize)
         found = similarity_softmax(q, k, 1 / temperature, first=0, mean=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, exact, near_pairs
+from pyloss.functional._embeddings import check_labels, check_rows, near_pairs
+from pyloss.ops._launch import without_autocast
 
 
 class OPISCurves(NamedTuple):
@@ -123,7 +124,7 @@ def opis(
     )  # fmt: skip
     check_rows("embeddings", embeddings)
     check_labels(labels, embeddings)
-    with exact(embeddings):
+    with without_autocast(embeddings):
         order = labels.argsort(stable=True)
         x = embeddings[order].to(torch.promote_types(embeddings.dtype, torch.float32))
         # In place, and without a matrix of squares: the embeddings are the most of the memory.

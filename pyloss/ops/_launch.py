@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,13 @@ DTYPE_CODES = {
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and statistics are kept in: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """For products whose operands must not be rounded. Meta tensors know no autocast."""
+    if x.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, without_autocast
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     DROP,
@@ -95,8 +95,7 @@ def _without_autocast(function):
     """Autocast would round the products to half types."""
 
     def call(*args):
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
-        with torch.autocast(device, enabled=False):
+        with without_autocast(next(a for a in args if isinstance(a, Tensor))):
             return function(*args)
 
     return call

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from pyloss.ops._launch import without_autocast
 from pyloss.ops._reference import gradients
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
@@ -38,7 +39,7 @@ def stats(p: Pairs) -> tuple:
     """All nine results in torch operations, None for those not wanted."""
     from pyloss.reference.similarity_softmax import similarity_softmax  # with its first use
 
-    with torch.autocast(p.queries.device.type, enabled=False):
+    with without_autocast(p.queries):
         return tuple(
             similarity_softmax(
                 *_sides(p), **_kinds(p), denominator=_OF_ROWS[p.flags & NEGATIVES],
@@ -51,7 +52,7 @@ def sums(p: Pairs, bias, numbers, kind: int) -> tuple:
     """The results of similarity_sums in torch operations."""
     from pyloss.reference.similarity_softmax import margin_sums, pair_sums  # with its first use
 
-    with torch.autocast(p.queries.device.type, enabled=False):
+    with without_autocast(p.queries):
         if kind == SIGMOID:
             bias = numbers[0] if bias is None else bias
             return (pair_sums(*_sides(p), bias, **_kinds(p)),)

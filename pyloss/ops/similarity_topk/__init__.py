@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops._launch import without_autocast
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles, cpu
@@ -38,7 +39,7 @@ def _formulas(queries, keys, k, first) -> tuple[Tensor, Tensor]:
     """The reference, imported with its first use; autocast would round its products."""
     from pyloss.reference import similarity_topk
 
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         return similarity_topk(queries, keys, k, first)
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.ops._launch import without_autocast
+
 # Scores in flight. Larger tiles leave the cache and gain nothing: a product over 256 rows or more
 # runs at the full rate already.
 TILE = 1 << 20
@@ -27,7 +29,7 @@ def forward(queries: Tensor, keys: Tensor, k: int, first: int) -> tuple[Tensor, 
     others = keys.t()
     buffer = queries.new_empty((min(rows, count), keys.shape[0]))
     # Autocast would round the products to half types, which orders near keys wrongly.
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         for begin in range(0, count, rows):
             end = min(begin + rows, count)
             scores = torch.mm(queries[begin:end], others, out=buffer[: end - begin])

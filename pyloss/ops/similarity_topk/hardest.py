@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyloss import backends
 from pyloss.ops import _gemm
+from pyloss.ops._launch import without_autocast
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
@@ -29,7 +30,7 @@ def _formulas(queries, keys, scale, k, first) -> tuple[Tensor, Tensor]:
     """The reference, imported with its first use; autocast would round its products."""
     from pyloss.reference.similarity_topk import similarity_hardest as reference
 
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         return reference(queries, keys, scale, k, first)
 
 
@@ -52,7 +53,7 @@ def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
 def _forward(queries, keys, scale, k, first):
     lse, total, least = (queries.new_empty(queries.shape[0]) for _ in range(3))
     equals = torch.empty_like(lse, dtype=torch.int32)
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         for rows, z in _tiles(queries, keys, scale, first):
             kept = z.topk(k, dim=1, sorted=False).values  # to sort many takes most of the time
             least[rows] = kept.amin(1) if k else math.inf
@@ -65,7 +66,7 @@ def _forward(queries, keys, scale, k, first):
 
 def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
     g_queries, g_keys = queries.new_empty(queries.shape), keys.new_zeros(keys.shape)
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         scaled = queries * scale.expand(queries.shape[0]).unsqueeze(1)
         for rows, z in _tiles(queries, keys, scale, first):
             bar, level = least[rows].unsqueeze(1), lse[rows].unsqueeze(1)
