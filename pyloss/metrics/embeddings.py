@@ -14,9 +14,9 @@ from pyloss.functional._embeddings import (
     check_rows,
     prepared,
     similarity_softmax,
+    without_autocast,
 )
 from pyloss.metrics import _embeddings as pairs
-from pyloss.ops._launch import without_autocast
 
 _LOWEST = -1e30  # in place of -inf: what it is multiplied by may be 0
 

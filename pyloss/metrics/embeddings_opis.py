@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, near_pairs
-from pyloss.ops._launch import without_autocast
+from pyloss.functional._embeddings import check_labels, check_rows, near_pairs, without_autocast
 
 
 class OPISCurves(NamedTuple):
