@@ -7,6 +7,7 @@
 #include "bind/attention.h"
 #include "bind/register.h"
 #include "cpu/similarity_counts.h"
+#include "cpu/similarity_softmax_loss.h"
 
 namespace py = pybind11;
 
@@ -169,11 +170,35 @@ cpu::PairSumBackward decode_gradients(py::handle record, const SimilarityProblem
   return b;
 }
 
+// A loss from the features to the mean; unit and stats are written by its forward, read by its
+// backward.
+PYLOSS_RECORD(Loss, rows, d, dtype, views, columns, sum, scale, scales, unit, stats);
+
+cpu::SimilarityLoss decode_loss(py::handle record) {
+  const Reader<Loss> r(record);
+  cpu::SimilarityLoss l{};
+  l.rows = r.integer(Loss::rows);
+  l.d = r.integer(Loss::d);
+  if (checked_count("features", {l.rows, l.d}) > kMostElements || l.rows > kMostRows) {
+    bad_argument("features", "too many");
+  }
+  l.dtype = r.float32_or_float64(Loss::dtype);
+  l.views = r.flag(Loss::views);
+  l.columns = r.flag(Loss::columns);
+  if (l.views && l.columns) r.bad(Loss::columns, "needs keys that are not the queries");
+  l.sum = r.flag(Loss::sum);
+  l.scale = r.number(Loss::scale);
+  l.scales = r.optional(Loss::scales);
+  l.unit = r.pointer(Loss::unit, l.rows * l.d);
+  l.stats = r.pointer(Loss::stats, l.rows);
+  return l;
+}
+
 }  // namespace
 
 void register_similarity_softmax(py::module_& m) {
-  declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients>(
-      m, "similarity_softmax");
+  declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients,
+                  Loss>(m, "similarity_softmax");
   m.def("similarity_counts_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::similarity_counts_scratch(decode_counts(problem), checked_threads(threads));
   });
@@ -216,6 +241,40 @@ void register_similarity_softmax(py::module_& m) {
     void* buffer = checked_scratch(scratch, scratch_bytes, needed);
     without_gil(cpu::similarity_softmax_backward, p, b, buffer, width);
   });
+  m.def("similarity_loss_fwd_scratch_bytes", [](py::handle loss, int64_t threads) {
+    return cpu::similarity_loss_forward_scratch(decode_loss(loss), checked_threads(threads));
+  });
+  m.def("similarity_loss_fwd", [](py::handle loss, int64_t x1, int64_t x2, int64_t result,
+                                  int64_t scratch, int64_t scratch_bytes, int64_t threads) {
+    const cpu::SimilarityLoss l = decode_loss(loss);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::similarity_loss_forward_scratch(l, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    const void* first = checked_pointer("x1", x1, l.rows * l.d);
+    const void* second = checked_pointer("x2", x2, l.rows * l.d);
+    void* to = checked_pointer("loss", result, 1);
+    without_gil(cpu::similarity_loss_forward, l, first, second, to, buffer, width);
+  });
+  m.def("similarity_loss_bwd_scratch_bytes",
+        [](py::handle loss, bool dx1, bool dx2, bool dscale, int64_t threads) {
+          return cpu::similarity_loss_backward_scratch(decode_loss(loss), dx1, dx2, dscale,
+                                                       checked_threads(threads));
+        });
+  m.def("similarity_loss_bwd",
+        [](py::handle loss, int64_t g, int64_t dx1, int64_t dx2, int64_t dscale, int64_t scratch,
+           int64_t scratch_bytes, int64_t threads) {
+          const cpu::SimilarityLoss l = decode_loss(loss);
+          if (l.views && dx2) bad_argument("dx2", "of views dx1 has both");
+          const int width = checked_threads(threads);
+          const int64_t needed =
+              cpu::similarity_loss_backward_scratch(l, dx1 != 0, dx2 != 0, dscale != 0, width);
+          void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+          const void* of_loss = checked_pointer("g", g, 1);
+          const cpu::SimilarityLossGradients to{checked_pointer("dx1", dx1, 0),
+                                                checked_pointer("dx2", dx2, 0),
+                                                checked_pointer("dscale", dscale, 0)};
+          without_gil(cpu::similarity_loss_backward, l, of_loss, to, buffer, width);
+        });
   m.def("pair_sums_fwd_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::pair_sums_forward_scratch(decode(problem), checked_threads(threads));
   });

@@ -87,7 +87,20 @@ class PairSumGradients(NamedTuple):
     dbias: int
 
 
-RECORDS = (Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients)
+class Loss(NamedTuple):
+    rows: int
+    d: int
+    dtype: int
+    views: bool
+    columns: bool
+    sum: bool
+    scale: float
+    scales: int
+    unit: int
+    stats: int
+
+
+RECORDS = (Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients, Loss)
 
 
 def problem(p: Pairs) -> Problem:

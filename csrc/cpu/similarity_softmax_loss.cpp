@@ -1,0 +1,191 @@
+// Contrastive losses from the features to the mean, around the kernels of similarity_softmax.cpp.
+//
+// Decomposition: rows are normalised by blocks, as are their gradients, in the place of those of
+// the normalised rows. Numerics: norms as torch's, in R; the loss is a sum of doubles in the order
+// of the rows.
+#include "cpu/similarity_softmax_loss.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/arena.h"
+#include "cpu/similarity_softmax.h"
+#include "cpu/similarity_softmax_math.h"
+#include "cpu/similarity_softmax_plan.h"
+#include "cpu/tasks.h"
+
+namespace pyloss::cpu {
+namespace {
+
+using similarity_tiles::tile_math;
+
+// Below so many elements a second thread is not woken up for them.
+constexpr int64_t kFewElements = 1 << 16;
+
+template <class R>
+R clamped(R norm) {
+  return norm < R(1e-12) ? R(1e-12) : norm;  // what is no number stays
+}
+
+template <class Fn>
+void for_row_blocks(int64_t rows, int64_t d, int threads, Fn&& fn) {
+  const int64_t blocks = blocks_of(rows, kPackRows);
+  const int64_t slots = rows * d < kFewElements ? 1 : slots_for(blocks, threads);
+  run_tasks(blocks, slots, [&](int64_t, int64_t block) {
+    const int64_t first = block * kPackRows, last = std::min(rows, first + kPackRows);
+    for (int64_t i = first; i < last; ++i) fn(i);
+  });
+}
+
+SimilarityProblem problem_of(const SimilarityLoss& l, const int64_t* target) {
+  SimilarityProblem p{};
+  p.n = p.m = l.views ? 2 * l.rows : l.rows;
+  p.d = l.d;
+  p.dtype = l.dtype;
+  p.itself = l.views;
+  p.unit_rows = true;
+  p.queries = l.unit;
+  const int64_t keys = l.views ? 0 : l.rows * l.d * dtype_size(l.dtype);
+  p.keys = static_cast<const char*>(l.unit) + keys;
+  p.scale = l.scale;
+  p.scales = l.scales;
+  p.kinds.first = l.views ? 0 : -1;
+  p.kinds.target = target;
+  return p;
+}
+
+template <class R>
+struct Saved {
+  R *norms, *lse, *column_lse;
+  explicit Saved(const SimilarityLoss& l)
+      : norms(static_cast<R*>(l.stats)), lse(norms + 2 * l.rows), column_lse(lse + l.rows) {}
+};
+
+// The statistics that the loss has no use for, or the cotangents, beside the scratch of the op.
+template <class R>
+struct LossBuffers {
+  int64_t* target;
+  R *positive, *column_positive, *unused;
+  char* rest;
+
+  LossBuffers(const SimilarityLoss& l, int64_t n, Arena& arena) {
+    target = arena.take<int64_t>(n);
+    positive = arena.take<R>(n);
+    column_positive = l.columns ? arena.take<R>(n) : nullptr;
+    unused = arena.take<R>(n);
+    rest = arena.take<char>(0);
+  }
+  void find_targets(const SimilarityLoss& l, int64_t n) const {
+    const int64_t half = l.views ? l.rows : 0;
+    for (int64_t i = 0; i < n; ++i) target[i] = i < half ? i + half : i - half;
+  }
+};
+
+template <class R>
+int64_t buffer_bytes(const SimilarityLoss& l, int64_t n) {
+  Arena count(nullptr);
+  LossBuffers<R>(l, n, count);
+  return count.used();
+}
+
+// What a row's lse - positive counts. A positive alone is certain: then it is nothing.
+double factor_of(const SimilarityLoss& l, int64_t n) {
+  if (l.rows <= 1) return 0;
+  return (l.columns ? 0.5 : 1.0) / (l.sum ? 1.0 : double(n));
+}
+
+template <class R>
+void forward_of(const SimilarityLoss& l, const R* x1, const R* x2, R* loss, void* scratch,
+                int threads) {
+  const auto& math = tile_math<R>();
+  const Saved<R> saved(l);
+  R* const unit = static_cast<R*>(l.unit);
+  for_row_blocks(2 * l.rows, l.d, threads, [&](int64_t i) {
+    const R* x = i < l.rows ? x1 + i * l.d : x2 + (i - l.rows) * l.d;
+    saved.norms[i] = std::sqrt(math.dot(x, x, l.d));
+    math.divide(x, l.d, clamped(saved.norms[i]), unit + i * l.d);
+  });
+  SimilarityProblem p = problem_of(l, nullptr);
+  Arena arena(scratch);
+  const LossBuffers<R> b(l, p.n, arena);
+  b.find_targets(l, p.n);
+  p.kinds.target = b.target;
+  SimilarityForward f{};
+  f.rows = {saved.lse, b.positive, b.unused, b.unused};
+  if (l.columns) f.columns = {saved.column_lse, b.column_positive, b.unused, b.unused};
+  similarity_softmax_forward(p, f, b.rest, threads);
+  double total = 0;
+  for (int64_t i = 0; i < p.n; ++i) {
+    total += saved.lse[i] - b.positive[i];
+    if (l.columns) total += saved.column_lse[i] - b.column_positive[i];
+  }
+  *loss = R(total * factor_of(l, p.n));
+}
+
+template <class R>
+void backward_of(const SimilarityLoss& l, R g, const SimilarityLossGradients& to, void* scratch,
+                 int threads) {
+  const auto& math = tile_math<R>();
+  const Saved<R> saved(l);
+  SimilarityProblem p = problem_of(l, nullptr);
+  Arena arena(scratch);
+  const LossBuffers<R> b(l, p.n, arena);
+  b.find_targets(l, p.n);
+  p.kinds.target = b.target;
+  R *const of_lse = b.unused, *const of_positive = b.positive;
+  const R each = R(double(g) * factor_of(l, p.n));
+  std::fill(of_lse, of_lse + p.n, each);
+  std::fill(of_positive, of_positive + p.n, -each);
+  SimilarityBackward s{};
+  s.rows = {saved.lse, of_lse, of_positive};
+  if (l.columns) s.columns = {saved.column_lse, of_lse, of_positive};
+  s.to = {to.dx1, to.dx2, to.dscale, nullptr};
+  similarity_softmax_backward(p, s, b.rest, threads);
+  const R* const unit = static_cast<const R*>(l.unit);
+  R *const dx1 = static_cast<R*>(to.dx1), *const dx2 = static_cast<R*>(to.dx2);
+  for_row_blocks(2 * l.rows, l.d, threads, [&](int64_t i) {
+    R* const base = l.views || i < l.rows ? dx1 : dx2;
+    if (!base) return;
+    R* const dx = base + (l.views || i < l.rows ? i : i - l.rows) * l.d;
+    const R* const y = unit + i * l.d;
+    const R norm = saved.norms[i];
+    const R along = norm >= R(1e-12) ? math.dot(y, dx, l.d) : R(0);  // a clamped one is constant
+    math.take_away(y, l.d, along, clamped(norm), dx);
+  });
+}
+
+}  // namespace
+
+int64_t similarity_loss_forward_scratch(const SimilarityLoss& l, int threads) {
+  const SimilarityProblem p = problem_of(l, nullptr);
+  const int64_t own =
+      l.dtype == DType::kF64 ? buffer_bytes<double>(l, p.n) : buffer_bytes<float>(l, p.n);
+  return own + similarity_softmax_forward_scratch(p, l.columns, threads);
+}
+int64_t similarity_loss_backward_scratch(const SimilarityLoss& l, bool dx1, bool dx2, bool dscale,
+                                         int threads) {
+  const SimilarityProblem p = problem_of(l, nullptr);
+  const int64_t own =
+      l.dtype == DType::kF64 ? buffer_bytes<double>(l, p.n) : buffer_bytes<float>(l, p.n);
+  return own + similarity_softmax_backward_scratch(p, {dx1, dx2, dscale, false}, threads);
+}
+
+void similarity_loss_forward(const SimilarityLoss& l, const void* x1, const void* x2, void* loss,
+                             void* scratch, int threads) {
+  const auto run = [&](auto r) {
+    using R = decltype(r);
+    forward_of(l, static_cast<const R*>(x1), static_cast<const R*>(x2), static_cast<R*>(loss),
+               scratch, threads);
+  };
+  l.dtype == DType::kF64 ? run(double()) : run(float());
+}
+void similarity_loss_backward(const SimilarityLoss& l, const void* g,
+                              const SimilarityLossGradients& to, void* scratch, int threads) {
+  if (l.dtype == DType::kF64) {
+    backward_of(l, *static_cast<const double*>(g), to, scratch, threads);
+  } else {
+    backward_of(l, *static_cast<const float*>(g), to, scratch, threads);
+  }
+}
+
+}  // namespace pyloss::cpu
