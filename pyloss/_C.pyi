@@ -198,14 +198,11 @@ def similarity_loss_fwd(
     /,
 ) -> None: ...
 def similarity_loss_bwd_scratch_bytes(
-    loss: tuple[object, ...], dx1: bool, dx2: bool, dscale: bool, threads: int, /
+    loss: tuple[object, ...], dx1: bool, dx2: bool, dscale: bool, dbias: bool, threads: int, /
 ) -> int: ...
 def similarity_loss_bwd(
     loss: tuple[object, ...],
-    g: int,
-    dx1: int,
-    dx2: int,
-    dscale: int,
+    gradients: tuple[object, ...],
     scratch: int,
     scratch_bytes: int,
     threads: int,

@@ -133,16 +133,20 @@ PYLOSS_RECORD(PairSums, kind, bias, number1, number2);
 PYLOSS_RECORD(PairSumResults, sum1, count1, sum2, count2);
 PYLOSS_RECORD(PairSumGradients, g1, g2, dq, dk, dscale, dbias);
 
+// One number of the accumulator's dtype, or else the other one.
+double bias_of(const void* bias, DType dtype, double otherwise) {
+  if (!bias) return otherwise;
+  return dtype == DType::kF64 ? *static_cast<const double*>(bias)
+                              : double(*static_cast<const float*>(bias));
+}
+
 cpu::PairSumOptions decode_sums(py::handle record, const SimilarityProblem& p) {
   const Reader<PairSums> r(record);
   cpu::PairSumOptions s{};
   s.kind = r.code<cpu::PairSum>(PairSums::kind, 2);
-  s.bias = s.above = r.number(PairSums::number1);
+  s.above = r.number(PairSums::number1);
   s.below = r.number(PairSums::number2);
-  if (const void* bias = r.optional(PairSums::bias)) {
-    s.bias = p.dtype == DType::kF64 ? *static_cast<const double*>(bias)
-                                    : double(*static_cast<const float*>(bias));
-  }
+  s.bias = bias_of(r.optional(PairSums::bias), p.dtype, s.above);
   if (p.kinds.flags & similarity::kNegatives) {
     bad_argument("flags", "sums over pairs have no denominator");
   }
@@ -172,7 +176,11 @@ cpu::PairSumBackward decode_gradients(py::handle record, const SimilarityProblem
 
 // A loss from the features to the mean; unit and stats are written by its forward, read by its
 // backward.
-PYLOSS_RECORD(Loss, rows, d, dtype, views, columns, sum, scale, scales, unit, stats);
+// bias: as of PairSums.
+PYLOSS_RECORD(Loss, rows, d, dtype, views, columns, sigmoid, sum, scale, scales, bias, biases, unit,
+              stats);
+
+PYLOSS_RECORD(LossGradients, g, dx1, dx2, dscale, dbias);
 
 cpu::SimilarityLoss decode_loss(py::handle record) {
   const Reader<Loss> r(record);
@@ -186,9 +194,12 @@ cpu::SimilarityLoss decode_loss(py::handle record) {
   l.views = r.flag(Loss::views);
   l.columns = r.flag(Loss::columns);
   if (l.views && l.columns) r.bad(Loss::columns, "needs keys that are not the queries");
+  l.sigmoid = r.flag(Loss::sigmoid);
+  if (l.sigmoid && (l.views || l.columns)) r.bad(Loss::sigmoid, "needs plain keys");
   l.sum = r.flag(Loss::sum);
   l.scale = r.number(Loss::scale);
   l.scales = r.optional(Loss::scales);
+  l.bias = bias_of(r.optional(Loss::biases), l.dtype, r.number(Loss::bias));
   l.unit = r.pointer(Loss::unit, l.rows * l.d);
   l.stats = r.pointer(Loss::stats, l.rows);
   return l;
@@ -198,7 +209,7 @@ cpu::SimilarityLoss decode_loss(py::handle record) {
 
 void register_similarity_softmax(py::module_& m) {
   declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients,
-                  Loss>(m, "similarity_softmax");
+                  Loss, LossGradients>(m, "similarity_softmax");
   m.def("similarity_counts_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::similarity_counts_scratch(decode_counts(problem), checked_threads(threads));
   });
@@ -256,25 +267,27 @@ void register_similarity_softmax(py::module_& m) {
     without_gil(cpu::similarity_loss_forward, l, first, second, to, buffer, width);
   });
   m.def("similarity_loss_bwd_scratch_bytes",
-        [](py::handle loss, bool dx1, bool dx2, bool dscale, int64_t threads) {
-          return cpu::similarity_loss_backward_scratch(decode_loss(loss), dx1, dx2, dscale,
+        [](py::handle loss, bool dx1, bool dx2, bool dscale, bool dbias, int64_t threads) {
+          return cpu::similarity_loss_backward_scratch(decode_loss(loss), {dx1, dx2, dscale, dbias},
                                                        checked_threads(threads));
         });
-  m.def("similarity_loss_bwd",
-        [](py::handle loss, int64_t g, int64_t dx1, int64_t dx2, int64_t dscale, int64_t scratch,
-           int64_t scratch_bytes, int64_t threads) {
-          const cpu::SimilarityLoss l = decode_loss(loss);
-          if (l.views && dx2) bad_argument("dx2", "of views dx1 has both");
-          const int width = checked_threads(threads);
-          const int64_t needed =
-              cpu::similarity_loss_backward_scratch(l, dx1 != 0, dx2 != 0, dscale != 0, width);
-          void* buffer = checked_scratch(scratch, scratch_bytes, needed);
-          const void* of_loss = checked_pointer("g", g, 1);
-          const cpu::SimilarityLossGradients to{checked_pointer("dx1", dx1, 0),
-                                                checked_pointer("dx2", dx2, 0),
-                                                checked_pointer("dscale", dscale, 0)};
-          without_gil(cpu::similarity_loss_backward, l, of_loss, to, buffer, width);
-        });
+  m.def("similarity_loss_bwd", [](py::handle loss, py::handle gradients, int64_t scratch,
+                                  int64_t scratch_bytes, int64_t threads) {
+    const cpu::SimilarityLoss l = decode_loss(loss);
+    const Reader<LossGradients> r(gradients);
+    const void* of_loss = r.pointer(LossGradients::g, 1);
+    const cpu::SimilarityLossGradients to{
+        r.optional(LossGradients::dx1), r.optional(LossGradients::dx2),
+        r.optional(LossGradients::dscale), r.optional(LossGradients::dbias)};
+    if (l.views && to.dx2) r.bad(LossGradients::dx2, "of views dx1 has both");
+    if (!l.sigmoid && to.dbias) r.bad(LossGradients::dbias, "needs the sigmoid loss");
+    const int width = checked_threads(threads);
+    const cpu::SimilarityWants wants{to.dx1 != nullptr, to.dx2 != nullptr, to.dscale != nullptr,
+                                     to.dbias != nullptr};
+    const int64_t needed = cpu::similarity_loss_backward_scratch(l, wants, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::similarity_loss_backward, l, of_loss, to, buffer, width);
+  });
   m.def("pair_sums_fwd_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::pair_sums_forward_scratch(decode(problem), checked_threads(threads));
   });

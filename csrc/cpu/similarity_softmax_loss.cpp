@@ -37,7 +37,7 @@ void for_row_blocks(int64_t rows, int64_t d, int threads, Fn&& fn) {
   });
 }
 
-SimilarityProblem problem_of(const SimilarityLoss& l, const int64_t* target) {
+SimilarityProblem problem_of(const SimilarityLoss& l) {
   SimilarityProblem p{};
   p.n = p.m = l.views ? 2 * l.rows : l.rows;
   p.d = l.d;
@@ -50,8 +50,11 @@ SimilarityProblem problem_of(const SimilarityLoss& l, const int64_t* target) {
   p.scale = l.scale;
   p.scales = l.scales;
   p.kinds.first = l.views ? 0 : -1;
-  p.kinds.target = target;
   return p;
+}
+
+PairSumOptions options_of(const SimilarityLoss& l) {
+  return {PairSum::kSigmoid, l.bias, 0.0, 0.0};
 }
 
 template <class R>
@@ -75,9 +78,10 @@ struct LossBuffers {
     unused = arena.take<R>(n);
     rest = arena.take<char>(0);
   }
-  void find_targets(const SimilarityLoss& l, int64_t n) const {
+  const int64_t* find_targets(const SimilarityLoss& l, int64_t n) const {
     const int64_t half = l.views ? l.rows : 0;
     for (int64_t i = 0; i < n; ++i) target[i] = i < half ? i + half : i - half;
+    return target;
   }
 };
 
@@ -88,9 +92,9 @@ int64_t buffer_bytes(const SimilarityLoss& l, int64_t n) {
   return count.used();
 }
 
-// What a row's lse - positive counts. A positive alone is certain: then it is nothing.
+// What the term of a row counts. Of a softmax a positive alone is certain: then it is nothing.
 double factor_of(const SimilarityLoss& l, int64_t n) {
-  if (l.rows <= 1) return 0;
+  if (l.rows <= (l.sigmoid ? 0 : 1)) return 0;
   return (l.columns ? 0.5 : 1.0) / (l.sum ? 1.0 : double(n));
 }
 
@@ -105,16 +109,22 @@ void forward_of(const SimilarityLoss& l, const R* x1, const R* x2, R* loss, void
     saved.norms[i] = std::sqrt(math.dot(x, x, l.d));
     math.divide(x, l.d, clamped(saved.norms[i]), unit + i * l.d);
   });
-  SimilarityProblem p = problem_of(l, nullptr);
+  SimilarityProblem p = problem_of(l);
   Arena arena(scratch);
   const LossBuffers<R> b(l, p.n, arena);
-  b.find_targets(l, p.n);
-  p.kinds.target = b.target;
+  p.kinds.target = b.find_targets(l, p.n);
+  double total = 0;
+  if (l.sigmoid) {
+    const PairSumForward f{{b.unused, nullptr}, {nullptr, nullptr}};
+    pair_sums_forward(p, options_of(l), f, b.rest, threads);
+    for (int64_t i = 0; i < p.n; ++i) total += b.unused[i];
+    *loss = R(total * factor_of(l, p.n));
+    return;
+  }
   SimilarityForward f{};
   f.rows = {saved.lse, b.positive, b.unused, b.unused};
   if (l.columns) f.columns = {saved.column_lse, b.column_positive, b.unused, b.unused};
   similarity_softmax_forward(p, f, b.rest, threads);
-  double total = 0;
   for (int64_t i = 0; i < p.n; ++i) {
     total += saved.lse[i] - b.positive[i];
     if (l.columns) total += saved.column_lse[i] - b.column_positive[i];
@@ -127,20 +137,24 @@ void backward_of(const SimilarityLoss& l, R g, const SimilarityLossGradients& to
                  int threads) {
   const auto& math = tile_math<R>();
   const Saved<R> saved(l);
-  SimilarityProblem p = problem_of(l, nullptr);
+  SimilarityProblem p = problem_of(l);
   Arena arena(scratch);
   const LossBuffers<R> b(l, p.n, arena);
-  b.find_targets(l, p.n);
-  p.kinds.target = b.target;
+  p.kinds.target = b.find_targets(l, p.n);
   R *const of_lse = b.unused, *const of_positive = b.positive;
   const R each = R(double(g) * factor_of(l, p.n));
   std::fill(of_lse, of_lse + p.n, each);
   std::fill(of_positive, of_positive + p.n, -each);
-  SimilarityBackward s{};
-  s.rows = {saved.lse, of_lse, of_positive};
-  if (l.columns) s.columns = {saved.column_lse, of_lse, of_positive};
-  s.to = {to.dx1, to.dx2, to.dscale, nullptr};
-  similarity_softmax_backward(p, s, b.rest, threads);
+  const SimilarityGradients of_unit{to.dx1, to.dx2, to.dscale, to.dbias};
+  if (l.sigmoid) {
+    pair_sums_backward(p, options_of(l), {{of_lse, nullptr}, of_unit}, b.rest, threads);
+  } else {
+    SimilarityBackward s{};
+    s.rows = {saved.lse, of_lse, of_positive};
+    if (l.columns) s.columns = {saved.column_lse, of_lse, of_positive};
+    s.to = of_unit;
+    similarity_softmax_backward(p, s, b.rest, threads);
+  }
   const R* const unit = static_cast<const R*>(l.unit);
   R *const dx1 = static_cast<R*>(to.dx1), *const dx2 = static_cast<R*>(to.dx2);
   for_row_blocks(2 * l.rows, l.d, threads, [&](int64_t i) {
@@ -157,17 +171,18 @@ void backward_of(const SimilarityLoss& l, R g, const SimilarityLossGradients& to
 }  // namespace
 
 int64_t similarity_loss_forward_scratch(const SimilarityLoss& l, int threads) {
-  const SimilarityProblem p = problem_of(l, nullptr);
+  const SimilarityProblem p = problem_of(l);
   const int64_t own =
       l.dtype == DType::kF64 ? buffer_bytes<double>(l, p.n) : buffer_bytes<float>(l, p.n);
-  return own + similarity_softmax_forward_scratch(p, l.columns, threads);
+  return own + (l.sigmoid ? pair_sums_forward_scratch(p, threads)
+                          : similarity_softmax_forward_scratch(p, l.columns, threads));
 }
-int64_t similarity_loss_backward_scratch(const SimilarityLoss& l, bool dx1, bool dx2, bool dscale,
+int64_t similarity_loss_backward_scratch(const SimilarityLoss& l, const SimilarityWants& w,
                                          int threads) {
-  const SimilarityProblem p = problem_of(l, nullptr);
+  const SimilarityProblem p = problem_of(l);
   const int64_t own =
       l.dtype == DType::kF64 ? buffer_bytes<double>(l, p.n) : buffer_bytes<float>(l, p.n);
-  return own + similarity_softmax_backward_scratch(p, {dx1, dx2, dscale, false}, threads);
+  return own + similarity_softmax_backward_scratch(p, w, threads);
 }
 
 void similarity_loss_forward(const SimilarityLoss& l, const void* x1, const void* x2, void* loss,

@@ -6,32 +6,35 @@
 //
 // Of views the rows are queries and keys at once, without themselves, and the positive of a row is
 // its other view (NT-Xent). Else the second tensor has the keys, and the positive of a row is the
-// key of its place (InfoNCE), with the columns half of the loss each (CLIP).
+// key of its place (InfoNCE), with the columns half of the loss each (CLIP). The sigmoid loss has
+// the sums of PairSum::kSigmoid instead (SigLIP).
 #pragma once
 
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "cpu/similarity_softmax.h"
 
 namespace pyloss::cpu {
 
 struct SimilarityLoss {
   int64_t rows, d;  // of either tensor
   DType dtype;      // float or double, of everything
-  bool views, columns, sum;
+  bool views, columns, sigmoid, sum;
   double scale;
   const void* scales;  // null, or one scale instead
+  double bias;         // of the sigmoid loss
   void* unit;          // (2 rows, d): y
-  void* stats;         // (4, rows): two of norms; of views two of lse, else rows' and columns'
+  void* stats;         // (2 to 4, rows): norms of both, lse of both views, or of rows and columns
 };
 
 struct SimilarityLossGradients {
   void *dx1, *dx2;  // null: not wanted; of views dx1 has (2 rows, d)
-  void* dscale;
+  void *dscale, *dbias;
 };
 
 int64_t similarity_loss_forward_scratch(const SimilarityLoss& l, int threads);
-int64_t similarity_loss_backward_scratch(const SimilarityLoss& l, bool dx1, bool dx2, bool dscale,
+int64_t similarity_loss_backward_scratch(const SimilarityLoss& l, const SimilarityWants& w,
                                          int threads);
 void similarity_loss_forward(const SimilarityLoss& l, const void* x1, const void* x2, void* loss,
                              void* scratch, int threads);

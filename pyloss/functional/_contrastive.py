@@ -140,14 +140,16 @@ def _total(each: Tensor) -> Tensor:
 
 
 def at_once(
-    features: Features, x1: Tensor, x2: Tensor, scale, reduction: str, group, flags: int = 0
+    features: Features, x1: Tensor, x2: Tensor, scale, reduction: str, group, flags: int, bias=0.0
 ) -> Tensor | None:
     """The mean or sum by the op that has all of it; None where that op does not serve."""
     if not features.normalize or reduction == "none" or group is not None:
         return None
     if not loss.serves(x1, x2) or (isinstance(scale, Tensor) and scale.dim() > 0):
         return None
-    return loss.similarity_loss(x1, x2, scale, flags | (loss.SUM if reduction == "sum" else 0))
+    if reduction == "sum":
+        flags |= loss.SUM
+    return loss.similarity_loss(x1, x2, scale, flags, bias)
 
 
 def softmax_over(group, ring: bool) -> Callable:

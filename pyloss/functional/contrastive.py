@@ -32,7 +32,7 @@ from pyloss.functional._contrastive import (
 )
 from pyloss.ops.similarity_softmax import similarity_softmax
 from pyloss.ops.similarity_softmax.call import COLUMNS
-from pyloss.ops.similarity_softmax.loss import VIEWS
+from pyloss.ops.similarity_softmax.loss import SIGMOID, VIEWS
 from pyloss.ops.similarity_topk import similarity_hardest
 
 
@@ -613,9 +613,13 @@ def siglip_loss(
     check_siglip(logit_scale, logit_bias, normalize, reduction, group, ring)
     features = Features(normalize, image_features=image_features, text_features=text_features)
     check_same_rows("text_features", text_features, "image_features", image_features)
+    scale = features.scale("logit_scale", logit_scale)
+    bias = features.scale("logit_bias", logit_bias)
+    found = at_once(features, image_features, text_features, scale, reduction, group, SIGMOID, bias)
+    if found is not None:
+        return found
     each = pair_sums_over(group, ring)(
-        features.of(image_features), features.of(text_features),
-        features.scale("logit_scale", logit_scale), features.scale("logit_bias", logit_bias),
+        features.of(image_features), features.of(text_features), scale, bias,
         target=torch.arange(image_features.shape[0], device=image_features.device),
     )  # fmt: skip
     return features.reduced(each, reduction, group=group)

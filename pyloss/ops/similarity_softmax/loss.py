@@ -3,11 +3,14 @@
     y = x / max(|x|, 1e-12) of both        loss = f sum_i (lse_i - positive_i)
 
 Of views a row's positive is its other view (NT-Xent), else the key of its place (InfoNCE), with the
-columns half of the loss each (CLIP); f is one over the rows, or 1. In a small batch a step of the
-operations that the loss otherwise is made of is mostly their calls.
+columns half of the loss each (CLIP); the sigmoid loss has terms of its own (SigLIP). f is one over
+the rows, or 1. In a small batch a step of the operations that a loss otherwise is made of is mostly
+their calls.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,83 +26,102 @@ from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batch
 from pyloss.ops.similarity_softmax import records, reference
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
+    WANT_BIAS,
     WANT_KEYS,
     WANT_QUERIES,
     WANT_SCALE,
+    WANTS,
     Pairs,
     flops,
 )
+from pyloss.ops.similarity_softmax.call import SIGMOID as PAIR_SIGMOID
 
-VIEWS, SUM = 1, 2  # bits of `flags`, with COLUMNS
+VIEWS, SUM, SIGMOID = 1, 2, 4  # bits of `flags`, with COLUMNS
+
+
+class _Options(NamedTuple):
+    """A number counts where there is no tensor, which is () and of the dtype of the features."""
+
+    scale: float
+    scales: Tensor | None
+    bias: float  # with SIGMOID
+    biases: Tensor | None
+    flags: int
 
 
 # --------------------------------------------------------------------------------------------------
 # In torch operations
 
 
-def composed(x1: Tensor, x2: Tensor, scale: float, scales: Tensor | None, flags: int) -> Tensor:
+def composed(x1: Tensor, x2: Tensor, o: _Options) -> Tensor:
     rows = x1.shape[0]
     at = torch.arange(rows, device=x1.device)
-    if flags & VIEWS:
+    if o.flags & VIEWS:
         z, target = F.normalize(torch.cat([x1, x2]), dim=1), torch.cat([at + rows, at])
-        pairs = Pairs(z, None, scale, scales, target, None, None, 0, 0)
+        pairs = Pairs(z, None, o.scale, o.scales, target, None, None, 0, 0)
     else:
         of = (F.normalize(x, dim=1) for x in (x1, x2))
-        pairs = Pairs(*of, scale, scales, at, None, None, -1, flags & COLUMNS)
-    lse, positive, _, _, _, column_lse, column_positive, *_ = reference.stats(pairs)
-    each = lse - positive
-    if flags & COLUMNS:
-        each = 0.5 * (each + (column_lse - column_positive))
-    if rows <= 1:  # a positive alone is certain, whatever the roundings of its logit
-        each = each * 0.0
-    return each.sum() if flags & SUM else each.sum() / max(1, each.shape[0])
+        pairs = Pairs(*of, o.scale, o.scales, at, None, None, -1, o.flags & COLUMNS)
+    if o.flags & SIGMOID:
+        (each,) = reference.sums(pairs, o.biases, (o.bias,), PAIR_SIGMOID)
+    else:
+        lse, positive, _, _, _, column_lse, column_positive, *_ = reference.stats(pairs)
+        each = lse - positive
+        if o.flags & COLUMNS:
+            each = 0.5 * (each + (column_lse - column_positive))
+        if rows <= 1:  # a positive alone is certain, whatever the roundings of its logit
+            each = each * 0.0
+    return each.sum() if o.flags & SUM else each.sum() / max(1, each.shape[0])
 
 
-def _forward_reference(x1, x2, scale, scales, flags):
-    with torch.no_grad():
-        unit, stats = _saved(x1)
-        return composed(x1, x2, scale, scales, flags), unit.zero_(), stats.zero_()
-
-
-def _backward_reference(x1, x2, unit, stats, g, scale, scales, flags, want):
-    found = _differentiated(x1, x2, g, scale, scales, flags, _needed(want))
-    if flags & VIEWS and want & WANT_QUERIES:
-        found[:2] = [torch.cat(found[:2])]
-    return [t for t in found if t is not None]
-
-
-def _differentiated(x1, x2, g, scale, scales, flags, needed, create_graph=False):
+def _differentiated(x1, x2, g, o: _Options, needed, create_graph=False):
     return gradients(
-        lambda x1, x2, scales: composed(x1, x2, scale, scales, flags),
-        (x1, x2, scales), (g,), needed, create_graph=create_graph,
+        lambda x1, x2, s, b: composed(x1, x2, o._replace(scales=s, biases=b)),
+        (x1, x2, o.scales, o.biases), (g,), needed, create_graph=create_graph,
     )  # fmt: skip
 
 
-def _needed(want: int) -> list[bool]:
-    return [bool(want & bit) for bit in (WANT_QUERIES, WANT_KEYS, WANT_SCALE)]
+def _forward_reference(x1, x2, *options):
+    with torch.no_grad():
+        unit, stats = _saved(x1, options[-1])
+        return composed(x1, x2, _Options(*options)), unit.zero_(), stats.zero_()
+
+
+def _backward_reference(x1, x2, unit, stats, g, *rest):
+    *options, want = rest
+    o = _Options(*options)
+    of_views = o.flags & VIEWS and want & WANT_QUERIES
+    if of_views:
+        want |= WANT_KEYS
+    found = _differentiated(x1, x2, g, o, [bool(want & bit) for bit in WANTS])
+    if of_views:
+        found[:2] = [torch.cat(found[:2])]
+    return [t for t in found if t is not None]
 
 
 # --------------------------------------------------------------------------------------------------
 # On the CPU
 
 
-def _saved(x1: Tensor) -> tuple[Tensor, Tensor]:
-    """For the backward: unit rows of both, and of each its norm and the log of its sum."""
+def _saved(x1: Tensor, flags: int) -> tuple[Tensor, Tensor]:
+    """For the backward: unit rows of both, and their norms and what lse there is."""
     rows, d = x1.shape
-    return x1.new_empty((2 * rows, d)), x1.new_empty((4, rows))
+    of_lse = 0 if flags & SIGMOID else 2 if flags & (VIEWS | COLUMNS) else 1
+    return x1.new_empty((2 * rows, d)), x1.new_empty((2 + of_lse, rows))
 
 
-def _record(unit: Tensor, stats: Tensor, scale, scales, flags) -> records.Loss:
+def _record(unit: Tensor, stats: Tensor, options) -> records.Loss:
+    scale, scales, bias, biases, flags = options
     return records.Loss(
-        stats.shape[1], unit.shape[1], DTYPE_CODES[unit.dtype], bool(flags & VIEWS),
-        bool(flags & COLUMNS), bool(flags & SUM), scale, address(scales), unit.data_ptr(),
-        stats.data_ptr(),
+        stats.shape[1], unit.shape[1], DTYPE_CODES[unit.dtype], flags & VIEWS != 0,
+        flags & COLUMNS != 0, flags & SIGMOID != 0, flags & SUM != 0, scale, address(scales), bias,
+        address(biases), unit.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
 
 
-def _forward(x1, x2, scale, scales, flags):
-    loss, (unit, stats) = x1.new_empty(()), _saved(x1)
-    record, threads = _record(unit, stats, scale, scales, flags), torch.get_num_threads()
+def _forward(x1, x2, *options):
+    loss, (unit, stats) = x1.new_empty(()), _saved(x1, options[-1])
+    record, threads = _record(unit, stats, options), torch.get_num_threads()
     size = _C.similarity_loss_fwd_scratch_bytes(record, threads)
     buffer, start = scratch(x1, size)
     _C.similarity_loss_fwd(
@@ -109,23 +131,27 @@ def _forward(x1, x2, scale, scales, flags):
     return loss, unit, stats
 
 
-def _gradients(x1, unit, scales, flags, want):
+def _gradients(x1, unit, options, want):
     """Empty ones, None for those not wanted. Of views the first is of both."""
+    _, scales, _, biases, flags = options
     of_views = flags & VIEWS
     return (
         torch.empty_like(unit if of_views else x1) if want & WANT_QUERIES else None,
         torch.empty_like(x1) if want & WANT_KEYS and not of_views else None,
         torch.empty_like(scales) if want & WANT_SCALE else None,
+        torch.empty_like(biases) if want & WANT_BIAS else None,
     )
 
 
-def _backward(x1, x2, unit, stats, g, scale, scales, flags, want):
-    found = _gradients(x1, unit, scales, flags, want)
-    dx1, dx2, dscale = map(address, found)
-    record, threads = _record(unit, stats, scale, scales, flags), torch.get_num_threads()
-    size = _C.similarity_loss_bwd_scratch_bytes(record, dx1 != 0, dx2 != 0, dscale != 0, threads)
+def _backward(x1, x2, unit, stats, g, *rest):
+    *options, want = rest
+    found = _gradients(x1, unit, options, want)
+    record, threads = _record(unit, stats, options), torch.get_num_threads()
+    wanted = (t is not None for t in found)
+    size = _C.similarity_loss_bwd_scratch_bytes(record, *wanted, threads)
     buffer, start = scratch(unit, size)
-    _C.similarity_loss_bwd(record, g.data_ptr(), dx1, dx2, dscale, start, size, threads)
+    to = records.LossGradients(*map(address, (g, *found)))
+    _C.similarity_loss_bwd(record, to, start, size, threads)
     del buffer
     return [t for t in found if t is not None]
 
@@ -134,23 +160,24 @@ def _backward(x1, x2, unit, stats, g, scale, scales, flags, want):
 # The op
 
 
-def _forward_fake(x1, *_):
-    return x1.new_empty(()), *_saved(x1)
+def _forward_fake(x1, x2, *options):
+    return x1.new_empty(()), *_saved(x1, options[-1])
 
 
-def _backward_fake(x1, x2, unit, stats, g, scale, scales, flags, want):
-    return [t for t in _gradients(x1, unit, scales, flags, want) if t is not None]
+def _backward_fake(x1, x2, unit, stats, g, *rest):
+    *options, want = rest
+    return [t for t in _gradients(x1, unit, options, want) if t is not None]
 
 
-_REST = "float scale, Tensor? scales, int flags"
+_OPTIONS = "float scale, Tensor? scales, float bias, Tensor? biases, int flags"
 define_op(
-    f"similarity_loss_fwd(Tensor x1, Tensor x2, {_REST}) -> (Tensor, Tensor, Tensor)",
+    f"similarity_loss_fwd(Tensor x1, Tensor x2, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     impls={"cpu": _forward, "reference": _forward_reference},
 )
 define_op(
     "similarity_loss_bwd(Tensor x1, Tensor x2, Tensor unit, Tensor stats, Tensor g, "
-    f"{_REST}, int want) -> Tensor[]",
+    f"{_OPTIONS}, int want) -> Tensor[]",
     fake=_backward_fake,
     impls={"cpu": _backward, "reference": _backward_reference},
 )
@@ -162,43 +189,44 @@ def _flops(x1, x2, flags, want=None):
     return flops(x1, x2, want)
 
 
-count_by("similarity_loss_fwd", lambda *args, out_shape=None: _flops(*args[:2], args[4]))
-count_by("similarity_loss_bwd", lambda *args, out_shape=None: _flops(*args[:2], *args[7:9]))
+count_by("similarity_loss_fwd", lambda *args, out_shape=None: _flops(*args[:2], args[6]))
+count_by("similarity_loss_bwd", lambda *args, out_shape=None: _flops(*args[:2], *args[9:11]))
 
 _ops = torch.ops.pyloss
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x1, x2, scale, scales, flags):
-        loss, unit, stats = _ops.similarity_loss_fwd(x1, x2, scale, scales, flags)
-        ctx.save_for_backward(x1, x2, unit, stats, scales)
-        ctx.numbers = scale, flags
+    def forward(ctx, x1, x2, *options):
+        loss, unit, stats = _ops.similarity_loss_fwd(x1, x2, *options)
+        scale, scales, bias, biases, flags = options
+        ctx.save_for_backward(x1, x2, unit, stats, scales, biases)
+        ctx.numbers = scale, bias, flags
         return loss
 
     @staticmethod
     def backward(ctx, g):
-        x1, x2, unit, stats, scales = ctx.saved_tensors
-        scale, flags = ctx.numbers
-        of_1, of_2, _, of_scale, _ = ctx.needs_input_grad
+        x1, x2, unit, stats, scales, biases = ctx.saved_tensors
+        scale, bias, flags = ctx.numbers
+        options = scale, scales, bias, biases, flags
+        of_1, of_2, _, of_scale, _, of_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(g):
-            dx1, dx2, dscale = _differentiated(
-                x1, x2, g, scale, scales, flags, (of_1, of_2, of_scale), torch.is_grad_enabled()
+            needed = of_1, of_2, of_scale, of_bias
+            create_graph = torch.is_grad_enabled()
+            dx1, dx2, dscale, dbias = _differentiated(
+                x1, x2, g, _Options(*options), needed, create_graph
             )
-            return dx1, dx2, None, dscale, None
+            return dx1, dx2, None, dscale, None, dbias, None
         if flags & VIEWS:
-            of_views = of_1 or of_2
-            want = WANT_QUERIES * of_views
-        else:
-            want = WANT_QUERIES * of_1 + WANT_KEYS * of_2
-        want += WANT_SCALE * of_scale
-        args = (x1, x2, unit, stats, g, scale, scales, flags, want)
-        found = iter(_ops.similarity_loss_bwd(*args))
-        if flags & VIEWS:
-            dx1, dx2 = next(found).split(x1.shape[0]) if of_views else (None, None)
-        else:
-            dx1, dx2 = next(found) if of_1 else None, next(found) if of_2 else None
-        return dx1, dx2, None, next(found) if of_scale else None, None
+            of_1, of_2 = of_1 or of_2, False
+        needed = of_1, of_2, of_scale, of_bias
+        want = sum(bit for bit, yes in zip(WANTS, needed) if yes)
+        found = iter(_ops.similarity_loss_bwd(x1, x2, unit, stats, g, *options, want))
+        dx1, dx2, dscale, dbias = (next(found) if yes else None for yes in needed)
+        if flags & VIEWS and of_1:
+            rows = x1.shape[0]
+            dx1, dx2 = dx1[:rows], dx1[rows:]
+        return dx1, dx2, None, dscale, None, dbias, None
 
 
 def serves(x1: Tensor, x2: Tensor) -> bool:
@@ -216,14 +244,17 @@ def serves(x1: Tensor, x2: Tensor) -> bool:
     )
 
 
-def similarity_loss(x1: Tensor, x2: Tensor, scale: float | Tensor, flags: int) -> Tensor:
-    """The loss, of features that `serves`; scale: a number, or a tensor () of their dtype."""
-    x1, x2, scales = x1.contiguous(), x2.contiguous(), None
-    if isinstance(scale, Tensor):
-        scale, scales = 1.0, scale
-    args = (x1, x2, float(scale), scales, flags)
-    if torch.is_grad_enabled() and (
-        x1.requires_grad or x2.requires_grad or (scales is not None and scales.requires_grad)
+def similarity_loss(
+    x1: Tensor, x2: Tensor, scale: float | Tensor, flags: int, bias: float | Tensor = 0.0
+) -> Tensor:
+    """The loss, of features that `serves`; scale, bias: numbers, or tensors () of their dtype."""
+    args = (x1.contiguous(), x2.contiguous(), *_split(scale, 1.0), *_split(bias, 0.0), flags)
+    if torch.is_grad_enabled() and any(
+        args[at] is not None and args[at].requires_grad for at in (0, 1, 3, 5)
     ):
         return _Loss.apply(*args)
     return _ops.similarity_loss_fwd(*args)[0]
+
+
+def _split(value: float | Tensor, without: float) -> tuple[float, Tensor | None]:
+    return (without, value) if isinstance(value, Tensor) else (float(value), None)

@@ -93,14 +93,28 @@ class Loss(NamedTuple):
     dtype: int
     views: bool
     columns: bool
+    sigmoid: bool
     sum: bool
     scale: float
     scales: int
+    bias: float
+    biases: int
     unit: int
     stats: int
 
 
-RECORDS = (Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients, Loss)
+class LossGradients(NamedTuple):
+    g: int
+    dx1: int
+    dx2: int
+    dscale: int
+    dbias: int
+
+
+RECORDS = (
+    Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients, Loss,
+    LossGradients,
+)  # fmt: skip
 
 
 def problem(p: Pairs) -> Problem:
