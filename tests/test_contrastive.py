@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import pyloss
 from pyloss.functional import _contrastive, dcl, hard_info_nce, simple_contrastive
+from pyloss.ops import _gemm
 
 F64 = torch.float64
 
@@ -195,6 +197,8 @@ def test_temperature_is_learned_by_its_logarithm() -> None:
     criterion.temperature = 0.5
     assert "temperature=0.5," in repr(criterion)
     torch.testing.assert_close(criterion.temperature, torch.tensor(0.5))
+    with pytest.raises(ValueError, match="temperature must be finite and > 0, got -1"):
+        criterion.temperature = -1
     other = pyloss.nn.NTXentLoss(0.2, learnable=True)
     other.load_state_dict(criterion.state_dict())
     assert torch.equal(other(query, key), criterion(query, key))
@@ -251,12 +255,42 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_batch(name) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_checkpoints(name) -> None:
+    """They give out each saved tensor once."""
+    a, b = (torch.randn(30, 16, requires_grad=True) for _ in range(2))
+    kept = checkpoint(LOSSES[name], a, b, use_reentrant=False)
+    (found,), (expected,) = (torch.autograd.grad(f, a) for f in (kept, LOSSES[name](a, b)))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_float32_under_autocast(name) -> None:
     a, b = torch.randn(30, 16), torch.randn(30, 16)
     with torch.autocast("cpu", torch.bfloat16):
         found = LOSSES[name](a, b)
         assert LOSSES[name](a.bfloat16(), b.bfloat16()).dtype == torch.float32
+        _, transformed = torch.func.grad_and_value(LOSSES[name])(a, b)
     assert torch.equal(found, LOSSES[name](a, b))
+    torch.testing.assert_close(transformed, found)
+
+
+def test_the_other_half_type_under_autocast() -> None:
+    """torch.cat refuses float16 where autocast is to bfloat16."""
+    a, b = torch.randn(30, 16).half(), torch.randn(30, 16)
+    expected = pyloss.nt_xent(a.float(), b, normalize=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pyloss.nt_xent(a, b, normalize=False), expected)
+
+
+@pytest.mark.skipif(not _gemm.is_own(torch.empty(0)), reason="threads may show in torch's products")
+def test_hardest_do_not_depend_on_threads(keep_num_threads) -> None:
+    query, key = (features(1300, 24, seed=s).float().requires_grad_() for s in (0, 1))
+    found = []
+    for threads in (1, 3):  # torch's products show it from 3 on
+        torch.set_num_threads(threads)
+        loss = hard_info_nce(query, key)
+        found.append((loss, *torch.autograd.grad(loss, (query, key))))
+    assert all(map(torch.equal, *found))
 
 
 def test_sums_of_many_rows_do_not_depend_on_threads(keep_num_threads) -> None:

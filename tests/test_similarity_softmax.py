@@ -365,6 +365,15 @@ def test_large_logits(path, scale) -> None:
     torch.testing.assert_close(*grads, rtol=1e-2, atol=1e-2)
 
 
+def test_parts_of_huge_logits_are_at_most_one(path) -> None:
+    """z_ij and z_ji, which differ by more than exp can hold, have one lse each."""
+    queries = torch.nn.functional.normalize(problem(dtype=torch.float32)[0].detach(), dim=1)
+    queries.requires_grad_()
+    found = similarity_softmax(queries, queries, 1e12, first=0)
+    (grad,) = torch.autograd.grad(found.lse.sum(), queries)
+    assert (grad.abs() <= 1e12 * 2 * len(queries)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("itself", [False, True])
 def test_dtypes(dtype, itself) -> None:

@@ -211,7 +211,8 @@ template <class R>
 R special_gradient(const Terms<R>& t, const Kinds& kinds, int64_t i, int64_t j, int64_t at, R z) {
   R grad = 0;
   if (t.factor && kinds.counted(i, j)) {
-    grad += R(exp_(t.shift ? z - t.shift[at] : z)) * t.factor[at];
+    const R x = t.shift ? z - t.shift[at] : z;
+    grad += R(exp_(t.shift && x > 0 ? R(0) : x)) * t.factor[at];
   }
   if (t.positive && kinds.positive(i, j)) grad += t.positive[at];
   return grad;

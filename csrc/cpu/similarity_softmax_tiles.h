@@ -111,6 +111,13 @@ void sum_exp(const Tile<R>& t, const Sums<R>& s) {
   kTable[which](t, s);
 }
 
+// exp of x = z - lse, a part of 1: at most that, where a z that was rounded in the other order
+// (z_ji for z_ij, of a tensor with itself) is above its lse.
+template <class R>
+PYLOSS_INLINE typename Vec<R>::V share_of(typename Vec<R>::V x) {
+  return exp_of(x > typename Vec<R>::V{} ? typename Vec<R>::V{} : x);
+}
+
 // z becomes its gradient, without positives: exp(z - shift_r) f_r + exp(z - shift_c) f_c.
 template <class R, bool kShifts, bool kColumns>
 void softmax_gradient_of(const Tile<R>& t, const Terms<R>& rows, const Terms<R>& columns) {
@@ -127,8 +134,8 @@ void softmax_gradient_of(const Tile<R>& t, const Terms<R>& rows, const Terms<R>&
         const V z = load(at);
         V grad;
         if (kShifts) {
-          grad = exp_of(z - rows.shift[r + k]) * rows.factor[r + k];
-          if (kColumns) grad += exp_of(z - shift) * factor;
+          grad = share_of<R>(z - rows.shift[r + k]) * rows.factor[r + k];
+          if (kColumns) grad += share_of<R>(z - shift) * factor;
         } else {
           grad = exp_of(z) * (factor + rows.factor[r + k]);
         }

@@ -84,13 +84,13 @@ class Features:
         """For the op: the rows of all parts."""
         if self.normalize:
             return self.exact(*parts).to(self.products)
-        return _joined(parts).to(self.products)
+        return joined(*parts).to(self.products)
 
     def exact(self, *parts: Tensor) -> Tensor:
         """In the dtype of the sums."""
         if self.normalize:
             return unit_rows(*(z.to(self.sums) for z in parts))
-        return _joined(parts).to(self.sums)
+        return joined(*parts).to(self.sums)
 
     def scale(self, name: str, value: float | Tensor, rows: int | None = None) -> float | Tensor:
         """A number, or a tensor of one number, or of one a row where there may be so many."""
@@ -214,7 +214,7 @@ def checked_labels(name: str, labels, rows: int, like: Tensor) -> Tensor:
 
 def paired(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     """(2B, D), the one view and then the other; the row of each one's other view."""
-    return torch.cat([z1, z2]), other_views(z1)
+    return joined(z1, z2), other_views(z1)
 
 
 def other_views(z: Tensor) -> Tensor:
@@ -223,8 +223,12 @@ def other_views(z: Tensor) -> Tensor:
     return torch.arange(2 * count, device=z.device).roll(count)
 
 
-def _joined(parts) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def joined(*parts: Tensor) -> Tensor:
+    """Rows of all parts, also under autocast to another half type, which torch.cat refuses."""
+    if len(parts) == 1:
+        return parts[0]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def hardest_count(hard_fraction: float, negatives: int) -> int:

@@ -23,6 +23,7 @@ from pyloss.functional._contrastive import (
     checked_fraction,
     checked_labels,
     hardest_count,
+    joined,
     of_columns,
     of_rows,
     other_views,
@@ -136,7 +137,7 @@ def info_nce(
     options = dict(columns=symmetric)
     options["target"] = torch.arange(rows, device=q.device) if target is None else target
     if group is None or others is None:
-        keys = k if others is None else torch.cat([k, others])
+        keys = k if others is None else joined(k, others)
         stats = softmax_over(group, ring)(q, keys, scale, **options, **masks)
     else:  # the queue is no other rank's
         of_batch, of_queue = _split_masks(masks, k.shape[0])

@@ -27,8 +27,8 @@ CALL = ("queue", "target", "ids", "key_ids", "queue_ids")  # what info_nce gets 
 class _Learned:
     """An option that is a number, or what its parameter stands for."""
 
-    def __init__(self, parameter: str, to: Callable, back: Callable) -> None:
-        self.parameter, self.to, self.back = parameter, to, back
+    def __init__(self, parameter: str, to: Callable, back: Callable, check: Callable) -> None:
+        self.parameter, self.to, self.back, self.check = parameter, to, back, check
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.kept = f"_{name}"
@@ -44,6 +44,7 @@ class _Learned:
         if found is None:
             module.__dict__[self.kept] = value
         else:
+            self.check(self.kept[1:], value)
             with torch.no_grad():
                 found.fill_(self.to(value))
 
@@ -53,7 +54,7 @@ class _Learned:
 
 
 def _by_logarithm(parameter: str) -> _Learned:
-    return _Learned(parameter, math.log, torch.exp)
+    return _Learned(parameter, math.log, torch.exp, F.check_positive)
 
 
 class _ContrastiveLoss(LossModule):
@@ -449,7 +450,7 @@ class SigLIPLoss(_ContrastiveLoss):
     _loss = staticmethod(F.siglip_loss)
     _learned = ("logit_scale", "logit_bias")
     logit_scale = _by_logarithm("log_logit_scale")
-    logit_bias = _Learned("bias", float, lambda bias: bias)
+    logit_bias = _Learned("bias", float, lambda bias: bias, F.check_finite)
 
     @options_of(F.siglip_loss, without=("logit_scale", "logit_bias"))
     def __init__(

@@ -134,7 +134,7 @@ def similarity_softmax(
     Args:
         queries: (N, D), floating.
         keys: (M, D), the same dtype. The same tensor as the queries, where every query has one
-            scale: each pair of rows is multiplied once.
+            scale and the ids are the same too: each pair of rows is multiplied once.
         scale: a number, or a tensor of shape () or (N,), which gets a gradient too.
         key_ids: None: the query ids.
     """

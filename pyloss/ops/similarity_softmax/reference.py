@@ -1,4 +1,7 @@
-"""The ops of similarity_softmax on the reference, with the whole matrix of logits."""
+"""The ops of similarity_softmax on the reference, with the whole matrix of logits.
+
+Outside of autocast, which would round the products to half types, as it does not those of the ops.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,24 @@ def stats(p: Pairs) -> tuple:
     """All nine results in torch operations, None for those not wanted."""
     from pyloss.reference.similarity_softmax import similarity_softmax  # with its first use
 
-    return tuple(
-        similarity_softmax(
-            *_sides(p), **_kinds(p), denominator=_OF_ROWS[p.flags & NEGATIVES],
-            columns=bool(p.flags & COLUMNS), mean=bool(p.flags & MEAN),
-        )
-    )  # fmt: skip
+    with torch.autocast(p.queries.device.type, enabled=False):
+        return tuple(
+            similarity_softmax(
+                *_sides(p), **_kinds(p), denominator=_OF_ROWS[p.flags & NEGATIVES],
+                columns=bool(p.flags & COLUMNS), mean=bool(p.flags & MEAN),
+            )
+        )  # fmt: skip
 
 
 def sums(p: Pairs, bias, numbers, kind: int) -> tuple:
     """The results of similarity_sums in torch operations."""
     from pyloss.reference.similarity_softmax import margin_sums, pair_sums  # with its first use
 
-    if kind == SIGMOID:
-        bias = numbers[0] if bias is None else bias
-        return (pair_sums(*_sides(p), bias, **_kinds(p)),)
-    return tuple(margin_sums(*_sides(p), *numbers, **_kinds(p)))
+    with torch.autocast(p.queries.device.type, enabled=False):
+        if kind == SIGMOID:
+            bias = numbers[0] if bias is None else bias
+            return (pair_sums(*_sides(p), bias, **_kinds(p)),)
+        return tuple(margin_sums(*_sides(p), *numbers, **_kinds(p)))
 
 
 def _differentiated(function, sources, p: Pairs, cotangents, needed, create_graph):

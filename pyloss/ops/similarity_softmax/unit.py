@@ -31,8 +31,8 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        parts = ctx.saved_tensors[: len(ctx.needs_input_grad)]
-        norms = ctx.saved_tensors[len(parts) :]
+        saved, count = ctx.saved_tensors, len(ctx.needs_input_grad)  # once: checkpoints count
+        parts, norms = saved[:count], saved[count:]
         grads = _split(grad, parts)
         if torch.is_grad_enabled() or is_batched(grad):
             norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in parts]

@@ -34,16 +34,17 @@ __all__ = [
 ]
 
 
-def _formulas():
-    """The reference, imported with its first use."""
+def _formulas(queries, keys, k, first) -> tuple[Tensor, Tensor]:
+    """The reference, imported with its first use; autocast would round its products."""
     from pyloss.reference import similarity_topk
 
-    return similarity_topk
+    with torch.autocast(queries.device.type, enabled=False):
+        return similarity_topk(queries, keys, k, first)
 
 
 def _forward(queries, keys, k, first):
     if backends.forced() == "reference":
-        return _formulas()(queries, keys, k, first)
+        return _formulas(queries, keys, k, first)
     way = cpu if cpu.takes(queries, keys, k) else by_tiles
     return way.forward(queries, keys, k, first)
 
@@ -100,7 +101,7 @@ def transforms_active() -> bool:
 def similarity_topk(queries: Tensor, keys: Tensor, k: int, first: int = -1):
     """(values (B, k) descending, indices): see the reference. float32 or float64, dense."""
     if transforms_active():
-        return _formulas()(queries, keys, k, first)
+        return _formulas(queries, keys, k, first)
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         return _SimilarityTopk.apply(queries, keys, k, first)
     return torch.ops.pyloss.similarity_topk(queries, keys, k, first)

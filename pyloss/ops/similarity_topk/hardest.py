@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops import _gemm
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles
 
 
-def _formulas():
-    """The reference, imported with its first use."""
+def _formulas(queries, keys, scale, k, first) -> tuple[Tensor, Tensor]:
+    """The reference, imported with its first use; autocast would round its products."""
     from pyloss.reference.similarity_topk import similarity_hardest as reference
 
-    return reference
+    with torch.autocast(queries.device.type, enabled=False):
+        return reference(queries, keys, scale, k, first)
 
 
 def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
@@ -39,7 +41,9 @@ def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
     scale = scale.expand(count).unsqueeze(1)
     for begin in range(0, count, max(1, height)):
         rows = slice(begin, min(begin + height, count))
-        z = torch.mm(queries[rows], others, out=buffer[: rows.stop - begin]).mul_(scale[rows])
+        z = buffer[: rows.stop - begin]
+        _gemm.product(queries[rows], others, z)
+        z.mul_(scale[rows])
         if first >= 0:
             z.diagonal(first + begin).fill_(-math.inf)
         yield rows, z
@@ -55,12 +59,12 @@ def _forward(queries, keys, scale, k, first):
             equals[rows] = k - (kept > least[rows].unsqueeze(1)).sum(1)
             lse[rows], total[rows] = kept.logsumexp(1), kept.sum(1)
     if backends.forced() == "reference":
-        lse, total = _formulas()(queries, keys, scale, k, first)
+        lse, total = _formulas(queries, keys, scale, k, first)
     return lse, total, least, equals
 
 
 def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
-    g_queries, g_keys = torch.empty_like(queries), torch.zeros_like(keys)
+    g_queries, g_keys = queries.new_empty(queries.shape), keys.new_zeros(keys.shape)
     with torch.autocast(queries.device.type, enabled=False):
         scaled = queries * scale.expand(queries.shape[0]).unsqueeze(1)
         for rows, z in _tiles(queries, keys, scale, first):
@@ -70,8 +74,8 @@ def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
             left_out = ~(same | (z > bar) | level.isnan())
             g = z.sub_(level).exp_().mul_(g_lse[rows].unsqueeze(1))
             g = g.add_(g_total[rows].unsqueeze(1)).masked_fill_(left_out, 0.0)
-            torch.mm(g, keys, out=g_queries[rows])
-            g_keys.addmm_(g.t(), scaled[rows])
+            _gemm.product(g, keys, g_queries[rows])
+            _gemm.product(g.t(), scaled[rows], g_keys, add=True)
     g_scale = (g_queries * queries).sum(1)
     return g_queries.mul_(scale.expand(queries.shape[0]).unsqueeze(1)), g_keys, g_scale
 
@@ -101,8 +105,8 @@ register_fake("similarity_hardest", _fake)
 register_fake(
     "similarity_hardest_bwd",
     lambda g_lse, g_total, queries, keys, *rest: (
-        torch.empty_like(queries),
-        torch.empty_like(keys),
+        queries.new_empty(queries.shape),
+        keys.new_empty(keys.shape),
         queries.new_empty((queries.shape[0],)),
     ),
 )
@@ -124,7 +128,7 @@ class _SimilarityHardest(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(g_lse):
 
             def formula(*sources):
-                return _formulas()(*sources, ctx.k, ctx.first)
+                return _formulas(*sources, ctx.k, ctx.first)
 
             found = gradients(
                 formula, (queries, keys, scale), (g_lse, g_total), ctx.needs_input_grad[:3],
@@ -142,7 +146,7 @@ def similarity_hardest(
 ) -> tuple[Tensor, Tensor]:
     """(log-sum-exp (B,), sum (B,)): see the reference. float32 or float64, dense."""
     if functorch_active() or forward_ad_active():
-        return _formulas()(queries, keys, scale, k, first)
+        return _formulas(queries, keys, scale, k, first)
     sources = (queries, keys, scale)
     if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
         return _SimilarityHardest.apply(*distinct(sources), k, first)
