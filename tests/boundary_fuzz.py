@@ -303,7 +303,7 @@ def similarity_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[st
         *(module, op, "Loss"),
         **dict(rows=size(3), d=size(4), dtype=code(0, 1), views=flag, columns=flag, sigmoid=flag),
         **dict(sum=flag, scale=number(1.0, 80.0), scales=maybe["weight"], bias=number(0.1)),
-        **dict(biases=maybe["states"], unit=b["x"], stats=b["v"]),
+        **dict(biases=maybe["states"], labels=maybe["target"], unit=b["x"], stats=b["v"]),
     )
     loss_gradients = record(
         *(module, op, "LossGradients"),

@@ -177,8 +177,8 @@ cpu::PairSumBackward decode_gradients(py::handle record, const SimilarityProblem
 // A loss from the features to the mean; unit and stats are written by its forward, read by its
 // backward.
 // bias: as of PairSums.
-PYLOSS_RECORD(Loss, rows, d, dtype, views, columns, sigmoid, sum, scale, scales, bias, biases, unit,
-              stats);
+PYLOSS_RECORD(Loss, rows, d, dtype, views, columns, sigmoid, sum, scale, scales, bias, biases,
+              labels, unit, stats);
 
 PYLOSS_RECORD(LossGradients, g, dx1, dx2, dscale, dbias);
 
@@ -200,6 +200,8 @@ cpu::SimilarityLoss decode_loss(py::handle record) {
   l.scale = r.number(Loss::scale);
   l.scales = r.optional(Loss::scales);
   l.bias = bias_of(r.optional(Loss::biases), l.dtype, r.number(Loss::bias));
+  l.labels = r.optional<const int64_t>(Loss::labels);
+  if (l.labels && (l.views || l.columns || l.sigmoid)) r.bad(Loss::labels, "need plain rows");
   l.unit = r.pointer(Loss::unit, l.rows * l.d);
   l.stats = r.pointer(Loss::stats, l.rows);
   return l;
@@ -262,7 +264,7 @@ void register_similarity_softmax(py::module_& m) {
     const int64_t needed = cpu::similarity_loss_forward_scratch(l, width);
     void* buffer = checked_scratch(scratch, scratch_bytes, needed);
     const void* first = checked_pointer("x1", x1, l.rows * l.d);
-    const void* second = checked_pointer("x2", x2, l.rows * l.d);
+    const void* second = checked_pointer("x2", x2, l.labels ? 0 : l.rows * l.d);
     void* to = checked_pointer("loss", result, 1);
     without_gil(cpu::similarity_loss_forward, l, first, second, to, buffer, width);
   });
@@ -280,6 +282,7 @@ void register_similarity_softmax(py::module_& m) {
         r.optional(LossGradients::dx1), r.optional(LossGradients::dx2),
         r.optional(LossGradients::dscale), r.optional(LossGradients::dbias)};
     if (l.views && to.dx2) r.bad(LossGradients::dx2, "of views dx1 has both");
+    if (l.labels && to.dx2) r.bad(LossGradients::dx2, "with labels there is one tensor");
     if (!l.sigmoid && to.dbias) r.bad(LossGradients::dbias, "needs the sigmoid loss");
     const int width = checked_threads(threads);
     const cpu::SimilarityWants wants{to.dx1 != nullptr, to.dx2 != nullptr, to.dscale != nullptr,

@@ -42,14 +42,18 @@ SimilarityProblem problem_of(const SimilarityLoss& l) {
   p.n = p.m = l.views ? 2 * l.rows : l.rows;
   p.d = l.d;
   p.dtype = l.dtype;
-  p.itself = l.views;
+  p.itself = l.views || l.labels;
   p.unit_rows = true;
   p.queries = l.unit;
-  const int64_t keys = l.views ? 0 : l.rows * l.d * dtype_size(l.dtype);
+  const int64_t keys = p.itself ? 0 : l.rows * l.d * dtype_size(l.dtype);
   p.keys = static_cast<const char*>(l.unit) + keys;
   p.scale = l.scale;
   p.scales = l.scales;
-  p.kinds.first = l.views ? 0 : -1;
+  p.kinds.first = p.itself ? 0 : -1;
+  if (l.labels) {
+    p.kinds.flags = similarity::kPositive;
+    p.kinds.query_ids = p.kinds.key_ids = l.labels;
+  }
   return p;
 }
 
@@ -57,11 +61,19 @@ PairSumOptions options_of(const SimilarityLoss& l) {
   return {PairSum::kSigmoid, l.bias, 0.0, 0.0};
 }
 
+// Of both tensors, where there are two.
+int64_t rows_of(const SimilarityLoss& l) {
+  return l.labels ? l.rows : 2 * l.rows;
+}
+
 template <class R>
 struct Saved {
-  R *norms, *lse, *column_lse;
+  R *norms, *lse, *column_lse, *weights;
   explicit Saved(const SimilarityLoss& l)
-      : norms(static_cast<R*>(l.stats)), lse(norms + 2 * l.rows), column_lse(lse + l.rows) {}
+      : norms(static_cast<R*>(l.stats)),
+        lse(norms + rows_of(l)),
+        column_lse(lse + l.rows),
+        weights(column_lse) {}
 };
 
 // The statistics that the loss has no use for, or the cotangents, beside the scratch of the op.
@@ -79,6 +91,7 @@ struct LossBuffers {
     rest = arena.take<char>(0);
   }
   const int64_t* find_targets(const SimilarityLoss& l, int64_t n) const {
+    if (l.labels) return nullptr;
     const int64_t half = l.views ? l.rows : 0;
     for (int64_t i = 0; i < n; ++i) target[i] = i < half ? i + half : i - half;
     return target;
@@ -98,13 +111,27 @@ double factor_of(const SimilarityLoss& l, int64_t n) {
   return (l.columns ? 0.5 : 1.0) / (l.sum ? 1.0 : double(n));
 }
 
+// With labels: of the number of positives of each row one over it, or 0 where it does not count.
+template <class R>
+void weigh(int64_t n, R* positives) {
+  for (int64_t i = 0; i < n; ++i) {
+    const bool counts = positives[i] > 0 && positives[i] < R(n - 1);
+    positives[i] = counts ? R(1) / positives[i] : R(0);
+  }
+}
+template <class R>
+double factor_of(const SimilarityLoss& l, const R* weights) {
+  const int64_t none = std::count(weights, weights + l.rows, R(0));
+  return l.sum ? 1.0 : 1.0 / double(std::max<int64_t>(1, l.rows - none));
+}
+
 template <class R>
 void forward_of(const SimilarityLoss& l, const R* x1, const R* x2, R* loss, void* scratch,
                 int threads) {
   const auto& math = tile_math<R>();
   const Saved<R> saved(l);
   R* const unit = static_cast<R*>(l.unit);
-  for_row_blocks(2 * l.rows, l.d, threads, [&](int64_t i) {
+  for_row_blocks(rows_of(l), l.d, threads, [&](int64_t i) {
     const R* x = i < l.rows ? x1 + i * l.d : x2 + (i - l.rows) * l.d;
     saved.norms[i] = std::sqrt(math.dot(x, x, l.d));
     math.divide(x, l.d, clamped(saved.norms[i]), unit + i * l.d);
@@ -122,9 +149,18 @@ void forward_of(const SimilarityLoss& l, const R* x1, const R* x2, R* loss, void
     return;
   }
   SimilarityForward f{};
-  f.rows = {saved.lse, b.positive, b.unused, b.unused};
+  f.rows = {saved.lse, b.positive, b.unused, l.labels ? saved.weights : b.unused};
   if (l.columns) f.columns = {saved.column_lse, b.column_positive, b.unused, b.unused};
   similarity_softmax_forward(p, f, b.rest, threads);
+  if (l.labels) {
+    weigh(p.n, saved.weights);
+    for (int64_t i = 0; i < p.n; ++i) {
+      const R weight = saved.weights[i];
+      if (weight != 0) total += saved.lse[i] - b.positive[i] * weight;
+    }
+    *loss = R(total * factor_of(l, saved.weights));
+    return;
+  }
   for (int64_t i = 0; i < p.n; ++i) {
     total += saved.lse[i] - b.positive[i];
     if (l.columns) total += saved.column_lse[i] - b.column_positive[i];
@@ -142,9 +178,12 @@ void backward_of(const SimilarityLoss& l, R g, const SimilarityLossGradients& to
   const LossBuffers<R> b(l, p.n, arena);
   p.kinds.target = b.find_targets(l, p.n);
   R *const of_lse = b.unused, *const of_positive = b.positive;
-  const R each = R(double(g) * factor_of(l, p.n));
-  std::fill(of_lse, of_lse + p.n, each);
-  std::fill(of_positive, of_positive + p.n, -each);
+  const R each = R(double(g) * (l.labels ? factor_of(l, saved.weights) : factor_of(l, p.n)));
+  for (int64_t i = 0; i < p.n; ++i) {
+    const R weight = l.labels ? saved.weights[i] : R(1);
+    of_lse[i] = weight != 0 ? each : R(0);
+    of_positive[i] = -each * weight;
+  }
   const SimilarityGradients of_unit{to.dx1, to.dx2, to.dscale, to.dbias};
   if (l.sigmoid) {
     pair_sums_backward(p, options_of(l), {{of_lse, nullptr}, of_unit}, b.rest, threads);
@@ -157,7 +196,7 @@ void backward_of(const SimilarityLoss& l, R g, const SimilarityLossGradients& to
   }
   const R* const unit = static_cast<const R*>(l.unit);
   R *const dx1 = static_cast<R*>(to.dx1), *const dx2 = static_cast<R*>(to.dx2);
-  for_row_blocks(2 * l.rows, l.d, threads, [&](int64_t i) {
+  for_row_blocks(rows_of(l), l.d, threads, [&](int64_t i) {
     R* const base = l.views || i < l.rows ? dx1 : dx2;
     if (!base) return;
     R* const dx = base + (l.views || i < l.rows ? i : i - l.rows) * l.d;

@@ -140,8 +140,9 @@ def _total(each: Tensor) -> Tensor:
 
 
 def at_once(
-    features: Features, x1: Tensor, x2: Tensor, scale, reduction: str, group, flags: int, bias=0.0
-) -> Tensor | None:
+    features: Features, x1: Tensor, x2: Tensor | None, scale, reduction: str, group, flags: int,
+    **given,
+) -> Tensor | None:  # fmt: skip
     """The mean or sum by the op that has all of it; None where that op does not serve."""
     if not features.normalize or reduction == "none" or group is not None:
         return None
@@ -149,7 +150,7 @@ def at_once(
         return None
     if reduction == "sum":
         flags |= loss.SUM
-    return loss.similarity_loss(x1, x2, scale, flags, bias)
+    return loss.similarity_loss(x1, x2, scale, flags, **given)
 
 
 def softmax_over(group, ring: bool) -> Callable:

@@ -374,7 +374,11 @@ def supervised_contrastive(
     if features.dim() == 3:
         labels, features = labels.repeat_interleave(lead[1]), features.flatten(0, 1)
     checked = Features(normalize, features=features)
-    scale, z = checked.inverse("temperature", temperature), checked.of(features)
+    scale = checked.inverse("temperature", temperature)
+    found = at_once(checked, features, None, scale, reduction, group, 0, labels=labels)
+    if found is not None:
+        return found
+    z = checked.of(features)
     stats = softmax_over(group, ring)(
         z, z, scale, first=0, query_ids=labels, key_ids=labels, same="positive"
     )
@@ -616,7 +620,9 @@ def siglip_loss(
     check_same_rows("text_features", text_features, "image_features", image_features)
     scale = features.scale("logit_scale", logit_scale)
     bias = features.scale("logit_bias", logit_bias)
-    found = at_once(features, image_features, text_features, scale, reduction, group, SIGMOID, bias)
+    found = at_once(
+        features, image_features, text_features, scale, reduction, group, SIGMOID, bias=bias
+    )
     if found is not None:
         return found
     each = pair_sums_over(group, ring)(

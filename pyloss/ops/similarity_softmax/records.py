@@ -99,6 +99,7 @@ class Loss(NamedTuple):
     scales: int
     bias: float
     biases: int
+    labels: int
     unit: int
     stats: int
 
