@@ -186,6 +186,28 @@ def pair_sums_bwd(
     threads: int,
     /,
 ) -> None: ...
+def similarity_loss_fwd_scratch_bytes(loss: tuple[object, ...], threads: int, /) -> int: ...
+def similarity_loss_fwd(
+    loss: tuple[object, ...],
+    x1: int,
+    x2: int,
+    result: int,
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
+def similarity_loss_bwd_scratch_bytes(
+    loss: tuple[object, ...], dx1: bool, dx2: bool, dscale: bool, dbias: bool, threads: int, /
+) -> int: ...
+def similarity_loss_bwd(
+    loss: tuple[object, ...],
+    gradients: tuple[object, ...],
+    scratch: int,
+    scratch_bytes: int,
+    threads: int,
+    /,
+) -> None: ...
 
 # Of tensor attention; `problem`, `backward`: pyloss/ops/tensor_attention/records.py.
 def tensor_attention_scratch_bytes(

@@ -299,8 +299,23 @@ def similarity_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[st
     sum_gradients = record(
         *(module, op, "PairSumGradients"), **{field: maybe[n] for field, n in given.items()}
     )
+    loss = record(
+        *(module, op, "Loss"),
+        **dict(rows=size(3), d=size(4), dtype=code(0, 1), views=flag, columns=flag, sigmoid=flag),
+        **dict(sum=flag, scale=number(1.0, 80.0), scales=maybe["weight"], bias=number(0.1)),
+        **dict(biases=maybe["states"], labels=maybe["target"], unit=b["x"], stats=b["v"]),
+    )
+    loss_gradients = record(
+        *(module, op, "LossGradients"),
+        **dict(g=b["loss"], dx1=maybe["grad"], dx2=maybe["grad_rows"], dscale=maybe["factor"]),
+        dbias=maybe["mix"],
+    )
     scratch = [b["scratch"], Field([SCRATCH], [0, -1, 64, -(2**63)]), THREADS]
     return {
+        "similarity_loss_fwd_scratch_bytes": [loss, THREADS],
+        "similarity_loss_bwd_scratch_bytes": [loss, flag, flag, flag, flag, THREADS],
+        "similarity_loss_fwd": [loss, b["grad"], b["grad_rows"], b["loss"], *scratch],
+        "similarity_loss_bwd": [loss, loss_gradients, *scratch],
         "similarity_softmax_fwd_scratch_bytes": [problem, flag, THREADS],
         "similarity_softmax_bwd_scratch_bytes": [problem, flag, flag, flag, flag, THREADS],
         "similarity_softmax_fwd": [problem, forward, *scratch],

@@ -14,12 +14,14 @@ from pyloss import _C
 from pyloss.ops import _gemm
 from pyloss.ops.similarity_softmax import (
     by_tiles,
+    loss,
     margin_sums,
     pair_sums,
     similarity_softmax,
     unit,
     unit_rows,
 )
+from pyloss.ops.similarity_softmax.call import COLUMNS
 from pyloss.reference.similarity_softmax import margin_sums as reference_margins
 from pyloss.reference.similarity_softmax import pair_sums as reference_sums
 from pyloss.reference.similarity_softmax import similarity_softmax as reference
@@ -234,6 +236,75 @@ def test_derivatives_of_sums() -> None:
 
 
 OPS = torch.ops.pyloss
+
+
+def by_classes(x1, x2, temperature=0.1, **options) -> torch.Tensor:
+    """Of three classes, and rows alone in theirs."""
+    x = torch.cat([x1, x2])
+    at = torch.arange(len(x))
+    labels = torch.where(at % 4 > 0, at % 3, -at)
+    return pyloss.supervised_contrastive(x, labels, temperature=temperature, **options)
+
+
+LOSSES = {  # flags of the op; a loss that it serves, and the name of the scale there
+    "views": (loss.VIEWS, pyloss.nt_xent, "temperature"),
+    "keys": (0, pyloss.info_nce, "temperature"),
+    "columns": (COLUMNS, pyloss.clip_loss, "logit_scale"),
+    "labels": (0, by_classes, "temperature"),
+    "sigmoid": (loss.SIGMOID, pyloss.siglip_loss, "logit_scale"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 150])
+def test_losses_at_once(name, rows, keep_num_threads) -> None:
+    """Are the means and sums of those of the rows, with any of the gradients, on any threads."""
+    _, function, scale = LOSSES[name]
+    x1, x2 = problem(rows, rows, 5)
+    with torch.no_grad():
+        x1[1:2] = 0.0
+    leaves = {"x1": x1, "x2": x2, scale: torch.tensor(2.0).double().requires_grad_()}
+    if name == "sigmoid":
+        leaves["logit_bias"] = torch.tensor(-0.5).double().requires_grad_()
+
+    def step(wanted, reduction):
+        given = {k: t if k in wanted else t.detach() for k, t in leaves.items()}
+        out = function(given.pop("x1"), given.pop("x2"), **given, reduction=reduction)
+        to = out.sum() / max(1, int(out.detach().ne(0).sum()))  # others do not count
+        return [to.detach(), *torch.autograd.grad(to, [leaves[k] for k in wanted])]
+
+    for wanted in (list(leaves), *([k] for k in leaves)):
+        torch.testing.assert_close(step(wanted, "mean"), step(wanted, "none"))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(step(list(leaves), "sum"))
+    count = max(1, int(function(x1, x2, reduction="none").ne(0).sum()))
+    for one, two, of_mean in zip(*found, step(list(leaves), "mean")):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, of_mean * count)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_opcheck_of_losses(name) -> None:
+    flags = LOSSES[name][0]
+    x1, x2 = problem(6, 6, grad=False)
+    one = torch.tensor(1.5).double()
+    bias, labels = one if name == "sigmoid" else None, None
+    if name == "labels":
+        x2, labels = None, torch.tensor([0, 1, 1, 0, 0, 7])
+    args = (x1, x2, 1.0, one, 0.0, bias, labels, flags)
+    torch.library.opcheck(OPS.similarity_loss_fwd, args)
+    value, *saved = OPS.similarity_loss_fwd(*args)
+    want = {"sigmoid": 15, "labels": 5}.get(name, 7)
+    backward = (x1, x2, *saved, one, *args[2:], want)
+    torch.library.opcheck(OPS.similarity_loss_bwd, backward)
+    with pyloss.backend("reference"):
+        torch.testing.assert_close(value, OPS.similarity_loss_fwd(*args)[0])
+        expected = OPS.similarity_loss_bwd(*backward)
+    torch.testing.assert_close(OPS.similarity_loss_bwd(*backward), expected)
+
+
 TENSORS = (targets(9, 12), *ids(9, 12).values())
 
 

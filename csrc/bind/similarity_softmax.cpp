@@ -7,6 +7,7 @@
 #include "bind/attention.h"
 #include "bind/register.h"
 #include "cpu/similarity_counts.h"
+#include "cpu/similarity_softmax_loss.h"
 
 namespace py = pybind11;
 
@@ -132,16 +133,20 @@ PYLOSS_RECORD(PairSums, kind, bias, number1, number2);
 PYLOSS_RECORD(PairSumResults, sum1, count1, sum2, count2);
 PYLOSS_RECORD(PairSumGradients, g1, g2, dq, dk, dscale, dbias);
 
+// One number of the accumulator's dtype, or else the other one.
+double bias_of(const void* bias, DType dtype, double otherwise) {
+  if (!bias) return otherwise;
+  return dtype == DType::kF64 ? *static_cast<const double*>(bias)
+                              : double(*static_cast<const float*>(bias));
+}
+
 cpu::PairSumOptions decode_sums(py::handle record, const SimilarityProblem& p) {
   const Reader<PairSums> r(record);
   cpu::PairSumOptions s{};
   s.kind = r.code<cpu::PairSum>(PairSums::kind, 2);
-  s.bias = s.above = r.number(PairSums::number1);
+  s.above = r.number(PairSums::number1);
   s.below = r.number(PairSums::number2);
-  if (const void* bias = r.optional(PairSums::bias)) {
-    s.bias = p.dtype == DType::kF64 ? *static_cast<const double*>(bias)
-                                    : double(*static_cast<const float*>(bias));
-  }
+  s.bias = bias_of(r.optional(PairSums::bias), p.dtype, s.above);
   if (p.kinds.flags & similarity::kNegatives) {
     bad_argument("flags", "sums over pairs have no denominator");
   }
@@ -169,11 +174,44 @@ cpu::PairSumBackward decode_gradients(py::handle record, const SimilarityProblem
   return b;
 }
 
+// A loss from the features to the mean; unit and stats are written by its forward, read by its
+// backward.
+// bias: as of PairSums.
+PYLOSS_RECORD(Loss, rows, d, dtype, views, columns, sigmoid, sum, scale, scales, bias, biases,
+              labels, unit, stats);
+
+PYLOSS_RECORD(LossGradients, g, dx1, dx2, dscale, dbias);
+
+cpu::SimilarityLoss decode_loss(py::handle record) {
+  const Reader<Loss> r(record);
+  cpu::SimilarityLoss l{};
+  l.rows = r.integer(Loss::rows);
+  l.d = r.integer(Loss::d);
+  if (checked_count("features", {l.rows, l.d}) > kMostElements || l.rows > kMostRows) {
+    bad_argument("features", "too many");
+  }
+  l.dtype = r.float32_or_float64(Loss::dtype);
+  l.views = r.flag(Loss::views);
+  l.columns = r.flag(Loss::columns);
+  if (l.views && l.columns) r.bad(Loss::columns, "needs keys that are not the queries");
+  l.sigmoid = r.flag(Loss::sigmoid);
+  if (l.sigmoid && (l.views || l.columns)) r.bad(Loss::sigmoid, "needs plain keys");
+  l.sum = r.flag(Loss::sum);
+  l.scale = r.number(Loss::scale);
+  l.scales = r.optional(Loss::scales);
+  l.bias = bias_of(r.optional(Loss::biases), l.dtype, r.number(Loss::bias));
+  l.labels = r.optional<const int64_t>(Loss::labels);
+  if (l.labels && (l.views || l.columns || l.sigmoid)) r.bad(Loss::labels, "need plain rows");
+  l.unit = r.pointer(Loss::unit, l.rows * l.d);
+  l.stats = r.pointer(Loss::stats, l.rows);
+  return l;
+}
+
 }  // namespace
 
 void register_similarity_softmax(py::module_& m) {
-  declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients>(
-      m, "similarity_softmax");
+  declare_records<Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients,
+                  Loss, LossGradients>(m, "similarity_softmax");
   m.def("similarity_counts_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::similarity_counts_scratch(decode_counts(problem), checked_threads(threads));
   });
@@ -215,6 +253,43 @@ void register_similarity_softmax(py::module_& m) {
     const int64_t needed = cpu::similarity_softmax_backward_scratch(p, wants_of(b.to), width);
     void* buffer = checked_scratch(scratch, scratch_bytes, needed);
     without_gil(cpu::similarity_softmax_backward, p, b, buffer, width);
+  });
+  m.def("similarity_loss_fwd_scratch_bytes", [](py::handle loss, int64_t threads) {
+    return cpu::similarity_loss_forward_scratch(decode_loss(loss), checked_threads(threads));
+  });
+  m.def("similarity_loss_fwd", [](py::handle loss, int64_t x1, int64_t x2, int64_t result,
+                                  int64_t scratch, int64_t scratch_bytes, int64_t threads) {
+    const cpu::SimilarityLoss l = decode_loss(loss);
+    const int width = checked_threads(threads);
+    const int64_t needed = cpu::similarity_loss_forward_scratch(l, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    const void* first = checked_pointer("x1", x1, l.rows * l.d);
+    const void* second = checked_pointer("x2", x2, l.labels ? 0 : l.rows * l.d);
+    void* to = checked_pointer("loss", result, 1);
+    without_gil(cpu::similarity_loss_forward, l, first, second, to, buffer, width);
+  });
+  m.def("similarity_loss_bwd_scratch_bytes",
+        [](py::handle loss, bool dx1, bool dx2, bool dscale, bool dbias, int64_t threads) {
+          return cpu::similarity_loss_backward_scratch(decode_loss(loss), {dx1, dx2, dscale, dbias},
+                                                       checked_threads(threads));
+        });
+  m.def("similarity_loss_bwd", [](py::handle loss, py::handle gradients, int64_t scratch,
+                                  int64_t scratch_bytes, int64_t threads) {
+    const cpu::SimilarityLoss l = decode_loss(loss);
+    const Reader<LossGradients> r(gradients);
+    const void* of_loss = r.pointer(LossGradients::g, 1);
+    const cpu::SimilarityLossGradients to{
+        r.optional(LossGradients::dx1), r.optional(LossGradients::dx2),
+        r.optional(LossGradients::dscale), r.optional(LossGradients::dbias)};
+    if (l.views && to.dx2) r.bad(LossGradients::dx2, "of views dx1 has both");
+    if (l.labels && to.dx2) r.bad(LossGradients::dx2, "with labels there is one tensor");
+    if (!l.sigmoid && to.dbias) r.bad(LossGradients::dbias, "needs the sigmoid loss");
+    const int width = checked_threads(threads);
+    const cpu::SimilarityWants wants{to.dx1 != nullptr, to.dx2 != nullptr, to.dscale != nullptr,
+                                     to.dbias != nullptr};
+    const int64_t needed = cpu::similarity_loss_backward_scratch(l, wants, width);
+    void* buffer = checked_scratch(scratch, scratch_bytes, needed);
+    without_gil(cpu::similarity_loss_backward, l, of_loss, to, buffer, width);
   });
   m.def("pair_sums_fwd_scratch_bytes", [](py::handle problem, int64_t threads) {
     return cpu::pair_sums_forward_scratch(decode(problem), checked_threads(threads));

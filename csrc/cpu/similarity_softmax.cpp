@@ -50,9 +50,11 @@ double largest_norm(const Source<R>& x, const SimilaritySlots<R>& slots, double*
 }
 
 template <class R>
-bool bounded(const Operands<R>& o, bool itself, const SimilaritySlots<R>& slots, double* squares) {
+bool bounded(const SimilarityProblem& p, const Operands<R>& o, const SimilaritySlots<R>& slots,
+             double* squares) {
+  if (p.unit_rows) return std::fabs(double(o.scale)) <= exp_limit<R>();
   const double of_left = largest_norm(o.left, slots, squares);
-  const double of_keys = itself ? of_left : largest_norm(o.keys, slots, squares);
+  const double of_keys = p.itself ? of_left : largest_norm(o.keys, slots, squares);
   return of_left * of_keys * std::fabs(double(o.scale)) <= exp_limit<R>();
 }
 
@@ -175,7 +177,7 @@ void forward_of(const SimilarityProblem& p, const SimilarityForward& f, void* sc
   const ForwardBuffers<R> b(p, plan, columns, f.mean != nullptr, threads, arena);
   b.clear(p);
   const Operands<R> o(p);
-  const bool shifts = !bounded(o, p.itself, b.slots, b.squares);
+  const bool shifts = !bounded(p, o, b.slots, b.squares);
   const Forward<R> on_tile{p, tile_math<R>(), b.rows, b.columns, shifts};
   for_all_tiles(p, plan, o, b.slots, columns, on_tile);
   write_stats(b.rows, f.rows, f.mean, p.n, p.m, shifts);
@@ -256,7 +258,7 @@ void backward_of(const SimilarityProblem& p, const SimilarityBackward& g, void* 
   const BackwardBuffers<R> b(p, plan, wants_of(g.to), threads, arena);
   const Operands<R> o(p);
   const TileMath<R>& math = tile_math<R>();
-  const bool shifts = !bounded(o, p.itself, b.slots, b.squares);
+  const bool shifts = !bounded(p, o, b.slots, b.squares);
   Backward<R> on_tile{p, math, terms_of<R>(g.rows, p.n, shifts, b.row_terms), {}};
   if (g.columns.of_lse || g.columns.of_positive) {
     on_tile.columns = terms_of<R>(g.columns, p.m, shifts, b.column_terms);

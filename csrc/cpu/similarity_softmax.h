@@ -26,6 +26,7 @@ struct SimilarityProblem {
   const void* scales;   // null, or one scale or n
   bool scale_of_each;   // n scales
   similarity::Kinds kinds;
+  bool unit_rows;  // no row is longer than 1, but for roundings
 };
 
 struct SimilarityStats {  // of rows (n) or columns (m); all null: not wanted

@@ -64,6 +64,8 @@ struct TileMath {
   void (*read_scaled)(const void*, DType, int64_t, R, R*);
   void (*write_scaled)(const R*, int64_t, R, DType, void*);
   R (*dot)(const R*, const R*, int64_t);
+  void (*divide)(const R*, int64_t, R, R*);
+  void (*take_away)(const R*, int64_t, R, R, R*);
 };
 
 template <class R>

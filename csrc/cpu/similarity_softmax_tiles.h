@@ -398,11 +398,22 @@ R dot(const R* x, const R* y, int64_t n) {
   for (int64_t l = 0; l < n; l += kLanes) sum += load_part(x + l, n - l) * load_part(y + l, n - l);
   return lane_sum<R>(sum);
 }
+// to = from / by
+template <class R>
+void divide(const R* from, int64_t n, R by, R* to) {
+  for (int64_t l = 0; l < n; ++l) to[l] = from[l] / by;
+}
+// x = (x - along y) / by
+template <class R>
+void take_away(const R* y, int64_t n, R along, R by, R* x) {
+  for (int64_t l = 0; l < n; ++l) x[l] = (x[l] - along * y[l]) / by;
+}
 
 template <class R>
 TileMath<R> math_of() {
   return {pad<R>,          maxima<R>,           sum_exp<R>,     softmax_gradient<R>,
           hide_equal<R>,   sum_equal<R>,        add_equal<R>,   to_signed<R>,
           sum_softplus<R>, sigmoid_gradient<R>, sum_margins<R>, margin_gradient<R>,
-          read_scaled<R>,  write_scaled<R>,     dot<R>};
+          read_scaled<R>,  write_scaled<R>,     dot<R>,         divide<R>,
+          take_away<R>};
 }

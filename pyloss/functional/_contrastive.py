@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype, without_autocast
-from pyloss.ops.similarity_softmax import Stats, pair_sums, similarity_softmax, unit_rows
+from pyloss.ops.similarity_softmax import Stats, loss, pair_sums, similarity_softmax, unit_rows
 
 
 def check_positive(name: str, value) -> None:
@@ -137,6 +137,20 @@ def _total(each: Tensor) -> Tensor:
     if each.shape[0] > 4096:
         each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)
     return each.sum()
+
+
+def at_once(
+    features: Features, x1: Tensor, x2: Tensor | None, scale, reduction: str, group, flags: int,
+    **given,
+) -> Tensor | None:  # fmt: skip
+    """The mean or sum by the op that has all of it; None where that op does not serve."""
+    if not features.normalize or reduction == "none" or group is not None:
+        return None
+    if not loss.serves(x1, x2) or (isinstance(scale, Tensor) and scale.dim() > 0):
+        return None
+    if reduction == "sum":
+        flags |= loss.SUM
+    return loss.similarity_loss(x1, x2, scale, flags, **given)
 
 
 def softmax_over(group, ring: bool) -> Callable:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._contrastive import (
     Features,
+    at_once,
     check_common,
     check_finite,
     check_positive,
@@ -31,6 +32,8 @@ from pyloss.functional._contrastive import (
     softmax_over,
 )
 from pyloss.ops.similarity_softmax import similarity_softmax
+from pyloss.ops.similarity_softmax.call import COLUMNS
+from pyloss.ops.similarity_softmax.loss import SIGMOID, VIEWS
 from pyloss.ops.similarity_topk import similarity_hardest
 
 
@@ -114,6 +117,11 @@ def info_nce(
         target = _checked_target(target, query, key)
     _check_together(queue, target, ids, key_ids, queue_ids, in_batch, symmetric)
     scale = features.inverse("temperature", temperature, None if symmetric else rows)
+    if queue is None and target is None and ids is None:
+        flags = COLUMNS if symmetric else 0
+        found = at_once(features, query, key, scale, reduction, group, flags)
+        if found is not None:
+            return found
     q, k = features.of(query), features.of(key)
     others = None if queue is None else features.of(queue)
     masks = {}
@@ -242,6 +250,9 @@ def nt_xent(
     features = Features(normalize, z1=z1, z2=z2)
     check_same_rows("z2", z2, "z1", z1)
     scale = features.inverse("temperature", temperature)
+    found = at_once(features, z1, z2, scale, reduction, group, VIEWS)
+    if found is not None:
+        return found
     z, other = features.of(z1, z2), other_views(z1)
     stats = softmax_over(group, ring)(z, z, scale, first=0, target=other)
     return features.reduced(of_rows(stats), reduction, group=group)
@@ -297,9 +308,12 @@ def clip_loss(
     check_clip(logit_scale, normalize, reduction, group, ring)
     features = Features(normalize, image_features=image_features, text_features=text_features)
     check_same_rows("text_features", text_features, "image_features", image_features)
+    scale = features.scale("logit_scale", logit_scale)
+    found = at_once(features, image_features, text_features, scale, reduction, group, COLUMNS)
+    if found is not None:
+        return found
     stats = softmax_over(group, ring)(
-        features.of(image_features), features.of(text_features),
-        features.scale("logit_scale", logit_scale), columns=True,
+        features.of(image_features), features.of(text_features), scale, columns=True,
         target=torch.arange(image_features.shape[0], device=image_features.device),
     )  # fmt: skip
     each = 0.5 * (of_rows(stats) + of_columns(stats))
@@ -360,7 +374,11 @@ def supervised_contrastive(
     if features.dim() == 3:
         labels, features = labels.repeat_interleave(lead[1]), features.flatten(0, 1)
     checked = Features(normalize, features=features)
-    scale, z = checked.inverse("temperature", temperature), checked.of(features)
+    scale = checked.inverse("temperature", temperature)
+    found = at_once(checked, features, None, scale, reduction, group, 0, labels=labels)
+    if found is not None:
+        return found
+    z = checked.of(features)
     stats = softmax_over(group, ring)(
         z, z, scale, first=0, query_ids=labels, key_ids=labels, same="positive"
     )
@@ -600,9 +618,15 @@ def siglip_loss(
     check_siglip(logit_scale, logit_bias, normalize, reduction, group, ring)
     features = Features(normalize, image_features=image_features, text_features=text_features)
     check_same_rows("text_features", text_features, "image_features", image_features)
+    scale = features.scale("logit_scale", logit_scale)
+    bias = features.scale("logit_bias", logit_bias)
+    found = at_once(
+        features, image_features, text_features, scale, reduction, group, SIGMOID, bias=bias
+    )
+    if found is not None:
+        return found
     each = pair_sums_over(group, ring)(
-        features.of(image_features), features.of(text_features),
-        features.scale("logit_scale", logit_scale), features.scale("logit_bias", logit_bias),
+        features.of(image_features), features.of(text_features), scale, bias,
         target=torch.arange(image_features.shape[0], device=image_features.device),
     )  # fmt: skip
     return features.reduced(each, reduction, group=group)

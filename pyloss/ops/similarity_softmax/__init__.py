@@ -22,7 +22,7 @@ from torch import Tensor
 from pyloss.ops._flops import count_by
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
-from pyloss.ops.similarity_softmax import by_tiles, cpu, reference, triton
+from pyloss.ops.similarity_softmax import by_tiles, cpu, loss, reference, triton
 from pyloss.ops.similarity_softmax.call import (
     COLUMNS,
     DENOMINATORS,
@@ -42,7 +42,9 @@ from pyloss.ops.similarity_softmax.call import (
 from pyloss.ops.similarity_softmax.sums import Margins, margin_sums, pair_sums
 from pyloss.ops.similarity_softmax.unit import unit_rows
 
-__all__ = ["Margins", "Stats", "margin_sums", "pair_sums", "similarity_softmax", "unit_rows"]
+__all__ = [
+    "Margins", "Stats", "loss", "margin_sums", "pair_sums", "similarity_softmax", "unit_rows",
+]  # fmt: skip
 
 _OF_ROWS = "Tensor? g, Tensor? g_positive, Tensor? column_g, Tensor? column_g_positive"
 

@@ -87,7 +87,35 @@ class PairSumGradients(NamedTuple):
     dbias: int
 
 
-RECORDS = (Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients)
+class Loss(NamedTuple):
+    rows: int
+    d: int
+    dtype: int
+    views: bool
+    columns: bool
+    sigmoid: bool
+    sum: bool
+    scale: float
+    scales: int
+    bias: float
+    biases: int
+    labels: int
+    unit: int
+    stats: int
+
+
+class LossGradients(NamedTuple):
+    g: int
+    dx1: int
+    dx2: int
+    dscale: int
+    dbias: int
+
+
+RECORDS = (
+    Problem, Forward, Backward, Counts, PairSums, PairSumResults, PairSumGradients, Loss,
+    LossGradients,
+)  # fmt: skip
 
 
 def problem(p: Pairs) -> Problem:
