@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.ops._gemm import product
+
 # Scores in flight. Larger tiles leave the cache and gain nothing: a product over 256 rows or more
 # runs at the full rate already.
 TILE = 1 << 20
@@ -30,7 +32,8 @@ def forward(queries: Tensor, keys: Tensor, k: int, first: int) -> tuple[Tensor, 
     with torch.autocast(queries.device.type, enabled=False):
         for begin in range(0, count, rows):
             end = min(begin + rows, count)
-            scores = torch.mm(queries[begin:end], others, out=buffer[: end - begin])
+            scores = buffer[: end - begin]
+            product(queries[begin:end], others, scores)
             if first >= 0:
                 scores.diagonal(first + begin).fill_(-math.inf)
             torch.topk(scores, k, dim=1, out=(values[begin:end], indices[begin:end]))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops._gemm import product
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import lib, register_fake
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
@@ -39,7 +40,9 @@ def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
     scale = scale.expand(count).unsqueeze(1)
     for begin in range(0, count, max(1, height)):
         rows = slice(begin, min(begin + height, count))
-        z = torch.mm(queries[rows], others, out=buffer[: rows.stop - begin]).mul_(scale[rows])
+        z = buffer[: rows.stop - begin]
+        product(queries[rows], others, z)
+        z.mul_(scale[rows])
         if first >= 0:
             z.diagonal(first + begin).fill_(-math.inf)
         yield rows, z
@@ -70,8 +73,8 @@ def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
             left_out = ~(same | (z > bar) | level.isnan())
             g = z.sub_(level).exp_().mul_(g_lse[rows].unsqueeze(1))
             g = g.add_(g_total[rows].unsqueeze(1)).masked_fill_(left_out, 0.0)
-            torch.mm(g, keys, out=g_queries[rows])
-            g_keys.addmm_(g.t(), scaled[rows])
+            product(g, keys, g_queries[rows])
+            product(g.t(), scaled[rows], g_keys, add=True)
     g_scale = (g_queries * queries).sum(1)
     return g_queries.mul_(scale.expand(queries.shape[0]).unsqueeze(1)), g_keys, g_scale
 
