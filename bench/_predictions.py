@@ -24,12 +24,12 @@ COPY = 4.3e12  # bytes read and written a second
 MATRIX = 790e12  # operations a second, dense bf16
 MULTIPROCESSORS = 132
 CLOCK = 1.755e9
-L2 = 8e12  # bytes from the cache to the multiprocessors a second; by what Triton's products reach
 LATENCY = 0.8e-6  # of a load from memory that is busy
 LAUNCH = 3e-6  # from the end of one kernel to the work of the next
 SHARED_BYTES = 228 * 1024  # of a multiprocessor
 SHARED_RATE = 128  # bytes of it a cycle
-L2 = 5.5e12  # bytes a second
+L2 = 5.5e12  # bytes from the cache to the multiprocessors a second
+L2_TILES = 8e12  # the same, of tiles that neighbours share: what products of Triton reach
 L2_LATENCY = 0.4e-6
 TILE_SYNC = 150  # cycles of a tile that wait for barriers and for the end of products
 OVERLAP = 4  # power of the soft maximum of what a tile of attention needs
@@ -335,7 +335,7 @@ def pair_seconds(
     """
     rows, columns = tile
     read = 2 * d * (1 / rows if filled else 1 / rows + 1 / columns)
-    multiplied = max(2 * d * products / MATRIX, read / L2)
+    multiplied = max(2 * d * products / MATRIX, read / L2_TILES)
     cycles = max(exps / 16, instructions / 128) / MULTIPROCESSORS
     fill = 0 if filled else LATENCY / (rows * columns * MULTIPROCESSORS)
     return multiplied + cycles / CLOCK + fill
