@@ -3,7 +3,7 @@
     python -m bench._predictions     the table of the kernels and the predicted times
 
 Standard library only. bench/_gpu_times.py measures the same cases and prints measured over
-predicted; tests/compile/test_nvcc_compile.py holds KERNELS against what the compiler has made.
+predicted; _kernel_table.py has the kernels.
 
 The model of a streaming kernel: a multiprocessor moves bytes at its share of the copy rate, starts
 4 instructions of a warp a cycle, and has a number of bytes under way for the latency of a load. The
@@ -20,97 +20,21 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from bench import _kernel_table
+from bench._kernel_table import SHARED_BYTES, blocks_per_multiprocessor
+
 COPY = 4.3e12  # bytes read and written a second
 MATRIX = 790e12  # operations a second, dense bf16
 MULTIPROCESSORS = 132
 CLOCK = 1.755e9
-L2 = 8e12  # bytes from the cache to the multiprocessors a second; by what Triton's products reach
 LATENCY = 0.8e-6  # of a load from memory that is busy
 LAUNCH = 3e-6  # from the end of one kernel to the work of the next
-SHARED_BYTES = 228 * 1024  # of a multiprocessor
 SHARED_RATE = 128  # bytes of it a cycle
-L2 = 5.5e12  # bytes a second
+L2 = 5.5e12  # bytes from the cache to the multiprocessors a second
+L2_TILES = 8e12  # the same, of tiles that neighbours share: what products of Triton reach
 L2_LATENCY = 0.4e-6
 TILE_SYNC = 150  # cycles of a tile that wait for barriers and for the end of products
 OVERLAP = 4  # power of the soft maximum of what a tile of attention needs
-
-
-class Kernel(NamedTuple):
-    """A row of the table. An element is a logit, a voxel, a wire: what the traffic is counted in.
-
-    Registers and static shared memory are those of sm_90, the most over all variants but double; in
-    the latter the 1 KiB that the runtime adds to a block which has any.
-    """
-
-    name: str
-    threads: int  # of a block, the usual one
-    registers: int
-    shared: int
-    traffic: str  # bytes of an element of b bytes, read + written
-
-
-KERNELS = (
-    Kernel("row_softmax_fwd_kernel", 256, 128, 1872, "b + 0; with the gradient b + b"),
-    Kernel("row_softmax_bwd_kernel", 256, 128, 7168, "b + b"),
-    Kernel("row_softmax_split_kernel", 32, 39, 1024, "32 a range of columns + 16 a row"),
-    Kernel("row_softmax_loss_kernel", 512, 30, 1280, "4 a row + 0"),
-    Kernel("row_softmax_norm_kernel", 512, 32, 1792, "8 a row + 0"),
-    Kernel("row_softmax_norm_finish_kernel", 512, 22, 1792, "24 a block + 0"),
-    Kernel("row_softmax_scale_kernel", 256, 32, 0, "b + b, or nothing for a factor of 1"),
-    Kernel("row_softmax_alone_fwd_kernel", 128, 96, 1040, "b + 0"),
-    Kernel("row_softmax_alone_bwd_kernel", 128, 80, 1024, "b + b"),
-    Kernel("row_softmax_hvp_kernel", 256, 56, 1408, "4 b + b"),
-    Kernel("row_softmax_cluster_kernel", 256, 59, 1280, "b + b"),
-    Kernel("betti_key_kernel", 512, 26, 0, "4 + 8"),
-    Kernel("betti_rank_kernel", 512, 28, 0, "8 + 4"),
-    Kernel("betti_number_kernel", 512, 14, 0, "4 + 4"),
-    Kernel("betti_min_rank_kernel", 512, 15, 0, "8 + 4"),
-    Kernel("betti_clear_kernel", 512, 8, 0, "0 + 4"),
-    Kernel("betti_sort_count_kernel", 256, 15, 2048, "4 + 0"),
-    Kernel("betti_sort_few_kernel", 256, 26, 0, "4 a digit and tile + 4"),
-    Kernel("betti_sort_many_kernel", 256, 32, 1056, "4 a digit and tile + 4"),
-    Kernel("betti_sort_move_kernel", 256, 61, 10240, "8 + 8"),
-    Kernel("betti_first_edges_kernel", 512, 30, 0, "16 + 8"),
-    Kernel("betti_link_kernel", 512, 20, 0, "8 + 4 a root"),
-    Kernel("betti_root_kernel", 512, 32, 1152, "4 a root + 4"),
-    Kernel("betti_jump_kernel", 512, 18, 0, "8 a hop + 4"),
-    Kernel("betti_edges_kernel", 512, 30, 1152, "12 an edge + 8"),
-    Kernel("betti_fill_kernel", 512, 10, 0, "0 + 4"),
-    Kernel("betti_start_kernel", 512, 20, 0, "8 + 8"),
-    Kernel("betti_chain_kernel", 512, 20, 0, "8 a hop + 4"),
-    Kernel("betti_bounds_kernel", 512, 12, 0, "4 + 4"),
-    Kernel("betti_elder_kernel", 512, 48, 0, "16 a bar and level + 8"),
-    Kernel("betti_elder_long_kernel", 512, 64, 2560, "16 a bar and level + 8"),
-    Kernel("betti_match_kernel", 512, 30, 0, "16 a bar + 8"),
-    Kernel("betti_loss_kernel", 256, 48, 1792, "24 a bar + 0"),
-    Kernel("betti_loss_sum_kernel", 512, 31, 0, "8 a block + 4"),
-    Kernel("betti_gradient_kernel", 512, 40, 0, "24 + 4"),
-    Kernel("betti_table_kernel", 512, 39, 0, "16 a bar + 48"),
-    Kernel("sorting_values_kernel", 512, 40, 3392, "4 + 4"),
-    Kernel("sorting_values_backward_kernel", 512, 50, 3264, "8 + 4"),
-    Kernel("sorting_tiny_kernel", 32, 77, 1024, "4 n an item + 4 n"),
-    Kernel("sorting_tile_kernel", 512, 127, 3792, "8 an entry of P and segment of layers + 8"),
-    Kernel("sorting_sum_groups_kernel", 256, 32, 0, "4 a group + 4"),
-    Kernel("sorting_sum_items_kernel", 256, 32, 0, "4 an item + 4"),
-    Kernel("sorting_mean_loss_kernel", 256, 30, 0, "8 a group + 4"),
-    Kernel("sorting_window_kernel", 512, 56, 19648, "4 a pass + 4"),
-    Kernel("sorting_layer_kernel", 256, 42, 1052, "8 a layer + 8"),
-    Kernel("sorting_fill_kernel", 256, 26, 0, "0 + 4"),
-    Kernel("sorting_find_nan_kernel", 256, 24, 0, "4 + 0"),
-    Kernel("sorting_copy_kernel", 256, 32, 0, "4 + 4"),
-    Kernel("permutahedron_warp_fwd_kernel", 32, 58, 1024, "12 + 8"),
-    Kernel("permutahedron_warp_bwd_kernel", 32, 49, 1024, "12 + 4"),
-    Kernel("permutahedron_fwd_kernel", 64, 62, 1024, "8 a pool and step + 8"),
-    Kernel("permutahedron_bwd_kernel", 64, 48, 1024, "12 + 4"),
-)
-
-
-def blocks_per_multiprocessor(threads: int, registers: int, shared: int) -> int:
-    """The occupancy rule: registers come in units of 256 a warp."""
-    warps = math.ceil(threads / 32)
-    by_registers = 65536 // (warps * math.ceil(registers * 32 / 256) * 256)
-    by_shared = SHARED_BYTES // max(shared, 1024)
-    return min(64 // warps, by_registers, by_shared, 32)
 
 
 class Rows(NamedTuple):
@@ -335,7 +259,7 @@ def pair_seconds(
     """
     rows, columns = tile
     read = 2 * d * (1 / rows if filled else 1 / rows + 1 / columns)
-    multiplied = max(2 * d * products / MATRIX, read / L2)
+    multiplied = max(2 * d * products / MATRIX, read / L2_TILES)
     cycles = max(exps / 16, instructions / 128) / MULTIPROCESSORS
     fill = 0 if filled else LATENCY / (rows * columns * MULTIPROCESSORS)
     return multiplied + cycles / CLOCK + fill
@@ -380,12 +304,7 @@ def planned(done: Collection[str] = ()) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    print(f"{'kernel':<34} {'threads':>7} {'registers':>9} {'shared':>7} {'blocks':>6}  bytes")
-    for k in KERNELS:
-        blocks = blocks_per_multiprocessor(k.threads, k.registers, k.shared)
-        print(
-            f"{k.name:<34} {k.threads:>7} {k.registers:>9} {k.shared:>7} {blocks:>6}  {k.traffic}"
-        )
+    print("\n".join(_kernel_table.lines()))
     print("\nshare of the copy rate, bf16, before and after")
     for what, before, after in (
         ("forward", FORWARD_BEFORE, FORWARD),

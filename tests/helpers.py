@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,25 @@ def check_ranks(folder: Path, world: int, *command: str) -> list[str]:
         found = run_ranks(folder, 1, world, *command)
     assert not any(status for status, _ in found), "\n".join(text[-3000:] for _, text in found)
     return [text for _, text in found]
+
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::matmul", "aten::bmm")
+
+
+def multiplications(function: Callable[[], object]) -> int:
+    """Multiply-adds of all matrix products that a call makes; torch's, which its profiler sees."""
+    from pyloss.ops import _gemm
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        unittest.mock.patch.object(_gemm, "_forced", "torch"),
+        torch.profiler.profile(activities=activities, record_shapes=True) as profile,
+    ):
+        function()
+    total = 0
+    for event in profile.events():
+        parent = event.cpu_parent
+        if event.name in _PRODUCTS and (parent is None or parent.name not in _PRODUCTS):
+            a, b = event.input_shapes[:2] if "add" not in event.name else event.input_shapes[1:3]
+            total += a[0] * a[1] * b[1]
+    return total

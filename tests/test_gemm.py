@@ -9,6 +9,7 @@ import torch
 
 import pyloss
 from pyloss import _C
+from pyloss.functional import linear_distillation_loss
 from pyloss.ops import _gemm
 
 
@@ -38,21 +39,48 @@ def test_what_the_own_product_takes(choice) -> None:
     assert not _gemm.is_own(torch.empty(1, device="meta"))
 
 
-def test_bits_do_not_depend_on_the_threads(monkeypatch) -> None:
+def _cross_entropy(hidden, weight, bias):
+    y = torch.arange(len(hidden)) % len(weight)
+    return pyloss.fused_linear_cross_entropy(hidden, weight, y, bias, chunk=256)
+
+
+def _distillation(hidden, weight, bias):
+    teacher = hidden.detach().cos(), weight.detach().sin()
+    return linear_distillation_loss(hidden, weight, *teacher, student_bias=bias, chunk=256)
+
+
+@pytest.mark.parametrize("loss", [_cross_entropy, _distillation])
+def test_bits_do_not_depend_on_the_threads(loss, monkeypatch, keep_num_threads) -> None:
     monkeypatch.setattr(_gemm, "_forced", "own")
     torch.manual_seed(0)
-    hidden, weight = torch.randn(600, 40), torch.randn(700, 40)
-    y, found, before = torch.randint(700, (600,)), [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            layer = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-            loss = pyloss.fused_linear_cross_entropy(*layer, y, chunk=256)
-            found.append((loss, *torch.autograd.grad(loss, layer)))
-    finally:
-        torch.set_num_threads(before)
+    layer = [torch.randn(shape) for shape in ((600, 40), (700, 40), (700,))]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = [t.clone().requires_grad_() for t in layer]
+        value = loss(*leaves)
+        found.append((value, *torch.autograd.grad(value, leaves)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(b=torch.ones(4, 5)),
+        dict(out=torch.ones(2, 6)),
+        dict(b=torch.ones(3, 5).double()),
+        dict(bias=torch.ones(4)),
+        dict(bias=torch.ones(5).double()),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(choice, wrong) -> None:
+    """As torch.mm does: an op can be called without the checks of its function."""
+    fitting = dict(a=torch.ones(2, 3), b=torch.ones(3, 5), out=torch.ones(2, 5))
+    if choice == "torch" and "out" in wrong:  # torch resizes, with a warning
+        return
+    with pytest.raises(RuntimeError):
+        _gemm.product(**(fitting | wrong))
 
 
 def test_nan_and_infinity_reach_their_row_and_column_only() -> None:

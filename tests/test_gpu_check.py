@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # At the end, so that an installed pyloss stays ahead of the one in the source tree.
 sys.path.append(str(ROOT))
 
-from bench import _gpu_first, _gpu_kernels, _gpu_summary, _gpu_times, _predictions  # noqa: E402
+from bench import (  # noqa: E402
+    _gpu_first,
+    _gpu_kernels,
+    _gpu_summary,
+    _gpu_times,
+    _kernel_table,
+    _predictions,
+)
 from bench import _sanitizer_cases as cases  # noqa: E402
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -58,6 +65,35 @@ def test_a_new_kernel_is_found(tmp_path: Path) -> None:
 def test_docs_name_every_kernel() -> None:
     page = (ROOT / "docs/gpu.md").read_text()
     assert [k for k in _gpu_kernels.kernels() if f"`{k}`" not in page] == []
+
+
+def test_every_kernel_has_bytes_and_flop_in_the_table(capsys) -> None:
+    rows = {k.name: k for k in _kernel_table.KERNELS + _kernel_table.TRITON_KERNELS}
+    assert sorted(rows) == sorted(_gpu_kernels.kernels())
+    _predictions.main()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "FLOP" in head
+    printed = {line.split()[0]: line for line in lines[: len(rows)]}
+    for name, k in rows.items():
+        assert k.traffic and k.flop and f"  {k.flop}  " in printed[name]
+        blocks = _kernel_table.blocks_per_multiprocessor(k.threads, k.registers, k.shared)
+        assert blocks >= 1, name
+
+
+def test_flop_of_attention_are_those_of_its_head() -> None:
+    """The table counts by kernel, the head of the file by pass."""
+    rows = {k.name: k.flop for k in _kernel_table.TRITON_KERNELS}
+
+    def total(*kernels: str) -> int:
+        return sum(int(rows[f"tensor_attention_{k}_kernel"].removesuffix(" d")) for k in kernels)
+
+    (said,) = re.findall(
+        r"forward (\d+) T d; backward (\d+) T d \(rows\), (\d+) T d \(pairs\)",
+        (ROOT / "kernels/tensor_attention/__init__.py").read_text(),
+    )
+    forms = [f"bwd_{of}_{by}" for by in ("rows", "pairs") for of in ("q", "kv")]
+    found = total("fwd_rows"), total(*forms[:2]), total(*forms[2:])
+    assert found == tuple(map(int, said)) and total("fwd_pairs") == found[0]
 
 
 def test_a_kernel_that_never_ran_is_named() -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import multiplications
 from linear_cross_entropy_cases import (
     ROW_WAYS,
     SCALAR_WAYS,
@@ -37,7 +37,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyloss
 from pyloss.functional import _checks as checks
-from pyloss.ops import _gemm
 from pyloss.reference import linear_cross_entropy as reference
 from pyloss.reference import token_logprobs as logprobs_reference
 from pyloss.testing import make_logits, make_target
@@ -1136,26 +1135,6 @@ def test_shift_copies_nothing():
     assert memory.peak < layer.input.numel() * 4 / 4
 
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::matmul", "aten::bmm")
-
-
-def _multiplications(function) -> float:
-    """Multiply-adds of all matrix products that a call makes; torch's, which its profiler sees."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        unittest.mock.patch.object(_gemm, "_forced", "torch"),
-        torch.profiler.profile(activities=activities, record_shapes=True) as profile,
-    ):
-        function()
-    total = 0
-    for event in profile.events():
-        parent = event.cpu_parent
-        if event.name in _PRODUCTS and (parent is None or parent.name not in _PRODUCTS):
-            a, b = event.input_shapes[:2] if "add" not in event.name else event.input_shapes[1:3]
-            total += a[0] * a[1] * b[1]
-    return total
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("strategy", ["forward", "recompute"])
 def test_products_of_frozen_arguments_are_skipped(strategy, dtype):
@@ -1177,19 +1156,19 @@ def test_products_of_frozen_arguments_are_skipped(strategy, dtype):
             fused(layer, y, strategy=strategy, chunk=9).backward()
 
         step()
-        assert _multiplications(step) == products * one
+        assert multiplications(step) == products * one
     layer = make_layer(rows, features, classes, dtype, requires_grad=False)
-    assert _multiplications(lambda: fused(layer, y, strategy=strategy, chunk=9)) == one
+    assert multiplications(lambda: fused(layer, y, strategy=strategy, chunk=9)) == one
     layer.input.requires_grad_()
     with torch.no_grad():
-        assert _multiplications(lambda: fused(layer, y, strategy=strategy, chunk=9)) == one
+        assert multiplications(lambda: fused(layer, y, strategy=strategy, chunk=9)) == one
 
 
 def test_ignored_rows_are_left_out_of_the_products():
     layer = make_layer(40, 16, 30, F32)
     y = make_target((40, 30))
     y[10:] = -100
-    work = _multiplications(lambda: fused(layer, y, chunk=7).backward())
+    work = multiplications(lambda: fused(layer, y, chunk=7).backward())
     assert work == 3 * 10 * 16 * 30
 
 

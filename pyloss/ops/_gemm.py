@@ -41,11 +41,23 @@ def is_own(x: Tensor) -> bool:
     return _preferred if _forced is None else _forced == "own"
 
 
+def _check(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
+    """As torch.mm has it: an op may be called without its function, which checks the layer."""
+    fits = a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1])
+    same = all((t.dtype, t.device) == (out.dtype, out.device) for t in (a, b))
+    if bias is not None:
+        fits = fits and bias.shape == b.shape[1:] and bias.is_contiguous()
+        same = same and (bias.dtype, bias.device) == (out.dtype, out.device)
+    if not (fits and same):
+        shapes = " and ".join(f"{list(t.shape)} ({t.dtype}, {t.device})" for t in (a, b))
+        raise RuntimeError(f"no product of {shapes} into {list(out.shape)} ({out.dtype})")
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False):
     """out = a b, plus the row `bias`, or with `add` plus what is there.
 
     Args:
-        a, b: (M, K) and (K, N), of any strides.
+        a, b: (M, K) and (K, N), of any strides; a bias is (N,) and dense.
         out: (M, N), its rows dense, of memory apart from a and b.
     """
     if not is_own(out):
@@ -57,6 +69,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, ad
             torch.mm(a, b, out=out)
         return
     (m, k), n = a.shape, b.shape[1]
+    _check(a, b, out, bias)
     _C.gemm(
         DTYPE_CODES[out.dtype], m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
         out.data_ptr(), out.stride(0), address(bias), add, torch.get_num_threads(),

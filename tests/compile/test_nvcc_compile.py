@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # At the end, so that an installed pyloss stays ahead of the one in the source tree.
 sys.path.append(str(ROOT))
 
-from bench import _gpu_kernels, _predictions  # noqa: E402
+from bench import _gpu_kernels, _kernel_table, _predictions  # noqa: E402
 
 MODULE = Path(_C.__file__)
 OTHERS = ROOT / "build/gpu-proof/libpyloss_cuda.a"
@@ -135,7 +135,7 @@ def _is_double(name: str, kernel: str) -> bool:
 
 
 def test_table_of_predictions_has_every_kernel() -> None:
-    assert sorted(k.name for k in _predictions.KERNELS) == _gpu_kernels.cuda_kernels()
+    assert sorted(k.name for k in _kernel_table.KERNELS) == _gpu_kernels.cuda_kernels()
 
 
 def test_table_of_predictions_has_what_was_compiled() -> None:
@@ -144,7 +144,7 @@ def test_table_of_predictions_has_what_was_compiled() -> None:
         pytest.skip("the table is of sm_90")
     # A kernel's name follows its length, so that no other one ends like it.
     compiled = [k for k in _kernels(MODULE) if k.arch == "sm_90"]
-    for row in _predictions.KERNELS:
+    for row in _kernel_table.KERNELS:
         mine = [k for k in compiled if f"{len(row.name)}{row.name}" in k.name]
         mine = [k for k in mine if not _is_double(k.name, row.name)]
         assert mine, row.name
@@ -155,7 +155,7 @@ def test_table_of_predictions_has_what_was_compiled() -> None:
 
 def test_occupancy_rule() -> None:
     """64 registers and 256 threads: 4 blocks; shared memory and threads bound it, too."""
-    blocks = _predictions.blocks_per_multiprocessor
+    blocks = _kernel_table.blocks_per_multiprocessor
     assert [blocks(256, r, 0) for r in (32, 64, 65, 80, 128, 255)] == [8, 4, 3, 3, 2, 1]
     assert [blocks(128, 32, s) for s in (0, 30_000, 100_000)] == [16, 7, 2]
     assert blocks(32, 16, 0) == 32

@@ -26,7 +26,7 @@ KERNELS = ROOT / "kernels"
 # At the end, so that an installed pyloss stays ahead of the one in the source tree.
 sys.path.append(str(ROOT))
 
-from bench import _predictions  # noqa: E402
+from bench import _kernel_table, _predictions  # noqa: E402
 
 OPS = [HERE / "sample_kernel.py"] + sorted(
     p  # modules and packages
@@ -106,17 +106,17 @@ def properties(launch, capability: int) -> set[str]:
     return found
 
 
-def check(kernel: str, capability: int, found: dict) -> int:
-    """Compiles those launches of a kernel; how many there are."""
+def check(kernel: str, capability: int, found: dict) -> list:
+    """Compiles those launches of a kernel; what came out."""
     from triton_compile import SHARED_LIMIT, compile_launch
 
-    count, bad = 0, []
+    made, bad = [], []
     for scenario, launch in found.values():
         if launch.name != kernel:
             continue
-        count += 1
         where = f"{scenario}: {launch.constexprs}"
         done = compile_launch(launch, capability)
+        made.append(done)
         if done.shared > SHARED_LIMIT[capability]:
             bad.append(f"{where}: {done.shared} bytes of shared memory")
         known = properties(launch, capability)
@@ -127,12 +127,21 @@ def check(kernel: str, capability: int, found: dict) -> int:
             bad.append(f"{where}: accesses of spilled registers in loops with products: {local}")
         bad += [f"{where}: {text}" for text in done.warnings]
     assert not bad, "\n".join(bad)
-    return count
+    return made
 
 
 @pytest.mark.parametrize("module, kernel", ALL)
 def test_compiles(module: str, kernel: str) -> None:
-    assert check(kernel, 90, usual(module)), "no scenario launches it"
+    """And the first launch has what the table of predictions says, by the Triton it names."""
+    import triton
+
+    made = check(kernel, 90, usual(module))
+    assert made, "no scenario launches it"
+    rows = [row for row in _kernel_table.TRITON_KERNELS if row.name == kernel]
+    if rows and triton.__version__.startswith(_kernel_table.TRITON):
+        assert 32 * made[0].warps == rows[0].threads
+        assert abs(made[0].registers - rows[0].registers) <= 16, made[0].registers
+        assert made[0].shared <= rows[0].shared, made[0].shared
 
 
 @pytest.mark.exhaustive

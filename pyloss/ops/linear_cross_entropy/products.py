@@ -127,8 +127,7 @@ class Linear:
 
     def _add_part(self, dw, dz, x):
         if self.exact:
-            dz = dz.to(dw.dtype)
-            torch.mm(dz.t(), x, out=dw) if self.first else dw.addmm_(dz.t(), x)
+            product(dz.to(dw.dtype).t(), x, dw, add=not self.first)
             return
         part = torch.mm(dz.t(), x)
         if part.is_cpu:

@@ -12,8 +12,9 @@ The products run over some hundred rows, which they need to be fast; what lies b
 over a few of these rows at a time, which stay in cache. So the memory is two chunks of logits, in
 the inputs' dtypes, the student's of which becomes the gradient, and some small blocks in float32.
 
-One op does a pass over the rows and returns any of values and gradients. It is torch operations
-only and therefore serves every device; being an op, torch.compile takes it whole.
+One op does a pass over the rows and returns any of values and gradients. Its products are those of
+_gemm, the rest is torch operations, so that it serves every device; being an op, torch.compile
+takes it whole.
 """
 
 from __future__ import annotations

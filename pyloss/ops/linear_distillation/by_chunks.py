@@ -1,4 +1,4 @@
-"""A pass over the rows by chunks, of torch operations only, for every device."""
+"""A pass over the rows by chunks, for every device: torch operations, and the products of _gemm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from pyloss.ops._gemm import product
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.linear_distillation.call import (
     DIRECTIONS,
@@ -70,13 +71,14 @@ def forward(
             index = None if index.shape[0] == rows else index
     count = rows if index is None else index.shape[0]
 
+    bias, teacher_bias = (b if b is None else b.contiguous() for b in (bias, teacher_bias))
     chunk = min(c.chunk, max(count, 1))
     student_logits = student.new_empty((chunk, classes))
     teacher_logits = teacher.new_empty((chunk, classes))
     values, grad_hidden, grad_weight, grad_bias = outputs(student, weight, wants)
-    product = None
+    narrow = None
     if grad_weight is not None and acc != student.dtype:
-        product = torch.empty_like(weight)
+        narrow = torch.empty_like(weight)
     block = max(1, _BLOCK_ELEMENTS.get(student.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // classes)
 
     for start in range(0, count, chunk):
@@ -105,23 +107,24 @@ def forward(
             values[part] = value if keep is None else torch.where(keep.squeeze(1), value, 0)
         if grad_hidden is not None:
             if index is None:
-                torch.mm(x, weight, out=grad_hidden[part])
+                product(x, weight, grad_hidden[part])
             else:
-                grad_hidden[part] = torch.mm(x, weight)
+                of_rows = grad_hidden.new_empty((stop - start, grad_hidden.shape[1]))
+                product(x, weight, of_rows)
+                grad_hidden[part] = of_rows
         if grad_weight is not None:
-            if product is None:
-                grad_weight.addmm_(x.t(), h)
+            if narrow is None:
+                product(x.t(), h, grad_weight, add=True)
             else:
-                grad_weight.add_(torch.mm(x.t(), h, out=product))
+                grad_weight.add_(torch.mm(x.t(), h, out=narrow))
         if grad_bias is not None:
             grad_bias.add_(x.sum(0, dtype=acc))
     return [t for t in (values, grad_hidden, grad_weight, grad_bias) if t is not None]
 
 
 def _linear(h, weight, bias, out):
-    if bias is None:
-        return torch.mm(h, weight.t(), out=out)
-    return torch.addmm(bias, h, weight.t(), out=out)
+    product(h, weight.t(), out, bias=bias)
+    return out
 
 
 def _rows(x, t, y, acc, o, c, want_grad):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.ops._gemm import product
 from pyloss.ops._launch import without_autocast
 
 # Scores in flight. Larger tiles leave the cache and gain nothing: a product over 256 rows or more
@@ -32,7 +33,8 @@ def forward(queries: Tensor, keys: Tensor, k: int, first: int) -> tuple[Tensor, 
     with without_autocast(queries):
         for begin in range(0, count, rows):
             end = min(begin + rows, count)
-            scores = torch.mm(queries[begin:end], others, out=buffer[: end - begin])
+            scores = buffer[: end - begin]
+            product(queries[begin:end], others, scores)
             if first >= 0:
                 scores.diagonal(first + begin).fill_(-math.inf)
             torch.topk(scores, k, dim=1, out=(values[begin:end], indices[begin:end]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
-from pyloss.ops import _gemm
+from pyloss.ops._gemm import product
 from pyloss.ops._launch import without_autocast
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import lib, register_fake
@@ -43,7 +43,7 @@ def _tiles(queries, keys, scale, first) -> Iterator[tuple[slice, Tensor]]:
     for begin in range(0, count, max(1, height)):
         rows = slice(begin, min(begin + height, count))
         z = buffer[: rows.stop - begin]
-        _gemm.product(queries[rows], others, z)
+        product(queries[rows], others, z)
         z.mul_(scale[rows])
         if first >= 0:
             z.diagonal(first + begin).fill_(-math.inf)
@@ -75,8 +75,8 @@ def _backward(g_lse, g_total, queries, keys, scale, lse, least, equals, first):
             left_out = ~(same | (z > bar) | level.isnan())
             g = z.sub_(level).exp_().mul_(g_lse[rows].unsqueeze(1))
             g = g.add_(g_total[rows].unsqueeze(1)).masked_fill_(left_out, 0.0)
-            _gemm.product(g, keys, g_queries[rows])
-            _gemm.product(g.t(), scaled[rows], g_keys, add=True)
+            product(g, keys, g_queries[rows])
+            product(g.t(), scaled[rows], g_keys, add=True)
     g_scale = (g_queries * queries).sum(1)
     return g_queries.mul_(scale.expand(queries.shape[0]).unsqueeze(1)), g_keys, g_scale
 
