@@ -11,8 +11,8 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._launch import without_autocast as without_autocast
+from pyloss.ops.similarity_softmax import similarity_counts as near_pairs  # noqa: F401
 from pyloss.ops.similarity_softmax import similarity_softmax as similarity_softmax
-from pyloss.ops.similarity_softmax.counts import similarity_counts as near_pairs  # noqa: F401
 
 DISTANCES = ("euclidean", "squared", "cosine")
 
