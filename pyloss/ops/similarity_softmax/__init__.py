@@ -44,8 +44,8 @@ from pyloss.ops.similarity_softmax.sums import Margins, margin_sums, pair_sums
 from pyloss.ops.similarity_softmax.unit import unit_rows
 
 __all__ = [
-    "Margins", "Stats", "loss", "margin_sums", "pair_sums", "similarity_counts", "similarity_softmax",
-    "unit_rows",
+    "Margins", "Stats", "loss", "margin_sums", "pair_sums", "similarity_counts",
+    "similarity_softmax", "unit_rows",
 ]  # fmt: skip
 
 _OF_ROWS = "Tensor? g, Tensor? g_positive, Tensor? column_g, Tensor? column_g_positive"
