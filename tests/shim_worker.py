@@ -58,7 +58,11 @@ def problems():
             lambda x: pyloss.fused_cross_entropy(x, labels[:2]), torch.randn(2, 70001)
         ),
         "images": of(lambda x: pyloss.fused_cross_entropy(x, classes), images),
-        "linear": of(lambda h, w: pyloss.fused_linear_cross_entropy(h, w, words), hidden, weight),
+        "linear": of(
+            lambda h, w: pyloss.fused_linear_cross_entropy(h, w, words, label_smoothing=0.1),
+            hidden,
+            weight,
+        ),
         "sort": of(pyloss.soft_sort, scores),
         "sort, long": of(pyloss.soft_sort, torch.randn(1, 300)),
         "ranks": of(pyloss.soft_rank, scores),
