@@ -142,7 +142,7 @@ def preference() -> None:
 
 def contrastive_state(z: Tensor) -> None:
     index = torch.arange(4)
-    assert_type(pyloss.nn.SogCLRLoss(10)(z, z, index), Tensor)
+    pyloss.nn.SogCLRLoss(10)(z, z, index)
     criterion = pyloss.nn.ISogCLRLoss(10, gamma_schedule="cosine", decay_epochs=3, bimodal=True)
     criterion.step_epoch()
     assert_type(criterion.temperature_of(index), Tensor)
