@@ -66,6 +66,13 @@ def test_equal_to_the_op(count, ignored, reduction, bias, dtype) -> None:
     assert len(count) == 4
 
 
+def test_a_large_layer_of_which_no_row_counts(count) -> None:
+    """The weight's gradient is then a sum over nothing, too large to be cut along that."""
+    x, w = torch.randn(1, 400, requires_grad=True), torch.randn(500, 400, requires_grad=True)
+    _loss([x, w], torch.tensor([-100]), reduction="sum").backward()
+    assert len(count) == 1 and not w.grad.any() and not x.grad.any()
+
+
 def test_gradients_again_and_of_gradients(count) -> None:
     y = _target()
     found = []

@@ -111,7 +111,7 @@ struct Cut {
 // to be cut among threads and K is long. By the sizes alone: bits depend on it.
 int64_t part_depth(int64_t m, int64_t n, int64_t depth) {
   constexpr int64_t kSmall = int64_t(1) << 17, kParts = 8, kLeastBlocks = 4;
-  if (m * n > kSmall) return depth;
+  if (m * n > kSmall) return std::max<int64_t>(1, depth);
   return kDepth * std::max(kLeastBlocks, blocks_of(blocks_of(depth, kDepth), kParts));
 }
 

@@ -84,6 +84,9 @@ void check_sizes() {
   }
   check_whole<R>(0, 3, 4, Order::kRows, Order::kRows, false, false, 1);
   check_whole<R>(3, 0, 4, Order::kRows, Order::kRows, false, false, 1);
+  for (const bool add : {false, true}) {  // too large for parts of K, of which there is nothing
+    check_whole<R>(370, 360, 0, Order::kRows, Order::kColumns, add, true, 2);
+  }
   check_whole<R>(30, 70, 2 * kDepth + 3, Order::kRows, Order::kColumns, false, true, 2);
   check_whole<R>(30, 70, 2 * kDepth + 3, Order::kColumns, Order::kRows, true, false, 2);
   check_whole<R>(17, 9, 11 * kDepth + 5, Order::kRows, Order::kRows, true, true, 3);
