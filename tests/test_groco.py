@@ -121,3 +121,14 @@ def test_two_views_have_one_backward(wanted, monkeypatch) -> None:
     ours = found()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(ours, found(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("second", [lambda a: a, torch.square], ids=["the same", "a function"])
+def test_a_view_that_depends_on_the_other(second) -> None:
+    """A gradient that will be differentiated is the one that will not."""
+    x = torch.linspace(-3.0, 3.0, 36, dtype=torch.float64).sin().view(9, 4).requires_grad_()
+    a = 1.5 * x
+    loss = pyloss.groco_loss([a, second(a)], topk_neg=4)
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(differentiable, plain)

@@ -9,11 +9,14 @@ rows and three over the result; as a chain of torch operations it is ten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pyloss.ops._reference import gradients
+from pyloss.ops._transforms import is_batched
 
 SHORTEST = 1e-16  # squared length below which a row counts as of this length
 
@@ -36,10 +39,13 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, grad):
         *pairs, scores = ctx.saved_tensors
         views, units, scales, indices = (pairs[i : i + 2] for i in (0, 2, 4, 6))
-        if torch.is_grad_enabled():
-            wanted = [z for z, yes in zip(views, ctx.needs_input_grad[2:]) if yes]
-            found = iter(torch.autograd.grad(ctx.compose(views), wanted, grad, create_graph=True))
-            return None, None, *(next(found) if yes else None for yes in ctx.needs_input_grad[2:])
+        create_graph = torch.is_grad_enabled()
+        if create_graph or is_batched(grad):
+            found = gradients(
+                lambda *views: ctx.compose(views), views, (grad,), ctx.needs_input_grad[2:],
+                create_graph=create_graph,
+            )  # fmt: skip
+            return None, None, *found
         k, result = ctx.k, [None, None]
         along = (grad * scores).sum(-1, keepdim=True)
         for a in (0, 1):
@@ -53,6 +59,8 @@ class _Scores(torch.autograd.Function):
         return None, None, *result
 
 
-def anchor_scores(views: list[Tensor], k: int, compose: Callable[[list[Tensor]], Tensor]) -> Tensor:
+def anchor_scores(
+    views: list[Tensor], k: int, compose: Callable[[Sequence[Tensor]], Tensor]
+) -> Tensor:
     """(2, B, k + 1) of two (B, D); compose(views): the same by differentiable operations."""
     return _Scores.apply(k, compose, *views)
