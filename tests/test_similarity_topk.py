@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -198,3 +199,19 @@ def test_opcheck_of_the_hardest() -> None:
     torch.library.opcheck(torch.ops.pyloss.similarity_hardest, (queries, keys, scale, 3, 0))
     given = (lse, lse, queries, keys, scale, lse, least, equals, 0)
     torch.library.opcheck(torch.ops.pyloss.similarity_hardest_bwd, given)
+
+
+@pytest.mark.parametrize("pair", [lambda g, one: (g, one), lambda g, one: (one, g)])
+def test_vmap_of_a_gradient_of_the_hardest(pair) -> None:
+    """Of either cotangent alone, by operations that vmap knows: others are looped over."""
+    queries, keys = problem(8, 9, 3)
+    results = op.similarity_hardest(queries, keys, torch.tensor(1.5, dtype=torch.float64), 4)
+    one, several = torch.ones(8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+
+    def gradient(g):
+        return torch.autograd.grad(results, (queries, keys), pair(g, one), retain_graph=True)
+
+    expected = [torch.stack(gs) for gs in zip(*map(gradient, several))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(list(torch.func.vmap(gradient)(several)), expected)

@@ -52,11 +52,12 @@ def gradients(
 
 
 def _source(s: Tensor | None, needed: bool, create_graph: bool) -> Tensor | None:
-    """A leaf of its own; where the graph to come must reach the given one, a view of it: one source
-    may depend on another, or be the same, and the gradients are partial ones.
+    """What is differentiated by: a view of the given one, because one source may depend on another,
+    or be the same, and the gradients are partial ones; a leaf where that has no graph.
     """
     if s is None or (create_graph and not needed):
         return s
-    if create_graph and s.requires_grad:
-        return s.view_as(s)
-    return s.detach().requires_grad_(needed)
+    if not needed:
+        return s.detach()
+    # Not a leaf in any case: under torch.func.vmap none can be made.
+    return s.view_as(s) if s.requires_grad else s.detach().requires_grad_()

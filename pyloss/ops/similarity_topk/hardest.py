@@ -126,14 +126,15 @@ class _SimilarityHardest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_lse, g_total):
         queries, keys, scale, lse, least, equals = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(g_lse):
+        create_graph = torch.is_grad_enabled()
+        if create_graph or is_batched(g_lse) or is_batched(g_total):
 
             def formula(*sources):
                 return _formulas(*sources, ctx.k, ctx.first)
 
             found = gradients(
                 formula, (queries, keys, scale), (g_lse, g_total), ctx.needs_input_grad[:3],
-                create_graph=True,
+                create_graph=create_graph,
             )  # fmt: skip
             return *found, None, None
         g_queries, g_keys, g_scale = torch.ops.pyloss.similarity_hardest_bwd(
