@@ -27,10 +27,6 @@ struct Kernels {
   int64_t (*multiply_adds)(int64_t, R*);
 };
 
-int64_t tiles_of(int64_t rows, int64_t height) {
-  return (rows + height - 1) / height;
-}
-
 // The rows of a tile times two vectors leave room in the registers for the two vectors and a
 // factor.
 #if PYLOSS_HAS_TARGET_PRAGMA
@@ -78,10 +74,6 @@ const Kernels<R>& kernels() {
 
 // Below this many multiplications a product is over sooner than a second thread has woken up.
 constexpr int64_t kSerialProducts = int64_t(1) << 20;
-
-int64_t blocks_of(int64_t n, int64_t size) {
-  return (n + size - 1) / size;
-}
 
 // The cut of C into tasks: sizes only, which no bit of the result depends on.
 struct Cut {

@@ -80,6 +80,11 @@ void multiply(const MatrixView<R>& a, const MatrixView<R>& b, R* c, int64_t ldc,
 template <class R>
 double multiply_adds(int64_t operations);
 
+// How many blocks of `size` are n, the last one perhaps in part.
+inline int64_t blocks_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
+
 // ---- the pieces
 // -------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ template <class R>
 void pack_left_panels(const MatrixView<R>& a, R* to) {
   constexpr int64_t kLanes = Vec<R>::kLanes;
   const MatrixView<R> x = a.transposed();
-  const int64_t tiles = tiles_of(a.rows, PYLOSS_TILE_ROWS);
+  const int64_t tiles = blocks_of(a.rows, PYLOSS_TILE_ROWS);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t r0 = a.rows * t / tiles, height = a.rows * (t + 1) / tiles - r0;
     R* panel = to + r0 * a.columns;
@@ -138,7 +138,7 @@ RunTile<R> tile_of_size(int64_t rows, int vectors, bool add) {
 template <class R>
 void product_of_panels(const Left<R>& a, const Right<R>& b, R* c, int64_t ldc, bool add) {
   constexpr int64_t kLanes = Vec<R>::kLanes;
-  const int64_t tiles = tiles_of(a.rows, PYLOSS_TILE_ROWS);
+  const int64_t tiles = blocks_of(a.rows, PYLOSS_TILE_ROWS);
   alignas(64) R edge[PYLOSS_TILE_ROWS * kPanel<R>];
   int64_t l = 0;
   do {

@@ -25,7 +25,7 @@ constexpr int64_t kRows = 84, kWidth = 512;
 constexpr int64_t kBuckets = 1024;  // of the table that finds a step
 
 int64_t tasks_of(int64_t n) {
-  return (n + kRows - 1) / kRows;
+  return gemm::blocks_of(n, kRows);
 }
 
 template <class R>

@@ -18,9 +18,7 @@ namespace pyloss::cpu {
 inline constexpr int64_t kPanelMultiple = 32, kPackRows = 128, kWidth = 128;
 inline constexpr int64_t kBlock = 256, kSmallBlock = 64;
 
-inline int64_t blocks_of(int64_t n, int64_t size) {
-  return (n + size - 1) / size;
-}
+using gemm::blocks_of;
 
 struct Range {
   int64_t first, n;

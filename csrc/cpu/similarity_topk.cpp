@@ -146,7 +146,7 @@ struct Call {
   const gemm::Right<R> keys;
   void (*const scan)(const gemm::Tile<R>&, const Lists<R>&, bool);
 
-  int64_t blocks() const { return (p.rows + kTile - 1) / kTile; }
+  int64_t blocks() const { return gemm::blocks_of(p.rows, kTile); }
   int64_t height(int64_t block) const { return std::min(kTile, p.rows - block * kTile); }
 
   gemm::Left<R> left(int64_t block, R* buffer) const {
