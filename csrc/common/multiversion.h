@@ -20,7 +20,7 @@
 #endif
 
 // Explicit vector types are lowered before clones are made, so code on them is compiled once per
-// instruction set, in `#pragma GCC target` regions (csrc/cpu/tensor_attention.cpp).
+// instruction set, in `#pragma GCC target` regions (csrc/cpu/per_instruction_set.h).
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(PYLOSS_NO_MULTIVERSION)
 #define PYLOSS_HAS_TARGET_PRAGMA 1

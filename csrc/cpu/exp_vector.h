@@ -1,5 +1,5 @@
-// exp and tanh on the compiler's vector types, for one instruction set: included after gemm_tile.h,
-// in the same way. Those of cpu/lanes.h, for code that has vectors already.
+// exp and tanh on the compiler's vector types, for one instruction set: included after gemm_tile.h.
+// Those of cpu/lanes.h, for code that has vectors already.
 
 // exp for x <= 88, as exp_lane of cpu/lanes.h.
 PYLOSS_INLINE Vec<float>::V exp_of(Vec<float>::V x) {

@@ -1,4 +1,4 @@
-// Packing, and products of packed operands, for one instruction set: included as gemm_tile.h.
+// Packing, and products of packed operands, for one instruction set: per_instruction_set.h.
 #include "cpu/gemm_tile.h"
 
 template <class R>

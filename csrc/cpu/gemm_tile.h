@@ -1,8 +1,6 @@
 // Vector types and the register tile of every matrix product, for one instruction set.
 //
-// No include guard: a source file includes this once per instruction set, inside a namespace and a
-// `#pragma GCC target` region, with PYLOSS_VECTOR_BYTES and PYLOSS_TILE_ROWS set (gemm.cpp,
-// tensor_attention.cpp). (target_clones would lower the vector types before the clones exist.)
+// No include guard: per_instruction_set.h.
 
 template <class R>
 struct Vec;

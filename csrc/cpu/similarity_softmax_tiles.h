@@ -1,5 +1,5 @@
-// What happens to a tile of logits while it is in the cache, for one instruction set: included once
-// for each, as gemm_tile.h.
+// What happens to a tile of logits while it is in the cache, for one instruction set
+// (per_instruction_set.h).
 //
 // Rows are looped over four at a time, so that a column's sum is loaded and stored once for four of
 // its elements. Tiles are padded to whole vectors with -inf, whose exp is 0.
@@ -27,7 +27,7 @@ void pad(const Tile<R>& t) {
   }
 }
 
-// fn.rows<kRows>(r) for all rows.
+// fn(the number of rows, four or one, as a constant; the first of them) for all rows.
 template <class Fn>
 PYLOSS_INLINE void by_four(int64_t rows, Fn fn) {
   int64_t r = 0;

@@ -104,31 +104,8 @@ class Memory {
   const gemm::Buffer<int32_t> indices_;
 };
 
-#if PYLOSS_HAS_TARGET_PRAGMA
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define PYLOSS_VECTOR_BYTES 64
-#include "cpu/similarity_topk_scan.h"
-#undef PYLOSS_VECTOR_BYTES
-}  // namespace v4
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define PYLOSS_VECTOR_BYTES 32
-#include "cpu/similarity_topk_scan.h"
-#undef PYLOSS_VECTOR_BYTES
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-
-namespace base {
-#define PYLOSS_VECTOR_BYTES 0
-#include "cpu/similarity_topk_scan.h"
-#undef PYLOSS_VECTOR_BYTES
-}  // namespace base
+#define PYLOSS_KERNELS "cpu/similarity_topk_scan.h"
+#include "cpu/per_instruction_set.h"
 
 template <class R>
 auto scan_of_this_cpu() {

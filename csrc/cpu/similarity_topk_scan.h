@@ -1,6 +1,5 @@
-// The look for large numbers in a tile, for one instruction set: included by similarity_topk.cpp
-// once for each, inside a namespace and a `#pragma GCC target` region, with PYLOSS_VECTOR_BYTES
-// set (0: plain C++).
+// The look for large numbers in a tile, for one instruction set (per_instruction_set.h); the base
+// one in plain C++.
 
 // above(a, b): not a <= b, a bit a lane. larger(a, b): b where one is NaN. append(to, first,
 // lanes): the numbers first + lane of the lanes that are set; what is behind them in `to` is

@@ -71,40 +71,8 @@ void run_slots(int64_t tasks, int threads, Fn&& fn) {
   });
 }
 
-#if PYLOSS_HAS_TARGET_PRAGMA
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define PYLOSS_VECTOR_BYTES 64
-#include "cpu/sorting_network_tile.h"
-#include "cpu/sorting_network_values.h"
-//
-#include "cpu/sorting_network_tasks.h"
-#undef PYLOSS_VECTOR_BYTES
-}  // namespace v4
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define PYLOSS_VECTOR_BYTES 32
-#include "cpu/sorting_network_tile.h"
-#include "cpu/sorting_network_values.h"
-//
-#include "cpu/sorting_network_tasks.h"
-#undef PYLOSS_VECTOR_BYTES
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-
-namespace base {
-#define PYLOSS_VECTOR_BYTES 16
-#include "cpu/sorting_network_tile.h"
-#include "cpu/sorting_network_values.h"
-//
-#include "cpu/sorting_network_tasks.h"
-#undef PYLOSS_VECTOR_BYTES
-}  // namespace base
+#define PYLOSS_KERNELS "cpu/sorting_network_tasks.h"
+#include "cpu/per_instruction_set.h"
 
 SortingOps ops_for(DType t) {
 #if PYLOSS_HAS_TARGET_PRAGMA

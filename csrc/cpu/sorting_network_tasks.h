@@ -1,8 +1,10 @@
-// The operations on ranges of the batch, for one instruction set. No include guard: see
-// sorting_network_tile.h.
+// The operations on ranges of the batch, for one instruction set (per_instruction_set.h).
 //
 // `Lanes`: kLanes rows of the batch at once, x[n][kLanes]. `Single`: one row, whose comparators (in
 // the sweeps) and rows of P or features (in the mixes) are the lanes.
+#include "cpu/sorting_network_tile.h"
+// After its vector types.
+#include "cpu/sorting_network_values.h"
 
 template <class R>
 struct Shared {

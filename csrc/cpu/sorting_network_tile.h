@@ -1,8 +1,6 @@
 // Mixes of whole vectors: rows of P or features go through the layers, their gradients come back.
 //
-// No include guard: sorting_network.cpp includes this file once per instruction set, inside a
-// namespace and a `#pragma GCC target` region, with PYLOSS_VECTOR_BYTES set. (target_clones would
-// lower the vector types before the clones exist.)
+// No include guard: for one instruction set (per_instruction_set.h).
 //
 // A tile is w[n][vectors * kLanes]. Its lanes are rows of P, or columns of features, of one row of
 // the batch, and a comparator's weights are one number each; or they are rows of the batch, and a

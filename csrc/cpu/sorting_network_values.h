@@ -1,8 +1,6 @@
-// Sweeps of the values through the layers, and of their gradients back, for one instruction set.
-//
-// No include guard: sorting_network.cpp includes this file once per instruction set, inside a
-// namespace and a `#pragma GCC target` region. Loops over lanes that the compiler vectorises; a
-// lane is a row of the batch (x[n][kLanes]) or a comparator of one row.
+// Sweeps of the values through the layers, and of their gradients back, for one instruction set
+// (per_instruction_set.h). Loops over lanes that the compiler vectorises; a lane is a row of the
+// batch (x[n][kLanes]) or a comparator of one row.
 
 // What a sweep leaves for the mixes of P and for the way back, one entry per comparator and lane.
 template <class R>

@@ -32,42 +32,8 @@ struct Tasks {
                    const BackwardPlan&, int64_t, void*, void*);
 };
 
-// The rows of a tile times two vectors leave room in the registers for the two vectors and a
-// factor.
-#if PYLOSS_HAS_TARGET_PRAGMA
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define PYLOSS_VECTOR_BYTES 64
-#define PYLOSS_TILE_ROWS 14
-#include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_tasks.h"
-#undef PYLOSS_VECTOR_BYTES
-#undef PYLOSS_TILE_ROWS
-}  // namespace v4
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define PYLOSS_VECTOR_BYTES 32
-#define PYLOSS_TILE_ROWS 6
-#include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_tasks.h"
-#undef PYLOSS_VECTOR_BYTES
-#undef PYLOSS_TILE_ROWS
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-
-namespace base {
-#define PYLOSS_VECTOR_BYTES 16
-#define PYLOSS_TILE_ROWS 6
-#include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_tasks.h"
-#undef PYLOSS_VECTOR_BYTES
-#undef PYLOSS_TILE_ROWS
-}  // namespace base
+#define PYLOSS_KERNELS "cpu/tensor_attention_tasks.h"
+#include "cpu/per_instruction_set.h"
 
 Tasks tasks_for(DType t) {
 #if PYLOSS_HAS_TARGET_PRAGMA

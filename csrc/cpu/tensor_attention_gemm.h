@@ -1,10 +1,10 @@
 // Matrix products of small windows, exponentials and copies of tensor attention, for one
 // instruction set.
 //
-// No include guard: included once per instruction set, as gemm_tile.h, whose register tile these
-// products run. They read their operands where the attention has them, which is in the first-level
-// cache and in rows of whole vectors: copies into the panels of gemm.h would cost more than they
-// save at windows of this size.
+// No include guard (per_instruction_set.h). The products run the register tile of gemm_tile.h. They
+// read their operands where the attention has them, which is in the first-level cache and in rows
+// of whole vectors: copies into the panels of gemm.h would cost more than they save at windows of
+// this size.
 #include "cpu/gemm_tile.h"
 // After its vector types.
 #include "cpu/exp_vector.h"

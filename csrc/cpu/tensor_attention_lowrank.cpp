@@ -92,44 +92,8 @@ PYLOSS_INLINE int finish_row(const LowrankForward& f, const Problem& p, int64_t 
   return sees ? flags_of(y) : 0;
 }
 
-// Tile heights as in tensor_attention.cpp.
-#if PYLOSS_HAS_TARGET_PRAGMA
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define PYLOSS_VECTOR_BYTES 64
-#define PYLOSS_TILE_ROWS 14
-#include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_lowrank_blocks.h"
-#include "cpu/tensor_attention_lowrank_scan.h"
-#undef PYLOSS_VECTOR_BYTES
-#undef PYLOSS_TILE_ROWS
-}  // namespace v4
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define PYLOSS_VECTOR_BYTES 32
-#define PYLOSS_TILE_ROWS 6
-#include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_lowrank_blocks.h"
-#include "cpu/tensor_attention_lowrank_scan.h"
-#undef PYLOSS_VECTOR_BYTES
-#undef PYLOSS_TILE_ROWS
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-
-namespace base {
-#define PYLOSS_VECTOR_BYTES 16
-#define PYLOSS_TILE_ROWS 6
-#include "cpu/tensor_attention_gemm.h"
-#include "cpu/tensor_attention_lowrank_blocks.h"
-#include "cpu/tensor_attention_lowrank_scan.h"
-#undef PYLOSS_VECTOR_BYTES
-#undef PYLOSS_TILE_ROWS
-}  // namespace base
+#define PYLOSS_KERNELS "cpu/tensor_attention_lowrank_scan.h"
+#include "cpu/per_instruction_set.h"
 
 template <class R>
 LowrankTasks best_tasks() {

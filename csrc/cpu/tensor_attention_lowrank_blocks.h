@@ -1,5 +1,5 @@
-// The tasks of near-linear tensor attention without causality or windows, for one instruction set:
-// included after tensor_attention_gemm.h, in the same way.
+// The tasks of near-linear tensor attention without causality or windows, for one instruction set
+// (per_instruction_set.h).
 //
 // A block is kTokens rows. Its monomials lie monomial by row, so that one vector multiplication
 // makes a monomial of as many rows as it has lanes; rows past the end and masked keys are zero, the
@@ -9,6 +9,7 @@
 //   results   N^T[c,t] += sum_a W[a,c] U[a,t]
 //   gradients dU[a,t] = sum_c W[a,c] G^T[c,t], passed on to the variables from the highest degree
 //             down: d parent += d child * variable, d variable += d child * parent
+#include "cpu/tensor_attention_gemm.h"
 
 template <class T>
 const T* at(const void* p, const int64_t* strides, int64_t b, int64_t h, int64_t n) {

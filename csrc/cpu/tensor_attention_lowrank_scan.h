@@ -1,5 +1,5 @@
-// The tasks of near-linear tensor attention with causality or windows, for one instruction set:
-// included after tensor_attention_lowrank_blocks.h, in the same way.
+// The tasks of near-linear tensor attention with causality or windows, for one instruction set
+// (per_instruction_set.h).
 //
 // Per monomial a and column c of [v | 1] the sum H_x over the keys that query t sees changes by one
 // key from a query to the next:
@@ -12,6 +12,7 @@
 // window are added up from the back, once, into `suffix`. The backward makes H_x again, turns it
 // into I_x[t,a,c] = w_a U[t,a] dN[t,c] prod_{y != x} H_y, and does to the I_x, from the last query
 // to the first, what the forward did to the keys.
+#include "cpu/tensor_attention_lowrank_blocks.h"
 
 // Sum of the lanes, four at a time.
 template <class R>

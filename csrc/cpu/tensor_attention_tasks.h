@@ -1,5 +1,4 @@
-// The tasks of tensor attention, for one instruction set: included after tensor_attention_gemm.h,
-// in the same way.
+// The tasks of tensor attention, for one instruction set (per_instruction_set.h).
 //
 // Forward, one query at a time: rows are the pairs (query, j), whose vectors are q * k1_j; columns
 // are keys k. All pairs of one query share the running maximum, so an interval of keys per axis
@@ -16,6 +15,7 @@
 //
 // With capped scores, cap(S) in the place of S; dS is then times 1 - tanh^2, which the masks'
 // gradients, sums of dS, come before.
+#include "cpu/tensor_attention_gemm.h"
 
 template <class T>
 const T* at(const void* p, const int64_t* strides, int64_t b, int64_t h, int64_t n) {
