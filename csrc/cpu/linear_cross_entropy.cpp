@@ -9,7 +9,6 @@
 //   small_linear_cross_entropy   all of it in one call, for problems whose arithmetic takes less
 //                                time than the Python around it
 //
-//
 // Decomposition: threads take columns, in ranges that do not look at the thread count; each column
 // is summed in row order. So the bits never depend on the threads.
 // Memory traffic: accumulate reads b + 4 and writes 4 bytes per element (b the part's size);
