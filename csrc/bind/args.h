@@ -59,10 +59,20 @@ inline DType checked_dtype(const char* name, int64_t code) {
 inline bool is_float(DType t) {
   return t <= DType::kF16;
 }
+// The dtypes of what is never computed in half precision.
+inline bool is_float32_or_float64(DType t) {
+  return t == DType::kF32 || t == DType::kF64;
+}
 
 inline DType checked_float(const char* name, int64_t code) {
   const DType t = checked_dtype(name, code);
   if (!is_float(t)) bad_argument(name, "not a floating dtype");
+  return t;
+}
+
+inline DType checked_float32_or_float64(const char* name, int64_t code) {
+  const DType t = checked_dtype(name, code);
+  if (!is_float32_or_float64(t)) bad_argument(name, "must be float32 or float64");
   return t;
 }
 
@@ -168,10 +178,9 @@ class Reader {
     if (!is_float(t)) bad(f, "not a floating dtype");
     return t;
   }
-  // The dtypes of what is never computed in half precision.
   DType float32_or_float64(Field f) const {
     const DType t = dtype(f);
-    if (t != DType::kF32 && t != DType::kF64) bad(f, "must be float32 or float64");
+    if (!is_float32_or_float64(t)) bad(f, "must be float32 or float64");
     return t;
   }
   // An enumerator below `count`.

@@ -26,10 +26,7 @@ void register_gemm(py::module_& m) {
   m.def("gemm", [](int64_t dtype, int64_t m, int64_t n, int64_t k, int64_t a, int64_t a_row,
                    int64_t a_column, int64_t b, int64_t b_row, int64_t b_column, int64_t c,
                    int64_t c_row, int64_t bias, bool add, int64_t threads) {
-    const DType t = checked_float("dtype", dtype);
-    if (t != DType::kF64 && t != DType::kF32) {
-      bad_argument("dtype", "neither float32 nor float64");
-    }
+    const DType t = checked_float32_or_float64("dtype", dtype);
     const int width = checked_threads(threads);
     const auto multiply = [&](auto x) {
       using R = decltype(x);
@@ -45,7 +42,7 @@ void register_gemm(py::module_& m) {
     t == DType::kF64 ? multiply(double{}) : multiply(float{});
   });
   m.def("multiply_adds", [](int64_t dtype, int64_t operations) {
-    const DType t = checked_float("dtype", dtype);
+    const DType t = checked_float32_or_float64("dtype", dtype);
     if (operations < 0 || operations > int64_t(1) << 40) {
       bad_argument("operations", std::to_string(operations));
     }

@@ -15,10 +15,7 @@ void register_similarity_topk(py::module_& m) {
         [](int64_t dtype, int64_t rows, int64_t columns, int64_t depth, int64_t queries,
            int64_t query_stride, int64_t keys, int64_t key_stride, int64_t k, int64_t first,
            int64_t values, int64_t indices, int64_t threads) {
-          const DType t = checked_float("dtype", dtype);
-          if (t != DType::kF64 && t != DType::kF32) {
-            bad_argument("dtype", "neither float32 nor float64");
-          }
+          const DType t = checked_float32_or_float64("dtype", dtype);
           const int64_t ours = checked_count("queries", {rows, depth});
           const int64_t theirs = checked_count("keys", {columns, depth});
           check_strides("queries", {rows, depth}, {query_stride, 1});

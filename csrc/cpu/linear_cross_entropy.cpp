@@ -127,12 +127,12 @@ void small_linear_cross_entropy(const SmallLinearCrossEntropy& p) {
   }
   const int64_t n = int64_t(kept.size()), v = p.classes, d = p.features;
   const bool all = n == p.rows;
-  std::vector<float> logits(n * v), rows(all ? 0 : n * d), stats(4 * n);
+  const gemm::Buffer<float> logits(n * v), rows(all ? 0 : n * d), stats(4 * n);
   for (int64_t i = 0; !all && i < n; ++i) {
-    std::copy_n(p.x + kept[i] * d, d, rows.data() + i * d);
+    std::copy_n(p.x + kept[i] * d, d, rows.get() + i * d);
   }
-  const auto x = row_major(all ? p.x : rows.data(), n, d, d), w = row_major(p.w, v, d, d);
-  gemm::multiply(x, w.transposed(), logits.data(), v, false, 1, p.bias);
+  const auto x = row_major(all ? p.x : rows.get(), n, d, d), w = row_major(p.w, v, d, d);
+  gemm::multiply(x, w.transposed(), logits.get(), v, false, 1, p.bias);
 
   float norm[kNormCount];
   RowSoftmaxProblem problem{};
@@ -140,7 +140,7 @@ void small_linear_cross_entropy(const SmallLinearCrossEntropy& p) {
   problem.classes = v;
   problem.inner = 1;
   problem.dtype = DType::kF32;
-  problem.x = logits.data();
+  problem.x = logits.get();
   problem.x_strides = {v, 1, 1};
   problem.kind = TargetKind::kIndex;
   problem.target = labels.data();
@@ -153,24 +153,24 @@ void small_linear_cross_entropy(const SmallLinearCrossEntropy& p) {
   RowSoftmaxForward forward{};
   forward.loss = p.loss;
   forward.loss_dtype = DType::kF32;
-  forward.stats = stats.data();
+  forward.stats = stats.get();
   forward.norm = norm;
   if (p.dx || p.dw || p.dbias) {
-    forward.grad = logits.data();
+    forward.grad = logits.get();
     forward.grad_strides = problem.x_strides;
   }
   row_softmax_forward(problem, forward, 1);
 
-  const auto g = row_major(logits.data(), n, v, v);
+  const auto g = row_major(logits.get(), n, v, v);
   if (p.dx && all) gemm::multiply(g, w, p.dx, d, false, 1);
   if (p.dx && !all) {
-    std::vector<float> dx(n * d);
-    gemm::multiply(g, w, dx.data(), d, false, 1);
+    const gemm::Buffer<float> dx(n * d);
+    gemm::multiply(g, w, dx.get(), d, false, 1);
     std::fill_n(p.dx, p.rows * d, 0.0f);
-    for (int64_t i = 0; i < n; ++i) std::copy_n(dx.data() + i * d, d, p.dx + kept[i] * d);
+    for (int64_t i = 0; i < n; ++i) std::copy_n(dx.get() + i * d, d, p.dx + kept[i] * d);
   }
   if (p.dw) gemm::multiply(g.transposed(), x, p.dw, d, false, 1);
-  if (p.dbias) column_sums(p.dbias, logits.data(), DType::kF32, n, v, v, true, 1);
+  if (p.dbias) column_sums(p.dbias, logits.get(), DType::kF32, n, v, v, true, 1);
 }
 
 }  // namespace pyloss::cpu

@@ -145,11 +145,7 @@ void for_all_tiles(const SimilarityProblem& p, const SimilarityPlan& plan, const
       on_tile(t, buffers, both);
     });
   };
-  if (p.itself || columns) {
-    run_rounds(plan.rounds, slots.count, pair);
-  } else {
-    run_rows(plan.rounds, slots.count, pair);
-  }
+  run_pairs(plan.rounds, slots.count, columns, pair);
 }
 
 // Sums of the gradients of the logits, for a bias. Of a tensor with itself a tile holds G and its
@@ -195,11 +191,7 @@ void accumulate(const SimilarityProblem& p, const SimilarityPlan& plan, const Op
       if (both) gemm::add_transposed_product(t, queries, dk + whole.column * p.d, p.d);
     });
   };
-  if (p.itself || of_keys) {
-    run_rounds(plan.rounds, b.slots.count, pair);
-  } else {
-    run_rows(plan.rounds, b.slots.count, pair);
-  }
+  run_pairs(plan.rounds, b.slots.count, of_keys, pair);
   // dq is G K so far.
   const int64_t blocks = of_queries ? blocks_of(p.n, kPackRows) : 0;
   run_tasks(blocks, slots_for(blocks, b.slots.count), [&](int64_t slot, int64_t block) {

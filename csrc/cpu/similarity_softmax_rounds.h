@@ -61,5 +61,14 @@ void run_rows(const Rounds& rounds, int64_t slots, Fn&& fn) {
               for (int64_t j = 0; j < rounds.columns; ++j) fn(slot, i, j);
             });
 }
+// `columns`: whether something belongs to them. Of a set with itself it always does.
+template <class Fn>
+void run_pairs(const Rounds& rounds, int64_t slots, bool columns, Fn&& fn) {
+  if (rounds.itself || columns) {
+    run_rounds(rounds, slots, fn);
+  } else {
+    run_rows(rounds, slots, fn);
+  }
+}
 
 }  // namespace pyloss::cpu

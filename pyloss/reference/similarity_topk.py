@@ -19,11 +19,7 @@ def similarity_topk(
         k: how many, at most M, or M - 1 where one is left out.
         first: query i leaves out key first + i, which is its own; below 0: none is left out.
     """
-    scores = queries @ keys.mT
-    if first >= 0:
-        own = first + torch.arange(queries.shape[0], device=queries.device)
-        columns = torch.arange(keys.shape[0], device=queries.device)
-        scores = torch.where(own.unsqueeze(1) == columns, -math.inf, scores)
+    scores = _without_own(queries @ keys.mT, first)
     return tuple(scores.topk(k, dim=-1))
 
 
@@ -36,10 +32,13 @@ def similarity_hardest(
         queries, keys, k, first: as for :func:`similarity_topk`; of equal products the first count.
         scale: 0-d or (B,), positive.
     """
-    scores = scale.unsqueeze(-1) * (queries @ keys.mT)
-    if first >= 0:
-        own = first + torch.arange(queries.shape[0], device=queries.device)
-        columns = torch.arange(keys.shape[0], device=queries.device)
-        scores = torch.where(own.unsqueeze(1) == columns, -math.inf, scores)
+    scores = _without_own(scale.unsqueeze(-1) * (queries @ keys.mT), first)
     kept = scores.sort(dim=-1, descending=True, stable=True).values[..., :k]
     return kept.logsumexp(-1), kept.sum(-1)
+
+
+def _without_own(scores: Tensor, first: int) -> Tensor:
+    if first < 0:
+        return scores
+    rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape)
+    return torch.where(first + rows.unsqueeze(1) == columns, -math.inf, scores)
