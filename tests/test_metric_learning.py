@@ -184,6 +184,17 @@ def test_arcface_at_the_target_itself() -> None:
     torch.testing.assert_close(*plain)
 
 
+@pytest.mark.parametrize("loss", [F.arcface_loss, F.cosface_loss])
+def test_more_classes_than_a_byte_counts(loss) -> None:
+    x, w, y = torch.randn(3, 4), torch.randn(300, 4), torch.tensor([5, 100, 255])
+    assert torch.equal(loss(x, w, y.to(torch.uint8)), loss(x, w, y))
+
+
+def test_labels_of_a_byte_name_prototypes_beyond_it() -> None:
+    x, p, y = torch.randn(3, 4), torch.randn(256, 4), torch.tensor([5, 100, 255])
+    assert torch.equal(F.proto_triplet_loss(x, y.to(torch.uint8), p), F.proto_triplet_loss(x, y, p))
+
+
 def test_equal_embeddings_give_no_nan() -> None:
     x = torch.ones(6, 3, requires_grad=True)
     y = torch.arange(6) // 2

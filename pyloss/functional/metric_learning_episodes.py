@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._embeddings import alike, check_labels, check_rows, prepared
+from pyloss.ops._labels import outside
 from pyloss.ops._launch import without_autocast
 
 _UNDER_ROOT = 1e-6  # of a distance, as the authors have it: a gradient at 0
@@ -17,7 +18,7 @@ _LEAST_SCORE = 1e-8
 
 def _check_classes(name: str, labels: Tensor, classes: int) -> None:
     if checks.can_look_at(labels) and labels.numel():
-        bad = labels[(labels < 0) | (labels >= classes)]
+        bad = labels[outside(labels, classes)]
         if bad.numel():
             raise IndexError(f"{name} must be in [0, {classes - 1}], got {int(bad[0])}")
 

@@ -18,6 +18,7 @@ from pyloss.functional._contrastive import (
     paired,
     softmax_over,
 )
+from pyloss.ops._labels import outside
 from pyloss.ops.similarity_softmax import Stats
 
 
@@ -288,7 +289,7 @@ def checked_index(index, rows: int, samples: int, like: Tensor) -> Tensor:
     if index.dim() != 1 or index.shape[0] != rows:
         raise ValueError(f"index must have the shape [{rows}], got {list(index.shape)}")
     if checks.can_look_at(index) and index.numel():
-        bad = index[(index < 0) | (index >= samples)]
+        bad = index[outside(index, samples)]
         if bad.numel():
             raise IndexError(f"index {int(bad[0])} is out of range for {samples} samples")
     return index.to(like.device, torch.int64)

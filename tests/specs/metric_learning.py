@@ -725,6 +725,7 @@ def direction_spec(function, harder, module, *errors, **samples) -> Spec:
             Bad(RuntimeError, "same device, but target is on meta",
                 dict(target=CLASSES.to("meta"))),
             Bad(IndexError, "Target 4 is out of bounds", dict(target=CLASSES + 2)),
+            Bad(TypeError, "weight must be a Tensor, got list", dict(weight=[1.0] * 4)),
             Bad(ValueError, "margin must be finite and >= 0", dict(margin=-0.5)),
             Bad(ValueError, "scale must be finite and > 0", dict(scale=0.0)),
             BAD_REDUCTION, *errors,
