@@ -11,13 +11,13 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._contrastive import (
     Features,
-    _total,
     check_common,
     check_positive,
     check_same_rows,
     paired,
     softmax_over,
 )
+from pyloss.functional._embeddings import summed
 from pyloss.ops._labels import outside
 from pyloss.ops.similarity_softmax import Stats
 
@@ -230,7 +230,7 @@ def log_mean_exp(x: Tensor) -> Tensor:
 def _over_ranks(value: Tensor, group) -> Tensor:
     """The mean over samples, of all ranks."""
     if group is None:
-        return _total(value) / max(1, value.numel())
+        return summed(value) / max(1, value.numel())
     from pyloss.functional import _contrastive_group as of_group
 
     return of_group.joint_mean(value, group)
