@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
+from pyloss.functional._embeddings import check_integers, summed
 from pyloss.ops._launch import accumulator_dtype, without_autocast
 from pyloss.ops.similarity_softmax import Stats, loss, pair_sums, similarity_softmax, unit_rows
 
@@ -196,11 +196,7 @@ def check_same_rows(name: str, z: Tensor, other_name: str, other: Tensor) -> Non
 
 def checked_labels(name: str, labels, rows: int, like: Tensor) -> Tensor:
     """Integers, one a row, as int64."""
-    checks.check_tensor(name, labels)
-    if labels.dtype not in checks.INTEGERS:
-        raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.dim() != 1 or labels.shape[0] != rows:
-        raise ValueError(f"{name} must have the shape [{rows}], got {list(labels.shape)}")
+    check_integers(name, labels, rows)
     checks.check_device(name, labels, like, "the features")
     return labels.long()
 

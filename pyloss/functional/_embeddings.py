@@ -28,12 +28,17 @@ def check_rows(name: str, x, least: int = 0) -> None:
         raise ValueError(f"{name} must hold at least {least} rows, got {list(x.shape)}")
 
 
-def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "embeddings") -> None:
+def check_integers(name: str, labels, rows: int) -> None:
+    """One a row."""
     checks.check_tensor(name, labels)
     if labels.dtype not in checks.INTEGERS:
         raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.shape != like.shape[:1]:
-        raise ValueError(f"{name} must have the shape {[like.shape[0]]}, got {list(labels.shape)}")
+    if labels.shape != (rows,):
+        raise ValueError(f"{name} must have the shape {[rows]}, got {list(labels.shape)}")
+
+
+def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "embeddings") -> None:
+    check_integers(name, labels, like.shape[0])
     checks.check_device(name, labels, like, like_name)
 
 

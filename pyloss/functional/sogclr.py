@@ -17,7 +17,7 @@ from pyloss.functional._contrastive import (
     paired,
     softmax_over,
 )
-from pyloss.functional._embeddings import summed
+from pyloss.functional._embeddings import check_integers, summed
 from pyloss.ops._labels import outside
 from pyloss.ops.similarity_softmax import Stats
 
@@ -283,11 +283,7 @@ def over_all_samples(
 
 def checked_index(index, rows: int, samples: int, like: Tensor) -> Tensor:
     """(B,), int64; values are looked at where nothing waits for that."""
-    checks.check_tensor("index", index)
-    if index.dtype not in checks.INTEGERS:
-        raise TypeError(f"index must hold integers, got {index.dtype}")
-    if index.dim() != 1 or index.shape[0] != rows:
-        raise ValueError(f"index must have the shape [{rows}], got {list(index.shape)}")
+    check_integers("index", index, rows)
     if checks.can_look_at(index) and index.numel():
         bad = index[outside(index, samples)]
         if bad.numel():

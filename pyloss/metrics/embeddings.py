@@ -35,6 +35,16 @@ def check_uniformity(*, t=2.0, normalize=True, max_pairs=None) -> int | None:
     return max_pairs
 
 
+def check_tolerance(*, normalize=True, over="same_class") -> None:
+    checks.checked_flag("normalize", normalize)
+    checks.check_one_of("over", over, ("same_class", "all"))
+
+
+def check_alignment(*, alpha=2.0, normalize=True) -> None:
+    checks.check_range("alpha", alpha, 0.0, open_low=True)
+    checks.checked_flag("normalize", normalize)
+
+
 @torch.no_grad()
 def uniformity(
     embeddings: Tensor,
@@ -164,8 +174,7 @@ def tolerance(
     """
     check_rows("embeddings", embeddings)
     check_labels(labels, embeddings)
-    normalize = checks.checked_flag("normalize", normalize)
-    checks.check_one_of("over", over, ("same_class", "all"))
+    check_tolerance(normalize=normalize, over=over)
     with without_autocast(embeddings):
         x = prepared(embeddings, normalize)
         total, count = _same_class(x, labels)
@@ -226,8 +235,7 @@ def alignment(
             f"y must be {x.dtype} of the shape {list(x.shape)} of x, got {y.dtype} {list(y.shape)}"
         )
     checks.check_device("y", y, x, "x")
-    checks.check_range("alpha", alpha, 0.0, open_low=True)
-    normalize = checks.checked_flag("normalize", normalize)
+    check_alignment(alpha=alpha, normalize=normalize)
     checks.check_reduction(reduction)
     each = torch.linalg.vector_norm(prepared(x, normalize) - prepared(y, normalize), dim=1).pow(
         alpha
