@@ -1,6 +1,6 @@
 """Metrics of embeddings beyond one tile, over batches, and their picture.
 
-Their promises: tests/specs/metric_learning.py.
+Their promises: tests/specs/embeddings.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Metric learning against pytorch-metric-learning, and what its losses reach.
 
-Their promises: tests/specs/metric_learning.py.
+Their promises: tests/specs/metric_learning.py and tests/specs/metric_learning_episodes.py.
 """
 
 from __future__ import annotations
