@@ -1,6 +1,6 @@
 """Metrics of embeddings beyond one tile, over batches, and their picture.
 
-Their promises: tests/specs/metric_learning.py.
+Their promises: tests/specs/embeddings.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import pyloss
 from pyloss import backend, metrics
 from pyloss.metrics import _embeddings
 
@@ -70,6 +71,24 @@ def test_entropy_grows_with_the_temperature() -> None:
 
 # --------------------------------------------------------------------------------------------------
 # OPIS
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda x: metrics.uniformity(x[:600].float(), normalize=False),
+        lambda x: metrics.alignment(x, x.flip(0)),
+        lambda x: pyloss.functional.proto_triplet_loss(x, torch.arange(len(x)) % 3, x[:3]),
+    ],
+    ids=["uniformity", "alignment", "prototypes"],
+)
+def test_sums_do_not_depend_on_threads(metric, keep_num_threads) -> None:
+    x = torch.randn(100_001, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(metric(x))
+    assert torch.equal(*found)
 
 
 def test_opis_of_equal_classes_is_zero() -> None:

@@ -1,6 +1,6 @@
 """Metric learning against pytorch-metric-learning, and what its losses reach.
 
-Their promises: tests/specs/metric_learning.py.
+Their promises: tests/specs/metric_learning.py and tests/specs/metric_learning_episodes.py.
 """
 
 from __future__ import annotations
@@ -182,6 +182,17 @@ def test_arcface_at_the_target_itself() -> None:
     assert x.grad.isfinite().all() and w.grad.isfinite().all()
     plain = (f(x, w, torch.tensor([0, 1]), margin=0.0) for f in (F.arcface_loss, F.cosface_loss))
     torch.testing.assert_close(*plain)
+
+
+@pytest.mark.parametrize("loss", [F.arcface_loss, F.cosface_loss])
+def test_more_classes_than_a_byte_counts(loss) -> None:
+    x, w, y = torch.randn(3, 4), torch.randn(300, 4), torch.tensor([5, 100, 255])
+    assert torch.equal(loss(x, w, y.to(torch.uint8)), loss(x, w, y))
+
+
+def test_labels_of_a_byte_name_prototypes_beyond_it() -> None:
+    x, p, y = torch.randn(3, 4), torch.randn(256, 4), torch.tensor([5, 100, 255])
+    assert torch.equal(F.proto_triplet_loss(x, y.to(torch.uint8), p), F.proto_triplet_loss(x, y, p))
 
 
 def test_equal_embeddings_give_no_nan() -> None:

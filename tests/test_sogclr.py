@@ -147,6 +147,14 @@ def test_a_sample_that_is_there_twice() -> None:
     assert (module.tau[[1, 3, 4, 5, 6, 8]] == module.tau[1]).all() and module.v[1] == 0
 
 
+def test_an_index_of_bytes_names_samples_of_many() -> None:
+    z1, z2 = torch.randn(2, 4, 3)
+    index = torch.tensor([0, 3, 100, 127], dtype=torch.int8)
+    criterion = SogCLRLoss(1000)
+    criterion(z1, z2, index)
+    assert criterion.logu.isfinite().nonzero().squeeze(1).tolist() == index.tolist()
+
+
 def test_evaluation_changes_nothing() -> None:
     module = ISogCLRLoss(6).eval()
     before = copy.deepcopy(module.state_dict())

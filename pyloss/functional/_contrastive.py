@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._embeddings import check_integers, summed
 from pyloss.ops._launch import accumulator_dtype, without_autocast
 from pyloss.ops.similarity_softmax import Stats, loss, pair_sums, similarity_softmax, unit_rows
 
@@ -119,7 +119,7 @@ class Features:
             each = torch.where(counted, each, 0.0)
         if reduction == "none":
             return each.to(self.result)
-        total = _total(each)
+        total = summed(each)
         if reduction == "mean":
             count = each.numel() if counted is None else counted.sum()
             if group is not None:
@@ -129,14 +129,6 @@ class Features:
             else:
                 total = total / (max(1, count) if counted is None else count.clamp(min=1))
         return total.to(self.result)
-
-
-def _total(each: Tensor) -> Tensor:
-    """The sum, in an order that the number of threads does not change, as that of torch's may."""
-    each = each.reshape(-1)
-    if each.shape[0] > 4096:
-        each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)
-    return each.sum()
 
 
 def at_once(
@@ -204,11 +196,7 @@ def check_same_rows(name: str, z: Tensor, other_name: str, other: Tensor) -> Non
 
 def checked_labels(name: str, labels, rows: int, like: Tensor) -> Tensor:
     """Integers, one a row, as int64."""
-    checks.check_tensor(name, labels)
-    if labels.dtype not in checks.INTEGERS:
-        raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.dim() != 1 or labels.shape[0] != rows:
-        raise ValueError(f"{name} must have the shape [{rows}], got {list(labels.shape)}")
+    check_integers(name, labels, rows)
     checks.check_device(name, labels, like, "the features")
     return labels.long()
 

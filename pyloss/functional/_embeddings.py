@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from pyloss.ops.similarity_softmax import similarity_counts as near_pairs  # noq
 from pyloss.ops.similarity_softmax import similarity_softmax as similarity_softmax
 
 DISTANCES = ("euclidean", "squared", "cosine")
+_MANY = 4096  # numbers that torch adds up in one thread
 
 
 def check_rows(name: str, x, least: int = 0) -> None:
@@ -26,12 +28,17 @@ def check_rows(name: str, x, least: int = 0) -> None:
         raise ValueError(f"{name} must hold at least {least} rows, got {list(x.shape)}")
 
 
-def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "embeddings") -> None:
+def check_integers(name: str, labels, rows: int) -> None:
+    """One a row."""
     checks.check_tensor(name, labels)
     if labels.dtype not in checks.INTEGERS:
         raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.shape != like.shape[:1]:
-        raise ValueError(f"{name} must have the shape {[like.shape[0]]}, got {list(labels.shape)}")
+    if labels.shape != (rows,):
+        raise ValueError(f"{name} must have the shape {[rows]}, got {list(labels.shape)}")
+
+
+def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "embeddings") -> None:
+    check_integers(name, labels, like.shape[0])
     checks.check_device(name, labels, like, like_name)
 
 
@@ -47,6 +54,21 @@ def prepared(x: Tensor, normalize: bool) -> Tensor:
     """In float32 at least, of length 1 if asked for; a row of zeros stays."""
     x = x.to(accumulator_dtype(x.dtype))
     return F.normalize(x, dim=1) if normalize else x
+
+
+def summed(each: Tensor) -> Tensor:
+    """The sum, in an order that the number of threads does not change, as that of torch's may."""
+    each = each.reshape(-1)
+    if each.shape[0] > _MANY:
+        each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)
+    return each.sum()
+
+
+def log_summed(z: Tensor) -> Tensor:
+    """The logarithm of the sum of e^z, z (N,), likewise."""
+    if z.shape[0] > _MANY:
+        z = F.pad(z, (0, -z.shape[0] % 256), value=-math.inf).view(-1, 256).logsumexp(1)
+    return z.logsumexp(0)
 
 
 class Labelled(NamedTuple):

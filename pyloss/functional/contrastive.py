@@ -31,6 +31,7 @@ from pyloss.functional._contrastive import (
     shares,
     softmax_over,
 )
+from pyloss.ops._labels import outside
 from pyloss.ops.similarity_softmax import similarity_softmax
 from pyloss.ops.similarity_softmax.call import COLUMNS
 from pyloss.ops.similarity_softmax.loss import SIGMOID, VIEWS
@@ -166,7 +167,7 @@ def _checked_target(target, query: Tensor, key: Tensor) -> Tensor:
     if checks.can_look_at(target):
         checks.check_index_values(target, count, -1)
         return target
-    return torch.where((target < 0) | (target >= count), -1, target)
+    return torch.where(outside(target, count), -1, target)
 
 
 def _check_together(queue, target, ids, key_ids, queue_ids, in_batch, symmetric) -> None:

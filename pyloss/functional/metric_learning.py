@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import DISTANCES, labelled
+from pyloss.functional._embeddings import DISTANCES, labelled, summed
 from pyloss.ops._launch import without_autocast
 from pyloss.ops.similarity_softmax import margin_sums
 
@@ -42,8 +42,8 @@ def _reduced(each: Tensor, counted: Tensor, reduction: str) -> Tensor:
     """Of anchors; the mean is over what they counted, and 0 of nothing."""
     if reduction == "none":
         return each
-    total = each.sum()
-    return total / counted.sum().clamp(min=1) if reduction == "mean" else total
+    total = summed(each)
+    return total / summed(counted).clamp(min=1) if reduction == "mean" else total
 
 
 def tcm_loss(

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import alike, check_labels, check_rows, prepared
+from pyloss.functional._embeddings import alike, check_labels, check_rows, prepared, summed
+from pyloss.ops._labels import outside
 from pyloss.ops._launch import without_autocast
 
 _UNDER_ROOT = 1e-6  # of a distance, as the authors have it: a gradient at 0
@@ -17,7 +18,7 @@ _LEAST_SCORE = 1e-8
 
 def _check_classes(name: str, labels: Tensor, classes: int) -> None:
     if checks.can_look_at(labels) and labels.numel():
-        bad = labels[(labels < 0) | (labels >= classes)]
+        bad = labels[outside(labels, classes)]
         if bad.numel():
             raise IndexError(f"{name} must be in [0, {classes - 1}], got {int(bad[0])}")
 
@@ -135,9 +136,10 @@ def proto_triplet_loss(
     next_one = torch.where(own, torch.inf, d).amin(1)
     each = (near - next_one + margin).relu()
     each = torch.where(own.any(1), each, torch.nan)
-    if reduction != "none":
-        each = each.mean() if reduction == "mean" else each.sum()
-    return each.to(dtype)
+    if reduction == "none":
+        return each.to(dtype)
+    total = summed(each)
+    return (total / each.shape[0] if reduction == "mean" else total).to(dtype)
 
 
 def _check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -334,10 +336,10 @@ def _mean_of_means(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     count = mask.sum(1)
     each = torch.where(mask, x, 0.0).sum(1) / count.clamp(min=1)
     rows = (count > 0).sum()
-    return each.sum() / rows.clamp(min=1), rows > 0
+    return summed(each) / rows.clamp(min=1), rows > 0
 
 
 def _variance(x: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum().clamp(min=1)
-    mean = torch.where(mask, x, 0.0).sum() / count
-    return torch.where(mask, (x - mean).square(), 0.0).sum() / count
+    mean = summed(torch.where(mask, x, 0.0)) / count
+    return summed(torch.where(mask, (x - mean).square(), 0.0)) / count

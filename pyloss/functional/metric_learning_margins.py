@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._embeddings import alike
-from pyloss.functional._rows import checked_smoothing
+from pyloss.functional._rows import check_class_weight, checked_smoothing
 from pyloss.functional.classification import fused_cross_entropy
+from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype, without_autocast
 
 
@@ -24,6 +25,8 @@ def check_margin_options(
     if margin > most:
         raise ValueError(f"margin must be an angle of at most pi, got {margin}")
     checks.check_range("scale", scale, 0.0, open_low=True)
+    if weight is not None:
+        check_class_weight(weight)
     checks.checked_integer("ignore_index", ignore_index)
     checked_smoothing(label_smoothing)
     checks.check_reduction(reduction)
@@ -153,8 +156,7 @@ def _with_margin(input, linear_weight, target, harder, scale, options) -> Tensor
         cosines = x @ w.mT
         if classes:
             # Of a row that is left out, or that the loss refuses, another column: nobody reads it.
-            inside = (target >= 0) & (target < classes)
-            column = torch.where(inside, target, 0).long().unsqueeze(1)
+            column = wide(target).masked_fill(outside(target, classes), 0).unsqueeze(1)
             cosines = cosines.scatter(1, column, harder(cosines.gather(1, column)))
         if options["weight"] is not None:
             options["weight"] = options["weight"].to(work)

@@ -11,13 +11,14 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._contrastive import (
     Features,
-    _total,
     check_common,
     check_positive,
     check_same_rows,
     paired,
     softmax_over,
 )
+from pyloss.functional._embeddings import check_integers, summed
+from pyloss.ops._labels import outside
 from pyloss.ops.similarity_softmax import Stats
 
 
@@ -229,7 +230,7 @@ def log_mean_exp(x: Tensor) -> Tensor:
 def _over_ranks(value: Tensor, group) -> Tensor:
     """The mean over samples, of all ranks."""
     if group is None:
-        return _total(value) / max(1, value.numel())
+        return summed(value) / max(1, value.numel())
     from pyloss.functional import _contrastive_group as of_group
 
     return of_group.joint_mean(value, group)
@@ -282,13 +283,9 @@ def over_all_samples(
 
 def checked_index(index, rows: int, samples: int, like: Tensor) -> Tensor:
     """(B,), int64; values are looked at where nothing waits for that."""
-    checks.check_tensor("index", index)
-    if index.dtype not in checks.INTEGERS:
-        raise TypeError(f"index must hold integers, got {index.dtype}")
-    if index.dim() != 1 or index.shape[0] != rows:
-        raise ValueError(f"index must have the shape [{rows}], got {list(index.shape)}")
+    check_integers("index", index, rows)
     if checks.can_look_at(index) and index.numel():
-        bad = index[(index < 0) | (index >= samples)]
+        bad = index[outside(index, samples)]
         if bad.numel():
             raise IndexError(f"index {int(bad[0])} is out of range for {samples} samples")
     return index.to(like.device, torch.int64)

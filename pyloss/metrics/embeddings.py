@@ -12,8 +12,10 @@ from pyloss.functional._embeddings import (
     alike,
     check_labels,
     check_rows,
+    log_summed,
     prepared,
     similarity_softmax,
+    summed,
     without_autocast,
 )
 from pyloss.metrics import _embeddings as pairs
@@ -31,6 +33,16 @@ def check_uniformity(*, t=2.0, normalize=True, max_pairs=None) -> int | None:
     if max_pairs < 1:
         raise ValueError(f"max_pairs must be at least 1, got {max_pairs}")
     return max_pairs
+
+
+def check_tolerance(*, normalize=True, over="same_class") -> None:
+    checks.checked_flag("normalize", normalize)
+    checks.check_one_of("over", over, ("same_class", "all"))
+
+
+def check_alignment(*, alpha=2.0, normalize=True) -> None:
+    checks.check_range("alpha", alpha, 0.0, open_low=True)
+    checks.checked_flag("normalize", normalize)
 
 
 @torch.no_grad()
@@ -81,7 +93,7 @@ def uniformity(
             potentials, count = _of_drawn_pairs(x, t, max_pairs, generator), max_pairs
         else:
             potentials = _of_unit_pairs(x, t) if normalize else _of_all_pairs(x, t)
-        return potentials.logsumexp(0).sub(math.log(count)).to(x.dtype)
+        return log_summed(potentials).sub(math.log(count)).to(x.dtype)
 
 
 def _of_unit_pairs(x: Tensor, t: float) -> Tensor:
@@ -93,7 +105,7 @@ def _of_unit_pairs(x: Tensor, t: float) -> Tensor:
     lse = similarity_softmax(x, x, 2 * t, first=0).lse.double() - 2 * t
     zero = (x == 0).all(1)
     zeros, units = zero.sum().double(), (~zero).sum().double()
-    ordered = torch.where(zero, -torch.inf, lse).logsumexp(0)
+    ordered = log_summed(torch.where(zero, -torch.inf, lse))
     left = ordered.exp() - zeros * units * math.exp(-2 * t)
     others = zeros * (zeros - 1) + 2 * zeros * units * math.exp(-t)
     mixed = (left.clamp(min=0) + others).log()
@@ -110,7 +122,8 @@ def _of_all_pairs(x: Tensor, t: float) -> Tensor:
         if rows == columns:
             z.masked_fill_(pairs.lower(z), _LOWEST)
         top = z.amax()
-        parts.append(z.sub_(top).exp_().sum().double().log_().add_(top))
+        # Row by row: the order in which torch adds up a whole tile is one of its threads.
+        parts.append(summed(z.sub_(top).exp_().sum(1)).double().log_().add_(top))
     return torch.stack(parts)
 
 
@@ -122,7 +135,7 @@ def _of_drawn_pairs(x: Tensor, t: float, count: int, generator) -> Tensor:
         i = torch.randint(n, size, generator=generator, device=x.device)
         step = torch.randint(1, n, size, generator=generator, device=x.device)
         between = x[i] - x[(i + step) % n]
-        parts.append((between * between).sum(1).double().mul_(-t).logsumexp(0))
+        parts.append(log_summed((between * between).sum(1).double().mul_(-t)))
     return torch.stack(parts)
 
 
@@ -161,8 +174,7 @@ def tolerance(
     """
     check_rows("embeddings", embeddings)
     check_labels(labels, embeddings)
-    normalize = checks.checked_flag("normalize", normalize)
-    checks.check_one_of("over", over, ("same_class", "all"))
+    check_tolerance(normalize=normalize, over=over)
     with without_autocast(embeddings):
         x = prepared(embeddings, normalize)
         total, count = _same_class(x, labels)
@@ -184,7 +196,7 @@ def _same_class(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     sizes = torch.zeros_like(own).index_add_(0, of_row, torch.ones_like(own))
     # One alone is in no pair, exactly; as a NaN it counts.
     twice = torch.where(sizes > 1, (sums * sums).sum(1) - own, 0.0 * own)
-    return twice.sum() / 2, (sizes * (sizes - 1)).sum() / 2
+    return summed(twice) / 2, summed(sizes * (sizes - 1)) / 2
 
 
 @torch.no_grad()
@@ -223,8 +235,7 @@ def alignment(
             f"y must be {x.dtype} of the shape {list(x.shape)} of x, got {y.dtype} {list(y.shape)}"
         )
     checks.check_device("y", y, x, "x")
-    checks.check_range("alpha", alpha, 0.0, open_low=True)
-    normalize = checks.checked_flag("normalize", normalize)
+    check_alignment(alpha=alpha, normalize=normalize)
     checks.check_reduction(reduction)
     each = torch.linalg.vector_norm(prepared(x, normalize) - prepared(y, normalize), dim=1).pow(
         alpha
@@ -296,4 +307,5 @@ def penalty_entropy(
 def _reduced(each: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return each
-    return each.mean() if reduction == "mean" else each.sum()
+    total = summed(each)
+    return total / each.shape[0] if reduction == "mean" else total

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyloss.functional import _checks as checks
 from pyloss.functional._embeddings import check_labels, check_rows
 from pyloss.functional._options import check_names, names_of
-from pyloss.metrics.embeddings import alignment, check_uniformity, tolerance, uniformity
+from pyloss.metrics.embeddings import (
+    alignment,
+    check_alignment,
+    check_tolerance,
+    check_uniformity,
+    tolerance,
+    uniformity,
+)
 from pyloss.metrics.embeddings_opis import OPISCurves, check_options, opis
 
 
@@ -135,8 +141,7 @@ class Tolerance(_Kept):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        checks.checked_flag("normalize", options.get("normalize", True))
-        checks.check_one_of("over", options.get("over", "all"), ("same_class", "all"))
+        check_tolerance(**options)
 
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
         """Adds a batch."""
@@ -216,8 +221,7 @@ class Alignment(_Batches):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        checks.check_range("alpha", options.get("alpha", 2.0), 0.0, open_low=True)
-        checks.checked_flag("normalize", options.get("normalize", True))
+        check_alignment(**options)
 
     def reset(self) -> None:
         """Forgets everything."""

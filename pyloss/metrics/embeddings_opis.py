@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, near_pairs, without_autocast
+from pyloss.functional._embeddings import (
+    check_labels,
+    check_rows,
+    near_pairs,
+    prepared,
+    without_autocast,
+)
 
 
 class OPISCurves(NamedTuple):
@@ -125,7 +131,7 @@ def opis(
     check_labels(labels, embeddings)
     with without_autocast(embeddings):
         order = labels.argsort(stable=True)
-        x = embeddings[order].to(torch.promote_types(embeddings.dtype, torch.float32))
+        x = prepared(embeddings[order], False)
         # In place, and without a matrix of squares: the embeddings are the most of the memory.
         length = torch.linalg.vector_norm(x, dim=1)
         if normalize:

@@ -33,6 +33,10 @@ class _PairLoss(LossModule):
 
     _loss: Callable[..., Tensor]
 
+    def __init__(self, **options) -> None:
+        F.check_pair_options(**options)
+        super().__init__(**options)
+
     def forward(
         self,
         embeddings: Tensor,
@@ -76,7 +80,6 @@ class ThresholdConsistentMarginLoss(_PairLoss):
 
     @options_of(F.tcm_loss, without=_REFERENCE)
     def __init__(self, **options: Unpack[TCMOptions]) -> None:
-        F.check_pair_options(**options)
         super().__init__(**options)
 
 
@@ -110,7 +113,6 @@ class ContrastivePairLoss(_PairLoss):
 
     @options_of(F.contrastive_pair_loss, without=_REFERENCE)
     def __init__(self, **options: Unpack[ContrastivePairOptions]) -> None:
-        F.check_pair_options(**options)
         super().__init__(**options)
 
 
@@ -146,7 +148,6 @@ class TripletMarginLoss(_PairLoss):
 
     @options_of(F.triplet_margin_loss, without=_REFERENCE)
     def __init__(self, **options: Unpack[TripletMarginOptions]) -> None:
-        F.check_pair_options(**options)
         super().__init__(**options)
 
 
@@ -181,7 +182,6 @@ class MultiSimilarityLoss(_PairLoss):
 
     @options_of(F.multi_similarity_loss, without=_REFERENCE)
     def __init__(self, **options: Unpack[MultiSimilarityOptions]) -> None:
-        F.check_pair_options(**options)
         super().__init__(**options)
 
 
@@ -244,7 +244,7 @@ class ICNNLoss(LossModule):
         Mendez-Ruiz et al. arXiv 2305.09062.
     """
 
-    @options_of(episodes.icnn_loss, without=("targets", "target_labels"), positional=0)
+    @options_of(episodes.icnn_loss, without=("targets", "target_labels"))
     def __init__(self, **options: Unpack[ICNNOptions]) -> None:
         episodes.check_icnn_options(**options)
         super().__init__(**options)

@@ -1,8 +1,7 @@
-"""Metric learning: losses and metrics of embeddings; the references go pair by pair."""
+"""Losses of metric learning; the references go pair by pair."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -13,241 +12,23 @@ from pyloss.functional import (
     arcface_loss,
     contrastive_pair_loss,
     cosface_loss,
-    icnn_loss,
-    icnn_score,
     multi_similarity_loss,
-    proto_triplet_loss,
-    prototypes,
     tcm_loss,
     triplet_margin_loss,
 )
-from pyloss.metrics import alignment, opis, penalty_entropy, tolerance, uniformity
-from pyloss.testing import make_logits
+from specs._embeddings import (
+    BAD_LABELS,
+    BAD_NORMALIZE,
+    BAD_REDUCTION,
+    BAD_X,
+    CLASSES,
+    LABELS,
+    X,
+    embeddings,
+    reduced,
+    unit,
+)
 from specs._spec import F32, F64, Bad, Empty, Sample, Spec
-
-LABELS = torch.tensor([4, -1, 4, 7, -1, 4])
-
-
-def embeddings(rows: int = 6, dim: int = 3, seed: int = 0) -> Tensor:
-    return make_logits((rows, dim), F64, scale=1.0, seed=seed)
-
-
-def unit(x: Tensor, normalize: bool) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=1) if normalize else x
-
-
-# --------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def uniformity_reference(embeddings, t=2.0, *, normalize=True):
-    x = unit(embeddings, normalize)
-    each = [(-t * ((a - b) ** 2).sum()).exp() for a, b in itertools.combinations(x, 2)]
-    return torch.stack(each).mean().log()
-
-
-def tolerance_reference(embeddings, labels, *, normalize=True, over="same_class"):
-    rows = list(zip(unit(embeddings, normalize), labels.tolist()))
-    both = list(itertools.combinations(rows, 2))
-    same = [a @ b for (a, y), (b, z) in both if y == z]
-    return sum(same) / len(same if over == "same_class" else both)
-
-
-def alignment_reference(x, y, alpha=2.0, *, normalize=True, reduction="mean"):
-    each = [(a - b).norm() ** alpha for a, b in zip(unit(x, normalize), unit(y, normalize))]
-    return reduced(torch.stack(each), reduction)
-
-
-def entropy_reference(queries, keys=None, *, temperature=0.07, normalize=True, reduction="mean"):
-    q, k = (unit(x, normalize) for x in (queries, queries if keys is None else keys))
-    found = []
-    for i in range(len(q)):
-        others = torch.stack([q[i] @ k[j] for j in range(len(k)) if j != i])
-        found.append(torch.distributions.Categorical(logits=others / temperature).entropy())
-    return reduced(torch.stack(found), reduction)
-
-
-def opis_reference(embeddings, labels, *, far=(0.01, 0.1), num_thresholds=101, thresholds=None,
-                   epsilon=0.1, normalize=True, return_curves=False):  # fmt: skip
-    x, y = unit(embeddings, normalize), labels.tolist()
-    within, across, negative = {}, {}, []
-    for (a, i), (b, j) in itertools.combinations(list(zip(x, y)), 2):
-        d = (a - b).norm()
-        if i == j:
-            within.setdefault(i, []).append(d)
-        else:
-            negative.append(d)
-            across.setdefault(i, []).append(d)
-            across.setdefault(j, []).append(d)
-    if thresholds is None:
-        low, high = (sorted(negative)[math.ceil(f * len(negative)) - 1] for f in far)
-        steps = range(num_thresholds)
-        thresholds = torch.stack([low + (high - low) * k / (num_thresholds - 1) for k in steps])
-    classes = sorted(within)
-    near = torch.stack([(torch.stack(within[c]) <= thresholds[:, None]).double().mean(1)
-                        for c in classes])  # fmt: skip
-    far = torch.stack([(torch.stack(across[c]) > thresholds[:, None]).double().mean(1)
-                       for c in classes])  # fmt: skip
-    utility = torch.nan_to_num(2 * near * far / (near + far))
-    score, some = utility.var(0, correction=0).mean(), math.ceil(epsilon * len(classes))
-    if not return_curves:
-        return score
-    ordered = utility.sort(0, descending=True).values
-    gap = (ordered[:some].mean(0) - ordered[-some:].mean(0)).square().mean()
-    sizes = torch.tensor([y.count(c) for c in classes])
-    skipped = torch.tensor(len(set(y)) - len(classes))
-    return score, gap, thresholds, utility, near, far, torch.tensor(classes), sizes, skipped
-
-
-def reduced(each: Tensor, reduction: str) -> Tensor:
-    return {"none": each, "mean": each.mean(), "sum": each.sum()}[reduction]
-
-
-def alone(**options) -> Sample:
-    return Sample(dict(embeddings=embeddings()), options)
-
-
-def labelled(**options) -> Sample:
-    return Sample(dict(embeddings=embeddings(), labels=LABELS), options)
-
-
-# Not at the distances of any pair, where a rounding would decide.
-THRESHOLDS = torch.tensor([0.31, 0.77, 1.05, 1.63], dtype=F64)
-
-
-def sorted_by_opis(**options) -> Sample:
-    return labelled(thresholds=THRESHOLDS, **options)
-
-
-def pair(**options) -> Sample:
-    return Sample(dict(x=embeddings(), y=embeddings(seed=1)), options)
-
-
-def views(keys=True, **options) -> Sample:
-    return Sample(dict(queries=embeddings(), keys=embeddings(seed=1) if keys else None), options)
-
-
-X = embeddings()
-BAD_X = (
-    Bad(TypeError, "embeddings must be a Tensor, got list", dict(embeddings=[1.0])),
-    Bad(TypeError, "embeddings must be floating, got torch.int64", dict(embeddings=X.long())),
-    Bad(ValueError, r"embeddings must be \(N, D\), got \[6\]", dict(embeddings=X[:, 0])),
-    Bad(TypeError, "embeddings must be a dense", dict(embeddings=X.to_sparse())),
-)
-BAD_LABELS = (
-    Bad(TypeError, "labels must be a Tensor, got list", dict(labels=[1])),
-    Bad(TypeError, "labels must hold integers, got torch.float64", dict(labels=X[:, 0])),
-    Bad(ValueError, r"labels must have the shape \[6\], got \[5\]", dict(labels=LABELS[:5])),
-    Bad(RuntimeError, "same device, but labels is on meta", dict(labels=LABELS.to("meta"))),
-)
-BAD_REDUCTION = Bad(ValueError, "avg is not a valid value for reduction", dict(reduction="avg"))
-BAD_NORMALIZE = Bad(TypeError, "normalize must be a bool", dict(normalize="l2"))
-
-
-def metric(function, reference, **fields) -> Spec:
-    return Spec(**dict(function=function, reference=reference, result="wide") | fields)
-
-
-METRICS = (
-    metric(
-        uniformity, uniformity_reference,
-        samples={
-            "plain": alone,
-            "far": lambda: alone(t=60.0),
-            "raw": lambda: alone(normalize=False),
-        },
-        empty={"no features": Empty(lambda: alone().map(lambda _, t: t[:, :0]), 0.0)},
-        nan={"embeddings": "all"},
-        errors=(
-            *BAD_X, BAD_NORMALIZE,
-            Bad(ValueError, "embeddings must hold at least 2 rows", dict(embeddings=X[:1])),
-            Bad(ValueError, "t must be finite and > 0, got 0", dict(t=0.0)),
-            Bad(ValueError, "max_pairs must be at least 1, got 0", dict(max_pairs=0)),
-            Bad(TypeError, "max_pairs must be an integer", dict(max_pairs=2.5)),
-        ),
-    ),
-    metric(
-        tolerance, tolerance_reference,
-        samples={"plain": labelled, "all": lambda: labelled(over="all", normalize=False)},
-        empty={
-            "no rows": Empty(lambda: labelled().each(lambda _, t: t[:0]), math.nan),
-            "no pair": Empty(lambda: labelled().each(lambda _, t: t[1:4]), math.nan),
-        },
-        nan={"embeddings": "all"},
-        errors=(
-            *BAD_X, *BAD_LABELS, BAD_NORMALIZE,
-            Bad(ValueError, "over must be one of same_class, all", dict(over="class")),
-        ),
-    ),
-    metric(
-        alignment, alignment_reference,
-        samples={
-            "plain": pair,
-            "none": lambda: pair(alpha=1.0, reduction="none"),
-            "raw": lambda: pair(normalize=False, reduction="sum"),
-        },
-        empty={"no rows": Empty(lambda: pair().map(lambda _, t: t[:0]), math.nan)},
-        nan={"x": "all", "y": "all"},
-        vmap=("x", "y"),
-        errors=(
-            Bad(TypeError, "x must be floating", dict(x=X.long())),
-            Bad(ValueError, r"y must be torch.float32 of the shape \[6, 3\] of x, got "
-                r"torch.float32 \[5, 3\]", dict(y=X[:5].float())),
-            Bad(RuntimeError, "same device, but y is on meta", dict(y=X.float().to("meta"))),
-            Bad(ValueError, "alpha must be finite and > 0", dict(alpha=-1.0)),
-            BAD_REDUCTION, BAD_NORMALIZE,
-        ),
-    ),
-    metric(
-        penalty_entropy, entropy_reference,
-        samples={
-            "plain": lambda: views(temperature=0.5),
-            "alone": lambda: views(keys=False, temperature=0.5, reduction="none"),
-            "raw": lambda: views(normalize=False, temperature=2.0, reduction="sum"),
-        },
-        empty={"no features": Empty(
-            lambda: views(reduction="sum").map(lambda _, t: t[:2, :0]), 0.0)},
-        nan={"queries": "all", "keys": "all"},
-        errors=(
-            Bad(TypeError, "queries must be floating", dict(queries=X.long())),
-            Bad(ValueError, "queries must hold at least 2 rows", dict(queries=X[:1])),
-            Bad(ValueError, r"keys must be torch.float32 of the shape \[6, 3\] of queries, got "
-                r"torch.float64", dict(keys=X)),
-            Bad(RuntimeError, "same device, but keys is on meta", dict(keys=X.float().to("meta"))),
-            Bad(ValueError, "temperature must be finite and > 0", dict(temperature=0.0)),
-            BAD_REDUCTION, BAD_NORMALIZE,
-        ),
-    ),    metric(
-        opis, opis_reference,
-        samples={
-            "plain": sorted_by_opis,
-            "curves": lambda: sorted_by_opis(return_curves=True, epsilon=0.5),
-            "raw": lambda: sorted_by_opis(normalize=False),
-        },
-        empty={
-            "no rows": Empty(lambda: labelled().each(lambda _, t: t[:0]), 0.0),
-            "no pair": Empty(lambda: labelled().each(lambda _, t: t[1:4]), 0.0),
-            "one class": Empty(lambda: labelled().replace(dict(labels=0 * LABELS)), 0.0),
-        },
-        wide=("thresholds",),
-        compile="data-dependent|unique_consecutive",  # the number of classes
-        nan={"embeddings": "all"},
-        errors=(
-            *BAD_X, *BAD_LABELS, BAD_NORMALIZE,
-            Bad(ValueError, r"far must be 0 < low < high <= 1, got \(0.2, 0.1\)",
-                dict(far=(0.2, 0.1))),
-            Bad(ValueError, "far must be two shares, got 0.1", dict(far=0.1)),
-            Bad(TypeError, "far must be a number, got str", dict(far=("low", 0.1))),
-            Bad(ValueError, "num_thresholds must be at least 2, got 1", dict(num_thresholds=1)),
-            Bad(TypeError, "bounds_samples must be an integer", dict(bounds_samples=1e6)),
-            Bad(TypeError, "thresholds must be a Tensor, got list", dict(thresholds=[0.1])),
-            Bad(ValueError, r"thresholds must be \(T,\), got \[0\]", dict(thresholds=X[0, :0])),
-            Bad(RuntimeError, "same device, but thresholds", dict(thresholds=X[0].to("meta"))),
-            Bad(ValueError, "epsilon must be finite and > 0", dict(epsilon=0.0)),
-            Bad(ValueError, "epsilon must be at most 1, got 2", dict(epsilon=2)),
-        ),
-    ),
-)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Pairs and triplets
@@ -468,194 +249,6 @@ PAIRS = (
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
-# Episodes
-
-
-def prototypes_reference(support, labels, num_classes):
-    rows = range(len(labels))
-    return torch.stack([
-        torch.stack([support[i] for i in rows if labels[i] == c]).mean(0)
-        for c in range(num_classes)
-    ])  # fmt: skip
-
-
-def shifted(x: Tensor, y: Tensor) -> Tensor:
-    return (((x - y) ** 2).sum() + 1e-6).sqrt()
-
-
-def proto_reference(queries, query_labels, prototypes, margin=0.5, *, reduction="mean"):
-    each = []
-    for q, y in zip(queries, query_labels.tolist()):
-        d = [shifted(q, p) for p in prototypes]
-        each.append((d[y] - min(d[:y] + d[y + 1 :]) + margin).relu())
-    return reduced(torch.stack(each), reduction)
-
-
-def score_reference(embeddings, labels, targets=None, target_labels=None, *, k=4, neighbours=None,
-                    use_omega=False):  # fmt: skip
-    own = targets is None
-    t, z = (embeddings, labels) if own else (targets, target_labels)
-    many = k + 2 >= len(t)
-    neighbours, k = neighbours or k + 1, len(t) - 2 if many else k
-    table = []
-    for i in range(len(embeddings)):
-        row = [(shifted(embeddings[i], t[j]), bool(labels[i] == z[j]))
-               for j in range(len(t)) if not (own and i == j)]  # fmt: skip
-        table.append(sorted(row, key=lambda pair: pair[0])[: max(neighbours, k)])
-    largest = max([d for row in table for d, same in row[:k] if not same], default=0.0)
-    zero = embeddings.sum() * 0
-    within, across, all_r, all_q, hits = [], [], [], [], 0
-    for row in table:
-        m = min([d for d, same in row if not same], default=math.inf)
-        r = [d / (m + 1e-7) for d, _ in row[:k]]
-        r = [v / max(max(r), 1.0) for v in r]
-        mine = [v for v, (_, same) in zip(r, row) if same]
-        theirs = [d / (largest + 1e-7) for d, same in row[:k] if not same]
-        hits += len(mine)
-        all_r += mine
-        all_q += theirs
-        within += [sum(mine) / len(mine)] if mine else []
-        across += [sum(theirs) / len(theirs)] if theirs else []
-    lam_s = 1 - sum(within, zero) / len(within) if within else zero
-    lam_d = sum(across, zero) / len(across) if across else zero + 1
-    gamma = zero + (1 if many else hits / (k * len(table)))
-    terms = [(lam_s + lam_d) / 2, gamma]
-    if use_omega:
-        terms.append(1 - sum(torch.stack(v).var(correction=0) for v in (all_r, all_q)))
-    return sum(terms) / len(terms)
-
-
-def icnn_reference(*args, **options):
-    return -score_reference(*args, **options).log()
-
-
-CLASSES = torch.tensor([2, 0, 1, 2, 2, 0])
-POINTS = torch.tensor([0, 1, 0, 1, 1, 2, 0, 2, 1])
-
-
-def support(**options) -> Sample:
-    # An option, so that no layout is tried in which all labels are one: a class would be missing.
-    return Sample(dict(support=embeddings()), dict(labels=CLASSES, num_classes=3) | options)
-
-
-def queries(**options) -> Sample:
-    inputs = dict(queries=embeddings(), query_labels=CLASSES, prototypes=embeddings(3, seed=1))
-    return Sample(inputs, options)
-
-
-def episode(given=False, **options) -> Sample:
-    inputs = dict(embeddings=embeddings(9), labels=POINTS, targets=None, target_labels=None)
-    if given:
-        inputs |= dict(targets=embeddings(7, seed=1), target_labels=POINTS[:7])
-    return Sample(inputs, options)
-
-
-def icnn(function, reference, module, empty: dict, **fields) -> Spec:
-    return Spec(
-        function=function,
-        reference=reference,
-        module=module,
-        same_signature=module is not None,
-        samples={
-            "plain": episode,
-            "few": lambda: episode(k=2, use_omega=True),
-            "targets": lambda: episode(given=True, k=3, neighbours=5),
-            "all": lambda: episode(k=8),
-        },
-        gradients=("embeddings", "targets"),
-        empty={
-            "no rows": Empty(lambda: episode(given=True).replace(
-                dict(embeddings=embeddings(0), labels=POINTS[:0])), math.nan),
-            "one class": Empty(lambda: episode().replace(dict(labels=0 * POINTS)), empty["class"]),
-            **fields.pop("more", {}),
-        },
-        # What is mapped over takes its neighbours by torch's gather, as one alone does.
-        vmap=("embeddings",),
-        nan={"embeddings": "all"},
-        tolerances={F32: (1e-4, 1e-6)},
-        errors=(
-            *BAD_X,
-            Bad(TypeError, "labels must hold integers", dict(labels=embeddings(9)[:, 0])),
-            Bad(ValueError, r"labels must have the shape \[9\], got \[6\]", dict(labels=LABELS)),
-            Bad(ValueError, "give both targets and target_labels", dict(targets=X)),
-            Bad(ValueError, "targets must be torch.float32 with 3 features as embeddings",
-                dict(targets=X, target_labels=LABELS)),
-            Bad(ValueError, r"target_labels must have the shape \[6\], got \[5\]",
-                dict(targets=X.float(), target_labels=LABELS[:5])),
-            Bad(ValueError, r"targets must hold at least 3 rows, got \[2, 3\]",
-                dict(targets=X[:2].float(), target_labels=LABELS[:2])),
-            Bad(ValueError, r"embeddings must hold at least 3 rows, got \[2, 3\]",
-                dict(embeddings=X[:2], labels=LABELS[:2])),
-            Bad(ValueError, "k must be at least 1, got 0", dict(k=0)),
-            Bad(TypeError, "k must be an integer, got float", dict(k=2.0)),
-            Bad(ValueError, "neighbours must be at least k = 4, got 3", dict(neighbours=3)),
-            Bad(TypeError, "use_omega must be a bool", dict(use_omega=1.0)),
-        ),
-        **fields,
-    )  # fmt: skip
-
-
-EPISODES = (
-    Spec(
-        function=prototypes,
-        reference=prototypes_reference,
-        samples={"plain": support},
-        gradients=("support",),
-        autocast={},
-        empty={"no features": Empty(lambda: support().map(lambda _, t: t[:, :0]), 0.0, (3, 0))},
-        vmap=("support",),
-        nan={"support": lambda found, clean: bool(found[:, 0].isnan().all())
-             and torch.equal(found[:, 1:], clean[:, 1:])},
-        errors=(
-            Bad(TypeError, "support must be floating", dict(support=LABELS)),
-            Bad(TypeError, "labels must hold integers", dict(labels=X[:, 0])),
-            Bad(ValueError, r"labels must have the shape \[6\], got \[5\]",
-                dict(labels=LABELS[:5])),
-            Bad(IndexError, r"labels must be in \[0, 1\], got 2", dict(num_classes=2)),
-            Bad(ValueError, "labels must name every class, but class 3", dict(num_classes=5)),
-            Bad(ValueError, "num_classes must be at least 1", dict(num_classes=0)),
-            Bad(TypeError, "num_classes must be an integer", dict(num_classes=3.0)),
-        ),
-    ),
-    Spec(
-        function=proto_triplet_loss,
-        reference=proto_reference,
-        module=pyloss.nn.ProtoTripletLoss,
-        same_signature=True,
-        samples={
-            "plain": queries,
-            "margin": lambda: queries(margin=1.5, reduction="none"),
-            "sum": lambda: queries(margin=0.0, reduction="sum"),
-        },
-        gradients=("queries", "prototypes"),
-        empty={"no queries": Empty(lambda: queries().replace(
-            dict(queries=embeddings(0), query_labels=CLASSES[:0])), math.nan)},
-        vmap=("queries", "prototypes"),
-        nan={"queries": "all", "prototypes": "any"},
-        tolerances={F32: (1e-4, 1e-6)},
-        errors=(
-            Bad(TypeError, "queries must be floating", dict(queries=LABELS)),
-            Bad(ValueError, r"query_labels must have the shape \[6\]",
-                dict(query_labels=LABELS[:5])),
-            Bad(IndexError, r"query_labels must be in \[0, 2\], got 3",
-                dict(query_labels=CLASSES + 1)),
-            Bad(ValueError, "prototypes must hold at least 2 rows", dict(prototypes=X[:1])),
-            Bad(ValueError, "prototypes must be torch.float32 with 3 features as queries",
-                dict(prototypes=X)),
-            Bad(RuntimeError, "same device, but prototypes", dict(prototypes=X.float().to("meta"))),
-            Bad(ValueError, "margin must be finite and >= 0", dict(margin=-1.0)),
-            BAD_REDUCTION,
-        ),
-    ),
-    icnn(icnn_score, score_reference, None, {"class": 1.0}),
-    icnn(
-        icnn_loss, icnn_reference, pyloss.nn.ICNNLoss, {"class": 0.0},
-        more={"no pair": Empty(
-            lambda: episode().replace(dict(labels=torch.arange(9))), 0.0)},
-    ),
-)  # fmt: skip
-
-# --------------------------------------------------------------------------------------------------
 # Margins of the softmax
 
 
@@ -725,6 +318,7 @@ def direction_spec(function, harder, module, *errors, **samples) -> Spec:
             Bad(RuntimeError, "same device, but target is on meta",
                 dict(target=CLASSES.to("meta"))),
             Bad(IndexError, "Target 4 is out of bounds", dict(target=CLASSES + 2)),
+            Bad(TypeError, "weight must be a Tensor, got list", dict(weight=[1.0] * 4)),
             Bad(ValueError, "margin must be finite and >= 0", dict(margin=-0.5)),
             Bad(ValueError, "scale must be finite and > 0", dict(scale=0.0)),
             BAD_REDUCTION, *errors,
@@ -741,4 +335,4 @@ MARGINS = (
     direction_spec(cosface_loss, lambda c, m: c - m, pyloss.nn.CosFaceLoss),
 )  # fmt: skip
 
-SPECS = (*METRICS, *PAIRS, *EPISODES, *MARGINS)
+SPECS = (*PAIRS, *MARGINS)
