@@ -267,6 +267,16 @@ def test_numbers_beyond(way: str) -> None:
         compare(q, k, temperature(scale), temperature(bias), what=SOFTPLUS, target=target)
 
 
+@pytest.mark.parametrize("options", ({"first": 0}, {"columns": True}), ids=("itself", "columns"))
+def test_parts_of_huge_logits_are_at_most_one(options: dict, way: str) -> None:
+    """An lse that was rounded is far below its logits; of one tensor z_ij serves as z_ji, too."""
+    x = torch.nn.functional.normalize(problem(20, 1, 24)[0].detach(), dim=1).requires_grad_()
+    found = similarity_softmax(x, x, 1e12, **options)
+    of = found.lse if found.column_lse is None else found.column_lse
+    (grad,) = torch.autograd.grad(of.sum(), x)
+    assert (grad.abs() <= 1e12 * 2 * len(x)).all()
+
+
 def test_nan_stays_in_its_row_and_column() -> None:
     q, k = problem(20, 40, 8)
     with torch.no_grad():
