@@ -291,6 +291,17 @@ def test_nan_stays_in_its_row_and_column() -> None:
     assert found.lse.isnan().nonzero().ravel().tolist() == [3, 17]  # the target is not dropped
 
 
+def test_infinite_logits() -> None:
+    """An lse of inf in their rows and columns, in whichever tile of them and part of the keys."""
+    q, k = (t.detach().abs() for t in problem(20, 340, 8))
+    q[3, 2], q[5, 1], k[330, 0] = math.inf, -math.inf, math.inf
+    found = similarity_softmax(q, k, 0.5, columns=True)
+    exact = exact_stats(q.double(), k.double(), 0.5, columns=True)
+    assert exact.lse.isinf().sum() == 19 and exact.column_lse.isinf().sum() == 339  # one NaN each
+    check("lse", found.lse, exact.lse, 0.0)
+    check("column_lse", found.column_lse, exact.column_lse, 0.0)
+
+
 def test_nothing_counts() -> None:
     """Rows without a pair: -inf, and no gradient."""
     x = problem(20, 1, 8)[0]
