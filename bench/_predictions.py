@@ -271,7 +271,7 @@ def _pair_seconds() -> dict[str, float]:
     """
     n, d = 8192, 128  # sweeps
     statistics = pair_seconds(d, 1, (128, 64), 1, 10, True)
-    both = pair_seconds(d, 2, (64, 64), 2, 17, True)
+    both = pair_seconds(d, 2, (64, 64), 2, 19, True)
     nt_xent = n * n * (statistics + both) + 30 * LAUNCH
 
     n, d = 65536, 512  # blocks of 1.5 (N + M) D numbers
@@ -279,12 +279,12 @@ def _pair_seconds() -> dict[str, float]:
     product = pair_seconds(d, 1, (128, 256), 0, 0, False)
     blocks = n * n / (3 * n * d)
     accumulated = blocks * 8 * n * d / COPY  # the keys' gradient, read and written for each block
-    rows = pair_seconds(d, 1, (128, 256), 1, 12, False)
+    rows = pair_seconds(d, 1, (128, 256), 1, 13, False)
     info_nce = n * n * (statistics + rows + 2 * product) + accumulated + 200 * LAUNCH
     of_columns = pair_seconds(d, 1, (128, 128), 2, 22, False)
-    rows_and_columns = pair_seconds(d, 1, (128, 128), 2, 17, False)
+    rows_and_columns = pair_seconds(d, 1, (128, 128), 2, 19, False)
     clip = n * n * (of_columns + rows_and_columns + 2 * product) + accumulated + 200 * LAUNCH
-    of_both = pair_seconds(d, 1, (128, 128), 2, 17, False)
+    of_both = pair_seconds(d, 1, (128, 128), 2, 19, False)
     wide = n * n * (statistics + of_both + product) + 200 * LAUNCH
     return {
         "pairs fwd+bwd nt_xent 8192x128": nt_xent,

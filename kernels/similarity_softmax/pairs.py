@@ -186,14 +186,20 @@ def key_coeffs(index, c):
 
 
 @triton.jit
+def share(z, lse):
+    """exp of z - lse: a part of 1, also where z was rounded in another order than for its lse."""
+    return tl.exp2(tl.minimum(z - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def pair_gradient(z, i, j, lse, a, column_lse, column_a, special, c, p, K: tl.constexpr):
     """dz of a tile. lse and the next three are of shapes that broadcast, as i and j."""
     if K.sigmoid:
         g = a / (1.0 + tl.exp2(-z))
     else:
-        g = tl.exp2(z - lse) * a
+        g = share(z, lse) * a
         if c.column_lse is not None:
-            g += tl.exp2(z - column_lse) * column_a
+            g += share(z, column_lse) * column_a
     if special:
         left_out, positive = kinds(i, j, p, K)
         if K.sigmoid:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .._launch import FULL_GRID, cdiv, device_guard
 from ..linear_cross_entropy.launch import OPTIONS, Config
-from ..linear_cross_entropy.tiles import NEG_INF, finite_floor, patch
+from ..linear_cross_entropy.tiles import NEG_INF, POS_INF, patch
 from . import launch
 from .launch import check_pairs, tile_of
 from .pairs import (
@@ -42,6 +42,13 @@ def _softplus(x):
     p = -0.7213395131 + t * (0.4806788896 + t * p)
     p = 1.442694992 + t * p
     return tl.maximum(x, 0.0) + t * p
+
+
+@triton.jit
+def finite_floor(m):
+    """From where exponents are measured: from 0 where the largest logit is infinite, as that less
+    itself would be NaN."""
+    return tl.where(tl.abs(m) == POS_INF, 0.0, m)
 
 
 @triton.jit

@@ -267,6 +267,16 @@ def test_numbers_beyond(way: str) -> None:
         compare(q, k, temperature(scale), temperature(bias), what=SOFTPLUS, target=target)
 
 
+@pytest.mark.parametrize("options", ({"first": 0}, {"columns": True}), ids=("itself", "columns"))
+def test_parts_of_huge_logits_are_at_most_one(options: dict, way: str) -> None:
+    """An lse that was rounded is far below its logits; of one tensor z_ij serves as z_ji, too."""
+    x = torch.nn.functional.normalize(problem(20, 1, 24)[0].detach(), dim=1).requires_grad_()
+    found = similarity_softmax(x, x, 1e12, **options)
+    of = found.lse if found.column_lse is None else found.column_lse
+    (grad,) = torch.autograd.grad(of.sum(), x)
+    assert (grad.abs() <= 1e12 * 2 * len(x)).all()
+
+
 def test_nan_stays_in_its_row_and_column() -> None:
     q, k = problem(20, 40, 8)
     with torch.no_grad():
@@ -279,6 +289,17 @@ def test_nan_stays_in_its_row_and_column() -> None:
         q, k, 0.5, target=torch.arange(20), query_ids=ids[0], key_ids=ids[1], same="drop"
     )
     assert found.lse.isnan().nonzero().ravel().tolist() == [3, 17]  # the target is not dropped
+
+
+def test_infinite_logits() -> None:
+    """An lse of inf in their rows and columns, in whichever tile of them and part of the keys."""
+    q, k = (t.detach().abs() for t in problem(20, 340, 8))
+    q[3, 2], q[5, 1], k[330, 0] = math.inf, -math.inf, math.inf
+    found = similarity_softmax(q, k, 0.5, columns=True)
+    exact = exact_stats(q.double(), k.double(), 0.5, columns=True)
+    assert exact.lse.isinf().sum() == 19 and exact.column_lse.isinf().sum() == 339  # one NaN each
+    check("lse", found.lse, exact.lse, 0.0)
+    check("column_lse", found.column_lse, exact.column_lse, 0.0)
 
 
 def test_nothing_counts() -> None:
