@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._launch import check_rows, dot_precision, little_shared
+from .._launch import check_rows, device_capability, dot_precision, little_shared
 
 
 class Config(NamedTuple):
@@ -42,6 +42,11 @@ TABLE = {
     ("grad", "ieee"): Config(64, 64, 32, 4, 3),
     ("matmul", "ieee"): Config(64, 64, 32, 4, 3),
 }
+# Before Hopper both factors of a product stand in registers, beside the sums.
+BEFORE_HOPPER = {
+    ("matmul", "half"): Config(128, 128, 64, 8, 3),
+    ("matmul of parts", "half"): Config(128, 128, 32, 8, 3),
+}
 
 
 def for_few_rows(config: Config, block_m: int) -> Config:
@@ -53,7 +58,10 @@ def for_few_rows(config: Config, block_m: int) -> Config:
 
 def choose_config(kernel: str, dtype: torch.dtype, rows: int, device: torch.device) -> Config:
     """Tiles of `kernel`, a name of the table, for `rows` rows of the result."""
-    config = TABLE[kernel, "half" if dtype.itemsize == 2 else dot_precision(dtype)]
+    key = kernel, "half" if dtype.itemsize == 2 else dot_precision(dtype)
+    config = TABLE[key]
+    if (device_capability(device) or (9, 0)) < (9, 0):
+        config = BEFORE_HOPPER.get(key, config)
     if little_shared(device):
         config = config._replace(block_n=min(config.block_n, 128), num_stages=2)
     block_m = max(16, triton.next_power_of_2(rows))
