@@ -42,11 +42,15 @@ TABLE = {
     ("grad", "ieee"): Config(64, 64, 32, 4, 3),
     ("matmul", "ieee"): Config(64, 64, 32, 4, 3),
 }
-# Before Hopper both factors of a product stand in registers, beside the sums.
-BEFORE_HOPPER = {
+# Where both factors of a product stand in registers, beside the sums.
+IN_REGISTERS = {
     ("matmul", "half"): Config(128, 128, 64, 8, 3),
     ("matmul of parts", "half"): Config(128, 128, 32, 8, 3),
 }
+# Rows of an odd number of elements pass through registers; 64 columns of them would spill.
+BLACKWELL = {("grad", "half"): Config(128, 128, 32, 8, 4)}
+# By the first number of the compute capability; TABLE is Hopper's.
+OTHERS = {8: IN_REGISTERS, 10: BLACKWELL, 11: BLACKWELL, 12: IN_REGISTERS}
 
 
 def for_few_rows(config: Config, block_m: int) -> Config:
@@ -59,9 +63,8 @@ def for_few_rows(config: Config, block_m: int) -> Config:
 def choose_config(kernel: str, dtype: torch.dtype, rows: int, device: torch.device) -> Config:
     """Tiles of `kernel`, a name of the table, for `rows` rows of the result."""
     key = kernel, "half" if dtype.itemsize == 2 else dot_precision(dtype)
-    config = TABLE[key]
-    if (device_capability(device) or (9, 0)) < (9, 0):
-        config = BEFORE_HOPPER.get(key, config)
+    major, _ = device_capability(device) or (9, 0)
+    config = OTHERS.get(major, {}).get(key, TABLE[key])
     if little_shared(device):
         config = config._replace(block_n=min(config.block_n, 128), num_stages=2)
     block_m = max(16, triton.next_power_of_2(rows))
