@@ -53,6 +53,7 @@ PYTHON_LAYERS = {
         "pyloss.functional",
         "pyloss.metrics",
         "pyloss.nn",
+        "pyloss.optim",
         "pyloss.reference",
         "pyloss.testing",
         "pyloss.backends",

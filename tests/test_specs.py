@@ -9,6 +9,7 @@ import pyloss
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.optim
 
 pytest.register_assert_rewrite("specs._checks")
 
@@ -104,7 +105,7 @@ WITHOUT_SPEC = {
 
 
 def public_callables() -> dict[str, object]:
-    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
+    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics, pyloss.optim)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 
