@@ -43,9 +43,9 @@ lion_k::Options decode_options(const Reader<Options>& r) {
 
 // A call, and what it points to.
 struct Decoded {
-  std::vector<cpu::LionKTensor> tensors;
+  std::vector<lion_k::Tensor> tensors;
   std::vector<int64_t> first;
-  cpu::LionKProblem problem{};
+  lion_k::Problem problem{};
 };
 
 template <class T = void>
@@ -58,7 +58,7 @@ T* entry(const Reader<Problem>& r, Problem::Field f, Py_ssize_t i, int64_t n) {
 Decoded decode(const py::handle& record) {
   const Reader<Problem> r(record);
   Decoded d;
-  cpu::LionKProblem& p = d.problem;
+  lion_k::Problem& p = d.problem;
   p.x_dtype = r.floating(Problem::x_dtype);
   p.g_dtype = r.floating(Problem::g_dtype);
   p.m_dtype = r.floating(Problem::m_dtype);
@@ -79,7 +79,7 @@ Decoded decode(const py::handle& record) {
   d.first.resize(size_t(p.count) + 1);
   int64_t total = 0;
   for (Py_ssize_t i = 0; i < Py_ssize_t(p.count); ++i) {
-    cpu::LionKTensor& t = d.tensors[size_t(i)];
+    lion_k::Tensor& t = d.tensors[size_t(i)];
     t.n = r.integer(Problem::size, i);
     checked_count("size", {t.n});
     t.x = entry(r, Problem::x, i, t.n);
@@ -89,7 +89,7 @@ Decoded decode(const py::handle& record) {
     t.compensation = compensated ? entry(r, Problem::compensation, i, t.n) : nullptr;
     t.position = stochastic ? r.integer(Problem::position, i) : 0;
     d.first[size_t(i)] = total;
-    if (__builtin_add_overflow(total, cpu::lion_k_padded(t.n), &total)) {
+    if (__builtin_add_overflow(total, lion_k::padded(t.n), &total)) {
       r.bad(Problem::size, "size overflows");
     }
   }

@@ -37,6 +37,34 @@ struct Options {
   int64_t seed, step;  // of stochastic rounding
 };
 
+// ---- A call -------------------------------------------------------------------------------------
+
+// One parameter; all arrays have n elements in the same order.
+struct Tensor {
+  void* x;
+  const void* g;
+  void* m;
+  const void* given;   // dK(c) as float or double; Kappa::kGiven only
+  void* compensation;  // dtype of x; Rounding::kCompensated only
+  int64_t n;
+  int64_t position;  // tells the random numbers of tensors apart
+};
+
+struct Problem {
+  const Tensor* tensors;
+  const int64_t* first;  // [count + 1], padded elements before each tensor
+  int64_t count;
+  DType x_dtype, g_dtype, m_dtype;
+  Options options;
+};
+
+// Elements of a tensor, rounded up so that ranges of elements begin at whole vectors.
+inline int64_t padded(int64_t n) {
+  return (n + 63) / 64 * 64;
+}
+
+// ---- An element ---------------------------------------------------------------------------------
+
 // The factors, each rounded once from double.
 template <class R>
 struct Factors {

@@ -142,7 +142,7 @@ const R* readable(const void* array, DType t, int64_t at, int64_t n, R* block) {
 }
 
 template <class T, class R>
-void store_parameter(const lion_k::Options& o, const LionKTensor& t, const R* from, int64_t at,
+void store_parameter(const lion_k::Options& o, const lion_k::Tensor& t, const R* from, int64_t at,
                      int64_t n) {
   T* to = static_cast<T*>(t.x) + at;
   if constexpr (std::is_same_v<R, float> && sizeof(T) == 2) {
@@ -160,8 +160,8 @@ void store_parameter(const lion_k::Options& o, const LionKTensor& t, const R* fr
 
 // Elements [begin, end) of a tensor.
 template <class R>
-void update_part(const LionKProblem& p, const Factors<R>& f, const LionKTensor& t, int64_t begin,
-                 int64_t end) {
+void update_part(const lion_k::Problem& p, const Factors<R>& f, const lion_k::Tensor& t,
+                 int64_t begin, int64_t end) {
   constexpr DType kOwn = std::is_same_v<R, double> ? DType::kF64 : DType::kF32;
   const lion_k::Options& o = p.options;
   if (p.x_dtype == kOwn && p.g_dtype == kOwn && p.m_dtype == kOwn) {
@@ -192,13 +192,13 @@ void update_part(const LionKProblem& p, const Factors<R>& f, const LionKTensor& 
 }
 
 template <class R>
-void run(const LionKProblem& p, int threads) {
+void run(const lion_k::Problem& p, int threads) {
   const Factors<R> f = lion_k::factors<R>(p.options, p.options.lr);
   const int64_t total = p.first[p.count];
   const auto range = [&](int64_t begin, int64_t end) {
     const int64_t* next = std::upper_bound(p.first, p.first + p.count + 1, begin);
     for (int64_t i = next - p.first - 1; i < p.count && p.first[i] < end; ++i) {
-      const LionKTensor& t = p.tensors[i];
+      const lion_k::Tensor& t = p.tensors[i];
       const int64_t from = std::max<int64_t>(begin - p.first[i], 0);
       const int64_t to = std::min(end - p.first[i], t.n);
       if (from < to) update_part(p, f, t, from, to);
@@ -209,7 +209,7 @@ void run(const LionKProblem& p, int threads) {
 
 }  // namespace
 
-void lion_k_step(const LionKProblem& p, int threads) {
+void lion_k_step(const lion_k::Problem& p, int threads) {
   p.x_dtype == DType::kF64 ? run<double>(p, threads) : run<float>(p, threads);
 }
 

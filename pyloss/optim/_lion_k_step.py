@@ -1,14 +1,10 @@
-"""How a step of Lion-K is computed: by the op, or by lists of torch operations.
-
-An entry is (x, g, m, rest, place, step, parameter): what this process has of a parameter and of its
-gradient, momentum and compensation, as real tensors; which number it has in the optimiser.
-"""
+"""How a step of Lion-K is computed: by the op, or by lists of torch operations."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +20,23 @@ _WITH_KERNEL = ("cpu", "cuda")
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float64, torch.float32, *_HALF)
 
-Entry = tuple
+
+class Entries(NamedTuple):
+    """The parameters of a group that have a gradient, a list for each thing that is known of them.
+
+    Lists and not an object a parameter: of a thousand small ones, a step is over in a millisecond.
+    """
+
+    x: list[Tensor]  # what this process has of it, as a real tensor; likewise the next three
+    g: list[Tensor]
+    m: list[Tensor]
+    rest: list[Tensor | None]  # compensation
+    place: list[int]  # number in the optimiser; of a DTensor's shards, another for each
+    step: list[int | Tensor]
+    parameter: list[Tensor]
+
+    def chosen(self, which: list[int]) -> Entries:
+        return Entries(*([part[at] for at in which] for part in self))
 
 
 def check_parameter(p: Tensor, fused: bool | None) -> None:
@@ -36,8 +48,13 @@ def check_parameter(p: Tensor, fused: bool | None) -> None:
         )
 
 
-def local(p: Tensor, g: Tensor, m: Tensor, rest: Tensor | None, place: int, step) -> Entry:
-    """The entry of what is not a plain real tensor."""
+def localised(entries: Entries) -> Entries:
+    """With the local part of DTensors, and real views of complex tensors."""
+    found = [_local(*e) for e in zip(*entries)]
+    return Entries(*map(list, zip(*found)))
+
+
+def _local(p: Tensor, g: Tensor, m: Tensor, rest: Tensor | None, place: int, step, _) -> tuple:
     parts = [p, g, m, rest]
     if is_dtensor(p):
         if any(placement.is_partial() for placement in p.placements):
@@ -63,23 +80,35 @@ def _shard_number(p) -> int:
     return number
 
 
-def update(entries: Sequence[Entry], group: Mapping[str, Any], found_inf: Tensor | None) -> None:
+def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
+    if not all(type(p) in PLAIN and not p.is_complex() for p in entries.x):
+        entries = localised(entries)
     given = _given(entries, group)
-    buckets: dict[tuple, list[int]] = defaultdict(list)
-    for at, (x, g, m, *_) in enumerate(entries):
-        buckets[x.device, x.dtype, g.dtype, m.dtype].append(at)
-    for members in buckets.values():
-        chosen = entries if len(members) == len(entries) else [entries[at] for at in members]
-        directions = [given[at] for at in members] if given else []
-        if _by_kernel(group, chosen[0]):
-            _update_by_kernel(chosen, directions, group, found_inf)
+    for chosen in _of_one_kind(entries):
+        part, directions = entries, given
+        if chosen is not None:
+            part, directions = entries.chosen(chosen), [given[i] for i in chosen if given]
+        if _by_kernel(group, part):
+            _update_by_kernel(part, directions, group, found_inf)
         # The skipped step of a GradScaler, which looks itself where a step cannot.
         elif found_inf is None or not found_inf.item():
-            _update_by_lists(chosen, directions, group)
+            _update_by_lists(part, directions, group)
 
 
-def _by_kernel(group: Mapping[str, Any], entry: Entry) -> bool:
-    x, g, m = entry[:3]
+def _of_one_kind(entries: Entries) -> list[list[int] | None]:
+    """Which entries share devices and dtypes; [None]: all."""
+    device, kinds = entries.x[0].device, [t[0].dtype for t in entries[:3]]
+    if all(t.dtype is kind for part, kind in zip(entries, kinds) for t in part):
+        if all(x.device == device for x in entries.x):
+            return [None]
+    buckets: dict[tuple, list[int]] = defaultdict(list)
+    for at, (x, g, m) in enumerate(zip(*entries[:3])):
+        buckets[x.device, x.dtype, g.dtype, m.dtype].append(at)
+    return list(buckets.values())
+
+
+def _by_kernel(group: Mapping[str, Any], entries: Entries) -> bool:
+    x, g, m = (part[0] for part in entries[:3])
     if not all(t.dtype in _DTYPES for t in (x, g, m)):
         return False
     if group["fused"] is not None or group["foreach"] is not None:
@@ -98,16 +127,16 @@ def _mixed(x: Tensor, g: Tensor, m: Tensor, group: Mapping[str, Any]) -> Tensor:
     return m.to(wide).mul(beta).add_(g.to(wide), alpha=sign * (1 - beta))
 
 
-def _given(entries: Sequence[Entry], group: Mapping[str, Any]) -> list[Tensor]:
+def _given(entries: Entries, group: Mapping[str, Any]) -> list[Tensor]:
     """dK(c) of each entry, where it is not elementwise; of the whole of a DTensor."""
     kappa, args, scope = group["kappa"], group["kappa_args"], group["group"]
     if isinstance(kappa, str) and not _kappas.KAPPAS[kappa].of_group:
         return []
-    mixed = [_whole(_mixed(x, g, m, group), p) for x, g, m, *_, p in entries]
+    mixed = [_whole(_mixed(x, g, m, group), p) for x, g, m, *_, p in zip(*entries)]
     if scope == "global" and len({c.device for c in mixed}) > 1:
         raise RuntimeError("group='global' needs all parameters of a group on one device")
     found = _kappas.gradients(mixed, kappa, args, scope)
-    return [_part(d.to(c.dtype), p) for d, c, (*_, p) in zip(found, mixed, entries)]
+    return [_part(d.to(c.dtype), p) for d, c, p in zip(found, mixed, entries.parameter)]
 
 
 def _whole(c: Tensor, p: Tensor) -> Tensor:
@@ -142,14 +171,13 @@ def _rounding(group: Mapping[str, Any], dtype: torch.dtype) -> str:
 
 
 def _update_by_kernel(
-    entries: Sequence[Entry],
+    entries: Entries,
     given: list[Tensor],
     group: Mapping[str, Any],
     found_inf: Tensor | None,
 ) -> None:
-    params, grads, momenta, rests, places, numbers, _ = zip(*entries)
-    rounding = _rounding(group, params[0].dtype)
-    lr, step = group["lr"], numbers[0]
+    rounding = _rounding(group, entries.x[0].dtype)
+    lr, step = group["lr"], entries.step[0]
     on_device = isinstance(lr, Tensor) and not lr.is_cpu
     kappa = "given" if given else group["kappa"]
     options = Options(
@@ -164,31 +192,29 @@ def _update_by_kernel(
         0 if isinstance(step, Tensor) else step,
     )
     lion_k_(
-        list(params),
-        list(grads),
-        list(momenta),
+        entries.x,
+        entries.g,
+        entries.m,
         options,
         given=given,
-        compensation=list(rests) if rounding == "compensated" else [],
-        positions=list(places) if rounding == "stochastic" else [],
+        compensation=entries.rest if rounding == "compensated" else [],
+        positions=entries.place if rounding == "stochastic" else [],
         lr=lr if on_device else None,
         found_inf=found_inf,
         step=step if isinstance(step, Tensor) and rounding == "stochastic" else None,
     )
 
 
-def _update_by_lists(
-    entries: Sequence[Entry], given: list[Tensor], group: Mapping[str, Any]
-) -> None:
+def _update_by_lists(entries: Entries, given: list[Tensor], group: Mapping[str, Any]) -> None:
     if group["foreach"] is False or group["fused"] is False and group["foreach"] is None:
-        for at, entry in enumerate(entries):
-            _update_list([entry], given[at : at + 1], group)
+        for at in range(len(entries.x)):
+            _update_list(entries.chosen([at]), given[at : at + 1], group)
     else:
         _update_list(entries, given, group)
 
 
-def _update_list(entries: Sequence[Entry], given: list[Tensor], group: Mapping[str, Any]) -> None:
-    params, grads, momenta, rests, places, numbers, _ = zip(*entries)
+def _update_list(entries: Entries, given: list[Tensor], group: Mapping[str, Any]) -> None:
+    params, grads, momenta, rests, places, numbers, _ = entries
     wide = accumulator_dtype(params[0].dtype)
     rounding = _rounding(group, params[0].dtype)
     beta1, beta2 = group["betas"]

@@ -58,8 +58,8 @@ class LionK(Optimizer):
     usually 3 to 10 times smaller, and decays as many times larger, than for AdamW. In float32 the
     step of ``"l1"`` has the bits of the plain loop ``x *= 1 - lr * decay; x -= lr * sign(c)``.
 
-    Not offered: ``differentiable``. Sparse gradients are refused. NaN in a gradient makes NaN of its
-    element, for ``"lp"`` and ``"topk"`` of its group. Complex parameters are pairs of real ones.
+    Not offered: ``differentiable``. Sparse gradients are refused. NaN in a gradient makes NaN of
+    its element, for ``"lp"`` and ``"topk"`` of its group. Complex parameters are pairs of real ones.
 
     Args:
         params: parameters, named parameters, or groups of them; every option may differ by group.
@@ -206,39 +206,36 @@ class LionK(Optimizer):
     def _step_group(
         self, group: dict[str, Any], first: int, scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        entries, counts = [], []
+        params, momenta, rests, places, counts = [], [], [], [], []
         capturable, comp = group["capturable"], group["rounding"] == "compensated"
         for at, p in enumerate(group["params"], first):
-            g = p.grad
-            if g is None:
+            if p.grad is None:
                 continue
-            if g.layout != torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             state = self.state[p]
             if "exp_avg" not in state:
                 self._start(p, state, group)
-            if capturable:
-                counts.append(state["step"])
-            else:
+            if not capturable:
                 state["step"] += 1
-            rest = state["compensation"] if comp and p.dtype in _HALF else None
-            if type(p) in steps.PLAIN and not p.dtype.is_complex:
-                entries.append((p, g, state["exp_avg"], rest, at, state["step"], p))
-            else:
-                entries.append(steps.local(p, g, state["exp_avg"], rest, at, state["step"]))
-        if not entries:
+            params.append(p)
+            momenta.append(state["exp_avg"])
+            rests.append(state["compensation"] if comp and p.dtype in _HALF else None)
+            places.append(at)
+            counts.append(state["step"])
+        if not params:
             return
-        if counts:
+        if capturable:
             torch._foreach_add_(counts, 1)
             if found_inf is not None:
                 torch._foreach_sub_(counts, [found_inf.to(t) for t in counts])
+        grads = [p.grad for p in params]
+        if any(g.layout != torch.strided for g in grads):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         if scale is not None:
-            # As the fused optimisers of torch leave them: the gradients themselves are unscaled.
-            for g in (e[1] for e in entries):
-                g.mul_(scale.double().reciprocal().to(g.device, g.dtype if g.dtype ==
-                       torch.float64 else torch.float32))  # fmt: skip
+            _unscale(grads, scale)
         self._warn_of_decay(group)
-        steps.update(entries, group, found_inf)
+        steps.update(
+            steps.Entries(params, grads, momenta, rests, places, counts, params), group, found_inf
+        )
 
     def _start(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         device = dict(dtype=torch.float32, device=p.device)
@@ -370,6 +367,13 @@ def _restore(p: Tensor, saved: Mapping, state: dict[str, Any], group: Mapping) -
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
     elif isinstance(step, Tensor):
         state["step"] = int(step)
+
+
+def _unscale(grads: list[Tensor], scale: Tensor) -> None:
+    """The gradients themselves, as the fused optimisers of torch leave them."""
+    for g in grads:
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        g.mul_(scale.double().reciprocal().to(g.device, wide))
 
 
 def _check_capture(optimizer: LionK) -> None:

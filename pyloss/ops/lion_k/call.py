@@ -24,13 +24,11 @@ class Arranged:
     """Arrays whose elements lie in one order without gaps. Leaving it writes copies back."""
 
     def __init__(self, lists: Lists):
-        plain = [x.is_contiguous() and g.is_contiguous() and m.is_contiguous()
-                 for x, g, m in zip(lists.params, lists.grads, lists.momenta)]  # fmt: skip
         self.lists = lists
         self._copied: list[tuple[Tensor, Tensor]] = []
-        if not all(plain) or not all(t.is_contiguous() for t in lists.given + lists.compensation):
+        if not all(all(map(Tensor.is_contiguous, part)) for part in lists):
             self.lists = Lists(*([*part] for part in lists))
-            for at in range(len(plain)):
+            for at in range(len(lists.params)):
                 self._arrange(at)
 
     def _arrange(self, at: int) -> None:
@@ -67,8 +65,8 @@ def problem(lists: Lists, options: Options, positions: list[int]) -> Problem:
     x, g, m = lists.params[0], lists.grads[0], lists.momenta[0]
     return Problem(
         *(DTYPE_CODES[t.dtype] for t in (x, g, m)),
-        tuple([t.numel() for t in lists.params]),
-        *(tuple([t.data_ptr() for t in part]) for part in lists),
+        tuple(map(Tensor.numel, lists.params)),
+        *(tuple(map(Tensor.data_ptr, part)) for part in lists),
         tuple(positions),
         options,
     )
