@@ -526,7 +526,7 @@ def fill(template: list[Any], rng: random.Random, hostile: int, mistyped: bool) 
         if isinstance(part, Field):
             return value(part)
         values = [filled(p) for p in part]
-        if mistyped and rng.random() < 0.1:
+        if mistyped and values and rng.random() < 0.1:
             values.pop()
         return tuple(values)
 
