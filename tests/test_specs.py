@@ -80,6 +80,8 @@ WITHOUT_SPEC = {
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
+    "LionKLyapunov": "the result of lion_k_lyapunov",
+    "LyapunovMonitor": "records of a run: tests/test_lion_k.py",
     "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",

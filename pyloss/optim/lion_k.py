@@ -59,7 +59,7 @@ class LionK(Optimizer):
     step of ``"l1"`` has the bits of the plain loop ``x *= 1 - lr * decay; x -= lr * sign(c)``.
 
     Not offered: ``differentiable``. Sparse gradients are refused. NaN in a gradient makes NaN of
-    its element, for ``"lp"`` and ``"topk"`` of its group. Complex parameters are pairs of real ones.
+    its element, for ``"lp"`` and ``"topk"`` of its group. Complex parameters are pairs of reals.
 
     Args:
         params: parameters, named parameters, or groups of them; every option may differ by group.
@@ -206,36 +206,37 @@ class LionK(Optimizer):
     def _step_group(
         self, group: dict[str, Any], first: int, scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        params, momenta, rests, places, counts = [], [], [], [], []
-        capturable, comp = group["capturable"], group["rounding"] == "compensated"
-        for at, p in enumerate(group["params"], first):
-            if p.grad is None:
-                continue
+        places = [at for at, p in enumerate(group["params"]) if p.grad is not None]
+        params = [group["params"][at] for at in places]
+        grads = [p.grad for p in params]
+        if not params:
+            return
+        if any(g.layout != torch.strided for g in grads):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        momenta, rests, numbers, counts = [], [], [], []
+        comp = group["rounding"] == "compensated"
+        for p in params:
             state = self.state[p]
             if "exp_avg" not in state:
                 self._start(p, state, group)
-            if not capturable:
-                state["step"] += 1
-            params.append(p)
+            number = state["step"]
+            if isinstance(number, Tensor):  # torch.compile makes it one, whatever `capturable` says
+                counts.append(number)
+            else:
+                number = state["step"] = number + 1
             momenta.append(state["exp_avg"])
             rests.append(state["compensation"] if comp and p.dtype in _HALF else None)
-            places.append(at)
-            counts.append(state["step"])
-        if not params:
-            return
-        if capturable:
+            numbers.append(number)
+        if counts:
             torch._foreach_add_(counts, 1)
             if found_inf is not None:
                 torch._foreach_sub_(counts, [found_inf.to(t) for t in counts])
-        grads = [p.grad for p in params]
-        if any(g.layout != torch.strided for g in grads):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         if scale is not None:
             _unscale(grads, scale)
         self._warn_of_decay(group)
-        steps.update(
-            steps.Entries(params, grads, momenta, rests, places, counts, params), group, found_inf
-        )
+        places = [first + at for at in places]
+        entries = steps.Entries(params, grads, momenta, rests, places, numbers, params)
+        steps.update(entries, group, found_inf)
 
     def _start(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         device = dict(dtype=torch.float32, device=p.device)
