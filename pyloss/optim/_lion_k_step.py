@@ -65,7 +65,7 @@ def _local(p: Tensor, g: Tensor, m: Tensor, rest: Tensor | None, place: int, ste
                 f"{g.placements if is_dtensor(g) else 'a plain Tensor'}"
             )
         parts = [None if t is None else t.to_local() for t in parts]
-        place += _shard_number(p) << 32
+        place += _shard_number(p) << 20  # more than an optimiser has parameters
     if p.is_complex():
         parts = [None if t is None else torch.view_as_real(t) for t in parts]
     return (*parts, place, step, p)
