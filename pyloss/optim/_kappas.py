@@ -56,15 +56,16 @@ def _largest(x: Tensor) -> Tensor:
 
 def _norm(x: Tensor, p: float) -> Tensor:
     """(groups, 1); by the largest element, so that no power overflows."""
-    top = _largest(x.abs()).unsqueeze(1)
-    safe = torch.where(top == 0, 1.0, top)
-    return top * (x.abs() / safe).pow(p).sum(1, keepdim=True).pow(1 / p)
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], 1)
+    top = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True)
+    return top * torch.linalg.vector_norm(x / torch.where(top == 0, 1.0, top), p, 1, keepdim=True)
 
 
 def _lp_gradient(c: Tensor, args: Mapping[str, float]) -> Tensor:
     norm = _norm(c, args["p"])
-    ratio = c.abs() / torch.where(norm == 0, 1.0, norm)
-    return _sign(c) * ratio.pow(args["p"] - 1)
+    ratio = c / torch.where(norm == 0, 1.0, norm)
+    return ratio if args["p"] == 2 else ratio.sign().mul_(ratio.abs_().pow_(args["p"] - 1))
 
 
 def _lp_value(m: Tensor, args: Mapping[str, float]) -> Tensor:
