@@ -47,7 +47,7 @@ class Problem:
         """The operations of lion-pytorch's update, in their order."""
         for p, m in zip(self.params, self.momenta):
             p.mul_(1 - LR * DECAY)
-            c = m.clone().mul_(0.9).add_(p.grad, alpha=1 - 0.9).sign_()
+            c = m.clone().mul_(0.9).add(p.grad, alpha=1 - 0.9).sign_()
             p.add_(c, alpha=-LR)
             m.mul_(0.99).add_(p.grad, alpha=1 - 0.99)
 
