@@ -1,4 +1,4 @@
-"""The experiments on order, sets, ranking and optimisers in examples/, at sizes that take seconds."""
+"""The experiments on order, ranking and optimisers in examples/, at sizes that take seconds."""
 
 from __future__ import annotations
 
