@@ -15,7 +15,7 @@ from pyloss.ops.lion_k import ELEMENTWISE, KAPPAS, ROUNDINGS, Options, lion_k_
 from pyloss.ops.lion_k.rounding import round_compensated, round_stochastic, tensor_key
 from pyloss.optim import _kappas
 
-PLAIN = (torch.nn.Parameter, Tensor)
+PLAIN = {torch.nn.Parameter, Tensor}
 _WITH_KERNEL = ("cpu", "cuda")
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float64, torch.float32, *_HALF)
@@ -81,7 +81,7 @@ def _shard_number(p) -> int:
 
 
 def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
-    if not all(type(p) in PLAIN and not p.is_complex() for p in entries.x):
+    if not {type(p) for p in entries.x} <= PLAIN or any(t.is_complex for t in _dtypes(entries.x)):
         entries = localised(entries)
     given = _given(entries, group)
     for chosen in _of_one_kind(entries):
@@ -95,12 +95,15 @@ def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None)
             _update_by_lists(part, directions, group)
 
 
+def _dtypes(tensors: list[Tensor]) -> set[torch.dtype]:
+    return {t.dtype for t in tensors}
+
+
 def _of_one_kind(entries: Entries) -> list[list[int] | None]:
     """Which entries share devices and dtypes; [None]: all."""
-    device, kinds = entries.x[0].device, [t[0].dtype for t in entries[:3]]
-    if all(t.dtype is kind for part, kind in zip(entries, kinds) for t in part):
-        if all(x.device == device for x in entries.x):
-            return [None]
+    kinds = [{x.device for x in entries.x}, *(_dtypes(part) for part in entries[:3])]
+    if all(len(kind) == 1 for kind in kinds):
+        return [None]
     buckets: dict[tuple, list[int]] = defaultdict(list)
     for at, (x, g, m) in enumerate(zip(*entries[:3])):
         buckets[x.device, x.dtype, g.dtype, m.dtype].append(at)
