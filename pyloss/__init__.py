@@ -80,6 +80,7 @@ __getattr__, __dir__, _names = _lazy.exports(
         "distributed",
         "integrations",
         "ops",
+        "optim",
         "reference",
         "testing",
         "visualize",

@@ -5,6 +5,7 @@ from pyloss import integrations as integrations
 from pyloss import metrics as metrics
 from pyloss import nn as nn
 from pyloss import ops as ops
+from pyloss import optim as optim
 from pyloss import reference as reference
 from pyloss import testing as testing
 from pyloss import visualize as visualize

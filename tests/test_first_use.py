@@ -184,7 +184,7 @@ with NoTensors():
 ops = registered()
 assert "pyloss::row_softmax_fwd" in ops and len(ops) > 20
 with NoTensors():
-    for name in ("ops", "functional", "nn", "metrics", "distributed"):
+    for name in ("ops", "functional", "nn", "metrics", "optim", "distributed"):
         package = importlib.import_module(f"pyloss.{name}")
         for module in pkgutil.walk_packages(package.__path__, f"pyloss.{name}."):
             importlib.import_module(module.name)

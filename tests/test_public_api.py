@@ -15,6 +15,7 @@ import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
 import pyloss.ops
+import pyloss.optim
 import pyloss.testing
 
 MODULES = [
@@ -24,6 +25,7 @@ MODULES = [
     pyloss.metrics,
     pyloss.nn,
     pyloss.ops,
+    pyloss.optim,
     pyloss.testing,
 ]
 

@@ -9,6 +9,7 @@ import pyloss
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.optim
 
 pytest.register_assert_rewrite("specs._checks")
 
@@ -79,6 +80,8 @@ WITHOUT_SPEC = {
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
+    "LionKLyapunov": "the result of lion_k_lyapunov",
+    "LyapunovMonitor": "records of a run: tests/test_lion_k.py",
     "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",
@@ -104,7 +107,7 @@ WITHOUT_SPEC = {
 
 
 def public_callables() -> dict[str, object]:
-    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
+    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics, pyloss.optim)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 
