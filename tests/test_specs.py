@@ -10,6 +10,7 @@ import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
 import pyloss.optim
+import pyloss.optim.lr_scheduler
 
 pytest.register_assert_rewrite("specs._checks")
 
@@ -105,7 +106,8 @@ WITHOUT_SPEC = {
 
 
 def public_callables() -> dict[str, object]:
-    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics, pyloss.optim)
+    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
+    modules += (pyloss.optim, pyloss.optim.lr_scheduler)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 

@@ -7,4 +7,5 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     {
         "lion_k": ("Lion", "LionK"),
     },
+    submodules=("lr_scheduler",),
 )

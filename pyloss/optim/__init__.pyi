@@ -1,3 +1,4 @@
+from pyloss.optim import lr_scheduler as lr_scheduler
 from pyloss.optim.lion_k import Lion, LionK
 
 __all__ = ["Lion", "LionK"]

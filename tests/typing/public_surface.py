@@ -77,6 +77,12 @@ from pyloss.metrics import (
     tolerance,
     uniformity,
 )
+from pyloss.optim.lr_scheduler import (
+    GradNormRecorder,
+    LinearDecay,
+    RefinedSchedule,
+    refine_schedule,
+)
 from pyloss.testing import Tolerance, make_logits, tolerance_for
 
 x = torch.randn(4, 10)
@@ -338,6 +344,17 @@ def metric_learning() -> None:
     curves = opis(x, y, return_curves=True)
     if isinstance(curves, OPISCurves):
         pyloss.visualize.draw_opis(curves, worst=1)
+
+
+def schedules(optimizer: torch.optim.Optimizer) -> None:
+    recorder = GradNormRecorder(optimizer, norm="l1")
+    assert_type(recorder.norms, Tensor)
+    recorder.load_state_dict(recorder.state_dict())
+    recorder.remove()
+    assert_type(refine_schedule(recorder.norms, norm="l1", mode="optimal"), Tensor)
+    LinearDecay(optimizer, 100, warmup_steps=10, final=0.1).step()
+    schedule = RefinedSchedule(optimizer, [3.0, 1.0, 1.0], 100, smoothing=0.2)
+    assert_type(schedule.multiplier(3), float)
 
 
 def transformers(model: nn.Module) -> None:
