@@ -75,6 +75,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "sorting_cross_entropy",
             "spearman_loss",
         ),
+        "surrogate": ("target_surrogate_loss",),
         "topk": ("topk_cross_entropy",),
         "topology": (
             "BettiMatching",

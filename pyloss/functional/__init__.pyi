@@ -94,6 +94,7 @@ from pyloss.functional.sorting import (
     sorting_cross_entropy,
     spearman_loss,
 )
+from pyloss.functional.surrogate import target_surrogate_loss
 from pyloss.functional.topk import topk_cross_entropy
 from pyloss.functional.topology import (
     BettiMatching,
@@ -168,6 +169,7 @@ __all__ = [
     "sorting_cross_entropy",
     "spearman_loss",
     "supervised_contrastive",
+    "target_surrogate_loss",
     "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",

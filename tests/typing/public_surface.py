@@ -56,6 +56,7 @@ from pyloss.functional import (
     soft_dice_loss,
     soft_sort_matrix,
     sogclr_loss,
+    target_surrogate_loss,
     tcm_loss,
     triplet_margin_loss,
 )
@@ -77,6 +78,7 @@ from pyloss.metrics import (
     tolerance,
     uniformity,
 )
+from pyloss.optim import SSO
 from pyloss.optim.lr_scheduler import (
     GradNormRecorder,
     LinearDecay,
@@ -355,6 +357,13 @@ def schedules(optimizer: torch.optim.Optimizer) -> None:
     LinearDecay(optimizer, 100, warmup_steps=10, final=0.1).step()
     schedule = RefinedSchedule(optimizer, [3.0, 1.0, 1.0], 100, smoothing=0.2)
     assert_type(schedule.multiplier(3), float)
+
+
+def surrogates(model: nn.Module) -> None:
+    assert_type(target_surrogate_loss(x, x, x, 0.5, divergence="kl", reduction="mean"), Tensor)
+    optimizer = SSO(model.parameters(), "armijo", inner_steps=5, eta=4.0, eta_schedule="adagrad")
+    assert_type(optimizer.step(lambda: (model(x), torch.sum)), Tensor)
+    SSO([{"params": [x]}], torch.optim.LBFGS, eta_schedule=lambda t: 0.9**t)
 
 
 def transformers(model: nn.Module) -> None:
