@@ -80,6 +80,7 @@ WITHOUT_SPEC = {
     "BettiTarget": "stands in for a target: tests/test_betti_target.py",
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
+    "GatedFlops": "the result of gated_flops",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
     "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
@@ -97,6 +98,7 @@ WITHOUT_SPEC = {
     "Uniformity": "accumulates uniformity: tests/test_embedding_metrics.py",
     "BettiNumberError": "accumulates betti_number_error: tests/test_betti_matching.py",
     # reports about a call, in Python numbers
+    "gated_flops": "counts of operations: tests/test_gating.py",
     "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",
     "tensor_attention_error": "a dict of bounds: tests/test_tensor_attention_lowrank_api.py",
     # settings

@@ -22,6 +22,7 @@ from pyloss.functional.contrastive import (
     supervised_contrastive,
 )
 from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
@@ -142,6 +143,8 @@ __all__ = [
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "mask_prediction_loss",
+    "mass_topk_mask",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",

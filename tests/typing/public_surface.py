@@ -41,6 +41,8 @@ from pyloss.functional import (
     linear_distillation_loss,
     list_mle,
     list_net,
+    mask_prediction_loss,
+    mass_topk_mask,
     multi_similarity_loss,
     neural_ndcg_loss,
     neural_sort,
@@ -78,6 +80,7 @@ from pyloss.metrics import (
     tolerance,
     uniformity,
 )
+from pyloss.nn import DynamicGate, GatedConv, GatedFlops, gated_flops
 from pyloss.optim import SSO
 from pyloss.optim.lr_scheduler import (
     GradNormRecorder,
@@ -364,6 +367,15 @@ def surrogates(model: nn.Module) -> None:
     optimizer = SSO(model.parameters(), "armijo", inner_steps=5, eta=4.0, eta_schedule="adagrad")
     assert_type(optimizer.step(lambda: (model(x), torch.sum)), Tensor)
     SSO([{"params": [x]}], torch.optim.LBFGS, eta_schedule=lambda t: 0.9**t)
+
+
+def gates(model: nn.Module) -> None:
+    mask = mass_topk_mask(x, 0.9, rule="uniform", min_channels=2, inclusive=True)
+    assert_type(mask, Tensor)
+    assert_type(mask_prediction_loss([x, x], [mask, mask]), Tensor)
+    layer = GatedConv(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), gate=DynamicGate(3, 8, embedding=12))
+    assert_type(layer.mask_loss(), Tensor)
+    assert_type(gated_flops(model, x, masks="predicted"), GatedFlops)
 
 
 def transformers(model: nn.Module) -> None:
