@@ -303,6 +303,9 @@ def test_gradients_of_all_kinds(norm: str) -> None:
     assert found.dtype == F64 and total_norm(given[:2], norm).dtype == torch.float32
     torch.testing.assert_close(found, flat.norm(int(norm[1])), rtol=1e-6, atol=0)
     assert total_norm([None], norm) == 0
+    long = torch.rand(3_000_000).t()  # whose plain float32 sum is off by more
+    torch.testing.assert_close(total_norm([long], norm).double(), long.double().norm(int(norm[1])),
+                               rtol=1e-5, atol=0)  # fmt: skip
     with pytest.raises(RuntimeError, match="gradients must be dense, got one of layout"):
         total_norm([torch.eye(3).to_sparse()], norm)
 
