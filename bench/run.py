@@ -39,6 +39,7 @@ OPS = {
     "grad_norm_recorder": "bench.bench_grad_norm_recorder",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
+    "lion_k": "bench.bench_lion_k",
     "permutahedron": "bench.bench_permutahedron",
     "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",

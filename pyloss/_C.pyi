@@ -29,6 +29,9 @@ def persistence_pairs(
     problem: tuple[object, ...], essential: bool, threads: int, /
 ) -> bytearray: ...
 
+# Of Lion-K; `problem`: pyloss/ops/lion_k/records.py.
+def lion_k_step(problem: tuple[object, ...], threads: int, /) -> None: ...
+
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
 def permutahedron_fwd(
     problem: tuple[object, ...], x: int, y: int, packed: int, threads: int, /
@@ -262,6 +265,15 @@ def cuda_betti_loss(
     grad: int,
     scratch: int,
     scratch_bytes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_lion_k_step(
+    problem: tuple[object, ...],
+    lr: int,
+    found_inf: int,
+    step: int,
     device: int,
     stream: int,
     /,

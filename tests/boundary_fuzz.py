@@ -481,6 +481,32 @@ def permutahedron_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, li
     }
 
 
+def lion_k_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none, flag = address(None), Field([0, 1], [2, -1, *HUGE])
+    options = record(
+        *(module, "lion_k", "Options"),
+        **dict(kappa=code(0, 1, 2, 3), rounding=code(0), maximize=flag),
+        **dict(lr=number(1e-3), beta1=number(0.9), beta2=number(0.99), weight_decay=number(0.1)),
+        **dict(e=number(0.5), seed=integer(7), step=integer(1)),
+    )
+
+    def problem(n: int, x: Field, g: Field, m: Field) -> list[Any]:
+        return record(
+            *(module, "lion_k", "Problem"),
+            **dict(x_dtype=code(0, 1, 2, 3), g_dtype=code(0, 1, 2, 3), m_dtype=code(0, 1, 2, 3)),
+            **dict(size=[size(n), size(0)], x=[x, none], g=[g, none], m=[m, none]),
+            **dict(given=[], compensation=[], position=[], options=options),
+        )
+
+    here = problem(CLASSES, b["v"], b["cotangents"], b["grad_rows"])
+    # As above: a host address would be a valid number on a device.
+    return {
+        "lion_k_step": [here, THREADS],
+        "cuda_lion_k_step": [problem(0, none, none, none), none, none, none, integer(0), none],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (fields_of(part) if isinstance(part, list) else [part])]
 
@@ -500,7 +526,7 @@ def fill(template: list[Any], rng: random.Random, hostile: int, mistyped: bool) 
         if isinstance(part, Field):
             return value(part)
         values = [filled(p) for p in part]
-        if mistyped and rng.random() < 0.1:
+        if mistyped and values and rng.random() < 0.1:
             values.pop()
         return tuple(values)
 
@@ -524,6 +550,7 @@ def main() -> None:
         **gemm_calls(buffers),
         **similarity_topk_calls(buffers),
         **betti_matching_calls(module, buffers),
+        **lion_k_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **similarity_counts_calls(module, buffers),
         **tensor_attention_calls(module, buffers),

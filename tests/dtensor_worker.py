@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import lion_k_cases
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -266,7 +267,7 @@ def cases() -> dict[str, Callable]:
             "compiled": lambda: compiled(mesh),
             "refusals": lambda: refusals(mesh),
         }
-    return found
+    return found | lion_k_cases.cases()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ same records, so that the results must be the same, too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import itertools
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from pyloss import _C
-from pyloss.ops import betti_matching, row_softmax, sorting_network
+from pyloss.ops import betti_matching, lion_k, row_softmax, sorting_network
 from pyloss.ops.sorting_network import records
 
 SCRATCH, DEVICE, STREAM = 1000, 3, 7
@@ -73,6 +74,13 @@ class Kernels:
         _C.row_softmax_hvp(problem, backward, hvp, 1)
 
     @staticmethod
+    def cuda_lion_k_step(problem, lr, found_inf, step, device, stream):
+        assert (device, stream) == (DEVICE, STREAM) and lr and step and not found_inf
+        rate, number = (ctypes.c_float.from_address(at).value for at in (lr, step))
+        options = problem.options._replace(lr=rate, step=int(number))
+        _C.lion_k_step(problem._replace(options=options), 1)
+
+    @staticmethod
     def cuda_scale_inplace(data, dtype, n, factor, device, stream):
         assert (device, stream) == (DEVICE, STREAM)
         _C.scale_inplace(data, dtype, n, factor, 1)
@@ -81,7 +89,7 @@ class Kernels:
 @pytest.fixture(autouse=True)
 def device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
-    for op in (sorting_network, betti_matching, row_softmax):
+    for op in (sorting_network, betti_matching, row_softmax, lion_k):
         monkeypatch.setattr(op.cuda, "_C", Kernels)
         monkeypatch.setattr(op.cuda, "queue", lambda x: (DEVICE, STREAM))
 
@@ -95,6 +103,23 @@ def test_an_old_driver_is_said_at_import(monkeypatch) -> None:
 def check(op, name: str, *arguments) -> None:
     found, wanted = (getattr(half, name)(*arguments) for half in (op.cuda, op.cpu))
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lion_k(dtype: torch.dtype) -> None:
+    """Strided tensors among them; numbers of another dtype on the device."""
+    found = []
+    for half in (lion_k.cuda, lion_k.cpu):
+        torch.manual_seed(0)
+        x, g, m = ([torch.randn(6, 4).to(dtype).t(), torch.randn(3).to(dtype)] for _ in range(3))
+        stochastic = dtype == torch.bfloat16
+        half.step(
+            x, g, m, [], [], torch.tensor(0.25, dtype=torch.float64), None, torch.tensor(7),
+            [0, int(stochastic), 1, 5, 0], [0.0, 0.9, 0.99, 0.5, 0.0], [0, 1] if stochastic else [],
+        )  # fmt: skip
+        found.append([*x, *m])
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
 
 
 # The last one stands for Batcher's network or the bitonic one.

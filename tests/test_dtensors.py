@@ -1,4 +1,4 @@
-"""Row losses of DTensors against one process (dtensor_worker.py)."""
+"""Row losses and Lion-K of DTensors against one process (dtensor_worker.py)."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "refined_schedule": (True, "refined, mode=optimal"),
     "sso": (False, "SSO, 5 Armijo"),
     "gated_cnn": (True, "4 channels, r = 0.9"),
+    "lion_k": (True, "Lion-K, smooth"),
 }
 
 

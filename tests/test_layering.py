@@ -71,6 +71,7 @@ PYTHON_LAYERS = {
         "torchsort",
         "pytorch_metric_learning",
         "lightly",
+        "lion_pytorch",
         "skimage",
         "numpy",
     },

@@ -82,6 +82,8 @@ WITHOUT_SPEC = {
     "GRPOMetrics": "a result of grpo_loss",
     "GatedFlops": "the result of gated_flops",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
+    "LionKLyapunov": "the result of lion_k_lyapunov",
+    "LyapunovMonitor": "records of a run: tests/test_lion_k.py",
     "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",

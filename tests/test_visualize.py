@@ -347,3 +347,20 @@ def test_the_figure_of_the_demo(tmp_path, monkeypatch):
         assert all("matched" in title for title in row[1:])
     legends = [axis.get_legend() is not None for axis in drawn[0].axes]
     assert legends == [False] * 4 + [True, False]
+
+
+def test_lyapunov():
+    """Two lines, the objective below H; steps outside of the constraint are shaded."""
+    x = torch.nn.Parameter(torch.full((2,), 3.0))
+    optimizer = pyloss.optim.Lion([x], lr=0.1, weight_decay=0.5)
+    monitor = pyloss.optim.LyapunovMonitor(optimizer)
+    for value in (3.0, 2.5, 1.0):
+        monitor.record(value)
+        x.data.sub_(0.7)
+    axis = visualize.draw_lyapunov(monitor.records)
+    h, objective = (line.get_ydata() for line in axis.lines)
+    assert list(objective) == [3.0, 2.5, 1.0] and all(a >= b for a, b in zip(h, objective))
+    assert len(axis.patches) == 2  # 3 and 2.3 are outside of the box of 2
+    for bad, error in (([], ValueError), ([1.0], TypeError)):
+        with pytest.raises(error, match="records must"):
+            visualize.draw_lyapunov(bad)

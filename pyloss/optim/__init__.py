@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "lion_k": ("Lion", "LionK"),
+        "lyapunov": ("LionKLyapunov", "LyapunovMonitor", "lion_k_lyapunov"),
         "sso": ("SSO",),
     },
     submodules=("lr_scheduler",),

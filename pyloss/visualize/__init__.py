@@ -1,4 +1,4 @@
-"""Pictures of barcodes, matchings and operating points; needs matplotlib, `pyloss[visualize]`."""
+"""Pictures of barcodes, matchings, thresholds and runs; needs matplotlib, `pyloss[visualize]`."""
 
 from pyloss import _lazy
 
@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "embeddings": ("draw_opis",),
+        "optim": ("draw_lyapunov",),
         "topology": ("draw_barcode", "draw_matching"),
     },
 )

@@ -14,6 +14,7 @@ import pyloss
 import pyloss.distributed
 import pyloss.integrations.transformers
 import pyloss.ops
+import pyloss.optim
 import pyloss.reference
 import pyloss.testing
 import pyloss.visualize
@@ -376,6 +377,24 @@ def gates(model: nn.Module) -> None:
     layer = GatedConv(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), gate=DynamicGate(3, 8, embedding=12))
     assert_type(layer.mask_loss(), Tensor)
     assert_type(gated_flops(model, x, masks="predicted"), GatedFlops)
+
+
+def optimisers(model: nn.Module) -> None:
+    optimizer = pyloss.optim.LionK(
+        model.parameters(), 1e-3, kappa="lp", kappa_args={"p": 2}, group="row", momentum_dtype=None
+    )
+    pyloss.optim.LionK([dict(params=[x])], torch.tensor(1e-3), kappa=torch.tanh)
+    pyloss.optim.Lion(
+        model.parameters(), weight_decay=0.1, rounding="stochastic", fused=True
+    ).step()
+    found = pyloss.optim.lion_k_lyapunov(
+        0.5, [x], [x], betas=(0.9, 0.99), lr=1e-3, weight_decay=0.1
+    )
+    assert_type(found, pyloss.optim.LionKLyapunov)
+    assert_type(found.rate, Tensor | None)
+    monitor = pyloss.optim.LyapunovMonitor(optimizer)
+    assert_type(monitor.record(torch.tensor(1.0)).H, Tensor)
+    pyloss.visualize.draw_lyapunov(monitor.records)
 
 
 def transformers(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 // memory, a copy or a wait; and every call that fails becomes an error that leaves nothing behind.
 #include "cuda/betti_matching.h"
 #include "cuda/device.h"
+#include "cuda/lion_k.h"
 #include "cuda/permutahedron.h"
 #include "cuda/row_softmax.h"
 #include "cuda/sorting_network.h"
@@ -87,6 +88,25 @@ void permutahedra(std::vector<Op>* ops, bool kl) {
                   }});
   ops->push_back({name + " backward", [=](void* s) {
                     cuda::permutahedron_backward(p, x->at(), x->at(), packed->data(), y->at(), s);
+                  }});
+}
+
+void lion_k_steps(std::vector<Op>* ops, DType dtype, int64_t count) {
+  auto x = std::make_shared<Memory>(count * 5 * 8), m = std::make_shared<Memory>(count * 5 * 8);
+  auto g = std::make_shared<Memory>(5 * 8);
+  const auto part = [&](Memory& all, int64_t i) {
+    return static_cast<char*>(all.at()) + i * 5 * dtype_size(dtype);
+  };
+  auto tensors = std::make_shared<std::vector<lion_k::Tensor>>();
+  for (int64_t i = 0; i < count; ++i) {
+    tensors->push_back({part(*x, i), g->at(), part(*m, i), nullptr, nullptr, 5, i});
+  }
+  lion_k::Problem p{};
+  p.tensors = tensors->data(), p.count = count, p.x_dtype = p.g_dtype = p.m_dtype = dtype;
+  p.options.lr = 0.5, p.options.beta1 = p.options.beta2 = 0.5;
+  ops->push_back({"Lion-K, " + std::to_string(count) + " tensors", [=](void* s) {
+                    (void)x, (void)m, (void)g, (void)tensors;
+                    cuda::lion_k_step(p, {}, s);
                   }});
 }
 
@@ -206,6 +226,8 @@ int main() {
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
   permutahedra(&ops, false);
   permutahedra(&ops, true);
+  lion_k_steps(&ops, DType::kF32, 3);
+  lion_k_steps(&ops, DType::kBF16, 70);
   for (const int64_t n : {8, 60, 4097}) sorting_networks(&ops, n, sorting::Network::kBitonic);
   sorting_networks(&ops, 300, sorting::Network::kBatcher);
   betti_matching(&ops, DType::kF32);
