@@ -36,6 +36,7 @@ OPS = {
     "betti_matching": "bench.bench_betti_matching",
     "embedding_metrics": "bench.bench_embedding_metrics",
     "gemm": "bench.bench_gemm",
+    "grad_norm_recorder": "bench.bench_grad_norm_recorder",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
     "lion_k": "bench.bench_lion_k",

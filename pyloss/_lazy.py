@@ -18,7 +18,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 # The packages that have a table, where a missing name is looked for; to import them costs little.
-PACKAGES = ("distributed", "functional", "metrics", "nn", "optim", "visualize")
+PACKAGES = (
+    "distributed",
+    "functional",
+    "metrics",
+    "nn",
+    "optim",
+    "optim.lr_scheduler",
+    "visualize",
+)
 
 _names: dict[str, list[str]] = {}  # public names of those imported so far, and of pyloss
 

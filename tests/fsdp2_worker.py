@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from pyloss.integrations.transformers import patch_loss, unpatch_loss
+from pyloss.optim.lr_scheduler import GradNormRecorder
 
 VOCABULARY = 97
 SMALL = dict(
@@ -112,6 +113,7 @@ def case(
         patch_loss(model, **options)
     kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+    recorders = [GradNormRecorder(o, "l1" if checkpointing else "l2") for o in optimizers]
     for step in range(2):
         output = model(**batch(rank, step), **kwargs)
         assert output.logits is None
@@ -131,6 +133,8 @@ def case(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    got, want = (recorder.norms for recorder in recorders)
+    torch.testing.assert_close(got, want, atol=0, rtol=tolerance)
     if half:
         return
     for got, want in zip(model.parameters(), reference.parameters(), strict=True):

@@ -35,6 +35,7 @@ MODULES = (
     "pyloss.nn",
     "pyloss.metrics",
     "pyloss.optim",
+    "pyloss.optim.lr_scheduler",
     "pyloss.distributed",
     "pyloss.integrations.transformers",
     "pyloss.visualize",

@@ -1,4 +1,4 @@
-"""The experiments on order, ranking and optimisers in examples/, at sizes that take seconds."""
+"""The experiments in examples/ that print tables of seeds, at sizes that take seconds."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ EXPERIMENTS = {
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),
     "rank_queries": (True, "neural_ndcg"),
+    "refined_schedule": (True, "refined, mode=optimal"),
+    "sso": (False, "SSO, 5 Armijo"),
+    "gated_cnn": (True, "4 channels, r = 0.9"),
     "lion_k": (True, "Lion-K, smooth"),
 }
 

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -948,6 +949,15 @@ def test_example_file() -> None:
     printed = run_script(str(ROOT / "examples" / "transformers_lm_loss.py"), "--steps", "4")
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) >= 2 and losses[-1] < losses[0], printed
+
+
+def test_example_of_the_refined_schedule(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("accelerate")
+    path = str(ROOT / "examples" / "transformers_refined_schedule.py")
+    monkeypatch.setattr(sys, "argv", [path, "--steps", "8"])
+    runpy.run_path(path, run_name="__main__")
+    rates = [float(x) for x in re.findall(r"rate ([\d.]+)", capsys.readouterr().out)]
+    assert len(rates) == 8 and 0.002 < max(rates[:4]) < 0.003 < max(rates[4:]) <= 0.006
 
 
 def test_docstring_examples() -> None:

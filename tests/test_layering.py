@@ -54,6 +54,7 @@ PYTHON_LAYERS = {
         "pyloss.metrics",
         "pyloss.nn",
         "pyloss.optim",
+        "pyloss.demo",  # its model
         "pyloss.reference",
         "pyloss.testing",
         "pyloss.backends",

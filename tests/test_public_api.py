@@ -16,6 +16,7 @@ import pyloss.metrics
 import pyloss.nn
 import pyloss.ops
 import pyloss.optim
+import pyloss.optim.lr_scheduler
 import pyloss.testing
 
 MODULES = [
@@ -26,6 +27,7 @@ MODULES = [
     pyloss.nn,
     pyloss.ops,
     pyloss.optim,
+    pyloss.optim.lr_scheduler,
     pyloss.testing,
 ]
 

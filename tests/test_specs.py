@@ -10,6 +10,7 @@ import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
 import pyloss.optim
+import pyloss.optim.lr_scheduler
 
 pytest.register_assert_rewrite("specs._checks")
 
@@ -79,6 +80,7 @@ WITHOUT_SPEC = {
     "BettiTarget": "stands in for a target: tests/test_betti_target.py",
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
+    "GatedFlops": "the result of gated_flops",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
     "LionKLyapunov": "the result of lion_k_lyapunov",
     "LyapunovMonitor": "records of a run: tests/test_lion_k.py",
@@ -98,6 +100,7 @@ WITHOUT_SPEC = {
     "Uniformity": "accumulates uniformity: tests/test_embedding_metrics.py",
     "BettiNumberError": "accumulates betti_number_error: tests/test_betti_matching.py",
     # reports about a call, in Python numbers
+    "gated_flops": "counts of operations: tests/test_gating.py",
     "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",
     "tensor_attention_error": "a dict of bounds: tests/test_tensor_attention_lowrank_api.py",
     # settings
@@ -107,7 +110,8 @@ WITHOUT_SPEC = {
 
 
 def public_callables() -> dict[str, object]:
-    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics, pyloss.optim)
+    modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
+    modules += (pyloss.optim, pyloss.optim.lr_scheduler)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 

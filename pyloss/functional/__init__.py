@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "supervised_contrastive",
         ),
         "distillation": ("linear_distillation_loss",),
+        "gating": ("mask_prediction_loss", "mass_topk_mask"),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "metric_learning": (
@@ -75,6 +76,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "sorting_cross_entropy",
             "spearman_loss",
         ),
+        "surrogate": ("target_surrogate_loss",),
         "topk": ("topk_cross_entropy",),
         "topology": (
             "BettiMatching",

@@ -22,6 +22,7 @@ from pyloss.functional.contrastive import (
     supervised_contrastive,
 )
 from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
@@ -94,6 +95,7 @@ from pyloss.functional.sorting import (
     sorting_cross_entropy,
     spearman_loss,
 )
+from pyloss.functional.surrogate import target_surrogate_loss
 from pyloss.functional.topk import topk_cross_entropy
 from pyloss.functional.topology import (
     BettiMatching,
@@ -141,6 +143,8 @@ __all__ = [
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "mask_prediction_loss",
+    "mass_topk_mask",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
@@ -168,6 +172,7 @@ __all__ = [
     "sorting_cross_entropy",
     "spearman_loss",
     "supervised_contrastive",
+    "target_surrogate_loss",
     "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",

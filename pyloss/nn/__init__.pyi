@@ -15,6 +15,7 @@ from pyloss.nn.contrastive import (
     SimpleContrastiveLoss,
     SupervisedContrastiveLoss,
 )
+from pyloss.nn.gating import DynamicGate, GatedConv, GatedFlops, gated_flops
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
@@ -80,7 +81,10 @@ __all__ = [
     "DiceCELoss",
     "DiffSortNet",
     "DiffTopkNet",
+    "DynamicGate",
     "FocalLoss",
+    "GatedConv",
+    "GatedFlops",
     "GeneralizedCrossEntropyLoss",
     "GradCache",
     "GroCoLoss",
@@ -116,4 +120,5 @@ __all__ = [
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
     "TripletMarginLoss",
+    "gated_flops",
 ]

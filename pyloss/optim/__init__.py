@@ -7,5 +7,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     {
         "lion_k": ("Lion", "LionK"),
         "lyapunov": ("LionKLyapunov", "LyapunovMonitor", "lion_k_lyapunov"),
+        "sso": ("SSO",),
     },
+    submodules=("lr_scheduler",),
 )

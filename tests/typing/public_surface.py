@@ -42,6 +42,8 @@ from pyloss.functional import (
     linear_distillation_loss,
     list_mle,
     list_net,
+    mask_prediction_loss,
+    mass_topk_mask,
     multi_similarity_loss,
     neural_ndcg_loss,
     neural_sort,
@@ -57,6 +59,7 @@ from pyloss.functional import (
     soft_dice_loss,
     soft_sort_matrix,
     sogclr_loss,
+    target_surrogate_loss,
     tcm_loss,
     triplet_margin_loss,
 )
@@ -77,6 +80,14 @@ from pyloss.metrics import (
     ranking_accuracy,
     tolerance,
     uniformity,
+)
+from pyloss.nn import DynamicGate, GatedConv, GatedFlops, gated_flops
+from pyloss.optim import SSO
+from pyloss.optim.lr_scheduler import (
+    GradNormRecorder,
+    LinearDecay,
+    RefinedSchedule,
+    refine_schedule,
 )
 from pyloss.testing import Tolerance, make_logits, tolerance_for
 
@@ -339,6 +350,33 @@ def metric_learning() -> None:
     curves = opis(x, y, return_curves=True)
     if isinstance(curves, OPISCurves):
         pyloss.visualize.draw_opis(curves, worst=1)
+
+
+def schedules(optimizer: torch.optim.Optimizer) -> None:
+    recorder = GradNormRecorder(optimizer, norm="l1")
+    assert_type(recorder.norms, Tensor)
+    recorder.load_state_dict(recorder.state_dict())
+    recorder.remove()
+    assert_type(refine_schedule(recorder.norms, norm="l1", mode="optimal"), Tensor)
+    LinearDecay(optimizer, 100, warmup_steps=10, final=0.1).step()
+    schedule = RefinedSchedule(optimizer, [3.0, 1.0, 1.0], 100, smoothing=0.2)
+    assert_type(schedule.multiplier(3), float)
+
+
+def surrogates(model: nn.Module) -> None:
+    assert_type(target_surrogate_loss(x, x, x, 0.5, divergence="kl", reduction="mean"), Tensor)
+    optimizer = SSO(model.parameters(), "armijo", inner_steps=5, eta=4.0, eta_schedule="adagrad")
+    assert_type(optimizer.step(lambda: (model(x), torch.sum)), Tensor)
+    SSO([{"params": [x]}], torch.optim.LBFGS, eta_schedule=lambda t: 0.9**t)
+
+
+def gates(model: nn.Module) -> None:
+    mask = mass_topk_mask(x, 0.9, rule="uniform", min_channels=2, inclusive=True)
+    assert_type(mask, Tensor)
+    assert_type(mask_prediction_loss([x, x], [mask, mask]), Tensor)
+    layer = GatedConv(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), gate=DynamicGate(3, 8, embedding=12))
+    assert_type(layer.mask_loss(), Tensor)
+    assert_type(gated_flops(model, x, masks="predicted"), GatedFlops)
 
 
 def optimisers(model: nn.Module) -> None:
