@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SimpleContrastiveLoss",
             "SupervisedContrastiveLoss",
         ),
+        "dcdm": ("PoissonNet2d", "PoissonNet3d"),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
@@ -35,6 +36,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "ThresholdConsistentMarginLoss",
             "TripletMarginLoss",
         ),
+        "physics": ("CausalResidualLoss", "LagrangianPINN"),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -15,6 +15,10 @@ from pyloss.nn.contrastive import (
     SimpleContrastiveLoss,
     SupervisedContrastiveLoss,
 )
+from pyloss.nn.dcdm import (
+    PoissonNet2d,
+    PoissonNet3d,
+)
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
@@ -27,6 +31,10 @@ from pyloss.nn.metric_learning import (
     ProtoTripletLoss,
     ThresholdConsistentMarginLoss,
     TripletMarginLoss,
+)
+from pyloss.nn.physics import (
+    CausalResidualLoss,
+    LagrangianPINN,
 )
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
@@ -71,6 +79,7 @@ __all__ = [
     "ArcFaceLoss",
     "BettiMatchingLoss",
     "CLIPLoss",
+    "CausalResidualLoss",
     "ChamferSetLoss",
     "CompSumLoss",
     "ContrastivePairLoss",
@@ -89,6 +98,7 @@ __all__ = [
     "ICNNLoss",
     "ISogCLRLoss",
     "InfoNCELoss",
+    "LagrangianPINN",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
@@ -100,6 +110,8 @@ __all__ = [
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
+    "PoissonNet2d",
+    "PoissonNet3d",
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
