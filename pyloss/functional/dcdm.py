@@ -261,7 +261,7 @@ def dcdm_solve(
         x = _of_rows(_dot(b, b) == 0, x, x0.to(b.dtype))
         r = b - _product(matvec, x)
     norm = _dot(r, r).sqrt()
-    x = _of_rows(norm.isnan(), r, x)
+    x = _of_rows(norm.isnan(), torch.full_like(x, torch.nan), x)
     solver = _Solver(matvec, f, n_orth)
     limit = tol * norm
     norms, active = [norm], norm > limit
