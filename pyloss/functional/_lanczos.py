@@ -34,7 +34,7 @@ def lanczos(
             w = w - (whole @ w) @ whole
         size = w.norm()
         # Too small is rounding alone: its direction would be noise.
-        if step + 1 == steps or size.item() <= 100 * torch.finfo(w.dtype).eps * scale:
+        if step + 1 == steps or size.item() <= 1000 * torch.finfo(w.dtype).eps * scale:
             break
         beside.append(size)
         basis.append(w / size)

@@ -6,7 +6,7 @@ Not to be confused with `distillation.py`, where a language model learns from an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import functorch_active
 
 #: The parameters of a network: all in one tensor, or one tensor each.
-Parameters = Tensor | Sequence[Tensor]
+Parameters = Tensor | Iterable[Tensor]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,8 +41,8 @@ def trajectory_matching_loss(
     The second sum matches intermediate steps.
 
     Args:
-        theta: parameters of the student after its steps on the distilled data, one tensor or a
-            sequence of them, floating.
+        theta: parameters of the student after its steps on the distilled data, one tensor or
+            several, floating.
         target: those of the expert after its epochs, of the same shapes.
         start: those both have started from; with :func:`perturb_weights` the perturbed ones.
         mids: pairs ``(student, expert)`` at times in between, in their order.
@@ -99,12 +99,10 @@ def _mid_weights(mids, mid_weight) -> list[float]:
 def _checked_list(name: str, given, like: list[Tensor] | None = None) -> list[Tensor]:
     if isinstance(given, Tensor):
         tensors = [given]
-    elif isinstance(given, Sequence) and not isinstance(given, str):
+    elif isinstance(given, Iterable) and not isinstance(given, str):
         tensors = list(given)
     else:
-        raise TypeError(
-            f"{name} must be a Tensor or a sequence of Tensors, got {type(given).__name__}"
-        )
+        raise TypeError(f"{name} must be a Tensor or several, got {type(given).__name__}")
     if not tensors:
         raise ValueError(f"{name} must hold one Tensor at least, got none")
     for i, t in enumerate(tensors):
@@ -261,19 +259,12 @@ def clip_schedule(epoch: int, *, first: float = 0.5, epochs: int = 10) -> float:
     Reference:
         Shen et al. arXiv 2310.10541.
     """
-    epoch = _not_negative("epoch", epoch)
-    epochs = _not_negative("epochs", epochs)
+    epoch = checks.checked_count("epoch", epoch)
+    epochs = checks.checked_count("epochs", epochs)
     checks.check_range("first", first, 0.0, open_low=True)
     if first > 1:
         raise ValueError(f"first must be in (0, 1], got {first}")
     return 1.0 if epoch >= epochs else first + (1 - first) * epoch / epochs
-
-
-def _not_negative(name: str, value) -> int:
-    found = checks.checked_integer(name, value)
-    if found < 0:
-        raise ValueError(f"{name} must be >= 0, got {found}")
-    return found
 
 
 def balanced_loss_weight(
@@ -306,8 +297,8 @@ def balanced_loss_weight(
     Reference:
         Shen et al. arXiv 2310.10541.
     """
-    start = _not_negative("start", start)
-    max_start = _not_negative("max_start", max_start)
+    start = checks.checked_count("start", start)
+    max_start = checks.checked_count("max_start", max_start)
     if not 0 < max_start:
         raise ValueError("max_start must be > 0, got 0")
     if start > max_start:
@@ -320,7 +311,7 @@ def balanced_loss_weight(
 
 
 def perturb_weights(
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     alpha: float = 1.0,
     *,
     min_dim: int = 4,
@@ -341,13 +332,13 @@ def perturb_weights(
         A new list; what stays is the same tensor. Gradients for ``params``.
 
     Raises:
-        TypeError: what is no sequence of floating tensors.
+        TypeError: what are no floating tensors.
         ValueError: a number out of range; no parameters.
 
     Example:
         >>> import torch, pyloss
         >>> net = torch.nn.Conv2d(3, 8, 3)
-        >>> weight, bias = pyloss.functional.perturb_weights(list(net.parameters()), alpha=1.0)
+        >>> weight, bias = pyloss.functional.perturb_weights(net.parameters(), alpha=1.0)
         >>> bias is net.bias, bool((weight - net.weight).norm() > 0)
         (True, True)
 
@@ -355,10 +346,10 @@ def perturb_weights(
         Shen et al. arXiv 2310.10541.
     """
     if isinstance(params, Tensor):
-        raise TypeError("params must be a sequence of Tensors, got Tensor")
+        raise TypeError("params must be several Tensors, got one")
     params = _checked_list("params", params)
     checks.check_range("alpha", alpha, 0.0)
-    min_dim = _not_negative("min_dim", min_dim)
+    min_dim = checks.checked_count("min_dim", min_dim)
 
     def moved(t: Tensor) -> Tensor:
         wide = accumulator_dtype(t.dtype)
@@ -420,13 +411,11 @@ def representative_indices(
     """
     check_rows("features", features)
     check_labels(labels, features, like_name="features")
-    per_class = checks.checked_integer("per_class", per_class)
-    if per_class < 1:
-        raise ValueError(f"per_class must be >= 1, got {per_class}")
+    per_class = checks.checked_count("per_class", per_class, 1)
     clusters = per_class if clusters is None else checks.checked_integer("clusters", clusters)
     if clusters < 1 or per_class % clusters:
         raise ValueError(f"clusters must divide per_class, {per_class}, got {clusters}")
-    iterations = _not_negative("iterations", iterations)
+    iterations = checks.checked_count("iterations", iterations)
     x = features.to(accumulator_dtype(features.dtype))
     if checks.can_look_at(x) and not bool(x.isfinite().all()):
         raise ValueError("features must not contain NaN or infinities")

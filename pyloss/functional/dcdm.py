@@ -247,9 +247,8 @@ def dcdm_solve(
         raise TypeError(f"b must be float32 or float64, got {b.dtype}")
     checks.check_has_dimension("b", b)
     checks.check_range("tol", tol, 0.0)
-    maxiter, n_orth = (
-        _counted(name, value) for name, value in (("maxiter", maxiter), ("n_orth", n_orth))
-    )
+    maxiter = checks.checked_count("maxiter", maxiter)
+    n_orth = checks.checked_count("n_orth", n_orth)
     if checks.checked_flag("check_symmetric", check_symmetric):
         _check_symmetric(matvec, b)
     x, r = torch.zeros_like(b), b
@@ -323,13 +322,6 @@ class _Solver:
         return (energy > 0) & energy.isfinite()
 
 
-def _counted(name: str, value) -> int:
-    found = checks.checked_integer(name, value)
-    if found < 0:
-        raise ValueError(f"{name} must be >= 0, got {found}")
-    return found
-
-
 def _check_symmetric(matvec: Matvec, b: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(b.shape, generator=generator, dtype=b.dtype).to(b.device) for _ in range(2))
@@ -397,12 +389,12 @@ def lanczos_ritz_dataset(
     _check_callable("matvec", matvec)
     shape = _checked_shape(shape)
     count = torch.Size(shape).numel()
-    size = _counted("size", size)
-    steps = min(count, 500) if steps is None else _counted("steps", steps)
+    size = checks.checked_count("size", size)
+    steps = min(count, 500) if steps is None else checks.checked_count("steps", steps)
     if not 0 < steps <= count:
         raise ValueError(f"steps must be in [1, {count}], the size of a vector, got {steps}")
     if low is not None:
-        low = _counted("low", low)
+        low = checks.checked_count("low", low)
     checks.check_range("boost", boost, 0.0, open_low=True)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating dtype, got {dtype}")

@@ -181,9 +181,7 @@ def periodic_embedding(t: Tensor, x: Tensor, period: float, modes: int) -> Tenso
     checks.check_floating("x", x)
     checks.check_device("x", x, t, "t")
     checks.check_range("period", period, 0.0, open_low=True)
-    modes = checks.checked_integer("modes", modes)
-    if modes < 0:
-        raise ValueError(f"modes must be >= 0, got {modes}")
+    modes = checks.checked_count("modes", modes)
     dtype = torch.promote_types(t.dtype, x.dtype)
     t, x = (v.to(accumulator_dtype(dtype)) for v in torch.broadcast_tensors(t, x))
     k = torch.arange(1, modes + 1, device=x.device, dtype=x.dtype)

@@ -27,11 +27,9 @@ class _PoissonNet(nn.Module):
 
     def __init__(self, channels: int = 16, blocks: int = 2, levels: int = 1) -> None:
         super().__init__()
-        for name, value, low in (("channels", channels, 1), ("blocks", blocks, 1),
-                                 ("levels", levels, 0)):  # fmt: skip
-            if checks.checked_integer(name, value) < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
-        self.channels, self.blocks, self.levels = channels, blocks, levels
+        self.channels = channels = checks.checked_count("channels", channels, 1)
+        self.blocks = blocks = checks.checked_count("blocks", blocks, 1)
+        self.levels = levels = checks.checked_count("levels", levels, 0)
         conv = self._conv
 
         def chain() -> nn.Sequential:

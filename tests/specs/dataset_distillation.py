@@ -138,7 +138,7 @@ SPECS = (
             Bad(TypeError, r"theta\[0\] must be a Tensor, got float", dict(a=1.0)),
             Bad(TypeError, r"theta\[1\] must be floating, got torch.int64",
                 dict(b=torch.arange(2))),
-            Bad(TypeError, "target must be a Tensor or a sequence of Tensors, got int",
+            Bad(TypeError, "target must be a Tensor or several, got int",
                 dict(target=1)),
             Bad(ValueError, "start must hold 2 Tensors as theta does, got 1", dict(start=(A,))),
             Bad(ValueError, r"target\[1\] must have the shape of that of theta, \[2\], got \[3\]",
