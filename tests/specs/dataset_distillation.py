@@ -17,13 +17,13 @@ from pyloss.testing import make_logits
 from specs._spec import F32, F64, Bad, Empty, Sample, Spec
 
 
-def matching(a, b, a_mid, b_mid, target, start, expert_mid, weight=1.0, mids=True):
+def matching(a, b, a_mid, b_mid, target, start, expert_mid, weight=1.0, mids="one"):
     """With the lists as tensors: a weight and a bias."""
-    pairs = [((a_mid, b_mid), expert_mid)] if mids is True else mids
+    pairs = [((a_mid, b_mid), expert_mid)] if mids == "one" else mids
     return trajectory_matching_loss([a, b], target, start, pairs, mid_weight=weight)
 
 
-def matching_by_hand(a, b, a_mid, b_mid, target, start, expert_mid, weight=1.0, mids=True):
+def matching_by_hand(a, b, a_mid, b_mid, target, start, expert_mid, weight=1.0, mids="one"):
     def flat(tensors) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors])
 
