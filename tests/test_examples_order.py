@@ -1,4 +1,4 @@
-"""The experiments on order, sets and ranking in examples/, at sizes that take seconds."""
+"""The experiments in examples/, at sizes that take seconds."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ EXPERIMENTS = {
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),
     "rank_queries": (True, "neural_ndcg"),
+    "causal_pinn": (False, "causal"),
+    "lagrangian_pinn": (False, "Lagrangian"),
+    "dcdm_poisson": (False, "CG, incomplete Cholesky"),
+    "distill_toy": (False, "distilled"),
 }
 
 

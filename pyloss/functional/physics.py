@@ -56,6 +56,10 @@ def causal_weights(
         >>> pyloss.functional.causal_weights(torch.tensor([0.0, 1.0, 2.0, 3.0]), eps=1.0)
         tensor([1.0000, 1.0000, 0.3679, 0.0498])
 
+    Note:
+        The authors' repository claims a patent on causal training and terms that are
+        non-commercial: see the page on physics in the documentation.
+
     Reference:
         Wang, Sankaran, Perdikaris. Respecting causality is all you need for training
         physics-informed neural networks. arXiv 2203.07404.
@@ -100,6 +104,10 @@ def causal_residual_loss(
         >>> slices = residual.square().mean(1)
         >>> loss, weights = pyloss.functional.causal_residual_loss(slices, eps=0.1)
         >>> loss.backward()
+
+    Note:
+        The authors' repository claims a patent on causal training and terms that are
+        non-commercial: see the page on physics in the documentation.
 
     Reference:
         Wang, Sankaran, Perdikaris. arXiv 2203.07404.

@@ -49,6 +49,10 @@ class CausalResidualLoss(OptionsModule):
         >>> criterion.step(), criterion.eps
         (False, 0.01)
 
+    Note:
+        The authors' repository claims a patent on causal training and terms that are
+        non-commercial: see the page on physics in the documentation.
+
     Reference:
         Wang, Sankaran, Perdikaris. arXiv 2203.07404.
     """
