@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tol", type=float, default=1e-4)
     add("--most", type=int, default=500, help="iterations")
     add("--marks", type=int, default=60, help="iterations of the plot")
-    add("--repeats", type=int, default=5, help="of a solution, for its time")
+    add("--repeats", type=int, default=25, help="of a solution, for its time")
     add("--seeds", type=int, default=3)
     add("--threads", type=int, default=1)
     add("--plot", type=Path, default=Path("demo_out/dcdm_poisson.png"))
@@ -170,8 +170,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.quick:
-        args.grid, args.channels, args.data, args.steps, args.seeds = 6, 4, 50, 20, 2
-        args.marks, args.repeats = 4, 1
+        args.grid, args.channels, args.blocks, args.data, args.steps, args.seeds = 6, 4, 1, 20, 4, 2
+        args.marks, args.repeats, args.most = 4, 1, 20
     torch.set_num_threads(args.threads)
     factor = incomplete_cholesky(args.grid)
     cells: dict[tuple[str, str], tuple[list[float], list[float]]] = {}

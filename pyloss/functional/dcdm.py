@@ -63,6 +63,10 @@ def _same_shape(name: str, found, like: Tensor) -> Tensor:
     return found
 
 
+def _image(matvec: Matvec, v: Tensor) -> Tensor:
+    return _same_shape("matvec", matvec(v), v)
+
+
 class _SymmetricProduct(torch.autograd.Function):
     """A v, whose derivatives are products with A again: A need not be made of torch operations."""
 
@@ -70,7 +74,7 @@ class _SymmetricProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(v, matvec):
-        found = _same_shape("matvec", matvec(v), v)
+        found = _image(matvec, v)
         return found.view_as(found) if found is v else found
 
     @staticmethod
@@ -89,7 +93,7 @@ class _SymmetricProduct(torch.autograd.Function):
 def _product(matvec: Matvec, v: Tensor) -> Tensor:
     # What compiles is made of torch operations, and Dynamo knows no Function with its own jvp.
     if torch.compiler.is_compiling():
-        return _same_shape("matvec", matvec(v), v)
+        return _image(matvec, v)
     return _SymmetricProduct.apply(v, matvec)
 
 
@@ -258,25 +262,30 @@ def dcdm_solve(
         _same_shape_as_b("x0", x0, b)
         # A right-hand side of 0 has the solution 0, and no tolerance to reach.
         x = _of_rows(_dot(b, b) == 0, x, x0.to(b.dtype))
-        r = b - _product(matvec, x)
+        r = b - _image(matvec, x)
     norm = _dot(r, r).sqrt()
     x = _of_rows(norm.isnan(), torch.full_like(x, torch.nan), x)
     solver = _Solver(matvec, f, n_orth)
     limit = tol * norm
     norms, active = [norm], norm > limit
     iterations = torch.zeros_like(norm, dtype=torch.int64)
-    while len(norms) <= maxiter and bool(active.any()):
-        step = solver.step(r, norm, active)
-        x = _of_rows(active, x + step, x)
-        r = b - _product(matvec, x)
+    while len(norms) <= maxiter and (left := int(active.sum())):
+        rows = None if left == active.numel() else active
+        x = x + solver.step(r, norm, rows)
+        r = b - _image(matvec, x)
         iterations = iterations + active
-        norm = torch.where(active, _dot(r, r).sqrt(), norm)
+        norm = _where(rows, _dot(r, r).sqrt(), norm)
         norms.append(norm)
         active = norm > limit
         if callback is not None:
             callback(len(norms) - 1, x, norm)
-    fallbacks = iterations.new_zeros(iterations.shape) + solver.fallbacks
+    fallbacks = torch.zeros_like(iterations) + solver.fallbacks
     return DCDMResult(x, iterations, norm <= limit, torch.stack(norms), fallbacks)
+
+
+def _where(rows: Tensor | None, a: Tensor, b: Tensor | float) -> Tensor:
+    """a in those rows, in all of them without `rows`; b in the others."""
+    return a if rows is None else torch.where(rows, a, b)
 
 
 class _Solver:
@@ -287,45 +296,47 @@ class _Solver:
         self.past: list[tuple[Tensor, Tensor, Tensor]] = []  # p, A p, <p, A p>
         self.fallbacks: Tensor | int = 0
 
-    def step(self, r: Tensor, norm: Tensor, active: Tensor) -> Tensor:
-        """What to add to x in the rows that are active."""
-        unit = _times(1 / torch.where(active, norm, 1), r)
+    def step(self, r: Tensor, norm: Tensor, rows: Tensor | None) -> Tensor:
+        """What to add to x: 0 but in those rows; None: in all of them."""
+        unit = _times(1 / _where(rows, norm, 1.0), r)
         q = _same_shape("f", self.f(unit), r)
         if q.dtype != r.dtype:
             raise TypeError(f"f must give the dtype of b, {r.dtype}, got {q.dtype}")
         p, image, energy = self._conjugate(q)
-        useless = active & ~self._descends(energy)
+        useless = _useless(energy, rows)
         if bool(useless.any()):
             p, image, energy = self._conjugate(_of_rows(useless, unit, q))
             self.fallbacks = self.fallbacks + useless.long()
-            bad = active & ~self._descends(energy)
+            bad = _useless(energy, rows)
             if bool(bad.any()):
                 raise RuntimeError(
                     "matvec is not positive definite: <p, A p> is "
                     f"{energy[bad].reshape(-1)[0].item():g} along the residual too"
                 )
-        # Rows that have ended keep directions of no effect, and no NaN.
-        energy = torch.where(active, energy, 1)
-        p, image = (_of_rows(active, v, torch.zeros_like(v)) for v in (p, image))
+        if rows is not None:
+            # Those that have ended keep directions of no effect, and no NaN.
+            energy = torch.where(rows, energy, 1.0)
+            p, image = (_of_rows(rows, v, torch.zeros_like(v)) for v in (p, image))
         if self.n_orth:
             self.past = [*self.past, (p, image, energy)][-self.n_orth :]
-        return _times(_dot(p, r) / energy, p)
+        return _times(_where(rows, _dot(p, r) / energy, 0.0), p)
 
     def _conjugate(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for p, image, energy in self.past:
             q = q - _times(_dot(q, image) / energy, p)
-        image = _product(self.matvec, q)
+        image = _image(self.matvec, q)
         return q, image, _dot(q, image)
 
-    @staticmethod
-    def _descends(energy: Tensor) -> Tensor:
-        return (energy > 0) & energy.isfinite()
+
+def _useless(energy: Tensor, rows: Tensor | None) -> Tensor:
+    found = ~((energy > 0) & (energy < torch.inf))
+    return found if rows is None else found & rows
 
 
 def _check_symmetric(matvec: Matvec, b: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(b.shape, generator=generator, dtype=b.dtype).to(b.device) for _ in range(2))
-    of_u, of_v = _product(matvec, u), _product(matvec, v)
+    of_u, of_v = _image(matvec, u), _image(matvec, v)
     scale = (_dot(of_u, of_u) * _dot(v, v)).sqrt()
     off = ((_dot(u, of_v) - _dot(v, of_u)).abs() / scale).max() if b.numel() else 0.0
     if float(off) > 1e4 * torch.finfo(b.dtype).eps:
@@ -405,7 +416,7 @@ def lanczos_ritz_dataset(
         found = torch.randn(sizes, generator=generator, dtype=torch.float64, device=drawn)
         return found.to(device)
 
-    _, vectors = ritz(lambda v: _same_shape("matvec", matvec(v), v), normal(1, *shape), steps)
+    _, vectors = ritz(lambda v: _image(matvec, v), normal(1, *shape), steps)
     weights = normal(size, vectors.shape[0])
     weights[:, : vectors.shape[0] * 11 // 20 if low is None else low] *= boost
     b = weights @ vectors
