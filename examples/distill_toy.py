@@ -3,7 +3,7 @@
 Points around a few centres, three classes, ten dimensions. Experts are trained on all of them; then
 one point a class is moved so that a student that is trained on these three ends where an expert
 does. Judged by students that begin anew: their accuracy on a test set, beside students of real
-points. Run: python examples/distill_toy.py [--iterations 300] [--quick] [--help]
+points. Run: python examples/distill_toy.py [--iterations 600] [--quick] [--help]
 """
 
 from __future__ import annotations
@@ -205,13 +205,13 @@ def parser() -> argparse.ArgumentParser:
     add("--clip", action=switch, default=True, help="clip_schedule in the first epochs")
     add("--penalty", type=float, default=0.0, help="weight of lipschitz_gradient_penalty")
     add("--max-start", type=int, default=8, help="largest epoch that a student starts from")
-    add("--expert-epochs", type=int, default=2, help="to match")
-    add("--student-steps", type=int, default=10)
+    add("--expert-epochs", type=int, default=3, help="to match")
+    add("--student-steps", type=int, default=20)
     add("--student-rate", type=float, default=0.05, help="at first: it is learned")
     add("--mid-weight", type=float, default=1.0)
     add("--perturb", type=float, default=0.1, help="alpha of perturb_weights")
     add("--representative", action=switch, default=True, help="points to begin with")
-    add("--iterations", type=int, default=300)
+    add("--iterations", type=int, default=600)
     add("--point-rate", type=float, default=0.5)
     add("--clip-grad", type=float, default=0.2)
     add("--seeds", type=int, default=3)
@@ -224,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.quick:
-        args.each, args.epochs, args.max_start, args.iterations, args.seeds = 20, 4, 2, 3, 2
+        args.each, args.epochs, args.max_start, args.iterations, args.seeds = 20, 5, 2, 3, 2
     torch.set_num_threads(args.threads)
     runs = [experiment(seed, args) for seed in range(args.seeds)]
     args.clip = not args.clip

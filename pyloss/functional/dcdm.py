@@ -120,8 +120,8 @@ def conjugate_direction_loss(
         b: right-hand sides, ``(N,)`` or ``(B, *)``, of length 1 as a rule; floating.
         pred: f, of the same shape.
         matvec: v -> A v on such tensors, A symmetric and positive definite. In eager mode its
-            derivative is taken to be A, and it need not be made of torch operations. Of half types
-            it is given float32.
+            derivative is taken to be A: it need not be made of torch operations, and what it holds
+            gets no gradient. Of half types it is given float32.
         reduction: ``"none" | "mean" | "sum"`` over the batch.
 
     Returns:
