@@ -27,6 +27,10 @@ EXPERIMENTS = {
     "sso": (False, "SSO, 5 Armijo"),
     "gated_cnn": (True, "4 channels, r = 0.9"),
     "lion_k": (True, "Lion-K, smooth"),
+    "causal_pinn": (False, "causal"),
+    "lagrangian_pinn": (False, "Lagrangian"),
+    "dcdm_poisson": (False, "CG, incomplete Cholesky"),
+    "distill_toy": (False, "distilled"),
 }
 
 

@@ -78,6 +78,7 @@ WITHOUT_SPEC = {
     # containers of results
     "BettiMatching": "its loss and its tables are the results of betti_matching",
     "BettiTarget": "stands in for a target: tests/test_betti_target.py",
+    "DCDMResult": "the result of dcdm_solve",
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
     "GatedFlops": "the result of gated_flops",
@@ -103,6 +104,10 @@ WITHOUT_SPEC = {
     "gated_flops": "counts of operations: tests/test_gating.py",
     "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",
     "tensor_attention_error": "a dict of bounds: tests/test_tensor_attention_lowrank_api.py",
+    # numbers by an epoch, and data that are drawn
+    "balanced_loss_weight": "a Python number: tests/test_dataset_distillation.py",
+    "clip_schedule": "a Python number: tests/test_dataset_distillation.py",
+    "lanczos_ritz_dataset": "draws a data set: tests/test_dcdm.py",
     # settings
     "backend": "a context manager: test_backends_agree and its like of every op",
     "show_config": "a printed text: its example in tests/test_public_api.py",

@@ -23,6 +23,20 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "simple_contrastive",
             "supervised_contrastive",
         ),
+        "dataset_distillation": (
+            "balanced_loss_weight",
+            "clip_schedule",
+            "lipschitz_gradient_penalty",
+            "perturb_weights",
+            "representative_indices",
+            "trajectory_matching_loss",
+        ),
+        "dcdm": (
+            "DCDMResult",
+            "conjugate_direction_loss",
+            "dcdm_solve",
+            "lanczos_ritz_dataset",
+        ),
         "distillation": ("linear_distillation_loss",),
         "gating": ("mask_prediction_loss", "mass_topk_mask"),
         "groco": ("groco_from_scores", "groco_loss"),
@@ -41,6 +55,12 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "metric_learning_margins": ("arcface_loss", "cosface_loss"),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
+        "physics": (
+            "causal_residual_loss",
+            "causal_weights",
+            "lagrangian_residual_loss",
+            "periodic_embedding",
+        ),
         "preference": (
             "DPOMetrics",
             "GRPOMetrics",

@@ -21,6 +21,20 @@ from pyloss.functional.contrastive import (
     simple_contrastive,
     supervised_contrastive,
 )
+from pyloss.functional.dataset_distillation import (
+    balanced_loss_weight,
+    clip_schedule,
+    lipschitz_gradient_penalty,
+    perturb_weights,
+    representative_indices,
+    trajectory_matching_loss,
+)
+from pyloss.functional.dcdm import (
+    DCDMResult,
+    conjugate_direction_loss,
+    dcdm_solve,
+    lanczos_ritz_dataset,
+)
 from pyloss.functional.distillation import linear_distillation_loss
 from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
@@ -50,6 +64,12 @@ from pyloss.functional.metric_learning_margins import (
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
     permutahedron_sort,
+)
+from pyloss.functional.physics import (
+    causal_residual_loss,
+    causal_weights,
+    lagrangian_residual_loss,
+    periodic_embedding,
 )
 from pyloss.functional.preference import (
     DPOMetrics,
@@ -109,6 +129,7 @@ from pyloss.functional.topology import (
 __all__ = [
     "BettiMatching",
     "BettiTarget",
+    "DCDMResult",
     "DPOMetrics",
     "GRPOMetrics",
     "PersistencePairs",
@@ -117,13 +138,19 @@ __all__ = [
     "TensorAttentionCost",
     "approx_ndcg_loss",
     "arcface_loss",
+    "balanced_loss_weight",
     "betti_matching",
     "betti_matching_loss",
+    "causal_residual_loss",
+    "causal_weights",
     "chamfer_set_loss",
     "clip_loss",
+    "clip_schedule",
     "comp_sum_loss",
+    "conjugate_direction_loss",
     "contrastive_pair_loss",
     "cosface_loss",
+    "dcdm_solve",
     "dcl",
     "dice_cross_entropy_loss",
     "dpo_loss",
@@ -139,8 +166,11 @@ __all__ = [
     "icnn_loss",
     "icnn_score",
     "info_nce",
+    "lagrangian_residual_loss",
     "lambda_loss",
+    "lanczos_ritz_dataset",
     "linear_distillation_loss",
+    "lipschitz_gradient_penalty",
     "list_mle",
     "list_net",
     "mask_prediction_loss",
@@ -151,11 +181,14 @@ __all__ = [
     "nt_xent",
     "order_search_loss",
     "order_search_loss_from_table",
+    "periodic_embedding",
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
+    "perturb_weights",
     "proto_triplet_loss",
     "prototypes",
+    "representative_indices",
     "sequence_logprobs",
     "siglip_loss",
     "simple_contrastive",
@@ -180,5 +213,6 @@ __all__ = [
     "tensor_attention_n",
     "token_logprobs",
     "topk_cross_entropy",
+    "trajectory_matching_loss",
     "triplet_margin_loss",
 ]

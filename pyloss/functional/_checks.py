@@ -134,6 +134,14 @@ def checked_integer(name: str, value) -> int:
     return found
 
 
+def checked_count(name: str, value, low: int = 0) -> int:
+    """The int that a value stands for, from `low` on."""
+    found = checked_integer(name, value)
+    if found < low:
+        raise ValueError(f"{name} must be >= {low}, got {found}")
+    return found
+
+
 def checked_flag(name: str, value) -> bool:
     """The bool that a value stands for (numpy's too)."""
     if isinstance(value, bool):

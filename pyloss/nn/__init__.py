@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SupervisedContrastiveLoss",
         ),
         "gating": ("DynamicGate", "GatedConv", "GatedFlops", "gated_flops"),
+        "dcdm": ("PoissonNet2d", "PoissonNet3d"),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
@@ -36,6 +37,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "ThresholdConsistentMarginLoss",
             "TripletMarginLoss",
         ),
+        "physics": ("CausalResidualLoss", "LagrangianPINN"),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -16,6 +16,10 @@ from pyloss.nn.contrastive import (
     SupervisedContrastiveLoss,
 )
 from pyloss.nn.gating import DynamicGate, GatedConv, GatedFlops, gated_flops
+from pyloss.nn.dcdm import (
+    PoissonNet2d,
+    PoissonNet3d,
+)
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
@@ -28,6 +32,10 @@ from pyloss.nn.metric_learning import (
     ProtoTripletLoss,
     ThresholdConsistentMarginLoss,
     TripletMarginLoss,
+)
+from pyloss.nn.physics import (
+    CausalResidualLoss,
+    LagrangianPINN,
 )
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
@@ -72,6 +80,7 @@ __all__ = [
     "ArcFaceLoss",
     "BettiMatchingLoss",
     "CLIPLoss",
+    "CausalResidualLoss",
     "ChamferSetLoss",
     "CompSumLoss",
     "ContrastivePairLoss",
@@ -93,6 +102,7 @@ __all__ = [
     "ICNNLoss",
     "ISogCLRLoss",
     "InfoNCELoss",
+    "LagrangianPINN",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
@@ -104,6 +114,8 @@ __all__ = [
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
+    "PoissonNet2d",
+    "PoissonNet3d",
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",

@@ -19,15 +19,22 @@ import pyloss.reference
 import pyloss.testing
 import pyloss.visualize
 from pyloss.functional import (
+    DCDMResult,
     DPOMetrics,
     GRPOMetrics,
     SogCLRStats,
     TensorAttentionCost,
     approx_ndcg_loss,
     arcface_loss,
+    balanced_loss_weight,
+    causal_residual_loss,
+    causal_weights,
     chamfer_set_loss,
+    clip_schedule,
+    conjugate_direction_loss,
     contrastive_pair_loss,
     cosface_loss,
+    dcdm_solve,
     dcl,
     dice_cross_entropy_loss,
     dpo_loss,
@@ -38,8 +45,11 @@ from pyloss.functional import (
     hungarian_set_loss,
     icnn_loss,
     icnn_score,
+    lagrangian_residual_loss,
     lambda_loss,
+    lanczos_ritz_dataset,
     linear_distillation_loss,
+    lipschitz_gradient_penalty,
     list_mle,
     list_net,
     mask_prediction_loss,
@@ -49,10 +59,13 @@ from pyloss.functional import (
     neural_sort,
     order_search_loss,
     order_search_loss_from_table,
+    periodic_embedding,
     permutahedron_rank,
     permutahedron_sort,
+    perturb_weights,
     proto_triplet_loss,
     prototypes,
+    representative_indices,
     sequence_logprobs,
     simple_contrastive,
     sinkhorn_set_loss,
@@ -61,6 +74,7 @@ from pyloss.functional import (
     sogclr_loss,
     target_surrogate_loss,
     tcm_loss,
+    trajectory_matching_loss,
     triplet_margin_loss,
 )
 from pyloss.metrics import (
@@ -395,6 +409,33 @@ def optimisers(model: nn.Module) -> None:
     monitor = pyloss.optim.LyapunovMonitor(optimizer)
     assert_type(monitor.record(torch.tensor(1.0)).H, Tensor)
     pyloss.visualize.draw_lyapunov(monitor.records)
+
+
+def physics() -> None:
+    assert_type(causal_weights(x, 0.1), Tensor)
+    assert_type(causal_residual_loss(x, 0.1, ic_weight=10.0), tuple[Tensor, Tensor])
+    criterion = pyloss.nn.CausalResidualLoss(eps=[0.1, 1.0], threshold=0.9)
+    assert_type(criterion.eps, float)
+    assert_type(criterion.step(0.5), bool)
+    assert_type(periodic_embedding(x, x, 2.0, 3), Tensor)
+    model = pyloss.nn.LagrangianPINN(nn.Linear(3, 1), nn.Linear(3, 1), 2.0, 6.28)
+    assert_type(lagrangian_residual_loss(model, x, x, velocity=lambda u: u, nu=0.1), Tensor)
+    loss = conjugate_direction_loss(x, x, lambda v: 2 * v, reduction="none")
+    assert_type(loss, Tensor)
+    assert_type(dcdm_solve(lambda v: 2 * v, x, lambda r: r, tol=1e-3), DCDMResult)
+    assert_type(lanczos_ritz_dataset(lambda v: 2 * v, (3,), 5), Tensor)
+    nn.ModuleList([pyloss.nn.PoissonNet2d(8, blocks=1), pyloss.nn.PoissonNet3d(8, levels=2)])
+
+
+def dataset_distillation(net: nn.Module) -> None:
+    parameters = perturb_weights(net.parameters(), 0.5, min_dim=2)
+    assert_type(parameters, list[Tensor])
+    assert_type(trajectory_matching_loss(parameters, parameters, net.parameters()), Tensor)
+    trajectory_matching_loss(x, x, x, [(x, x)], mid_weight="adaptive")
+    assert_type(lipschitz_gradient_penalty(x, net, dims=(1,)), Tensor)
+    assert_type(clip_schedule(3), float)
+    assert_type(balanced_loss_weight(3, 10), float)
+    assert_type(representative_indices(x, y, 1), Tensor)
 
 
 def transformers(model: nn.Module) -> None:
