@@ -57,6 +57,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "neural_ndcg_loss",
         ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
+        "row_stats": ("RowSoftmaxStats", "row_softmax_stats"),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
         "sets": (
             "chamfer_set_loss",

@@ -70,6 +70,10 @@ from pyloss.functional.relaxed_sort import (
     neural_sort,
     soft_sort_matrix,
 )
+from pyloss.functional.row_stats import (
+    RowSoftmaxStats,
+    row_softmax_stats,
+)
 from pyloss.functional.segmentation import (
     dice_cross_entropy_loss,
     soft_dice_loss,
@@ -111,6 +115,7 @@ __all__ = [
     "DPOMetrics",
     "GRPOMetrics",
     "PersistencePairs",
+    "RowSoftmaxStats",
     "RowStats",
     "SogCLRStats",
     "TensorAttentionCost",
@@ -154,6 +159,7 @@ __all__ = [
     "persistence_pairs",
     "proto_triplet_loss",
     "prototypes",
+    "row_softmax_stats",
     "sequence_logprobs",
     "siglip_loss",
     "simple_contrastive",

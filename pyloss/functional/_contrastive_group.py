@@ -136,7 +136,7 @@ def joint_mean(each: Tensor, group) -> Tensor:
 
 @eager
 def log_mean_exp_of_all(log_mean: Tensor, count: int, group) -> tuple[Tensor, Tensor]:
-    """From the log of the mean of exponentials on this rank, of `count` of them: that of all ranks',
+    """From the log of the mean of `count` exponentials on this rank: that of all ranks' together,
     and this rank's part of it, times the ranks, since DDP divides by them."""
     check_group()
     own = torch.stack([log_mean.detach(), torch.full_like(log_mean, count)])
