@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "distillation": ("linear_distillation_loss",),
         "dro": ("kl_dro_loss",),
+        "ensemble": ("ens_loss", "ens_loss_derivatives"),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "metric_learning": (

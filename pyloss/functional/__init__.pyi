@@ -23,6 +23,10 @@ from pyloss.functional.contrastive import (
 )
 from pyloss.functional.distillation import linear_distillation_loss
 from pyloss.functional.dro import kl_dro_loss
+from pyloss.functional.ensemble import (
+    ens_loss,
+    ens_loss_derivatives,
+)
 from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
@@ -131,6 +135,8 @@ __all__ = [
     "dcl",
     "dice_cross_entropy_loss",
     "dpo_loss",
+    "ens_loss",
+    "ens_loss_derivatives",
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",

@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SupervisedContrastiveLoss",
         ),
         "dro": ("KLDROLoss",),
+        "ensemble": ("EnsLoss",),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),

@@ -16,6 +16,7 @@ from pyloss.nn.contrastive import (
     SupervisedContrastiveLoss,
 )
 from pyloss.nn.dro import KLDROLoss
+from pyloss.nn.ensemble import EnsLoss
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
@@ -81,6 +82,7 @@ __all__ = [
     "DiceCELoss",
     "DiffSortNet",
     "DiffTopkNet",
+    "EnsLoss",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "GradCache",
