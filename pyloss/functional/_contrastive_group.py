@@ -147,6 +147,13 @@ def log_mean_exp_of_all(log_mean: Tensor, count: int, group) -> tuple[Tensor, Te
 
 
 @eager
+def of_all(x: Tensor, group) -> list[Tensor]:
+    """What the ranks have, alike in shape, without a gradient."""
+    check_group()
+    return list(all_gather(x.detach(), group))
+
+
+@eager
 def last_dimension(name: str, group, *tensors: Tensor) -> list[Tensor]:
     """What all ranks have along the last dimension, of tensors that are alike in it."""
     layout = layout_of(name, tensors[0], group)

@@ -37,6 +37,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "ThresholdConsistentMarginLoss",
             "TripletMarginLoss",
         ),
+        "naive_bayes": ("GaussianNaiveBayes",),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -30,6 +30,7 @@ from pyloss.nn.metric_learning import (
     ThresholdConsistentMarginLoss,
     TripletMarginLoss,
 )
+from pyloss.nn.naive_bayes import GaussianNaiveBayes
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
     LambdaLoss,
@@ -84,6 +85,7 @@ __all__ = [
     "DiffTopkNet",
     "EnsLoss",
     "FocalLoss",
+    "GaussianNaiveBayes",
     "GeneralizedCrossEntropyLoss",
     "GradCache",
     "GroCoLoss",
