@@ -77,6 +77,23 @@ def test_a_row_of_nothing(backend, masked: bool) -> None:
             assert t[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_target_alone_has_no_softmax(backend) -> None:
+    x, y = make_logits((2, 3), F32), torch.tensor([0, 2])
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    x.requires_grad_()
+    with pyloss.backend(backend):
+        found = row_softmax_stats(x, y, mask=mask, without_target=True)
+        row = [t[0].item() for t in found]
+        assert row == [-math.inf, -math.inf, 0.0, x[0, 0].item(), -math.inf, 0]
+        assert found.count[1] == 2
+        torch.testing.assert_close(found.nll[1], x[1, :2].logsumexp(0) - x[1, 2])
+        (grad,) = torch.autograd.grad(found.nll[1] + 3 * found.target[0] + found.lse[0], x)
+    expected = torch.tensor([[3.0, 0, 0], [0, 0, -1]])
+    expected[1, :2] = x[1, :2].detach().softmax(0)
+    torch.testing.assert_close(grad, expected)
+
+
 def test_layouts_and_ignored_rows() -> None:
     wide = make_logits((6, 5, 8), F64)
     y = torch.arange(6).expand(5, 6) % 4

@@ -51,6 +51,7 @@ from pyloss.functional.metric_learning_margins import (
     arcface_loss,
     cosface_loss,
 )
+from pyloss.functional.normalized import normalized_logistic_loss
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
     permutahedron_sort,
@@ -157,6 +158,7 @@ __all__ = [
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
+    "normalized_logistic_loss",
     "nt_xent",
     "order_search_loss",
     "order_search_loss_from_table",

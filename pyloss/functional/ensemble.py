@@ -168,7 +168,7 @@ def margins(input: Tensor, target: Tensor) -> tuple[Tensor, torch.dtype]:
     """(z = +-f of the sums' dtype, dtype of the loss) of checked arguments."""
     _check_scores("input", input)
     checks.check_tensor("target", target)
-    if target.shape not in (input.shape, input.shape[:1]):
+    if target.shape != input.shape and target.shape != input.shape[:1]:
         raise ValueError(
             f"target must have the shape of input, {list(input.shape)}, got {list(target.shape)}"
         )

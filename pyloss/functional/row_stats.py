@@ -41,6 +41,7 @@ def row_softmax_stats(
     scale: float | Tensor | None = None,
     margin: float | Tensor | None = None,
     mask: Tensor | None = None,
+    without_target: bool = False,
     ignore_index: int = -100,
 ) -> RowSoftmaxStats:
     r"""Log-normaliser, mean, entropy and target of each row: all that a softmax loss is made of.
@@ -61,6 +62,8 @@ def row_softmax_stats(
             ``target``.
         mask: bool, True at what counts, broadcasts to ``input``. A row of which nothing counts has
             lse, mean and target -inf, entropy 0, nll inf, and no gradient.
+        without_target: the target's class is not in the softmax: then ``nll = lse - target`` is
+            minus the margin by which it is ahead of the others, soft as it is (decoupled losses).
         ignore_index: rows with this target hold 0, and have no gradient.
 
     Returns:
@@ -92,9 +95,11 @@ def row_softmax_stats(
         raise ValueError(f"input must have at least one class, got {list(input.shape)}")
     ignore_index = checked_ignore_index(ignore_index)
     acc, count = accumulator_dtype(input.dtype), shape.numel()
+    without_target = checks.checked_flag("without_target", without_target)
     if target is None:
-        if margin is not None:
-            raise ValueError("margin is that of other classes than the target's: give a target")
+        if margin is not None or without_target:
+            name = "without_target" if margin is None else "margin"
+            raise ValueError(f"{name} is about other classes than the target's: give a target")
         labels = torch.zeros(count, dtype=torch.int64, device=input.device)
         ignored = -1
     else:
@@ -109,10 +114,11 @@ def row_softmax_stats(
             _of_rows("margin", margin, 0.0, input, acc),
             mask if mask is None else mask.reshape(count, classes),
             ignored,
+            without_target,
         )
     )
     lse, mean, entropy, at_target, nll = (t.reshape(shape) for t in found)
-    number = _counted(input, target, mask, ignored)
+    number = _counted(input, target, mask, ignored, without_target)
     if target is None:
         return RowSoftmaxStats(lse, mean, entropy, None, None, number)
     return RowSoftmaxStats(lse, mean, entropy, at_target, nll, number)
@@ -161,14 +167,19 @@ def _expanded(name: str, t: Tensor, shape: torch.Size, whose: str) -> Tensor:
         ) from None
 
 
-def _counted(input: Tensor, target, mask, ignored: int) -> Tensor:
+def _counted(input: Tensor, target, mask, ignored: int, without_target: bool) -> Tensor:
     if mask is not None:
         number = _true_in_rows(mask)
     else:
         number = torch.full(
             input.shape[:-1], input.shape[-1], dtype=torch.int64, device=input.device
         )
-    return number if target is None else torch.where(target == ignored, 0, number)
+    if target is None:
+        return number
+    if without_target:
+        y = target.long().clamp(0, input.shape[-1] - 1).unsqueeze(-1)
+        number = number - (1 if mask is None else mask.gather(-1, y).squeeze(-1).long())
+    return torch.where(target == ignored, 0, number)
 
 
 def _true_in_rows(mask: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "TripletMarginLoss",
         ),
         "naive_bayes": ("GaussianNaiveBayes",),
+        "normalized": ("NormalizedLogisticLoss",),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -31,6 +31,7 @@ from pyloss.nn.metric_learning import (
     TripletMarginLoss,
 )
 from pyloss.nn.naive_bayes import GaussianNaiveBayes
+from pyloss.nn.normalized import NormalizedLogisticLoss
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
     LambdaLoss,
@@ -103,6 +104,7 @@ __all__ = [
     "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
+    "NormalizedLogisticLoss",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",

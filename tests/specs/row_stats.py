@@ -9,7 +9,10 @@ from pyloss.testing import make_logits
 from specs._spec import F64, Bad, Sample, Spec
 
 
-def reference(input, target=None, *, scale=None, margin=None, mask=None, ignore_index=-100):
+def reference(
+    input, target=None, *, scale=None, margin=None, mask=None, without_target=False,
+    ignore_index=-100,
+):  # fmt: skip
     rows, classes = input.shape[:-1], torch.arange(input.shape[-1])
     y = torch.full(rows, -100) if target is None else target.long()
     label = classes == y.unsqueeze(-1)
@@ -21,6 +24,9 @@ def reference(input, target=None, *, scale=None, margin=None, mask=None, ignore_
     if scale is not None:
         z = z * torch.as_tensor(scale, dtype=z.dtype).expand(rows).unsqueeze(-1)
     keep = torch.ones_like(z, dtype=torch.bool) if mask is None else mask.expand(z.shape)
+    at = torch.where(label, torch.where(keep, z, -torch.inf), 0.0).sum(-1)
+    hidden = (label & ~keep).any(-1)
+    keep = keep & ~label if without_target else keep
     counts = keep.any(-1)
     # A row of nothing, without NaN: of zeros, and then left out.
     z = torch.where(keep, z, -torch.inf)
@@ -35,10 +41,8 @@ def reference(input, target=None, *, scale=None, margin=None, mask=None, ignore_
     each = [torch.where(used, t, 0.0) for t in (lse, mean, entropy)]
     if target is None:
         return (*each, count)
-    at = torch.where(label, z, 0.0).sum(-1)
-    hidden = (label & ~keep).any(-1)
-    at = torch.where(hidden, -torch.inf, at)
     nll = torch.where(hidden, torch.inf, -torch.where(label & keep, logp, 0.0).sum(-1))
+    nll = lse - at if without_target else nll
     return (*each, torch.where(used, at, 0.0), torch.where(used, nll, 0.0), count)
 
 
@@ -74,6 +78,10 @@ SPECS = (
             "rows": lambda: sample(
                 2, 3, 4, scale=of_rows(2, 3), margin=of_rows(3), ignore_index=0
             ),
+            "without target": lambda: sample(
+                4, 5, scale=of_rows(4), margin=of_rows(4), mask=torch.arange(5) != 2,
+                without_target=True, ignore_index=3,
+            ),
             "masked": lambda: sample(3, 6, scale=of_rows(3, ), margin=0.3, mask=mask(3, 6)),
         },
         compile_samples=("plain", "masked"),
@@ -104,6 +112,9 @@ SPECS = (
             Bad(TypeError, "scale must be floating", dict(scale=torch.ones(4).long())),
             Bad(ValueError, "margin must be finite and >= 0, got -1", dict(margin=-1)),
             Bad(ValueError, "give a target", dict(target=None, margin=0.1)),
+            Bad(ValueError, "without_target is about other classes than the target's",
+                dict(target=None, without_target=True)),
+            Bad(TypeError, "without_target must be a bool, got int", dict(without_target=1)),
             Bad(TypeError, "mask must be bool, True at what counts, got torch.float32",
                 dict(mask=torch.ones(4, 5))),
             Bad(ValueError, r"mask of shape \[4\] does not broadcast to input, \[4, 5\]",

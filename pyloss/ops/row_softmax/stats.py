@@ -5,7 +5,8 @@
 The kernels know one scale of all rows, and neither mask nor margin of a row. Where there are such,
 logits go through them some rows at a time: z of a block is made in scratch memory that stays in
 cache, and its gradient is written there, too. Nothing of the size of the logits is kept but their
-gradient. A margin is taken from the target's entry, and given back to what it would have moved.
+gradient. A margin is taken from the target's entry, and given back to what it would have moved. A
+target that is no entry of its softmax is -inf there; its own z is kept, and so is its gradient.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
     margin: float | Tensor
     mask: Tensor | None  # [rows, classes], what counts
     ignore_index: int
+    without_target: bool = False  # in the softmax
 
     @property
     def has_margin(self) -> bool:
@@ -48,7 +50,8 @@ class Rows(NamedTuple):
     @property
     def as_they_are(self) -> bool:
         """Whether the kernels take these logits."""
-        return not (isinstance(self.scale, Tensor) or self.has_margin or self.mask is not None)
+        others = self.has_margin or self.mask is not None or self.without_target
+        return not (others or isinstance(self.scale, Tensor))
 
     @property
     def codes(self) -> Codes:
@@ -73,7 +76,7 @@ class Rows(NamedTuple):
         def some(t):
             return t[rows] if isinstance(t, Tensor) else t
 
-        return Rows(*map(some, self[:5]), self.ignore_index)
+        return Rows(*map(some, self[:5]), self.ignore_index, self.without_target)
 
 
 class Statistics(NamedTuple):
@@ -93,7 +96,7 @@ def row_stats(rows: Rows) -> Statistics:
         return composed(rows)
     of_scale = scale if isinstance(scale, Tensor) else None
     of_margin = rows.margin if isinstance(rows.margin, Tensor) else None
-    numbers = (scale, rows.margin, rows.ignore_index)
+    numbers = (scale, rows.margin, rows.ignore_index, rows.without_target)
     return Statistics(*_RowStats.apply(x, of_scale, rows.target, of_margin, rows.mask, numbers))
 
 
@@ -119,9 +122,12 @@ def composed(rows: Rows) -> Statistics:
     else:
         z = z * rows.scale
     column, counts = rows.columns()
-    if rows.has_margin:
+    hot = (torch.arange(z.shape[1], device=z.device) == column) & counts.unsqueeze(1)
+    own = z.gather(1, column).squeeze(1)
+    if rows.without_target:
+        z = torch.where(hot, -torch.inf, z)
+    elif rows.has_margin:
         shift = rows.shift()
-        hot = (torch.arange(z.shape[1], device=z.device) == column) & counts.unsqueeze(1)
         z = z - torch.where(hot, shift.unsqueeze(1) if isinstance(shift, Tensor) else shift, 0.0)
     void = (z == -torch.inf).all(1)
     z = torch.where(void.unsqueeze(1), 0.0, z)
@@ -131,20 +137,23 @@ def composed(rows: Rows) -> Statistics:
     assert extras is not None
     lse, logprob, entropy = extras[0], extras[1], extras[2]
     ignored = wide(rows.target) == rows.ignore_index
-    at_label = torch.where(ignored, 0.0, z.gather(1, column).squeeze(1))
-    return _finished(rows, lse, entropy, at_label, -logprob, void & ~ignored, ignored)
+    if not rows.without_target:
+        own = torch.where(void, -torch.inf, own)
+    own = torch.where(ignored, 0.0, own)
+    return _finished(rows, lse, entropy, own, -logprob, void & ~ignored, ignored)
 
 
-def _finished(rows: Rows, lse, entropy, target, nll, void, ignored) -> Statistics:
-    """With the margin given back, and what rows have of which nothing counts."""
+def _finished(rows: Rows, lse, entropy, own, nll, void, ignored) -> Statistics:
+    """With the margin given back, and what rows have of which nothing counts. `own`: z of the
+    label."""
     shift = torch.where(ignored, 0.0, rows.shift())
-    mean = lse - entropy
+    all_of_it = torch.where(void, -torch.inf, lse + shift)
     return Statistics(
-        torch.where(void, -torch.inf, lse + shift),
-        torch.where(void, -torch.inf, mean + shift),
+        all_of_it,
+        torch.where(void, -torch.inf, lse - entropy + shift),
         torch.where(void, 0.0, entropy),
-        torch.where(void, -torch.inf, target + shift),
-        torch.where(void, torch.inf, nll),
+        own,
+        all_of_it - own if rows.without_target else torch.where(void, torch.inf, nll),
     )
 
 
@@ -160,8 +169,8 @@ class _RowStats(torch.autograd.Function):
         parts, saved, scratch = [], [], _scratch(rows)
         for at in _blocks(rows):
             part = rows.block(at)
-            z = part.x if rows.as_they_are else _block_of(part, scratch)
-            found, kept = _forward(part, z)
+            z, own = (part.x, None) if rows.as_they_are else _block_of(part, scratch)
+            found, kept = _forward(part, z, own)
             parts.append(found)
             saved.append(kept)
         ctx.save_for_backward(x, scale, target, margin, mask, *saved)
@@ -187,7 +196,7 @@ class _RowStats(torch.autograd.Function):
 
 def _rows(x, scale, target, margin, mask, numbers) -> Rows:
     scale = numbers[0] if scale is None else scale
-    return Rows(x, target, scale, numbers[1] if margin is None else margin, mask, numbers[2])
+    return Rows(x, target, scale, numbers[1] if margin is None else margin, mask, *numbers[2:])
 
 
 def _blocks(rows: Rows) -> list[slice]:
@@ -207,21 +216,27 @@ def _scratch(rows: Rows) -> Tensor:
     return rows.x.new_empty(size, dtype=accumulator_dtype(rows.x.dtype))
 
 
-def _block_of(part: Rows, scratch: Tensor) -> Tensor:
-    """z of some rows, without what the margin adds to all but the label's."""
+def _block_of(part: Rows, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
+    """z of some rows, without what the margin adds to all but the label's; and the label's, where
+    it is not in its row."""
     z = scratch[: part.x.shape[0]]
     z.copy_(part.x)
     if isinstance(part.scale, Tensor) or part.scale != 1:
         z.mul_(part.scale.unsqueeze(1) if isinstance(part.scale, Tensor) else part.scale)
     if part.mask is not None:
         z.masked_fill_(~part.mask, -torch.inf)
-    if part.has_margin:
-        column, counts = part.columns()
-        z.scatter_add_(1, column, -torch.where(counts, part.shift(), 0.0).to(z.dtype).unsqueeze(1))
-    return z
+    if not (part.without_target or part.has_margin):
+        return z, None
+    column, counts = part.columns()
+    if part.without_target:
+        own = z.gather(1, column)
+        z.scatter_(1, column, torch.where(counts.unsqueeze(1), -torch.inf, own))
+        return z, own.squeeze(1)
+    z.scatter_add_(1, column, -torch.where(counts, part.shift(), 0.0).to(z.dtype).unsqueeze(1))
+    return z, None
 
 
-def _forward(part: Rows, z: Tensor) -> tuple[Statistics, Tensor]:
+def _forward(part: Rows, z: Tensor, own: Tensor | None) -> tuple[Statistics, Tensor]:
     """And what a backward reads of the block."""
     acc = accumulator_dtype(z.dtype)
     count = z.shape[0]
@@ -232,7 +247,10 @@ def _forward(part: Rows, z: Tensor) -> tuple[Statistics, Tensor]:
     lse, _, entropy, _ = stats.extras
     ignored = wide(part.target) == part.ignore_index
     void = (stats.m == -torch.inf) & ~ignored
-    found = _finished(part, lse, entropy, stats.zy, nll, void, ignored)
+    if own is None:  # in the kernel's row, where a margin has been taken from it
+        own = stats.zy + (part.shift() if part.has_margin else 0.0)
+    own = torch.where(ignored, 0.0, own)
+    found = _finished(part, lse, entropy, own, nll, void, ignored)
     # The exponentials of such a row are then 0, and not NaN.
     for row in (stats.m, stats.rest, stats.zy, entropy):
         row.masked_fill_(void, 0)
@@ -245,43 +263,67 @@ def _void(saved: Tensor, rows: int) -> Tensor:
     return RowStatistics(saved, rows, 4, True).extras[0] == -torch.inf
 
 
-def _gradient(rows: Rows, grads, saved, need_scale: bool) -> tuple[Tensor, Tensor | None]:
-    """Of (lse, mean, entropy, target, nll): mean = lse - entropy, target = lse - nll."""
+class Cotangents(NamedTuple):
+    """Of what the kernels return, and of the label's z where it is not in its row."""
+
+    nll: Tensor
+    extras: Tensor  # [4, rows]
+    own: Tensor
+
+
+def _cotangents(rows: Rows, grads, saved) -> Cotangents:
+    """mean = lse - entropy; target = lse - nll, or, without the target, nll = lse - target."""
     parts = [_void(kept, rows.x[at].shape[0]) for at, kept in zip(_blocks(rows), saved)]
     void = parts[0] if len(parts) == 1 else torch.cat(parts)
+    own = grads[3] - grads[4]
     lse, mean, entropy, target, nll = (torch.where(void, 0.0, g) for g in grads)
-    all_of_lse = lse + mean + target
-    grad_extras = torch.stack(
-        [all_of_lse, torch.zeros_like(lse), entropy - mean, torch.zeros_like(lse)]
-    )
-    grad_nll = nll - target
-    none = (None,) * 4
+    zero = torch.zeros_like(lse)
+    whole = lse + mean + (nll if rows.without_target else target)
+    of_nll = zero if rows.without_target else nll - target
+    return Cotangents(of_nll, torch.stack([whole, zero, entropy - mean, zero]), own)
+
+
+def _gradient(rows: Rows, grads, saved, need_scale: bool) -> tuple[Tensor, Tensor | None]:
+    """With respect to the logits and the scale."""
+    g, none = _cotangents(rows, grads, saved), (None,) * 4
     if rows.as_they_are:
         dx = _ops.row_softmax_bwd(
-            grad_nll, grad_extras, rows.x, rows.target, *none, saved[0], rows.options, rows.codes
+            g.nll, g.extras, rows.x, rows.target, *none, saved[0], rows.options, rows.codes
         )
         return dx, None
     dx = torch.empty_like(rows.x, memory_format=torch.contiguous_format)
-    dscale = torch.empty_like(lse) if need_scale else None
+    dscale = torch.empty_like(g.nll) if need_scale else None
     scratch = _scratch(rows)
     for at, kept in zip(_blocks(rows), saved):
-        part = rows.block(at)
-        z = _block_of(part, scratch)
+        part, (nll, extras, own) = rows.block(at), (g.nll[at], g.extras[:, at], g.own[at])
+        z, _ = _block_of(part, scratch)
         _ops.row_softmax_bwd_(
-            grad_nll[at].contiguous(), grad_extras[:, at].contiguous(), z, part.target, *none,
-            kept, None, rows.codes,
-        )  # fmt: skip
+            nll.contiguous(), extras.contiguous(), z, part.target, *none, kept, None, part.codes
+        )
+        if part.without_target:
+            _put_own(z, own, part)
         if dscale is not None:
-            along = torch.where(z == 0, 0.0, z * part.x).sum(1)
-            if part.has_margin:
-                column, counts = part.columns()
-                label = z.gather(1, column).squeeze(1)
-                along += torch.where(counts, part.margin * (all_of_lse[at] - label), 0.0)
-            dscale[at] = along
-        if isinstance(part.scale, Tensor):
-            part = part._replace(scale=part.scale.unsqueeze(1))
-        torch.mul(z, part.scale, out=dx[at])
+            dscale[at] = _scale_gradient(z, extras[0], part)
+        scale = part.scale.unsqueeze(1) if isinstance(part.scale, Tensor) else part.scale
+        dx[at] = z.mul_(scale)
     return dx, dscale
+
+
+def _put_own(dz: Tensor, own: Tensor, part: Rows) -> None:
+    column, counts = part.columns()
+    if part.mask is not None:
+        counts = counts & part.mask.gather(1, column).squeeze(1)
+    dz.scatter_(1, column, torch.where(counts, own, 0.0).unsqueeze(1))
+
+
+def _scale_gradient(dz: Tensor, whole: Tensor, part: Rows) -> Tensor:
+    """sum_j dz_j (x_j + c [j != y]), where `whole` is the sum of dz but for the label's own."""
+    along = torch.where(dz == 0, 0.0, dz * part.x).sum(1)
+    if part.has_margin:
+        column, counts = part.columns()
+        label = 0.0 if part.without_target else dz.gather(1, column).squeeze(1)
+        along += torch.where(counts, part.margin * (whole - label), 0.0)
+    return along
 
 
 def _composed_gradient(rows: Rows, grads, need_x: bool, need_scale: bool):
