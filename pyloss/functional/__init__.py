@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "ensemble": ("ens_loss", "ens_loss_derivatives"),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
+        "long_tail": ("class_balanced_weight", "logit_adjusted_cross_entropy", "logit_adjustment"),
         "metric_learning": (
             "contrastive_pair_loss",
             "multi_similarity_loss",

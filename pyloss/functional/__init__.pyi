@@ -35,6 +35,11 @@ from pyloss.functional.linear import (
     fused_linear_cross_entropy,
     token_logprobs,
 )
+from pyloss.functional.long_tail import (
+    class_balanced_weight,
+    logit_adjusted_cross_entropy,
+    logit_adjustment,
+)
 from pyloss.functional.metric_learning import (
     contrastive_pair_loss,
     multi_similarity_loss,
@@ -129,6 +134,7 @@ __all__ = [
     "betti_matching",
     "betti_matching_loss",
     "chamfer_set_loss",
+    "class_balanced_weight",
     "clip_loss",
     "comp_sum_loss",
     "contrastive_pair_loss",
@@ -155,6 +161,8 @@ __all__ = [
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "logit_adjusted_cross_entropy",
+    "logit_adjustment",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
+        "long_tail": ("LogitAdjustedCrossEntropyLoss",),
         "metric_learning": (
             "ArcFaceLoss",
             "ContrastivePairLoss",

@@ -20,6 +20,7 @@ from pyloss.nn.ensemble import EnsLoss
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.long_tail import LogitAdjustedCrossEntropyLoss
 from pyloss.nn.metric_learning import (
     ArcFaceLoss,
     ContrastivePairLoss,
@@ -100,6 +101,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "LogitAdjustedCrossEntropyLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "NeuralNDCGLoss",
