@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional.classification import fused_cross_entropy
+from pyloss.functional.classification import MixUpTarget, RowStats, fused_cross_entropy
 from pyloss.ops._launch import accumulator_dtype
 
 
@@ -98,8 +98,12 @@ def logit_adjustment(counts: Tensor | Sequence[float], tau: float = 1.0) -> Tens
 
 
 def logit_adjusted_cross_entropy(
-    input: Tensor, target, counts: Tensor | Sequence[float], adjustment_tau: float = 1.0, **kwargs
-):
+    input: Tensor,
+    target: Tensor | MixUpTarget,
+    counts: Tensor | Sequence[float],
+    adjustment_tau: float = 1.0,
+    **kwargs,
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Cross entropy of logits that the classes' shares have been added to.
 
     .. math:: \ell = \log \Big( 1 + \sum_{k \ne y}
