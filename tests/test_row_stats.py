@@ -18,6 +18,7 @@ from pyloss.testing import make_logits
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SIZES = [(3, 1), (5, 2), (4, 7), (40, 1000), (3, 50257)]
+SIZES += [pytest.param((2, 131072), marks=pytest.mark.exhaustive)]
 
 
 def options(rows: int, classes: int) -> dict:
@@ -27,7 +28,7 @@ def options(rows: int, classes: int) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
-@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "blocks"])
 def test_sizes_and_dtypes(shape, dtype, plain, monkeypatch) -> None:
     """With -inf among the logits, in several blocks, against float64."""

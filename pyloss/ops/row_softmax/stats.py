@@ -220,9 +220,12 @@ def _block_of(part: Rows, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
     """z of some rows, without what the margin adds to all but the label's; and the label's, where
     it is not in its row."""
     z = scratch[: part.x.shape[0]]
-    z.copy_(part.x)
-    if isinstance(part.scale, Tensor) or part.scale != 1:
-        z.mul_(part.scale.unsqueeze(1) if isinstance(part.scale, Tensor) else part.scale)
+    if isinstance(part.scale, Tensor):
+        torch.mul(part.x, part.scale.unsqueeze(1), out=z)
+    else:
+        z.copy_(part.x)
+        if part.scale != 1:
+            z.mul_(part.scale)
     if part.mask is not None:
         z.masked_fill_(~part.mask, -torch.inf)
     if not (part.without_target or part.has_margin):
@@ -305,7 +308,7 @@ def _gradient(rows: Rows, grads, saved, need_scale: bool) -> tuple[Tensor, Tenso
         if dscale is not None:
             dscale[at] = _scale_gradient(z, extras[0], part)
         scale = part.scale.unsqueeze(1) if isinstance(part.scale, Tensor) else part.scale
-        dx[at] = z.mul_(scale)
+        torch.mul(z, scale, out=dx[at])
     return dx, dscale
 
 
