@@ -22,14 +22,21 @@ from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 from pyloss.ops.row_softmax.calls import WANT_EXTRAS
-from pyloss.ops.row_softmax.records import COMP_SUM, INDEX, REDUCTIONS, Codes, Options
-from pyloss.ops.row_softmax.statistics import RowStatistics
+from pyloss.ops.row_softmax.records import COMP_SUM, INDEX, PLAIN, REDUCTIONS, Codes, Options
+from pyloss.ops.row_softmax.statistics import RowStatistics, stat_rows
 
 _ops = torch.ops.pyloss
 
 # Numbers of z that are made at a time: they stay in cache, or, on a GPU, fill it.
 _BLOCK = {"cpu": 2**19}
 _OTHER_BLOCK = 2**24
+
+
+def _codes(ignore_index: int) -> Codes:
+    return Codes(INDEX, ignore_index, COMP_SUM, REDUCTIONS["none"], 0)
+
+
+_HEIGHT = stat_rows(_codes(-1), PLAIN)
 
 
 class Rows(NamedTuple):
@@ -55,7 +62,7 @@ class Rows(NamedTuple):
 
     @property
     def codes(self) -> Codes:
-        return Codes(INDEX, self.ignore_index, COMP_SUM, REDUCTIONS["none"], 0)
+        return _codes(self.ignore_index)
 
     @property
     def options(self) -> Options | None:
@@ -246,7 +253,7 @@ def _forward(part: Rows, z: Tensor, own: Tensor | None) -> tuple[Statistics, Ten
     nll, saved = _ops.row_softmax_fwd(
         z, part.target, None, None, None, None, part.options, part.codes, acc, WANT_EXTRAS
     )
-    stats = RowStatistics(saved, count, 4, True)
+    stats = RowStatistics(saved, count, _HEIGHT, True)
     lse, _, entropy, _ = stats.extras
     ignored = wide(part.target) == part.ignore_index
     void = (stats.m == -torch.inf) & ~ignored
@@ -263,7 +270,7 @@ def _forward(part: Rows, z: Tensor, own: Tensor | None) -> tuple[Statistics, Ten
 
 def _void(saved: Tensor, rows: int) -> Tensor:
     """Of which nothing counts, as _forward has left them."""
-    return RowStatistics(saved, rows, 4, True).extras[0] == -torch.inf
+    return RowStatistics(saved, rows, _HEIGHT, True).extras[0] == -torch.inf
 
 
 class Cotangents(NamedTuple):
