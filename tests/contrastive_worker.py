@@ -344,6 +344,34 @@ def cached_gradients_of_the_joined_batch() -> None:
     compare(cached, twin.net, loss, whole)
 
 
+def robust_over_samples(eta: float) -> None:
+    """Of the joined batch; a rank without samples raises, so all have some."""
+    counts, rank = [5, 2, 4][: dist.get_world_size()], dist.get_rank()
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    every = draw(sum(counts), seed=7).abs()
+    scale = nn.Parameter(torch.ones((), dtype=F64))
+    module = pyloss.nn.KLDROLoss(0.3, eta, group=dist.group.WORLD).double()
+    twin = pyloss.nn.KLDROLoss(0.3, eta).double()
+    for step in (1, 2):
+        loss, whole = module(step * scale * every[own]), twin(step * scale * every)
+        close(loss, whole, "loss")
+        found, expected = (torch.autograd.grad(v, scale)[0] for v in (loss, whole))
+        dist.all_reduce(found)  # as DDP does
+        close(found / dist.get_world_size(), expected, "gradient")
+        close(module.log_u, twin.log_u, "average")
+
+
+def naive_bayes() -> None:
+    x, y = draw(sum(sizes()), 3, seed=8), torch.arange(sum(sizes())) % 2
+    twin = pyloss.nn.GaussianNaiveBayes(3, 3)
+    module = pyloss.nn.GaussianNaiveBayes(3, 3, group=dist.group.WORLD)
+    for step in (1, 2):  # one of the ranks may have no samples
+        module.partial_fit(step * x[mine()], y[mine()])
+        twin.partial_fit(step * x, y)
+    for found, expected in zip(module.buffers(), twin.buffers()):
+        close(found, expected)
+
+
 def cases() -> dict[str, Callable]:
     found = {
         "gather": gather_with_gradient,
@@ -355,6 +383,9 @@ def cases() -> dict[str, Callable]:
         "half, ring": partial(half_types, True),
         "ring on the reference": ring_on_the_reference,
         "second derivatives": second_derivatives,
+        "naive Bayes": naive_bayes,
+        "robust": partial(robust_over_samples, 1.0),
+        "robust, average": partial(robust_over_samples, 0.4),
         "cached gradients": cached_gradients_of_the_joined_batch,
     }
     for ring in (False, True):

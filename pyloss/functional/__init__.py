@@ -39,8 +39,11 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "distillation": ("linear_distillation_loss",),
         "gating": ("mask_prediction_loss", "mass_topk_mask"),
+        "dro": ("kl_dro_loss",),
+        "ensemble": ("ens_loss", "ens_loss_derivatives"),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
+        "long_tail": ("class_balanced_weight", "logit_adjusted_cross_entropy", "logit_adjustment"),
         "metric_learning": (
             "contrastive_pair_loss",
             "multi_similarity_loss",
@@ -54,6 +57,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "prototypes",
         ),
         "metric_learning_margins": ("arcface_loss", "cosface_loss"),
+        "normalized": ("normalized_logistic_loss",),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "physics": (
             "causal_residual_loss",
@@ -77,6 +81,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "neural_ndcg_loss",
         ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
+        "row_stats": ("RowSoftmaxStats", "row_softmax_stats"),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
         "sets": (
             "chamfer_set_loss",

@@ -36,6 +36,11 @@ from pyloss.functional.dcdm import (
     lanczos_ritz_dataset,
 )
 from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.dro import kl_dro_loss
+from pyloss.functional.ensemble import (
+    ens_loss,
+    ens_loss_derivatives,
+)
 from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
     groco_from_scores,
@@ -44,6 +49,11 @@ from pyloss.functional.groco import (
 from pyloss.functional.linear import (
     fused_linear_cross_entropy,
     token_logprobs,
+)
+from pyloss.functional.long_tail import (
+    class_balanced_weight,
+    logit_adjusted_cross_entropy,
+    logit_adjustment,
 )
 from pyloss.functional.metric_learning import (
     contrastive_pair_loss,
@@ -61,6 +71,7 @@ from pyloss.functional.metric_learning_margins import (
     arcface_loss,
     cosface_loss,
 )
+from pyloss.functional.normalized import normalized_logistic_loss
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
     permutahedron_sort,
@@ -89,6 +100,10 @@ from pyloss.functional.ranking import (
 from pyloss.functional.relaxed_sort import (
     neural_sort,
     soft_sort_matrix,
+)
+from pyloss.functional.row_stats import (
+    RowSoftmaxStats,
+    row_softmax_stats,
 )
 from pyloss.functional.segmentation import (
     dice_cross_entropy_loss,
@@ -133,6 +148,7 @@ __all__ = [
     "DPOMetrics",
     "GRPOMetrics",
     "PersistencePairs",
+    "RowSoftmaxStats",
     "RowStats",
     "SogCLRStats",
     "TensorAttentionCost",
@@ -144,6 +160,7 @@ __all__ = [
     "causal_residual_loss",
     "causal_weights",
     "chamfer_set_loss",
+    "class_balanced_weight",
     "clip_loss",
     "clip_schedule",
     "comp_sum_loss",
@@ -154,6 +171,8 @@ __all__ = [
     "dcl",
     "dice_cross_entropy_loss",
     "dpo_loss",
+    "ens_loss",
+    "ens_loss_derivatives",
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
@@ -167,6 +186,7 @@ __all__ = [
     "icnn_score",
     "info_nce",
     "lagrangian_residual_loss",
+    "kl_dro_loss",
     "lambda_loss",
     "lanczos_ritz_dataset",
     "linear_distillation_loss",
@@ -175,9 +195,12 @@ __all__ = [
     "list_net",
     "mask_prediction_loss",
     "mass_topk_mask",
+    "logit_adjusted_cross_entropy",
+    "logit_adjustment",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
+    "normalized_logistic_loss",
     "nt_xent",
     "order_search_loss",
     "order_search_loss_from_table",
@@ -189,6 +212,7 @@ __all__ = [
     "proto_triplet_loss",
     "prototypes",
     "representative_indices",
+    "row_softmax_stats",
     "sequence_logprobs",
     "siglip_loss",
     "simple_contrastive",

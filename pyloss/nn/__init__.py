@@ -24,9 +24,12 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "gating": ("DynamicGate", "GatedConv", "GatedFlops", "gated_flops"),
         "dcdm": ("PoissonNet2d", "PoissonNet3d"),
+        "dro": ("KLDROLoss",),
+        "ensemble": ("EnsLoss",),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
+        "long_tail": ("LogitAdjustedCrossEntropyLoss",),
         "metric_learning": (
             "ArcFaceLoss",
             "ContrastivePairLoss",
@@ -38,6 +41,8 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "TripletMarginLoss",
         ),
         "physics": ("CausalResidualLoss", "LagrangianPINN"),
+        "naive_bayes": ("GaussianNaiveBayes",),
+        "normalized": ("NormalizedLogisticLoss",),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -15,14 +15,17 @@ from pyloss.nn.contrastive import (
     SimpleContrastiveLoss,
     SupervisedContrastiveLoss,
 )
-from pyloss.nn.gating import DynamicGate, GatedConv, GatedFlops, gated_flops
 from pyloss.nn.dcdm import (
     PoissonNet2d,
     PoissonNet3d,
 )
+from pyloss.nn.dro import KLDROLoss
+from pyloss.nn.ensemble import EnsLoss
+from pyloss.nn.gating import DynamicGate, GatedConv, GatedFlops, gated_flops
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.long_tail import LogitAdjustedCrossEntropyLoss
 from pyloss.nn.metric_learning import (
     ArcFaceLoss,
     ContrastivePairLoss,
@@ -33,6 +36,8 @@ from pyloss.nn.metric_learning import (
     ThresholdConsistentMarginLoss,
     TripletMarginLoss,
 )
+from pyloss.nn.naive_bayes import GaussianNaiveBayes
+from pyloss.nn.normalized import NormalizedLogisticLoss
 from pyloss.nn.physics import (
     CausalResidualLoss,
     LagrangianPINN,
@@ -94,6 +99,8 @@ __all__ = [
     "FocalLoss",
     "GatedConv",
     "GatedFlops",
+    "EnsLoss",
+    "GaussianNaiveBayes",
     "GeneralizedCrossEntropyLoss",
     "GradCache",
     "GroCoLoss",
@@ -103,14 +110,17 @@ __all__ = [
     "ISogCLRLoss",
     "InfoNCELoss",
     "LagrangianPINN",
+    "KLDROLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "LogitAdjustedCrossEntropyLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
+    "NormalizedLogisticLoss",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",

@@ -22,6 +22,7 @@ from pyloss.functional import (
     DCDMResult,
     DPOMetrics,
     GRPOMetrics,
+    RowSoftmaxStats,
     SogCLRStats,
     TensorAttentionCost,
     approx_ndcg_loss,
@@ -30,6 +31,7 @@ from pyloss.functional import (
     causal_residual_loss,
     causal_weights,
     chamfer_set_loss,
+    class_balanced_weight,
     clip_schedule,
     conjugate_direction_loss,
     contrastive_pair_loss,
@@ -38,6 +40,8 @@ from pyloss.functional import (
     dcl,
     dice_cross_entropy_loss,
     dpo_loss,
+    ens_loss,
+    ens_loss_derivatives,
     groco_from_scores,
     group_advantages,
     grpo_loss,
@@ -45,6 +49,7 @@ from pyloss.functional import (
     hungarian_set_loss,
     icnn_loss,
     icnn_score,
+    kl_dro_loss,
     lagrangian_residual_loss,
     lambda_loss,
     lanczos_ritz_dataset,
@@ -52,11 +57,14 @@ from pyloss.functional import (
     lipschitz_gradient_penalty,
     list_mle,
     list_net,
+    logit_adjusted_cross_entropy,
+    logit_adjustment,
     mask_prediction_loss,
     mass_topk_mask,
     multi_similarity_loss,
     neural_ndcg_loss,
     neural_sort,
+    normalized_logistic_loss,
     order_search_loss,
     order_search_loss_from_table,
     periodic_embedding,
@@ -66,6 +74,7 @@ from pyloss.functional import (
     proto_triplet_loss,
     prototypes,
     representative_indices,
+    row_softmax_stats,
     sequence_logprobs,
     simple_contrastive,
     sinkhorn_set_loss,
@@ -155,6 +164,26 @@ def linear() -> None:
     pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
     pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
     linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
+
+
+def statistics() -> None:
+    stats = row_softmax_stats(x, y, scale=torch.ones(4), margin=0.1, mask=x > 0)
+    assert_type(stats, RowSoftmaxStats)
+    row_softmax_stats(x, y, without_target=True)
+    loss, log_u = kl_dro_loss(stats.lse, 0.5, log_u=stats.lse.mean(), eta=0.9)
+    assert_type(loss, Tensor)
+    pyloss.nn.KLDROLoss(0.5, eta=0.9)(stats.lse)
+    assert_type(ens_loss(stats.lse, y % 2, bc_lambda=0.5), Tensor)
+    assert_type(ens_loss_derivatives(stats.lse, tail=False), Tensor)
+    pyloss.nn.EnsLoss(period=3).step_epoch()
+    assert_type(normalized_logistic_loss(x, y), Tensor)
+    pyloss.nn.NormalizedLogisticLoss(ignore_index=-1)(x, y)
+    weight = class_balanced_weight([3, 1], beta=0.9)
+    assert_type(logit_adjustment(weight, 0.5), Tensor)
+    logit_adjusted_cross_entropy(x, y, weight, reduction="sum")
+    pyloss.nn.LogitAdjustedCrossEntropyLoss([3, 1], weight=weight, z_loss=1e-4)
+    head = pyloss.nn.GaussianNaiveBayes(10, 3, smoothing_mode="relative")
+    assert_type(head.partial_fit(x, y).to_linear(), nn.Linear)
 
 
 def preference() -> None:
