@@ -75,6 +75,13 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "sorting_cross_entropy",
             "spearman_loss",
         ),
+        "spherical": (
+            "one_hot_mse_loss",
+            "spherical_loss",
+            "spherical_softmax_loss",
+            "spherical_z_loss",
+            "taylor_softmax_loss",
+        ),
         "topk": ("topk_cross_entropy",),
         "topology": (
             "BettiMatching",

@@ -94,6 +94,13 @@ from pyloss.functional.sorting import (
     sorting_cross_entropy,
     spearman_loss,
 )
+from pyloss.functional.spherical import (
+    one_hot_mse_loss,
+    spherical_loss,
+    spherical_softmax_loss,
+    spherical_z_loss,
+    taylor_softmax_loss,
+)
 from pyloss.functional.topk import topk_cross_entropy
 from pyloss.functional.topology import (
     BettiMatching,
@@ -145,6 +152,7 @@ __all__ = [
     "neural_ndcg_loss",
     "neural_sort",
     "nt_xent",
+    "one_hot_mse_loss",
     "order_search_loss",
     "order_search_loss_from_table",
     "permutahedron_rank",
@@ -167,7 +175,11 @@ __all__ = [
     "sogclr_loss",
     "sorting_cross_entropy",
     "spearman_loss",
+    "spherical_loss",
+    "spherical_softmax_loss",
+    "spherical_z_loss",
     "supervised_contrastive",
+    "taylor_softmax_loss",
     "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",

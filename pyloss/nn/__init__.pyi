@@ -63,6 +63,14 @@ from pyloss.nn.sorting import (
     SortingCrossEntropyLoss,
     SpearmanLoss,
 )
+from pyloss.nn.spherical import (
+    OneHotMSELoss,
+    SphericalLoss,
+    SphericalSoftmaxLoss,
+    SphericalZLoss,
+    TaylorSoftmaxLoss,
+)
+from pyloss.nn.spherical_linear import SphericalLinear
 from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
@@ -97,6 +105,7 @@ __all__ = [
     "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
+    "OneHotMSELoss",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
@@ -111,7 +120,12 @@ __all__ = [
     "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
+    "SphericalLinear",
+    "SphericalLoss",
+    "SphericalSoftmaxLoss",
+    "SphericalZLoss",
     "SupervisedContrastiveLoss",
+    "TaylorSoftmaxLoss",
     "TensorAttention",
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
