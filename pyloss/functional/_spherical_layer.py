@@ -67,21 +67,36 @@ class Sums(torch.autograd.Function):
         x = h.double()
         own, through = weight_rows(factors, target), x @ factors.gram
         # The factors are saved so that a step between forward and backward is an error.
-        ctx.save_for_backward(x, target, own, through, factors.total, factors.classes)
-        ctx.keep, ctx.dtype = keep, h.dtype
+        ctx.save_for_backward(h, x, target, own, through, factors.total, factors.classes)
+        ctx.keep = keep
         return torch.stack([(own * x).sum(1), x @ factors.total, (through * x).sum(1)])
 
     @staticmethod
     def backward(ctx, grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError("SphericalLinear has no second derivative: no create_graph")
-        x, target, own, through, total, _ = ctx.saved_tensors
-        ctx.keep(Rows(x.clone(), target, grads))  # a copy: h may change before the step
+        h, x, target, own, through, total, _ = ctx.saved_tensors
+        ctx.keep(
+            Rows(x.detach().clone(), target, grads.detach())
+        )  # a copy: h may change before the step
         dx = None
         if ctx.needs_input_grad[0]:
             a, s, q = grads.unsqueeze(2)
-            dx = (a * own + s * total + 2 * q * through).to(ctx.dtype)
+            dx = (a * own + s * total + 2 * q * through).to(h.dtype)
+            if torch.is_grad_enabled():  # create_graph
+                dx = _Once.apply(dx, h)
         return dx, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that raises when it is differentiated. torch's once_differentiable lets one pass
+    whose upstream is a constant, as if the second derivative were 0."""
+
+    @staticmethod
+    def forward(ctx, dx, h):
+        return dx.view_as(dx)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("SphericalLinear has no second derivative (create_graph=True)")
 
 
 def moments(
