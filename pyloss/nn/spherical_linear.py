@@ -224,9 +224,9 @@ class SphericalLinear(OptionsModule):
             lr: :math:`\eta`, >= 0.
             weight_decay: :math:`\lambda`, >= 0, with :math:`\eta \lambda < 1`.
         """
-        lr = float(lr)
         checks.check_range("lr", lr, 0.0)
         checks.check_range("weight_decay", weight_decay, 0.0)
+        lr = float(lr)
         keep = 1.0 - lr * float(weight_decay)
         if not keep > 0:
             raise ValueError(f"lr * weight_decay must be < 1, got {lr * weight_decay}")
