@@ -106,11 +106,13 @@ def assert_same(found, want, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
 
 
-def check_steps(layer, weight, loss, steps: int, rows: int, lr: float, decay: float) -> None:
+def check_steps(
+    layer, weight, loss, steps: int, rows: int, lr: float, decay: float, **options
+) -> None:
     for h, y in batches(steps, rows, layer.in_features, layer.num_classes):
         value = layer(h, y)
         (dh,) = torch.autograd.grad(value, h)
-        dense = DENSE[loss](h @ weight.T, y)
+        dense = DENSE[loss](h @ weight.T, y, **options)
         want_h, grad = torch.autograd.grad(dense, (h, weight))
         assert_same((value, dh), (dense, want_h))
         layer.step(lr, decay)
@@ -123,6 +125,12 @@ def test_a_thousand_steps() -> None:
     layer, weight = pair(stabilize_every=20, refresh_every=150)
     check_steps(layer, weight, "z", 1000, 3, lr=0.3, decay=0.01)
     assert layer.steps == 1000
+
+
+def test_steps_so_large_that_the_factors_cannot_wait() -> None:
+    """With nothing but the looks at every 100th step z is above its bound within 50 steps."""
+    layer, weight = pair(a=0.3, b=3.0, stabilize_every=1000)
+    check_steps(layer, weight, "z", 60, 12, lr=15.0, decay=0.0, a=0.3, b=3.0)
 
 
 @pytest.mark.parametrize("loss", DENSE, ids=str)

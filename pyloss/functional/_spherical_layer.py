@@ -30,6 +30,7 @@ from pyloss.ops._labels import equals, outside, wide
 _ROWS_AT_ONCE = 1 << 15  # of V, in float64
 _LEAST_PIVOT = 1e-6
 _SIZES = (0.5, 2.0)  # singular values of U that need no care
+_LARGEST = 4.0  # root mean square of those of U, and of U^-1, that cannot wait
 
 
 class Factors(NamedTuple):
@@ -209,6 +210,12 @@ def refresh(f: Factors) -> None:
         rows = weight_rows(f, slice(at, at + _ROWS_AT_ONCE))
         f.gram.addmm_(rows.T, rows)
         f.total.add_(rows.sum(0))
+
+
+def out_of_shape(f: Factors) -> bool:
+    """Whether U has become so large, or its inverse, that the next steps would lose digits of V."""
+    worst = torch.maximum(f.shared.norm(), f.inverse.norm())
+    return bool(worst > _LARGEST * f.shared.shape[0] ** 0.5)
 
 
 def stabilize(f: Factors) -> None:

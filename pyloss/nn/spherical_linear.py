@@ -53,7 +53,7 @@ class SphericalLinear(OptionsModule):
         ignore_index: rows with this target add nothing.
         reduction: ``"mean" | "sum" | "none"``; over the rows that are not ignored.
         stabilize_every: steps between two looks at the singular values of U. Those that have left
-            [1/2, 2] go back to 1, in O(D d) each.
+            [1/2, 2] go back to 1, in O(D d) each. Large steps are looked at sooner.
         refresh_every: steps after which :math:`W^\top W` is computed anew, in O(D d^2), to be rid
             of what rounding has added up.
         group: a process group: :meth:`step` gathers the rows of all its ranks, and takes the mean
@@ -242,7 +242,7 @@ class SphericalLinear(OptionsModule):
                 factored.update_dense(f, rows, lr)
         self.steps += 1
         taken = int(self.steps)
-        if taken % self.stabilize_every == 0:
+        if taken % self.stabilize_every == 0 or factored.out_of_shape(f):
             factored.stabilize(f)
         if taken % self.refresh_every == 0:
             factored.refresh(f)
