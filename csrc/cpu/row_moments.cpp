@@ -30,16 +30,6 @@ constexpr int64_t kTileClasses = 32;
 
 // ---- Inner loops -------------------------------------------------------------------------------
 
-template <class R>
-PYLOSS_INLINE R sum_of(const R* acc) {
-  R t[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) t[l] = acc[l];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) t[l] += t[l + half];
-  }
-  return t[0];
-}
-
 // Of n <= kBlock numbers; what comes next in memory is fetched meanwhile.
 template <class T, class R>
 PYLOSS_INLINE Part<double> block_of(const T* x, int64_t n, R) {
@@ -51,7 +41,7 @@ PYLOSS_INLINE Part<double> block_of(const T* x, int64_t n, R) {
     for (int64_t l = 0; l < kLanes; ++l) sum[l] += R(to_float(x[i + l]));
   }
   for (int64_t l = 0; l < kLanes; ++l) sum[l] += tail[l];
-  const R mean = sum_of(sum) / R(n);
+  const R mean = sum_lanes(sum) / R(n);
   for (int64_t l = rest; l < kLanes; ++l) tail[l] = mean;
   for (int64_t i = 0; i < whole; i += kLanes) {
     for (int64_t l = 0; l < kLanes; ++l) {
@@ -65,8 +55,8 @@ PYLOSS_INLINE Part<double> block_of(const T* x, int64_t n, R) {
     first[l] += d;
     second[l] += d * d;
   }
-  const double lost = double(sum_of(first)) / double(n);
-  return {double(n), double(mean) + lost, double(sum_of(second)) - double(n) * lost * lost};
+  const double lost = double(sum_lanes(first)) / double(n);
+  return {double(n), double(mean) + lost, double(sum_lanes(second)) - double(n) * lost * lost};
 }
 
 template <class T, class R>

@@ -15,11 +15,25 @@ from pyloss.nn._module import WeightedLoss
 class _SphericalLoss(WeightedLoss):
     """Finds what is wrong with an option when it is made, as far as no tensor is needed."""
 
+    _function: Callable[..., Tensor]
+
     def __init__(self, weight: Tensor | None, ignore_index: int, reduction: str, **own) -> None:
         check_options(ignore_index=ignore_index, reduction=reduction)
         if weight is not None:
             check_class_weight(weight)
         super().__init__(weight, **own, ignore_index=ignore_index, reduction=reduction)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self._function(input, target, weight=self.weight, **self._options)
+
+
+class _PlainLoss(_SphericalLoss):
+    """One without options of its own."""
+
+    def __init__(
+        self, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
+    ) -> None:
+        super().__init__(weight, ignore_index, reduction)
 
 
 class SphericalZLoss(_SphericalLoss):
@@ -53,6 +67,8 @@ class SphericalZLoss(_SphericalLoss):
         de Brebisson, Vincent. arXiv 1604.08859.
     """
 
+    _function = staticmethod(F.spherical_z_loss)
+
     def __init__(
         self,
         a: float = 1.0,
@@ -64,11 +80,8 @@ class SphericalZLoss(_SphericalLoss):
         checks.check_slope(a, b)
         super().__init__(weight, ignore_index, reduction, a=a, b=b)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.spherical_z_loss(input, target, weight=self.weight, **self._options)
 
-
-class OneHotMSELoss(_SphericalLoss):
+class OneHotMSELoss(_PlainLoss):
     r"""Module of :func:`pyloss.functional.one_hot_mse_loss`.
 
     .. math:: \ell = w_y \sum_j (o_j - [j = y])^2
@@ -94,16 +107,10 @@ class OneHotMSELoss(_SphericalLoss):
         Vincent, de Brebisson, Bouthillier. arXiv 1412.7091.
     """
 
-    def __init__(
-        self, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
-    ) -> None:
-        super().__init__(weight, ignore_index, reduction)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.one_hot_mse_loss(input, target, weight=self.weight, **self._options)
+    _function = staticmethod(F.one_hot_mse_loss)
 
 
-class TaylorSoftmaxLoss(_SphericalLoss):
+class TaylorSoftmaxLoss(_PlainLoss):
     r"""Module of :func:`pyloss.functional.taylor_softmax_loss`.
 
     .. math:: \ell = -w_y \log \frac{1 + o_y + \tfrac12 o_y^2}
@@ -130,13 +137,7 @@ class TaylorSoftmaxLoss(_SphericalLoss):
         de Brebisson, Vincent. arXiv 1511.05042.
     """
 
-    def __init__(
-        self, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
-    ) -> None:
-        super().__init__(weight, ignore_index, reduction)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.taylor_softmax_loss(input, target, weight=self.weight, **self._options)
+    _function = staticmethod(F.taylor_softmax_loss)
 
 
 class SphericalSoftmaxLoss(_SphericalLoss):
@@ -166,6 +167,8 @@ class SphericalSoftmaxLoss(_SphericalLoss):
         de Brebisson, Vincent. arXiv 1511.05042.
     """
 
+    _function = staticmethod(F.spherical_softmax_loss)
+
     def __init__(
         self,
         eps: float = 1e-3,
@@ -175,9 +178,6 @@ class SphericalSoftmaxLoss(_SphericalLoss):
     ) -> None:
         checks.check_eps(eps)
         super().__init__(weight, ignore_index, reduction, eps=eps)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.spherical_softmax_loss(input, target, weight=self.weight, **self._options)
 
 
 class SphericalLoss(_SphericalLoss):
@@ -207,6 +207,8 @@ class SphericalLoss(_SphericalLoss):
         Vincent, de Brebisson, Bouthillier. arXiv 1412.7091.
     """
 
+    _function = staticmethod(F.spherical_loss)
+
     def __init__(
         self,
         fn: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -216,6 +218,3 @@ class SphericalLoss(_SphericalLoss):
     ) -> None:
         checks.check_function(fn)
         super().__init__(weight, ignore_index, reduction, fn=fn)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.spherical_loss(input, target, weight=self.weight, **self._options)

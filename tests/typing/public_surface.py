@@ -346,7 +346,7 @@ def spherical() -> None:
     assert_type(pyloss.functional.taylor_softmax_loss(x, y), Tensor)
     assert_type(pyloss.functional.spherical_softmax_loss(x, y, eps=0.1), Tensor)
     assert_type(pyloss.functional.spherical_loss(x, y, lambda o, s, q: q - o), Tensor)
-    modules(
+    nn.ModuleList(
         [
             pyloss.nn.SphericalZLoss(a=0.5),
             pyloss.nn.OneHotMSELoss(),
