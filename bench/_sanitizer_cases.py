@@ -59,6 +59,7 @@ def errors(device: str) -> Iterator[tuple[str, float]]:
         _betti_errors,
         _permutahedron_errors,
         _row_errors,
+        _moments_errors,
         _linear_errors,
         _sorting_errors,
         _attention_errors,
@@ -194,6 +195,20 @@ def _permutahedron_errors(device: str) -> Iterator[tuple[str, float]]:
                 want, found = (_with_gradients(fn, x.to(at)) for at in ("cpu", device))
                 error = max(_distance(a, b) for a, b in zip(found, want))
                 yield f"permutahedron {op.__name__} {kind} {shape}", error / 1e-10
+
+
+def _moments_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against the CPU in float64: adjacent classes, unaligned rows, a tile of positions."""
+    from pyloss import functional
+
+    for shape in ((5, 33), (3, 20001), (2, 21, 40)):
+        g = torch.Generator().manual_seed(1)
+        x = torch.randn(shape, generator=g, dtype=torch.float64)
+        y = torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+        fn = lambda t, y=y: functional.spherical_z_loss(t, y.to(t.device))  # noqa: E731
+        want, found = (_with_gradients(fn, x.to(at)) for at in ("cpu", device))
+        error = max(_distance(a, b) for a, b in zip(found, want))
+        yield f"moments {shape}", error / 1e-10
 
 
 # Heads, n, d, options; whether there are masks: bool of (i, j), float with a gradient of (i, k).

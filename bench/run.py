@@ -42,9 +42,11 @@ OPS = {
     "lion_k": "bench.bench_lion_k",
     "row_stats": "bench.bench_row_stats",
     "permutahedron": "bench.bench_permutahedron",
+    "row_moments": "bench.bench_row_moments",
     "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",
     "sorting_network": "bench.bench_sorting_network",
+    "spherical": "bench.bench_spherical",
     "tensor_attention": "bench.bench_tensor_attention",
     "tensor_attention_lowrank": "bench.bench_tensor_attention_lowrank",
 }

@@ -162,6 +162,34 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
     }
 
 
+def row_moments_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none = address(None)
+
+    def of(name: str, **fields: Field | list[Any]) -> list[Any]:
+        return record(module, "row_moments", name, **fields)
+
+    def strides() -> list[Field]:
+        return [stride(CLASSES * INNER), stride(INNER), stride(1)]
+
+    problem = of(
+        "Problem",
+        **dict(sizes=[size(OUTER), size(CLASSES), size(INNER)], dtype=code(0, 1, 2, 3)),
+        **dict(x=b["x"], x_strides=strides(), target=b["target"], target_dtype=code(4, 5, 6)),
+        ignore_index=integer(-100, 0),
+    )
+    backward = of(
+        "Backward", moments=b["stats"], grad=b["extras"], out=b["grad"], out_strides=strides()
+    )
+    there = of("Backward", moments=none, grad=none, out=none, out_strides=strides())
+    return {
+        "row_moments_fwd": [problem, b["stats"], THREADS],
+        "row_moments_bwd": [problem, backward, THREADS],
+        "cuda_row_moments_fwd": [problem, *[none] * 3],
+        "cuda_row_moments_bwd": [problem, there, none, none],
+    }
+
+
 def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     total, x = address(buffers["stats"]), address(buffers["x"])
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -552,6 +580,7 @@ def main() -> None:
         **betti_matching_calls(module, buffers),
         **lion_k_calls(module, buffers),
         **permutahedron_calls(module, buffers),
+        **row_moments_calls(module, buffers),
         **similarity_counts_calls(module, buffers),
         **tensor_attention_calls(module, buffers),
         **similarity_softmax_calls(module, buffers),

@@ -58,6 +58,8 @@ def problems():
             lambda x: pyloss.fused_cross_entropy(x, labels[:2]), torch.randn(2, 70001)
         ),
         "images": of(lambda x: pyloss.fused_cross_entropy(x, classes), images),
+        "moments": of(lambda x: F.spherical_z_loss(x, labels), rows),
+        "moments, images": of(lambda x: F.taylor_softmax_loss(x, classes), images),
         "linear": of(
             lambda h, w: pyloss.fused_linear_cross_entropy(h, w, words, label_smoothing=0.1),
             hidden,

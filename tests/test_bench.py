@@ -22,10 +22,12 @@ from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_lion_k as lion_k  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
+from bench import bench_row_moments as row_moments  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 from bench import bench_similarity_softmax as similarity_softmax  # noqa: E402
 from bench import bench_similarity_topk as similarity_topk  # noqa: E402
 from bench import bench_sorting_network as sorting_network  # noqa: E402
+from bench import bench_spherical as spherical  # noqa: E402
 from bench import bench_tensor_attention as attention  # noqa: E402
 from bench import bench_tensor_attention_lowrank as lowrank  # noqa: E402
 
@@ -199,6 +201,8 @@ def test_derived_columns_of_the_linear_op():
         betti,
         lion_k,
         permutahedron,
+        row_moments,
+        spherical,
         similarity_softmax,
         similarity_topk,
         sorting_network,

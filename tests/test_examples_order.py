@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "lagrangian_pinn": (False, "Lagrangian"),
     "dcdm_poisson": (False, "CG, incomplete Cholesky"),
     "distill_toy": (False, "distilled"),
+    "z_loss": (True, "100 classes, SphericalLinear, Z-loss, a, b"),
 }
 
 

@@ -142,6 +142,7 @@ class Losses(torch.nn.Module):
             pyloss.fused_linear_cross_entropy(x, w, y),
             pyloss.soft_rank(x),
             pyloss.functional.permutahedron_sort(x),
+            pyloss.functional.spherical_z_loss(x, y),
             pyloss.betti_matching_loss(x.reshape(1, 1, 4, 6), w.reshape(1, 1, 5, 6)[..., :4, :]),
             pyloss.tensor_attention(*x.reshape(1, 1, 4, 6).expand(5, 1, 1, 4, 6).unbind()),
         )

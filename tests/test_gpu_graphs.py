@@ -123,6 +123,9 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, options": lambda: betti(
         weight=[0.5, 2.0], matched_weight=1.5, target_weight=0.3, padding=0.25
     ),
+    "moments": lambda: step_of(
+        lambda x: functional.spherical_z_loss(x, labels(40, 1000)), draw(40, 1000)
+    ),
     "permutahedron": lambda: step_of(
         lambda x: functional.permutahedron_rank(x, "kl", 0.5), draw(4, 30)
     ),

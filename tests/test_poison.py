@@ -47,6 +47,9 @@ def attention_gradient() -> torch.Tensor:
 # Function of the compiled module that a fault makes write nothing -> a call that uses it.
 KERNELS: dict[str, Callable[[], torch.Tensor]] = {
     "row_softmax_fwd": cross_entropy,
+    "row_moments_fwd": lambda: pyloss.functional.one_hot_mse_loss(
+        torch.randn(2, 6), torch.tensor([1, 5])
+    ),
     "permutahedron_fwd": lambda: pyloss.soft_rank(torch.randn(2, 6), method="permutahedron"),
     "sorting_network_permutation": lambda: pyloss.DiffSortNet("bitonic", 6)(torch.randn(2, 6))[1],
     "tensor_attention_fwd": attention,

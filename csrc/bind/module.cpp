@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_linear_cross_entropy(m);
   pyloss::register_lion_k(m);
   pyloss::register_permutahedron(m);
+  pyloss::register_row_moments(m);
   pyloss::register_row_softmax(m);
   pyloss::register_similarity_softmax(m);
   pyloss::register_similarity_topk(m);

@@ -10,16 +10,6 @@
 namespace pyloss {
 namespace {
 
-template <class R>
-PYLOSS_INLINE R sum_lanes(const R* acc) {
-  R t[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) t[l] = acc[l];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) t[l] += t[l + half];
-  }
-  return t[0];
-}
-
 enum class Transform { kIdentity, kScale, kCap };
 
 // z = transform(x), padded with -inf; returns the maximum. The comparison is false for NaN, as the

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/multiversion.h"
 #include "common/row_softmax.h"
 
 namespace pyloss {
@@ -18,6 +19,16 @@ inline constexpr int64_t kBlock = 2048;  // columns; a float block takes 8 KiB
 
 inline int64_t padded(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+template <class R>
+PYLOSS_INLINE R sum_lanes(const R* acc) {
+  R t[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) t[l] = acc[l];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) t[l] += t[l + half];
+  }
+  return t[0];
 }
 
 // z = transform(x) for n <= kBlock contiguous elements of type t; pads; returns the maximum.

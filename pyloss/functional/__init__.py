@@ -102,6 +102,13 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "spearman_loss",
         ),
         "surrogate": ("target_surrogate_loss",),
+        "spherical": (
+            "one_hot_mse_loss",
+            "spherical_loss",
+            "spherical_softmax_loss",
+            "spherical_z_loss",
+            "taylor_softmax_loss",
+        ),
         "topk": ("topk_cross_entropy",),
         "topology": (
             "BettiMatching",

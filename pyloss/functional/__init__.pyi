@@ -130,6 +130,13 @@ from pyloss.functional.sorting import (
     sorting_cross_entropy,
     spearman_loss,
 )
+from pyloss.functional.spherical import (
+    one_hot_mse_loss,
+    spherical_loss,
+    spherical_softmax_loss,
+    spherical_z_loss,
+    taylor_softmax_loss,
+)
 from pyloss.functional.surrogate import target_surrogate_loss
 from pyloss.functional.topk import topk_cross_entropy
 from pyloss.functional.topology import (
@@ -202,6 +209,7 @@ __all__ = [
     "neural_sort",
     "normalized_logistic_loss",
     "nt_xent",
+    "one_hot_mse_loss",
     "order_search_loss",
     "order_search_loss_from_table",
     "periodic_embedding",
@@ -228,8 +236,12 @@ __all__ = [
     "sogclr_loss",
     "sorting_cross_entropy",
     "spearman_loss",
+    "spherical_loss",
+    "spherical_softmax_loss",
+    "spherical_z_loss",
     "supervised_contrastive",
     "target_surrogate_loss",
+    "taylor_softmax_loss",
     "tcm_loss",
     "tensor_attention",
     "tensor_attention_cost",

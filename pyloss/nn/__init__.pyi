@@ -77,6 +77,14 @@ from pyloss.nn.sorting import (
     SortingCrossEntropyLoss,
     SpearmanLoss,
 )
+from pyloss.nn.spherical import (
+    OneHotMSELoss,
+    SphericalLoss,
+    SphericalSoftmaxLoss,
+    SphericalZLoss,
+    TaylorSoftmaxLoss,
+)
+from pyloss.nn.spherical_linear import SphericalLinear
 from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
@@ -121,6 +129,7 @@ __all__ = [
     "NeuralNDCGLoss",
     "NeuralSort",
     "NormalizedLogisticLoss",
+    "OneHotMSELoss",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
@@ -137,7 +146,12 @@ __all__ = [
     "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
+    "SphericalLinear",
+    "SphericalLoss",
+    "SphericalSoftmaxLoss",
+    "SphericalZLoss",
     "SupervisedContrastiveLoss",
+    "TaylorSoftmaxLoss",
     "TensorAttention",
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",

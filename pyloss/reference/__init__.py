@@ -5,6 +5,7 @@ from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_lo
 from pyloss.reference.linear_distillation import linear_distillation
 from pyloss.reference.lion_k import lion_k
 from pyloss.reference.permutahedron import permutahedron_projection
+from pyloss.reference.row_moments import row_moments
 from pyloss.reference.row_softmax import row_softmax
 from pyloss.reference.similarity_softmax import similarity_softmax
 from pyloss.reference.similarity_topk import similarity_topk
@@ -23,6 +24,7 @@ __all__ = [
     "linear_distillation",
     "lion_k",
     "permutahedron_projection",
+    "row_moments",
     "row_softmax",
     "similarity_softmax",
     "similarity_topk",

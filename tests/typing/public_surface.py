@@ -467,6 +467,28 @@ def dataset_distillation(net: nn.Module) -> None:
     assert_type(representative_indices(x, y, 1), Tensor)
 
 
+def spherical() -> None:
+    assert_type(pyloss.functional.spherical_z_loss(x, y, 0.5, b=3.0), Tensor)
+    assert_type(pyloss.functional.one_hot_mse_loss(x, y, reduction="none"), Tensor)
+    assert_type(pyloss.functional.taylor_softmax_loss(x, y), Tensor)
+    assert_type(pyloss.functional.spherical_softmax_loss(x, y, eps=0.1), Tensor)
+    assert_type(pyloss.functional.spherical_loss(x, y, lambda o, s, q: q - o), Tensor)
+    nn.ModuleList(
+        [
+            pyloss.nn.SphericalZLoss(a=0.5),
+            pyloss.nn.OneHotMSELoss(),
+            pyloss.nn.TaylorSoftmaxLoss(reduction="sum"),
+            pyloss.nn.SphericalSoftmaxLoss(eps=0.1),
+            pyloss.nn.SphericalLoss(lambda o, s, q: q - o),
+        ]
+    )
+    layer = pyloss.nn.SphericalLinear(4, 10, "taylor", stabilize_every=10)
+    layer.step(0.1, weight_decay=1e-3)
+    assert_type(layer.gradient_norm(), Tensor)
+    assert_type(layer.logits(x), Tensor)
+    assert_type(layer.weight, Tensor)
+
+
 def transformers(model: nn.Module) -> None:
     module = pyloss.integrations.transformers
     module.unpatch_loss(module.patch_loss(model, z_loss=1e-4))

@@ -18,7 +18,13 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc/cuda"
 # Problems, the first of which are enough for most barriers.
-PROBLEMS = {"betti_matching": 6, "permutahedron": 40, "row_softmax": 120, "sorting_network": 70}
+PROBLEMS = {
+    "betti_matching": 6,
+    "permutahedron": 40,
+    "row_moments": 60,
+    "row_softmax": 120,
+    "sorting_network": 70,
+}
 LIMIT_S = 600
 
 

@@ -4,6 +4,7 @@
 #include "cuda/device.h"
 #include "cuda/lion_k.h"
 #include "cuda/permutahedron.h"
+#include "cuda/row_moments.h"
 #include "cuda/row_softmax.h"
 #include "cuda/sorting_network.h"
 #include "cuda_runtime.h"
@@ -68,6 +69,28 @@ void row_softmax(std::vector<Op>* ops, int64_t rows, int64_t classes, Reduction 
   ops->push_back({name + " hvp", [=](void* s) { cuda::row_softmax_hvp(p, h, s); }});
   ops->push_back({name + " scale", [=](void* s) {
                     cuda::scale_inplace(grad->at(), dtype, rows * classes, norm->at(), s);
+                  }});
+}
+
+void row_moments_ops(std::vector<Op>* ops, int64_t classes, int64_t inner) {
+  const int64_t rows = 3 * inner;
+  auto x = std::make_shared<Memory>(rows * classes * 4);
+  auto out = std::make_shared<Memory>(rows * classes * 4);
+  auto moments = std::make_shared<Memory>(row_moments::kCount * rows * 4);
+  auto labels = std::make_shared<std::vector<int64_t>>(size_t(rows), 1);
+  row_moments::Problem p{};
+  p.outer = 3, p.classes = classes, p.inner = inner, p.dtype = DType::kF32;
+  p.x = x->at(), p.x_strides = {classes * inner, inner, 1};
+  p.target = labels->data(), p.target_dtype = DType::kI64, p.ignore_index = -100;
+  const row_moments::Backward b{moments->at(), moments->at(), out->at(), p.x_strides};
+  const std::string name = "row_moments " + std::to_string(classes);
+  ops->push_back({name + " forward", [=](void* s) {
+                    (void)x, (void)labels;
+                    cuda::row_moments_forward(p, moments->at(), s);
+                  }});
+  ops->push_back({name + " backward", [=](void* s) {
+                    (void)x, (void)labels, (void)moments, (void)out;
+                    cuda::row_moments_backward(p, b, s);
                   }});
 }
 
@@ -224,6 +247,8 @@ int main() {
   row_softmax(&ops, 2, 70000, Reduction::kSum, DType::kF32);
   row_softmax(&ops, 9000, 3, Reduction::kMean, DType::kF32);
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
+  row_moments_ops(&ops, 40, 1);
+  row_moments_ops(&ops, 5, 40);
   permutahedra(&ops, false);
   permutahedra(&ops, true);
   lion_k_steps(&ops, DType::kF32, 3);
