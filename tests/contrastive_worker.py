@@ -344,6 +344,23 @@ def cached_gradients_of_the_joined_batch() -> None:
     compare(cached, twin.net, loss, whole)
 
 
+def robust_over_samples(eta: float) -> None:
+    """Of the joined batch; a rank without samples raises, so all have some."""
+    counts, rank = [5, 2, 4][: dist.get_world_size()], dist.get_rank()
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    every = draw(sum(counts), seed=7).abs()
+    scale = nn.Parameter(torch.ones((), dtype=F64))
+    module = pyloss.nn.KLDROLoss(0.3, eta, group=dist.group.WORLD).double()
+    twin = pyloss.nn.KLDROLoss(0.3, eta).double()
+    for step in (1, 2):
+        loss, whole = module(step * scale * every[own]), twin(step * scale * every)
+        close(loss, whole, "loss")
+        found, expected = (torch.autograd.grad(v, scale)[0] for v in (loss, whole))
+        dist.all_reduce(found)  # as DDP does
+        close(found / dist.get_world_size(), expected, "gradient")
+        close(module.log_u, twin.log_u, "average")
+
+
 def cases() -> dict[str, Callable]:
     found = {
         "gather": gather_with_gradient,
@@ -355,6 +372,8 @@ def cases() -> dict[str, Callable]:
         "half, ring": partial(half_types, True),
         "ring on the reference": ring_on_the_reference,
         "second derivatives": second_derivatives,
+        "robust": partial(robust_over_samples, 1.0),
+        "robust, average": partial(robust_over_samples, 0.4),
         "cached gradients": cached_gradients_of_the_joined_batch,
     }
     for ring in (False, True):

@@ -32,6 +32,7 @@ def test_needs_a_process_group() -> None:
         lambda: pyloss.nt_xent(z, z, group=object()),
         lambda: pyloss.siglip_loss(z, z, group=object(), ring=True),
         lambda: pyloss.nn.SogCLRLoss(4, group=object())(z, z, torch.arange(4)),
+        lambda: pyloss.nn.KLDROLoss(group=object())(z),
     ):
         with pytest.raises(RuntimeError, match="init_process_group"):
             call()

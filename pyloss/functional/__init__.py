@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "supervised_contrastive",
         ),
         "distillation": ("linear_distillation_loss",),
+        "dro": ("kl_dro_loss",),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "metric_learning": (

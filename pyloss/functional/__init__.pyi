@@ -22,6 +22,7 @@ from pyloss.functional.contrastive import (
     supervised_contrastive,
 )
 from pyloss.functional.distillation import linear_distillation_loss
+from pyloss.functional.dro import kl_dro_loss
 from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
@@ -137,6 +138,7 @@ __all__ = [
     "icnn_loss",
     "icnn_score",
     "info_nce",
+    "kl_dro_loss",
     "lambda_loss",
     "linear_distillation_loss",
     "list_mle",

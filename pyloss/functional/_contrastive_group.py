@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyloss.functional.dro import log_mean_exp
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.linear_cross_entropy.vocab_parallel.group import eager
+from pyloss.ops.linear_cross_entropy.vocab_parallel.group import all_gather, eager
 from pyloss.ops.similarity_softmax import Stats, gather, pair_sums, similarity_softmax
 from pyloss.ops.similarity_softmax.call import COLUMNS, DENOMINATORS, MEAN, checked
 from pyloss.ops.similarity_softmax.gather import Layout, gathered, summed_over
@@ -131,6 +132,18 @@ def joint_mean(each: Tensor, group) -> Tensor:
     count = each.new_full((), each.numel())
     sums = summed_over(torch.stack([each.sum(), count]), group)
     return sums[0] / sums[1].clamp(min=1)
+
+
+@eager
+def log_mean_exp_of_all(log_mean: Tensor, count: int, group) -> tuple[Tensor, Tensor]:
+    """From the log of the mean of exponentials on this rank, of `count` of them: that of all ranks',
+    and this rank's part of it, times the ranks, since DDP divides by them."""
+    check_group()
+    own = torch.stack([log_mean.detach(), torch.full_like(log_mean, count)])
+    means, counts = all_gather(own, group).unbind(1)
+    share = counts / counts.sum()
+    part = log_mean + torch.log(share[dist.get_rank(group)] * len(share))
+    return log_mean_exp(means, share), part
 
 
 @eager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._averages import moved
 from pyloss.functional._contrastive import (
     Features,
     check_common,
@@ -145,7 +146,7 @@ def sogclr_loss(
     lse, positive, mean = views.lse, views.positive, views.mean
     centered = lse - positive if center_positive else lse
     log_g = (centered - torch.log(views.count)).detach()
-    log_view = _moved(log_u, log_g, gamma)
+    log_view = moved(log_u, log_g, gamma)
     mass = torch.exp(log_g - log_view)  # of the weights w of a view
     average = mean - positive.detach() if center_positive else mean
     tau_grad = log_view + rho - mass * average
@@ -210,16 +211,6 @@ def _statistics(features, z1, z2, tau, bimodal, group, ring) -> Stats:
         call(second, first, scales[1], target=own, **options),
     )
     return Stats(*(None if a is None else torch.stack([a, b]) for a, b in zip(*sides)))
-
-
-def _moved(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:
-    """log((1 - gamma) u + gamma g); of a first visit log g."""
-    if isinstance(gamma, Tensor):
-        keep, take = torch.log1p(-gamma), torch.log(gamma)
-    else:
-        keep, take = math.log1p(-gamma) if gamma < 1 else -math.inf, math.log(gamma)
-    moved = torch.logaddexp(log_u + keep, log_g + take)
-    return torch.where(log_u == -math.inf, log_g, moved)
 
 
 def log_mean_exp(x: Tensor) -> Tensor:

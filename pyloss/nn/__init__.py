@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SimpleContrastiveLoss",
             "SupervisedContrastiveLoss",
         ),
+        "dro": ("KLDROLoss",),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),

@@ -15,6 +15,7 @@ from pyloss.nn.contrastive import (
     SimpleContrastiveLoss,
     SupervisedContrastiveLoss,
 )
+from pyloss.nn.dro import KLDROLoss
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
@@ -89,6 +90,7 @@ __all__ = [
     "ICNNLoss",
     "ISogCLRLoss",
     "InfoNCELoss",
+    "KLDROLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",

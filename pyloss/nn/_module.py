@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyloss.functional._options import check_names, names_of
@@ -58,3 +59,17 @@ class WeightedLoss(LossModule):
     def __init__(self, weight: Tensor | None, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("weight", weight)
+
+
+class AveragesModule(OptionsModule):
+    """With moving averages as buffers: they are no parameters of a model in half precision, and
+    stay float32 at least."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> AveragesModule:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if now.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = buffer.to(now.device)
+        return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional import sogclr as F
-from pyloss.nn._module import OptionsModule
+from pyloss.nn._module import AveragesModule
 
 
-class SogCLRLoss(OptionsModule):
+class SogCLRLoss(AveragesModule):
     r"""SogCLR: a contrastive loss that needs no large batches, as each sample keeps a moving
     average of its normaliser.
 
@@ -165,16 +164,6 @@ class SogCLRLoss(OptionsModule):
         """A NaN would stay in an average for ever."""
         before = state.index_select(-1, index)
         state[..., index] = torch.where(values.isfinite(), values.to(state.dtype), before)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> SogCLRLoss:
-        """Averages are no parameters of a model in half precision: they stay float32 at least."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = self._buffers[name]
-            if now.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = buffer.to(now.device)
-        return self
 
 
 _SHARED = ("rho", "center_positive", "normalize", "reduction", "group", "ring")
