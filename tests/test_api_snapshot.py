@@ -34,6 +34,7 @@ MODULES = (
     "pyloss.functional",
     "pyloss.nn",
     "pyloss.metrics",
+    "pyloss.adversarial",
     "pyloss.distributed",
     "pyloss.integrations.transformers",
     "pyloss.visualize",

@@ -115,7 +115,15 @@ def test_import_time() -> None:
 def families() -> list[str]:
     """The public modules of the packages that export lazily."""
     found = []
-    for package in ("distributed", "functional", "metrics", "nn", "reference", "visualize"):
+    for package in (
+        "adversarial",
+        "distributed",
+        "functional",
+        "metrics",
+        "nn",
+        "reference",
+        "visualize",
+    ):
         module = importlib.import_module(f"pyloss.{package}")
         folder = Path(module.__file__).parent
         found += [f"pyloss.{package}.{path.stem}" for path in sorted(folder.glob("[!_]*.py"))]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyloss
+import pyloss.adversarial
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
@@ -19,6 +20,7 @@ import pyloss.testing
 
 MODULES = [
     pyloss,
+    pyloss.adversarial,
     pyloss.distributed,
     pyloss.functional,
     pyloss.metrics,

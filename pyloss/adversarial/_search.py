@@ -75,7 +75,8 @@ class Ball(NamedTuple):
 
     def project(self, delta: Tensor) -> Tensor:
         if self.norm == "l2":
-            delta = delta * (self.eps / lengths(delta).clamp(min=self.eps)) if self.eps else 0 * delta
+            length = lengths(delta)
+            delta = delta * torch.where(length > self.eps, self.eps / length, 1.0)
         return delta.clamp(self.low, self.high)
 
     def ascent(self, g: Tensor) -> Tensor:

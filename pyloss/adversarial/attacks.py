@@ -103,9 +103,7 @@ def searched(model, x, y, objective, search: Search, start: str, generator) -> T
         return x.detach().clone()
     with attacking(model) as attacked:
         x = x.detach().clone()
-        return maximise(
-            attacked, x, y, _maximum(objective, attacked, x), search, start, generator
-        )
+        return maximise(attacked, x, y, _maximum(objective, attacked, x), search, start, generator)
 
 
 def _maximum(objective: str | Objective, model: Callable, x: Tensor) -> Objective:

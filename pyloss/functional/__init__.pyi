@@ -1,3 +1,4 @@
+from pyloss.functional.adversarial import margin_shift, smooth_adversarial_comp_sum
 from pyloss.functional.attention import (
     TensorAttentionCost,
     tensor_attention,
@@ -143,6 +144,7 @@ __all__ = [
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "margin_shift",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
@@ -158,6 +160,7 @@ __all__ = [
     "siglip_loss",
     "simple_contrastive",
     "sinkhorn_set_loss",
+    "smooth_adversarial_comp_sum",
     "soft_argsort",
     "soft_dice_loss",
     "soft_permutation",

@@ -10,7 +10,7 @@ from pyloss.functional._embeddings import summed
 from pyloss.functional._rows import check_labels
 from pyloss.functional.classification import fused_cross_entropy
 from pyloss.ops._labels import wide
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype as accumulator_dtype
 from pyloss.ops.margin_shift import margin_shift as _shift_op
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pyloss.ops._labels import equals, outside
@@ -10,9 +9,7 @@ from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._reference import gradients
 
 
-def composed(
-    x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int
-) -> Tensor:
+def composed(x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int) -> Tensor:
     """The shifts in torch operations, in no less than float32."""
     from pyloss.reference.margin_shift import margin_shift  # with its first use
 
@@ -33,9 +30,7 @@ def composed_gradients(
     )  # fmt: skip
 
 
-def forward(
-    x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int
-) -> Tensor:
+def forward(x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int) -> Tensor:
     if target.is_cpu:
         bad = target[outside(target, x.shape[1]) & ~equals(target, ignore_index)]
         if bad.numel():
