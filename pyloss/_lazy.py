@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 # The packages that have a table, where a missing name is looked for; to import them costs little.
-PACKAGES = ("adversarial", "distributed", "functional", "metrics", "nn", "visualize")
+PACKAGES = ("adversarial", "analysis", "distributed", "functional", "metrics", "nn", "visualize")
 
 _names: dict[str, list[str]] = {}  # public names of those imported so far, and of pyloss
 

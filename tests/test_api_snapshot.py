@@ -35,6 +35,8 @@ MODULES = (
     "pyloss.nn",
     "pyloss.metrics",
     "pyloss.adversarial",
+    "pyloss.analysis",
+    "pyloss.analysis.comp_sum",
     "pyloss.distributed",
     "pyloss.integrations.transformers",
     "pyloss.visualize",

@@ -117,6 +117,7 @@ def families() -> list[str]:
     found = []
     for package in (
         "adversarial",
+        "analysis",
         "distributed",
         "functional",
         "metrics",

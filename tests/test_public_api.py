@@ -11,6 +11,7 @@ import torch
 
 import pyloss
 import pyloss.adversarial
+import pyloss.analysis.comp_sum
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
@@ -21,6 +22,8 @@ import pyloss.testing
 MODULES = [
     pyloss,
     pyloss.adversarial,
+    pyloss.analysis,
+    pyloss.analysis.comp_sum,
     pyloss.distributed,
     pyloss.functional,
     pyloss.metrics,

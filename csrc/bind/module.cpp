@@ -66,6 +66,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_betti_matching(m);
   pyloss::register_gemm(m);
   pyloss::register_linear_cross_entropy(m);
+  pyloss::register_margin_shift(m);
   pyloss::register_permutahedron(m);
   pyloss::register_row_softmax(m);
   pyloss::register_similarity_softmax(m);

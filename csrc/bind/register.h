@@ -8,6 +8,7 @@ namespace pyloss {
 void register_betti_matching(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
 void register_linear_cross_entropy(pybind11::module_& m);
+void register_margin_shift(pybind11::module_& m);
 void register_permutahedron(pybind11::module_& m);
 void register_row_softmax(pybind11::module_& m);
 void register_similarity_softmax(pybind11::module_& m);

@@ -1,4 +1,5 @@
+from pyloss.visualize.comp_sum import draw_comp_sum
 from pyloss.visualize.embeddings import draw_opis
 from pyloss.visualize.topology import draw_barcode, draw_matching
 
-__all__ = ["draw_barcode", "draw_matching", "draw_opis"]
+__all__ = ["draw_barcode", "draw_comp_sum", "draw_matching", "draw_opis"]

@@ -17,6 +17,7 @@ from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
 from pyloss.ops.margin_shift import cpu, cuda, reference
+from pyloss.ops.row_softmax.layout import gradient_like
 
 
 def _forward_fake(x, x_adv, target, squared, ignore_index):
@@ -25,7 +26,7 @@ def _forward_fake(x, x_adv, target, squared, ignore_index):
 
 def _backward_fake(g, shift, x, x_adv, target, squared, ignore_index, clean, adv):
     return tuple(
-        torch.empty_like(t) if needed else t.new_empty((0,))
+        gradient_like(t) if needed else t.new_empty((0,))
         for t, needed in ((x, clean), (x_adv, adv))
     )
 
