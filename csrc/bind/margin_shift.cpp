@@ -18,7 +18,7 @@ namespace {
 
 PYLOSS_RECORD(Problem, sizes, dtype, x, x_strides, adv, adv_strides, target, target_dtype, squared,
               ignore_index);
-PYLOSS_RECORD(Backward, g, shift, dx, dx_strides, dadv, dadv_strides);
+PYLOSS_RECORD(Backward, g, shift, total, dx, dx_strides, dadv, dadv_strides);
 
 // Strides of a field that has the shape of the logits.
 template <class Record>
@@ -56,6 +56,7 @@ margin_shift::Backward decode_backward(const margin_shift::Problem& p, const py:
   margin_shift::Backward b{};
   b.g = r.pointer(Backward::g, p.rows());
   b.shift = r.pointer(Backward::shift, p.rows());
+  b.total = r.pointer(Backward::total, p.rows());
   b.dx = r.optional(Backward::dx);
   b.dx_strides = strides(r, Backward::dx_strides, p);
   b.dadv = r.optional(Backward::dadv);
@@ -63,17 +64,18 @@ margin_shift::Backward decode_backward(const margin_shift::Problem& p, const py:
   return b;
 }
 
-void* result(int64_t shift, const margin_shift::Problem& p) {
-  return checked_pointer("shift", shift, p.rows());
+void* result(const char* name, int64_t address, const margin_shift::Problem& p) {
+  return checked_pointer(name, address, p.rows());
 }
 
 }  // namespace
 
 void register_margin_shift(py::module_& m) {
   declare_records<Problem, Backward>(m, "margin_shift");
-  m.def("margin_shift_fwd", [](py::handle problem, int64_t shift, int64_t threads) {
+  m.def("margin_shift_fwd", [](py::handle problem, int64_t shift, int64_t total, int64_t threads) {
     const auto p = decode(problem);
-    without_gil(cpu::margin_shift_forward, p, result(shift, p), checked_threads(threads));
+    without_gil(cpu::margin_shift_forward, p, result("shift", shift, p), result("total", total, p),
+                checked_threads(threads));
   });
   m.def("margin_shift_bwd", [](py::handle problem, py::handle backward, int64_t threads) {
     const auto p = decode(problem);
@@ -83,10 +85,10 @@ void register_margin_shift(py::module_& m) {
 
 #if PYLOSS_WITH_CUDA
   m.def("cuda_margin_shift_fwd",
-        [](py::handle problem, int64_t shift, int64_t device, int64_t stream) {
+        [](py::handle problem, int64_t shift, int64_t total, int64_t device, int64_t stream) {
           const auto p = decode(problem);
-          on_device(device, cuda::margin_shift_forward, p, result(shift, p),
-                    optional_pointer("stream", stream));
+          on_device(device, cuda::margin_shift_forward, p, result("shift", shift, p),
+                    result("total", total, p), optional_pointer("stream", stream));
         });
   m.def("cuda_margin_shift_bwd",
         [](py::handle problem, py::handle backward, int64_t device, int64_t stream) {

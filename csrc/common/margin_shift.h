@@ -32,6 +32,7 @@ struct Problem {
 struct Backward {
   const void* g;      // R [rows]
   const void* shift;  // R [rows], the result
+  const void* total;  // R [rows], sum_j (e_y - e_j)
   void* dx;           // dtype, strided; or null
   Strides dx_strides;
   void* dadv;  // dtype, strided; or null
@@ -55,9 +56,16 @@ PYLOSS_HD R result_of(const Problem& p, R squares) {
 
 // The factor c of a row.
 template <class R>
-PYLOSS_HD R factor_of(const Problem& p, R g, R shift) {
+PYLOSS_HD R factor_of(const Problem& p, const Backward& b, int64_t row) {
+  const R g = static_cast<const R*>(b.g)[row], shift = static_cast<const R*>(b.shift)[row];
   if (p.squared) return 2 * g;
   return shift == 0 ? R(0) : g / shift;
+}
+
+// What stands in the result, and in the gradients, of a row whose label is no class.
+template <class R>
+PYLOSS_HD R unlabelled(int64_t label) {
+  return label == kIgnored ? R(0) : nan_<R>();
 }
 
 }  // namespace pyloss::margin_shift

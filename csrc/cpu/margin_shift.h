@@ -7,6 +7,7 @@ namespace pyloss::cpu {
 
 void margin_shift_forward(const margin_shift::Problem& p,
                           void* shift,  // float, or double for doubles, [rows]
+                          void* total,  // the same, sum_j (e_y - e_j)
                           int threads);
 
 void margin_shift_backward(const margin_shift::Problem& p, const margin_shift::Backward& b,

@@ -3,8 +3,8 @@
 // Decomposition: a team (a warp, or a block for longer rows) owns a row whose classes are
 // neighbours, each lane vectors of 16 bytes where all rows begin at one, else single classes. Where
 // classes lie apart, a thread owns a row, and neighbouring threads read neighbouring positions. The
-// label's entry of a gradient, which needs the sum over the row, is written by the thread that
-// passed it, so that nothing waits. No atomics.
+// sum that the label's entry of a gradient needs is the forward's, so that a backward waits for
+// nothing. No atomics.
 //
 // Memory traffic per class, b bytes a logit: forward reads 2 b; backward reads 2 b and writes 2 b,
 // or b where one gradient alone is wanted.
@@ -54,10 +54,6 @@ struct Row {
   __device__ __forceinline__ R moved(int64_t c) const {
     return to_real(a[c * a_step]) - to_real(x[c * x_step]);
   }
-  // What stands for the result, or an entry of a gradient, of a row without a label.
-  __device__ __forceinline__ R unlabelled() const {
-    return y == margin_shift::kIgnored ? R(0) : nan_<R>();
-  }
 };
 
 // e of V neighbouring classes; 0 = e_y - e_y beyond the last one.
@@ -95,57 +91,55 @@ __device__ __forceinline__ void put(T* out, int64_t c, int64_t classes, const Re
 
 template <class T, int V>
 __global__ void __launch_bounds__(kMostThreads)
-    margin_shift_fwd_kernel(Problem p, RealOf<T>* shift) {
+    margin_shift_fwd_kernel(Problem p, RealOf<T>* shift, RealOf<T>* total) {
   using R = RealOf<T>;
-  __shared__ R slots[kMaxWarps];
+  __shared__ R slots[2][kMaxWarps];
   const int64_t at = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (at >= p.rows()) return;
   const Row<T> row(p, at);
   if (row.y < 0) {
-    if (threadIdx.x == 0) shift[at] = row.unlabelled();
+    if (threadIdx.x == 0) shift[at] = total[at] = margin_shift::unlabelled<R>(row.y);
     return;
   }
-  R sum = 0;
+  R squares = 0, sum = 0;
 #pragma unroll 2
   for (int64_t c = int64_t(threadIdx.x) * V; c < p.classes; c += int64_t(blockDim.x) * V) {
     R e[V];
     moved_of<V>(row, c, p.classes, e);
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum += (row.ey - e[i]) * (row.ey - e[i]);
+    for (int i = 0; i < V; ++i) {
+      const R d = row.ey - e[i];
+      squares += d * d;
+      sum += d;
+    }
   }
-  sum = team_reduce(sum, AddOp{}, R(0), slots);
-  if (threadIdx.x == 0) shift[at] = margin_shift::result_of(p, sum);
+  squares = team_reduce(squares, AddOp{}, R(0), slots[0]);
+  sum = team_reduce(sum, AddOp{}, R(0), slots[1]);
+  if (threadIdx.x == 0) {
+    shift[at] = margin_shift::result_of(p, squares);
+    total[at] = sum;
+  }
 }
 
 template <class T, int V>
 __global__ void __launch_bounds__(kMostThreads) margin_shift_bwd_kernel(Problem p, Backward b) {
   using R = RealOf<T>;
-  __shared__ R slots[kMaxWarps];
   const int64_t at = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (at >= p.rows()) return;
   const Row<T> row(p, at);
   T* dx = b.dx ? static_cast<T*>(b.dx) + offset_of(p, b.dx_strides, at) : nullptr;
   T* da = b.dadv ? static_cast<T*>(b.dadv) + offset_of(p, b.dadv_strides, at) : nullptr;
-  R c = row.unlabelled();
-  if (row.y >= 0) {
-    c = margin_shift::factor_of(p, static_cast<const R*>(b.g)[at],
-                                static_cast<const R*>(b.shift)[at]);
-  }
-  R sum = 0;
+  const bool labelled = row.y >= 0;  // else the row is not read
+  const R c = labelled ? margin_shift::factor_of<R>(p, b, at) : R(0);
+  const R label = labelled ? c * static_cast<const R*>(b.total)[at] : R(0);
+  const R other = margin_shift::unlabelled<R>(row.y);
 #pragma unroll 2
   for (int64_t j = int64_t(threadIdx.x) * V; j < p.classes; j += int64_t(blockDim.x) * V) {
     R e[V];
-    if (row.y < 0) {  // an ignored row is not read
+    if (labelled) moved_of<V>(row, j, p.classes, e);
 #pragma unroll
-      for (int i = 0; i < V; ++i) e[i] = c;
-    } else {
-      moved_of<V>(row, j, p.classes, e);
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        e[i] -= row.ey;
-        sum += e[i];
-        e[i] *= c;
-      }
+    for (int i = 0; i < V; ++i) {
+      e[i] = !labelled ? other : j + i == row.y ? label : c * (e[i] - row.ey);
     }
     if (da) put<V>(da, j, p.classes, e);
     if (dx) {
@@ -154,32 +148,34 @@ __global__ void __launch_bounds__(kMostThreads) margin_shift_bwd_kernel(Problem 
       put<V>(dx, j, p.classes, e);
     }
   }
-  if (row.y < 0) return;
-  sum = team_reduce(sum, AddOp{}, R(0), slots);
-  if (int64_t(threadIdx.x) != row.y / V % blockDim.x) return;
-  if (da) da[row.y] = from_real<T>(-c * sum);
-  if (dx) dx[row.y] = from_real<T>(c * sum);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
-    margin_shift_alone_fwd_kernel(Problem p, RealOf<T>* shift) {
+    margin_shift_alone_fwd_kernel(Problem p, RealOf<T>* shift, RealOf<T>* total) {
   using R = RealOf<T>;
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= p.rows()) return;
   const Row<T> row(p, at);
-  R sum = 0;
-  for (int64_t first = 0; row.y >= 0 && first < p.classes; first += kFold) {
-    R part = 0;
+  if (row.y < 0) {
+    shift[at] = total[at] = margin_shift::unlabelled<R>(row.y);
+    return;
+  }
+  R squares = 0, sum = 0;
+  for (int64_t first = 0; first < p.classes; first += kFold) {
+    R part = 0, part_sum = 0;
     const int64_t end = first + kFold < p.classes ? first + kFold : p.classes;
 #pragma unroll 4
     for (int64_t c = first; c < end; ++c) {
       const R d = row.ey - row.moved(c);
       part += d * d;
+      part_sum += d;
     }
-    sum += part;
+    squares += part;
+    sum += part_sum;
   }
-  shift[at] = row.y < 0 ? row.unlabelled() : margin_shift::result_of(p, sum);
+  shift[at] = margin_shift::result_of(p, squares);
+  total[at] = sum;
 }
 
 template <class T>
@@ -191,29 +187,16 @@ __global__ void __launch_bounds__(kMostThreads)
   const Row<T> row(p, at);
   T* dx = b.dx ? static_cast<T*>(b.dx) + offset_of(p, b.dx_strides, at) : nullptr;
   T* da = b.dadv ? static_cast<T*>(b.dadv) + offset_of(p, b.dadv_strides, at) : nullptr;
-  const auto write = [&](int64_t j, R v) {
+  const bool labelled = row.y >= 0;
+  const R c = labelled ? margin_shift::factor_of<R>(p, b, at) : R(0);
+  const R label = labelled ? c * static_cast<const R*>(b.total)[at] : R(0);
+  const R other = margin_shift::unlabelled<R>(row.y);
+#pragma unroll 4
+  for (int64_t j = 0; j < p.classes; ++j) {
+    const R v = !labelled ? other : j == row.y ? label : c * (row.moved(j) - row.ey);
     if (da) da[j * b.dadv_strides.cls] = from_real<T>(v);
     if (dx) dx[j * b.dx_strides.cls] = from_real<T>(-v);
-  };
-  if (row.y < 0) {
-    for (int64_t j = 0; j < p.classes; ++j) write(j, row.unlabelled());
-    return;
   }
-  const R c = margin_shift::factor_of(p, static_cast<const R*>(b.g)[at],
-                                      static_cast<const R*>(b.shift)[at]);
-  R sum = 0;
-  for (int64_t first = 0; first < p.classes; first += kFold) {
-    R part = 0;
-    const int64_t end = first + kFold < p.classes ? first + kFold : p.classes;
-#pragma unroll 4
-    for (int64_t j = first; j < end; ++j) {
-      const R d = row.moved(j) - row.ey;
-      part += d;
-      write(j, c * d);
-    }
-    sum += part;
-  }
-  write(row.y, -c * sum);
 }
 
 // Whether every row of a tensor begins at a multiple of 16 bytes. Absent: nothing stands against
@@ -244,21 +227,22 @@ dim3 grid_alone(const Problem& p) {
 
 }  // namespace
 
-void margin_shift_forward(const Problem& p, void* shift, void* stream) {
+void margin_shift_forward(const Problem& p, void* shift, void* total, void* stream) {
   if (p.rows() == 0 || p.classes == 0) return;
   const bool vectors = aligned(p.x, p.x_strides, p) && aligned(p.adv, p.adv_strides, p);
   const bool teams = neighbours(p.x, p.x_strides) && neighbours(p.adv, p.adv_strides);
   dispatch_float(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    auto* out = static_cast<RealOf<T>*>(shift);
+    auto* shifts = static_cast<RealOf<T>*>(shift);
+    auto* totals = static_cast<RealOf<T>*>(total);
     if (!teams) {
       launch(margin_shift_alone_fwd_kernel<T>, grid_alone(p), dim3(kMostThreads), 0, stream, p,
-             out);
+             shifts, totals);
       return;
     }
     by_teams<T>(p, vectors, [&](dim3 grid, dim3 block) {
       auto* kernel = vectors ? margin_shift_fwd_kernel<T, kVec<T>> : margin_shift_fwd_kernel<T, 1>;
-      launch(kernel, grid, block, 0, stream, p, out);
+      launch(kernel, grid, block, 0, stream, p, shifts, totals);
     });
   });
 }

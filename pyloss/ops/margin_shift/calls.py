@@ -15,23 +15,24 @@ _NOTHING = (0, (0, 0, 0))
 
 def forward(
     launch, x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if x.shape[1] == 0:  # no kernel has rows of nothing
         return reference.forward(x, x_adv, target, squared, ignore_index)
-    shift = x.new_empty(target.shape, dtype=accumulator_dtype(x.dtype))
+    sums = accumulator_dtype(x.dtype)
+    shift, total = (x.new_empty(target.shape, dtype=sums) for _ in range(2))
     record, kept = problem(x, x_adv, target, squared, ignore_index)
-    launch("fwd", record, shift.data_ptr())
+    launch("fwd", record, shift.data_ptr(), total.data_ptr())
     del kept  # lived until here
-    return shift
+    return shift, total
 
 
 def backward(
-    launch, g: Tensor, shift: Tensor, x: Tensor, x_adv: Tensor, target: Tensor, squared: bool,
-    ignore_index: int, clean: bool, adv: bool,
+    launch, g: Tensor, shift: Tensor, total: Tensor, x: Tensor, x_adv: Tensor, target: Tensor,
+    squared: bool, ignore_index: int, clean: bool, adv: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x.shape[1] == 0:
         return reference.backward(
-            g, shift, x, x_adv, target, squared, ignore_index, clean, adv
+            g, shift, total, x, x_adv, target, squared, ignore_index, clean, adv
         )
     record, kept = problem(x, x_adv, target, squared, ignore_index)
     results, written, places = [], [], []
@@ -44,8 +45,8 @@ def backward(
             places += _NOTHING
         results.append(result)
         written.append(buffer)
-    g, shift = g.to(shift.dtype).contiguous(), shift.contiguous()
-    launch("bwd", record, Backward(g.data_ptr(), shift.data_ptr(), *places))
+    rows = [t.to(shift.dtype).contiguous() for t in (g, shift, total)]
+    launch("bwd", record, Backward(*(t.data_ptr() for t in rows), *places))
     del kept
     for result, buffer in zip(results, written):
         if buffer is not result:

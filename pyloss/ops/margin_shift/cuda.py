@@ -19,7 +19,7 @@ def _launch_on(x: Tensor):
     return launch
 
 
-def forward(x: Tensor, *rest) -> Tensor:
+def forward(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return calls.forward(_launch_on(x), x, *rest)
 
 

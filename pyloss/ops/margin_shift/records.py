@@ -32,6 +32,7 @@ class Backward(NamedTuple):
 
     g: int
     shift: int
+    total: int
     dx: int
     dx_strides: Three
     dadv: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyloss.ops._labels import equals, outside
@@ -30,17 +31,27 @@ def composed_gradients(
     )  # fmt: skip
 
 
-def forward(x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int) -> Tensor:
+def forward(
+    x: Tensor, x_adv: Tensor, target: Tensor, squared: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    sick = outside(target, x.shape[1])
     if target.is_cpu:
-        bad = target[outside(target, x.shape[1]) & ~equals(target, ignore_index)]
+        bad = target[sick & ~equals(target, ignore_index)]
         if bad.numel():
             raise IndexError(f"Target {int(bad[0])} is out of bounds.")
-    return composed(x, x_adv, target, squared, ignore_index).contiguous()
+    shift = composed(x, x_adv, target, squared, ignore_index).contiguous()
+    if x.shape[1] == 0:
+        return shift, torch.zeros_like(shift)
+    # For a backward of the kernels: the backend may be another by then.
+    moved = x_adv.to(shift) - x.to(shift)
+    y = torch.where(sick, 0, target.long()).unsqueeze(1)
+    total = (moved.gather(1, y) - moved).sum(1)
+    return shift, torch.where(shift == 0, 0.0, total).contiguous()
 
 
 def backward(
-    g: Tensor, shift: Tensor, x: Tensor, x_adv: Tensor, target: Tensor, squared: bool,
-    ignore_index: int, clean: bool, adv: bool,
+    g: Tensor, shift: Tensor, total: Tensor, x: Tensor, x_adv: Tensor, target: Tensor,
+    squared: bool, ignore_index: int, clean: bool, adv: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     found = composed_gradients(
         g, x, x_adv, target, squared, ignore_index, (clean, adv), create_graph=False
