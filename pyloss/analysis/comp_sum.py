@@ -376,32 +376,33 @@ def _best_of_two_values(prob: Tensor, tau: float, bound: float) -> Tensor:
     """Probabilities whose ratios are bounded form a polytope, and the risk is concave in them: a
     corner is best, where all have one of two values."""
     classes = prob.shape[-1]
-    rank = prob.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = prob.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     size = torch.arange(1, classes + 1, device=prob.device).view(-1, *(1,) * prob.dim())
-    scores = torch.where(rank < size, bound, -bound).double()  # (k, ..., n)
+    scores = bound * torch.where(rank < size, 1.0, -1.0).double()  # (k, ..., n)
     best = _risk(scores, prob, tau).argmin(0)
-    return torch.where(rank <= best.unsqueeze(-1), bound, -bound).double()
+    return bound * torch.where(rank <= best.unsqueeze(-1), 1.0, -1.0).double()
 
 
 def _clipped(prob: Tensor, tau: float, bound: float) -> Tensor:
     free = prob.log() / (2 - tau)
-    # As functions of mu the scores have corners where one meets a bound; the best corner first.
+    # As functions of mu the scores have corners where one meets a bound; a search between each two.
     some = torch.where(prob > 0, free, free.amax(-1, keepdim=True))
-    corners = torch.cat([-bound - some, bound - some], -1).sort(-1).values  # (..., 2n)
+    corners = torch.cat([-bound - some, bound - some], -1).sort(dim=-1).values  # (..., 2n)
+    low, high = corners[..., :-1], corners[..., 1:]
+
+    def scores(mu: Tensor) -> Tensor:
+        return (free.unsqueeze(-2) + mu.unsqueeze(-1)).clamp(-bound, bound)
 
     def risk(mu: Tensor) -> Tensor:
-        scores = (free.unsqueeze(-2) + mu.unsqueeze(-1)).clamp(-bound, bound)
-        return _risk(scores, prob.unsqueeze(-2), tau)
+        return _risk(scores(mu), prob.unsqueeze(-2), tau)
 
-    best = risk(corners).argmin(-1, keepdim=True)
-    low = corners.gather(-1, (best - 1).clamp(min=0))
-    high = corners.gather(-1, (best + 1).clamp(max=corners.shape[-1] - 1))
     for _ in range(_HALVINGS):
         third = (high - low) / 3
         left, right = low + third, high - third
         falls = risk(left) > risk(right)
         low, high = torch.where(falls, left, low), torch.where(falls, high, right)
-    return (free + (low + high) / 2).clamp(-bound, bound)
+    mu = (low + high) / 2
+    return scores(mu.gather(-1, risk(mu).argmin(-1, keepdim=True))).squeeze(-2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -496,7 +497,9 @@ def analyze(
     for t in taus:
         _check_tau(t)
     risk = torch.stack([_risk(scores, prob, t).mean() for t in taus])
-    least = torch.stack([conditional_minimum(prob, t, score_bound).mean() for t in taus])
+    # Certain labels have the same least risk, whichever they are.
+    different = prob if target.is_floating_point() else prob[:1]
+    least = torch.stack([conditional_minimum(different, t, score_bound).mean() for t in taus])
     gap = torch.zeros_like(least)
     if best_risk is not None:
         best = torch.as_tensor(best_risk, dtype=torch.float64, device=least.device).reshape(-1)
@@ -547,7 +550,9 @@ def _checked_prob(prob, name: str = "prob") -> Tensor:
     prob = prob.detach().double()
     off = (prob.sum(-1) - 1).abs()
     if bool((prob < 0).any()) or bool((off > 1e-5).any()):
-        raise ValueError(f"{name} must hold probabilities that add up to 1 along the last dimension")
+        raise ValueError(
+            f"{name} must hold probabilities that add up to 1 along the last dimension"
+        )
     return prob
 
 
