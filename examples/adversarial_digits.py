@@ -3,7 +3,7 @@
 A small network is trained plainly, on attacked inputs (PGD), with TRADES, with the smooth
 adversarial comp-sum loss, and doubly robustly (the attacked inputs under the worst weights of the
 samples), and each is judged by a stronger attack on held-out digits.
-Run: python examples/adversarial_digits.py [--eps 0.15] [--epochs 25] [--quick] [--help]
+Run: python examples/adversarial_digits.py [--eps 0.1] [--epochs 25] [--quick] [--help]
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--eps", type=float, default=0.15, help="radius of the attacks, l_inf, of values in [0, 1]")
+    add("--eps", type=float, default=0.1, help="radius of the attacks, l_inf, of values in [0, 1]")
     add("--steps", type=int, default=5, help="of an attack in training")
     add("--judge-steps", type=int, default=20, help="of an attack that judges; two starts each")
     add("--beta", type=float, default=6.0, help="of TRADES")
     add("--rho", type=float, default=1.0, help="of the comp-sum loss")
-    add("--nu", type=float, default=1.0, help="of the comp-sum loss")
+    add("--nu", type=float, default=0.3, help="of the comp-sum loss")
     add("--r", type=float, default=1.0, help="of the doubly robust loss; large: PGD training")
     add("--epochs", type=int, default=25)
     add("--marks", type=int, default=5, help="points of the plot")

@@ -29,6 +29,14 @@ def persistence_pairs(
     problem: tuple[object, ...], essential: bool, threads: int, /
 ) -> bytearray: ...
 
+# Of margin_shift; the records: pyloss/ops/margin_shift/records.py.
+def margin_shift_fwd(
+    problem: tuple[object, ...], shift: int, total: int, threads: int, /
+) -> None: ...
+def margin_shift_bwd(
+    problem: tuple[object, ...], backward: tuple[object, ...], threads: int, /
+) -> None: ...
+
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
 def permutahedron_fwd(
     problem: tuple[object, ...], x: int, y: int, packed: int, threads: int, /
@@ -265,6 +273,12 @@ def cuda_betti_loss(
     device: int,
     stream: int,
     /,
+) -> None: ...
+def cuda_margin_shift_fwd(
+    problem: tuple[object, ...], shift: int, total: int, device: int, stream: int, /
+) -> None: ...
+def cuda_margin_shift_bwd(
+    problem: tuple[object, ...], backward: tuple[object, ...], device: int, stream: int, /
 ) -> None: ...
 def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_permutahedron_fwd(

@@ -123,6 +123,10 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, options": lambda: betti(
         weight=[0.5, 2.0], matched_weight=1.5, target_weight=0.3, padding=0.25
     ),
+    "margin shift": lambda: step_of(
+        lambda x, y=labels(4, 30): functional.margin_shift(x, x.flip(1), y, reduction="mean"),
+        draw(4, 30),
+    ),
     "permutahedron": lambda: step_of(
         lambda x: functional.permutahedron_rank(x, "kl", 0.5), draw(4, 30)
     ),
