@@ -33,11 +33,13 @@ from bench import _core, _env, _targets
 OPS = {
     "row_softmax": "bench.bench_row_softmax",
     "call_overhead": "bench.bench_call_overhead",
+    "adversarial": "bench.bench_adversarial",
     "betti_matching": "bench.bench_betti_matching",
     "embedding_metrics": "bench.bench_embedding_metrics",
     "gemm": "bench.bench_gemm",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
+    "margin_shift": "bench.bench_margin_shift",
     "permutahedron": "bench.bench_permutahedron",
     "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",

@@ -20,6 +20,7 @@ from bench import _core, _targets, plot, run  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
+from bench import bench_margin_shift as margin_shift  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 from bench import bench_similarity_softmax as similarity_softmax  # noqa: E402
@@ -196,6 +197,7 @@ def test_derived_columns_of_the_linear_op():
         linear,
         attention,
         betti,
+        margin_shift,
         permutahedron,
         similarity_softmax,
         similarity_topk,

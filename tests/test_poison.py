@@ -47,7 +47,9 @@ def attention_gradient() -> torch.Tensor:
 # Function of the compiled module that a fault makes write nothing -> a call that uses it.
 KERNELS: dict[str, Callable[[], torch.Tensor]] = {
     "row_softmax_fwd": cross_entropy,
-    "margin_shift_fwd": lambda: pyloss.functional.margin_shift(*torch.randn(2, 2, 6), torch.arange(2)),
+    "margin_shift_fwd": lambda: pyloss.functional.margin_shift(
+        *torch.randn(2, 2, 6), torch.arange(2)
+    ),
     "permutahedron_fwd": lambda: pyloss.soft_rank(torch.randn(2, 6), method="permutahedron"),
     "sorting_network_permutation": lambda: pyloss.DiffSortNet("bitonic", 6)(torch.randn(2, 6))[1],
     "tensor_attention_fwd": attention,
