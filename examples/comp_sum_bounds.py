@@ -3,7 +3,7 @@
 For each tau a linear classifier whose scores are bounded is trained, which takes its risk near the
 least of its class, and the analysis gives the minimizability gap, the constant of the bound and the
 bound itself, beside the error that there is.
-Run: python examples/comp_sum_bounds.py [--classes 4] [--steps 300] [--quick] [--help]
+Run: python examples/comp_sum_bounds.py [--classes 10] [--steps 300] [--quick] [--help]
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     add("--classes", type=int, default=10, help="the first so many digits")
     add("--tau", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5, 2.0])
     add("--bound", type=float, default=3.0, help="L of the scores")
-    add("--steps", type=int, default=200)
+    add("--steps", type=int, default=300)
     add("--rate", type=float, default=0.05)
     add("--seeds", type=int, default=3)
     add("--threads", type=int, default=1)

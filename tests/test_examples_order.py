@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),
     "rank_queries": (True, "neural_ndcg"),
+    "adversarial_digits": (True, "doubly robust"),
+    "comp_sum_bounds": (True, "tau 1.5"),
 }
 
 

@@ -3,6 +3,7 @@
 from pyloss.reference.betti_matching import betti_matching_loss
 from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from pyloss.reference.linear_distillation import linear_distillation
+from pyloss.reference.margin_shift import margin_shift
 from pyloss.reference.permutahedron import permutahedron_projection
 from pyloss.reference.row_softmax import row_softmax
 from pyloss.reference.similarity_softmax import similarity_softmax
@@ -20,6 +21,7 @@ __all__ = [
     "betti_matching_loss",
     "linear_cross_entropy",
     "linear_distillation",
+    "margin_shift",
     "permutahedron_projection",
     "row_softmax",
     "similarity_softmax",

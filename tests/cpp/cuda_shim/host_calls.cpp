@@ -2,6 +2,7 @@
 // memory, a copy or a wait; and every call that fails becomes an error that leaves nothing behind.
 #include "cuda/betti_matching.h"
 #include "cuda/device.h"
+#include "cuda/margin_shift.h"
 #include "cuda/permutahedron.h"
 #include "cuda/row_softmax.h"
 #include "cuda/sorting_network.h"
@@ -67,6 +68,30 @@ void row_softmax(std::vector<Op>* ops, int64_t rows, int64_t classes, Reduction 
   ops->push_back({name + " hvp", [=](void* s) { cuda::row_softmax_hvp(p, h, s); }});
   ops->push_back({name + " scale", [=](void* s) {
                     cuda::scale_inplace(grad->at(), dtype, rows * classes, norm->at(), s);
+                  }});
+}
+
+// Classes that are neighbours, and that are not.
+void margin_shift(std::vector<Op>* ops, int64_t classes, Strides strides) {
+  margin_shift::Problem p{};
+  p.outer = 1, p.inner = 5, p.classes = classes, p.dtype = DType::kF32, p.ignore_index = -100;
+  auto x = std::make_shared<Memory>(5 * classes * 8),
+       grad = std::make_shared<Memory>(5 * classes * 8);
+  auto rest = std::make_shared<Memory>(5 * 8);
+  auto labels = std::make_shared<std::vector<int64_t>>(5, 1);
+  p.x = p.adv = x->at(), p.x_strides = p.adv_strides = strides;
+  p.target = labels->data(), p.target_dtype = DType::kI64;
+  margin_shift::Backward b{};
+  b.g = b.shift = b.total = rest->at();
+  b.dx = grad->at(), b.dx_strides = strides;
+  const std::string name = "margin_shift " + std::to_string(classes);
+  ops->push_back({name + " forward", [=](void* s) {
+                    (void)labels;
+                    cuda::margin_shift_forward(p, grad->at(), rest->at(), s);
+                  }});
+  ops->push_back({name + " backward", [=](void* s) {
+                    (void)x;
+                    cuda::margin_shift_backward(p, b, s);
                   }});
 }
 
@@ -204,6 +229,9 @@ int main() {
   row_softmax(&ops, 2, 70000, Reduction::kSum, DType::kF32);
   row_softmax(&ops, 9000, 3, Reduction::kMean, DType::kF32);
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
+  margin_shift(&ops, 40, {0, 1, 40});
+  margin_shift(&ops, 5000, {0, 1, 5000});
+  margin_shift(&ops, 41, {0, 5, 1});
   permutahedra(&ops, false);
   permutahedra(&ops, true);
   for (const int64_t n : {8, 60, 4097}) sorting_networks(&ops, n, sorting::Network::kBitonic);
