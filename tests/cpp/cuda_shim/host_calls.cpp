@@ -72,7 +72,7 @@ void row_softmax(std::vector<Op>* ops, int64_t rows, int64_t classes, Reduction 
 }
 
 // Classes that are neighbours, and that are not.
-void margin_shift(std::vector<Op>* ops, int64_t classes, Strides strides) {
+void margin_shifts(std::vector<Op>* ops, int64_t classes, Strides strides) {
   margin_shift::Problem p{};
   p.outer = 1, p.inner = 5, p.classes = classes, p.dtype = DType::kF32, p.ignore_index = -100;
   auto x = std::make_shared<Memory>(5 * classes * 8),
@@ -229,9 +229,9 @@ int main() {
   row_softmax(&ops, 2, 70000, Reduction::kSum, DType::kF32);
   row_softmax(&ops, 9000, 3, Reduction::kMean, DType::kF32);
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
-  margin_shift(&ops, 40, {0, 1, 40});
-  margin_shift(&ops, 5000, {0, 1, 5000});
-  margin_shift(&ops, 41, {0, 5, 1});
+  margin_shifts(&ops, 40, {0, 1, 40});
+  margin_shifts(&ops, 5000, {0, 1, 5000});
+  margin_shifts(&ops, 41, {0, 5, 1});
   permutahedra(&ops, false);
   permutahedra(&ops, true);
   for (const int64_t n : {8, 60, 4097}) sorting_networks(&ops, n, sorting::Network::kBitonic);
