@@ -33,6 +33,7 @@ from bench import _core, _env, _targets
 OPS = {
     "row_softmax": "bench.bench_row_softmax",
     "call_overhead": "bench.bench_call_overhead",
+    "adversarial": "bench.bench_adversarial",
     "betti_matching": "bench.bench_betti_matching",
     "embedding_metrics": "bench.bench_embedding_metrics",
     "gemm": "bench.bench_gemm",
@@ -41,6 +42,7 @@ OPS = {
     "linear_distillation": "bench.bench_linear_distillation",
     "lion_k": "bench.bench_lion_k",
     "row_stats": "bench.bench_row_stats",
+    "margin_shift": "bench.bench_margin_shift",
     "permutahedron": "bench.bench_permutahedron",
     "row_moments": "bench.bench_row_moments",
     "similarity_softmax": "bench.bench_similarity_softmax",

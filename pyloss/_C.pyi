@@ -32,6 +32,14 @@ def persistence_pairs(
 # Of Lion-K; `problem`: pyloss/ops/lion_k/records.py.
 def lion_k_step(problem: tuple[object, ...], threads: int, /) -> None: ...
 
+# Of margin_shift; the records: pyloss/ops/margin_shift/records.py.
+def margin_shift_fwd(
+    problem: tuple[object, ...], shift: int, total: int, threads: int, /
+) -> None: ...
+def margin_shift_bwd(
+    problem: tuple[object, ...], backward: tuple[object, ...], threads: int, /
+) -> None: ...
+
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
 def permutahedron_fwd(
     problem: tuple[object, ...], x: int, y: int, packed: int, threads: int, /
@@ -283,6 +291,12 @@ def cuda_lion_k_step(
     device: int,
     stream: int,
     /,
+) -> None: ...
+def cuda_margin_shift_fwd(
+    problem: tuple[object, ...], shift: int, total: int, device: int, stream: int, /
+) -> None: ...
+def cuda_margin_shift_bwd(
+    problem: tuple[object, ...], backward: tuple[object, ...], device: int, stream: int, /
 ) -> None: ...
 def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_permutahedron_fwd(

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 # The packages that have a table, where a missing name is looked for; to import them costs little.
 PACKAGES = (
+    "adversarial",
+    "analysis",
     "distributed",
     "functional",
     "metrics",

@@ -233,6 +233,41 @@ def similarity_topk_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     }
 
 
+def margin_shift_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none = address(None)
+
+    def maybe(name: str) -> Field:
+        return Field([0, buffers[name].address], NOWHERE)
+
+    def strides() -> list[Field]:
+        return [stride(CLASSES * INNER), stride(INNER), stride(1)]
+
+    problem = record(
+        *(module, "margin_shift", "Problem"),
+        **dict(sizes=[size(OUTER), size(CLASSES), size(INNER)], dtype=code(0, 1, 2, 3)),
+        **dict(x=b["x"], x_strides=strides(), adv=b["v"], adv_strides=strides()),
+        **dict(target=b["target"], target_dtype=code(4, 5, 6)),
+        **dict(squared=Field([0, 1], [2, -1, *HUGE]), ignore_index=integer(-100, 0)),
+    )
+    rows = dict(g=b["grad_rows"], shift=b["loss"], total=b["stats"])
+    backward = record(
+        *(module, "margin_shift", "Backward"),
+        **dict(**rows, dx=maybe("grad"), dx_strides=strides()),
+        **dict(dadv=maybe("scratch"), dadv_strides=strides()),
+    )
+    there = record(
+        *(module, "margin_shift", "Backward"),
+        **dict.fromkeys(module.fields("margin_shift")["Backward"], none),
+    )
+    return {
+        "margin_shift_fwd": [problem, b["loss"], b["stats"], THREADS],
+        "margin_shift_bwd": [problem, backward, THREADS],
+        "cuda_margin_shift_fwd": [problem, *[none] * 4],
+        "cuda_margin_shift_bwd": [problem, there, none, none],
+    }
+
+
 def similarity_counts_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     b = {name: address(buffer) for name, buffer in buffers.items()}
     problem = record(
@@ -580,6 +615,7 @@ def main() -> None:
         **betti_matching_calls(module, buffers),
         **lion_k_calls(module, buffers),
         **permutahedron_calls(module, buffers),
+        **margin_shift_calls(module, buffers),
         **row_moments_calls(module, buffers),
         **similarity_counts_calls(module, buffers),
         **tensor_attention_calls(module, buffers),

@@ -69,6 +69,7 @@ def problems():
         "sort, long": of(pyloss.soft_sort, torch.randn(1, 300)),
         "ranks": of(pyloss.soft_rank, scores),
         "permutation": of(lambda s: pyloss.soft_permutation(s)[1], scores),
+        "margin shift": of(lambda x: F.margin_shift(x, x.flip(1), labels), rows),
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
     }

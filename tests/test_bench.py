@@ -21,6 +21,7 @@ from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_lion_k as lion_k  # noqa: E402
+from bench import bench_margin_shift as margin_shift  # noqa: E402
 from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_moments as row_moments  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
@@ -200,6 +201,7 @@ def test_derived_columns_of_the_linear_op():
         attention,
         betti,
         lion_k,
+        margin_shift,
         permutahedron,
         row_moments,
         spherical,

@@ -34,6 +34,8 @@ EXPERIMENTS = {
     "dcdm_poisson": (False, "CG, incomplete Cholesky"),
     "distill_toy": (False, "distilled"),
     "z_loss": (True, "100 classes, SphericalLinear, Z-loss, a, b"),
+    "adversarial_digits": (True, "doubly robust"),
+    "comp_sum_bounds": (True, "tau 1.5"),
 }
 
 

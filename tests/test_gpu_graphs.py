@@ -49,6 +49,17 @@ def cross_entropy(shape: tuple[int, ...] = (40, 1000), **options: object) -> Ste
     return step_of(loss, draw(*shape, dtype=torch.bfloat16))
 
 
+def moments() -> Step:
+    y = labels(40, 1000)
+    return step_of(lambda x: functional.spherical_z_loss(x, y), draw(40, 1000))
+
+
+def margin_shift() -> Step:
+    y = labels(4, 30)
+    loss = lambda x: functional.margin_shift(x, x.flip(1), y, reduction="mean")  # noqa: E731
+    return step_of(loss, draw(4, 30))
+
+
 def second_derivative() -> Step:
     x, y = draw(20, 50), labels(20, 50)
 
@@ -123,9 +134,8 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, options": lambda: betti(
         weight=[0.5, 2.0], matched_weight=1.5, target_weight=0.3, padding=0.25
     ),
-    "moments": lambda: step_of(
-        lambda x: functional.spherical_z_loss(x, labels(40, 1000)), draw(40, 1000)
-    ),
+    "moments": moments,
+    "margin shift": margin_shift,
     "permutahedron": lambda: step_of(
         lambda x: functional.permutahedron_rank(x, "kl", 0.5), draw(4, 30)
     ),

@@ -116,6 +116,8 @@ def families() -> list[str]:
     """The public modules of the packages that export lazily."""
     found = []
     for package in (
+        "adversarial",
+        "analysis",
         "distributed",
         "functional",
         "metrics",

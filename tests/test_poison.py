@@ -50,6 +50,9 @@ KERNELS: dict[str, Callable[[], torch.Tensor]] = {
     "row_moments_fwd": lambda: pyloss.functional.one_hot_mse_loss(
         torch.randn(2, 6), torch.tensor([1, 5])
     ),
+    "margin_shift_fwd": lambda: pyloss.functional.margin_shift(
+        *torch.randn(2, 2, 6), torch.arange(2)
+    ),
     "permutahedron_fwd": lambda: pyloss.soft_rank(torch.randn(2, 6), method="permutahedron"),
     "sorting_network_permutation": lambda: pyloss.DiffSortNet("bitonic", 6)(torch.randn(2, 6))[1],
     "tensor_attention_fwd": attention,

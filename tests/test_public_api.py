@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import pyloss
+import pyloss.adversarial
+import pyloss.analysis.comp_sum
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
@@ -21,6 +23,9 @@ import pyloss.testing
 
 MODULES = [
     pyloss,
+    pyloss.adversarial,
+    pyloss.analysis,
+    pyloss.analysis.comp_sum,
     pyloss.distributed,
     pyloss.functional,
     pyloss.metrics,

@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_gemm(m);
   pyloss::register_linear_cross_entropy(m);
   pyloss::register_lion_k(m);
+  pyloss::register_margin_shift(m);
   pyloss::register_permutahedron(m);
   pyloss::register_row_moments(m);
   pyloss::register_row_softmax(m);

@@ -9,6 +9,7 @@ void register_betti_matching(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
 void register_linear_cross_entropy(pybind11::module_& m);
 void register_lion_k(pybind11::module_& m);
+void register_margin_shift(pybind11::module_& m);
 void register_permutahedron(pybind11::module_& m);
 void register_row_moments(pybind11::module_& m);
 void register_row_softmax(pybind11::module_& m);

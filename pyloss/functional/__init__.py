@@ -5,6 +5,7 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "adversarial": ("margin_shift", "smooth_adversarial_comp_sum"),
         "attention": (
             "TensorAttentionCost",
             "tensor_attention",

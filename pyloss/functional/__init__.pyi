@@ -1,3 +1,4 @@
+from pyloss.functional.adversarial import margin_shift, smooth_adversarial_comp_sum
 from pyloss.functional.attention import (
     TensorAttentionCost,
     tensor_attention,
@@ -204,6 +205,7 @@ __all__ = [
     "mass_topk_mask",
     "logit_adjusted_cross_entropy",
     "logit_adjustment",
+    "margin_shift",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
@@ -225,6 +227,7 @@ __all__ = [
     "siglip_loss",
     "simple_contrastive",
     "sinkhorn_set_loss",
+    "smooth_adversarial_comp_sum",
     "soft_argsort",
     "soft_dice_loss",
     "soft_permutation",

@@ -4,6 +4,7 @@ from pyloss.reference.betti_matching import betti_matching_loss
 from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from pyloss.reference.linear_distillation import linear_distillation
 from pyloss.reference.lion_k import lion_k
+from pyloss.reference.margin_shift import margin_shift
 from pyloss.reference.permutahedron import permutahedron_projection
 from pyloss.reference.row_moments import row_moments
 from pyloss.reference.row_softmax import row_softmax
@@ -23,6 +24,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_distillation",
     "lion_k",
+    "margin_shift",
     "permutahedron_projection",
     "row_moments",
     "row_softmax",

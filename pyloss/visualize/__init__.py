@@ -5,6 +5,7 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "comp_sum": ("draw_comp_sum",),
         "embeddings": ("draw_opis",),
         "optim": ("draw_lyapunov",),
         "topology": ("draw_barcode", "draw_matching"),

@@ -1,5 +1,7 @@
+from pyloss.visualize.comp_sum import draw_comp_sum
 from pyloss.visualize.embeddings import draw_opis
 from pyloss.visualize.optim import draw_lyapunov
 from pyloss.visualize.topology import draw_barcode, draw_matching
 
 __all__ = ["draw_barcode", "draw_lyapunov", "draw_matching", "draw_opis"]
+__all__ = ["draw_barcode", "draw_comp_sum", "draw_matching", "draw_opis"]

@@ -3,6 +3,7 @@
 #include "cuda/betti_matching.h"
 #include "cuda/device.h"
 #include "cuda/lion_k.h"
+#include "cuda/margin_shift.h"
 #include "cuda/permutahedron.h"
 #include "cuda/row_moments.h"
 #include "cuda/row_softmax.h"
@@ -91,6 +92,30 @@ void row_moments_ops(std::vector<Op>* ops, int64_t classes, int64_t inner) {
   ops->push_back({name + " backward", [=](void* s) {
                     (void)x, (void)labels, (void)moments, (void)out;
                     cuda::row_moments_backward(p, b, s);
+                  }});
+}
+
+// Classes that are neighbours, and that are not.
+void margin_shifts(std::vector<Op>* ops, int64_t classes, Strides strides) {
+  margin_shift::Problem p{};
+  p.outer = 1, p.inner = 5, p.classes = classes, p.dtype = DType::kF32, p.ignore_index = -100;
+  auto x = std::make_shared<Memory>(5 * classes * 8),
+       grad = std::make_shared<Memory>(5 * classes * 8);
+  auto rest = std::make_shared<Memory>(5 * 8);
+  auto labels = std::make_shared<std::vector<int64_t>>(5, 1);
+  p.x = p.adv = x->at(), p.x_strides = p.adv_strides = strides;
+  p.target = labels->data(), p.target_dtype = DType::kI64;
+  margin_shift::Backward b{};
+  b.g = b.shift = b.total = rest->at();
+  b.dx = grad->at(), b.dx_strides = strides;
+  const std::string name = "margin_shift " + std::to_string(classes);
+  ops->push_back({name + " forward", [=](void* s) {
+                    (void)labels;
+                    cuda::margin_shift_forward(p, grad->at(), rest->at(), s);
+                  }});
+  ops->push_back({name + " backward", [=](void* s) {
+                    (void)x;
+                    cuda::margin_shift_backward(p, b, s);
                   }});
 }
 
@@ -249,6 +274,9 @@ int main() {
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
   row_moments_ops(&ops, 40, 1);
   row_moments_ops(&ops, 5, 40);
+  margin_shifts(&ops, 40, {0, 1, 40});
+  margin_shifts(&ops, 5000, {0, 1, 5000});
+  margin_shifts(&ops, 41, {0, 5, 1});
   permutahedra(&ops, false);
   permutahedra(&ops, true);
   lion_k_steps(&ops, DType::kF32, 3);

@@ -1,0 +1,10 @@
+"""Theory in float64: bounds, risks and closed forms. No kernels, and no gradients to train with."""
+
+from pyloss import _lazy
+
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "comp_sum": ("CompSumAnalysis", "h_consistency_bound", "minimizability_gap"),
+    },
+)
