@@ -29,9 +29,10 @@ inline int64_t rows_per_range(int64_t classes) {
   return std::max<int64_t>(1, kRangeElements / std::max<int64_t>(classes, 1));
 }
 
-// Streaming pays when the output does not stay in the caches anyway; it must not be the input.
+// Streaming pays when the output does not stay in the caches anyway; it must not be the input. What
+// the third level holds for one process is not known: sysconf() may name that of the whole package.
 inline bool should_stream(const RowSoftmaxProblem& p, const void* out) {
-  return out != p.x && p.rows() * p.classes * dtype_size(p.dtype) > 4 * l2_cache_bytes();
+  return out != p.x && p.rows() * p.classes * dtype_size(p.dtype) > 12 * l2_cache_bytes();
 }
 
 // The cotangents of a gradient written in the forward.

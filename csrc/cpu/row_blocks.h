@@ -85,6 +85,21 @@ void block_affine(const float* in, int64_t n, float scale, float shift, const fl
 void block_affine(const double* in, int64_t n, double scale, double shift, const double* w,
                   double* out);
 
+// The gradient of the losses that scale the softmax and change one entry, into rows of float or
+// bfloat16 (writes_rows): dst = scale e, or scale exp(x - m), and the value given at the entry. Any
+// n; `stream` bypasses the cache.
+struct Entry {
+  int64_t at;  // outside [0, n): none
+  float value;
+};
+inline bool writes_rows(DType t) {
+  return t == DType::kF32 || t == DType::kBF16;
+}
+void scale_row(const float* e, int64_t n, float scale, Entry entry, DType t, void* dst,
+               bool stream);
+void exp_row(const void* x, int64_t n, float m, float scale, Entry entry, DType t, void* dst,
+             bool stream);
+
 // Stores n values as type t; `stream` bypasses the cache.
 void store_block(const float* v, int64_t n, DType t, void* dst, bool stream);
 void store_block(const double* v, int64_t n, DType t, void* dst, bool stream);
