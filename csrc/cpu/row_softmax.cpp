@@ -500,6 +500,32 @@ void row_softmax_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& 
   p.dtype == DType::kF64 ? backward<double>(p, b, threads) : backward<float>(p, b, threads);
 }
 
+void small_row_softmax(const SmallRowSoftmax& s) {
+  RowSoftmaxProblem p{};
+  p.outer = s.rows;
+  p.classes = s.classes;
+  p.inner = 1;
+  p.dtype = DType::kF32;
+  p.x = s.x;
+  p.x_strides = {s.classes, 1, 1};
+  p.kind = TargetKind::kIndex;
+  p.target = s.target;
+  p.target_dtype = s.target_dtype;
+  p.options.logit_scale = p.options.temperature = p.options.tau = 1;
+  p.options.max_nll = HUGE_VAL;
+  p.options.ignore_index = s.ignore_index;
+  p.options.reduction = s.mean ? Reduction::kMean : Reduction::kSum;
+  std::vector<float> buffer(kNormCount + p.stat_rows() * s.rows);
+  RowSoftmaxForward f{};
+  f.loss = s.loss;
+  f.loss_dtype = DType::kF32;
+  f.norm = buffer.data();
+  f.stats = buffer.data() + kNormCount;
+  f.grad = s.grad;
+  f.grad_strides = p.x_strides;
+  row_softmax_forward(p, f, 1);
+}
+
 void scale_inplace(void* data, DType t, int64_t n, const void* factor, int threads) {
   if (t == DType::kF64) {
     scale(data, t, n, *static_cast<const double*>(factor), threads);
