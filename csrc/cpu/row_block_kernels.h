@@ -81,6 +81,26 @@ float load_max(const T* x, int64_t n, float* z) {
   return fold(most, [](auto a, auto b) __attribute__((always_inline)) { return b > a ? b : a; });
 }
 
+// Not left to the compiler, which makes a call of memcpy of one half and a loop of the other.
+template <class T>
+void load_lines(const T* x, int64_t n, float* z, float* m) {
+  using V = Vec<float>::V;
+  const auto add = [&](int64_t i, V v) __attribute__((always_inline)) {
+    const V most = load(m + i);
+    store(z + i, v);
+    store(m + i, v > most ? v : most);
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) add(i, load_float(x + i));
+  for (; i < padded(n); i += kWidth) {
+    float some[kWidth];
+    for (int64_t l = 0; l < kWidth; ++l) {
+      some[l] = i + l < n ? to_float(x[i + l]) : -infinity_<float>();
+    }
+    add(i, load(some));
+  }
+}
+
 // block_exp_sum of row_blocks.h for logits of kBytes: kLanes of them are kBytes cache lines.
 template <int kBytes>
 float exp_sum(float* z, int64_t n, float m, const char* ahead) {
@@ -172,6 +192,6 @@ void exp_row(const T* x, int64_t n, float m, float scale, Entry entry, T* dst, b
 }
 
 BlockMath block_math() {
-  return {load_max<float>,  load_max<BF16>,  exp_sum<2>,     exp_sum<4>,
-          scale_row<float>, scale_row<BF16>, exp_row<float>, exp_row<BF16>};
+  return {load_max<float>, load_max<BF16>,   load_lines<float>, load_lines<BF16>, exp_sum<2>,
+          exp_sum<4>,      scale_row<float>, scale_row<BF16>,   exp_row<float>,   exp_row<BF16>};
 }

@@ -21,6 +21,8 @@ namespace {
 struct BlockMath {
   float (*load_f32)(const float*, int64_t, float*);
   float (*load_bf16)(const BF16*, int64_t, float*);
+  void (*lines_f32)(const float*, int64_t, float*, float*);
+  void (*lines_bf16)(const BF16*, int64_t, float*, float*);
   float (*exp_sum_half)(float*, int64_t, float, const char*);
   float (*exp_sum)(float*, int64_t, float, const char*);
   void (*scale_f32)(const float*, int64_t, float, Entry, float*, bool);
@@ -340,6 +342,12 @@ float load_block(const void* x, DType t, int64_t n, const RowTransform<float>& f
 }
 double load_block(const void* x, DType, int64_t n, const RowTransform<double>& f, double* z) {
   return load_block_of<double>(x, n, f, z);
+}
+
+void load_lines(const void* x, DType t, int64_t n, float* z, float* m) {
+  const BlockMath& math = block_math();
+  if (t == DType::kBF16) return math.lines_bf16(static_cast<const BF16*>(x), n, z, m);
+  math.lines_f32(static_cast<const float*>(x), n, z, m);
 }
 
 float block_exp_sum(float* z, int64_t n, float m, const void* ahead, int64_t ahead_size) {

@@ -24,6 +24,8 @@ inline int64_t padded(int64_t n) {
 // Doubles come from doubles only.
 float load_block(const void* x, DType t, int64_t n, const RowTransform<float>& f, float* z);
 double load_block(const void* x, DType t, int64_t n, const RowTransform<double>& f, double* z);
+// z = x of float or bfloat16, and m <- max(m, z), each for itself; pads.
+void load_lines(const void* x, DType t, int64_t n, float* z, float* m);
 // The conversion alone, without padding.
 void load_values(const void* x, DType t, int64_t n, float* z);
 void load_values(const void* x, DType t, int64_t n, double* z);
