@@ -74,7 +74,7 @@ __all__ = [
 EARLY_DTYPES = (torch.float32, torch.bfloat16)
 # Bytes of a row (as float32) up to which the gradient is written in the forward: the row must still
 # be in cache, or on chip, when its statistics are known.
-_CACHED_ROW_BYTES = {"cpu": 2048 * 1024, "cuda": 128 * 1024}
+_CACHED_ROW_BYTES = {"cpu": 512 * 1024, "cuda": 128 * 1024}
 
 # --------------------------------------------------------------------------------------------------
 # Registration
