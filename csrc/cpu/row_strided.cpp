@@ -280,24 +280,44 @@ class TileWalk {
   // As load_target with one label and nothing optional but weights: short loops, without the
   // records that the other losses need.
   bool load_plain_targets() {
+    int64_t active;
+    if (p_.target_dtype == DType::kI64) {
+      active = read_labels(static_cast<const int64_t*>(p_.target));
+    } else if (p_.target_dtype == DType::kI32) {
+      active = read_labels(static_cast<const int32_t*>(p_.target));
+    } else {
+      active = read_labels(static_cast<const uint8_t*>(p_.target));
+    }
+    all_active_ = active == n_;
     const R* w = static_cast<const R*>(p_.weight);
     const R* token = static_cast<const R*>(p_.token_weight);
-    const int64_t ignored = p_.options.ignore_index;
-    int64_t active = 0;
-    for (int64_t l = 0; l < n_; ++l) {
-      const int64_t y = load_index(p_.target, p_.target_dtype, first_row_ + l);
-      active_[l] = y != ignored;
-      active += y != ignored;
-      t_.y[l] = y != ignored ? int32_t(y) : kNoLabel;
-      t_.y2[l] = kNoLabel;
+    std::fill(t_.first, t_.first + n_, R(1));
+    std::fill(t_.token, t_.token + n_, R(1));
+    std::fill(t_.first + n_, t_.first + padded(n_), R(0));
+    std::fill(t_.token + n_, t_.token + padded(n_), R(0));
+    if (token) std::copy(token + first_row_, token + first_row_ + n_, t_.token);
+    for (int64_t l = 0; l < n_ && w; ++l) t_.first[l] = active_[l] ? w[t_.y[l]] : R(0);
+    for (int64_t l = 0; l < n_ && !all_active_; ++l) {
+      if (!active_[l]) t_.first[l] = t_.token[l] = 0;
     }
-    for (int64_t l = 0; l < n_; ++l) {
-      t_.first[l] = active_[l] ? (w ? w[t_.y[l]] : R(1)) : R(0);
-      t_.token[l] = active_[l] ? (token ? token[first_row_ + l] : R(1)) : R(0);
-    }
-    for (int64_t l = n_; l < padded(n_); ++l) t_.first[l] = t_.token[l] = 0;
-    all_active_ = active == n_;
     return active > 0;
+  }
+
+  template <class T>
+  int64_t read_labels(const T* labels) {
+    labels += first_row_;
+    const int64_t ignored = p_.options.ignore_index;
+    int64_t skipped = 0;
+    for (int64_t l = 0; l < n_; ++l) skipped += int64_t(labels[l]) == ignored;
+    for (int64_t l = 0; l < n_; ++l) t_.y[l] = int32_t(labels[l]);
+    std::fill(t_.y2, t_.y2 + n_, kNoLabel);
+    std::fill(active_, active_ + n_, true);
+    for (int64_t l = 0; l < n_ && skipped > 0; ++l) {
+      if (int64_t(labels[l]) != ignored) continue;
+      active_[l] = false;
+      t_.y[l] = kNoLabel;
+    }
+    return n_ - skipped;
   }
 
   // The labels' logits, which leave the sum.
