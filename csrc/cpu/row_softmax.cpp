@@ -451,7 +451,7 @@ void forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int threads
                          [&](int64_t, R token) { return unit_upstream(f, token); });
     }
   } else {
-    parallel_for(p.rows(), rows_per_range(p.classes), threads,
+    parallel_for(p.rows(), f.grad ? rows_per_range(p, threads) : rows_per_range(p.classes), threads,
                  [&](int64_t begin, int64_t end) { forward_rows<R>(p, f, begin, end); });
   }
   finish_loss<R>(p, f);
@@ -465,7 +465,7 @@ void backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threa
   const bool split = by_segment(p);
   gradient_pieces<R>(p, b.stats, b.norm, b.grad, b.grad_strides,
                      split ? kSegment : std::max<int64_t>(p.classes, 1),
-                     split ? 1 : rows_per_range(p.classes), threads,
+                     split ? 1 : rows_per_range(p, threads), threads,
                      [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
 }
 
