@@ -17,8 +17,13 @@ PYLOSS_INLINE Vec<float>::V load_float(const float* p) {
   return load(p);
 }
 PYLOSS_INLINE Vec<float>::V load_float(const BF16* p) {
-  const HalfBits bits = *reinterpret_cast<const LooseHalfBits*>(p);
-  return reinterpret_cast<Vec<float>::V>(__builtin_convertvector(bits, Vec<float>::I) << 16);
+  using I = Vec<float>::I;
+#if PYLOSS_VECTOR_BYTES == 64  // gcc widens by halves
+  const I bits = I(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  const I bits = __builtin_convertvector(*reinterpret_cast<const LooseHalfBits*>(p), I);
+#endif
+  return reinterpret_cast<Vec<float>::V>(bits << 16);
 }
 
 PYLOSS_INLINE void store_float(float* p, Vec<float>::V v) {

@@ -355,9 +355,11 @@ float block_exp_sum(float* z, int64_t n, float m, const void* ahead, int64_t ahe
   return (ahead_size == 2 ? math.exp_sum_half : math.exp_sum)(z, n, m,
                                                               static_cast<const char*>(ahead));
 }
-double block_exp_sum(double* z, int64_t n, double m, const void*, int64_t) {
+double block_exp_sum(double* z, int64_t n, double m, const void* ahead, int64_t ahead_size) {
   double acc[kLanes] = {};
+  const char* next = static_cast<const char*>(ahead);
   for (int64_t i = 0; i < padded(n); i += kLanes) {
+    prefetch(next + i * ahead_size, kLanes * ahead_size);
     for (int64_t l = 0; l < kLanes; ++l) acc[l] += z[i + l] = exp_lane(z[i + l] - m);
   }
   return sum_lanes(acc);
