@@ -82,6 +82,9 @@ void line_affine(const float* e, int64_t n, const float* scale, const float* shi
 void line_affine(const double* e, int64_t n, const double* scale, const double* shift, double w,
                  double* out);
 
+// dst = scale e, as float or bfloat16.
+void line_scale(const float* e, int64_t n, const float* scale, DType t, void* dst);
+
 // out = exp(z - m) (a + b (z - m)) - spread w, with the labels' own values where y or y2 is c.
 struct LineCoeffs {
   const void *m, *a, *b, *spread, *label_a, *label, *label2;  // R
