@@ -13,8 +13,10 @@
 // derivatives. Reductions, class and token weights, MixUp, z-loss, soft capping, both backward
 // passes, CPU and CUDA then work for it unchanged.
 //
-// Papers: comp-sum losses, Mao, Mohri, Zhong (arXiv 2304.07288); generalized cross entropy, Zhang,
-// Sabuncu (arXiv 1805.07836); focal loss, Lin et al. (arXiv 1708.02002).
+// Papers: Poly-1, Leng et al. (arXiv 2204.12511); label relaxation, Lienen, Huellermeier
+// (AAAI 2021); LDR-KL, Zhu et al. (arXiv 2112.14869); comp-sum losses, Mao, Mohri, Zhong (arXiv
+// 2304.07288); generalized cross entropy, Zhang, Sabuncu (arXiv 1805.07836); focal loss, Lin et al.
+// (arXiv 1708.02002).
 #pragma once
 
 #include <cstdint>
@@ -27,14 +29,22 @@ namespace pyloss {
 
 // The codes are part of the Python boundary (pyloss/ops/row_softmax/records.py).
 enum class TargetKind : int32_t { kIndex = 0, kMix = 1, kDense = 2 };
-enum class LossKind : int32_t { kCompSum = 0, kFocal = 1 };
-constexpr int kLossKindCount = 2;
+enum class LossKind : int32_t {
+  kCompSum = 0,
+  kFocal = 1,
+  kPoly1 = 2,
+  kRelaxed = 3,
+  kLdr = 4,
+};
+constexpr int kLossKindCount = 5;
 
 struct RowSoftmaxOptions {
   double logit_scale, softcap, temperature;  // softcap 0: none
   double tau, max_nll, gamma;                // max_nll = -log(truncate), +inf: none
-  double z_loss, smoothing, num_items;       // num_items 0: count the rows
-  double spread;                             // smoothing / classes
+  double poly1, relaxation;
+  double margin, offset;                // margin is taken from the label's z: one label only
+  double z_loss, smoothing, num_items;  // num_items 0: count the rows
+  double spread;                        // smoothing / classes
   int64_t ignore_index;
   LossKind loss;
   Reduction reduction;
@@ -194,6 +204,27 @@ PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R m
       R lower = g == 1 ? R(1) : pow_(miss, g - 1);
       f = {power * nll, power * (1 + g * p_ratio),
            g * (p * lower * (2 + (g - 1) * p_ratio) - power * p_ratio)};
+      break;
+    }
+    case LossKind::kPoly1: {
+      R e = R(o.poly1), p = exp_(-nll);
+      f = {nll + e * miss, 1 + e * p, -e * p};
+      break;
+    }
+    case LossKind::kRelaxed: {
+      // KL(q || p), where q_y = 1 - a and the rest of q is p's own, scaled; 0 once p_y >= 1 - a.
+      R a = R(o.relaxation), keep = 1 - a, p = exp_(-nll);
+      if (p >= keep) {
+        f = {R(0), R(0), R(0)};
+      } else {
+        R odds = p / miss, entropy = keep * log1p_(-a) + a * log_(a);
+        f = {keep * nll - a * log_(miss) + entropy, keep - a * odds, a * odds / miss};
+      }
+      break;
+    }
+    case LossKind::kLdr: {
+      R lambda = R(o.temperature);
+      f = {lambda * (nll - R(o.offset)), lambda, R(0)};
       break;
     }
     default: {

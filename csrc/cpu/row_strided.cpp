@@ -119,6 +119,7 @@ class TileWalk {
       load(c, line(c));
       line_max(line(c), n_, t_.m);
     }
+    if (p_.options.margin != 0) take_margin();
     for (int64_t l = 0; l < width; ++l) {
       t_.zy[l] = l < n_ && t_.y[l] >= 0 ? line(t_.y[l])[l] : -infinity_<R>();
       t_.zy2[l] = l < n_ && t_.y2[l] >= 0 ? line(t_.y2[l])[l] : -infinity_<R>();
@@ -348,6 +349,15 @@ class TileWalk {
       if (c % kFold != kFold - 1) continue;
       for (int i = 0; i < count; ++i) t_.sums[i].fold(padded(n_));
     }
+  }
+
+  // From the labels' lines, and the maximum anew.
+  void take_margin() {
+    for (int64_t l = 0; l < n_; ++l) {
+      if (t_.y[l] >= 0) line(t_.y[l])[l] -= R(p_.options.margin);
+    }
+    std::fill(t_.m, t_.m + padded(n_), -infinity_<R>());
+    for (int64_t c = 0; c < p_.classes; ++c) line_max(line(c), n_, t_.m);
   }
 
   void extras() {

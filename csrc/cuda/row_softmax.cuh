@@ -27,7 +27,7 @@ inline constexpr int kNoClass = 0x7fffffff;
 // What a kernel can do; the less it can, the fewer registers it needs and the more threads fit.
 enum class Mode {
   kPlain,    // one label a row, linear transform, no extras
-  kOptions,  // also MixUp, soft cap, extras, argmax and rank, smoothing at tau = 1
+  kOptions,  // also MixUp, soft cap, margin, extras, argmax and rank, smoothing at tau = 1
   kSoft,     // also probabilities, smoothing at tau != 1
 };
 
@@ -167,6 +167,7 @@ __device__ __forceinline__ void read_labels(const RowTransform<R>& f, const T* x
   const int64_t cls = v->p->x_strides.cls;
   if (M != Mode::kPlain && v->p->kind == TargetKind::kDense) return;
   v->zy = transform<M>(f, to_real(x_row[v->y * cls]));
+  if (M != Mode::kPlain) v->zy -= R(v->p->options.margin);
   if (M != Mode::kPlain && v->p->kind == TargetKind::kMix) {
     v->zy2 = transform<M>(f, to_real(x_row[v->y2 * cls]));
   }

@@ -14,8 +14,9 @@ namespace pyloss::cuda {
 // The least mode that can do the problem. The double kernels exist in the last one only.
 inline Mode mode_of(const RowSoftmaxProblem& p, bool extras) {
   if (p.dtype == DType::kF64 || p.soft()) return Mode::kSoft;
-  const bool options =
-      p.kind == TargetKind::kMix || p.options.softcap > 0 || p.options.smoothing > 0 || extras;
+  const RowSoftmaxOptions& o = p.options;
+  const bool options = p.kind == TargetKind::kMix || o.softcap > 0 || o.smoothing > 0 ||
+                       o.margin != 0 || o.loss > LossKind::kFocal || extras;
   return options ? Mode::kOptions : Mode::kPlain;
 }
 

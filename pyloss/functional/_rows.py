@@ -137,6 +137,8 @@ def prepare(
         token_weight = _checked_token_weight(token_weight, input, target)
 
     numbers = _checked_formula(kind, **formula)
+    if formula.get("ldr", False):
+        numbers["offset"] = math.log(max(classes, 1))
     divisor = items = None
     if num_items is not None:
         if reduction == "mean" and isinstance(num_items, Tensor):
@@ -150,8 +152,7 @@ def prepare(
     if numbers is not None or items is not None:
         options = op.Options(num_items=0.0 if items is None else items, **(numbers or {}))
     checks.check_empty(empty)
-    # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
-    loss = op.FOCAL if options is not None and options.gamma else op.COMP_SUM
+    loss = op.COMP_SUM if numbers is None else _loss_code(formula)
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
     wants = 0
     if return_stats != ():
@@ -422,11 +423,31 @@ def _checked_token_weight(token_weight, input, target):
     return token_weight.to(accumulator_dtype(input.dtype))
 
 
+def _loss_code(formula: FormulaOptions) -> int:
+    # A number of 0 is cross entropy, where the derivatives of the focal loss would be 0 * inf.
+    for name, code in _LOSS_OF_OPTION:
+        if formula.get(name, 0.0):
+            return code
+    return op.COMP_SUM
+
+
+_LOSS_OF_OPTION = (
+    ("gamma", op.FOCAL),
+    ("poly1", op.POLY1),
+    ("relaxation", op.RELAXED),
+    ("ldr", op.LDR),
+)
+
+
 def _checked_formula(
     kind,
     label_smoothing=0.0,
     tau=1.0,
     gamma=0.0,
+    poly1=0.0,
+    relaxation=0.0,
+    ldr=False,
+    margin=0.0,
     truncate=None,
     z_loss=0.0,
     softcap=None,
@@ -439,6 +460,10 @@ def _checked_formula(
             label_smoothing == 0.0
             and tau == 1.0
             and gamma == 0.0
+            and poly1 == 0.0
+            and relaxation == 0.0
+            and not ldr
+            and margin == 0.0
             and truncate is None
             and z_loss == 0.0
             and softcap is None
@@ -468,6 +493,9 @@ def _checked_formula(
         tau=float(tau),
         max_nll=max_nll,
         gamma=float(gamma),
+        poly1=float(poly1),
+        relaxation=float(relaxation),
+        margin=float(margin * logit_scale / temperature),
         z_loss=float(z_loss),
         smoothing=float(label_smoothing),
     )
