@@ -69,12 +69,6 @@ inline int rows_per_team(const RowSoftmaxProblem& p, int teams, int64_t resident
   return int(std::clamp<int64_t>(ceil_div(p.rows(), teams * resident_blocks), 1, kMostRows));
 }
 
-// Bytes of dynamic shared memory with which two blocks fit on an SM, beside the runtime's share and
-// the static memory of the reductions.
-inline int64_t shared_bytes_of_half() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 8 * 1024;
-}
-
 // row_softmax_alone.cu: one thread per row.
 template <class T>
 void row_softmax_forward_alone(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
