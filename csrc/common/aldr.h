@@ -86,19 +86,21 @@ struct Pass {
 
 // The search for lambda = lambda0 - KL(lambda) / kappa from lambda0 downwards: Newton's method
 // where it is sure of its slope, the plain iteration, which never passes the largest solution,
-// where it is not, and halving once a step has passed one.
+// where it is not, with longer and longer steps once it creeps, and halving after a step that has
+// passed one.
 template <class R>
 struct Search {
-  static constexpr int kMostPasses = 20;
+  static constexpr int kMostPasses = 20, kPatience = 5;
   R lambda0, lowest, inverse_kappa, tolerance;
   R lambda, above, below;  // below < 0: none yet
-  int left = kMostPasses;
+  int left = kMostPasses, plain_steps = 0;
+  R stride = 1;
 
   PYLOSS_HD explicit Search(const Problem& p, R log_classes)
       : lambda0(R(p.lambda0)),
         lowest(R(p.lambda0 * (1 - 1 / p.alpha))),
         inverse_kappa(log_classes > 0 ? R(p.lambda0 / p.alpha) / log_classes : R(0)),
-        tolerance(R(1e-6 * p.lambda0)),
+        tolerance(R((sizeof(R) == 8 ? 1e-11 : 1e-6) * p.lambda0)),
         lambda(lambda0),
         above(lambda0),
         below(-1) {}
@@ -120,7 +122,13 @@ struct Search {
     } else {
       above = lambda;
     }
-    R next = slope > R(0.1) ? lambda - excess / slope : lambda - (excess > 0 ? excess : R(0));
+    R next;
+    if (slope > R(0.1)) {
+      next = lambda - excess / slope;
+    } else {
+      if (++plain_steps > kPatience) stride *= 2;
+      next = lambda - stride * (excess > 0 ? excess : R(0));
+    }
     if (below > 0 && !(next > below && next < above)) next = (below + above) / 2;
     next = max_(next, lowest);
     const R step = next - lambda;

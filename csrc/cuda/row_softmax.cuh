@@ -375,6 +375,13 @@ struct RowResult {
   int argmax, rank;
 };
 
+// Plain kernels are launched for the first two kinds of loss only (mode_of): the others cost them no
+// instruction.
+template <Mode M>
+__device__ __forceinline__ void assume_kind(const RowSoftmaxProblem& p) {
+  if (M == Mode::kPlain && p.options.loss > LossKind::kFocal) __builtin_unreachable();
+}
+
 // Completes the merged state with the label's own share. Soft targets at tau != 1 still lack
 // `soft`.
 template <Mode M, class R>
@@ -388,6 +395,7 @@ __device__ __forceinline__ RowResult<R> finish_state(const RowView<R>& v, RowSta
     s.argmax = v.y;
   }
   r.rest = s.part.rest;
+  assume_kind<M>(p);
   r.terms = row_terms(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
   r.wz = s.part.wz;
   r.ez = s.part.ez;

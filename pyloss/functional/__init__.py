@@ -12,7 +12,14 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "tensor_attention_error",
             "tensor_attention_n",
         ),
-        "classification": ("RowStats", "comp_sum_loss", "focal_loss", "fused_cross_entropy"),
+        "classification": (
+            "RowStats",
+            "comp_sum_loss",
+            "focal_loss",
+            "fused_cross_entropy",
+            "label_relaxation_loss",
+            "poly1_loss",
+        ),
         "contrastive": (
             "clip_loss",
             "dcl",
@@ -25,6 +32,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "distillation": ("linear_distillation_loss",),
         "groco": ("groco_from_scores", "groco_loss"),
+        "ldr": ("aldr_loss", "ldr_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "metric_learning": (
             "contrastive_pair_loss",

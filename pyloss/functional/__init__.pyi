@@ -10,6 +10,8 @@ from pyloss.functional.classification import (
     comp_sum_loss,
     focal_loss,
     fused_cross_entropy,
+    label_relaxation_loss,
+    poly1_loss,
 )
 from pyloss.functional.contrastive import (
     clip_loss,
@@ -26,6 +28,7 @@ from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
 )
+from pyloss.functional.ldr import aldr_loss, ldr_loss
 from pyloss.functional.linear import (
     fused_linear_cross_entropy,
     token_logprobs,
@@ -113,6 +116,7 @@ __all__ = [
     "RowStats",
     "SogCLRStats",
     "TensorAttentionCost",
+    "aldr_loss",
     "approx_ndcg_loss",
     "arcface_loss",
     "betti_matching",
@@ -137,7 +141,9 @@ __all__ = [
     "icnn_loss",
     "icnn_score",
     "info_nce",
+    "label_relaxation_loss",
     "lambda_loss",
+    "ldr_loss",
     "linear_distillation_loss",
     "list_mle",
     "list_net",
@@ -150,6 +156,7 @@ __all__ = [
     "permutahedron_rank",
     "permutahedron_sort",
     "persistence_pairs",
+    "poly1_loss",
     "proto_triplet_loss",
     "prototypes",
     "sequence_logprobs",

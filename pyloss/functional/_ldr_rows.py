@@ -77,8 +77,8 @@ def with_margins(input: Tensor, target: Tensor, table: Tensor) -> Tensor:
 
 
 def row_weights(p: Prepared, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(labels that exist, weight of each row, which rows count): flat. A row whose label is no class
-    has the weight NaN."""
+    """(labels that exist, weight of each row, which rows count): flat. A row whose label is no
+    class has the weight NaN."""
     target, _, _, weight, _ = p.labels
     y = wide(target).flatten()
     ignored = y == p.codes.ignore_index

@@ -210,9 +210,7 @@ def aldr_loss(
         lam0=lam0, alpha=alpha, margin=margin, normalize=normalize, ignore_index=ignore_index,
         reduction=reduction,
     )  # fmt: skip
-    input, p = prepare(
-        input, target, weight=weight, ignore_index=ignore_index, reduction=reduction
-    )
+    input, p = prepare(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
     if lam is not None:
         lam = _checked_lam(lam, input, target)
     scores, l1 = input, normalize == "l1"

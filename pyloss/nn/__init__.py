@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "CrossEntropyLoss",
             "FocalLoss",
             "GeneralizedCrossEntropyLoss",
+            "LabelRelaxationLoss",
+            "Poly1Loss",
         ),
         "contrastive": (
             "CLIPLoss",
@@ -24,6 +26,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
+        "ldr": ("ALDRLoss", "LDRLoss"),
         "linear": ("LinearCrossEntropyLoss",),
         "metric_learning": (
             "ArcFaceLoss",

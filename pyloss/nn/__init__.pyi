@@ -4,6 +4,8 @@ from pyloss.nn.classification import (
     CrossEntropyLoss,
     FocalLoss,
     GeneralizedCrossEntropyLoss,
+    LabelRelaxationLoss,
+    Poly1Loss,
 )
 from pyloss.nn.contrastive import (
     CLIPLoss,
@@ -17,6 +19,7 @@ from pyloss.nn.contrastive import (
 )
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
+from pyloss.nn.ldr import ALDRLoss, LDRLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.metric_learning import (
     ArcFaceLoss,
@@ -67,6 +70,7 @@ from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
+    "ALDRLoss",
     "ApproxNDCGLoss",
     "ArcFaceLoss",
     "BettiMatchingLoss",
@@ -89,6 +93,8 @@ __all__ = [
     "ICNNLoss",
     "ISogCLRLoss",
     "InfoNCELoss",
+    "LDRLoss",
+    "LabelRelaxationLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
@@ -100,6 +106,7 @@ __all__ = [
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",
+    "Poly1Loss",
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",

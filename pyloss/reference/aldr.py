@@ -17,8 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-_STEPS = 20
-_TOLERANCE = 1e-6
+_STEPS, _PATIENCE = 20, 5
 
 
 def scores(x: Tensor, label: Tensor, margin: float, l1: bool) -> tuple[Tensor, Tensor]:
@@ -29,7 +28,7 @@ def scores(x: Tensor, label: Tensor, margin: float, l1: bool) -> tuple[Tensor, T
         zero = mean == 0
         s = torch.where(zero, 0.0, 1 / (torch.where(zero, 1.0, mean) + 1e-12))
     hot = label.unsqueeze(1) == torch.arange(x.shape[1], device=x.device)
-    return x * s - margin * hot, s
+    return x * s - margin * hot.to(x.dtype), s
 
 
 def divergence(v: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,13 +50,15 @@ def plain_step(kl: Tensor, lam0: float, alpha: float, classes: int) -> Tensor:
 
 def solve(v: Tensor, lam0: float, alpha: float) -> Tensor:
     """The solution that is reached from lam0: Newton's method where the slope of F is surely
-    positive, the plain step lam0 - KL / kappa, which passes no solution, where it is not, and
-    halving once a step has passed one."""
+    positive, the plain step lam0 - KL / kappa, which passes no solution, where it is not, longer
+    and longer once it creeps, and halving after a step that has passed one."""
     classes = v.shape[1]
     scale = lam0 / (alpha * math.log(classes)) if classes > 1 else 0.0
     lam = torch.full_like(v[:, 0], lam0)
     above, below = lam, torch.full_like(lam, -1.0)
     lowest = lam0 * (1 - 1 / alpha)
+    tolerance = 1e-11 if v.dtype == torch.float64 else 1e-6
+    plain, stride = torch.zeros_like(lam), torch.ones_like(lam)
     for _ in range(_STEPS - 1):
         kl, variance = divergence(v, lam)
         excess = lam - plain_step(kl, lam0, alpha, classes)
@@ -66,10 +67,12 @@ def solve(v: Tensor, lam0: float, alpha: float) -> Tensor:
         below, above = torch.where(passed, lam, below), torch.where(passed, above, lam)
         steep = slope > 0.1
         newton = lam - excess / torch.where(steep, slope, 1.0)
-        next = torch.where(steep, newton, lam - excess.clamp(min=0))
+        plain = torch.where(steep, plain, plain + 1)
+        stride = torch.where(~steep & (plain > _PATIENCE), 2 * stride, stride)
+        next = torch.where(steep, newton, lam - stride * excess.clamp(min=0))
         outside = (below > 0) & ~((next > below) & (next < above))
         next = torch.where(outside, (below + above) / 2, next).clamp(min=lowest)
-        moves = ~((next - lam).abs() <= _TOLERANCE * lam0)
+        moves = ~((next - lam).abs() <= tolerance * lam0)
         lam = torch.where(moves, next, lam)
     return lam
 
@@ -137,7 +140,7 @@ def legacy_step(
     kappa = alpha * math.log(classes) / lam0
     lam = (lam0 - kl / kappa).detach()
     hot = label.unsqueeze(1) == torch.arange(classes, device=x.device)
-    return _value(x - margin * hot, label, lam, lam0, alpha), lam
+    return _value(x - margin * hot.to(x.dtype), label, lam, lam0, alpha), lam
 
 
 def statistics(x, label, value, lam, lam0, alpha, margin, ignore_index, l1) -> Tensor:

@@ -116,7 +116,7 @@ def row_softmax(
 
     z = _transform(x, logit_scale, softcap, temperature)
     if margin != 0.0:
-        z = z - margin * _one_hot(indices[0], n_classes)
+        z = z - margin * _one_hot(indices[0], n_classes).to(dtype)
     peak = z.detach().amax(-1)
     # A row without a finite maximum (+inf, NaN, or nothing but -inf) has no softmax.
     sick = outside | ~torch.isfinite(peak)

@@ -55,9 +55,7 @@ def backward(x, target, stats, factor, *options):
         ignored = target == ignore_index
         label = torch.where(ignored | outside(target, x.shape[1]), 0, target)
         x = torch.where(ignored.unsqueeze(1), 0.0, x.to(accumulator_dtype(x.dtype)))
-        value = _reference().value_at(
-            x, label, lam, lam0=lam0, alpha=alpha, margin=margin, l1=l1
-        )
+        value = _reference().value_at(x, label, lam, lam0=lam0, alpha=alpha, margin=margin, l1=l1)
         return torch.where(ignored, 0.0, value)
 
     return gradients(values, [x], [factor])[0].contiguous()
