@@ -123,17 +123,19 @@ def capped_value(delta: Tensor, lam: float, k: int) -> Tensor:
     top, index = delta.topk(k, 1)
     if lam == 0 or k == classes:
         return top.mean(1)
-    z = top / lam
-    others = (delta / lam).scatter(1, index, -math.inf).logsumexp(1, keepdim=True)
-    # Of the scores from r on, for r = 0 .. k - 1.
-    tails = torch.cat([z, others], 1).flip(1).logcumsumexp(1).flip(1)[:, :k]
-    left = torch.arange(k, 0, -1, device=z.device)  # k - r
-    fits = (z - tails).detach() + left.log().to(z.dtype) <= 0
-    fits = fits | (left == 1)
-    r = fits.int().argmax(1, keepdim=True)
+    z = delta / lam
+    with torch.no_grad():
+        others = z.scatter(1, index, -math.inf).logsumexp(1, keepdim=True)
+        # Of the scores from r on, for r = 0 .. k - 1.
+        tails = torch.cat([top / lam, others], 1).flip(1).logcumsumexp(1).flip(1)[:, :k]
+        left = torch.arange(k, 0, -1, device=z.device)  # k - r
+        fits = (top / lam - tails + left.log().to(z.dtype) <= 0) | (left == 1)
+        r = fits.int().argmax(1, keepdim=True)
+        is_capped = torch.zeros_like(z, dtype=torch.bool)
+        is_capped = is_capped.scatter(1, index, torch.arange(k, device=z.device) < r)
     share = (k - r).to(z.dtype) / k
-    tail = tails.gather(1, r)
-    capped = torch.where(torch.arange(k, device=z.device) < r, top, 0.0).sum(1, keepdim=True) / k
+    tail = z.masked_fill(is_capped, -math.inf).logsumexp(1, keepdim=True)
+    capped = torch.where(is_capped, delta, 0.0).sum(1, keepdim=True) / k
     value = capped - lam * (1 - share) * math.log(classes / k)
     value = value + lam * share * (tail - share.log() - math.log(classes))
     return value.squeeze(1)
