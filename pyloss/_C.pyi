@@ -29,6 +29,14 @@ def persistence_pairs(
     problem: tuple[object, ...], essential: bool, threads: int, /
 ) -> bytearray: ...
 
+# Of aldr; `problem`: pyloss/ops/aldr/records.py. The rest are addresses, 0 for no gradient.
+def aldr_fwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, threads: int, /
+) -> None: ...
+def aldr_bwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, threads: int, /
+) -> None: ...
+
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
 def permutahedron_fwd(
     problem: tuple[object, ...], x: int, y: int, packed: int, threads: int, /
@@ -265,6 +273,12 @@ def cuda_betti_loss(
     device: int,
     stream: int,
     /,
+) -> None: ...
+def cuda_aldr_fwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, device: int, stream: int, /
+) -> None: ...
+def cuda_aldr_bwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, device: int, stream: int, /
 ) -> None: ...
 def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_permutahedron_fwd(

@@ -187,8 +187,9 @@ struct LossOfNll {
   R value, slope, curvature;
 };
 
-// miss = 1 - p_y, exact to rounding also where p_y is near 1.
-template <class R>
+// miss = 1 - p_y, exact to rounding also where p_y is near 1. kFew: one of the first two kinds; a
+// kernel that is launched for no other then has no instruction of the rest.
+template <bool kFew = false, class R>
 PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R miss) {
   const bool truncated = o.max_nll < HUGE_VAL && nll >= R(o.max_nll);
   if (truncated) {  // the constant f(max_nll), without gradient
@@ -196,7 +197,7 @@ PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R m
     miss = -expm1_(-nll);
   }
   LossOfNll<R> f;
-  switch (o.loss) {
+  switch (kFew && o.loss != LossKind::kFocal ? LossKind::kCompSum : o.loss) {
     case LossKind::kFocal: {
       // (1-p)^gamma nll; nll / miss -> 1 as p -> 1, and p nll -> 0 as p -> 0.
       R g = R(o.gamma), p = exp_(-nll), ratio = miss > 0 ? nll / miss : R(1);
@@ -345,22 +346,22 @@ struct RowTerms {
 };
 
 // Fills in what follows from m, sum, log_sum and miss.
-template <class R>
+template <bool kFew = false, class R>
 PYLOSS_HD inline void add_losses(const RowSoftmaxProblem& p, const RowTarget<R>& t, R zy, R zy2,
                                  RowTerms<R>* r) {
   r->nll = (r->m - zy) + r->log_sum;
   r->nll2 = 0;
   r->f = r->f2 = {0, 0, 0};
   if (p.kind == TargetKind::kDense) return;
-  r->f = loss_of_nll(p.options, r->nll, r->miss);
+  r->f = loss_of_nll<kFew>(p.options, r->nll, r->miss);
   if (p.kind == TargetKind::kMix) {
     r->nll2 = (r->m - zy2) + r->log_sum;
     R miss2 = t.y2 == t.y ? r->miss : -expm1_(-r->nll2);
-    r->f2 = t.y2 == t.y ? r->f : loss_of_nll(p.options, r->nll2, miss2);
+    r->f2 = t.y2 == t.y ? r->f : loss_of_nll<kFew>(p.options, r->nll2, miss2);
   }
 }
 
-template <class R>
+template <bool kFew = false, class R>
 PYLOSS_HD inline RowTerms<R> row_terms(const RowSoftmaxProblem& p, const RowTarget<R>& t, R m,
                                        R rest, R zy, R zy2) {
   RowTerms<R> r;
@@ -369,7 +370,7 @@ PYLOSS_HD inline RowTerms<R> row_terms(const RowSoftmaxProblem& p, const RowTarg
   r.sum = rest + ey;
   r.log_sum = zy == m ? log1p_(rest) : log_(r.sum);
   r.miss = rest / r.sum;
-  add_losses(p, t, zy, zy2, &r);
+  add_losses<kFew>(p, t, zy, zy2, &r);
   return r;
 }
 

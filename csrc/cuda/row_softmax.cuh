@@ -375,13 +375,6 @@ struct RowResult {
   int argmax, rank;
 };
 
-// Plain kernels are launched for the first two kinds of loss only (mode_of): the others cost them no
-// instruction.
-template <Mode M>
-__device__ __forceinline__ void assume_kind(const RowSoftmaxProblem& p) {
-  if (M == Mode::kPlain && p.options.loss > LossKind::kFocal) __builtin_unreachable();
-}
-
 // Completes the merged state with the label's own share. Soft targets at tau != 1 still lack
 // `soft`.
 template <Mode M, class R>
@@ -395,8 +388,7 @@ __device__ __forceinline__ RowResult<R> finish_state(const RowView<R>& v, RowSta
     s.argmax = v.y;
   }
   r.rest = s.part.rest;
-  assume_kind<M>(p);
-  r.terms = row_terms(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
+  r.terms = row_terms<M == Mode::kPlain>(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
   r.wz = s.part.wz;
   r.ez = s.part.ez;
   if (p.kind != TargetKind::kDense) {
@@ -421,7 +413,7 @@ __device__ __forceinline__ RowResult<R> poisoned_result(RowView<R>* v) {
   RowResult<R> r;
   v->zy = v->zy2 = nan_<R>();
   r.rest = r.wz = r.ez = r.soft.mass = r.soft.loss = nan_<R>();
-  r.terms = row_terms(*v->p, v->t, nan_<R>(), nan_<R>(), v->zy, v->zy2);
+  r.terms = row_terms<true>(*v->p, v->t, nan_<R>(), nan_<R>(), v->zy, v->zy2);
   r.argmax = -1;
   r.rank = 0;
   return r;
@@ -627,7 +619,7 @@ __device__ __forceinline__ void store_batch(T* out_row, int64_t cls, const R (&x
 
 // The saved statistics of a row. A label out of range leaves NaN in all of them, hence in the whole
 // gradient row.
-template <class R>
+template <Mode M, class R>
 __device__ __forceinline__ RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats,
                                                   int64_t row, const RowTarget<R>& t, R* zy,
                                                   R* soft_mass) {
@@ -637,7 +629,7 @@ __device__ __forceinline__ RowTerms<R> load_terms(const RowSoftmaxProblem& p, co
   const R zy2 = more ? s[kStatTarget2 * n] : R(0);
   *zy = s[kStatTarget * n];
   *soft_mass = more ? s[kStatSoft * n] : R(0);
-  return row_terms(p, t, s[kStatMax * n], s[kStatRest * n], *zy, zy2);
+  return row_terms<M == Mode::kPlain>(p, t, s[kStatMax * n], s[kStatRest * n], *zy, zy2);
 }
 
 }  // namespace pyloss::cuda

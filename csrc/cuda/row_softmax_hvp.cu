@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kLongTeam)
   const bool valid = target_in_range(p, t);
   RowView<R> v = make_view(p, t, row, false, false);
   R soft_mass;
-  const RowTerms<R> terms = load_terms(p, b.stats, row, t, &v.zy, &soft_mass);
+  const RowTerms<R> terms = load_terms<Mode::kSoft>(p, b.stats, row, t, &v.zy, &soft_mass);
   const R* norm = static_cast<const R*>(b.norm);
   const RowUpstream<R> u = load_upstream(p, b, row, t.token);
   const RowCoeffs<R> c = row_coeffs(p, t, terms, u, norm[kNormWeightSum], soft_mass);

@@ -86,6 +86,13 @@ struct RefRow {
 double f_value(const RowSoftmaxOptions& o, double nll, bool soft) {
   if (!soft) nll = std::min(nll, o.max_nll);
   if (o.loss == LossKind::kFocal) return std::pow(-std::expm1(-nll), o.gamma) * nll;
+  if (o.loss == LossKind::kPoly1) return nll - o.poly1 * std::expm1(-nll);
+  if (o.loss == LossKind::kLdr) return o.temperature * (nll - o.offset);
+  if (o.loss == LossKind::kRelaxed) {
+    const double a = o.relaxation, miss = -std::expm1(-nll);
+    if (miss <= a) return 0;
+    return (1 - a) * (std::log1p(-a) + nll) + a * std::log(a / miss);
+  }
   const double a = 1 - o.tau;
   return a == 0 ? nll : std::expm1(a * nll) / a;
 }
@@ -95,6 +102,12 @@ double f_slope(const RowSoftmaxOptions& o, double nll, bool soft) {
     const double p = std::exp(-nll), miss = -std::expm1(-nll);
     if (miss == 0 || p == 0) return p == 0 ? 1 : 0;
     return std::pow(miss, o.gamma) + o.gamma * std::pow(miss, o.gamma - 1) * p * nll;
+  }
+  if (o.loss == LossKind::kPoly1) return 1 + o.poly1 * std::exp(-nll);
+  if (o.loss == LossKind::kLdr) return o.temperature;
+  if (o.loss == LossKind::kRelaxed) {
+    const double a = o.relaxation, miss = -std::expm1(-nll);
+    return miss <= a ? 0 : (1 - a) - a * std::exp(-nll) / miss;
   }
   return o.tau == 1 ? 1 : std::exp((1 - o.tau) * nll);
 }
@@ -574,6 +587,16 @@ void make_case(Random& rnd, Case& c) {
     o.tau = 1;
     o.smoothing = 0;
   }
+  o.poly1 = o.relaxation = o.margin = o.offset = 0;
+  if (p.kind != TargetKind::kDense && o.loss == LossKind::kCompSum && rnd.chance(0.3)) {
+    o.loss = rnd.pick({LossKind::kPoly1, LossKind::kRelaxed, LossKind::kLdr});
+    o.poly1 = rnd.pick({-1.0, 0.5, 2.0});
+    o.relaxation = rnd.pick({0.1, 0.6});
+    o.offset = std::log(double(p.classes));
+    o.tau = 1;
+    o.smoothing = 0;
+  }
+  if (p.kind == TargetKind::kIndex && rnd.chance(0.2)) o.margin = rnd.pick({0.5, 5.0, 200.0});
   if (p.kind == TargetKind::kDense || o.smoothing > 0) o.max_nll = kInf;
   o.spread = o.smoothing / double(p.classes);
 
