@@ -23,6 +23,7 @@ EXPERIMENTS = {
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),
     "rank_queries": (True, "neural_ndcg"),
+    "label_noise": (True, "ALDR, lam0 = 10"),
 }
 
 

@@ -135,7 +135,7 @@ RefRow reference_row(Case& c, int64_t row, const std::vector<double>* logits = n
     const double s = o.softcap > 0 ? o.softcap * std::tanh(t / o.softcap) : t;
     const double slope = o.softcap > 0 ? 1 - s / o.softcap * (s / o.softcap) : 1;
     r.x.push_back(x);
-    r.z.push_back(s / o.temperature);
+    r.z.push_back(s / o.temperature - (j == r.y ? o.margin : 0));
     r.zp.push_back(o.logit_scale / o.temperature * slope);
     if (std::isnan(r.z[j])) nan = true;
     if (std::isnan(r.z[j]) && (r.argmax < 0 || !std::isnan(r.z[r.argmax]))) r.argmax = j;
@@ -691,15 +691,15 @@ void make_case(Random& rnd, Case& c) {
   c.shared_bytes = rnd.chance(0.7) ? 228 * 1024 : 20 * 1024;
 
   char text[512];
-  std::snprintf(text, sizeof text,
-                "dtype %d kind %d layout %s outer %lld inner %lld classes %lld tau %g max_nll %g "
-                "focal %d gamma %g z %g smooth %g reduction %d num %g cap %g scale %g temp %g "
-                "weight %d token %d extras %d index %d grad %d sm %d shared %d",
-                int(p.dtype), int(p.kind), layout_names[layout], (long long)p.outer,
-                (long long)p.inner, (long long)p.classes, o.tau, o.max_nll, int(o.loss), o.gamma,
-                o.z_loss, o.smoothing, int(o.reduction), o.num_items, o.softcap, o.logit_scale,
-                o.temperature, p.weight != nullptr, p.token_weight != nullptr, c.extras, c.index,
-                c.grad, c.multiprocessors, c.shared_bytes);
+  std::snprintf(
+      text, sizeof text,
+      "dtype %d kind %d layout %s outer %lld inner %lld classes %lld tau %g max_nll %g "
+      "focal %d gamma %g margin %g z %g smooth %g reduction %d num %g cap %g scale %g temp %g "
+      "weight %d token %d extras %d index %d grad %d sm %d shared %d",
+      int(p.dtype), int(p.kind), layout_names[layout], (long long)p.outer, (long long)p.inner,
+      (long long)p.classes, o.tau, o.max_nll, int(o.loss), o.gamma, o.margin, o.z_loss, o.smoothing,
+      int(o.reduction), o.num_items, o.softcap, o.logit_scale, o.temperature, p.weight != nullptr,
+      p.token_weight != nullptr, c.extras, c.index, c.grad, c.multiprocessors, c.shared_bytes);
   c.text = text;
 }
 
