@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +273,18 @@ def test_state_of_the_module() -> None:
         pyloss.nn.ALDRLoss()(x, y, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="needs num_samples"):
         pyloss.nn.ALDRLoss(group=object())
+
+
+@pytest.mark.exhaustive
+def test_the_trend_under_label_noise() -> None:
+    """The example's numbers of one seed."""
+    pytest.importorskip("sklearn")
+    found = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "label_noise.py"))
+    data = found["Digits"](0)
+    clean, noisy = data.noisy(0.0), data.noisy(0.6)
+
+    def accuracy(name: str, labels: Tensor) -> float:
+        return found["train"](name, data, labels, 0)
+
+    assert accuracy("ALDR, lam0 = 10", noisy) >= accuracy("cross entropy", noisy) + 15
+    assert accuracy("ALDR, lam0 = 1", clean) >= accuracy("cross entropy", clean) - 2

@@ -87,6 +87,9 @@ RowSoftmaxProblem decode(const py::handle& record) {
   p.weight = r.optional(Problem::weight);
   p.token_weight = r.optional(Problem::token_weight);
   p.options = decode_options(r.record<Options>(Problem::options), codes, p.classes);
+  if (p.options.margin != 0 && (p.kind != TargetKind::kIndex || p.options.smoothing > 0)) {
+    r.bad(Problem::options, "a margin needs one label, not smoothed");
+  }
   return p;
 }
 

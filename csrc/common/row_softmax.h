@@ -42,7 +42,7 @@ struct RowSoftmaxOptions {
   double logit_scale, softcap, temperature;  // softcap 0: none
   double tau, max_nll, gamma;                // max_nll = -log(truncate), +inf: none
   double poly1, relaxation;
-  double margin, offset;                // margin is taken from the label's z: one label only
+  double margin, offset;                // margin: taken from the label's z, one label
   double z_loss, smoothing, num_items;  // num_items 0: count the rows
   double spread;                        // smoothing / classes
   int64_t ignore_index;

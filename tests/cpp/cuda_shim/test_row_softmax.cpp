@@ -596,7 +596,8 @@ void make_case(Random& rnd, Case& c) {
     o.tau = 1;
     o.smoothing = 0;
   }
-  if (p.kind == TargetKind::kIndex && rnd.chance(0.2)) o.margin = rnd.pick({0.5, 5.0, 200.0});
+  if (p.kind == TargetKind::kIndex && o.smoothing == 0 && rnd.chance(0.2))
+    o.margin = rnd.pick({0.5, 5.0, 200.0});
   if (p.kind == TargetKind::kDense || o.smoothing > 0) o.max_nll = kInf;
   o.spread = o.smoothing / double(p.classes);
 
