@@ -97,8 +97,9 @@ class Rows {
       R* z = kept ? kept->values.data() + at : buffer;
       R block_m = load_block(x + at * size_, p_.dtype, n, transform_, z);
       if (margin_ != 0 && t.y >= at && t.y < at + n) {
+        const bool largest = z[t.y - at] == block_m;
         z[t.y - at] -= margin_;
-        block_m = max_of(z, n);
+        if (largest) block_m = block_max(z, n);
       }
       const R m = finite_floor(block_m);
       RowPart<double> part;
@@ -217,12 +218,6 @@ class Rows {
     alignas(64) R z[kLanes];
     load_block(x + at * size_, p_.dtype, std::min(kLanes, p_.classes - at), transform_, z);
     return z[c - at] - margin_;
-  }
-
-  static R max_of(const R* z, int64_t n) {
-    R m = -infinity_<R>();
-    for (int64_t i = 0; i < n; ++i) m = z[i] > m ? z[i] : m;
-    return m;
   }
 
   static int64_t find(const R* z, int64_t n, R value) {
