@@ -60,6 +60,10 @@ def row_softmax_hvp(
     threads: int,
     /,
 ) -> None: ...
+def small_row_softmax(
+    rows: int, classes: int, x: int, target: int, target_dtype: int, ignore_index: int, mean: bool,
+    loss: int, grad: int, /,
+) -> None: ...  # fmt: skip
 def scale_inplace(data: int, dtype: int, n: int, factor: int, threads: int, /) -> None: ...
 def accumulate(total: int, part: int, dtype: int, n: int, first: bool, threads: int, /) -> None: ...
 def column_sums(

@@ -157,6 +157,10 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
         "row_softmax_bwd": [problem, backward, THREADS],
         "row_softmax_hvp": [problem, backward, hvp, THREADS],
         "scale_inplace": [b["grad"], code(0, 1, 2, 3), size(COUNT), b["factor"], THREADS],
+        "small_row_softmax": [
+            *[size(OUTER), size(CLASSES), b["x"], b["target"], code(4, 5, 6), integer(-100, 0)],
+            *[Field([True, False], [2, -1]), b["loss"], maybe("grad")],
+        ],
         "cuda_row_softmax_fwd": [problem, forward_there, none, integer(0), none, none],
         "cuda_row_softmax_bwd": [problem, backward_there, none, none],
         "cuda_row_softmax_hvp": [problem, backward_there, hvp_there, none, none],

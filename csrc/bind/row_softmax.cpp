@@ -162,6 +162,24 @@ void register_row_softmax(py::module_& m) {
           py::gil_scoped_release nogil;
           cpu::row_softmax_hvp(p, h, width);
         });
+  m.def("small_row_softmax",
+        [](int64_t rows, int64_t classes, int64_t x, int64_t target, int64_t target_dtype,
+           int64_t ignore_index, bool mean, int64_t loss, int64_t grad) {
+          cpu::SmallRowSoftmax p{};
+          p.rows = rows;
+          p.classes = classes;
+          p.x = checked_pointer<const float>("x", x, checked_count("x", {rows, classes}));
+          if (classes == 0) bad_argument("classes", "none");
+          p.target = checked_pointer("target", target, rows);
+          p.target_dtype = checked_dtype("target", target_dtype);
+          if (is_float(p.target_dtype)) bad_argument("target", "not an integer dtype");
+          p.ignore_index = ignore_index;
+          p.mean = mean;
+          p.loss = checked_pointer<float>("loss", loss, 1);
+          p.grad = optional_pointer<float>("grad", grad);
+          py::gil_scoped_release nogil;
+          cpu::small_row_softmax(p);
+        });
   m.def("scale_inplace",
         [](int64_t data, int64_t dtype, int64_t n, int64_t factor, int64_t threads) {
           const DType t = checked_float("data", dtype);

@@ -9,6 +9,7 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -38,12 +39,40 @@ struct Job {
   }
 };
 
+thread_local bool t_inside = false;
+std::atomic<bool> g_forked{false};
+
+// The entry to a parallel region that compilers call. torch loads its OpenMP for all to see, and
+// after each of its operations the threads of that spin for some milliseconds: a pool beside them
+// would get no core in that time. They do not survive fork(), hence g_forked and the pool.
+using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Region openmp_region() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const Region region = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return g_forked.load(std::memory_order_relaxed) ? nullptr : region;
+#else
+  return nullptr;
+#endif
+}
+
+void work_in_region(void* job) {
+  const bool before = t_inside;
+  t_inside = true;
+  static_cast<Job*>(job)->work();
+  t_inside = before;
+}
+
 class Pool {
  public:
   // False: the pool is in use, nothing was done.
-  bool run(Job& job, int helpers) {
+  bool run(Job& job, int helpers, int threads) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner) return false;
+    if (const Region region = openmp_region()) {
+      // All threads, or the team would be taken apart and put together again.
+      region(work_in_region, &job, unsigned(threads), 0);
+      return true;
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
@@ -88,18 +117,19 @@ class Pool {
 // Never destroyed: its threads may outlive static destruction. Replaced, not repaired, in a forked
 // child, where the threads are gone and the mutexes may be locked for ever.
 std::atomic<Pool*> g_pool{nullptr};
-thread_local bool t_inside = false;
+
+#if defined(__unix__) || defined(__APPLE__)
+// From the start: a fork before the first job leaves a child without OpenMP's threads as well.
+[[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, [] {
+  g_pool.store(nullptr, std::memory_order_release);
+  g_forked.store(true, std::memory_order_relaxed);
+  t_inside = false;
+});
+#endif
 
 Pool& pool() {
   Pool* p = g_pool.load(std::memory_order_acquire);
   if (p) return *p;
-#if defined(__unix__) || defined(__APPLE__)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    g_pool.store(nullptr, std::memory_order_release);
-    t_inside = false;
-  });
-  (void)registered;
-#endif
   Pool* fresh = new Pool;
   if (g_pool.compare_exchange_strong(p, fresh, std::memory_order_acq_rel)) return *fresh;
   delete fresh;  // another thread was first; this one has started no threads yet
@@ -122,7 +152,7 @@ void parallel_for(int64_t n, int64_t grain, int threads,
     job.work();
   } else {
     t_inside = true;
-    const bool ran = pool().run(job, helpers);
+    const bool ran = pool().run(job, helpers, threads);
     t_inside = false;
     if (!ran) job.work();
   }

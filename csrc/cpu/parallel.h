@@ -1,7 +1,10 @@
-// parallel_for on a pool of std::threads that lives as long as the process.
+// parallel_for on the threads of the process's OpenMP, or on a pool of std::threads that lives as
+// long as the process.
 //
-// An own pool, because OpenMP's does not survive fork(): a child that inherits a used OpenMP pool
-// hangs in its first parallel region, and DataLoader workers are such children.
+// OpenMP's where torch has loaded it, because its threads spin after each operation of torch and
+// leave no core to others. An own pool elsewhere and in forked children, because OpenMP's does not
+// survive fork(): a child that inherits a used OpenMP pool hangs in its first parallel region, and
+// DataLoader workers are such children.
 #pragma once
 
 #include <cstdint>

@@ -3,21 +3,40 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/multiversion.h"
+
 namespace pyloss::cpu {
 namespace {
 
 // Counts without branches, so that the usual case, all labels good, is a short loop.
+struct Counts {
+  int64_t skipped, bad;
+};
+template <class T>
+PYLOSS_INLINE Counts counts_of(const T* labels, int64_t rows, uint64_t classes, int64_t ignored) {
+  Counts n{0, 0};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = labels[r];
+    n.skipped += y == ignored;
+    n.bad += (uint64_t(y) >= classes) & (y != ignored);
+  }
+  return n;
+}
+#define PYLOSS_COUNTS(T)                                                             \
+  PYLOSS_MULTIVERSION Counts counts(const T* labels, int64_t rows, uint64_t classes, \
+                                    int64_t ignored) {                               \
+    return counts_of(labels, rows, classes, ignored);                                \
+  }
+PYLOSS_COUNTS(int64_t)
+PYLOSS_COUNTS(int32_t)
+PYLOSS_COUNTS(uint8_t)
+#undef PYLOSS_COUNTS
+
 template <class T>
 int64_t count_labels(const RowSoftmaxProblem& p, const T* labels) {
   const int64_t rows = p.rows(), ignored = p.options.ignore_index;
-  const uint64_t classes = uint64_t(p.classes);
-  int64_t skipped = 0, bad = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t y = labels[r];
-    skipped += y == ignored;
-    bad += (uint64_t(y) >= classes) & (y != ignored);
-  }
-  if (bad == 0) return rows - skipped;
+  const Counts found = counts(labels, rows, uint64_t(p.classes), ignored);
+  if (found.bad == 0) return rows - found.skipped;
   for (int64_t r = 0;; ++r) {
     const int64_t y = labels[r];
     if (!in_range(y, p.classes) && y != ignored) {
@@ -76,7 +95,11 @@ void finish_loss(const RowSoftmaxProblem& p, const RowSoftmaxForward& f) {
       return;
     }
     double sums[8] = {};  // eight independent chains hide the latency of the addition
-    for (int64_t r = 0; r < rows; ++r) sums[r % 8] += double(losses[r]);
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) {
+      for (int64_t k = 0; k < 8; ++k) sums[k] += double(losses[r + k]);
+    }
+    for (; r < rows; ++r) sums[r % 8] += double(losses[r]);
     double sum = 0;
     for (double s : sums) sum += s;
     *out = FromFloat<T>::of(finish_sum(p, static_cast<const R*>(f.norm), R(sum)));

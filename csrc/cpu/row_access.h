@@ -29,9 +29,20 @@ inline int64_t rows_per_range(int64_t classes) {
   return std::max<int64_t>(1, kRangeElements / std::max<int64_t>(classes, 1));
 }
 
-// Streaming pays when the output does not stay in the caches anyway; it must not be the input.
+// The same for rows that are written to new memory. Threads that touch one huge page for the first
+// time together both clear one, and one of the two is thrown away: so each gets two to itself, if
+// there are ranges enough for all.
+inline int64_t rows_per_range(const RowSoftmaxProblem& p, int threads) {
+  constexpr int64_t kBytes = int64_t(4) << 20;
+  const int64_t row = std::max<int64_t>(p.classes * dtype_size(p.dtype), 1);
+  const int64_t some = rows_per_range(p.classes);
+  return p.rows() * row < 4 * threads * kBytes ? some : std::max(some, kBytes / row);
+}
+
+// Streaming pays when the output does not stay in the caches anyway; it must not be the input. What
+// the third level holds for one process is not known: sysconf() may name that of the whole package.
 inline bool should_stream(const RowSoftmaxProblem& p, const void* out) {
-  return out != p.x && p.rows() * p.classes * dtype_size(p.dtype) > 4 * l2_cache_bytes();
+  return out != p.x && p.rows() * p.classes * dtype_size(p.dtype) > 12 * l2_cache_bytes();
 }
 
 // The cotangents of a gradient written in the forward.

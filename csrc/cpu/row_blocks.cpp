@@ -2,13 +2,53 @@
 // compiled for three instruction sets and into a plain double function.
 #include "cpu/row_blocks.h"
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
 
 namespace pyloss {
 namespace {
+
+// The loops of row_block_kernels.h.
+struct BlockMath {
+  float (*load_f32)(const float*, int64_t, float*);
+  float (*load_bf16)(const BF16*, int64_t, float*);
+  void (*lines_f32)(const float*, int64_t, float*, float*);
+  void (*lines_bf16)(const BF16*, int64_t, float*, float*);
+  float (*exp_sum_half)(float*, int64_t, float, const char*);
+  float (*exp_sum)(float*, int64_t, float, const char*);
+  void (*scale_f32)(const float*, int64_t, float, Entry, float*, bool);
+  void (*scale_bf16)(const float*, int64_t, float, Entry, BF16*, bool);
+  void (*exp_f32)(const float*, int64_t, float, float, Entry, float*, bool);
+  void (*exp_bf16)(const BF16*, int64_t, float, float, Entry, BF16*, bool);
+};
+
+#define PYLOSS_KERNELS "cpu/row_block_kernels.h"
+#include "cpu/per_instruction_set.h"
+
+const BlockMath& block_math() {
+  static const BlockMath base_math = base::block_math();
+#if PYLOSS_HAS_TARGET_PRAGMA
+  static const BlockMath v3_math = v3::block_math(), v4_math = v4::block_math();
+  switch (cpu::instruction_set()) {
+    case cpu::InstructionSet::kV4:
+      return v4_math;
+    case cpu::InstructionSet::kV3:
+      return v3_math;
+    default:
+      break;
+  }
+#endif
+  return base_math;
+}
 
 template <class R>
 PYLOSS_INLINE R sum_lanes(const R* acc) {
@@ -52,21 +92,6 @@ PYLOSS_INLINE R load_of(const T* x, int64_t n, R pre, R post, R* z) {
     for (int64_t l = 0; l < half; ++l) acc[l] = acc[l + half] > acc[l] ? acc[l + half] : acc[l];
   }
   return acc[0];
-}
-
-template <class R>
-PYLOSS_INLINE R exp_sum_of(R* z, int64_t n, R m, const void* ahead, int64_t ahead_size) {
-  R acc[kLanes] = {};
-  const char* next = static_cast<const char*>(ahead);
-  for (int64_t i = 0; i < padded(n); i += kLanes) {
-    prefetch(next + i * ahead_size, kLanes * ahead_size);
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const R e = exp_lane(z[i + l] - m);
-      z[i + l] = e;
-      acc[l] += e;
-    }
-  }
-  return sum_lanes(acc);
 }
 
 template <class R>
@@ -259,8 +284,6 @@ PYLOSS_MULTIVERSION void to_f16(const float* v, int64_t n, F16* d) {
   PYLOSS_MULTIVERSION float name(const T* x, int64_t n, float pre, float post, float* z) { \
     return load_of<Transform::kind>(x, n, pre, post, z);                                   \
   }
-PYLOSS_LOAD(load_plain, float, kIdentity)
-PYLOSS_LOAD(load_plain, BF16, kIdentity)
 PYLOSS_LOAD(load_plain, F16, kIdentity)
 PYLOSS_LOAD(load_scaled, float, kScale)
 PYLOSS_LOAD(load_scaled, BF16, kScale)
@@ -269,6 +292,12 @@ PYLOSS_LOAD(load_capped, float, kCap)
 PYLOSS_LOAD(load_capped, BF16, kCap)
 PYLOSS_LOAD(load_capped, F16, kCap)
 #undef PYLOSS_LOAD
+float load_plain(const float* x, int64_t n, float, float, float* z) {
+  return block_math().load_f32(x, n, z);
+}
+float load_plain(const BF16* x, int64_t n, float, float, float* z) {
+  return block_math().load_bf16(x, n, z);
+}
 double load_plain(const double* x, int64_t n, double pre, double post, double* z) {
   return load_of<Transform::kIdentity>(x, n, pre, post, z);
 }
@@ -328,12 +357,25 @@ double load_block(const void* x, DType, int64_t n, const RowTransform<double>& f
   return load_block_of<double>(x, n, f, z);
 }
 
-PYLOSS_MULTIVERSION float block_exp_sum(float* z, int64_t n, float m, const void* ahead,
-                                        int64_t ahead_size) {
-  return exp_sum_of(z, n, m, ahead, ahead_size);
+void load_lines(const void* x, DType t, int64_t n, float* z, float* m) {
+  const BlockMath& math = block_math();
+  if (t == DType::kBF16) return math.lines_bf16(static_cast<const BF16*>(x), n, z, m);
+  math.lines_f32(static_cast<const float*>(x), n, z, m);
+}
+
+float block_exp_sum(float* z, int64_t n, float m, const void* ahead, int64_t ahead_size) {
+  const BlockMath& math = block_math();
+  return (ahead_size == 2 ? math.exp_sum_half : math.exp_sum)(z, n, m,
+                                                              static_cast<const char*>(ahead));
 }
 double block_exp_sum(double* z, int64_t n, double m, const void* ahead, int64_t ahead_size) {
-  return exp_sum_of(z, n, m, ahead, ahead_size);
+  double acc[kLanes] = {};
+  const char* next = static_cast<const char*>(ahead);
+  for (int64_t i = 0; i < padded(n); i += kLanes) {
+    prefetch(next + i * ahead_size, kLanes * ahead_size);
+    for (int64_t l = 0; l < kLanes; ++l) acc[l] += z[i + l] = exp_lane(z[i + l] - m);
+  }
+  return sum_lanes(acc);
 }
 
 PYLOSS_MULTIVERSION float block_entropy_sum(const float* z, int64_t n, float m) {
@@ -423,6 +465,26 @@ PYLOSS_MULTIVERSION void block_affine(const float* in, int64_t n, float scale, f
 void block_affine(const double* in, int64_t n, double scale, double shift, const double* w,
                   double* out) {
   affine_of(in, n, scale, shift, w, out);
+}
+
+void scale_row(const float* e, int64_t n, float scale, Entry entry, DType t, void* dst,
+               bool stream) {
+  const BlockMath& math = block_math();
+  if (t == DType::kBF16) {
+    math.scale_bf16(e, n, scale, entry, static_cast<BF16*>(dst), stream);
+  } else {
+    math.scale_f32(e, n, scale, entry, static_cast<float*>(dst), stream);
+  }
+}
+void exp_row(const void* x, int64_t n, float m, float scale, Entry entry, DType t, void* dst,
+             bool stream) {
+  const BlockMath& math = block_math();
+  if (t == DType::kBF16) {
+    math.exp_bf16(static_cast<const BF16*>(x), n, m, scale, entry, static_cast<BF16*>(dst), stream);
+  } else {
+    math.exp_f32(static_cast<const float*>(x), n, m, scale, entry, static_cast<float*>(dst),
+                 stream);
+  }
 }
 
 void store_block(const float* v, int64_t n, DType t, void* dst, bool stream) {

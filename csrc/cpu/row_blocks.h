@@ -24,6 +24,8 @@ inline int64_t padded(int64_t n) {
 // Doubles come from doubles only.
 float load_block(const void* x, DType t, int64_t n, const RowTransform<float>& f, float* z);
 double load_block(const void* x, DType t, int64_t n, const RowTransform<double>& f, double* z);
+// z = x of float or bfloat16, and m <- max(m, z), each for itself; pads.
+void load_lines(const void* x, DType t, int64_t n, float* z, float* m);
 // The conversion alone, without padding.
 void load_values(const void* x, DType t, int64_t n, float* z);
 void load_values(const void* x, DType t, int64_t n, double* z);
@@ -88,6 +90,21 @@ void block_soft_gradient(const double* z, const double* r, int64_t n, const Soft
 void block_affine(const float* in, int64_t n, float scale, float shift, const float* w, float* out);
 void block_affine(const double* in, int64_t n, double scale, double shift, const double* w,
                   double* out);
+
+// The gradient of the losses that scale the softmax and change one entry, into rows of float or
+// bfloat16 (writes_rows): dst = scale e, or scale exp(x - m), and the value given at the entry. Any
+// n; `stream` bypasses the cache.
+struct Entry {
+  int64_t at;  // outside [0, n): none
+  float value;
+};
+inline bool writes_rows(DType t) {
+  return t == DType::kF32 || t == DType::kBF16;
+}
+void scale_row(const float* e, int64_t n, float scale, Entry entry, DType t, void* dst,
+               bool stream);
+void exp_row(const void* x, int64_t n, float m, float scale, Entry entry, DType t, void* dst,
+             bool stream);
 
 // Stores n values as type t; `stream` bypasses the cache.
 void store_block(const float* v, int64_t n, DType t, void* dst, bool stream);

@@ -11,6 +11,12 @@ PYLOSS_INLINE void max_of(const R* z, int64_t n, R* m) {
   for (int64_t l = 0; l < padded(n); ++l) m[l] = z[l] > m[l] ? z[l] : m[l];
 }
 
+template <class T>
+PYLOSS_INLINE void scale_of(const float* __restrict e, int64_t n, const float* __restrict scale,
+                            T* __restrict dst) {
+  for (int64_t l = 0; l < n; ++l) dst[l] = FromFloat<T>::of(scale[l] * e[l]);
+}
+
 template <class R>
 PYLOSS_INLINE void exp_sum_of(R* z, int64_t n, const R* m, R* sum) {
   for (int64_t l = 0; l < padded(n); ++l) {
@@ -159,6 +165,22 @@ PYLOSS_MULTIVERSION void line_max(const float* z, int64_t n, float* m) {
 }
 void line_max(const double* z, int64_t n, double* m) {
   max_of(z, n, m);
+}
+
+namespace {
+
+PYLOSS_MULTIVERSION void scale_f32(const float* e, int64_t n, const float* scale, float* dst) {
+  scale_of(e, n, scale, dst);
+}
+PYLOSS_MULTIVERSION void scale_bf16(const float* e, int64_t n, const float* scale, BF16* dst) {
+  scale_of(e, n, scale, dst);
+}
+
+}  // namespace
+
+void line_scale(const float* e, int64_t n, const float* scale, DType t, void* dst) {
+  if (t == DType::kBF16) return scale_bf16(e, n, scale, static_cast<BF16*>(dst));
+  scale_f32(e, n, scale, static_cast<float*>(dst));
 }
 
 PYLOSS_MULTIVERSION void line_exp_sum(float* z, int64_t n, const float* m, float* sum) {

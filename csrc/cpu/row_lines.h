@@ -62,7 +62,7 @@ PYLOSS_INLINE RowSoftmaxProblem as_plain(const RowSoftmaxProblem& p) {
 inline bool is_plain(const RowSoftmaxProblem& p) {
   const RowSoftmaxOptions& o = p.options;
   return p.kind == TargetKind::kIndex && o.loss == LossKind::kCompSum && o.tau == 1 &&
-         o.max_nll == HUGE_VAL && o.z_loss == 0 && o.smoothing == 0;
+         o.max_nll == HUGE_VAL && o.z_loss == 0 && o.smoothing == 0 && o.margin == 0;
 }
 
 // Losses and coefficients of n rows of a plain problem. `first` and `token` are RowTarget's.
@@ -81,6 +81,9 @@ void line_affine(const float* e, int64_t n, const float* scale, const float* shi
                  float* out);
 void line_affine(const double* e, int64_t n, const double* scale, const double* shift, double w,
                  double* out);
+
+// dst = scale e, as float or bfloat16.
+void line_scale(const float* e, int64_t n, const float* scale, DType t, void* dst);
 
 // out = exp(z - m) (a + b (z - m)) - spread w, with the labels' own values where y or y2 is c.
 struct LineCoeffs {

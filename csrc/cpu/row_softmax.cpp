@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -57,15 +58,23 @@ struct Scan {
 // A row's exponentials, kept between its statistics and its gradient.
 template <class R>
 struct KeptRow {
-  std::vector<R> values;  // exp(z - reference of the block)
+  R* values;              // exp(z - reference of the block)
   std::vector<R> slopes;  // dz/dx, where it is not constant
   std::vector<R> references;
 
   void reserve(int64_t classes, bool cap) {
-    values.resize(padded(classes));
+    // At a cache line: every vector store to another place would touch two of them.
+    constexpr size_t kLine = 64;
+    memory_.resize(padded(classes) + kLine / sizeof(R));
+    void* start = memory_.data();
+    size_t bytes = memory_.size() * sizeof(R);
+    values = static_cast<R*>(std::align(kLine, padded(classes) * sizeof(R), start, bytes));
     slopes.resize(cap ? padded(classes) : 0);
     references.resize(classes / kBlock + 1);
   }
+
+ private:
+  std::vector<R> memory_;
 };
 
 template <class R>
@@ -94,7 +103,7 @@ class Rows {
     alignas(64) R buffer[kBlock], r[kBlock];
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t n = std::min(kBlock, end - at);
-      R* z = kept ? kept->values.data() + at : buffer;
+      R* z = kept ? kept->values + at : buffer;
       R block_m = load_block(x + at * size_, p_.dtype, n, transform_, z);
       if (margin_ != 0 && t.y >= at && t.y < at + n) {
         const bool largest = z[t.y - at] == block_m;
@@ -131,7 +140,7 @@ class Rows {
       // Usually the next block, or the next row's first.
       part.rest = block_exp_sum(z, n, m, x + (at + n) * size_, size_);
       if (kept) kept->references[at / kBlock] = m;
-      s.part = merge(s.part, part);
+      s.part = at == begin ? part : merge(s.part, part);
     }
     return s;
   }
@@ -163,6 +172,13 @@ class Rows {
   void gradient(int64_t row, const RowTarget<R>& t, const RowTerms<R>& terms, const RowCoeffs<R>& c,
                 R zy, int64_t begin, int64_t end, char* out_row, bool stream) const {
     const char* x = x_row(row);
+    if constexpr (std::is_same_v<R, float>) {
+      if (transform_.identity && c.b == 0 && c.spread == 0 && c.soft == 0 && writes_label_only(t)) {
+        const Entry label{t.y - begin, label_entry(terms.m, c, zy, R(1))};
+        return exp_row(x + begin * size_, end - begin, terms.m, c.a, label, p_.dtype,
+                       out_row + begin * size_, stream);
+      }
+    }
     const GradientTerms g{double(terms.m), double(c.a), double(c.b), double(c.spread)};
     const SoftTerms soft{double(terms.m), double(terms.log_sum), 1 - p_.options.tau};
     alignas(64) R z[kBlock], out[kBlock], r[kBlock];
@@ -196,12 +212,20 @@ class Rows {
       const R scale = c.a * exp_(kept.references[at / kBlock] - terms.m);
       const R* w = weight_ ? weight_ + at : nullptr;
       R shift = c.spread;
+      if constexpr (std::is_same_v<R, float>) {
+        if (shift == 0 && c.soft == 0 && writes_label_only(t)) {
+          const Entry label{t.y - at, label_entry(terms.m, c, zy, R(1)) * pre};
+          scale_row(kept.values + at, n, scale * pre, label, p_.dtype, out_row + at * size_,
+                    stream);
+          continue;
+        }
+      }
       if (c.soft != 0) {
         soft_block(row, t, at, n, r);
         w = r;
         shift = c.soft;
       }
-      block_affine(kept.values.data() + at, n, scale * pre, shift * pre, w, out);
+      block_affine(kept.values + at, n, scale * pre, shift * pre, w, out);
       if (t.y >= at && t.y < at + n) {
         out[t.y - at] = label_entry(terms.m, c, zy, weight_ ? weight_[t.y] : R(1)) * pre;
       }
@@ -212,6 +236,11 @@ class Rows {
   }
 
  private:
+  // Whether a row's gradient is its softmax, scaled, but for the label's entry.
+  bool writes_label_only(const RowTarget<R>& t) const {
+    return writes_rows(p_.dtype) && t.y >= 0 && t.y2 < 0 && !transform_.cap;
+  }
+
   R value_at(const char* x, int64_t c) const {
     // The whole group, so that the value has the bits that scan() will see.
     const int64_t at = c / kLanes * kLanes;
@@ -328,9 +357,10 @@ void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int64_
       if (out) fill_row(p, out, 0, p.classes);
       continue;
     }
-    Scan<R> s;
-    for (int64_t c = 0; c < p.classes; c += kSegment) {
-      s.append(rows.scan(row, t, f, c, std::min(p.classes, c + kSegment), keep ? &kept : nullptr));
+    KeptRow<R>* keep_in = keep ? &kept : nullptr;
+    Scan<R> s = rows.scan(row, t, f, 0, std::min(p.classes, kSegment), keep_in);
+    for (int64_t c = kSegment; c < p.classes; c += kSegment) {
+      s.append(rows.scan(row, t, f, c, std::min(p.classes, c + kSegment), keep_in));
     }
     const RowResult<R> r = rows.finish(row, t, s);
     store_result(p, f, row, r);
@@ -429,7 +459,7 @@ void forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int threads
                          [&](int64_t, R token) { return unit_upstream(f, token); });
     }
   } else {
-    parallel_for(p.rows(), rows_per_range(p.classes), threads,
+    parallel_for(p.rows(), f.grad ? rows_per_range(p, threads) : rows_per_range(p.classes), threads,
                  [&](int64_t begin, int64_t end) { forward_rows<R>(p, f, begin, end); });
   }
   finish_loss<R>(p, f);
@@ -443,7 +473,7 @@ void backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threa
   const bool split = by_segment(p);
   gradient_pieces<R>(p, b.stats, b.norm, b.grad, b.grad_strides,
                      split ? kSegment : std::max<int64_t>(p.classes, 1),
-                     split ? 1 : rows_per_range(p.classes), threads,
+                     split ? 1 : rows_per_range(p, threads), threads,
                      [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
 }
 
@@ -476,6 +506,32 @@ void row_softmax_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
 
 void row_softmax_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threads) {
   p.dtype == DType::kF64 ? backward<double>(p, b, threads) : backward<float>(p, b, threads);
+}
+
+void small_row_softmax(const SmallRowSoftmax& s) {
+  RowSoftmaxProblem p{};
+  p.outer = s.rows;
+  p.classes = s.classes;
+  p.inner = 1;
+  p.dtype = DType::kF32;
+  p.x = s.x;
+  p.x_strides = {s.classes, 1, 1};
+  p.kind = TargetKind::kIndex;
+  p.target = s.target;
+  p.target_dtype = s.target_dtype;
+  p.options.logit_scale = p.options.temperature = p.options.tau = 1;
+  p.options.max_nll = HUGE_VAL;
+  p.options.ignore_index = s.ignore_index;
+  p.options.reduction = s.mean ? Reduction::kMean : Reduction::kSum;
+  std::vector<float> buffer(kNormCount + p.stat_rows() * s.rows);
+  RowSoftmaxForward f{};
+  f.loss = s.loss;
+  f.loss_dtype = DType::kF32;
+  f.norm = buffer.data();
+  f.stats = buffer.data() + kNormCount;
+  f.grad = s.grad;
+  f.grad_strides = p.x_strides;
+  row_softmax_forward(p, f, 1);
 }
 
 void scale_inplace(void* data, DType t, int64_t n, const void* factor, int threads) {

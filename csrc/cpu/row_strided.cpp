@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -77,7 +78,9 @@ constexpr size_t kKeptElements = size_t(1) << 20;
 template <class R>
 class TileWalk {
  public:
-  TileWalk(const RowSoftmaxProblem& p, Tile<R>& t, int64_t outer, int64_t first, int64_t n)
+  // `plain`: is_plain(p), and no statistics are asked for: plain_epilogue comes next.
+  TileWalk(const RowSoftmaxProblem& p, Tile<R>& t, int64_t outer, int64_t first, int64_t n,
+           bool plain)
       : p_(p),
         t_(t),
         transform_(p.options),
@@ -85,19 +88,15 @@ class TileWalk {
         n_(n),
         weight_(static_cast<const R*>(p.weight)),
         tau_a_(R(1 - p.options.tau)),
-        one_pass_soft_(p.kind == TargetKind::kDense && p.options.tau == 1) {}
+        one_pass_soft_(p.kind == TargetKind::kDense && p.options.tau == 1),
+        plain_(plain) {}
 
   // False: every position is ignored.
   bool load_targets() {
-    if (is_plain(p_)) return load_targets_of(as_plain(p_));
-    return load_targets_of(p_);
-  }
-
-  // With the problem as a constant, the plain one, it is a short loop.
-  bool load_targets_of(const RowSoftmaxProblem& p) {
+    if (plain_) return load_plain_targets();
     int64_t active = 0;
     for (int64_t l = 0; l < n_; ++l) {
-      active_[l] = load_target(p, first_row_ + l, &targets_[l]);
+      active_[l] = load_target(p_, first_row_ + l, &targets_[l]);
       active += active_[l];
       t_.y[l] = active_[l] ? int32_t(targets_[l].y) : kNoLabel;
       t_.y2[l] = active_[l] ? int32_t(targets_[l].y2) : kNoLabel;
@@ -109,24 +108,29 @@ class TileWalk {
   void statistics(const RowSoftmaxForward& f) {
     const int64_t width = padded(n_);
     t_.kept.resize(p_.classes * width);
-    for (R* unasked : {t_.ez, t_.wz, t_.w, t_.mass, t_.soft_loss}) {
-      std::fill(unasked, unasked + n_, R(0));
+    if (!plain_) {
+      for (R* unasked : {t_.ez, t_.wz, t_.w, t_.mass, t_.soft_loss}) {
+        std::fill(unasked, unasked + n_, R(0));
+      }
     }
     std::fill(t_.m, t_.m + width, -infinity_<R>());
     for (int64_t c = 0; c < p_.classes; ++c) {
       // The hardware does not follow strides of several pages.
       if (p_.x_strides.inner == 1) prefetch(x_line(c + kAhead), n_ * dtype_size(p_.dtype));
-      load(c, line(c));
-      line_max(line(c), n_, t_.m);
+      load_max(c, line(c));
     }
     if (p_.options.margin != 0) take_margin();
-    for (int64_t l = 0; l < width; ++l) {
-      t_.zy[l] = l < n_ && t_.y[l] >= 0 ? line(t_.y[l])[l] : -infinity_<R>();
-      t_.zy2[l] = l < n_ && t_.y2[l] >= 0 ? line(t_.y2[l])[l] : -infinity_<R>();
+    if (plain_) {
+      take_labels();
+    } else {
+      for (int64_t l = 0; l < width; ++l) {
+        t_.zy[l] = l < n_ && t_.y[l] >= 0 ? line(t_.y[l])[l] : -infinity_<R>();
+        t_.zy2[l] = l < n_ && t_.y2[l] >= 0 ? line(t_.y2[l])[l] : -infinity_<R>();
+      }
     }
     if (f.extras || f.index) extras();
     if (one_pass_soft_ || (p_.options.smoothing > 0 && !p_.soft())) weighted_sums();
-    for (int64_t l = 0; l < n_; ++l) {
+    for (int64_t l = 0; l < n_ && !plain_; ++l) {
       if (t_.y[l] >= 0) line(t_.y[l])[l] = -infinity_<R>();  // leaves the sum
     }
     over_classes(1, [&](int64_t c) { line_exp_sum(line(c), n_, t_.m, t_.sums[0].part); });
@@ -150,11 +154,6 @@ class TileWalk {
 
   // The epilogue of a plain problem, statistics and coefficients at once.
   void plain_epilogue(const RowSoftmaxForward& f) {
-    for (int64_t l = 0; l < padded(n_); ++l) {
-      const bool on = l < n_ && active_[l];
-      t_.first[l] = on ? targets_[l].first : R(0);
-      t_.token[l] = on ? targets_[l].token : R(0);
-    }
     line_plain_epilogue(p_, static_cast<const R*>(f.norm), n_,
                         PlainRows<R>{t_.m, t_.zy, t_.sum, t_.log_sum, t_.miss, t_.first, t_.token,
                                      t_.loss, t_.a, t_.label});
@@ -232,6 +231,11 @@ class TileWalk {
   // From the kept exponentials, in place; without entropy cotangents.
   void gradient_kept(void* grad, const Strides& strides, bool stream) {
     const R pre = transform_.pre;
+    if constexpr (std::is_same_v<R, float>) {
+      if (plain_ && all_active_ && writes_rows(p_.dtype) && !stream && strides.inner == 1) {
+        return plain_gradient(static_cast<char*>(grad), strides);
+      }
+    }
     for (int64_t l = n_; l < padded(n_); ++l) t_.a[l] = t_.spread[l] = 0;
     for (int64_t l = 0; l < n_; ++l) t_.a[l] *= pre;
     for (int64_t l = 0; l < n_; ++l) t_.spread[l] *= pre;
@@ -274,6 +278,83 @@ class TileWalk {
   }
 
  private:
+  // As load_target with one label and nothing optional but weights: short loops, without the
+  // records that the other losses need.
+  bool load_plain_targets() {
+    int64_t active;
+    if (p_.target_dtype == DType::kI64) {
+      active = read_labels(static_cast<const int64_t*>(p_.target));
+    } else if (p_.target_dtype == DType::kI32) {
+      active = read_labels(static_cast<const int32_t*>(p_.target));
+    } else {
+      active = read_labels(static_cast<const uint8_t*>(p_.target));
+    }
+    all_active_ = active == n_;
+    const R* w = static_cast<const R*>(p_.weight);
+    const R* token = static_cast<const R*>(p_.token_weight);
+    std::fill(t_.first, t_.first + n_, R(1));
+    std::fill(t_.token, t_.token + n_, R(1));
+    std::fill(t_.first + n_, t_.first + padded(n_), R(0));
+    std::fill(t_.token + n_, t_.token + padded(n_), R(0));
+    if (token) std::copy(token + first_row_, token + first_row_ + n_, t_.token);
+    for (int64_t l = 0; l < n_ && w; ++l) t_.first[l] = active_[l] ? w[t_.y[l]] : R(0);
+    for (int64_t l = 0; l < n_ && !all_active_; ++l) {
+      if (!active_[l]) t_.first[l] = t_.token[l] = 0;
+    }
+    return active > 0;
+  }
+
+  template <class T>
+  int64_t read_labels(const T* labels) {
+    labels += first_row_;
+    const int64_t ignored = p_.options.ignore_index;
+    int64_t skipped = 0;
+    for (int64_t l = 0; l < n_; ++l) skipped += int64_t(labels[l]) == ignored;
+    for (int64_t l = 0; l < n_; ++l) t_.y[l] = int32_t(labels[l]);
+    std::fill(t_.y2, t_.y2 + n_, kNoLabel);
+    std::fill(active_, active_ + n_, true);
+    for (int64_t l = 0; l < n_ && skipped > 0; ++l) {
+      if (int64_t(labels[l]) != ignored) continue;
+      active_[l] = false;
+      t_.y[l] = kNoLabel;
+    }
+    return n_ - skipped;
+  }
+
+  // The labels' logits, which leave the sum.
+  void take_labels() {
+    for (int64_t l = 0; l < n_; ++l) {
+      if (t_.y[l] < 0) {
+        t_.zy[l] = -infinity_<R>();
+        continue;
+      }
+      R& z = line(t_.y[l])[l];
+      t_.zy[l] = z;
+      z = -infinity_<R>();
+    }
+    for (int64_t l = n_; l < padded(n_); ++l) t_.zy[l] = -infinity_<R>();
+  }
+
+  // The softmax, scaled, straight to where it stays; the labels' entries afterwards, while their
+  // lines are in cache.
+  void plain_gradient(char* grad, const Strides& strides) {
+    const R pre = transform_.pre;
+    for (int64_t l = 0; l < n_; ++l) t_.a[l] *= pre;
+    const auto at = [&](int64_t c) {
+      return element(grad, p_.dtype, strides, p_.inner, first_row_, c);
+    };
+    for (int64_t c = 0; c < p_.classes; ++c) line_scale(line(c), n_, t_.a, p_.dtype, at(c));
+    char* first = at(0);
+    for (int64_t l = 0; l < n_; ++l) {
+      const R entry = pre * -t_.label[l];
+      if (p_.dtype == DType::kBF16) {
+        reinterpret_cast<BF16*>(first)[t_.y[l] * strides.cls + l] = float_to_bf16(entry);
+      } else {
+        reinterpret_cast<float*>(first)[t_.y[l] * strides.cls + l] = entry;
+      }
+    }
+  }
+
   R* line(int64_t c) { return t_.kept.data() + c * padded(n_); }
   R weight(int64_t c) const { return weight_ ? weight_[c] : R(1); }
 
@@ -310,6 +391,17 @@ class TileWalk {
     }
     line_gather(x, p_.dtype, p_.x_strides.inner, n_, t_.out);
     load_block(t_.out, sizeof(R) == 8 ? DType::kF64 : DType::kF32, n_, transform_, z);
+  }
+
+  // The same, and the running maximum.
+  void load_max(int64_t c, R* z) {
+    if constexpr (std::is_same_v<R, float>) {
+      if (p_.x_strides.inner == 1 && transform_.identity && writes_rows(p_.dtype)) {
+        return load_lines(x_line(c), p_.dtype, n_, z, t_.m);
+      }
+    }
+    load(c, z);
+    line_max(z, n_, t_.m);
   }
 
   // r of class c.
@@ -395,7 +487,7 @@ class TileWalk {
   const int64_t first_row_, n_;
   const R* weight_;
   const R tau_a_;
-  const bool one_pass_soft_;
+  const bool one_pass_soft_, plain_;
   bool all_active_ = false;
   RowTarget<R> targets_[kTile];
   RowTerms<R> terms_[kTile];
@@ -417,7 +509,7 @@ __attribute__((noinline)) Tile<R>& thread_tile() {
 }
 
 template <class R, class Fn>
-void for_tiles(const RowSoftmaxProblem& p, int threads, const Fn& fn) {
+void for_tiles(const RowSoftmaxProblem& p, bool plain, int threads, const Fn& fn) {
   if (p.rows() == 0) return;
   const int64_t width = tile_width(p), tiles = (p.inner + width - 1) / width;
   parallel_for(p.outer * tiles, std::max<int64_t>(1, rows_per_range(p.classes) / width), threads,
@@ -425,7 +517,8 @@ void for_tiles(const RowSoftmaxProblem& p, int threads, const Fn& fn) {
                  Tile<R>& tile = thread_tile<R>();
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % tiles * width;
-                   TileWalk<R> walk(p, tile, i / tiles, first, std::min(width, p.inner - first));
+                   TileWalk<R> walk(p, tile, i / tiles, first, std::min(width, p.inner - first),
+                                    plain);
                    fn(walk);
                  }
                  if (tile.kept.size() > kKeptElements) std::vector<R>().swap(tile.kept);
@@ -440,7 +533,7 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
   const R* norm = static_cast<const R*>(f.norm);
   const bool stream = f.grad && should_stream(p, f.grad);
   const bool plain = is_plain(p) && !f.extras && !f.index;
-  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, plain, threads, [&](TileWalk<R>& walk) {
     const bool any = walk.load_targets();
     if (any) walk.statistics(f);
     if (any && plain) {
@@ -465,7 +558,7 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
 template <class R>
 void strided_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threads) {
   const bool stream = should_stream(p, b.grad);
-  for_tiles<R>(p, threads, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, false, threads, [&](TileWalk<R>& walk) {
     if (!walk.load_targets()) return walk.clear(b.grad, b.grad_strides);
     walk.load_coefficients(b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
                            [&](int64_t row, R token) { return load_upstream(p, b, row, token); });

@@ -12,6 +12,7 @@ from torch.nn import _reduction
 from pyloss.functional._checks import check_range
 from pyloss.functional._options import options_of
 from pyloss.functional._rows import RowStats, row_loss
+from pyloss.ops.row_softmax import small
 
 MixUpTarget = tuple[Tensor, Tensor, "float | Tensor"]
 
@@ -122,6 +123,18 @@ def fused_cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if (
+        not torch.compiler.is_compiling()  # first: a graph must not depend on the values below
+        and weight is token_weight is truncate is softcap is loss_dtype is num_items is None
+        and inplace is False
+        and type(ignore_index) is int
+        and (reduction == "mean" or reduction == "sum")
+        and _are_plain(
+            (label_smoothing, tau, z_loss, logit_scale, temperature, return_stats, empty)
+        )
+        and small.is_small(input, target)
+    ):
+        return small.small_row_softmax(input, target, ignore_index, reduction == "mean")
     return row_loss(
         input,
         target,
@@ -143,6 +156,16 @@ def fused_cross_entropy(
         loss_dtype=loss_dtype,
         num_items=num_items,
     )
+
+
+_PLAIN = (0.0, 1.0, 0.0, 1.0, 1.0, (), "nan")
+
+
+def _are_plain(options: tuple) -> bool:
+    try:
+        return options == _PLAIN
+    except (RuntimeError, ValueError):  # of several numbers; its name follows
+        return False
 
 
 # Where torch.jit.script meets it in place of F.cross_entropy, as in torch.nn.CrossEntropyLoss, it

@@ -68,6 +68,8 @@ __all__ = [
     "WANT_INDEX",
     "Codes",
     "Options",
+    "early_gradient",
+    "gradients",
     "known",
     "row_softmax",
 ]
@@ -245,56 +247,69 @@ class _RowSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *others):
         none = (None,) * 5
-        early, ctx.early_grad = ctx.early_grad, None
         if grad_loss is None and all(g is None for g in others):
+            ctx.early_grad = None
             return None, None, *none
-        if early is not None and not (
-            torch.is_grad_enabled() or ctx.needs_input_grad[1] or is_batched(grad_loss)
-        ):
-            factor = known(grad_loss)
-            if factor is None or math.isfinite(factor):
-                # Handed over, not kept: a second backward computes it anew, and autograd may adopt
-                # it.
-                if factor != 1.0:
-                    _ops.scale_(early, grad_loss.float())
-                return early, None, *none
+        early = early_gradient(ctx, grad_loss)
+        if early is not None:
+            return early, None, *none
         grad_extras = others[0] if ctx.wants & WANT_EXTRAS else None
         *tensors, saved, numbers = ctx.saved_tensors
-        input, options, codes = tensors[0], ctx.options, ctx.codes
-        acc = accumulator_dtype(input.dtype)
         if grad_loss is None:
-            shape = () if ctx.scalar else row_shape(input)
-            grad_loss = torch.zeros(shape, dtype=acc, device=input.device)
-        elif grad_loss.dtype != acc:
-            grad_loss = grad_loss.to(acc)
-        create_graph = torch.is_grad_enabled()
-        arguments = (grad_loss, grad_extras, *tensors, saved, options, codes)
-        need_input, need_target = ctx.needs_input_grad[:2]
+            shape = () if ctx.scalar else row_shape(tensors[0])
+            grad_loss = torch.zeros(shape, dtype=saved.dtype, device=saved.device)
+        return *gradients(ctx, grad_loss, grad_extras, tensors, saved, numbers), *none
 
-        if ctx.inplace:
-            if create_graph:
-                raise RuntimeError("inplace=True cannot be used with create_graph=True")
-            target_grad = None
-            if need_target:  # before the logits are gone
-                target_grad = _target_gradient(grad_loss, tensors, options, codes)
-            return _inplace_gradient(arguments), target_grad, *none
-        # Tangents flow through torch operations only, as do second derivatives of soft targets.
-        if forward_ad_active() or (create_graph and ctx.soft):
-            found = composed_gradient(
-                grad_loss, grad_extras, *tensors, options, codes, (need_input, need_target),
-                create_graph=True,
-            )  # fmt: skip
-            return *found, *none
-        dx = target_grad = None
-        if need_input and create_graph:
-            dx = _RowSoftmaxGrad.apply(*arguments)
-        elif need_input:
-            dx = _ops.row_softmax_bwd(*arguments, numbers)
-        if need_target and torch.compiler.is_compiling():
-            target_grad = _ops.row_softmax_target_bwd(grad_loss, *tensors, options, codes, numbers)
-        elif need_target:  # rare, so there is no kernel for it
+
+def early_gradient(ctx, grad_loss) -> Tensor | None:
+    """The gradient that the forward has written, scaled; None where it does not serve."""
+    early, ctx.early_grad = ctx.early_grad, None
+    if early is None or (
+        torch.is_grad_enabled() or ctx.needs_input_grad[1] or is_batched(grad_loss)
+    ):
+        return None
+    factor = known(grad_loss)
+    if factor is not None and not math.isfinite(factor):
+        return None
+    # Handed over, not kept: a second backward computes it anew, and autograd may adopt it.
+    if factor != 1.0:
+        _ops.scale_(early, grad_loss.float())
+    return early
+
+
+def gradients(ctx, grad_loss, grad_extras, tensors, saved, numbers):
+    """Those of the logits and of the target, None where they are not needed."""
+    input, options, codes = tensors[0], ctx.options, ctx.codes
+    acc = accumulator_dtype(input.dtype)
+    if grad_loss.dtype != acc:
+        grad_loss = grad_loss.to(acc)
+    create_graph = torch.is_grad_enabled()
+    arguments = (grad_loss, grad_extras, *tensors, saved, options, codes)
+    need_input, need_target = ctx.needs_input_grad[:2]
+
+    if ctx.inplace:
+        if create_graph:
+            raise RuntimeError("inplace=True cannot be used with create_graph=True")
+        target_grad = None
+        if need_target:  # before the logits are gone
             target_grad = _target_gradient(grad_loss, tensors, options, codes)
-        return dx, target_grad, *none
+        return _inplace_gradient(arguments), target_grad
+    # Tangents flow through torch operations only, as do second derivatives of soft targets.
+    if forward_ad_active() or (create_graph and ctx.soft):
+        return composed_gradient(
+            grad_loss, grad_extras, *tensors, options, codes, (need_input, need_target),
+            create_graph=True,
+        )  # fmt: skip
+    dx = target_grad = None
+    if need_input and create_graph:
+        dx = _RowSoftmaxGrad.apply(*arguments)
+    elif need_input:
+        dx = _ops.row_softmax_bwd(*arguments, numbers)
+    if need_target and torch.compiler.is_compiling():
+        target_grad = _ops.row_softmax_target_bwd(grad_loss, *tensors, options, codes, numbers)
+    elif need_target:  # rare, so there is no kernel for it
+        target_grad = _target_gradient(grad_loss, tensors, options, codes)
+    return dx, target_grad
 
 
 class _DualRowSoftmax(_RowSoftmax):
