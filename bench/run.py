@@ -32,6 +32,7 @@ from bench import _core, _env, _targets
 
 OPS = {
     "row_softmax": "bench.bench_row_softmax",
+    "aldr": "bench.bench_aldr",
     "call_overhead": "bench.bench_call_overhead",
     "adversarial": "bench.bench_adversarial",
     "betti_matching": "bench.bench_betti_matching",

@@ -40,6 +40,14 @@ def margin_shift_bwd(
     problem: tuple[object, ...], backward: tuple[object, ...], threads: int, /
 ) -> None: ...
 
+# Of aldr; `problem`: pyloss/ops/aldr/records.py. The rest are addresses, 0 for no gradient.
+def aldr_fwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, threads: int, /
+) -> None: ...
+def aldr_bwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, threads: int, /
+) -> None: ...
+
 # Of the permutahedron; `problem`: pyloss/ops/permutahedron/records.py.
 def permutahedron_fwd(
     problem: tuple[object, ...], x: int, y: int, packed: int, threads: int, /
@@ -301,6 +309,12 @@ def cuda_margin_shift_fwd(
 ) -> None: ...
 def cuda_margin_shift_bwd(
     problem: tuple[object, ...], backward: tuple[object, ...], device: int, stream: int, /
+) -> None: ...
+def cuda_aldr_fwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, device: int, stream: int, /
+) -> None: ...
+def cuda_aldr_bwd(
+    problem: tuple[object, ...], stats: int, factor: int, grad: int, device: int, stream: int, /
 ) -> None: ...
 def cuda_permutahedron_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
 def cuda_permutahedron_fwd(

@@ -15,6 +15,7 @@ from pyloss.functional import (
     BettiTarget,
     PersistencePairs,
     RowStats,
+    aldr_loss,
     betti_matching,
     betti_matching_loss,
     clip_loss,
@@ -24,6 +25,7 @@ from pyloss.functional import (
     fused_linear_cross_entropy,
     groco_loss,
     info_nce,
+    ldr_loss,
     nt_xent,
     persistence_pairs,
     siglip_loss,
@@ -45,6 +47,7 @@ from pyloss.functional import (
 )
 from pyloss.metrics import betti_matching_error, betti_number_error, betti_numbers
 from pyloss.nn import (
+    ALDRLoss,
     BettiMatchingLoss,
     CompSumLoss,
     CrossEntropyLoss,
@@ -53,6 +56,7 @@ from pyloss.nn import (
     FocalLoss,
     GeneralizedCrossEntropyLoss,
     GroCoLoss,
+    LDRLoss,
     LinearCrossEntropyLoss,
     SortingCrossEntropyLoss,
     TopKCrossEntropyLoss,
@@ -61,6 +65,7 @@ from pyloss.nn import (
 __version__: str
 
 __all__ = [
+    "ALDRLoss",
     "BettiMatching",
     "BettiMatchingLoss",
     "BettiTarget",
@@ -71,11 +76,13 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "GroCoLoss",
+    "LDRLoss",
     "LinearCrossEntropyLoss",
     "PersistencePairs",
     "RowStats",
     "SortingCrossEntropyLoss",
     "TopKCrossEntropyLoss",
+    "aldr_loss",
     "backend",
     "betti_matching",
     "betti_matching_error",
@@ -90,6 +97,7 @@ __all__ = [
     "fused_linear_cross_entropy",
     "groco_loss",
     "info_nce",
+    "ldr_loss",
     "metrics",
     "nn",
     "nt_xent",

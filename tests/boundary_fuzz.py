@@ -109,12 +109,14 @@ def row_softmax_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
             logit_scale=number(1.0, 0.5), softcap=number(0.0, 5.0), temperature=number(1.0, 2.0)
         ),
         **dict(tau=number(1.0, 0.0, 2.0, 0.7), max_nll=number(float("inf"), 1.0)),
+        **dict(poly1=number(0.0, -1.0), relaxation=number(0.0, 0.1)),
+        **dict(margin=number(0.0, 0.5), offset=number(0.0, 1.0)),
         **dict(gamma=number(2.0), z_loss=number(0.0, 0.1), smoothing=number(0.0, 0.1)),
         **dict(num_items=number(0.0, 4.0)),
     )
     codes = of(
         "Codes",
-        **dict(kind=code(0, 1, 2), ignore_index=integer(-100, 0), loss=code(0, 1)),
+        **dict(kind=code(0, 1, 2), ignore_index=integer(-100, 0), loss=code(0, 1, 2, 3, 4)),
         **dict(reduction=code(0, 1, 2), zero_if_empty=integer(0, 1)),
     )
     problem = of(
@@ -574,6 +576,23 @@ def lion_k_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]
     }
 
 
+def aldr_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b, none = {name: address(buffer) for name, buffer in buffers.items()}, address(None)
+    problem = record(
+        *(module, "aldr", "Problem"),
+        **dict(rows=size(OUTER), classes=size(CLASSES), dtype=code(0, 1, 2, 3), x=b["x"]),
+        **dict(target=b["target"], start=Field([0, buffers["mix"].address], NOWHERE)),
+        **dict(lambda0=number(1.0, 10.0), alpha=number(2.0), margin=number(0.0, 0.1)),
+        **dict(ignore_index=integer(-100, 0), l1=Field([0, 1], [2, -1, *HUGE])),
+    )
+    return {
+        "aldr_fwd": [problem, b["stats"], b["factor"], b["grad"], THREADS],
+        "aldr_bwd": [problem, b["stats"], b["factor"], b["grad"], THREADS],
+        "cuda_aldr_fwd": [problem, *[none] * 5],
+        "cuda_aldr_bwd": [problem, *[none] * 5],
+    }
+
+
 def fields_of(template: list[Any]) -> list[Field]:
     return [f for part in template for f in (fields_of(part) if isinstance(part, list) else [part])]
 
@@ -618,6 +637,7 @@ def main() -> None:
         **similarity_topk_calls(buffers),
         **betti_matching_calls(module, buffers),
         **lion_k_calls(module, buffers),
+        **aldr_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **margin_shift_calls(module, buffers),
         **row_moments_calls(module, buffers),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from bench import _core, _targets, plot, run  # noqa: E402
+from bench import bench_aldr as aldr  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
@@ -196,6 +197,7 @@ def test_derived_columns_of_the_linear_op():
     "op",
     [
         row_softmax,
+        aldr,
         gemm,
         linear,
         attention,

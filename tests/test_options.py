@@ -15,9 +15,11 @@ from pyloss import functional as F
 from pyloss.functional import _options as groups
 from pyloss.functional._options import LOW_RANK, names_of, options_of
 
+ROW_EXTRA = {"size_average", "reduce", "inplace", "entropy_weight"}
+OF_ONE_LOSS = {"poly1", "relaxation", "ldr", "margin"}
 # What the group leaves to the function: tensors, and what only one function has.
 GROUPS = [
-    (groups.RowOptions, F.fused_cross_entropy, {"size_average", "reduce", "inplace"}, {"gamma"}),
+    (groups.RowOptions, F.fused_cross_entropy, ROW_EXTRA, {"gamma", *OF_ONE_LOSS}),
     (groups.DiceOptions, F.soft_dice_loss, set(), set()),
     (groups.DiceCrossEntropyOptions, F.dice_cross_entropy_loss, set(), set()),
     (groups.SortingLossOptions, F.sorting_cross_entropy, {"mask", "lengths"}, set()),

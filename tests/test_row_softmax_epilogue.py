@@ -28,6 +28,9 @@ def random_options(seed: int) -> tuple[op.Options, int]:
         temperature=r.choice((1.0, r.uniform(0.3, 3.0))),
         tau=1.0 if loss != op.COMP_SUM else r.choice(taus),
         max_nll=r.choice((math.inf, r.uniform(0.05, 3.0))),
+        poly1=r.uniform(-1.0, 3.0),
+        relaxation=r.uniform(0.05, 0.9),
+        offset=r.uniform(0.0, 2.0),
         gamma=0.0 if loss != op.FOCAL else r.choice((1.0, 2.0, r.uniform(0.3, 4.0))),
     ), loss
 
@@ -57,7 +60,7 @@ def test_both_epilogues_agree(seed: int) -> None:
 
 @pytest.mark.parametrize("loss", CODES)
 def test_a_certain_and_an_impossible_label(loss: int) -> None:
-    o = op.Options(gamma=2.0) if loss == op.FOCAL else op.Options(tau=1.5)
+    o = op.Options(gamma=2.0) if loss == op.FOCAL else op.Options(tau=1.5, relaxation=0.2)
     x = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]], dtype=torch.float64)
     y = torch.zeros(2, dtype=torch.int64)
     rows, *_ = op.row_softmax(x, y, *[None] * 4, o, CODES[loss], x.dtype, 0, False)

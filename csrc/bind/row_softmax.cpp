@@ -20,8 +20,8 @@ namespace py = pybind11;
 namespace pyloss {
 namespace {
 
-PYLOSS_RECORD(Options, logit_scale, softcap, temperature, tau, max_nll, gamma, z_loss, smoothing,
-              num_items);
+PYLOSS_RECORD(Options, logit_scale, softcap, temperature, tau, max_nll, gamma, poly1, relaxation,
+              margin, offset, z_loss, smoothing, num_items);
 PYLOSS_RECORD(Codes, kind, ignore_index, loss, reduction, zero_if_empty);
 PYLOSS_RECORD(Problem, sizes, dtype, x, x_strides, target, target_dtype, target_strides, target2,
               mix, weight, token_weight, codes, options);
@@ -49,6 +49,10 @@ RowSoftmaxOptions decode_options(const Reader<Options>& o, const Reader<Codes>& 
   r.tau = o.number(Options::tau);
   r.max_nll = o.number(Options::max_nll);
   r.gamma = o.number(Options::gamma);
+  r.poly1 = o.number(Options::poly1);
+  r.relaxation = o.number(Options::relaxation);
+  r.margin = o.number(Options::margin);
+  r.offset = o.number(Options::offset);
   r.z_loss = o.number(Options::z_loss);
   r.smoothing = o.number(Options::smoothing);
   r.num_items = o.number(Options::num_items);
@@ -83,6 +87,9 @@ RowSoftmaxProblem decode(const py::handle& record) {
   p.weight = r.optional(Problem::weight);
   p.token_weight = r.optional(Problem::token_weight);
   p.options = decode_options(r.record<Options>(Problem::options), codes, p.classes);
+  if (p.options.margin != 0 && (p.kind != TargetKind::kIndex || p.options.smoothing > 0)) {
+    r.bad(Problem::options, "a margin needs one label, not smoothed");
+  }
   return p;
 }
 

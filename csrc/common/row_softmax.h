@@ -13,8 +13,10 @@
 // derivatives. Reductions, class and token weights, MixUp, z-loss, soft capping, both backward
 // passes, CPU and CUDA then work for it unchanged.
 //
-// Papers: comp-sum losses, Mao, Mohri, Zhong (arXiv 2304.07288); generalized cross entropy, Zhang,
-// Sabuncu (arXiv 1805.07836); focal loss, Lin et al. (arXiv 1708.02002).
+// Papers: Poly-1, Leng et al. (arXiv 2204.12511); label relaxation, Lienen, Huellermeier
+// (AAAI 2021); LDR-KL, Zhu et al. (arXiv 2112.14869); comp-sum losses, Mao, Mohri, Zhong (arXiv
+// 2304.07288); generalized cross entropy, Zhang, Sabuncu (arXiv 1805.07836); focal loss, Lin et al.
+// (arXiv 1708.02002).
 #pragma once
 
 #include <cstdint>
@@ -27,14 +29,22 @@ namespace pyloss {
 
 // The codes are part of the Python boundary (pyloss/ops/row_softmax/records.py).
 enum class TargetKind : int32_t { kIndex = 0, kMix = 1, kDense = 2 };
-enum class LossKind : int32_t { kCompSum = 0, kFocal = 1 };
-constexpr int kLossKindCount = 2;
+enum class LossKind : int32_t {
+  kCompSum = 0,
+  kFocal = 1,
+  kPoly1 = 2,
+  kRelaxed = 3,
+  kLdr = 4,
+};
+constexpr int kLossKindCount = 5;
 
 struct RowSoftmaxOptions {
   double logit_scale, softcap, temperature;  // softcap 0: none
   double tau, max_nll, gamma;                // max_nll = -log(truncate), +inf: none
-  double z_loss, smoothing, num_items;       // num_items 0: count the rows
-  double spread;                             // smoothing / classes
+  double poly1, relaxation;
+  double margin, offset;                // margin: taken from the label's z, one label
+  double z_loss, smoothing, num_items;  // num_items 0: count the rows
+  double spread;                        // smoothing / classes
   int64_t ignore_index;
   LossKind loss;
   Reduction reduction;
@@ -177,8 +187,9 @@ struct LossOfNll {
   R value, slope, curvature;
 };
 
-// miss = 1 - p_y, exact to rounding also where p_y is near 1.
-template <class R>
+// miss = 1 - p_y, exact to rounding also where p_y is near 1. kFew: one of the first two kinds; a
+// kernel that is launched for no other then has no instruction of the rest.
+template <bool kFew = false, class R>
 PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R miss) {
   const bool truncated = o.max_nll < HUGE_VAL && nll >= R(o.max_nll);
   if (truncated) {  // the constant f(max_nll), without gradient
@@ -186,7 +197,7 @@ PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R m
     miss = -expm1_(-nll);
   }
   LossOfNll<R> f;
-  switch (o.loss) {
+  switch (kFew && o.loss != LossKind::kFocal ? LossKind::kCompSum : o.loss) {
     case LossKind::kFocal: {
       // (1-p)^gamma nll; nll / miss -> 1 as p -> 1, and p nll -> 0 as p -> 0.
       R g = R(o.gamma), p = exp_(-nll), ratio = miss > 0 ? nll / miss : R(1);
@@ -194,6 +205,27 @@ PYLOSS_HD inline LossOfNll<R> loss_of_nll(const RowSoftmaxOptions& o, R nll, R m
       R lower = g == 1 ? R(1) : pow_(miss, g - 1);
       f = {power * nll, power * (1 + g * p_ratio),
            g * (p * lower * (2 + (g - 1) * p_ratio) - power * p_ratio)};
+      break;
+    }
+    case LossKind::kPoly1: {
+      R e = R(o.poly1), p = exp_(-nll);
+      f = {nll + e * miss, 1 + e * p, -e * p};
+      break;
+    }
+    case LossKind::kRelaxed: {
+      // KL(q || p), where q_y = 1 - a and the rest of q is p's own, scaled; 0 once p_y >= 1 - a.
+      R a = R(o.relaxation), keep = 1 - a, p = exp_(-nll);
+      if (p >= keep) {
+        f = {R(0), R(0), R(0)};
+      } else {
+        R odds = p / miss, entropy = keep * log1p_(-a) + a * log_(a);
+        f = {keep * nll - a * log_(miss) + entropy, keep - a * odds, a * odds / miss};
+      }
+      break;
+    }
+    case LossKind::kLdr: {
+      R lambda = R(o.temperature);
+      f = {lambda * (nll - R(o.offset)), lambda, R(0)};
       break;
     }
     default: {
@@ -314,22 +346,22 @@ struct RowTerms {
 };
 
 // Fills in what follows from m, sum, log_sum and miss.
-template <class R>
+template <bool kFew = false, class R>
 PYLOSS_HD inline void add_losses(const RowSoftmaxProblem& p, const RowTarget<R>& t, R zy, R zy2,
                                  RowTerms<R>* r) {
   r->nll = (r->m - zy) + r->log_sum;
   r->nll2 = 0;
   r->f = r->f2 = {0, 0, 0};
   if (p.kind == TargetKind::kDense) return;
-  r->f = loss_of_nll(p.options, r->nll, r->miss);
+  r->f = loss_of_nll<kFew>(p.options, r->nll, r->miss);
   if (p.kind == TargetKind::kMix) {
     r->nll2 = (r->m - zy2) + r->log_sum;
     R miss2 = t.y2 == t.y ? r->miss : -expm1_(-r->nll2);
-    r->f2 = t.y2 == t.y ? r->f : loss_of_nll(p.options, r->nll2, miss2);
+    r->f2 = t.y2 == t.y ? r->f : loss_of_nll<kFew>(p.options, r->nll2, miss2);
   }
 }
 
-template <class R>
+template <bool kFew = false, class R>
 PYLOSS_HD inline RowTerms<R> row_terms(const RowSoftmaxProblem& p, const RowTarget<R>& t, R m,
                                        R rest, R zy, R zy2) {
   RowTerms<R> r;
@@ -338,7 +370,7 @@ PYLOSS_HD inline RowTerms<R> row_terms(const RowSoftmaxProblem& p, const RowTarg
   r.sum = rest + ey;
   r.log_sum = zy == m ? log1p_(rest) : log_(r.sum);
   r.miss = rest / r.sum;
-  add_losses(p, t, zy, zy2, &r);
+  add_losses<kFew>(p, t, zy, zy2, &r);
   return r;
 }
 

@@ -123,6 +123,19 @@ PYLOSS_INLINE void weighted_sum_of(const R* z, const R* w, int64_t n, R m, R* wz
 }
 
 template <class R>
+PYLOSS_INLINE R max_of(const R* z, int64_t n) {
+  R acc[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) acc[l] = -infinity_<R>();
+  for (int64_t i = 0; i < padded(n); i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) acc[l] = z[i + l] > acc[l] ? z[i + l] : acc[l];
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) acc[l] = acc[l + half] > acc[l] ? acc[l + half] : acc[l];
+  }
+  return acc[0];
+}
+
+template <class R>
 PYLOSS_INLINE int64_t count_above_of(const R* z, int64_t n, R zy) {
   int32_t acc[kLanes] = {};
   for (int64_t i = 0; i < padded(n); i += kLanes) {
@@ -369,6 +382,13 @@ PYLOSS_MULTIVERSION void block_weighted_sum(const float* z, const float* w, int6
 void block_weighted_sum(const double* z, const double* w, int64_t n, double m, double* wz,
                         double* ws) {
   weighted_sum_of(z, w, n, m, wz, ws);
+}
+
+PYLOSS_MULTIVERSION float block_max(const float* z, int64_t n) {
+  return max_of(z, n);
+}
+double block_max(const double* z, int64_t n) {
+  return max_of(z, n);
 }
 
 PYLOSS_MULTIVERSION int64_t block_count_above(const float* z, int64_t n, float zy) {

@@ -56,6 +56,10 @@ void block_weighted_sum(const float* z, const float* w, int64_t n, float m, floa
 void block_weighted_sum(const double* z, const double* w, int64_t n, double m, double* wz,
                         double* ws);
 
+// The largest of n padded entries; NaN counts for nothing.
+float block_max(const float* z, int64_t n);
+double block_max(const double* z, int64_t n);
+
 // Number of entries above zy.
 int64_t block_count_above(const float* z, int64_t n, float zy);
 int64_t block_count_above(const double* z, int64_t n, double zy);

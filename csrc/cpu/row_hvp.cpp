@@ -51,11 +51,13 @@ void hvp_row(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int64_t row) {
   const RowUpstream<R> u = load_upstream(p, b, row, t.token);
   const RowCoeffs<R> c = row_coeffs(p, t, r, u, norm[kNormWeightSum], mass);
 
+  const auto shift_of = [&](int64_t j) { return j == t.y ? p.options.margin : 0.0; };
   double vbar = 0, uv = 0, wv = 0, v1 = 0, v2 = 0;
   for (int64_t j = 0; j < p.classes; ++j) {
     const R z = f.value(R(load(at(static_cast<const char*>(p.x), p.x_strides, j), p.dtype)));
     const double v = load(at(static_cast<const char*>(h.v), h.v_strides, j), p.dtype) * f.slope(z);
-    const double uj = max_(double(z) - double(r.m), -1e4), pj = exp_(uj) / double(r.sum);
+    const double uj = max_(double(z) - shift_of(j) - double(r.m), -1e4);
+    const double pj = exp_(uj) / double(r.sum);
     vbar += pj * v;
     uv += pj * uj * v;
     wv += (weight ? double(weight[j]) : 1.0) * v;
@@ -73,7 +75,7 @@ void hvp_row(const RowSoftmaxProblem& p, const RowSoftmaxHvp& h, int64_t row) {
     const R z = f.value(R(load(at(static_cast<const char*>(p.x), p.x_strides, j), p.dtype)));
     const double vx = load(at(static_cast<const char*>(h.v), h.v_strides, j), p.dtype);
     const double slope = f.slope(z), v = vx * slope;
-    const double uj = max_(double(z) - double(r.m), -1e4), e = exp_(uj);
+    const double uj = max_(double(z) - shift_of(j) - double(r.m), -1e4), e = exp_(uj);
     double dg = e * ((v - vbar) * (c.a + c.b * uj + c.b) + double(k.da));
     double g = e * (c.a + c.b * uj) - c.spread * (weight ? double(weight[j]) : 1.0);
     if (j == t.y) {

@@ -62,7 +62,7 @@ PYLOSS_INLINE RowSoftmaxProblem as_plain(const RowSoftmaxProblem& p) {
 inline bool is_plain(const RowSoftmaxProblem& p) {
   const RowSoftmaxOptions& o = p.options;
   return p.kind == TargetKind::kIndex && o.loss == LossKind::kCompSum && o.tau == 1 &&
-         o.max_nll == HUGE_VAL && o.z_loss == 0 && o.smoothing == 0;
+         o.max_nll == HUGE_VAL && o.z_loss == 0 && o.smoothing == 0 && o.margin == 0;
 }
 
 // Losses and coefficients of n rows of a plain problem. `first` and `token` are RowTarget's.

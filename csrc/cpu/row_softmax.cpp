@@ -85,13 +85,15 @@ class Rows {
         transform_(p.options),
         size_(dtype_size(p.dtype)),
         weight_(static_cast<const R*>(p.weight)),
+        margin_(R(p.options.margin)),
         one_pass_soft_(p.kind == TargetKind::kDense && p.options.tau == 1) {}
 
   const char* x_row(int64_t row) const {
     return element(static_cast<const char*>(p_.x), p_.dtype, p_.x_strides, p_.inner, row, 0);
   }
 
-  // Statistics of columns [begin, end). `f` tells which extras are wanted; `kept` may be null.
+  // Statistics of columns [begin, end), the margin taken from the label. `f` tells which extras are
+  // wanted; `kept` may be null.
   Scan<R> scan(int64_t row, const RowTarget<R>& t, const RowSoftmaxForward& f, int64_t begin,
                int64_t end, KeptRow<R>* kept) const {
     const char* x = x_row(row);
@@ -102,7 +104,12 @@ class Rows {
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t n = std::min(kBlock, end - at);
       R* z = kept ? kept->values + at : buffer;
-      const R block_m = load_block(x + at * size_, p_.dtype, n, transform_, z);
+      R block_m = load_block(x + at * size_, p_.dtype, n, transform_, z);
+      if (margin_ != 0 && t.y >= at && t.y < at + n) {
+        const bool largest = z[t.y - at] == block_m;
+        z[t.y - at] -= margin_;
+        if (largest) block_m = block_max(z, n);
+      }
       const R m = finite_floor(block_m);
       RowPart<double> part;
       part.m = block_m;
@@ -239,7 +246,7 @@ class Rows {
     const int64_t at = c / kLanes * kLanes;
     alignas(64) R z[kLanes];
     load_block(x + at * size_, p_.dtype, std::min(kLanes, p_.classes - at), transform_, z);
-    return z[c - at];
+    return z[c - at] - margin_;
   }
 
   static int64_t find(const R* z, int64_t n, R value) {
@@ -322,6 +329,7 @@ class Rows {
   const RowTransform<R> transform_;
   const int64_t size_;
   const R* weight_;
+  const R margin_;
   const bool one_pass_soft_;
 };
 

@@ -119,6 +119,7 @@ class TileWalk {
       if (p_.x_strides.inner == 1) prefetch(x_line(c + kAhead), n_ * dtype_size(p_.dtype));
       load_max(c, line(c));
     }
+    if (p_.options.margin != 0) take_margin();
     if (plain_) {
       take_labels();
     } else {
@@ -440,6 +441,15 @@ class TileWalk {
       if (c % kFold != kFold - 1) continue;
       for (int i = 0; i < count; ++i) t_.sums[i].fold(padded(n_));
     }
+  }
+
+  // From the labels' lines, and the maximum anew.
+  void take_margin() {
+    for (int64_t l = 0; l < n_; ++l) {
+      if (t_.y[l] >= 0) line(t_.y[l])[l] -= R(p_.options.margin);
+    }
+    std::fill(t_.m, t_.m + padded(n_), -infinity_<R>());
+    for (int64_t c = 0; c < p_.classes; ++c) line_max(line(c), n_, t_.m);
   }
 
   void extras() {

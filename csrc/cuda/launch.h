@@ -38,6 +38,12 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Bytes of dynamic shared memory with which two blocks fit on an SM, beside the runtime's share and
+// the static memory of the reductions.
+inline int64_t shared_bytes_of_half() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 8 * 1024;
+}
+
 // A kernel gets 48 KiB, its static shared memory included, without asking for more.
 inline constexpr size_t kDefaultSharedBytes = 32 * 1024;
 

@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kLongTeam, kBlocksPerSm<T, M>)
 }
 
 // One warp per row merges the records of its column ranges.
-template <class T>
+template <class T, Mode M>
 __global__ void __launch_bounds__(kWarp)
     row_softmax_split_kernel(RowSoftmaxProblem p, RowTransform<RealOf<T>> transform,
                              RowSoftmaxForward f, const RowState<RealOf<T>>* records, int splits) {
@@ -356,10 +356,10 @@ __global__ void __launch_bounds__(kWarp)
     const RowView<R> v = make_view(p, t, row, f.extras != nullptr, f.index != nullptr);
     const RowState<R>* own = records + row * splits;
     for (int i = threadIdx.x; i < splits; i += kWarp) merge_state(&s, own[i], v.index);
-    warp_merge<Mode::kSoft>(v, &s);
+    warp_merge<M>(v, &s);
     s.first_nan = warp_reduce(s.first_nan, MinOp{});
   }
-  if (threadIdx.x == 0) finish_row<Mode::kSoft, T>(p, transform, f, row, s);
+  if (threadIdx.x == 0) finish_row<M, T>(p, transform, f, row, s);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ void forward_rows(const RowSoftmaxProblem& p, const RowSoftmaxForward& f,
          dim3(unsigned(threads), unsigned(teams)), size_t(kept * teams * 16), stream, p, transform,
          rows, norm, records, int(columns), int(kept), per_team);
   if (splits == 1) return;
-  launch(row_softmax_split_kernel<T>, dim3(grid_size(p.rows())), dim3(kWarp), 0, stream, p,
+  launch(row_softmax_split_kernel<T, M>, dim3(grid_size(p.rows())), dim3(kWarp), 0, stream, p,
          transform, f, static_cast<const RowState<R>*>(records), int(splits));
   if (f.grad) {
     row_softmax_backward(p, {nullptr, nullptr, f.stats, f.norm, nullptr, f.grad, f.grad_strides},

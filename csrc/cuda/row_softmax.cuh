@@ -27,7 +27,7 @@ inline constexpr int kNoClass = 0x7fffffff;
 // What a kernel can do; the less it can, the fewer registers it needs and the more threads fit.
 enum class Mode {
   kPlain,    // one label a row, linear transform, no extras
-  kOptions,  // also MixUp, soft cap, extras, argmax and rank, smoothing at tau = 1
+  kOptions,  // also MixUp, soft cap, margin, extras, argmax and rank, smoothing at tau = 1
   kSoft,     // also probabilities, smoothing at tau != 1
 };
 
@@ -167,6 +167,7 @@ __device__ __forceinline__ void read_labels(const RowTransform<R>& f, const T* x
   const int64_t cls = v->p->x_strides.cls;
   if (M != Mode::kPlain && v->p->kind == TargetKind::kDense) return;
   v->zy = transform<M>(f, to_real(x_row[v->y * cls]));
+  if (M != Mode::kPlain) v->zy -= R(v->p->options.margin);
   if (M != Mode::kPlain && v->p->kind == TargetKind::kMix) {
     v->zy2 = transform<M>(f, to_real(x_row[v->y2 * cls]));
   }
@@ -387,7 +388,7 @@ __device__ __forceinline__ RowResult<R> finish_state(const RowView<R>& v, RowSta
     s.argmax = v.y;
   }
   r.rest = s.part.rest;
-  r.terms = row_terms(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
+  r.terms = row_terms<M == Mode::kPlain>(p, v.t, s.part.m, r.rest, v.zy, v.zy2);
   r.wz = s.part.wz;
   r.ez = s.part.ez;
   if (p.kind != TargetKind::kDense) {
@@ -412,7 +413,7 @@ __device__ __forceinline__ RowResult<R> poisoned_result(RowView<R>* v) {
   RowResult<R> r;
   v->zy = v->zy2 = nan_<R>();
   r.rest = r.wz = r.ez = r.soft.mass = r.soft.loss = nan_<R>();
-  r.terms = row_terms(*v->p, v->t, nan_<R>(), nan_<R>(), v->zy, v->zy2);
+  r.terms = row_terms<true>(*v->p, v->t, nan_<R>(), nan_<R>(), v->zy, v->zy2);
   r.argmax = -1;
   r.rank = 0;
   return r;
@@ -618,7 +619,7 @@ __device__ __forceinline__ void store_batch(T* out_row, int64_t cls, const R (&x
 
 // The saved statistics of a row. A label out of range leaves NaN in all of them, hence in the whole
 // gradient row.
-template <class R>
+template <Mode M, class R>
 __device__ __forceinline__ RowTerms<R> load_terms(const RowSoftmaxProblem& p, const void* stats,
                                                   int64_t row, const RowTarget<R>& t, R* zy,
                                                   R* soft_mass) {
@@ -628,7 +629,7 @@ __device__ __forceinline__ RowTerms<R> load_terms(const RowSoftmaxProblem& p, co
   const R zy2 = more ? s[kStatTarget2 * n] : R(0);
   *zy = s[kStatTarget * n];
   *soft_mass = more ? s[kStatSoft * n] : R(0);
-  return row_terms(p, t, s[kStatMax * n], s[kStatRest * n], *zy, zy2);
+  return row_terms<M == Mode::kPlain>(p, t, s[kStatMax * n], s[kStatRest * n], *zy, zy2);
 }
 
 }  // namespace pyloss::cuda

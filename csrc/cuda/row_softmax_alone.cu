@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2)
   if (l.active && load_target(p, l.row, &t)) {
     RowView<R> v = make_view(p, t, l.row, false, false);
     R soft_mass;
-    const RowTerms<R> terms = load_terms(p, b.stats, l.row, t, &v.zy, &soft_mass);
+    const RowTerms<R> terms = load_terms<Mode::kSoft>(p, b.stats, l.row, t, &v.zy, &soft_mass);
     const RowUpstream<R> u =
         b.grad_loss ? load_upstream(p, b, l.row, t.token) : unit_upstream<R>(b.norm, t.token);
     const R weight_sum = static_cast<const R*>(b.norm)[kNormWeightSum];

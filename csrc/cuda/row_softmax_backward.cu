@@ -41,7 +41,7 @@ __device__ __forceinline__ GradLine<R> make_line(const RowSoftmaxProblem& p,
   }
   const RowView<R> v = make_view(p, t, row, false, false);
   R zy, soft_mass;
-  const RowTerms<R> terms = load_terms(p, b.stats, row, t, &zy, &soft_mass);
+  const RowTerms<R> terms = load_terms<M>(p, b.stats, row, t, &zy, &soft_mass);
   const RowUpstream<R> u =
       b.grad_loss ? load_upstream(p, b, row, t.token) : unit_upstream<R>(b.norm, t.token);
   const R weight_sum = static_cast<const R*>(b.norm)[kNormWeightSum];

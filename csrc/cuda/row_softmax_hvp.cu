@@ -45,17 +45,18 @@ __global__ void __launch_bounds__(kLongTeam)
   const bool valid = target_in_range(p, t);
   RowView<R> v = make_view(p, t, row, false, false);
   R soft_mass;
-  const RowTerms<R> terms = load_terms(p, b.stats, row, t, &v.zy, &soft_mass);
+  const RowTerms<R> terms = load_terms<Mode::kSoft>(p, b.stats, row, t, &v.zy, &soft_mass);
   const R* norm = static_cast<const R*>(b.norm);
   const RowUpstream<R> u = load_upstream(p, b, row, t.token);
   const RowCoeffs<R> c = row_coeffs(p, t, terms, u, norm[kNormWeightSum], soft_mass);
   const R label_gradient = make_grad_row<Mode::kSoft>(f, terms, c, v.zy).label;
 
+  const auto shift_of = [&](int64_t j) { return j == t.y ? R(p.options.margin) : R(0); };
   R vbar = 0, uv = 0, wv = 0;
   for (int64_t j = threadIdx.x; j < p.classes; j += blockDim.x) {
     const R z = transform<Mode::kSoft>(f, to_real(x[j * p.x_strides.cls]));
     const R vz = to_real(tangent[j * h.v_strides.cls]) * f.slope(z);
-    const R uj = z - terms.m, pv = exp_fast(uj) / terms.sum * vz;
+    const R uj = z - shift_of(j) - terms.m, pv = exp_fast(uj) / terms.sum * vz;
     vbar += pv;
     uv += fmax_(uj, R(-1e4)) * pv;
     wv += v.weight(int(j)) * vz;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kLongTeam)
   for (int64_t j = threadIdx.x; j < p.classes; j += blockDim.x) {
     const R z = transform<Mode::kSoft>(f, to_real(x[j * p.x_strides.cls]));
     const R vx = to_real(tangent[j * h.v_strides.cls]), slope = f.slope(z), vz = vx * slope;
-    const R uj = fmax_(z - terms.m, R(-1e4)), e = exp_fast(z - terms.m);
+    const R u = z - shift_of(j) - terms.m, uj = fmax_(u, R(-1e4)), e = exp_fast(u);
     R g = e * (c.a + c.b * uj);
     R dg = e * ((vz - vbar) * (c.a + c.b * uj + c.b) + k.da);
     if (j == t.y) {

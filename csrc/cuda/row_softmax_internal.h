@@ -14,8 +14,9 @@ namespace pyloss::cuda {
 // The least mode that can do the problem. The double kernels exist in the last one only.
 inline Mode mode_of(const RowSoftmaxProblem& p, bool extras) {
   if (p.dtype == DType::kF64 || p.soft()) return Mode::kSoft;
-  const bool options =
-      p.kind == TargetKind::kMix || p.options.softcap > 0 || p.options.smoothing > 0 || extras;
+  const RowSoftmaxOptions& o = p.options;
+  const bool options = p.kind == TargetKind::kMix || o.softcap > 0 || o.smoothing > 0 ||
+                       o.margin != 0 || o.loss > LossKind::kFocal || extras;
   return options ? Mode::kOptions : Mode::kPlain;
 }
 
@@ -66,12 +67,6 @@ inline int teams_of_block(int threads) {
 // Rows that one team takes after the other, so that one wave of blocks is enough.
 inline int rows_per_team(const RowSoftmaxProblem& p, int teams, int64_t resident_blocks) {
   return int(std::clamp<int64_t>(ceil_div(p.rows(), teams * resident_blocks), 1, kMostRows));
-}
-
-// Bytes of dynamic shared memory with which two blocks fit on an SM, beside the runtime's share and
-// the static memory of the reductions.
-inline int64_t shared_bytes_of_half() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 8 * 1024;
 }
 
 // row_softmax_alone.cu: one thread per row.

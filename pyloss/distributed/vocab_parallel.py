@@ -14,7 +14,7 @@ from pyloss.functional._checks import is_dtensor
 from pyloss.functional._options import RowOptions, options_of
 from pyloss.functional.classification import RowStats, fused_cross_entropy
 
-_NOT_HERE = ("size_average", "reduce", "inplace")
+_NOT_HERE = ("size_average", "reduce", "inplace", "entropy_weight")
 
 
 @options_of(fused_cross_entropy, without=_NOT_HERE, after={"smoothing_formula": "label_smoothing"})

@@ -13,7 +13,14 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "tensor_attention_error",
             "tensor_attention_n",
         ),
-        "classification": ("RowStats", "comp_sum_loss", "focal_loss", "fused_cross_entropy"),
+        "classification": (
+            "RowStats",
+            "comp_sum_loss",
+            "focal_loss",
+            "fused_cross_entropy",
+            "label_relaxation_loss",
+            "poly1_loss",
+        ),
         "contrastive": (
             "clip_loss",
             "dcl",
@@ -43,6 +50,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "dro": ("kl_dro_loss",),
         "ensemble": ("ens_loss", "ens_loss_derivatives"),
         "groco": ("groco_from_scores", "groco_loss"),
+        "ldr": ("aldr_loss", "ldr_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
         "long_tail": ("class_balanced_weight", "logit_adjusted_cross_entropy", "logit_adjustment"),
         "metric_learning": (

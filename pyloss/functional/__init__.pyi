@@ -11,6 +11,8 @@ from pyloss.functional.classification import (
     comp_sum_loss,
     focal_loss,
     fused_cross_entropy,
+    label_relaxation_loss,
+    poly1_loss,
 )
 from pyloss.functional.contrastive import (
     clip_loss,
@@ -47,6 +49,7 @@ from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
 )
+from pyloss.functional.ldr import aldr_loss, ldr_loss
 from pyloss.functional.linear import (
     fused_linear_cross_entropy,
     token_logprobs,
@@ -160,6 +163,7 @@ __all__ = [
     "RowStats",
     "SogCLRStats",
     "TensorAttentionCost",
+    "aldr_loss",
     "approx_ndcg_loss",
     "arcface_loss",
     "balanced_loss_weight",
@@ -197,6 +201,8 @@ __all__ = [
     "kl_dro_loss",
     "lambda_loss",
     "lanczos_ritz_dataset",
+    "label_relaxation_loss",
+    "ldr_loss",
     "linear_distillation_loss",
     "lipschitz_gradient_penalty",
     "list_mle",
@@ -219,6 +225,7 @@ __all__ = [
     "permutahedron_sort",
     "persistence_pairs",
     "perturb_weights",
+    "poly1_loss",
     "proto_triplet_loss",
     "prototypes",
     "representative_indices",

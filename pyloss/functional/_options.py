@@ -24,7 +24,11 @@ class FormulaOptions(TypedDict, total=False):
 
     label_smoothing: float
     tau: float
-    gamma: float  # of the focal loss alone
+    gamma: float  # of the focal loss alone, as the next three of one loss each
+    poly1: float
+    relaxation: float
+    ldr: bool
+    margin: float  # of the logits, taken from the label's
     truncate: float | None
     z_loss: float
     softcap: float | None

@@ -20,7 +20,7 @@ from pyloss.functional._options import FormulaOptions, RowOptions
 from pyloss.ops import row_softmax as op
 from pyloss.ops._empty import divided
 from pyloss.ops._launch import accumulator_dtype
-from pyloss.ops.row_softmax.masses import ignored_rows
+from pyloss.ops.row_softmax.masses import ignored_rows, masses
 
 FLOAT_STATS = ("lse", "logprob", "entropy", "z_loss")
 _INDEX_STATS = ("argmax", "correct", "rank")
@@ -137,6 +137,8 @@ def prepare(
         token_weight = _checked_token_weight(token_weight, input, target)
 
     numbers = _checked_formula(kind, **formula)
+    if formula.get("ldr", False):
+        numbers["offset"] = math.log(max(classes, 1))
     divisor = items = None
     if num_items is not None:
         if reduction == "mean" and isinstance(num_items, Tensor):
@@ -150,8 +152,7 @@ def prepare(
     if numbers is not None or items is not None:
         options = op.Options(num_items=0.0 if items is None else items, **(numbers or {}))
     checks.check_empty(empty)
-    # gamma = 0 is cross entropy, where the focal derivatives would be 0 * inf.
-    loss = op.FOCAL if options is not None and options.gamma else op.COMP_SUM
+    loss = op.COMP_SUM if numbers is None else _loss_code(formula)
     codes = op.Codes(kind, ignore_index, loss, op.REDUCTIONS[reduction], int(empty == "zero"))
     wants = 0
     if return_stats != ():
@@ -177,6 +178,7 @@ def check_options(
     empty="nan",
     loss_dtype=None,
     return_stats=(),
+    entropy_weight=0.0,
     **formula: Unpack[FormulaOptions],
 ) -> None:
     """The checks of :func:`prepare` that need no tensor, for those who keep options for later."""
@@ -188,6 +190,7 @@ def check_options(
     checks.check_range("gamma", formula.get("gamma", 0.0), 0.0)
     _checked_formula(op.INDEX, **formula)
     checks.check_empty(empty)
+    check_entropy_weight(entropy_weight)
     _checked_stats(return_stats, op.INDEX)
 
 
@@ -200,30 +203,59 @@ def with_smoothing(p: Prepared, smoothing: float) -> Prepared:
     )
 
 
-def row_loss(input, target, inplace=False, **options: Unpack[RowOptions]):
+def row_loss(input, target, inplace=False, entropy_weight=0.0, **options: Unpack[RowOptions]):
     """Checks and packs the arguments, calls the op, names the statistics."""
+    check_entropy_weight(entropy_weight)
     if type(input) is not Tensor and checks.is_dtensor(input):
         from pyloss.functional._row_dtensors import row_loss_of_dtensors
 
+        if entropy_weight:
+            raise NotImplementedError("entropy_weight is not there for DTensors")
         return row_loss_of_dtensors(input, target, inplace, options)
     if isinstance(input, Tensor) and input.dim() == 1:
         target = without_batch(target)
     input, p = prepare(input, target, no_classes=True, **options)
     if inplace:
         inplace = _checked_inplace(input)
-    # What is divided afterwards is rounded to its dtype afterwards.
-    dtype = p.loss_dtype if p.divisor is None else accumulator_dtype(p.loss_dtype)
+    # What is divided or added to afterwards is rounded to its dtype afterwards.
+    whole = p.divisor is None and not entropy_weight
+    dtype = p.loss_dtype if whole else accumulator_dtype(p.loss_dtype)
+    wants = p.wants | op.WANT_EXTRAS if entropy_weight else p.wants
     if input.numel() == 0 and _has_no_classes(input):
         value, extras, index = _without_classes(input, p, dtype), None, None
     else:
         value, extras, index = op.row_softmax(
-            input, *p.labels, p.options, p.codes, dtype, p.wants, inplace
+            input, *p.labels, p.options, p.codes, dtype, wants, inplace
         )
+        if entropy_weight:
+            value = value + entropy_weight * _entropy_part(input, p, extras)
     if p.divisor is not None:
-        value = divided(value, p.divisor.to(dtype), p.empty == "zero").to(p.loss_dtype)
+        value = divided(value, p.divisor.to(dtype), p.empty == "zero")
+    value = value.to(p.loss_dtype)
     if not p.return_stats:
         return value
     return value, named_stats(p, extras, index, _row_shape(input, p.labels[0]))
+
+
+def check_entropy_weight(entropy_weight) -> None:
+    checks.check_range("entropy_weight", entropy_weight, -math.inf)
+
+
+def _entropy_part(input, p: Prepared, extras: Tensor) -> Tensor:
+    """The entropies of the rows, 0 for those that are ignored, reduced as a z-loss is."""
+    entropy = extras[FLOAT_STATS.index("entropy")].view(_row_shape(input, p.labels[0]))
+    token = p.labels[4]
+    if token is not None:
+        entropy = torch.where(token == 0, 0.0, token * entropy)
+    if p.codes.reduction == op.REDUCTIONS["none"]:
+        return entropy
+    total = entropy.sum()
+    if p.codes.reduction == op.REDUCTIONS["sum"]:
+        return total
+    if p.options is not None and p.options.num_items:
+        return total / p.options.num_items
+    _, mass = masses(p.labels, p.codes, ignored_rows(p.labels, p.codes))
+    return divided(total, mass.to(total.dtype), p.empty == "zero")
 
 
 def _has_no_classes(input) -> bool:
@@ -422,11 +454,31 @@ def _checked_token_weight(token_weight, input, target):
     return token_weight.to(accumulator_dtype(input.dtype))
 
 
+def _loss_code(formula: FormulaOptions) -> int:
+    # A number of 0 is cross entropy, where the derivatives of the focal loss would be 0 * inf.
+    for name, code in _LOSS_OF_OPTION:
+        if formula.get(name, 0.0):
+            return code
+    return op.COMP_SUM
+
+
+_LOSS_OF_OPTION = (
+    ("gamma", op.FOCAL),
+    ("poly1", op.POLY1),
+    ("relaxation", op.RELAXED),
+    ("ldr", op.LDR),
+)
+
+
 def _checked_formula(
     kind,
     label_smoothing=0.0,
     tau=1.0,
     gamma=0.0,
+    poly1=0.0,
+    relaxation=0.0,
+    ldr=False,
+    margin=0.0,
     truncate=None,
     z_loss=0.0,
     softcap=None,
@@ -439,6 +491,10 @@ def _checked_formula(
             label_smoothing == 0.0
             and tau == 1.0
             and gamma == 0.0
+            and poly1 == 0.0
+            and relaxation == 0.0
+            and not ldr
+            and margin == 0.0
             and truncate is None
             and z_loss == 0.0
             and softcap is None
@@ -468,6 +524,9 @@ def _checked_formula(
         tau=float(tau),
         max_nll=max_nll,
         gamma=float(gamma),
+        poly1=float(poly1),
+        relaxation=float(relaxation),
+        margin=float(margin * logit_scale / temperature),
         z_loss=float(z_loss),
         smoothing=float(label_smoothing),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 
 from pyloss.functional._checks import check_range
+from pyloss.functional._options import options_of
 from pyloss.functional._rows import RowStats, row_loss
 from pyloss.ops.row_softmax import small
 
@@ -28,6 +30,7 @@ def fused_cross_entropy(
     tau: float = 1.0,
     truncate: float | None = None,
     z_loss: float = 0.0,
+    entropy_weight: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -47,7 +50,8 @@ def fused_cross_entropy(
 
     .. math::
         \ell = k \Big( w_y\, \frac{e^{(1-\tau) L_y} - 1}{1-\tau}
-               + \mathrm{z\_loss} \cdot \mathrm{lse}(z)^2 \Big),
+               + \mathrm{z\_loss} \cdot \mathrm{lse}(z)^2
+               + \mathrm{entropy\_weight} \cdot H(\mathrm{softmax}(z)) \Big),
         \qquad \tau = 1:\ \ell = k\,(w_y L_y + \dots)
 
     Args:
@@ -74,6 +78,8 @@ def fused_cross_entropy(
         truncate: probability k in (0, 1]: where ``p_y <= k`` the loss is the constant it has at k,
             and has no gradient. Class indices and MixUp without label smoothing only.
         z_loss: coefficient of the squared log-normaliser, >= 0; typical 1e-4.
+        entropy_weight: coefficient of the entropy of softmax(z), reduced as the z-loss is: < 0
+            rewards a spread-out output, > 0 penalises it.
         softcap: bound of the logits, > 0; None: no bound.
         logit_scale: factor on the logits, before the cap.
         temperature: divides the logits after the cap, > 0.
@@ -140,6 +146,7 @@ def fused_cross_entropy(
         tau=tau,
         truncate=truncate,
         z_loss=z_loss,
+        entropy_weight=entropy_weight,
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
@@ -209,6 +216,7 @@ def focal_loss(
     reduction: str = "mean",
     *,
     z_loss: float = 0.0,
+    entropy_weight: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -230,8 +238,8 @@ def focal_loss(
         weight: weight of each class (the alpha of the paper), ``(C)``.
         ignore_index: rows with this target add nothing.
         reduction: ``"none" | "mean" | "sum"``, as in :func:`fused_cross_entropy`.
-        z_loss, softcap, logit_scale, temperature, token_weight, return_stats, inplace, empty,
-            loss_dtype, num_items: as in :func:`fused_cross_entropy`.
+        z_loss, entropy_weight, softcap, logit_scale, temperature, token_weight, return_stats,
+            inplace, empty, loss_dtype, num_items: as in :func:`fused_cross_entropy`.
 
     Returns:
         As :func:`fused_cross_entropy`.
@@ -249,8 +257,7 @@ def focal_loss(
         Lin, Goyal, Girshick, He, Dollar. Focal Loss for Dense Object Detection. arXiv 1708.02002.
     """
     check_range("gamma", gamma, 0.0)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise ValueError("focal_loss takes class indices or a MixUp tuple, not probabilities")
+    _check_no_probabilities("focal_loss", target)
     return row_loss(
         input,
         target,
@@ -260,6 +267,7 @@ def focal_loss(
         reduction=reduction,
         gamma=gamma,
         z_loss=z_loss,
+        entropy_weight=entropy_weight,
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
@@ -269,3 +277,89 @@ def focal_loss(
         loss_dtype=loss_dtype,
         num_items=num_items,
     )
+
+
+def _check_no_probabilities(function: str, target) -> None:
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError(f"{function} takes class indices or a MixUp tuple, not probabilities")
+
+
+@options_of(focal_loss, without=("gamma",), positional=3)
+def poly1_loss(
+    input: Tensor, target: Tensor | MixUpTarget, epsilon: float = 1.0, **options: Any
+) -> Tensor | tuple[Tensor, RowStats]:
+    r"""Poly-1: cross entropy with the first coefficient of its series in 1 - p changed.
+
+    .. math:: \ell = w_y\, (-\log p_y + \epsilon\, (1 - p_y))
+              = w_y \Big( (1 + \epsilon)(1 - p_y) + \tfrac12 (1 - p_y)^2 + \dots \Big)
+
+    Args:
+        input: logits, as in :func:`fused_cross_entropy`.
+        target: class indices or a MixUp tuple, as there.
+        epsilon: 0 gives cross entropy; > 0 adds to the slope of rows that are nearly right, down to
+            -1 it takes from it.
+        **options: as for :func:`focal_loss`.
+
+    Returns:
+        As :func:`fused_cross_entropy`.
+
+    Raises:
+        ValueError: ``epsilon`` infinite, NaN or below -1, where the loss would fall towards small
+        p_y; probability targets; and what :func:`fused_cross_entropy` raises.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.randn(8, 10, requires_grad=True), torch.randint(10, (8,))
+        >>> pyloss.functional.poly1_loss(x, y, epsilon=2.0).backward()
+
+    Reference:
+        Leng, Tan, Liu, Cubuk, Shi, Cheng, Anguelov. PolyLoss. arXiv 2204.12511.
+    """
+    check_range("epsilon", epsilon, -1.0)
+    _check_no_probabilities("poly1_loss", target)
+    return row_loss(input, target, poly1=epsilon, **options)
+
+
+@options_of(focal_loss, without=("gamma",), positional=3)
+def label_relaxation_loss(
+    input: Tensor, target: Tensor | MixUpTarget, alpha: float = 0.1, **options: Any
+) -> Tensor | tuple[Tensor, RowStats]:
+    r"""Label relaxation: no loss once the label has the probability 1 - alpha; until then the
+    divergence from the nearest distribution that gives it that much.
+
+    .. math:: \ell = w_y \min_{q_y \ge 1 - \alpha} \mathrm{KL}(q, p)
+              = w_y \Big( (1 - \alpha) \log \frac{1 - \alpha}{p_y}
+                + \alpha \log \frac{\alpha}{1 - p_y} \Big) \text{ where } p_y < 1 - \alpha
+
+    The other classes share alpha as the model itself does, where label smoothing makes them equal.
+
+    Args:
+        input: logits, as in :func:`fused_cross_entropy`.
+        target: class indices or a MixUp tuple, as there.
+        alpha: in [0, 1); 0 gives cross entropy.
+        **options: as for :func:`focal_loss`.
+
+    Returns:
+        As :func:`fused_cross_entropy`.
+
+    Raises:
+        ValueError: ``alpha`` outside [0, 1); probability targets; and what
+        :func:`fused_cross_entropy` raises.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, y = torch.randn(8, 10, requires_grad=True), torch.randint(10, (8,))
+        >>> pyloss.functional.label_relaxation_loss(x, y, alpha=0.1).backward()
+
+    Reference:
+        Lienen, Huellermeier. From Label Smoothing to Label Relaxation. AAAI 2021.
+    """
+    check_relaxation(alpha)
+    _check_no_probabilities("label_relaxation_loss", target)
+    return row_loss(input, target, relaxation=alpha, **options)
+
+
+def check_relaxation(alpha) -> None:
+    check_range("alpha", alpha, 0.0)
+    if not alpha < 1.0:
+        raise ValueError(f"alpha must be in [0, 1), got {alpha}")

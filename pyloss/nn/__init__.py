@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "CrossEntropyLoss",
             "FocalLoss",
             "GeneralizedCrossEntropyLoss",
+            "LabelRelaxationLoss",
+            "Poly1Loss",
         ),
         "contrastive": (
             "CLIPLoss",
@@ -28,6 +30,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "ensemble": ("EnsLoss",),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
+        "ldr": ("ALDRLoss", "LDRLoss"),
         "linear": ("LinearCrossEntropyLoss",),
         "long_tail": ("LogitAdjustedCrossEntropyLoss",),
         "metric_learning": (

@@ -4,6 +4,8 @@ from pyloss.nn.classification import (
     CrossEntropyLoss,
     FocalLoss,
     GeneralizedCrossEntropyLoss,
+    LabelRelaxationLoss,
+    Poly1Loss,
 )
 from pyloss.nn.contrastive import (
     CLIPLoss,
@@ -24,6 +26,7 @@ from pyloss.nn.ensemble import EnsLoss
 from pyloss.nn.gating import DynamicGate, GatedConv, GatedFlops, gated_flops
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
+from pyloss.nn.ldr import ALDRLoss, LDRLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
 from pyloss.nn.long_tail import LogitAdjustedCrossEntropyLoss
 from pyloss.nn.metric_learning import (
@@ -89,6 +92,7 @@ from pyloss.nn.topk import TopKCrossEntropyLoss
 from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
+    "ALDRLoss",
     "ApproxNDCGLoss",
     "ArcFaceLoss",
     "BettiMatchingLoss",
@@ -119,6 +123,8 @@ __all__ = [
     "InfoNCELoss",
     "LagrangianPINN",
     "KLDROLoss",
+    "LDRLoss",
+    "LabelRelaxationLoss",
     "LambdaLoss",
     "LinearCrossEntropyLoss",
     "ListMLELoss",
@@ -135,6 +141,7 @@ __all__ = [
     "Pointers",
     "PoissonNet2d",
     "PoissonNet3d",
+    "Poly1Loss",
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",

@@ -192,3 +192,71 @@ class FocalLoss(_RowLoss):
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
         return F.focal_loss(input, target, weight=self.weight, **self.options, **call)
+
+
+class Poly1Loss(_RowLoss):
+    r"""Module of :func:`pyloss.functional.poly1_loss`.
+
+    .. math:: \ell = w_y\, (-\log p_y + \epsilon\, (1 - p_y))
+
+    Args:
+        epsilon: >= -1; 0 gives cross entropy.
+        weight: weight of each class, ``(C)``.
+        **options: the other keyword arguments of :func:`pyloss.focal_loss`.
+
+    Shape:
+        As :class:`CrossEntropyLoss`, class indices only.
+
+    Raises:
+        As :func:`pyloss.functional.poly1_loss`; what needs no tensor, when it is made.
+
+    Example:
+        >>> import torch, pyloss
+        >>> pyloss.nn.Poly1Loss(2.0)(torch.randn(4, 10), torch.randint(10, (4,))).shape
+        torch.Size([])
+
+    Reference:
+        Leng et al. arXiv 2204.12511.
+    """
+
+    def __init__(self, epsilon: float = 1.0, weight: Tensor | None = None, **options) -> None:
+        check_range("epsilon", epsilon, -1.0)
+        self._check_names(options, F.poly1_loss)
+        super().__init__(weight, epsilon=epsilon, **options)
+
+    def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
+        return F.poly1_loss(input, target, weight=self.weight, **self.options, **call)
+
+
+class LabelRelaxationLoss(_RowLoss):
+    r"""Module of :func:`pyloss.functional.label_relaxation_loss`.
+
+    .. math:: \ell = w_y \min_{q_y \ge 1 - \alpha} \mathrm{KL}(q, p)
+
+    Args:
+        alpha: in [0, 1); 0 gives cross entropy.
+        weight: weight of each class, ``(C)``.
+        **options: the other keyword arguments of :func:`pyloss.focal_loss`.
+
+    Shape:
+        As :class:`CrossEntropyLoss`, class indices only.
+
+    Raises:
+        As :func:`pyloss.functional.label_relaxation_loss`; what needs no tensor, when it is made.
+
+    Example:
+        >>> import torch, pyloss
+        >>> pyloss.nn.LabelRelaxationLoss(0.1)(torch.randn(4, 10), torch.randint(10, (4,))).shape
+        torch.Size([])
+
+    Reference:
+        Lienen, Huellermeier. From Label Smoothing to Label Relaxation. AAAI 2021.
+    """
+
+    def __init__(self, alpha: float = 0.1, weight: Tensor | None = None, **options) -> None:
+        F.check_relaxation(alpha)
+        self._check_names(options, F.label_relaxation_loss)
+        super().__init__(weight, alpha=alpha, **options)
+
+    def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, F.RowStats]:
+        return F.label_relaxation_loss(input, target, weight=self.weight, **self.options, **call)

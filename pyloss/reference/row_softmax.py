@@ -49,6 +49,10 @@ def row_softmax(
     tau: float = 1.0,
     truncate: float | None = None,
     gamma: float | None = None,
+    poly1: float | None = None,
+    relaxation: float | None = None,
+    affine: tuple[float, float] | None = None,
+    margin: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -71,13 +75,23 @@ def row_softmax(
         weight: weight of each class, ``(C)``.
         temperature: a number, or one of each row, ``(..., 1)``, the classes last.
         gamma: focal exponent; the row loss is then ``(1 - p_y)^gamma * L`` and ``tau`` must be 1.
+        poly1: coefficient e of Poly-1, ``L + e (1 - p_y)``.
+        relaxation: share a that label relaxation leaves to the other classes: the divergence of
+            ``p`` from the nearest distribution that gives the label at least ``1 - a``.
+        affine: (scale, offset); the row loss is then ``scale (L - offset)``.
+        margin: taken from the label's ``z`` (one label only).
+
+        At most one of ``gamma``, ``poly1``, ``relaxation`` and ``affine``, with the conditions of
+        ``gamma``.
 
     Returns:
         The loss, or the pair of the loss and a dict of the statistics named in ``return_stats``.
     """
     y, y2, lam, prob = _split_target(target)
-    if gamma is not None and (tau != 1.0 or label_smoothing != 0.0 or prob is not None):
-        raise ValueError("the focal loss takes class indices, tau=1 and no label smoothing")
+    shape = dict(gamma=gamma, poly1=poly1, relaxation=relaxation, affine=affine)
+    shape = {name: x for name, x in shape.items() if x is not None}
+    if shape and (tau != 1.0 or label_smoothing != 0.0 or prob is not None):
+        raise ValueError(f"{next(iter(shape))} needs class indices, tau=1 and no label smoothing")
 
     dtype = _compute_dtype(input, prob)
     if lam is not None:
@@ -101,6 +115,8 @@ def row_softmax(
     x = torch.where(ignored.unsqueeze(-1), 0.0, x)
 
     z = _transform(x, logit_scale, softcap, temperature)
+    if margin != 0.0:
+        z = z - margin * _one_hot(indices[0], n_classes).to(dtype)
     peak = z.detach().amax(-1)
     # A row without a finite maximum (+inf, NaN, or nothing but -inf) has no softmax.
     sick = outside | ~torch.isfinite(peak)
@@ -115,7 +131,7 @@ def row_softmax(
     else:
         # Probability targets: 'mean' divides by the number of rows whatever the class weights.
         row_weight = torch.ones_like(peak)
-    formula = dict(tau=tau, truncate=truncate, gamma=gamma)
+    formula = dict(tau=tau, truncate=truncate, **shape)
     if prob is None and label_smoothing == 0.0:
         row = sum(
             _weighted(r, _neg_log_prob(z, peak, i), **formula) for r, i in zip(weights, indices)
@@ -263,8 +279,16 @@ def _expm1(x: Tensor) -> Tensor:
     return torch.where(x < -0.5, torch.exp(x) - 1.0, torch.expm1(x))
 
 
-def _shape_loss(nll: Tensor, tau: float, truncate: float | None, gamma: float | None) -> Tensor:
-    """``f(L)``: the comp-sum family, truncated where ``p <= truncate``; or the focal loss."""
+def _shape_loss(
+    nll: Tensor,
+    tau: float,
+    truncate: float | None,
+    gamma: float | None = None,
+    poly1: float | None = None,
+    relaxation: float | None = None,
+    affine: tuple[float, float] | None = None,
+) -> Tensor:
+    """``f(L)``: the comp-sum family, truncated where ``p <= truncate``; or another form."""
     if truncate is not None:
         bound = -math.log(truncate)
         nll = torch.where(nll >= bound, bound, nll)
@@ -273,6 +297,17 @@ def _shape_loss(nll: Tensor, tau: float, truncate: float | None, gamma: float | 
         # 0 ** (gamma - 1) has no finite value for gamma < 1; the loss is 0 there in any case.
         wrong = torch.where(nll > 0.0, wrong, 1.0)
         return wrong.pow(gamma) * nll
+    if poly1 is not None:
+        return nll - poly1 * _expm1(-nll)
+    if relaxation is not None:
+        bound = -math.log1p(-relaxation)
+        nll = torch.where(nll <= bound, bound, nll)  # met: the loss of the bound, which is 0
+        others = torch.log(-_expm1(-nll))
+        zero = (1.0 - relaxation) * bound - relaxation * math.log(relaxation)
+        return (1.0 - relaxation) * nll - relaxation * others - zero
+    if affine is not None:
+        scale, offset = affine
+        return scale * (nll - offset)
     slope = 1.0 - tau
     return nll if slope == 0.0 else _expm1(slope * nll) / slope
 

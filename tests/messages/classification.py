@@ -9,7 +9,14 @@ import torch
 
 import pyloss
 from messages._table import accepted, refused
-from pyloss.nn import CompSumLoss, CrossEntropyLoss, FocalLoss, GeneralizedCrossEntropyLoss
+from pyloss.nn import (
+    CompSumLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GeneralizedCrossEntropyLoss,
+    LabelRelaxationLoss,
+    Poly1Loss,
+)
 
 X, Y = torch.linspace(-1.0, 2.0, 15).reshape(3, 5), torch.tensor([0, 3, 1])
 CE, FOCAL = pyloss.fused_cross_entropy, pyloss.focal_loss
@@ -121,6 +128,13 @@ ROWS = (
     refused(ValueError, "tau must be finite and >= 0, got -1", CompSumLoss, tau=-1),
     refused(ValueError, "gamma must be finite and >= 0, got -1", FocalLoss, gamma=-1),
     refused(ValueError, "q must be finite and > 0, got 0", GeneralizedCrossEntropyLoss, q=0),
+    refused(ValueError, "epsilon must be finite and >= -1, got -2", Poly1Loss, -2),
+    refused(ValueError, "alpha must be in [0, 1), got 1", LabelRelaxationLoss, 1),
+    refused(TypeError, "LabelRelaxationLoss got an unexpected keyword argument 'label_smoothing'",
+            LabelRelaxationLoss, label_smoothing=0.1),
+    refused(TypeError, "entropy_weight must be a number, got str", CE, X, Y, entropy_weight="1"),
+    refused(ValueError, "entropy_weight must be finite",
+            CrossEntropyLoss, entropy_weight=float("inf")),
     refused(ValueError, "k must be a probability in (0, 1], got 2",
             GeneralizedCrossEntropyLoss, k=2),
     refused(TypeError, "ignore_index must be an integer, got None (NoneType)",

@@ -14,7 +14,14 @@ from row_softmax_cases import make_options
 from torch import Tensor
 
 import pyloss
-from pyloss.functional import RowStats, comp_sum_loss, focal_loss, fused_cross_entropy
+from pyloss.functional import (
+    RowStats,
+    comp_sum_loss,
+    focal_loss,
+    fused_cross_entropy,
+    label_relaxation_loss,
+    poly1_loss,
+)
 from pyloss.reference import row_softmax
 from pyloss.testing import make_logits, make_target
 from specs._spec import F64, Bad, Empty, Sample, Spec
@@ -48,12 +55,24 @@ def class_weight() -> Tensor:
     return torch.linspace(0.5, 2.0, 5, dtype=F64)
 
 
-def cross_entropy_reference(input, target, weight=None, **options):
+def cross_entropy_reference(input, target, weight=None, entropy_weight=0.0, **options):
     result = row_softmax(input, target, weight, **options)
+    if entropy_weight:
+        return result + entropy_weight * mean_entropy(input, target, **options)
     if not options.get("return_stats"):
         return result
     loss, stats = result
     return loss, RowStats(**stats | dict(z_loss=stats["z_loss"].detach()))
+
+
+def mean_entropy(input, target, token_weight=None, reduction="mean", num_items=None, **options):
+    log_p = (input / options.get("temperature", 1.0)).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    kept = target != options.get("ignore_index", -100)
+    k = torch.where(kept, 1.0 if token_weight is None else token_weight, 0.0).to(F64)
+    if reduction != "mean":
+        return entropy * k if reduction == "none" else (entropy * k).sum()
+    return (entropy * k).sum() / (k.sum() if num_items is None else num_items)
 
 
 def closed_form(f: Callable[..., Tensor]):
@@ -88,6 +107,17 @@ def generalized(p: Tensor, q: float = 0.7, k: float | None = None) -> Tensor:
 
 def focal(p: Tensor, gamma: float = 2.0) -> Tensor:
     return -((1 - p) ** gamma) * p.log()
+
+
+def poly1(p: Tensor, epsilon: float = 1.0) -> Tensor:
+    return -p.log() + epsilon * (1 - p)
+
+
+def relaxed(p: Tensor, alpha: float = 0.1) -> Tensor:
+    if alpha == 0:
+        return -p.log()
+    value = (1 - alpha) * ((1 - alpha) / p).log() + alpha * (alpha / (1 - p)).log()
+    return torch.where(p >= 1 - alpha, 0.0, value)
 
 
 def generalized_cross_entropy(input, target, q=0.7, k=None, **options) -> Tensor:
@@ -177,6 +207,10 @@ SPECS = (
                     *("everything", "everything_smoothed"),
                 )
             },
+            "entropy": lambda: plain(entropy_weight=-0.3, ignored=0.3, weight=class_weight()),
+            "entropy, none": lambda: case("temperature", entropy_weight=0.2, reduction="none"),
+            "entropy, items": lambda: case("num_items", entropy_weight=0.2),
+            "entropy, tokens": lambda: case("token_weight", entropy_weight=-0.2),
             "volume": lambda: case("smoothing_tau", (2, 3, 2), reduction="sum"),
             "statistics": lambda: case(
                 "z_loss", return_stats=("lse", "logprob", "entropy", "argmax", "rank", "z_loss")
@@ -243,6 +277,34 @@ SPECS = (
             Bad(ValueError, "gamma must be finite and >= 0", dict(gamma=-1.0)),
             Bad(ValueError, "class indices or a MixUp tuple", dict(target=X)),
             Bad(TypeError, "label_smoothing", dict(label_smoothing=0.1)),
+        ),
+    ),
+    row_loss(
+        function=poly1_loss,
+        module=pyloss.nn.Poly1Loss,
+        samples={
+            "plain": plain,
+            "epsilon": lambda: plain(epsilon=-0.5, ignored=0.3, weight=class_weight()),
+            "mixup, none": lambda: mixup(epsilon=2.0, reduction="none"),
+        },
+        reference=closed_form(poly1),
+        errors=(
+            Bad(ValueError, "epsilon must be finite and >= -1", dict(epsilon=-1.5)),
+            Bad(ValueError, "class indices or a MixUp tuple", dict(target=X)),
+        ),
+    ),
+    row_loss(
+        function=label_relaxation_loss,
+        module=pyloss.nn.LabelRelaxationLoss,
+        samples={
+            "plain": plain,
+            "alpha": lambda: plain(alpha=0.6, ignored=0.3, weight=class_weight()),
+            "mixup, none": lambda: mixup(alpha=0.3, reduction="none"),
+        },
+        reference=closed_form(relaxed),
+        errors=(
+            Bad(ValueError, r"alpha must be in \[0, 1\)", dict(alpha=1.0)),
+            Bad(ValueError, "class indices or a MixUp tuple", dict(target=X)),
         ),
     ),
 )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.ops.row_softmax.records import COMP_SUM, FOCAL, Options
+from pyloss.ops.row_softmax.records import COMP_SUM, FOCAL, LDR, POLY1, RELAXED, Options
 
 
 class Transform(NamedTuple):
@@ -75,7 +75,24 @@ def _focal(o: Options, nll: Tensor) -> LossOfNll:
     return LossOfNll(power * nll, power * (1 + o.gamma * p_ratio))
 
 
-LOSSES = {COMP_SUM: _comp_sum, FOCAL: _focal}
+def _poly1(o: Options, nll: Tensor) -> LossOfNll:
+    return LossOfNll(nll - o.poly1 * torch.expm1(-nll), 1 + o.poly1 * torch.exp(-nll))
+
+
+def _relaxed(o: Options, nll: Tensor) -> LossOfNll:
+    a = o.relaxation
+    p, miss = torch.exp(-nll), -torch.expm1(-nll)
+    met = p >= 1 - a
+    entropy = (1 - a) * math.log1p(-a) + a * math.log(a)
+    value = (1 - a) * nll - a * torch.log(miss) + entropy
+    return LossOfNll(torch.where(met, 0.0, value), torch.where(met, 0.0, (1 - a) - a * p / miss))
+
+
+def _ldr(o: Options, nll: Tensor) -> LossOfNll:
+    return LossOfNll(o.temperature * (nll - o.offset), torch.full_like(nll, o.temperature))
+
+
+LOSSES = {COMP_SUM: _comp_sum, FOCAL: _focal, POLY1: _poly1, RELAXED: _relaxed, LDR: _ldr}
 
 
 class _Differentiable(torch.autograd.Function):

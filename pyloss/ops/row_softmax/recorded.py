@@ -65,7 +65,10 @@ def record(
     if codes.kind == MIX:
         y2, bad2 = _columns(labels[1], classes, ignored)
         bad = bad | bad2
-    row = softmax(transform(options).value(_by_rows(input).to(acc)), y)
+    z = transform(options).value(_by_rows(input).to(acc))
+    if options.margin:
+        z = z - options.margin * _one_hot(z, y, None, None)
+    row = softmax(z, y)
 
     def put(to: Tensor, values: Tensor) -> None:
         to.copy_(values if ignored is None else torch.where(ignored, 0.0, values))

@@ -12,7 +12,7 @@ from pyloss.ops.row_softmax.layout import layout
 
 # Kinds of target, kinds of loss.
 INDEX, MIX, DENSE = 0, 1, 2
-COMP_SUM, FOCAL = 0, 1
+COMP_SUM, FOCAL, POLY1, RELAXED, LDR = range(5)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 Three = tuple[int, int, int]
@@ -27,6 +27,10 @@ class Options(NamedTuple):
     tau: float = 1.0
     max_nll: float = math.inf  # -log(truncate)
     gamma: float = 0.0
+    poly1: float = 0.0
+    relaxation: float = 0.0
+    margin: float = 0.0  # taken from the label's z: one label only
+    offset: float = 0.0  # of LDR: log(classes)
     z_loss: float = 0.0
     smoothing: float = 0.0
     num_items: float = 0.0  # 0: count the rows

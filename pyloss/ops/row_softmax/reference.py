@@ -18,7 +18,17 @@ from pyloss.ops.row_softmax.calls import (
 )
 from pyloss.ops.row_softmax.layout import row_count
 from pyloss.ops.row_softmax.recorded import record
-from pyloss.ops.row_softmax.records import DENSE, FOCAL, MIX, REDUCTIONS, unpacked, unpacked_saved
+from pyloss.ops.row_softmax.records import (
+    DENSE,
+    FOCAL,
+    LDR,
+    MIX,
+    POLY1,
+    REDUCTIONS,
+    RELAXED,
+    unpacked,
+    unpacked_saved,
+)
 
 _LABEL_STATS = ("logprob", "rank")  # statistics that probabilities do not have
 
@@ -35,6 +45,10 @@ def keywords(target, target2, mix, weight, token_weight, options, codes) -> dict
         tau=o.tau,
         truncate=None if o.max_nll == math.inf else math.exp(-o.max_nll),
         gamma=o.gamma if c.loss == FOCAL else None,
+        poly1=o.poly1 if c.loss == POLY1 else None,
+        relaxation=o.relaxation if c.loss == RELAXED else None,
+        affine=(o.temperature, o.offset) if c.loss == LDR else None,
+        margin=o.margin,
         z_loss=o.z_loss,
         softcap=o.softcap or None,
         logit_scale=o.logit_scale,

@@ -86,6 +86,13 @@ struct RefRow {
 double f_value(const RowSoftmaxOptions& o, double nll, bool soft) {
   if (!soft) nll = std::min(nll, o.max_nll);
   if (o.loss == LossKind::kFocal) return std::pow(-std::expm1(-nll), o.gamma) * nll;
+  if (o.loss == LossKind::kPoly1) return nll - o.poly1 * std::expm1(-nll);
+  if (o.loss == LossKind::kLdr) return o.temperature * (nll - o.offset);
+  if (o.loss == LossKind::kRelaxed) {
+    const double a = o.relaxation, miss = -std::expm1(-nll);
+    if (miss <= a) return 0;
+    return (1 - a) * (std::log1p(-a) + nll) + a * std::log(a / miss);
+  }
   const double a = 1 - o.tau;
   return a == 0 ? nll : std::expm1(a * nll) / a;
 }
@@ -95,6 +102,12 @@ double f_slope(const RowSoftmaxOptions& o, double nll, bool soft) {
     const double p = std::exp(-nll), miss = -std::expm1(-nll);
     if (miss == 0 || p == 0) return p == 0 ? 1 : 0;
     return std::pow(miss, o.gamma) + o.gamma * std::pow(miss, o.gamma - 1) * p * nll;
+  }
+  if (o.loss == LossKind::kPoly1) return 1 + o.poly1 * std::exp(-nll);
+  if (o.loss == LossKind::kLdr) return o.temperature;
+  if (o.loss == LossKind::kRelaxed) {
+    const double a = o.relaxation, miss = -std::expm1(-nll);
+    return miss <= a ? 0 : (1 - a) - a * std::exp(-nll) / miss;
   }
   return o.tau == 1 ? 1 : std::exp((1 - o.tau) * nll);
 }
@@ -122,7 +135,7 @@ RefRow reference_row(Case& c, int64_t row, const std::vector<double>* logits = n
     const double s = o.softcap > 0 ? o.softcap * std::tanh(t / o.softcap) : t;
     const double slope = o.softcap > 0 ? 1 - s / o.softcap * (s / o.softcap) : 1;
     r.x.push_back(x);
-    r.z.push_back(s / o.temperature);
+    r.z.push_back(s / o.temperature - (j == r.y ? o.margin : 0));
     r.zp.push_back(o.logit_scale / o.temperature * slope);
     if (std::isnan(r.z[j])) nan = true;
     if (std::isnan(r.z[j]) && (r.argmax < 0 || !std::isnan(r.z[r.argmax]))) r.argmax = j;
@@ -574,6 +587,17 @@ void make_case(Random& rnd, Case& c) {
     o.tau = 1;
     o.smoothing = 0;
   }
+  o.poly1 = o.relaxation = o.margin = o.offset = 0;
+  if (p.kind != TargetKind::kDense && o.loss == LossKind::kCompSum && rnd.chance(0.3)) {
+    o.loss = rnd.pick({LossKind::kPoly1, LossKind::kRelaxed, LossKind::kLdr});
+    o.poly1 = rnd.pick({-1.0, 0.5, 2.0});
+    o.relaxation = rnd.pick({0.1, 0.6});
+    o.offset = std::log(double(p.classes));
+    o.tau = 1;
+    o.smoothing = 0;
+  }
+  if (p.kind == TargetKind::kIndex && o.smoothing == 0 && rnd.chance(0.2))
+    o.margin = rnd.pick({0.5, 5.0, 200.0});
   if (p.kind == TargetKind::kDense || o.smoothing > 0) o.max_nll = kInf;
   o.spread = o.smoothing / double(p.classes);
 
@@ -668,15 +692,15 @@ void make_case(Random& rnd, Case& c) {
   c.shared_bytes = rnd.chance(0.7) ? 228 * 1024 : 20 * 1024;
 
   char text[512];
-  std::snprintf(text, sizeof text,
-                "dtype %d kind %d layout %s outer %lld inner %lld classes %lld tau %g max_nll %g "
-                "focal %d gamma %g z %g smooth %g reduction %d num %g cap %g scale %g temp %g "
-                "weight %d token %d extras %d index %d grad %d sm %d shared %d",
-                int(p.dtype), int(p.kind), layout_names[layout], (long long)p.outer,
-                (long long)p.inner, (long long)p.classes, o.tau, o.max_nll, int(o.loss), o.gamma,
-                o.z_loss, o.smoothing, int(o.reduction), o.num_items, o.softcap, o.logit_scale,
-                o.temperature, p.weight != nullptr, p.token_weight != nullptr, c.extras, c.index,
-                c.grad, c.multiprocessors, c.shared_bytes);
+  std::snprintf(
+      text, sizeof text,
+      "dtype %d kind %d layout %s outer %lld inner %lld classes %lld tau %g max_nll %g "
+      "focal %d gamma %g margin %g z %g smooth %g reduction %d num %g cap %g scale %g temp %g "
+      "weight %d token %d extras %d index %d grad %d sm %d shared %d",
+      int(p.dtype), int(p.kind), layout_names[layout], (long long)p.outer, (long long)p.inner,
+      (long long)p.classes, o.tau, o.max_nll, int(o.loss), o.gamma, o.margin, o.z_loss, o.smoothing,
+      int(o.reduction), o.num_items, o.softcap, o.logit_scale, o.temperature, p.weight != nullptr,
+      p.token_weight != nullptr, c.extras, c.index, c.grad, c.multiprocessors, c.shared_bytes);
   c.text = text;
 }
 
