@@ -159,6 +159,14 @@ def test_the_version_of_what_is_written_rises() -> None:
         loss.backward()
 
 
+def test_parameters_of_an_inference() -> None:
+    with torch.inference_mode():
+        p = torch.ones(3)
+        p.grad = torch.ones(3)
+        Lion([p], lr=0.5).step()
+        assert p.tolist() == [0.5] * 3
+
+
 def test_opcheck() -> None:
     def arguments(dtype, rounding):
         x, g, m = torch.randn(3, 2, 7).to(dtype).unbind(0)
