@@ -89,6 +89,16 @@ def refused(mesh: DeviceMesh) -> None:
     raises(RuntimeError, "must not be a Partial DTensor", LionK([q]).step)
 
 
+def unscaled(mesh: DeviceMesh) -> None:
+    """Of a GradScaler, whose numbers are plain tensors."""
+    p = nn.Parameter(distribute_tensor(torch.zeros(5), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.full((5,), 64.0), mesh, [Shard(0)])
+    optimizer = LionK([p], lr=1.0, betas=(0.0, 0.0), kappa="huber", kappa_args=dict(e=1.0))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(128.0), torch.tensor(0.0)
+    optimizer.step()
+    assert p.full_tensor().tolist() == [-0.5] * 5 and p.grad.full_tensor().tolist() == [0.5] * 5
+
+
 def fsdp2(name: str) -> None:
     """Two steps of a sharded model, its Lyapunov function, and its state by name."""
     torch.manual_seed(0)
@@ -135,6 +145,7 @@ def cases() -> dict[str, Callable[[], None]]:
             momentum_dtype=torch.float32,
         ),
         "Lion-K, copies round alike": lambda: copies_round_alike(mesh),
+        "Lion-K, unscaled": lambda: unscaled(mesh),
         "Lion-K, refused": lambda: refused(mesh),
         "Lion-K, FSDP2": lambda: fsdp2("lp, global"),
         "Lion-K, FSDP2, l1": lambda: fsdp2("l1"),

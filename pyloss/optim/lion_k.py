@@ -19,6 +19,7 @@ from pyloss.functional._checks import (
     check_range,
     checked_flag,
     checked_integer,
+    is_dtensor,
 )
 from pyloss.ops.lion_k import ROUNDINGS
 from pyloss.optim import _kappas
@@ -373,6 +374,7 @@ def _restore(p: Tensor, saved: Mapping, state: dict[str, Any], group: Mapping) -
 def _unscale(grads: list[Tensor], scale: Tensor) -> None:
     """The gradients themselves, as the fused optimisers of torch leave them."""
     for g in grads:
+        g = g.to_local() if is_dtensor(g) else g
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         g.mul_(scale.double().reciprocal().to(g.device, wide))
 

@@ -51,7 +51,18 @@ def lion_k_(
         list(positions),
     )  # fmt: skip
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([*params, *momenta, *compensation])
+        _written([*params, *momenta, *compensation])
+
+
+def _written(tensors: list[Tensor]) -> None:
+    """Tells autograd, which torch's own operations in place do by themselves."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except (TypeError, RuntimeError):
+        # torch 2.6 takes one at a time; tensors of an inference have no version.
+        for t in tensors:
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
 
 
 __all__ = ["ELEMENTWISE", "KAPPAS", "ROUNDINGS", "Options", "lion_k_"]
