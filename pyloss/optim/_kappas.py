@@ -22,6 +22,7 @@ class Kappa(NamedTuple):
     """K of (groups, elements) in rows of one tensor each; `args` are those of the user."""
 
     arguments: tuple[str, ...]
+    # May write to its argument, and give it back.
     gradient: Callable[[Tensor, Mapping[str, float]], Tensor]
     value: Callable[[Tensor, Mapping[str, float]], Tensor]
     conjugate: Callable[[Tensor, Mapping[str, float]], Tensor]  # inside its domain
@@ -54,18 +55,28 @@ def _largest(x: Tensor) -> Tensor:
 # ---- lp ------------------------------------------------------------------------------------------
 
 
+def _power_norm(x: Tensor, p: float) -> Tensor:
+    """(groups, 1), of elements up to 1. torch's vector_norm is fast for p = 2 alone."""
+    if p == 2:
+        return torch.linalg.vector_norm(x, 2, 1, keepdim=True)
+    return x.abs().pow_(p).sum(1, keepdim=True).pow_(1 / p)
+
+
+def _safe(norm: Tensor) -> Tensor:
+    return torch.where(norm == 0, 1.0, norm)
+
+
 def _norm(x: Tensor, p: float) -> Tensor:
     """(groups, 1); by the largest element, so that no power overflows."""
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], 1)
-    top = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True)
-    return top * torch.linalg.vector_norm(x / torch.where(top == 0, 1.0, top), p, 1, keepdim=True)
+    top = _largest(x.abs()).unsqueeze(1)
+    return top * _power_norm(x / _safe(top), p)
 
 
 def _lp_gradient(c: Tensor, args: Mapping[str, float]) -> Tensor:
-    norm = _norm(c, args["p"])
-    ratio = c / torch.where(norm == 0, 1.0, norm)
-    return ratio if args["p"] == 2 else ratio.sign().mul_(ratio.abs_().pow_(args["p"] - 1))
+    """In the memory of c: of a large tensor, new memory costs more than the arithmetic."""
+    c.div_(_safe(_largest(c.abs()).unsqueeze(1)))
+    c.div_(_safe(_power_norm(c, args["p"])))
+    return c if args["p"] == 2 else torch.mul(c.sign(), c.abs_().pow_(args["p"] - 1), out=c)
 
 
 def _lp_value(m: Tensor, args: Mapping[str, float]) -> Tensor:
@@ -203,7 +214,7 @@ def rows(tensors: Sequence[Tensor], group: str) -> list[Tensor]:
 def gradients(
     tensors: Sequence[Tensor], kappa, args: Mapping[str, float], group: str
 ) -> list[Tensor]:
-    """dK of each tensor, in its shape."""
+    """dK of each tensor, in its shape, and maybe in its memory."""
     if not isinstance(kappa, str):
         return [_called(kappa, t) for t in tensors]
     gradient, of_group = KAPPAS[kappa].gradient, KAPPAS[kappa].of_group

@@ -15,7 +15,8 @@ from pyloss.ops.lion_k import ELEMENTWISE, KAPPAS, ROUNDINGS, Options, lion_k_
 from pyloss.ops.lion_k.rounding import round_compensated, round_stochastic, tensor_key
 from pyloss.optim import _kappas
 
-PLAIN = (torch.nn.Parameter, Tensor)
+PLAIN = {torch.nn.Parameter, Tensor}
+_BATCH = 1 << 20  # elements
 _WITH_KERNEL = ("cpu", "cuda")
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float64, torch.float32, *_HALF)
@@ -81,8 +82,34 @@ def _shard_number(p) -> int:
 
 
 def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
-    if not all(type(p) in PLAIN and not p.is_complex() for p in entries.x):
+    if not {type(p) for p in entries.x} <= PLAIN or any(t.is_complex for t in _dtypes(entries.x)):
         entries = localised(entries)
+    for part in _batches(entries, group):
+        _update_batch(part, group, found_inf)
+
+
+def _batches(entries: Entries, group: Mapping[str, Any]) -> list[Entries]:
+    """All at once, where nothing is formed between gradient and step; else a few at a time, in
+    whose place the next ones find memory that is warm."""
+    if not _needs_tensors(group) or group["group"] == "global":
+        return [entries]
+    batches, size = [[]], 0
+    for at, x in enumerate(entries.x):
+        if batches[-1] and size + x.numel() > _BATCH:
+            batches.append([])
+            size = 0
+        batches[-1].append(at)
+        size += x.numel()
+    return [entries.chosen(batch) for batch in batches]
+
+
+def _needs_tensors(group: Mapping[str, Any]) -> bool:
+    """Whether dK is not elementwise."""
+    kappa = group["kappa"]
+    return not isinstance(kappa, str) or _kappas.KAPPAS[kappa].of_group
+
+
+def _update_batch(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
     given = _given(entries, group)
     for chosen in _of_one_kind(entries):
         part, directions = entries, given
@@ -95,12 +122,15 @@ def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None)
             _update_by_lists(part, directions, group)
 
 
+def _dtypes(tensors: list[Tensor]) -> set[torch.dtype]:
+    return {t.dtype for t in tensors}
+
+
 def _of_one_kind(entries: Entries) -> list[list[int] | None]:
     """Which entries share devices and dtypes; [None]: all."""
-    device, kinds = entries.x[0].device, [t[0].dtype for t in entries[:3]]
-    if all(t.dtype is kind for part, kind in zip(entries, kinds) for t in part):
-        if all(x.device == device for x in entries.x):
-            return [None]
+    kinds = [{x.device for x in entries.x}, *(_dtypes(part) for part in entries[:3])]
+    if all(len(kind) == 1 for kind in kinds):
+        return [None]
     buckets: dict[tuple, list[int]] = defaultdict(list)
     for at, (x, g, m) in enumerate(zip(*entries[:3])):
         buckets[x.device, x.dtype, g.dtype, m.dtype].append(at)
@@ -130,7 +160,7 @@ def _mixed(x: Tensor, g: Tensor, m: Tensor, group: Mapping[str, Any]) -> Tensor:
 def _given(entries: Entries, group: Mapping[str, Any]) -> list[Tensor]:
     """dK(c) of each entry, where it is not elementwise; of the whole of a DTensor."""
     kappa, args, scope = group["kappa"], group["kappa_args"], group["group"]
-    if isinstance(kappa, str) and not _kappas.KAPPAS[kappa].of_group:
+    if not _needs_tensors(group):
         return []
     mixed = [_whole(_mixed(x, g, m, group), p) for x, g, m, *_, p in zip(*entries)]
     if scope == "global" and len({c.device for c in mixed}) > 1:

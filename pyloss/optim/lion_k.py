@@ -211,7 +211,7 @@ class LionK(Optimizer):
         grads = [p.grad for p in params]
         if not params:
             return
-        if any(g.layout != torch.strided for g in grads):
+        if {g.layout for g in grads} != {torch.strided}:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         momenta, rests, numbers, counts = [], [], [], []
         comp = group["rounding"] == "compensated"

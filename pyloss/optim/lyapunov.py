@@ -143,7 +143,9 @@ def _terms(params, momenta, grads, kappa, args, group, betas, lr, weight_decay) 
             slope = k.conjugate_slope(y, args)
             at_x = g + slope + weight * weight_decay * (slope + row)
             rate = (
-                rate + (at_x * x_dot).sum() + weight * ((k.gradient(row, args) + y) * m_dot).sum()
+                rate
+                + (at_x * x_dot).sum()
+                + weight * ((k.gradient(row.clone(), args) + y) * m_dot).sum()
             )
     violation = torch.stack(outside).amax() if outside else zero
     return _Terms(conjugate / weight_decay, conjugate + value + inner, weight, violation, rate)
