@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._averages import moved
-from pyloss.functional._embeddings import summed
+from pyloss.functional._averages import log_mean_exp, moved
 from pyloss.ops._launch import accumulator_dtype
 
 
@@ -109,18 +108,3 @@ def _checked_log_u(log_u, losses: Tensor, acc: torch.dtype) -> Tensor | None:
     checks.check_floating("log_u", log_u)
     checks.check_device("log_u", log_u, losses, "losses")
     return checks.one_number("log_u", log_u).detach().to(acc)
-
-
-def log_mean_exp(x: Tensor, share: Tensor | None = None) -> Tensor:
-    """log of the mean of e^x, x (N,): also of numbers that are all but equal, whose logarithm of a
-    sum would be no more exact than log N is. `share`: weights of the mean, which add up to 1."""
-    m = x.detach().amax()
-    m = torch.where(m.isfinite(), m, 0.0)
-    if share is None:
-        share = 1 / x.numel()
-    u = x - m
-    near = summed(torch.expm1(u) * share)
-    far = summed(torch.exp(u) * share)
-    is_near = near > -0.5
-    near = torch.log1p(torch.where(is_near, near, 0.0))
-    return m + torch.where(is_near, near, torch.log(torch.where(is_near, 1.0, far)))
