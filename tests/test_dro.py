@@ -92,8 +92,8 @@ def test_state_of_the_module() -> None:
     module(2 * x)
     second = kl_dro_loss(2 * x, 0.5, log_u=first, eta=0.3)[1]
     torch.testing.assert_close(module.log_u, second)
-    for bad in (math.nan, math.inf):  # the loss shows it, and the average stays
-        assert not module(x + bad).isfinite()
+    for bad in (x + math.nan, x + math.inf, x[:0]):  # the loss shows it, and the average stays
+        assert not module(bad).isfinite()
     module.eval()
     module(5 * x)
     torch.testing.assert_close(module.log_u, second)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyloss.functional.dro import log_mean_exp
+from pyloss.functional._averages import log_mean_exp
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.linear_cross_entropy.vocab_parallel.group import all_gather, eager
 from pyloss.ops.similarity_softmax import Stats, gather, pair_sums, similarity_softmax

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._averages import moved
-from pyloss.functional._embeddings import summed
+from pyloss.functional._averages import log_mean_exp, moved
 from pyloss.ops._launch import accumulator_dtype
 
 
@@ -55,11 +55,11 @@ def kl_dro_loss(
     Returns:
         ``(loss, log u')``, 0-d. The loss has the value L of the batch and the gradient above, that
         of L itself with ``eta=1``; dtype of ``losses``, float32 for half types under autocast.
-        log u' has no gradient and is float32, or float64.
+        log u' has no gradient and is float32, or float64. Of no losses: NaN, and log_u as it was.
 
     Raises:
         TypeError: losses that are no floating tensor; an option of the wrong type.
-        ValueError: no losses; an option out of range; a log_u of several numbers.
+        ValueError: an option out of range; a log_u of several numbers.
         RuntimeError: log_u on another device.
 
     Example:
@@ -76,14 +76,16 @@ def kl_dro_loss(
     check_options(r=r, eta=eta, group=group)
     checks.check_floating("losses", losses)
     checks.check_supported("kl_dro_loss", losses)
-    if losses.numel() == 0:
-        raise ValueError(f"losses must hold at least one loss, got {list(losses.shape)}")
     dtype, acc = checks.result_dtype(losses.dtype, losses), accumulator_dtype(losses.dtype)
     log_u = _checked_log_u(log_u, losses, acc)
 
-    log_mean = log_mean_exp(losses.reshape(-1).to(acc) / r)
-    value, mass = r * log_mean, None
-    log_g = log_mean.detach()
+    x = losses.reshape(-1).to(acc) / r
+    if x.shape[0]:
+        log_mean = log_mean_exp(x)
+        value, log_g = r * log_mean, log_mean.detach()
+    else:  # another rank may have some
+        value, log_g = x.sum(), x.detach().sum() - math.inf
+    mass = None
     if group is not None:
         from pyloss.functional import _contrastive_group as of_group  # with its first use
 
@@ -91,6 +93,8 @@ def kl_dro_loss(
     new = log_g if log_u is None or eta == 1 else moved(log_u, log_g, eta)
     if group is not None:
         mass = torch.exp(log_share - new)
+    elif not x.shape[0]:
+        return (value + math.nan).to(dtype), new if log_u is None else log_u
     elif new is not log_g:
         mass = torch.exp(log_g - new)
     if mass is not None:
@@ -104,18 +108,3 @@ def _checked_log_u(log_u, losses: Tensor, acc: torch.dtype) -> Tensor | None:
     checks.check_floating("log_u", log_u)
     checks.check_device("log_u", log_u, losses, "losses")
     return checks.one_number("log_u", log_u).detach().to(acc)
-
-
-def log_mean_exp(x: Tensor, share: Tensor | None = None) -> Tensor:
-    """log of the mean of e^x, x (N,): also of numbers that are all but equal, whose logarithm of a
-    sum would be no more exact than log N is. `share`: weights of the mean, which add up to 1."""
-    m = x.detach().amax()
-    m = torch.where(m.isfinite(), m, 0.0)
-    if share is None:
-        share = 1 / x.numel()
-    u = x - m
-    near = summed(torch.expm1(u) * share)
-    far = summed(torch.exp(u) * share)
-    is_near = near > -0.5
-    near = torch.log1p(torch.where(is_near, near, 0.0))
-    return m + torch.where(is_near, near, torch.log(torch.where(is_near, 1.0, far)))

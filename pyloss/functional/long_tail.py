@@ -165,7 +165,7 @@ def _checked_counts(counts) -> tuple[Tensor, torch.dtype]:
             ) from None
     if counts.dtype == torch.bool or counts.is_complex():
         raise TypeError(f"counts must hold numbers, got {counts.dtype}")
-    if counts.dim() != 1 or counts.shape[0] == 0:
+    if counts.dim() != 1:
         raise ValueError(f"counts must be (C,), one of each class, got {list(counts.shape)}")
     if checks.can_look_at(counts) and (counts < 0).any():
         raise ValueError(f"counts must be >= 0, got {counts.min().item():g}")

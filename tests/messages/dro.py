@@ -15,7 +15,6 @@ ROWS = (
     refused(ValueError, "r must be finite and > 0, got 0.0", KLDROLoss, 0.0),
     refused(ValueError, "eta must be in (0, 1], got 2", KLDROLoss, eta=2),
     refused(TypeError, "eta must be a number, got str", KLDROLoss, eta="0.9"),
-    refused(ValueError, "losses must hold at least one loss, got [0]", KLDROLoss(), LOSSES[:0]),
     refused(TypeError, "losses must be a Tensor, got float", KLDROLoss(), 3.0),
     refused(TypeError, "losses must be floating, got torch.int64", KLDROLoss(), LOSSES.long()),
     accepted(lambda **o: kl_dro_loss(LOSSES, **o)[0], r=(np.float32(0.5), 0.5),

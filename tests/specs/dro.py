@@ -7,7 +7,7 @@ import torch
 import pyloss
 from pyloss.functional import kl_dro_loss
 from pyloss.testing import make_logits
-from specs._spec import F64, Bad, Sample, Spec
+from specs._spec import F64, Bad, Empty, Sample, Spec
 
 
 def reference(losses, r=1.0, *, log_u=None, eta=1.0):
@@ -42,6 +42,7 @@ SPECS = (
         reference=reference,
         gradients=("losses",),
         wide=("log_u",),
+        empty={"no losses": Empty(lambda: sample(0), torch.nan)},
         vmap=("losses",),
         nan={"losses": "all"},
         large=lambda: sample(20000),
@@ -49,8 +50,6 @@ SPECS = (
             Bad(TypeError, "losses must be a Tensor, got list", dict(losses=[1.0])),
             Bad(TypeError, "losses must be floating, got torch.int64",
                 dict(losses=torch.arange(3))),
-            Bad(ValueError, r"losses must hold at least one loss, got \[2, 0\]",
-                dict(losses=torch.ones(2, 0))),
             Bad(ValueError, "r must be finite and > 0, got 0", dict(r=0)),
             Bad(ValueError, "r must be finite and > 0, got nan", dict(r=float("nan"))),
             Bad(TypeError, "r must be a number, got Tensor", dict(r=torch.tensor(1.0))),

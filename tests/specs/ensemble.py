@@ -9,7 +9,7 @@ import torch
 import pyloss
 from pyloss.functional import ens_loss, ens_loss_derivatives
 from pyloss.testing import make_logits
-from specs._spec import F32, F64, Bad, Sample, Spec
+from specs._spec import F32, F64, Bad, Empty, Sample, Spec
 
 
 def derivatives(z, *, noise, bc_lambda=0.0, tail=True):
@@ -46,8 +46,8 @@ def sample(*shape: int, labels=torch.int64, **options) -> Sample:
     return Sample(dict(input=input, target=target.to(labels), noise=noise), options)
 
 
-def margins(**options) -> Sample:
-    given = sample(**options).inputs
+def margins(*shape: int, **options) -> Sample:
+    given = sample(*shape, **options).inputs
     return Sample(dict(z=given["input"], noise=given["noise"]), options)
 
 
@@ -72,6 +72,7 @@ SPECS = (
         gradients=("input",),
         refused=("target",),
         wide=("noise", "bc_lambda"),
+        empty={"no scores": Empty(lambda: sample(0), math.nan)},
         vmap=("input", "noise"),
         nan={"input": "all"},
         large=lambda: sample(20000),
@@ -108,6 +109,7 @@ SPECS = (
         reference=derivatives,
         result="wide",
         wide=("noise",),
+        empty={"no margins": Empty(lambda: margins(0), 0.0, (0,))},
         vmap=("z", "noise"),
         nan={"z": "any"},
         tolerances={F32: (1e-5, 1e-6)},

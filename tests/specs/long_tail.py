@@ -13,13 +13,17 @@ from pyloss.functional import (
     logit_adjustment,
 )
 from pyloss.testing import make_logits
-from specs._spec import F32, F64, Bad, Sample, Spec
+from specs._spec import F32, F64, Bad, Empty, Sample, Spec
 
 COUNTS = (100.0, 3.0, 0.0, 1.0)
 
 
 def counts(**options) -> Sample:
     return Sample(dict(counts=torch.tensor(COUNTS, dtype=F64)), options)
+
+
+def none() -> Sample:
+    return Sample(dict(counts=torch.zeros(0, dtype=F64)))
 
 
 def weight(counts, beta=0.999, normalize=True):
@@ -64,6 +68,7 @@ SPECS = (
         reference=weight,
         dtypes=(F64, F32),
         autocast={},
+        empty={"no classes": Empty(none, 0.0, (0,))},
         vmap=("counts",),
         nan={"counts": "any"},
         errors=(
@@ -84,12 +89,12 @@ SPECS = (
         reference=adjustment,
         dtypes=(F64, F32),
         autocast={},
+        empty={"no classes": Empty(none, 0.0, (0,))},
         vmap=("counts",),
         nan={"counts": "any"},
         errors=(
             Bad(ValueError, "tau must be finite and >= 0, got -1", dict(tau=-1)),
-            Bad(ValueError, r"counts must be \(C,\), one of each class, got \[0\]",
-                dict(counts=[])),
+            Bad(ValueError, r"counts must be \(C,\), one of each class, got \[\]", dict(counts=3)),
         ),
     ),
     Spec(
@@ -102,6 +107,7 @@ SPECS = (
         reference=loss,
         gradients=("input",),
         wide=("counts",),
+        empty={"no rows": Empty(lambda: logits(0, 4), math.nan)},
         vmap=("input",),
         nan={"input": "all"},
         large=lambda: logits(400, 4),

@@ -8,7 +8,7 @@ import torch
 
 import pyloss
 from pyloss.testing import make_logits
-from specs._spec import F32, F64, Bad, Sample, Spec
+from specs._spec import F32, F64, Bad, Empty, Sample, Spec
 
 
 def head(x, y, input, classes=3, **options):
@@ -46,6 +46,11 @@ def sample(count: int = 12, missing: bool = False, offset: float = 0.0, **option
     return Sample(dict(x=x + offset, y=y, input=input + offset), dict(var_smoothing=0.1) | options)
 
 
+def no_queries() -> Sample:
+    found = sample()
+    return found.replace(dict(input=found.inputs["input"][:0]))
+
+
 S = sample().inputs
 SPECS = (
     Spec(
@@ -61,6 +66,7 @@ SPECS = (
         derivative_samples=("shared", "each", "relative"),  # no finite differences of infinity
         reference=reference,
         gradients=("input",),
+        empty={"no queries": Empty(no_queries, 0.0, (0, 3))},
         wide=("x",),
         nan={"input": "row", "x": "any"},
         large=lambda: sample(3000),

@@ -7,7 +7,7 @@ import torch
 import pyloss
 from pyloss.functional import normalized_logistic_loss
 from pyloss.testing import make_logits
-from specs._spec import F32, F64, Bad, Sample, Spec
+from specs._spec import F32, F64, Bad, Empty, Sample, Spec
 
 
 def behind(input, target):
@@ -79,6 +79,10 @@ SPECS = (
         compile_samples=("classes", "binary"),
         reference=step_reference,
         gradients=("input",),
+        empty={
+            "no rows": Empty(lambda: sample(0, 3), torch.nan),
+            "no scores": Empty(lambda: sample(0), torch.nan),
+        },
         nan={"input": "all"},
         large=lambda: sample(300, 40),
         errors=(

@@ -6,7 +6,7 @@ import torch
 
 from pyloss.functional import row_softmax_stats
 from pyloss.testing import make_logits
-from specs._spec import F64, Bad, Sample, Spec
+from specs._spec import F64, Bad, Empty, Sample, Spec
 
 
 def reference(
@@ -90,6 +90,7 @@ SPECS = (
         refused=("margin",),
         result="wide",
         wide=("scale", "margin"),
+        empty={"no rows": Empty(lambda: sample(0, 5, mask=mask(5)), 0.0, (0,))},
         vmap=("input",),
         nan={"input": "row"},
         large=lambda: sample(900, 1000, scale=of_rows(900)),
