@@ -122,9 +122,8 @@ def test_threads_do_not_show() -> None:
 
 
 def test_opcheck() -> None:
-    for shape in ((3, 7), (2, 5, 3)):
-        x, y = make_logits(shape, F32, scale=1.0), labels(shape)
-        moments = row_moments(x, y)
-        ops = torch.ops.pyloss
-        torch.library.opcheck(ops.row_moments_fwd.default, (x, y, -100))
-        torch.library.opcheck(ops.row_moments_bwd.default, (moments, x, y, moments, -100))
+    x, y = make_logits((2, 5, 3), F32, scale=1.0), labels((2, 5, 3))
+    moments = row_moments(x, y)
+    ops = torch.ops.pyloss
+    torch.library.opcheck(ops.row_moments_fwd.default, (x, y, -100))
+    torch.library.opcheck(ops.row_moments_bwd.default, (moments, x, y, moments, -100))

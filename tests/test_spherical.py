@@ -140,7 +140,7 @@ def test_a_factor_that_shrinks_fast_cannot_wait() -> None:
 @pytest.mark.parametrize("rows", (3, 11), ids=("Woodbury", "directly"))
 def test_steps_of_every_loss(loss, rows: int) -> None:
     layer, weight = pair(loss, stabilize_every=5)
-    check_steps(layer, weight, loss, 25, rows, lr=0.02, decay=0.05)
+    check_steps(layer, weight, loss, 12, rows, lr=0.02, decay=0.05)
 
 
 def test_several_backward_calls_are_one_batch() -> None:

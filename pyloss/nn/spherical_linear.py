@@ -215,7 +215,8 @@ class SphericalLinear(OptionsModule):
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float = 0.0) -> None:
         r"""W becomes :math:`W - \eta (G + \lambda W)`, with G the sum of the gradients of all
-        backward calls since the last step; without any, only the decay is left.
+        backward calls since the last step; without any, only the decay is left. With ``group`` all
+        ranks call it, those without rows too.
 
         To clip, scale the rate: ``layer.step(lr * min(1, bound / layer.gradient_norm()))``. After a
         scaled loss (``GradScaler``) divide the rate by the scale.
@@ -249,7 +250,8 @@ class SphericalLinear(OptionsModule):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """The Frobenius norm of the gradient of W that the next step will take, float64."""
+        """The Frobenius norm of the gradient of W that the next step will take, 0-d, float64. With
+        ``group`` all ranks must call it, as they must :meth:`step`."""
         return factored.gradient_norm(self._factors, self._gathered())
 
     def zero_update(self) -> None:

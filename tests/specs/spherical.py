@@ -239,7 +239,7 @@ SPECS = (
         transforms=dict.fromkeys(
             ("grad", "vjp", "jvp", "vmap", "jacrev", "jacfwd", "hessian"), _FUNCTORCH
         ),
-        compile="torch.compiler.disable",
+        compile="disable",
         tolerances={F32: (1e-5, 1e-6), BF16: (1e-2, 1e-2), F16: (2e-3, 1e-3)},
         errors=(
             Bad(TypeError, "h must be a Tensor, got list", dict(h=[1.0])),
