@@ -40,6 +40,7 @@ OPS = {
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
     "margin_shift": "bench.bench_margin_shift",
+    "row_stats": "bench.bench_row_stats",
     "permutahedron": "bench.bench_permutahedron",
     "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",

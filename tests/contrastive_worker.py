@@ -361,6 +361,17 @@ def robust_over_samples(eta: float) -> None:
         close(module.log_u, twin.log_u, "average")
 
 
+def naive_bayes() -> None:
+    x, y = draw(sum(sizes()), 3, seed=8), torch.arange(sum(sizes())) % 2
+    twin = pyloss.nn.GaussianNaiveBayes(3, 3)
+    module = pyloss.nn.GaussianNaiveBayes(3, 3, group=dist.group.WORLD)
+    for step in (1, 2):  # one of the ranks may have no samples
+        module.partial_fit(step * x[mine()], y[mine()])
+        twin.partial_fit(step * x, y)
+    for found, expected in zip(module.buffers(), twin.buffers()):
+        close(found, expected)
+
+
 def cases() -> dict[str, Callable]:
     found = {
         "gather": gather_with_gradient,
@@ -372,6 +383,7 @@ def cases() -> dict[str, Callable]:
         "half, ring": partial(half_types, True),
         "ring on the reference": ring_on_the_reference,
         "second derivatives": second_derivatives,
+        "naive Bayes": naive_bayes,
         "robust": partial(robust_over_samples, 1.0),
         "robust, average": partial(robust_over_samples, 0.4),
         "cached gradients": cached_gradients_of_the_joined_batch,

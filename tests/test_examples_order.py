@@ -19,6 +19,8 @@ EXPERIMENTS = {
     "uniformity_tolerance": (True, "0.1 "),
     "tcm_opis": (False, "multi-similarity + TCM 0.7"),
     "few_shot": (True, "ICNN + Proto-Triplet"),
+    "ens_loss": (True, "40 images"),
+    "naive_bayes": (True, "10 features, naive Bayes"),
     "sort_sets": (False, "N = 4, 1 steps, 1 glimpse"),
     "order_search": (False, "exhaustive, warm-up"),
     "topk_loss": (True, "50% wrong, k = 1 and 5, m = 16"),

@@ -49,6 +49,13 @@ def cross_entropy(shape: tuple[int, ...] = (40, 1000), **options: object) -> Ste
     return step_of(loss, draw(*shape, dtype=torch.bfloat16))
 
 
+def margin_shift() -> Step:
+    y = labels(4, 30)
+    return step_of(
+        lambda x: functional.margin_shift(x, x.flip(1), y, reduction="mean"), draw(4, 30)
+    )
+
+
 def second_derivative() -> Step:
     x, y = draw(20, 50), labels(20, 50)
 
@@ -123,10 +130,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, options": lambda: betti(
         weight=[0.5, 2.0], matched_weight=1.5, target_weight=0.3, padding=0.25
     ),
-    "margin shift": lambda: step_of(
-        lambda x, y=labels(4, 30): functional.margin_shift(x, x.flip(1), y, reduction="mean"),
-        draw(4, 30),
-    ),
+    "margin shift": margin_shift,
     "permutahedron": lambda: step_of(
         lambda x: functional.permutahedron_rank(x, "kl", 0.5), draw(4, 30)
     ),

@@ -82,6 +82,7 @@ WITHOUT_SPEC = {
     "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",
+    "RowSoftmaxStats": "the result of row_softmax_stats",
     "RowStats": "a result of fused_cross_entropy",
     "SogCLRStats": "a result of sogclr_loss",
     "TensorAttentionCost": "the result of tensor_attention_cost",

@@ -26,8 +26,10 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "distillation": ("linear_distillation_loss",),
         "dro": ("kl_dro_loss",),
+        "ensemble": ("ens_loss", "ens_loss_derivatives"),
         "groco": ("groco_from_scores", "groco_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),
+        "long_tail": ("class_balanced_weight", "logit_adjusted_cross_entropy", "logit_adjustment"),
         "metric_learning": (
             "contrastive_pair_loss",
             "multi_similarity_loss",
@@ -41,6 +43,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "prototypes",
         ),
         "metric_learning_margins": ("arcface_loss", "cosface_loss"),
+        "normalized": ("normalized_logistic_loss",),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "preference": (
             "DPOMetrics",
@@ -58,6 +61,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "neural_ndcg_loss",
         ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
+        "row_stats": ("RowSoftmaxStats", "row_softmax_stats"),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
         "sets": (
             "chamfer_set_loss",

@@ -24,6 +24,10 @@ from pyloss.functional.contrastive import (
 )
 from pyloss.functional.distillation import linear_distillation_loss
 from pyloss.functional.dro import kl_dro_loss
+from pyloss.functional.ensemble import (
+    ens_loss,
+    ens_loss_derivatives,
+)
 from pyloss.functional.groco import (
     groco_from_scores,
     groco_loss,
@@ -31,6 +35,11 @@ from pyloss.functional.groco import (
 from pyloss.functional.linear import (
     fused_linear_cross_entropy,
     token_logprobs,
+)
+from pyloss.functional.long_tail import (
+    class_balanced_weight,
+    logit_adjusted_cross_entropy,
+    logit_adjustment,
 )
 from pyloss.functional.metric_learning import (
     contrastive_pair_loss,
@@ -48,6 +57,7 @@ from pyloss.functional.metric_learning_margins import (
     arcface_loss,
     cosface_loss,
 )
+from pyloss.functional.normalized import normalized_logistic_loss
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
     permutahedron_sort,
@@ -70,6 +80,10 @@ from pyloss.functional.ranking import (
 from pyloss.functional.relaxed_sort import (
     neural_sort,
     soft_sort_matrix,
+)
+from pyloss.functional.row_stats import (
+    RowSoftmaxStats,
+    row_softmax_stats,
 )
 from pyloss.functional.segmentation import (
     dice_cross_entropy_loss,
@@ -112,6 +126,7 @@ __all__ = [
     "DPOMetrics",
     "GRPOMetrics",
     "PersistencePairs",
+    "RowSoftmaxStats",
     "RowStats",
     "SogCLRStats",
     "TensorAttentionCost",
@@ -120,6 +135,7 @@ __all__ = [
     "betti_matching",
     "betti_matching_loss",
     "chamfer_set_loss",
+    "class_balanced_weight",
     "clip_loss",
     "comp_sum_loss",
     "contrastive_pair_loss",
@@ -127,6 +143,8 @@ __all__ = [
     "dcl",
     "dice_cross_entropy_loss",
     "dpo_loss",
+    "ens_loss",
+    "ens_loss_derivatives",
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
@@ -144,10 +162,13 @@ __all__ = [
     "linear_distillation_loss",
     "list_mle",
     "list_net",
+    "logit_adjusted_cross_entropy",
+    "logit_adjustment",
     "margin_shift",
     "multi_similarity_loss",
     "neural_ndcg_loss",
     "neural_sort",
+    "normalized_logistic_loss",
     "nt_xent",
     "order_search_loss",
     "order_search_loss_from_table",
@@ -156,6 +177,7 @@ __all__ = [
     "persistence_pairs",
     "proto_triplet_loss",
     "prototypes",
+    "row_softmax_stats",
     "sequence_logprobs",
     "siglip_loss",
     "simple_contrastive",

@@ -136,7 +136,7 @@ def joint_mean(each: Tensor, group) -> Tensor:
 
 @eager
 def log_mean_exp_of_all(log_mean: Tensor, count: int, group) -> tuple[Tensor, Tensor]:
-    """From the log of the mean of exponentials on this rank, of `count` of them: that of all ranks',
+    """From the log of the mean of `count` exponentials on this rank: that of all ranks' together,
     and this rank's part of it, times the ranks, since DDP divides by them."""
     check_group()
     own = torch.stack([log_mean.detach(), torch.full_like(log_mean, count)])
@@ -144,6 +144,13 @@ def log_mean_exp_of_all(log_mean: Tensor, count: int, group) -> tuple[Tensor, Te
     share = counts / counts.sum()
     part = log_mean + torch.log(share[dist.get_rank(group)] * len(share))
     return log_mean_exp(means, share), part
+
+
+@eager
+def of_all(x: Tensor, group) -> list[Tensor]:
+    """What the ranks have, alike in shape, without a gradient."""
+    check_group()
+    return list(all_gather(x.detach(), group))
 
 
 @eager

@@ -91,7 +91,7 @@ def prepare(
     if loss_dtype is not None:
         _check_loss_dtype(loss_dtype)
     if type(ignore_index) is not int:
-        ignore_index = _checked_ignore_index(ignore_index)
+        ignore_index = checked_ignore_index(ignore_index)
     smoothing = formula.get("label_smoothing", 0.0)
     if smoothing != 0.0:
         formula["label_smoothing"] = checked_smoothing(smoothing)
@@ -183,7 +183,7 @@ def check_options(
     checks.check_reduction(reduction, op.REDUCTIONS)
     if loss_dtype is not None:
         _check_loss_dtype(loss_dtype)
-    _checked_ignore_index(ignore_index)
+    checked_ignore_index(ignore_index)
     formula["label_smoothing"] = checked_smoothing(formula.get("label_smoothing", 0.0))
     checks.check_range("gamma", formula.get("gamma", 0.0), 0.0)
     _checked_formula(op.INDEX, **formula)
@@ -262,7 +262,7 @@ def _check_loss_dtype(dtype) -> None:
         raise ValueError(f"loss_dtype must be a floating dtype, got {dtype}")
 
 
-def _checked_ignore_index(value) -> int:
+def checked_ignore_index(value) -> int:
     found = checks.as_integer(value)
     if found is None:
         kind = type(value).__name__

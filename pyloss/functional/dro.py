@@ -1,4 +1,4 @@
-"""Distributionally robust losses: the mean over the samples under the worst weights near uniform."""
+"""Distributionally robust losses: the mean over samples under the worst weights near uniform."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def kl_dro_loss(
             ``fullgraph=True``.
 
     Returns:
-        ``(loss, log u')``, 0-d. The loss has the value L of the batch and the gradient above, which
-        with ``eta=1`` is its own; dtype of ``losses``, float32 for half types under autocast. log u'
-        has no gradient and is float32, or float64.
+        ``(loss, log u')``, 0-d. The loss has the value L of the batch and the gradient above, that
+        of L itself with ``eta=1``; dtype of ``losses``, float32 for half types under autocast.
+        log u' has no gradient and is float32, or float64.
 
     Raises:
         TypeError: losses that are no floating tensor; an option of the wrong type.
@@ -70,7 +70,7 @@ def kl_dro_loss(
         >>> torch.testing.assert_close(losses.grad, (losses.detach() / 0.5).softmax(0))
 
     Reference:
-        Liu et al. Doubly Robust Instance-Reweighted Adversarial Training. arXiv 2308.00311.
+        Sow et al. Doubly Robust Instance-Reweighted Adversarial Training. arXiv 2308.00311.
         Li et al. Tilted Empirical Risk Minimization. arXiv 2007.01162.
     """
     check_options(r=r, eta=eta, group=group)

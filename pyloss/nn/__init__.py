@@ -23,9 +23,11 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SupervisedContrastiveLoss",
         ),
         "dro": ("KLDROLoss",),
+        "ensemble": ("EnsLoss",),
         "grad_cache": ("GradCache",),
         "groco": ("GroCoLoss",),
         "linear": ("LinearCrossEntropyLoss",),
+        "long_tail": ("LogitAdjustedCrossEntropyLoss",),
         "metric_learning": (
             "ArcFaceLoss",
             "ContrastivePairLoss",
@@ -36,6 +38,8 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "ThresholdConsistentMarginLoss",
             "TripletMarginLoss",
         ),
+        "naive_bayes": ("GaussianNaiveBayes",),
+        "normalized": ("NormalizedLogisticLoss",),
         "ranking": (
             "ApproxNDCGLoss",
             "LambdaLoss",

@@ -16,9 +16,11 @@ from pyloss.nn.contrastive import (
     SupervisedContrastiveLoss,
 )
 from pyloss.nn.dro import KLDROLoss
+from pyloss.nn.ensemble import EnsLoss
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
 from pyloss.nn.linear import LinearCrossEntropyLoss
+from pyloss.nn.long_tail import LogitAdjustedCrossEntropyLoss
 from pyloss.nn.metric_learning import (
     ArcFaceLoss,
     ContrastivePairLoss,
@@ -29,6 +31,8 @@ from pyloss.nn.metric_learning import (
     ThresholdConsistentMarginLoss,
     TripletMarginLoss,
 )
+from pyloss.nn.naive_bayes import GaussianNaiveBayes
+from pyloss.nn.normalized import NormalizedLogisticLoss
 from pyloss.nn.ranking import (
     ApproxNDCGLoss,
     LambdaLoss,
@@ -81,7 +85,9 @@ __all__ = [
     "DiceCELoss",
     "DiffSortNet",
     "DiffTopkNet",
+    "EnsLoss",
     "FocalLoss",
+    "GaussianNaiveBayes",
     "GeneralizedCrossEntropyLoss",
     "GradCache",
     "GroCoLoss",
@@ -95,10 +101,12 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "ListMLELoss",
     "ListNetLoss",
+    "LogitAdjustedCrossEntropyLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "NeuralNDCGLoss",
     "NeuralSort",
+    "NormalizedLogisticLoss",
     "OrderSearchSchedule",
     "PointerDecoder",
     "Pointers",

@@ -46,7 +46,7 @@ class KLDROLoss(AveragesModule):
         >>> criterion(losses).backward()
 
     Reference:
-        Liu et al. Doubly Robust Instance-Reweighted Adversarial Training. arXiv 2308.00311.
+        Sow et al. Doubly Robust Instance-Reweighted Adversarial Training. arXiv 2308.00311.
     """
 
     log_u: Tensor

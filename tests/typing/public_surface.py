@@ -11,25 +11,32 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import pyloss
+import pyloss.adversarial
+import pyloss.analysis
 import pyloss.distributed
 import pyloss.integrations.transformers
 import pyloss.ops
 import pyloss.reference
 import pyloss.testing
 import pyloss.visualize
+from pyloss.analysis import comp_sum
 from pyloss.functional import (
     DPOMetrics,
     GRPOMetrics,
+    RowSoftmaxStats,
     SogCLRStats,
     TensorAttentionCost,
     approx_ndcg_loss,
     arcface_loss,
     chamfer_set_loss,
+    class_balanced_weight,
     contrastive_pair_loss,
     cosface_loss,
     dcl,
     dice_cross_entropy_loss,
     dpo_loss,
+    ens_loss,
+    ens_loss_derivatives,
     groco_from_scores,
     group_advantages,
     grpo_loss,
@@ -37,22 +44,29 @@ from pyloss.functional import (
     hungarian_set_loss,
     icnn_loss,
     icnn_score,
+    kl_dro_loss,
     lambda_loss,
     linear_distillation_loss,
     list_mle,
     list_net,
+    logit_adjusted_cross_entropy,
+    logit_adjustment,
+    margin_shift,
     multi_similarity_loss,
     neural_ndcg_loss,
     neural_sort,
+    normalized_logistic_loss,
     order_search_loss,
     order_search_loss_from_table,
     permutahedron_rank,
     permutahedron_sort,
     proto_triplet_loss,
     prototypes,
+    row_softmax_stats,
     sequence_logprobs,
     simple_contrastive,
     sinkhorn_set_loss,
+    smooth_adversarial_comp_sum,
     soft_dice_loss,
     soft_sort_matrix,
     sogclr_loss,
@@ -129,6 +143,52 @@ def linear() -> None:
     pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
     pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
     linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
+
+
+def adversarial(model: nn.Module) -> None:
+    moved = pyloss.adversarial.pgd_attack(model, x, y, 0.1, "l2", clip=(0.0, 1.0), restarts=2)
+    assert_type(moved, Tensor)
+    pyloss.adversarial.pgd_maximise(model, x, None, 0.1, objective="kl", start="uniform")
+    pyloss.adversarial.pgd_maximise(model, x, y, 0.1, objective=lambda z, y: z.sum(1))
+    assert_type(pyloss.adversarial.trades_loss(model, x, y, 0.1, beta=1.0), Tensor)
+    pyloss.adversarial.mart_loss(model, x, y, 0.1, reduction="none")
+    pyloss.adversarial.AdvCompSum(0.5, eps=0.1)(model, x, y)
+    pyloss.adversarial.DoublyRobustATLoss(0.5, implicit=True)(model, x, y)
+    assert_type(margin_shift(x, x, y, squared=True), Tensor)
+    assert_type(smooth_adversarial_comp_sum(x, x, y, 0.5, 1.0, 3.0), Tensor)
+
+
+def bounds() -> None:
+    assert_type(pyloss.analysis.h_consistency_bound(0.1, "logistic"), Tensor)
+    pyloss.analysis.minimizability_gap(x.softmax(1), 1.0, best_risk=0.3)
+    found = comp_sum.analyze(x, y, tau=[0.0, 1.0], score_bound=3.0)
+    assert_type(found, pyloss.analysis.CompSumAnalysis)
+    pyloss.visualize.draw_comp_sum(found)
+    comp_sum.gamma(comp_sum.t_function(0.1, 1.5, 4), 1.5, 4)
+    comp_sum.gamma_bound(0.1, 0.5)
+    scores = comp_sum.conditional_minimizer(x.softmax(1), 1.0)
+    comp_sum.conditional_risk(scores, x.softmax(1), 1.0)
+    comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
+
+
+def statistics() -> None:
+    stats = row_softmax_stats(x, y, scale=torch.ones(4), margin=0.1, mask=x > 0)
+    assert_type(stats, RowSoftmaxStats)
+    row_softmax_stats(x, y, without_target=True)
+    loss, log_u = kl_dro_loss(stats.lse, 0.5, log_u=stats.lse.mean(), eta=0.9)
+    assert_type(loss, Tensor)
+    pyloss.nn.KLDROLoss(0.5, eta=0.9)(stats.lse)
+    assert_type(ens_loss(stats.lse, y % 2, bc_lambda=0.5), Tensor)
+    assert_type(ens_loss_derivatives(stats.lse, tail=False), Tensor)
+    pyloss.nn.EnsLoss(period=3).step_epoch()
+    assert_type(normalized_logistic_loss(x, y), Tensor)
+    pyloss.nn.NormalizedLogisticLoss(ignore_index=-1)(x, y)
+    weight = class_balanced_weight([3, 1], beta=0.9)
+    assert_type(logit_adjustment(weight, 0.5), Tensor)
+    logit_adjusted_cross_entropy(x, y, weight, reduction="sum")
+    pyloss.nn.LogitAdjustedCrossEntropyLoss([3, 1], weight=weight, z_loss=1e-4)
+    head = pyloss.nn.GaussianNaiveBayes(10, 3, smoothing_mode="relative")
+    assert_type(head.partial_fit(x, y).to_linear(), nn.Linear)
 
 
 def preference() -> None:
