@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._averages import moved
-from pyloss.functional._embeddings import summed
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 
 
