@@ -56,8 +56,9 @@ def moments() -> Step:
 
 def margin_shift() -> Step:
     y = labels(4, 30)
-    loss = lambda x: functional.margin_shift(x, x.flip(1), y, reduction="mean")  # noqa: E731
-    return step_of(loss, draw(4, 30))
+    return step_of(
+        lambda x: functional.margin_shift(x, x.flip(1), y, reduction="mean"), draw(4, 30)
+    )
 
 
 def second_derivative() -> Step:

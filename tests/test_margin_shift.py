@@ -3,13 +3,16 @@ written around. What the functions promise: tests/specs/adversarial.py."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 
 import pyloss
+from pyloss import _C
 from pyloss.functional import margin_shift
+from pyloss.ops.margin_shift import cpu, cuda
 from pyloss.ops.margin_shift import margin_shift as op
 from pyloss.reference.margin_shift import margin_shift as exact
 from pyloss.testing import assert_matches_reference
@@ -157,3 +160,27 @@ def test_backends_agree() -> None:
             shift.sum().backward()
             found.append([shift.detach(), *(t.grad for t in given)])
     torch.testing.assert_close(*found)
+
+
+def test_the_cuda_half_hands_over_what_the_cpu_half_does(monkeypatch) -> None:
+    class Kernels:
+        @staticmethod
+        def cuda_margin_shift_fwd(problem, shift, total, device, stream):
+            assert (device, stream) == (3, 77)
+            _C.margin_shift_fwd(problem, shift, total, 1)
+
+        @staticmethod
+        def cuda_margin_shift_bwd(problem, backward, device, stream):
+            assert (device, stream) == (3, 77)
+            _C.margin_shift_bwd(problem, backward, 1)
+
+    monkeypatch.setattr(cuda, "_C", Kernels)
+    monkeypatch.setattr(cuda, "queue", lambda x: (3, 77))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    x, moved, target = draw((2, 5, 3), F32)
+    sums = cuda.forward(x, moved, target, False, -100)
+    torch.testing.assert_close(sums, cpu.forward(x, moved, target, False, -100))
+    up = torch.ones_like(sums[0])
+    for wanted in ((True, True), (False, True)):
+        arguments = (up, *sums, x, moved, target, False, -100, *wanted)
+        torch.testing.assert_close(cuda.backward(*arguments), cpu.backward(*arguments))

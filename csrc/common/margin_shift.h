@@ -48,10 +48,17 @@ PYLOSS_HD inline int64_t label_of(const Problem& p, int64_t row) {
   return y < 0 || y >= p.classes ? kOutOfRange : y;
 }
 
+PYLOSS_HD inline float root(float x) {
+  return ::sqrtf(x);
+}
+PYLOSS_HD inline double root(double x) {
+  return ::sqrt(x);
+}
+
 // The result of a row from the sum of squares.
 template <class R>
 PYLOSS_HD R result_of(const Problem& p, R squares) {
-  return p.squared ? squares : sqrt_(squares);
+  return p.squared ? squares : root(squares);
 }
 
 // The factor c of a row.

@@ -33,12 +33,6 @@ PYLOSS_HD inline float log1p_(float x) {
 PYLOSS_HD inline double log1p_(double x) {
   return ::log1p(x);
 }
-PYLOSS_HD inline float sqrt_(float x) {
-  return ::sqrtf(x);
-}
-PYLOSS_HD inline double sqrt_(double x) {
-  return ::sqrt(x);
-}
 PYLOSS_HD inline float expm1_(float x) {
   return ::expm1f(x);
 }

@@ -223,7 +223,7 @@ def h_consistency_bound(
     Example:
         >>> import pyloss
         >>> pyloss.analysis.h_consistency_bound(0.02)
-        tensor(0.1987, dtype=torch.float64)
+        tensor(0.1993, dtype=torch.float64)
 
     Reference:
         Mao, Mohri, Zhong. arXiv 2304.07288. Zheng et al. Revisiting Discriminative vs. Generative

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._sums import log_summed as log_summed
+from pyloss.functional._sums import summed as summed
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._launch import without_autocast as without_autocast
 from pyloss.ops.similarity_softmax import similarity_counts as near_pairs  # noqa: F401
 from pyloss.ops.similarity_softmax import similarity_softmax as similarity_softmax
 
 DISTANCES = ("euclidean", "squared", "cosine")
-_MANY = 4096  # numbers that torch adds up in one thread
 
 
 def check_rows(name: str, x, least: int = 0) -> None:
@@ -54,21 +54,6 @@ def prepared(x: Tensor, normalize: bool) -> Tensor:
     """In float32 at least, of length 1 if asked for; a row of zeros stays."""
     x = x.to(accumulator_dtype(x.dtype))
     return F.normalize(x, dim=1) if normalize else x
-
-
-def summed(each: Tensor) -> Tensor:
-    """The sum, in an order that the number of threads does not change, as that of torch's may."""
-    each = each.reshape(-1)
-    if each.shape[0] > _MANY:
-        each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)
-    return each.sum()
-
-
-def log_summed(z: Tensor) -> Tensor:
-    """The logarithm of the sum of e^z, z (N,), likewise."""
-    if z.shape[0] > _MANY:
-        z = F.pad(z, (0, -z.shape[0] % 256), value=-math.inf).view(-1, 256).logsumexp(1)
-    return z.logsumexp(0)
 
 
 class Labelled(NamedTuple):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
 from pyloss.functional._rows import check_labels
+from pyloss.functional._sums import summed
 from pyloss.functional.classification import fused_cross_entropy
 from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype as accumulator_dtype

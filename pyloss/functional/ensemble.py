@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 
 _LEAST = 1e-6  # magnitude of a derivative: they are strictly negative

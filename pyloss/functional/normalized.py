@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
+from pyloss.functional._sums import summed
 from pyloss.functional.ensemble import margins
 from pyloss.functional.row_stats import row_softmax_stats
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import pyloss
+import pyloss.adversarial
+import pyloss.analysis
 import pyloss.distributed
 import pyloss.integrations.transformers
 import pyloss.ops
@@ -18,6 +20,7 @@ import pyloss.optim
 import pyloss.reference
 import pyloss.testing
 import pyloss.visualize
+from pyloss.analysis import comp_sum
 from pyloss.functional import (
     DCDMResult,
     DPOMetrics,
@@ -59,6 +62,7 @@ from pyloss.functional import (
     list_net,
     logit_adjusted_cross_entropy,
     logit_adjustment,
+    margin_shift,
     mask_prediction_loss,
     mass_topk_mask,
     multi_similarity_loss,
@@ -78,6 +82,7 @@ from pyloss.functional import (
     sequence_logprobs,
     simple_contrastive,
     sinkhorn_set_loss,
+    smooth_adversarial_comp_sum,
     soft_dice_loss,
     soft_sort_matrix,
     sogclr_loss,
@@ -172,6 +177,32 @@ def linear() -> None:
     pyloss.distributed.vocab_parallel_cross_entropy(x, y, num_classes=10, first_class=[0])
     pyloss.distributed.vocab_parallel_linear_cross_entropy(x, w, y)
     linear_distillation_loss(x, w, x, w, temperature=2.0, direction="jsd")
+
+
+def adversarial(model: nn.Module) -> None:
+    moved = pyloss.adversarial.pgd_attack(model, x, y, 0.1, "l2", clip=(0.0, 1.0), restarts=2)
+    assert_type(moved, Tensor)
+    pyloss.adversarial.pgd_maximise(model, x, None, 0.1, objective="kl", start="uniform")
+    pyloss.adversarial.pgd_maximise(model, x, y, 0.1, objective=lambda z, y: z.sum(1))
+    assert_type(pyloss.adversarial.trades_loss(model, x, y, 0.1, beta=1.0), Tensor)
+    pyloss.adversarial.mart_loss(model, x, y, 0.1, reduction="none")
+    pyloss.adversarial.AdvCompSum(0.5, eps=0.1)(model, x, y)
+    pyloss.adversarial.DoublyRobustATLoss(0.5, implicit=True)(model, x, y)
+    assert_type(margin_shift(x, x, y, squared=True), Tensor)
+    assert_type(smooth_adversarial_comp_sum(x, x, y, 0.5, 1.0, 3.0), Tensor)
+
+
+def bounds() -> None:
+    assert_type(pyloss.analysis.h_consistency_bound(0.1, "logistic"), Tensor)
+    pyloss.analysis.minimizability_gap(x.softmax(1), 1.0, best_risk=0.3)
+    found = comp_sum.analyze(x, y, tau=[0.0, 1.0], score_bound=3.0)
+    assert_type(found, pyloss.analysis.CompSumAnalysis)
+    pyloss.visualize.draw_comp_sum(found)
+    comp_sum.gamma(comp_sum.t_function(0.1, 1.5, 4), 1.5, 4)
+    comp_sum.gamma_bound(0.1, 0.5)
+    scores = comp_sum.conditional_minimizer(x.softmax(1), 1.0)
+    comp_sum.conditional_risk(scores, x.softmax(1), 1.0)
+    comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
 
 
 def statistics() -> None:

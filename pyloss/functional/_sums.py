@@ -1,0 +1,25 @@
+"""Sums in an order that the number of threads does not change."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_MANY = 4096  # numbers that torch adds up in one thread
+
+
+def summed(each: Tensor) -> Tensor:
+    """The sum, in an order that the number of threads does not change, as that of torch's may."""
+    each = each.reshape(-1)
+    if each.shape[0] > _MANY:
+        each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)
+    return each.sum()
+
+
+def log_summed(z: Tensor) -> Tensor:
+    """The logarithm of the sum of e^z, z (N,), likewise."""
+    if z.shape[0] > _MANY:
+        z = F.pad(z, (0, -z.shape[0] % 256), value=-math.inf).view(-1, 256).logsumexp(1)
+    return z.logsumexp(0)
