@@ -95,7 +95,7 @@ KERNELS = (
     Kernel("sorting_copy_kernel", 256, 32, 0, "4 + 4", "0"),
     Kernel("lion_k_kernel", 256, 48, 0, "12 + 8", "6"),
     Kernel("aldr_fwd_kernel", 256, 48, 2048, "b + 0; with the gradient b + b", "10 a pass + 8"),
-    Kernel("aldr_bwd_kernel", 256, 48, 0, "b + b", "6"),
+    Kernel("aldr_bwd_kernel", 256, 32, 0, "b + b", "6"),
     Kernel("permutahedron_warp_fwd_kernel", 32, 58, 1024, "12 + 8", "17"),
     Kernel("permutahedron_warp_bwd_kernel", 32, 49, 1024, "12 + 4", "4"),
     Kernel("permutahedron_fwd_kernel", 64, 62, 1024, "8 a pool and step + 8", "17"),

@@ -254,6 +254,26 @@ def averages(bimodal: bool, ring: bool) -> None:
             assert (every == every[0]).all(), f"{key} differs between ranks"
 
 
+def temperatures_of_samples() -> None:
+    """ALDR: the state of all ranks is that of one process, at each step or when they are told."""
+    rows, x = mine(), draw(7, 5, seed=3)
+    y, index = torch.arange(7) % 5, torch.tensor([3, 1, 3, 8, 0, 3, 1])
+    alone = pyloss.nn.ALDRLoss(num_samples=9).double()
+    alone(x, y, index)
+    at_once = pyloss.nn.ALDRLoss(num_samples=9, group=dist.group.WORLD).double()
+    at_once(x[rows], y[rows], index[rows])
+    close(at_once.lam, alone.lam)
+
+    apart = torch.tensor([3, 1, 3, 8, 0, 5, 2])  # no sample on several ranks
+    alone = pyloss.nn.ALDRLoss(num_samples=9).double()
+    alone(x, y, apart)
+    later = pyloss.nn.ALDRLoss(num_samples=9, group=dist.group.WORLD, sync="manual").double()
+    later(x[rows], y[rows], apart[rows])
+    assert not torch.equal(later.lam, alone.lam)
+    later.synchronize()
+    close(later.lam, alone.lam)
+
+
 def half_types(ring: bool) -> None:
     rows, (x1, x2, _) = mine(), inputs()
     own, whole = (
@@ -373,6 +393,7 @@ def cases() -> dict[str, Callable]:
     found = {
         "gather": gather_with_gradient,
         "gather of what differs": gather_of_what_differs,
+        "ALDR": temperatures_of_samples,
         "some ranks": a_group_of_some,
         "one sample": one_sample_in_all,
         "cached gradients, dropout": cached_gradients,

@@ -109,6 +109,19 @@ def test_a_margin_far_ahead_keeps_its_digits() -> None:
     close(x.grad[0, 1].item(), math.exp(-10) / (1 + 2 * math.exp(-10)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (3, 4, 5)])
+def test_a_margin_of_either_backend(shape: tuple[int, ...]) -> None:
+    """Value and gradient, also of a forward of the reference that the kernel goes on with."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=F64).requires_grad_()
+    y = torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+    want = pyloss.ldr_loss(x, y, 0.5, 1.5)
+    with pyloss.backend("reference"):
+        found = pyloss.ldr_loss(x, y, 0.5, 1.5)
+    close(found, want)
+    close(torch.autograd.grad(found, x)[0], torch.autograd.grad(want, x)[0])
+
+
 # --------------------------------------------------------------------------------------------------
 # ALDR
 

@@ -130,7 +130,16 @@ def fused_cross_entropy(
         and type(ignore_index) is int
         and (reduction == "mean" or reduction == "sum")
         and _are_plain(
-            (label_smoothing, tau, z_loss, logit_scale, temperature, return_stats, empty)
+            (
+                label_smoothing,
+                tau,
+                z_loss,
+                entropy_weight,
+                logit_scale,
+                temperature,
+                return_stats,
+                empty,
+            )
         )
         and small.is_small(input, target)
     ):
@@ -158,7 +167,7 @@ def fused_cross_entropy(
     )
 
 
-_PLAIN = (0.0, 1.0, 0.0, 1.0, 1.0, (), "nan")
+_PLAIN = (0.0, 1.0, 0.0, 0.0, 1.0, 1.0, (), "nan")
 
 
 def _are_plain(options: tuple) -> bool:

@@ -159,7 +159,7 @@ SPECS = (
             "none": lambda: rows(lam=10.0, reduction="none", normalize="l1"),
             "table": lambda: rows(lam=2.0, margin=table(), normalize="softplus"),
             "topk": lambda: rows(lam=0.7, margin=0.1, topk=2, weight=weight(), ignored=0.3),
-            "volume": lambda: volume(lam=0.5, reduction="sum"),
+            "volume": lambda: volume(lam=0.5, margin=0.2, reduction="sum"),
         },
         reference=ldr,
         errors=(
