@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyloss.functional._embeddings import summed
+from pyloss.functional._sums import summed
 
 
 def moved(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:
