@@ -164,7 +164,6 @@ def test_pickles_are_loaded_by_a_process_that_imported_nothing(tmp_path: Path):
         (pyloss.functional, "SoftRank", "did you mean pyloss.functional.soft_rank?"),
         (pyloss.nn, "CrossEntropyLos", "did you mean pyloss.nn.CrossEntropyLoss?"),
         (pyloss, "rankingaccuracy", "did you mean pyloss.metrics."),
-        (pyloss, "research", None),
         (pyloss, "nothing_like_it", None),
         (pyloss, "_fused_cross_entropy", None),
         (pyloss, "__path_to_nowhere__", None),

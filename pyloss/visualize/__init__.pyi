@@ -3,5 +3,10 @@ from pyloss.visualize.embeddings import draw_opis
 from pyloss.visualize.optim import draw_lyapunov
 from pyloss.visualize.topology import draw_barcode, draw_matching
 
-__all__ = ["draw_barcode", "draw_lyapunov", "draw_matching", "draw_opis"]
-__all__ = ["draw_barcode", "draw_comp_sum", "draw_matching", "draw_opis"]
+__all__ = [
+    "draw_barcode",
+    "draw_comp_sum",
+    "draw_lyapunov",
+    "draw_matching",
+    "draw_opis",
+]
