@@ -99,7 +99,7 @@ GATE_WEIGHT, GATE_BIAS = normal(4, 2, seed=5), torch.tensor([1.0, -0.5, 0.25, 0.
 
 def gated_layer(mode="decoupled", ratio=0.6, train=True, **options) -> GatedConv:
     conv = nn.Conv2d(2, 4, 2, bias=False)
-    return GatedConv(conv, None, nn.Softplus(), None, ratio, mode, **options).train(train)
+    return GatedConv(conv, None, nn.Softplus(), None, ratio, mode, **options).train(bool(train))
 
 
 LAYER = gated_layer()
