@@ -136,7 +136,7 @@ def test_a_factor_that_shrinks_fast_cannot_wait() -> None:
     check_steps(layer, weight, "mse", 40, 16, lr=0.3, decay=0.0, sizes=sizes, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("loss", DENSE, ids=str)
+@pytest.mark.parametrize("loss", DENSE, ids=lambda loss: getattr(loss, "__name__", loss))
 @pytest.mark.parametrize("rows", (3, 11), ids=("Woodbury", "directly"))
 def test_steps_of_every_loss(loss, rows: int) -> None:
     layer, weight = pair(loss, stabilize_every=5)
