@@ -45,13 +45,22 @@ def kernels_of(path: Path) -> list[str]:
 # By architecture, and by kernel, so that the processes of pytest-xdist share the work.
 ALL = [pytest.param(p.stem, k, id=f"{p.stem}-{k}") for p in OPS for k in kernels_of(p)]
 
-# (kernel, a property of the launch, why): spills or serialised products that are known.
+# (kernel, scenario or property of the launch, why): spills or serialised products that are known.
 EXCEPTIONS = (
     ("", "float32", "full precision has no tensor cores: operands stand in registers"),
     ("", "256", "two accumulators of 256 columns do not fit the registers"),
     ("tensor_attention_bwd_", "masked", "tiles of the masks stand in registers beside the scores"),
     ("tensor_attention_lowrank_", "degree 3", "up to 4 reloads an iteration of thousands"),
     ("tensor_attention_bwd", "99 KiB", "tiles are made small by halving, not chosen"),
+    ("tensor_attention_bwd_", "sm_80", "tiles are Hopper's; sums and factors stand in registers"),
+    ("tensor_attention_bwd_kv_rows", "tf32", "tiles are those of half types, halved"),
+    ("tensor_attention_lowrank_state", "one", "tiles are those of many tokens"),
+    ("tensor_attention_lowrank_scan_key_gradient", "windows alone", "one reload"),
+    *(
+        (f"tensor_attention_lowrank_{kernel}", sm, "three products of tf32; tiles are Hopper's")
+        for kernel in ("state", "query_kernel")
+        for sm in ("sm_80", "sm_89", "sm_100")
+    ),
 )
 
 
@@ -103,7 +112,9 @@ def properties(launch, capability: int) -> set[str]:
         found.add("degree 3")
     if capability == 89:
         found.add("99 KiB")
-    return found
+    if "'tf32'" in constants:
+        found.add("tf32")
+    return found | {f"sm_{capability}"}
 
 
 def check(kernel: str, capability: int, found: dict) -> list:
@@ -119,7 +130,7 @@ def check(kernel: str, capability: int, found: dict) -> list:
         made.append(done)
         if done.shared > SHARED_LIMIT[capability]:
             bad.append(f"{where}: {done.shared} bytes of shared memory")
-        known = properties(launch, capability)
+        known = properties(launch, capability) | {scenario}
         if any(kernel.startswith(name) and what in known for name, what, _ in EXCEPTIONS):
             continue
         local = [loop.local for loop in done.loops if loop.local]
