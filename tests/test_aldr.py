@@ -70,6 +70,17 @@ def test_rows_without_a_size(function, options) -> None:
     assert not gradient_of(function, x, y, options).any()
 
 
+def test_a_label_far_behind() -> None:
+    x, y = torch.zeros(1, 5, dtype=F64), torch.tensor([0])
+    for ahead in (1e3, 1e6, 1e30):
+        x[0, 1] = ahead
+        for lam in (None, torch.ones(1, dtype=F64)):
+            for dtype in (F64, torch.float32):
+                loss = pyloss.aldr_loss(x.to(dtype), y, 0.01, lam=lam, normalize=None)
+                assert loss.item() == pytest.approx(ahead - 0.01 * 0.75 * math.log(5), rel=1e-6)
+    assert pyloss.aldr_loss(-x.new_tensor([[math.inf, 0, 0]]), y, normalize=None) == math.inf
+
+
 # --------------------------------------------------------------------------------------------------
 # Identities
 
