@@ -35,6 +35,52 @@ def close(a, b, rtol=1e-10, atol=1e-12) -> None:
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
+NORMALIZED = [
+    (pyloss.ldr_loss, dict(normalize="l1")),
+    (pyloss.ldr_loss, dict(normalize="softplus")),
+    (pyloss.ldr_loss, dict(normalize="l1", topk=2)),
+    (pyloss.aldr_loss, dict(normalize="l1")),
+    (pyloss.aldr_loss, dict(normalize="softplus")),
+    (pyloss.aldr_loss, dict(normalize="l1", margin=torch.ones(7, 7))),
+]
+
+
+def gradient_of(function, x: Tensor, y: Tensor, options: dict) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(function(x, y, **options), x)[0]
+
+
+@pytest.mark.parametrize("function, options", NORMALIZED)
+def test_what_is_ignored_is_not_normalized(function, options) -> None:
+    x, y = scores(4)
+    want = gradient_of(function, x[1:], y[1:], options)
+    x[0], y[0] = math.nan, -100
+    grad = gradient_of(function, x, y, options)
+    close(grad[1:], want)
+    assert not grad[0].any()
+    row = pyloss.ldr_loss(x[0], y[0], normalize="l1", reduction="none")
+    assert row.shape == () and row == 0
+
+
+@pytest.mark.parametrize("function, options", NORMALIZED)
+def test_rows_without_a_size(function, options) -> None:
+    value = -1000.0 if options["normalize"] == "softplus" else 0.0
+    x, y = torch.full((2, 7), value, dtype=F64), torch.tensor([0, 3])
+    assert function(x, y, **options).isfinite()
+    assert not gradient_of(function, x, y, options).any()
+
+
+def test_a_label_far_behind() -> None:
+    x, y = torch.zeros(1, 5, dtype=F64), torch.tensor([0])
+    for ahead in (1e3, 1e6, 1e30):
+        x[0, 1] = ahead
+        for lam in (None, torch.ones(1, dtype=F64)):
+            for dtype in (F64, torch.float32):
+                loss = pyloss.aldr_loss(x.to(dtype), y, 0.01, lam=lam, normalize=None)
+                assert loss.item() == pytest.approx(ahead - 0.01 * 0.75 * math.log(5), rel=1e-6)
+    assert pyloss.aldr_loss(-x.new_tensor([[math.inf, 0, 0]]), y, normalize=None) == math.inf
+
+
 # --------------------------------------------------------------------------------------------------
 # Identities
 

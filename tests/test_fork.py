@@ -32,6 +32,22 @@ assert step() == want, "the parent's pool broke"
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
+# The library is first loaded in the child: nothing of it was there to notice the fork.
+LOADED_IN_CHILD = """
+import os, signal, sys, torch
+torch.set_num_threads(2)
+x, target = torch.randn(512, 2000), torch.zeros(512, dtype=torch.long)
+x.logsumexp(1)  # starts the threads of OpenMP
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    import pyloss
+    loss = pyloss.fused_cross_entropy(x, target, reduction="none")
+    os._exit(0 if len(loss) == 512 else 3)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
 DATA_LOADER = """
 import torch, pyloss
 torch.set_num_threads(2)
@@ -52,7 +68,11 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize("program", [FORK, DATA_LOADER], ids=["os_fork", "data_loader"])
+@pytest.mark.parametrize(
+    "program",
+    [FORK, LOADED_IN_CHILD, DATA_LOADER],
+    ids=["os_fork", "loaded_in_child", "data_loader"],
+)
 def test_fork(program: str) -> None:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

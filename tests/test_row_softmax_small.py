@@ -13,12 +13,12 @@ BY_THE_OP = {"empty": "zero"}  # an option that the short way leaves to the op
 
 
 @pytest.fixture
-def count(monkeypatch) -> list[int]:
-    """How many calls went the short way."""
+def count(monkeypatch) -> list[bool]:
+    """The calls that went the short way: whether each wrote a gradient."""
     calls, run = [], small._run
 
     def counted(*args):
-        calls.append(1)
+        calls.append(args[-1] is not None)
         return run(*args)
 
     monkeypatch.setattr(small, "_run", counted)
@@ -92,6 +92,13 @@ def test_a_label_out_of_range(count) -> None:
     assert messages[0] == messages[1] and len(count) == 1
 
 
+def test_no_gradient_where_none_is_asked_for(count) -> None:
+    loss_of(_logits().detach(), _target())
+    with torch.no_grad():
+        loss_of(_logits(), _target())
+    assert count == [False, False]
+
+
 def test_a_module(count) -> None:
     pyloss.nn.CrossEntropyLoss()(_logits(), _target()).backward()
     assert len(count) == 1
@@ -116,6 +123,24 @@ def _under_a_mode(x, y):
         loss_of(x, y)
 
 
+def _under_a_function_mode(x, y):
+    with torch.device("cpu"):
+        loss_of(x, y)
+
+
+def _traced(x, y):
+    graph = torch.jit.trace(lambda x: loss_of(x, y), x.detach(), check_trace=False)
+    torch.testing.assert_close(graph(2 * x.detach()), loss_of(2 * x.detach(), y, **BY_THE_OP))
+
+
+def _of_a_subclass(x, y):
+    class Tagged(torch.Tensor):
+        pass
+
+    loss_of(x.detach().as_subclass(Tagged), y)
+    loss_of(x, y.as_subclass(Tagged))
+
+
 def _under_hooks(x, y):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         loss_of(x, y)
@@ -137,6 +162,9 @@ def _sparse(x, y):
         _under_vmap,
         _under_forward_mode,
         _under_a_mode,
+        _under_a_function_mode,
+        _traced,
+        _of_a_subclass,
         _under_hooks,
         _on_the_reference,
         _sparse,
@@ -144,6 +172,8 @@ def _sparse(x, y):
         lambda x, y: loss_of(x.double(), y),
         lambda x, y: loss_of(x.t().contiguous().t(), y),
         lambda x, y: loss_of(torch._neg_view(x.detach()), y),
+        lambda x, y: loss_of(torch._efficientzerotensor(N, C), y),
+        lambda x, y: loss_of(x * 1, y, inplace=True),
         lambda x, y: loss_of(x.view(N, C, 1), y[:, None]),
         lambda x, y: loss_of(x[0], y[0]),
         lambda x, y: loss_of(x, y.repeat(2).view(2, N).t().contiguous()[:, 0]),
@@ -165,6 +195,7 @@ def test_what_is_left_to_the_op(count, call) -> None:
         ({"tau": torch.ones(2)}, TypeError),
         ({"reduction": "all"}, ValueError),
         ({"ignore_index": 1.5}, TypeError),
+        ({"ignore_index": True}, TypeError),
         ({"empty": "no"}, ValueError),
         ({"label_smoothing": 2.0}, RuntimeError),
     ],

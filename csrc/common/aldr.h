@@ -64,8 +64,7 @@ struct Row {
 // u of the label.
 template <class R>
 PYLOSS_HD inline R label_exponent(const Row<R>& r, R lambda) {
-  const R u = (r.label - r.top) * (r.scale / lambda);
-  return u < R(-1e4) ? R(-1e4) : u;
+  return (r.label - r.top) * (r.scale / lambda);
 }
 
 // A pass with the label's share.
@@ -75,11 +74,12 @@ struct Pass {
 
   PYLOSS_HD Pass(const Moments<R>& m, R u) : rest(m.s0), label(exp_(u)) {
     sum = rest + label;
-    mean = (m.s1 + label * u) / sum;
+    mean = (m.s1 + label * bounded(u)) / sum;
   }
+  PYLOSS_HD static R bounded(R u) { return u < R(-1e4) ? R(-1e4) : u; }  // 0 * -inf
   PYLOSS_HD R divergence(R log_classes) const { return mean - log_(sum) + log_classes; }
   PYLOSS_HD R variance(const Moments<R>& m, R u) const {
-    const R v = (m.s2 + label * u * u) / sum - mean * mean;
+    const R v = (m.s2 + label * bounded(u) * bounded(u)) / sum - mean * mean;
     return v > 0 ? v : R(0);
   }
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <system_error>
@@ -40,7 +42,23 @@ struct Job {
 };
 
 thread_local bool t_inside = false;
-std::atomic<bool> g_forked{false};
+
+// Whether this library was loaded by a process that is a fork of another one and has not called
+// exec: whose OpenMP may have lost its threads before anything here could notice.
+bool loaded_in_a_fork() {
+  constexpr unsigned long kForkedNoExec = 0x40;  // PF_FORKNOEXEC of Linux
+  unsigned long flags = 0;
+  char text[1024];
+  std::FILE* file = std::fopen("/proc/self/stat", "r");
+  if (!file) return false;  // no Linux: its OpenMP starts anew after a fork
+  text[std::fread(text, 1, sizeof text - 1, file)] = 0;
+  std::fclose(file);
+  const char* name_end = std::strrchr(text, ')');  // the name may hold spaces
+  return name_end && std::sscanf(name_end, ") %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
+         (flags & kForkedNoExec);
+}
+
+std::atomic<bool> g_forked{loaded_in_a_fork()};
 
 // The entry to a parallel region that compilers call. torch loads its OpenMP for all to see, and
 // after each of its operations the threads of that spin for some milliseconds: a pool beside them
@@ -48,8 +66,10 @@ std::atomic<bool> g_forked{false};
 using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Region openmp_region() {
 #if defined(__unix__) || defined(__APPLE__)
+  // First: the parent may have forked in the middle of the line that follows.
+  if (g_forked.load(std::memory_order_relaxed)) return nullptr;
   static const Region region = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return g_forked.load(std::memory_order_relaxed) ? nullptr : region;
+  return region;
 #else
   return nullptr;
 #endif

@@ -47,17 +47,21 @@ def check_topk(topk) -> None:
         raise ValueError(f"topk must be at least 1, got {topk}")
 
 
-def normalized(input: Tensor, normalize: str | None) -> Tensor:
-    """The scores over their mean size, in the dtype of the sums; a row of zeros stays one."""
+def normalized(input: Tensor, normalize: str | None, p: Prepared) -> Tensor:
+    """The scores over their mean size, in the dtype of the sums; 0, without a gradient, where that
+    mean is 0 and in rows that are ignored."""
     if normalize is None:
         return input
-    x = input.to(accumulator_dtype(input.dtype))
-    dim = class_dim(x)
+    dim = class_dim(input)
+    ignored = wide(p.labels[0]) == p.codes.ignore_index
+    x = torch.where(ignored.unsqueeze(1) if dim else ignored, 0.0, input)
+    x = x.to(accumulator_dtype(input.dtype))
     if normalize == "softplus":
         x = torch.nn.functional.softplus(x)
-        return x / x.mean(dim, keepdim=True)
-    mean = x.abs().mean(dim, keepdim=True)
-    return torch.where(mean == 0, x, x / torch.where(mean == 0, 1.0, mean + _TINY))
+        mean, tiny = x.mean(dim, keepdim=True), 0.0
+    else:
+        mean, tiny = x.abs().mean(dim, keepdim=True), _TINY
+    return torch.where(mean == 0, 0.0, x / torch.where(mean == 0, 1.0, mean + tiny))
 
 
 def with_margins(input: Tensor, target: Tensor, table: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def ldr_loss(
     if not composed:
         return row_loss(input, target, ldr=True, temperature=lam, margin=margin, **options)
     input, p = prepare(input, target, **options)
-    scores = rows.normalized(input, normalize)
+    scores = rows.normalized(input, normalize, p)
     if isinstance(margin, Tensor):
         scores, margin = rows.with_margins(scores, p.labels[0], margin), 0.0
     if topk is None:
@@ -215,7 +215,7 @@ def aldr_loss(
         lam = _checked_lam(lam, input, target)
     scores, l1 = input, normalize == "l1"
     if normalize == "softplus" or isinstance(margin, Tensor):
-        scores, l1 = rows.normalized(input, normalize), False
+        scores, l1 = rows.normalized(input, normalize, p), False
     if isinstance(margin, Tensor):
         scores, margin = rows.with_margins(scores, p.labels[0], margin), 0.0
     _, each, _ = rows.row_weights(p, scores.shape[rows.class_dim(scores)])

@@ -1,5 +1,6 @@
 // parallel_for: every item once, ranges that do not depend on the thread count, exceptions, nested
-// and concurrent calls, use in a forked child.
+// and concurrent calls, use in a forked child. Compiled with OpenMP, on its threads instead of the
+// pool's.
 #include "cpu/parallel.h"
 
 #include <sys/wait.h>
@@ -15,6 +16,10 @@
 #include <vector>
 
 #include "check.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #if defined(__has_feature) && !defined(__SANITIZE_THREAD__)
 #if __has_feature(thread_sanitizer)
@@ -107,6 +112,17 @@ void test_concurrent_callers() {
   for (std::thread& caller : callers) caller.join();
 }
 
+#if defined(_OPENMP)
+void test_openmp() {
+  std::atomic<int> outside{0};
+  parallel_for(100, 1, 2, [&](int64_t, int64_t) { outside += omp_get_level() == 0; });
+  CHECK(outside == 0);
+  // In somebody else's region, whose nested regions have one thread.
+#pragma omp parallel num_threads(2)
+  for (int round = 0; round < 100; ++round) CHECK(sum_to(1000, 3) == 499500);
+}
+#endif
+
 // A child has none of the parent's threads. Forked while another thread uses the pool, too.
 // ThreadSanitizer cannot start threads in a child of a threaded process.
 #ifndef __SANITIZE_THREAD__
@@ -142,6 +158,9 @@ int main() {
   test_exceptions();
   test_nested();
   test_concurrent_callers();
+#if defined(_OPENMP)
+  test_openmp();
+#endif
 #ifndef __SANITIZE_THREAD__
   test_fork();
 #endif

@@ -50,7 +50,7 @@ def is_small(input, target) -> bool:
         and target.is_contiguous()
         and not (_dispatch_modes() or _function_modes() or _is_tracing())
         and not (functorch_active() or forward_ad_active() or saved_tensor_hooks_active())
-        and not input.is_neg()
+        and not (input.is_neg() or input._is_zerotensor())
         and backends.forced() in (None, "cpu")
     )
 
