@@ -15,8 +15,8 @@ from pyloss.optim.lr_scheduler.refinement import NORMS
 _FIRST_CAPACITY = 1024
 
 # On the CPU torch adds up the numbers of a tensor one after the other: the L1 norm of 5e7 float32
-# numbers is a third too small. Blocks of this many are right to 1e-5, and their norms are few. One
-# is also too short for torch to wake its threads, which wait for each other at the end of each call.
+# numbers is a third too small. Blocks of this many are right to 1e-5, and their norms are few. A
+# block is also too short for torch to wake threads, which wait for each other after each call.
 _BLOCK = 1 << 14
 # From this many numbers on the threads are worth waiting for: once for many blocks.
 _LONG = 1 << 20
