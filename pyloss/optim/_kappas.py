@@ -209,6 +209,9 @@ def _check_argument(kappa: str, name: str, value) -> None:
             raise ValueError(f"{shown} must be finite and > 1, got {value}; p = 1 is kappa 'l1'")
     else:
         check_range(shown, value, 0, open_low=kappa != "soft")
+        limits = torch.finfo(torch.float32)
+        if value and not limits.tiny <= value <= limits.max:  # 0 and infinity there
+            raise ValueError(f"{shown} must be a normal number of float32, got {value}")
 
 
 def rows(tensors: Sequence[Tensor], group: str) -> list[Tensor]:
