@@ -32,6 +32,11 @@ def test_a_sample_without_activation_keeps_the_first_channels() -> None:
     assert found[1].all()
 
 
+def test_a_sum_that_is_r_but_for_rounding_stays() -> None:
+    assert (torch.ones(6) / 6).cumsum(0)[4] > 5 / 6
+    assert mass_topk_mask(torch.ones(1, 6), 5 / 6).sum() == 5
+
+
 def test_the_mask_grows_with_r() -> None:
     act = torch.randn(8, 16, 5, 5, generator=torch.Generator().manual_seed(0)).relu()
     counts, last = {}, torch.zeros(8, 16, dtype=torch.bool)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import pyloss
 from pyloss.ops.lion_k import KAPPAS, ROUNDINGS, Options, lion_k_
 from pyloss.ops.lion_k.rounding import round_stochastic, tensor_key
-from pyloss.optim import Lion, LionK, LyapunovMonitor, lion_k_lyapunov
+from pyloss.optim import Lion, LionK, LyapunovMonitor, _kappas, lion_k_lyapunov
+from pyloss.optim import _lion_k_step as steps
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ENGINES = {"kernel": {}, "lists": dict(foreach=True), "one by one": dict(foreach=False)}
@@ -267,6 +268,37 @@ def test_ties_of_topk_share() -> None:
     p.grad = c
     LionK([p], lr=1.0, betas=(0.0, 0.0), kappa="topk", kappa_args=dict(k=3)).step()
     torch.testing.assert_close(-p.detach(), torch.tensor([1.0, -2 / 3, 2 / 3, 2 / 3, 0.0]))
+
+
+@pytest.mark.parametrize("kappa", ["lp", "topk"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_batches_share_memory_and_no_bits(monkeypatch, kappa: str, dtype) -> None:
+    """New memory for each batch of large tensors costs several times its arithmetic."""
+    monkeypatch.setattr(steps, "_BATCH", 100)
+    shapes = [(80,), (3, 5), (2, 3, 4, 5), (0,), (9, 30), (), (64,)]
+    seen, gradient = [], _kappas.KAPPAS[kappa].gradient
+
+    def watched(c: Tensor, args) -> Tensor:
+        seen.append(c)
+        return gradient(c, args)
+
+    def run(*chosen: int) -> list[Tensor]:
+        made = parameters(*shapes, dtype=dtype)
+        made[2].data = made[2].data.contiguous(memory_format=torch.channels_last)
+        params = [made[at] for at in chosen]
+        options = dict(kappa=kappa, kappa_args=ARGS[kappa], group="row", weight_decay=0.1)
+        optimizer = LionK(params, lr=0.01, rounding="nearest", maximize=True, **options)
+        for _ in range(2):
+            optimizer.step()
+        return [t.detach() for p in params for t in (p, optimizer.state[p]["exp_avg"])]
+
+    wanted = [t for at in range(len(shapes)) for t in run(at)]
+    table = {**_kappas.KAPPAS, kappa: _kappas.KAPPAS[kappa]._replace(gradient=watched)}
+    monkeypatch.setattr(_kappas, "KAPPAS", table)
+    for a, b in zip(run(*range(len(shapes))), wanted, strict=True):
+        assert torch.equal(a, b)
+    places = {c.untyped_storage().data_ptr() for c in seen if c.numel()}
+    assert len(places) == 2 * (1 + 1)  # of two steps: the common one, and the other layout's
 
 
 def test_large_and_small_numbers() -> None:

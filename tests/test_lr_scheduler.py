@@ -310,6 +310,38 @@ def test_gradients_of_all_kinds(norm: str) -> None:
         total_norm([torch.eye(3).to_sparse()], norm)
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_gradients_wait_for_threads_but_once(monkeypatch, keep_num_threads, norm, dtype):
+    """The wait for another thread at the end of each of many calls was most of the time."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5_000_001,), (700, 1500), (70_000,), (5,)]
+    given = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    given[1] = given[1].t()
+    exact = torch.cat([g.double().flatten() for g in given]).norm(int(norm[1]))
+    alone, together = [], []
+    vector_norm, foreach_norm = torch.linalg.vector_norm, torch._foreach_norm
+
+    def one(x: Tensor, *args, **options) -> Tensor:
+        alone.append(x.numel())
+        return vector_norm(x, *args, **options)
+
+    def several(x: list[Tensor], *args, **options) -> list[Tensor]:
+        together.extend(t.numel() for t in x)
+        return foreach_norm(x, *args, **options)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", one)
+    monkeypatch.setattr(torch, "_foreach_norm", several)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(total_norm(given, norm))
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=0)
+    waits_from = 1 << 15  # numbers of a tensor, in torch
+    assert max(together) < waits_from and sum(n >= waits_from for n in alone) == 2 * 3
+
+
 def test_steps_with_a_closure() -> None:
     """Their gradients come within the step."""
     weight = torch.tensor([3.0, 4.0], requires_grad=True)

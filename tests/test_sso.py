@@ -225,16 +225,25 @@ def test_the_sum_of_adagrad_stays_wide_beside_half_weights() -> None:
     assert sums[0].dtype == torch.float32 and torch.equal(*sums)
 
 
-def test_a_schedule_that_is_a_function() -> None:
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        (dict(eta_schedule="stochastic"), lambda t: (t + 1) ** -0.5),
+        (dict(eta_schedule="exponential", total_steps=4), lambda t: 4 ** (-t / 4)),
+        (dict(eta_schedule="adagrad"), lambda t: (6 * (t + 1)) ** -0.5),  # gradients of six ones
+    ],
+)
+def test_schedules_are_their_formulas(options: dict, factor) -> None:
     found = []
-    for options in (dict(eta_schedule="stochastic"), dict(eta_schedule=lambda t: (t + 1) ** -0.5)):
-        torch.manual_seed(0)
-        problem = Problem()
-        optimizer = SSO([problem.weight], eta=0.7, lr=0.01, **options)
+    for given in (options, dict(eta_schedule=factor)):
+        weight = torch.ones(2, requires_grad=True)
+        x = torch.arange(12.0).reshape(6, 2) / 12
+        optimizer = SSO([weight], eta=0.7, lr=0.1, **given)
         for _ in range(3):
-            optimizer.step(problem.closure)
-        found.append(problem.weight.detach())
+            optimizer.step(lambda weight=weight, x=x: (x @ weight, torch.sum))
+        found.append(weight.detach())
     torch.testing.assert_close(*found)
+    assert not found[0].allclose(torch.ones(2))
 
 
 def test_dropout_is_warned_of() -> None:

@@ -259,6 +259,7 @@ def gated_flops(model: nn.Module, *inputs: Tensor, masks: str = "target") -> Gat
         have no gate are not counted.
 
     Raises:
+        TypeError: no module.
         ValueError: a model without gates; an unknown kind of masks.
 
     Example:
@@ -276,6 +277,8 @@ def gated_flops(model: nn.Module, *inputs: Tensor, masks: str = "target") -> Gat
         Elkerdawy et al. arXiv 2110.08232.
     """
     checks.check_one_of("masks", masks, ("target", "predicted"))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module, got {type(model).__name__}")
     gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedConv)}
     if not gated:
         raise ValueError("model must have a GatedConv, and has none")

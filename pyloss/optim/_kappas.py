@@ -45,11 +45,12 @@ def _flat(y: Tensor, args: Mapping[str, float]) -> Tensor:
 
 
 def _outside_box(y: Tensor, args: Mapping[str, float]) -> Tensor:
-    return _largest(y.abs()).sub(1).clamp_min(0)
+    return _largest(y).sub(1).clamp_min(0)
 
 
 def _largest(x: Tensor) -> Tensor:
-    return x.amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    """Magnitude of each row, without the memory that abs() takes."""
+    return torch.maximum(x.amax(1), x.amin(1).neg()) if x.shape[1] else x.new_zeros(x.shape[0])
 
 
 # ---- lp ------------------------------------------------------------------------------------------
@@ -68,13 +69,13 @@ def _safe(norm: Tensor) -> Tensor:
 
 def _norm(x: Tensor, p: float) -> Tensor:
     """(groups, 1); by the largest element, so that no power overflows."""
-    top = _largest(x.abs()).unsqueeze(1)
+    top = _largest(x).unsqueeze(1)
     return top * _power_norm(x / _safe(top), p)
 
 
 def _lp_gradient(c: Tensor, args: Mapping[str, float]) -> Tensor:
     """In the memory of c: of a large tensor, new memory costs more than the arithmetic."""
-    c.div_(_safe(_largest(c.abs()).unsqueeze(1)))
+    c.div_(_safe(_largest(c).unsqueeze(1)))
     c.div_(_safe(_power_norm(c, args["p"])))
     return c if args["p"] == 2 else torch.mul(c.sign(), c.abs_().pow_(args["p"] - 1), out=c)
 
@@ -103,12 +104,21 @@ def _topk_gradient(c: Tensor, args: Mapping[str, float]) -> Tensor:
         return c.clone()
     size = c.abs()
     k = _k(args, c.shape[1])
-    last = size.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, tied = size > last, size == last
-    share = (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
-    kept = torch.where(above, 1.0, share.to(c.dtype) * tied)
-    # topk takes NaN for the largest, and a comparison with it would choose nothing.
-    return torch.where(size.isnan().any(1, keepdim=True), math.nan, c.sign() * kept)
+    chosen = size.topk(k, dim=1, sorted=False).values
+    last = chosen.amin(1, keepdim=True)
+    tied = size == last
+    share = (k - (chosen > last).sum(1, keepdim=True)) / _count(tied)
+    # topk takes NaN for the largest: then the last one is NaN, and nothing compares with it.
+    other = torch.where(last.isnan(), last, 0.0)
+    kept = torch.where(tied, share.to(c.dtype), torch.where(size > last, 1.0, other))
+    return c.sign_().mul_(kept)
+
+
+def _count(where: Tensor) -> Tensor:
+    """(groups, 1); torch's sum makes integers of bools first."""
+    if where.shape[0] == 1:
+        return where.count_nonzero().reshape(1, 1)
+    return where.sum(1, keepdim=True)
 
 
 def _topk_value(m: Tensor, args: Mapping[str, float]) -> Tensor:
@@ -199,6 +209,9 @@ def _check_argument(kappa: str, name: str, value) -> None:
             raise ValueError(f"{shown} must be finite and > 1, got {value}; p = 1 is kappa 'l1'")
     else:
         check_range(shown, value, 0, open_low=kappa != "soft")
+        limits = torch.finfo(torch.float32)
+        if value and not limits.tiny <= value <= limits.max:  # 0 and infinity there
+            raise ValueError(f"{shown} must be a normal number of float32, got {value}")
 
 
 def rows(tensors: Sequence[Tensor], group: str) -> list[Tensor]:

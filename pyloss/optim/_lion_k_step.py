@@ -84,13 +84,14 @@ def _shard_number(p) -> int:
 def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
     if not {type(p) for p in entries.x} <= PLAIN or any(t.is_complex for t in _dtypes(entries.x)):
         entries = localised(entries)
-    for part in _batches(entries, group):
-        _update_batch(part, group, found_inf)
+    batches = _batches(entries, group)
+    room = _room(batches, group)
+    for part in batches:
+        _update_batch(part, group, found_inf, room)
 
 
 def _batches(entries: Entries, group: Mapping[str, Any]) -> list[Entries]:
-    """All at once, where nothing is formed between gradient and step; else a few at a time, in
-    whose place the next ones find memory that is warm."""
+    """All at once, where nothing is formed between gradient and step; else a few at a time."""
     if not _needs_tensors(group) or group["group"] == "global":
         return [entries]
     batches, size = [[]], 0
@@ -103,14 +104,29 @@ def _batches(entries: Entries, group: Mapping[str, Any]) -> list[Entries]:
     return [entries.chosen(batch) for batch in batches]
 
 
+def _room(batches: list[Entries], group: Mapping[str, Any]) -> Tensor | None:
+    """Memory for c of one batch after the other: new memory costs more than the arithmetic. A
+    function may keep what it gets, and so gets its own."""
+    if len(batches) == 1 or not isinstance(group["kappa"], str) or torch.compiler.is_compiling():
+        return None
+    kinds = {(x.device, accumulator_dtype(x.dtype)) for part in batches for x in part.x}
+    if len(kinds) > 1:
+        return None
+    device, dtype = kinds.pop()
+    size = max(sum(map(Tensor.numel, part.x)) for part in batches)
+    return torch.empty(size, device=device, dtype=dtype)
+
+
 def _needs_tensors(group: Mapping[str, Any]) -> bool:
     """Whether dK is not elementwise."""
     kappa = group["kappa"]
     return not isinstance(kappa, str) or _kappas.KAPPAS[kappa].of_group
 
 
-def _update_batch(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
-    given = _given(entries, group)
+def _update_batch(
+    entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None, room: Tensor | None
+) -> None:
+    given = _given(entries, group, room)
     for chosen in _of_one_kind(entries):
         part, directions = entries, given
         if chosen is not None:
@@ -150,19 +166,31 @@ def _by_kernel(group: Mapping[str, Any], entries: Entries) -> bool:
 # Directions that need more than an element
 
 
-def _mixed(x: Tensor, g: Tensor, m: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _mixed(x: Tensor, g: Tensor, m: Tensor, group: Mapping[str, Any], out: Tensor | None) -> Tensor:
     """c, of the accumulator's dtype."""
     wide, beta = accumulator_dtype(x.dtype), group["betas"][0]
     sign = -1 if group["maximize"] else 1
-    return m.to(wide).mul(beta).add_(g.to(wide), alpha=sign * (1 - beta))
+    return torch.mul(m.to(wide), beta, out=out).add_(g.to(wide), alpha=sign * (1 - beta))
 
 
-def _given(entries: Entries, group: Mapping[str, Any]) -> list[Tensor]:
+def _places(tensors: list[Tensor], room: Tensor | None) -> list[Tensor | None]:
+    """One after the other; None for what lies in an order of its own, which c shall have, too."""
+    if room is None:
+        return [None] * len(tensors)
+    parts = room[: sum(map(Tensor.numel, tensors))].split([t.numel() for t in tensors])
+    return [p.view(t.shape) if t.is_contiguous() else None for p, t in zip(parts, tensors)]
+
+
+def _given(entries: Entries, group: Mapping[str, Any], room: Tensor | None) -> list[Tensor]:
     """dK(c) of each entry, where it is not elementwise; of the whole of a DTensor."""
     kappa, args, scope = group["kappa"], group["kappa_args"], group["group"]
     if not _needs_tensors(group):
         return []
-    mixed = [_whole(_mixed(x, g, m, group), p) for x, g, m, *_, p in zip(*entries)]
+    places = _places(entries.m, room)
+    mixed = [
+        _whole(_mixed(x, g, m, group, out), p)
+        for (x, g, m, *_, p), out in zip(zip(*entries), places)
+    ]
     if scope == "global" and len({c.device for c in mixed}) > 1:
         raise RuntimeError("group='global' needs all parameters of a group on one device")
     found = _kappas.gradients(mixed, kappa, args, scope)

@@ -317,6 +317,15 @@ class Lion(LionK):
         )
 
 
+def check_betas(betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    for at, beta in enumerate(betas):
+        check_number(f"betas[{at}]", beta)
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{at}] must be in [0, 1), got {beta}")
+
+
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are kept in another form than given; raises where one is wrong."""
     lr = options["lr"]
@@ -326,12 +335,7 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
         lr = float(lr)
     check_range("lr", lr, 0)
     betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    for at, beta in enumerate(betas):
-        check_number(f"betas[{at}]", beta)
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{at}] must be in [0, 1), got {beta}")
+    check_betas(betas)
     check_range("weight_decay", options["weight_decay"], 0)
     if lr * options["weight_decay"] >= 1:
         raise ValueError(
@@ -351,10 +355,13 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
             checked_flag(name, options[name])
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    seed = checked_integer("seed", options["seed"])
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
     return dict(
         betas=tuple(betas),
         kappa_args=_kappas.checked(options["kappa"], options["kappa_args"], options["group"]),
-        seed=checked_integer("seed", options["seed"]),
+        seed=seed,
         **{name: checked_flag(name, options[name]) for name in _FLAGS},
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyloss.functional._checks import check_range, is_dtensor
 from pyloss.optim import _kappas
-from pyloss.optim.lion_k import LionK
+from pyloss.optim.lion_k import LionK, check_betas
 
 
 class LionKLyapunov(NamedTuple):
@@ -72,7 +72,9 @@ def lion_k_lyapunov(
         constraint, None without ``grads``.
 
     Raises:
-        ValueError: ``weight_decay`` is 0; kappa is a function.
+        TypeError: a tensor in the place of a sequence of them.
+        ValueError: ``weight_decay`` is 0; kappa is a function; shapes that differ; a ``f_value`` of
+            several numbers; betas out of range.
 
     Example:
         >>> import pyloss, torch
@@ -86,8 +88,21 @@ def lion_k_lyapunov(
         Chen, Liu, Liang, Liu, arXiv 2310.05898, theorem 3.1.
     """
     args = _checked(kappa, kappa_args, group, lr, weight_decay)
+    check_betas(betas)
+    _check_alike(params, momenta=momenta, grads=grads)
     part = _terms(params, momenta, grads, kappa, args, group, betas, lr, weight_decay)
     return _with_loss(f_value, [part])
+
+
+def _check_alike(params: Sequence[Tensor], **others: Sequence[Tensor] | None) -> None:
+    for name, tensors in {"params": params, **others}.items():
+        if tensors is None:
+            continue
+        if isinstance(tensors, Tensor):
+            raise TypeError(f"{name} must be a sequence of tensors, got Tensor")
+        shapes = [list(t.shape) for t in tensors]
+        if shapes != [list(p.shape) for p in params]:
+            raise ValueError(f"{name} must have the shapes of params, got {shapes}")
 
 
 def _checked(kappa, kappa_args, group, lr, weight_decay) -> Mapping[str, float]:
@@ -154,6 +169,9 @@ def _terms(params, momenta, grads, kappa, args, group, betas, lr, weight_decay) 
 def _with_loss(f_value: float | Tensor, parts: Sequence[_Terms]) -> LionKLyapunov:
     device = parts[0].gap.device
     f = torch.as_tensor(f_value, dtype=torch.float64, device=device).detach()
+    if f.numel() != 1:
+        raise ValueError(f"f_value must hold one number, got shape {list(f.shape)}")
+    f = f.reshape(())
     composite = f + sum(p.conjugate.to(device) for p in parts)
     gap = sum(p.gap.to(device) for p in parts)
     rates = [p.rate for p in parts]

@@ -141,6 +141,8 @@ class SSO(Optimizer):
             if not isinstance(loss, Tensor) or loss.dim():
                 shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise RuntimeError(f"loss_fn must return a scalar Tensor, got {shape}")
+            if not loss.requires_grad:
+                raise RuntimeError("loss_fn must return a function of its argument, with a graph")
             (grad,) = torch.autograd.grad(loss, target)
         if random is not None and not _same(random, _random_states(self._parameters())):
             warnings.warn(
@@ -184,7 +186,10 @@ class SSO(Optimizer):
     def _eta(self, state: dict[str, Any], grad: Tensor) -> float | Tensor:
         step, schedule = state["step"], self.eta_schedule
         if callable(schedule):
-            return self.eta * schedule(step)
+            factor = schedule(step)
+            if not isinstance(factor, Tensor):
+                checks.check_range("what eta_schedule returns", factor, 0.0, open_low=True)
+            return self.eta * factor
         if schedule == "stochastic":
             return self.eta / math.sqrt(step + 1)
         if schedule == "exponential":
@@ -197,7 +202,10 @@ class SSO(Optimizer):
 
     def _inner(self) -> Optimizer:
         if callable(self.inner):
-            return self.inner(self._parameters())
+            made = self.inner(self._parameters())
+            if not isinstance(made, Optimizer):
+                raise TypeError(f"inner must make an Optimizer, got {type(made).__name__}")
+            return made
         groups = [{"params": g["params"], "lr": g["lr"]} for g in self.param_groups]
         return torch.optim.SGD(groups, lr=0.0)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from messages._table import accepted, refused
 from pyloss.functional import mask_prediction_loss, mass_topk_mask
-from pyloss.nn import DynamicGate, GatedConv
+from pyloss.nn import DynamicGate, GatedConv, gated_flops
 
 ACT = torch.arange(24.0).reshape(2, 3, 2, 2)
 CONV = nn.Conv2d(3, 4, 1)
@@ -32,6 +32,7 @@ ROWS = (
     refused(TypeError, "conv must be a convolution of torch.nn, got str", GatedConv, "conv"),
     refused(TypeError, "r must be a number, got NoneType", GatedConv, CONV, ratio=None),
     refused(TypeError, "inclusive must be a bool, got str", GatedConv, CONV, inclusive="no"),
+    refused(TypeError, "model must be a Module, got str", gated_flops, "model", ACT),
     # Numbers and bools of numpy
     accepted(lambda **o: mass_topk_mask(ACT, **o), r=(np.float32(0.5), 0.5),
              min_channels=(np.int64(2), 2), inclusive=(np.True_, True)),

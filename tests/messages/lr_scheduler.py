@@ -51,6 +51,10 @@ ROWS = (
     refused(ValueError, "grad_norms must hold two finite numbers or more, got 0",
             refine_schedule, []),
     refused(ValueError, "grad_norms must be >= 0, got -1", refine_schedule, [1.0, -1.0]),
+    refused(ValueError, "grad_norms or weights are too far apart", refine_schedule,
+            [1e200, 1e200, 1.0], smoothing=0),
+    refused(ValueError, "grad_norms or weights are too far apart", refine_schedule,
+            [1e200, 1.0, 1.0], smoothing=0, mode="optimal"),
     refused(UserWarning, "1 of 3 grad_norms are 0", refine_schedule, [1.0, 0.0, 2.0]),
     # Numbers of numpy, sequences
     accepted(linear, total_steps=(np.int64(6), 6), warmup_steps=(np.int32(2), 2),

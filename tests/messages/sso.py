@@ -13,9 +13,9 @@ Z, REF, GRAD = torch.arange(18.0).reshape(3, 2, 3)
 X = torch.eye(2)
 
 
-def trained(**options) -> torch.Tensor:
+def trained(loss=lambda z: z.square().sum(), **options) -> torch.Tensor:
     weight = torch.ones(2, requires_grad=True)
-    SSO([weight], **options).step(lambda: (X @ weight, lambda z: z.square().sum()))
+    SSO([weight], **options).step(lambda: (X @ weight, loss))
     return weight.detach()
 
 
@@ -29,6 +29,11 @@ ROWS = (
             eta_schedule="exponential"),
     refused(TypeError, "total_steps must be an integer, got float", trained, total_steps=1.5,
             eta_schedule="exponential"),
+    refused(ValueError, "what eta_schedule returns must be finite and > 0, got 0",
+            trained, eta_schedule=lambda t: 0),
+    refused(TypeError, "inner must make an Optimizer, got list", trained, inner=list),
+    refused(RuntimeError, "loss_fn must return a function of its argument, with a graph",
+            trained, loss=lambda z: z.detach().sum()),
     refused(ValueError, "eta must be finite and > 0, got inf",
             target_surrogate_loss, Z, REF, GRAD, float("inf")),
     refused(ValueError, "output must have at least one dimension, got a 0-d tensor",

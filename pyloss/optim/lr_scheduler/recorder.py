@@ -15,8 +15,12 @@ from pyloss.optim.lr_scheduler.refinement import NORMS
 _FIRST_CAPACITY = 1024
 
 # On the CPU torch adds up the numbers of a tensor one after the other: the L1 norm of 5e7 float32
-# numbers is a third too small. Blocks of this many are right to 1e-5, and their norms are few.
-_BLOCK = 1 << 16
+# numbers is a third too small. Blocks of this many are right to 1e-5, and their norms are few. A
+# block is also too short for torch to wake threads, which wait for each other after each call.
+_BLOCK = 1 << 14
+# From this many numbers on the threads are worth waiting for: once for many blocks.
+_LONG = 1 << 20
+_BLOCKS_A_CALL = 256  # of half types torch makes a copy of so many
 
 
 class GradNormRecorder:
@@ -153,12 +157,28 @@ def total_norm(gradients: Iterable[Tensor | None], norm: str = "l2") -> Tensor:
 
 def _norm(grads: list[Tensor], order: int) -> Tensor:
     """Of tensors of one dtype on one device."""
-    if grads[0].is_cpu:
-        parts = [g.flatten().split(_BLOCK) if g.numel() > _BLOCK else (g,) for g in grads]
-        grads = [part for one in parts for part in one]
     half = grads[0].dtype in (torch.float16, torch.bfloat16)
     wide = dict(dtype=torch.float32) if half else {}
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, order, **wide)), order)
+    short, long = _blocks(grads) if grads[0].is_cpu else (grads, [])
+    parts = [torch.stack(torch._foreach_norm(short, order, **wide))]
+    parts += [torch.linalg.vector_norm(rows, order, 1, **wide) for rows in long]
+    return torch.linalg.vector_norm(torch.cat(parts), order)
+
+
+def _blocks(grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Blocks by themselves, one or more, and those of long tensors as the rows of matrices."""
+    short, long = [], []
+    for g in grads:
+        if g.numel() <= _BLOCK:
+            short.append(g)
+        elif g.numel() < _LONG:
+            short += g.flatten().split(_BLOCK)
+        else:
+            flat = g.flatten()
+            whole = len(flat) - len(flat) % _BLOCK
+            long += flat[:whole].view(-1, _BLOCK).split(_BLOCKS_A_CALL)
+            short.append(flat[whole:])
+    return short, long
 
 
 def _norm_of_split(grads: list[Any], order: int, mesh: Any, placements: Any) -> Tensor:

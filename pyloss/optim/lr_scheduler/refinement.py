@@ -56,8 +56,8 @@ def refine_schedule(
     Raises:
         TypeError: norms that are no numbers.
         ValueError: fewer than two norms; NaN, or norms below 0; none above 0; weights of another
-            length; an option out of range. Norms that are 0 count as the smallest one above, with
-            a warning.
+            length; norms or weights that are too far apart; an option out of range. Norms that are
+            0 count as the smallest one above, with a warning.
 
     Example:
         >>> import torch
@@ -90,6 +90,8 @@ def refine_schedule(
         norms = norms / norms.min()  # weights of 1 and below
         weights = norms.square().reciprocal() if norm == "l2" else norms.reciprocal()
     rates = _closed(weights) if mode == "closed" else _optimal(weights)
+    if not 0 < rates.max() < math.inf:
+        raise ValueError("grad_norms or weights are too far apart for float64")
     return rates / rates.max()
 
 
