@@ -123,6 +123,18 @@ def test_the_shift_of_a_linear_model_becomes_the_largest() -> None:
     torch.testing.assert_close(shift, 0.1 * w.abs().sum().expand(5))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_whose_square_is_no_number_has_a_direction(norm) -> None:
+    model = nn.Linear(6, 4)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([65.0, 0.0, 0.0, 0.0]))  # p of the others: 1e-28
+    x, y = batch()[0], torch.zeros(12).long()
+    moved = pgd_attack(model, x, y, EPS, norm, random_start=False)
+    away = moved - x
+    size = away.norm(dim=1) if norm == "l2" else away.abs().amax(1)
+    torch.testing.assert_close(size, torch.full((12,), EPS))
+
+
 def test_restarts_take_the_best_of_each_row() -> None:
     model, (x, y) = network().eval(), batch(40)
     options = dict(steps=1, step=0.01, loss="margin")
@@ -184,6 +196,34 @@ def test_an_attack_leaves_everything_as_it_was(name) -> None:
         assert torch.equal(ATTACKS[name](model, x, y), first)
     with torch.no_grad():
         assert torch.equal(ATTACKS[name](model, x, y), first)
+
+
+def test_random_numbers_of_a_model_do_not_move_the_global_ones() -> None:
+    """Some models draw in eval mode, too: dropout as a function does unless it is told."""
+    layer, (x, y) = nn.Linear(6, 4), batch()
+
+    def model(z):
+        return layer(F.dropout(z, 0.2))
+
+    before = torch.get_rng_state()
+    for attack in ATTACKS.values():
+        attack(model, x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_in_inference_mode_labels_are_made_there_too(name) -> None:
+    model, (x, y) = network(), batch()
+    expected = ATTACKS[name](model, x, y)
+    with torch.inference_mode():
+        assert torch.equal(ATTACKS[name](model, x.clone(), y.clone()), expected)
+
+
+def test_of_no_inputs_there_is_no_loss() -> None:
+    """As torch's mean has it, and not an error of a shape."""
+    model, (x, y) = network().eval(), batch()
+    for loss in LOSSES.values():
+        assert loss(model, x[:0], y[:0]).isnan()
 
 
 def test_flags_return_after_an_error() -> None:

@@ -101,7 +101,7 @@ def searched(model, x, y, objective, search: Search, start: str, generator) -> T
     """pgd_maximise of checked arguments."""
     if x.shape[0] == 0:
         return x.detach().clone()
-    with attacking(model) as attacked:
+    with attacking(model, x) as attacked:
         x = x.detach().clone()
         return maximise(attacked, x, y, _maximum(objective, attacked, x), search, start, generator)
 
@@ -192,7 +192,7 @@ def pgd_attack(
         return x.detach().clone()
     named = {"cross_entropy": _cross_entropy, "margin": _margin}
     value = named[loss] if isinstance(loss, str) else loss
-    with attacking(model) as attacked:
+    with attacking(model, x) as attacked:
         return maximise(
             attacked,
             x.detach().clone(),
