@@ -219,6 +219,25 @@ def test_in_inference_mode_labels_are_made_there_too(name) -> None:
         assert torch.equal(ATTACKS[name](model, x.clone(), y.clone()), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_other_dtypes_and_ones_that_are_ignored(dtype) -> None:
+    model, (x, y) = network().eval(), batch()
+    for call in (*ATTACKS.values(), LOSSES["trades"], LOSSES["mart"]):
+        torch.testing.assert_close(call(model, x, y.to(dtype)), call(model, x, y))
+    some, rest = y.clone(), slice(0, None, 2)
+    some[1::2] = -100
+    for loss in (trades_loss, mart_loss):
+        for reduction in ("mean", "sum"):
+            found = loss(model, x, some, 0.0, step=1.0, reduction=reduction)
+            kept = loss(model, x[rest], y[rest], 0.0, step=1.0, reduction=reduction)
+            torch.testing.assert_close(found, kept)
+    still = pgd_attack(model, x, some, EPS, loss="margin", random_start=False)
+    assert torch.equal(still[1::2], x[1::2]) and not torch.equal(still, x)
+    for call in (mart_loss, lambda *a: pgd_attack(*a, loss="margin")):
+        with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+            call(model, x, torch.full_like(y, 7), EPS)
+
+
 def test_of_no_inputs_there_is_no_loss() -> None:
     """As torch's mean has it, and not an error of a shape."""
     model, (x, y) = network().eval(), batch()
