@@ -135,6 +135,17 @@ def test_a_gradient_whose_square_is_no_number_has_a_direction(norm) -> None:
     torch.testing.assert_close(size, torch.full((12,), EPS))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_are_uniform_in_the_ball(norm) -> None:
+    """Half the radius holds a quarter of a disc and of a square."""
+    model, x = nn.Linear(2, 2), torch.zeros(4000, 2)
+    y = torch.zeros(4000).long()
+    moved = pgd_attack(model, x, y, 1.0, norm, 1, 1e-9, generator=torch.Generator().manual_seed(0))
+    size = moved.norm(dim=1) if norm == "l2" else moved.abs().amax(1)
+    assert size.max() <= 1 + 1e-6
+    assert abs((size < 0.5).float().mean() - 0.25) < 0.03  # four standard deviations
+
+
 def test_restarts_take_the_best_of_each_row() -> None:
     model, (x, y) = network().eval(), batch(40)
     options = dict(steps=1, step=0.01, loss="margin")
