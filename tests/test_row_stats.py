@@ -146,9 +146,8 @@ def test_a_target_that_is_masked_has_no_gradient(without_target) -> None:
     x = make_logits((2, 5), F64).requires_grad_()
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[0, 3] = False
-    found = row_softmax_stats(
-        x, torch.tensor([3, 3]), mask=mask, without_target=without_target
-    ).target  # fmt: skip
+    y = torch.tensor([3, 3])
+    found = row_softmax_stats(x, y, mask=mask, without_target=without_target).target
     assert found[0] == -math.inf
     (grad,) = torch.autograd.grad(found.sum(), x)
     expected = torch.zeros_like(x)
