@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.ops._labels import wide
 
 NORMS = ("linf", "l2")
 STARTS = ("near", "uniform", "clean")
@@ -95,8 +94,9 @@ def checked_column(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     checks.check_index_dtype("y", y)
     if checks.can_look_at(y):
         checks.check_index_values(y, z.shape[1], IGNORED)
-    counts = wide(y) != IGNORED
-    return torch.where(counts, wide(y), 0).unsqueeze(1), counts
+    labels = y.long()  # before it is compared: as uint8, 156 is -100
+    counts = labels != IGNORED
+    return torch.where(counts, labels, 0).unsqueeze(1), counts
 
 
 def _shape(t: Tensor) -> list[int]:

@@ -19,7 +19,6 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._sums import summed
 from pyloss.functional.adversarial import accumulator_dtype, divergence
 from pyloss.functional.classification import fused_cross_entropy
-from pyloss.ops._labels import wide
 
 
 def trades_loss(
@@ -149,7 +148,7 @@ def _boosted(z: Tensor, y: Tensor) -> Tensor:
 
 def _reduced(each: Tensor, y: Tensor, reduction: str) -> Tensor:
     """Of labels that are not ignored, as cross entropy has it; probabilities all count."""
-    counts = torch.ones_like(each) > 0 if y.is_floating_point() else wide(y) != IGNORED
+    counts = torch.ones_like(each) > 0 if y.is_floating_point() else y.long() != IGNORED
     each = torch.where(counts, each, 0.0)
     if reduction == "none":
         return each
