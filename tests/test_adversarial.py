@@ -123,6 +123,29 @@ def test_the_shift_of_a_linear_model_becomes_the_largest() -> None:
     torch.testing.assert_close(shift, 0.1 * w.abs().sum().expand(5))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_whose_square_is_no_number_has_a_direction(norm) -> None:
+    model = nn.Linear(6, 4)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([65.0, 0.0, 0.0, 0.0]))  # p of the others: 1e-28
+    x, y = batch()[0], torch.zeros(12).long()
+    moved = pgd_attack(model, x, y, EPS, norm, random_start=False)
+    away = moved - x
+    size = away.norm(dim=1) if norm == "l2" else away.abs().amax(1)
+    torch.testing.assert_close(size, torch.full((12,), EPS))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_are_uniform_in_the_ball(norm) -> None:
+    """Half the radius holds a quarter of a disc and of a square."""
+    model, x = nn.Linear(2, 2), torch.zeros(4000, 2)
+    y = torch.zeros(4000).long()
+    moved = pgd_attack(model, x, y, 1.0, norm, 1, 1e-9, generator=torch.Generator().manual_seed(0))
+    size = moved.norm(dim=1) if norm == "l2" else moved.abs().amax(1)
+    assert size.max() <= 1 + 1e-6
+    assert abs((size < 0.5).float().mean() - 0.25) < 0.03  # four standard deviations
+
+
 def test_restarts_take_the_best_of_each_row() -> None:
     model, (x, y) = network().eval(), batch(40)
     options = dict(steps=1, step=0.01, loss="margin")
@@ -184,6 +207,53 @@ def test_an_attack_leaves_everything_as_it_was(name) -> None:
         assert torch.equal(ATTACKS[name](model, x, y), first)
     with torch.no_grad():
         assert torch.equal(ATTACKS[name](model, x, y), first)
+
+
+def test_random_numbers_of_a_model_do_not_move_the_global_ones() -> None:
+    """Some models draw in eval mode, too: dropout as a function does unless it is told."""
+    layer, (x, y) = nn.Linear(6, 4), batch()
+
+    def model(z):
+        return layer(F.dropout(z, 0.2))
+
+    before = torch.get_rng_state()
+    for attack in ATTACKS.values():
+        attack(model, x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_in_inference_mode_labels_are_made_there_too(name) -> None:
+    model, (x, y) = network(), batch()
+    expected = ATTACKS[name](model, x, y)
+    with torch.inference_mode():
+        assert torch.equal(ATTACKS[name](model, x.clone(), y.clone()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_other_dtypes_and_ones_that_are_ignored(dtype) -> None:
+    model, (x, y) = network().eval(), batch()
+    for call in (*ATTACKS.values(), LOSSES["trades"], LOSSES["mart"]):
+        torch.testing.assert_close(call(model, x, y.to(dtype)), call(model, x, y))
+    some, rest = y.clone(), slice(0, None, 2)
+    some[1::2] = -100
+    for loss in (trades_loss, mart_loss):
+        for reduction in ("mean", "sum"):
+            found = loss(model, x, some, 0.0, step=1.0, reduction=reduction)
+            kept = loss(model, x[rest], y[rest], 0.0, step=1.0, reduction=reduction)
+            torch.testing.assert_close(found, kept)
+    still = pgd_attack(model, x, some, EPS, loss="margin", random_start=False)
+    assert torch.equal(still[1::2], x[1::2]) and not torch.equal(still, x)
+    for call in (mart_loss, lambda *a: pgd_attack(*a, loss="margin")):
+        with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+            call(model, x, torch.full_like(y, 7), EPS)
+
+
+def test_of_no_inputs_there_is_no_loss() -> None:
+    """As torch's mean has it, and not an error of a shape."""
+    model, (x, y) = network().eval(), batch()
+    for loss in LOSSES.values():
+        assert loss(model, x[:0], y[:0]).isnan()
 
 
 def test_flags_return_after_an_error() -> None:

@@ -190,6 +190,12 @@ def test_analysis() -> None:
     torch.testing.assert_close(soft._asdict(), hard._asdict())
 
 
+def test_tau_of_numpy_and_of_tensors() -> None:
+    numpy = pytest.importorskip("numpy")
+    for tau in (numpy.float32(1.5), torch.tensor(1.5), numpy.array([1.5]), (1.5,)):
+        assert analyze(X, Y, tau).tau.tolist() == [1.5]
+
+
 def test_picture() -> None:
     pytest.importorskip("matplotlib")
     found = analyze(torch.randn(9, 3), torch.arange(9) % 3)
@@ -220,6 +226,8 @@ X, Y, P = torch.zeros(4, 3), torch.zeros(4).long(), torch.full((4, 3), 1 / 3)
         (lambda: analyze(X, Y + 3), IndexError, "Target 3 is out of bounds"),
         (lambda: analyze(X, P[:3]), ValueError, "the shape of logits"),
         (lambda: analyze(X, Y, best_risk=[1.0]), ValueError, "best_risk must hold 5 risks, got 1"),
+        (lambda: analyze(X, Y, []), ValueError, "tau must be a number or several, got none"),
+        (lambda: analyze(X, Y, "1"), TypeError, "tau must be a number, got str"),
     ],
 )
 def test_errors(call, error, message) -> None:

@@ -96,6 +96,15 @@ def test_margins_of_any_size(dtype: torch.dtype) -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+def test_perceptron_of_nan_does_not_separate_and_of_a_bad_limit_is_refused() -> None:
+    for run in (batch_perceptron, normalized_batch_perceptron):
+        assert not run(torch.tensor([[math.nan, 1.0]]), max_iter=3).separates
+        with pytest.raises(ValueError, match="max_iter must be at least 1, got 0"):
+            run(torch.ones(2, 2), max_iter=0)
+        with pytest.raises(TypeError, match="max_iter must be an integer, got float"):
+            run(torch.ones(2, 2), max_iter=1.5)
+
+
 def test_module() -> None:
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 7, 1])
     module = NormalizedLogisticLoss(ignore_index=7)

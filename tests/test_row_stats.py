@@ -141,6 +141,20 @@ def test_nothing_of_the_size_of_the_logits_but_their_gradient(plain: bool, monke
     assert sum(n > 8 * classes + 10 * rows for n in set(seen.sizes)) == 1  # rows * classes itself
 
 
+@pytest.mark.parametrize("without_target", [False, True])
+def test_a_target_that_is_masked_has_no_gradient(without_target) -> None:
+    x = make_logits((2, 5), F64).requires_grad_()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 3] = False
+    y = torch.tensor([3, 3])
+    found = row_softmax_stats(x, y, mask=mask, without_target=without_target).target
+    assert found[0] == -math.inf
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    expected = torch.zeros_like(x)
+    expected[1, 3] = 1
+    torch.testing.assert_close(grad, expected)
+
+
 def test_entropy_of_large_logits_is_exact() -> None:
     """lse - mean has lost it there."""
     x = (make_logits((50, 30), F64, scale=0.01) + 3e4).float()

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
 
 NORMS = ("linf", "l2")
 STARTS = ("near", "uniform", "clean")
+IGNORED = -100  # a label that counts for nothing, as that of cross entropy
 
 
 class Search(NamedTuple):
@@ -85,6 +87,16 @@ def check_logits(z, x: Tensor) -> None:
         raise ValueError(
             f"model must return logits (N, C, ...) for the {x.shape[0]} rows of x, got {_shape(z)}"
         )
+
+
+def checked_column(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels (N, ...) as indices of logits (N, C, ...), (N, 1, ...); and which ones count."""
+    checks.check_index_dtype("y", y)
+    if checks.can_look_at(y):
+        checks.check_index_values(y, z.shape[1], IGNORED)
+    labels = y.long()  # before it is compared: as uint8, 156 is -100
+    counts = labels != IGNORED
+    return torch.where(counts, labels, 0).unsqueeze(1), counts
 
 
 def _shape(t: Tensor) -> list[int]:

@@ -19,11 +19,12 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextlib.contextmanager
-def attacking(model: Callable) -> Iterator[Callable]:
+def attacking(model: Callable, x: Tensor) -> Iterator[Callable]:
     """The model to attack, in eval mode meanwhile, with gradients on.
 
-    In eval mode nothing moves the statistics of a batch norm and no dropout draws numbers. Of the
-    distributed wrapper the module inside is called: the wrapper would wait for gradients of the
+    In eval mode nothing moves the statistics of a batch norm and no dropout draws numbers; of a
+    model that draws some all the same, the global generators are put back. Of the distributed
+    wrapper the module inside is called: the wrapper would wait for gradients of the
     parameters, of which there are none.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -34,7 +35,11 @@ def attacking(model: Callable) -> Iterator[Callable]:
         for module in modules:
             module.training = False
         # Tensors that are made in inference mode can be in no graph.
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.random.fork_rng([x.device] if x.is_cuda else []),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield model
     finally:
         for module, flag in zip(modules, flags):
@@ -44,6 +49,8 @@ def attacking(model: Callable) -> Iterator[Callable]:
 def noise_like(x: Tensor, generator: torch.Generator | None) -> torch.Generator:
     """Where random numbers on the device of x come from: of `generator`, or of a copy of the
     global one on the CPU, which stays where it was."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type == x.device.type:
         return generator
     if generator is None:
@@ -83,6 +90,11 @@ class Ball(NamedTuple):
         """The steepest direction, of length 1; 0 where the gradient is 0."""
         if self.norm == "linf":
             return g.sign()
+        # Of a model that is sure of itself gradients are 1e-25, and their squares 0.
+        most = g.abs()
+        for dim in range(1, g.dim()):
+            most = most.amax(dim, keepdim=True)
+        g = g / torch.where(most > 0, most, 1.0)
         length = lengths(g)
         return g / torch.where(length > 0, length, 1.0)
 
@@ -111,7 +123,7 @@ def per_row(values: Tensor, rows: int) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != rows:
         found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"an objective must give a value for each of the {rows} rows, got {found}")
-    return values.reshape(rows, -1).sum(1)
+    return values if values.dim() == 1 else values.flatten(1).sum(1)
 
 
 class _Watch:
@@ -157,6 +169,7 @@ def maximise(
 
     `won`, of logits and y, is what counts before the objective where there are several restarts.
     """
+    y = None if y is None else y.clone()  # that made in inference mode can be in no graph
     base = x.double() if x.dtype == torch.float64 else x.float()
     ball = Ball.around(base, search)
     draw = noise_like(x, generator)

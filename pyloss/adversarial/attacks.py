@@ -12,6 +12,7 @@ from pyloss.adversarial._checks import (
     Search,
     check_batch,
     check_objective,
+    checked_column,
     checked_search,
 )
 from pyloss.adversarial._search import Objective, attacking, clean_logits, maximise
@@ -101,7 +102,7 @@ def searched(model, x, y, objective, search: Search, start: str, generator) -> T
     """pgd_maximise of checked arguments."""
     if x.shape[0] == 0:
         return x.detach().clone()
-    with attacking(model) as attacked:
+    with attacking(model, x) as attacked:
         x = x.detach().clone()
         return maximise(attacked, x, y, _maximum(objective, attacked, x), search, start, generator)
 
@@ -122,10 +123,10 @@ def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _margin(z: Tensor, y: Tensor) -> Tensor:
-    """Largest logit of another class less that of the label."""
-    y = y.unsqueeze(1)
-    others = z.scatter(1, y, -torch.inf)
-    return others.amax(1) - z.gather(1, y).squeeze(1)
+    """Largest logit of another class less that of the label; 0 where there is no label."""
+    column, counts = checked_column(z, y)
+    others = z.scatter(1, column, -torch.inf)
+    return torch.where(counts, others.amax(1) - z.gather(1, column).squeeze(1), 0.0)
 
 
 def pgd_attack(
@@ -155,7 +156,8 @@ def pgd_attack(
         model, x, y, eps, norm, steps, step: as for :func:`pgd_maximise`.
         targeted: y are the classes that the model shall predict; the loss is made small.
         loss: ``"cross_entropy"``; ``"margin"``, the largest logit of another class less that of
-            the label; or a callable of (logits, y) that gives a value of each input.
+            the label; both 0 where the label is -100; or a callable of (logits, y) that gives a
+            value of each input.
         random_start: uniform in the ball; else at ``x``.
         clip: (low, high) that the values of an input keep to.
         restarts: that many attacks, of which for each input one that succeeds is taken, and among
@@ -192,7 +194,7 @@ def pgd_attack(
         return x.detach().clone()
     named = {"cross_entropy": _cross_entropy, "margin": _margin}
     value = named[loss] if isinstance(loss, str) else loss
-    with attacking(model) as attacked:
+    with attacking(model, x) as attacked:
         return maximise(
             attacked,
             x.detach().clone(),

@@ -7,9 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyloss.adversarial._checks import check_batch, check_logits, checked_search
+from pyloss.adversarial._checks import (
+    IGNORED,
+    check_batch,
+    check_logits,
+    checked_column,
+    checked_search,
+)
 from pyloss.adversarial.attacks import searched
 from pyloss.functional import _checks as checks
+from pyloss.functional._sums import summed
 from pyloss.functional.adversarial import accumulator_dtype, divergence
 from pyloss.functional.classification import fused_cross_entropy
 
@@ -40,7 +47,7 @@ def trades_loss(
         model, x, y, eps, norm, steps, step: as for :func:`pyloss.adversarial.pgd_maximise`.
         beta: weight of the second term, >= 0.
         clip, generator: as there.
-        reduction: ``"mean"`` or ``"sum"`` over the labels, or ``"none"``.
+        reduction: ``"mean"`` or ``"sum"`` over the labels that are not -100, or ``"none"``.
 
     Returns:
         0-d, or of the shape of ``y``; float32, float64 if the logits are.
@@ -64,7 +71,7 @@ def trades_loss(
     check_logits(clean, x)
     check_logits(adv, x)
     each = _nll(clean, y) + beta * divergence(clean, adv)
-    return _reduced(each, reduction)
+    return _reduced(each, y, reduction)
 
 
 def mart_loss(
@@ -92,7 +99,7 @@ def mart_loss(
         model, x, y, eps, norm, steps, step: as for :func:`pyloss.adversarial.pgd_maximise`.
         beta: weight of the last term, >= 0.
         clip, generator: as there.
-        reduction: ``"mean"`` or ``"sum"`` over the labels, or ``"none"``.
+        reduction: ``"mean"`` or ``"sum"`` over the labels that are not -100, or ``"none"``.
 
     Returns:
         0-d, or of the shape of ``y``; float32, float64 if the logits are.
@@ -117,7 +124,7 @@ def mart_loss(
     check_logits(adv, x)
     missed = -torch.expm1(-_nll(clean, y))  # 1 - p_y
     each = _nll(adv, y) + _boosted(adv, y) + beta * divergence(clean, adv) * missed
-    return _reduced(each, reduction)
+    return _reduced(each, y, reduction)
 
 
 def _moved(model, x, y, eps, norm, steps, step, clip, reduction, generator, objective) -> Tensor:
@@ -134,10 +141,15 @@ def _nll(z: Tensor, y: Tensor) -> Tensor:
 def _boosted(z: Tensor, y: Tensor) -> Tensor:
     """-log(1 - the largest probability of another class), by sums that lose no digits."""
     z = z.to(accumulator_dtype(z.dtype))
-    others = z.detach().scatter(1, y.long().unsqueeze(1), -torch.inf)
+    others = z.detach().scatter(1, checked_column(z, y)[0], -torch.inf)
     rest = z.scatter(1, others.argmax(1, keepdim=True), -torch.inf)
     return torch.logsumexp(z, 1) - torch.logsumexp(rest, 1)
 
 
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    return each if reduction == "none" else getattr(each, reduction)()
+def _reduced(each: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """Of labels that are not ignored, as cross entropy has it; probabilities all count."""
+    counts = torch.ones_like(each) > 0 if y.is_floating_point() else y.long() != IGNORED
+    each = torch.where(counts, each, 0.0)
+    if reduction == "none":
+        return each
+    return summed(each) / counts.sum() if reduction == "mean" else summed(each)

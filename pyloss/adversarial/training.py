@@ -124,8 +124,8 @@ class DoublyRobustATLoss(_AttackingLoss):
     With ``implicit`` the gradient also has the part that comes through x', by the implicit function
     theorem at the minimum of
 
-    .. math:: -\ell(h(x + \delta), y) - c \sum_j \log(\epsilon - \delta_j) + \log(\epsilon +
-              \delta_j)
+    .. math:: -\ell(h(x + \delta), y) - c \sum_j \big[ \log(\epsilon - \delta_j) +
+              \log(\epsilon + \delta_j) \big]
 
     which costs a second backward pass through the model. The attack's end is taken for the minimum.
 
@@ -163,7 +163,7 @@ class DoublyRobustATLoss(_AttackingLoss):
         >>> criterion(model, x, y).backward()
 
     Reference:
-        Liu et al. Doubly Robust Instance-Reweighted Adversarial Training. arXiv 2308.00311.
+        Sow et al. Doubly Robust Instance-Reweighted Adversarial Training. arXiv 2308.00311.
     """
 
     def __init__(

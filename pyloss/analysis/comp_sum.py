@@ -492,10 +492,7 @@ def analyze(
     scores = logits.detach().double()
     prob = _probabilities(target, scores)
     classes = _checked_classes(scores.shape[1])
-    single = isinstance(tau, (int, float))
-    taus = [float(tau)] if single else [float(t) for t in tau]
-    for t in taus:
-        _check_tau(t)
+    taus = _checked_taus(tau)
     risk = torch.stack([_risk(scores, prob, t).mean() for t in taus])
     # Certain labels have the same least risk, whichever they are.
     different = prob if target.is_floating_point() else prob[:1]
@@ -565,6 +562,20 @@ def _numbers(name: str, value) -> Tensor:
 
 def _check_tau(tau) -> None:
     checks.check_range("tau", tau, 0.0)
+
+
+def _checked_taus(tau) -> list[float]:
+    """Of one number or several, in a tensor or an array too."""
+    given = tau.tolist() if isinstance(tau, Tensor) else tau
+    try:
+        taus = list(given)
+    except TypeError:
+        taus = [given]
+    if not taus:
+        raise ValueError("tau must be a number or several, got none")
+    for t in taus:
+        _check_tau(t)
+    return [float(t) for t in taus]
 
 
 def _checked_classes(classes) -> int:

@@ -80,7 +80,12 @@ def _derivatives(z: Tensor, bc_lambda, tail: bool, generator, noise) -> Tensor:
     given = z
     z = z.detach().to(accumulator_dtype(z.dtype)).reshape(-1)
     if noise is None:
-        e = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        # Named, even as None, a generator keeps graphs from taking batches of any size.
+        e = (
+            torch.randn_like(z)
+            if generator is None
+            else z.new_empty(z.shape).normal_(generator=generator)
+        )
     else:
         checks.check_floating("noise", noise)
         checks.check_device("noise", noise, given, "the scores")

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pyloss.functional import _checks as checks
+
 
 class Perceptron(NamedTuple):
     """A linear classifier, and how it was found."""
@@ -32,11 +34,19 @@ def batch_perceptron(z: Tensor, max_iter: int = 100_000) -> Perceptron:
     Returns:
         :class:`Perceptron`.
 
+    Raises:
+        TypeError: z that is no floating tensor, max_iter no integer. ValueError: z of another shape
+            or without samples, max_iter < 1.
+
     Example:
         >>> import torch
         >>> from pyloss.research.perceptron import batch_perceptron
         >>> batch_perceptron(torch.tensor([[1.0, 0.5], [0.5, 1.0]])).iterations
         1
+
+    Reference:
+        Tyurin. From Logistic Regression to the Perceptron Algorithm: Exploring Gradient Descent
+        with Large Step Sizes. arXiv 2412.08424.
     """
     return _run(z, max_iter, normalize=False)
 
@@ -51,11 +61,19 @@ def normalized_batch_perceptron(z: Tensor, max_iter: int = 100_000) -> Perceptro
     Returns:
         :class:`Perceptron`.
 
+    Raises:
+        TypeError: z that is no floating tensor, max_iter no integer. ValueError: z of another shape
+            or without samples, max_iter < 1.
+
     Example:
         >>> import torch
         >>> from pyloss.research.perceptron import normalized_batch_perceptron
         >>> normalized_batch_perceptron(torch.tensor([[1.0, 0.5], [0.5, 1.0]])).separates
         True
+
+    Reference:
+        Tyurin. From Logistic Regression to the Perceptron Algorithm: Exploring Gradient Descent
+        with Large Step Sizes. arXiv 2412.08424.
     """
     return _run(z, max_iter, normalize=True)
 
@@ -65,10 +83,12 @@ def _run(z: Tensor, max_iter: int, normalize: bool) -> Perceptron:
         raise TypeError(f"z must be a floating Tensor, got {getattr(z, 'dtype', type(z).__name__)}")
     if z.dim() != 2 or z.shape[0] == 0:
         raise ValueError(f"z must be (N, D) with at least one sample, got {list(z.shape)}")
+    if checks.checked_integer("max_iter", max_iter) < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     z = z.detach()
     theta = z.mean(0) if normalize else z.mean(0) / 2
     for iteration in range(1, max_iter + 1):
-        wrong = z @ theta <= 0
+        wrong = ~(z @ theta > 0)  # NaN is on no side
         if not wrong.any():
             return Perceptron(theta, iteration, True)
         if iteration < max_iter:

@@ -39,6 +39,8 @@ ROWS = (
             pgd_attack, MODEL, X, Y, 0.1, loss="hinge"),
     refused(TypeError, "loss must be a name or a callable, got int",
             pgd_attack, MODEL, X, Y, 0.1, loss=3),
+    refused(TypeError, "generator must be a torch.Generator, got int",
+            pgd_attack, MODEL, X, Y, 0.1, generator=3),
     refused(ValueError, "objective must be one of margin_shift, kl, cross_entropy, got 'mse'",
             pgd_maximise, MODEL, X, Y, 0.1, objective="mse"),
     refused(ValueError, "start='clean' with objective='kl': its gradient is 0 there",

@@ -312,6 +312,8 @@ def _gradient(rows: Rows, grads, saved, need_scale: bool) -> tuple[Tensor, Tenso
         )
         if part.without_target:
             _put_own(z, own, part)
+        elif part.mask is not None:
+            _clear_masked_label(z, part)
         if dscale is not None:
             dscale[at] = _scale_gradient(z, extras[0], part)
         scale = part.scale.unsqueeze(1) if isinstance(part.scale, Tensor) else part.scale
@@ -324,6 +326,14 @@ def _put_own(dz: Tensor, own: Tensor, part: Rows) -> None:
     if part.mask is not None:
         counts = counts & part.mask.gather(1, column).squeeze(1)
     dz.scatter_(1, column, torch.where(counts, own, 0.0).unsqueeze(1))
+
+
+def _clear_masked_label(dz: Tensor, part: Rows) -> None:
+    """The kernel gives a label its part whether it is masked or not."""
+    assert part.mask is not None
+    column, _ = part.columns()
+    there = part.mask.gather(1, column)
+    dz.scatter_(1, column, torch.where(there, dz.gather(1, column), 0.0))
 
 
 def _scale_gradient(dz: Tensor, whole: Tensor, part: Rows) -> Tensor:
