@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, summed
+from pyloss.functional._row_checks import check_labels, check_rows
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import functorch_active
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
 from pyloss.functional._lanczos import ritz
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import functorch_active
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 
 #: Points and networks of a Lagrangian model: (labels, times) -> (values, positions).
