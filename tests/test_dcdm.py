@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyloss.functional import conjugate_direction_loss, dcdm_solve, lanczos_ritz_dataset
 from pyloss.functional._lanczos import ritz
+from pyloss.nn import PoissonNet2d, PoissonNet3d
 
 F64 = torch.float64
 
@@ -76,6 +77,45 @@ def test_useless_directions_become_those_of_conjugate_gradients(f) -> None:
     plain = dcdm_solve(lambda v: v @ a, b, lambda r: r, tol=1e-8)
     assert torch.equal(found.x, plain.x)
     assert torch.equal(found.fallbacks, found.iterations) and plain.fallbacks.sum() == 0
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(F64, 1e200), (F64, 1e-200), (torch.float32, 1e-30)])
+def test_right_hand_sides_whose_squares_have_no_place_in_the_dtype(dtype, scale) -> None:
+    a, b = spd(12, 10.0).to(dtype), torch.randn(2, 12, dtype=dtype)
+    seen = []
+    found = dcdm_solve(
+        lambda v: v @ a, scale * b, lambda r: r, tol=1e-4, callback=lambda *k: seen.append(k)
+    )
+    plain = dcdm_solve(lambda v: v @ a, b, lambda r: r, tol=1e-4)
+    assert found.converged.all()
+    assert (found.iterations > 1).all()
+    torch.testing.assert_close(found.x / scale, plain.x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.residual_norms[0] / scale, b.norm(dim=1))
+    assert torch.equal(seen[-1][1], found.x)
+    assert torch.equal(seen[-1][2], found.residual_norms[-1])
+
+
+def test_infinite_right_hand_side_gives_nan() -> None:
+    b = torch.tensor([[1.0, 2.0], [torch.inf, 1.0]])
+    found = dcdm_solve(lambda v: 2 * v, b, lambda r: r)
+    assert found.converged.tolist() == [True, False]
+    assert found.x[1].isnan().all()
+
+
+def test_autocast_does_not_round_the_matrix() -> None:
+    a, b = spd(12, 10.0).float(), torch.randn(2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dcdm_solve(lambda v: v @ a, b, lambda r: r, tol=1e-5)
+        loss = conjugate_direction_loss(b, b, lambda v: v @ a)
+    assert found.converged.all()
+    torch.testing.assert_close(loss, conjugate_direction_loss(b, b, lambda v: v @ a))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 2)])
+def test_network_halves_a_grid_no_further_than_to_one_cell(size) -> None:
+    for dims, net in ((2, PoissonNet2d), (3, PoissonNet3d)):
+        x = torch.randn(2, *size[-dims:])
+        assert net(channels=2, blocks=1, levels=3)(x).shape == x.shape
 
 
 def test_energy_of_the_error_never_grows() -> None:
