@@ -46,6 +46,22 @@ def test_identity_is_conjugate_gradients(condition, steps, close) -> None:
     assert not found.converged and found.iterations == steps
 
 
+@pytest.mark.parametrize("n_orth", [1, 2, 3])
+def test_a_direction_is_conjugate_to_as_many_before_it_as_asked_for(n_orth: int) -> None:
+    a, b = spd(12, 10.0), torch.linspace(-1, 2, 12, dtype=F64)
+    steps = [torch.zeros_like(b)]
+    # Of a nonlinear f nothing is conjugate by itself.
+    dcdm_solve(
+        lambda v: a @ v, b, lambda r: r + r.roll(1).abs(), tol=0.0, maxiter=6, n_orth=n_orth,
+        callback=lambda k, x, norm: steps.append(x),
+    )  # fmt: skip
+    p = torch.nn.functional.normalize(torch.stack(steps).diff(dim=0), dim=1)
+    products = (p @ a @ p.T).abs()
+    for before in range(1, n_orth + 1):
+        assert products.diagonal(-before).max() < 1e-9
+    assert products.diagonal(-n_orth - 1).max() > 1e-4
+
+
 def test_inverse_ends_after_one_step() -> None:
     a = spd(30, 1e4)
     found = dcdm_solve(lambda v: v @ a, torch.randn(30, dtype=F64), lambda r: a.inverse() @ r)
