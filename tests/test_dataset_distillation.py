@@ -139,3 +139,18 @@ def test_distilled_points_train_better_than_real_ones() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(namespace["FEATURES"], namespace["CLASSES"]))
     plain = namespace["DatasetDistiller"](model, x, y, args, 0).largest_epoch()
     assert clipped < 0.9 * plain
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_representatives_do_not_depend_on_the_scale(scale: float) -> None:
+    labels = torch.arange(3).repeat(8)
+    features = torch.randn(24, 4)
+    found = [
+        representative_indices(
+            factor * features, labels, 2, generator=torch.Generator().manual_seed(0)
+        )
+        for factor in (1.0, scale)
+    ]
+    assert torch.equal(*found)
+    none = representative_indices(features[:, :0], labels, 2)
+    assert none.unique().numel() == 6

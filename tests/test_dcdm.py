@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyloss.functional import conjugate_direction_loss, dcdm_solve, lanczos_ritz_dataset
 from pyloss.functional._lanczos import ritz
+from pyloss.nn import PoissonNet2d, PoissonNet3d
 
 F64 = torch.float64
 
@@ -45,6 +46,22 @@ def test_identity_is_conjugate_gradients(condition, steps, close) -> None:
     assert not found.converged and found.iterations == steps
 
 
+@pytest.mark.parametrize("n_orth", [1, 2, 3])
+def test_a_direction_is_conjugate_to_as_many_before_it_as_asked_for(n_orth: int) -> None:
+    a, b = spd(12, 10.0), torch.linspace(-1, 2, 12, dtype=F64)
+    steps = [torch.zeros_like(b)]
+    # Of a nonlinear f nothing is conjugate by itself.
+    dcdm_solve(
+        lambda v: a @ v, b, lambda r: r + r.roll(1).abs(), tol=0.0, maxiter=6, n_orth=n_orth,
+        callback=lambda k, x, norm: steps.append(x),
+    )  # fmt: skip
+    p = torch.nn.functional.normalize(torch.stack(steps).diff(dim=0), dim=1)
+    products = (p @ a @ p.T).abs()
+    for before in range(1, n_orth + 1):
+        assert products.diagonal(-before).max() < 1e-9
+    assert products.diagonal(-n_orth - 1).max() > 1e-4
+
+
 def test_inverse_ends_after_one_step() -> None:
     a = spd(30, 1e4)
     found = dcdm_solve(lambda v: v @ a, torch.randn(30, dtype=F64), lambda r: a.inverse() @ r)
@@ -76,6 +93,45 @@ def test_useless_directions_become_those_of_conjugate_gradients(f) -> None:
     plain = dcdm_solve(lambda v: v @ a, b, lambda r: r, tol=1e-8)
     assert torch.equal(found.x, plain.x)
     assert torch.equal(found.fallbacks, found.iterations) and plain.fallbacks.sum() == 0
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(F64, 1e200), (F64, 1e-200), (torch.float32, 1e-30)])
+def test_right_hand_sides_whose_squares_have_no_place_in_the_dtype(dtype, scale) -> None:
+    a, b = spd(12, 10.0).to(dtype), torch.randn(2, 12, dtype=dtype)
+    seen = []
+    found = dcdm_solve(
+        lambda v: v @ a, scale * b, lambda r: r, tol=1e-4, callback=lambda *k: seen.append(k)
+    )
+    plain = dcdm_solve(lambda v: v @ a, b, lambda r: r, tol=1e-4)
+    assert found.converged.all()
+    assert (found.iterations > 1).all()
+    torch.testing.assert_close(found.x / scale, plain.x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.residual_norms[0] / scale, b.norm(dim=1))
+    assert torch.equal(seen[-1][1], found.x)
+    assert torch.equal(seen[-1][2], found.residual_norms[-1])
+
+
+def test_infinite_right_hand_side_gives_nan() -> None:
+    b = torch.tensor([[1.0, 2.0], [torch.inf, 1.0]])
+    found = dcdm_solve(lambda v: 2 * v, b, lambda r: r)
+    assert found.converged.tolist() == [True, False]
+    assert found.x[1].isnan().all()
+
+
+def test_autocast_does_not_round_the_matrix() -> None:
+    a, b = spd(12, 10.0).float(), torch.randn(2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dcdm_solve(lambda v: v @ a, b, lambda r: r, tol=1e-5)
+        loss = conjugate_direction_loss(b, b, lambda v: v @ a)
+    assert found.converged.all()
+    torch.testing.assert_close(loss, conjugate_direction_loss(b, b, lambda v: v @ a))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 2)])
+def test_network_halves_a_grid_no_further_than_to_one_cell(size) -> None:
+    for dims, net in ((2, PoissonNet2d), (3, PoissonNet3d)):
+        x = torch.randn(2, *size[-dims:])
+        assert net(channels=2, blocks=1, levels=3)(x).shape == x.shape
 
 
 def test_energy_of_the_error_never_grows() -> None:

@@ -217,6 +217,23 @@ def resolve(dotted: str) -> object:
     return importlib.import_module(dotted)
 
 
+@pytest.mark.parametrize(
+    "name", ["mkdocs.yml", "CHANGELOG.md", "README.md", "examples/README.md", "docs/api/index.md"]
+)
+def test_lists_name_nothing_twice(name: str) -> None:
+    """As a merge of two branches that touch one line may leave it."""
+    text = (ROOT / name).read_text()
+    if name == "CHANGELOG.md":  # releases may repeat each other
+        text = re.split(r"^## ", text, flags=re.MULTILINE)[1]
+    if name.endswith("mkdocs.yml"):
+        rows = re.findall(r": (\S+\.md)$", text, re.MULTILINE)
+    else:  # rows of tables by their first cell, items of lists, other lines of text
+        rows = [re.sub(r"^(\|[^|]+\|).*", r"\1", line) for line in text.splitlines()]
+        rows = [row for row in rows if len(row) > 30 or row.startswith("| `")]
+    assert rows
+    assert not sorted({row for row in rows if rows.count(row) > 1})
+
+
 def test_api_reference_lists_every_public_name() -> None:
     text = "".join(p.read_text() for p in (DOCS / "api").glob("*.md"))
     listed = re.findall(r"^::: (\S+)$", text, re.M)

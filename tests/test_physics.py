@@ -147,6 +147,24 @@ def test_burgers_along_characteristics_until_they_cross() -> None:
     assert lagrangian_residual_loss(model, X, late, **burgers, crossing_weight=0.0) < 1e-20
 
 
+@pytest.mark.parametrize("name", ["velocity", "source", "u0"])
+def test_functions_that_would_make_pairs_of_points_are_refused(name: str) -> None:
+    points = torch.rand(8)
+    options = {"velocity": 1.0, name: lambda u: u.unsqueeze(-1)}
+    words = rf"{name} must broadcast to the shape of labels, \[8\], got \[8, 1\]"
+    with pytest.raises(ValueError, match=words):
+        lagrangian_residual_loss(lambda X, T: (X, X), points, points, **options)
+
+
+def test_half_types_are_squared_in_float32() -> None:
+    points = torch.rand(8, dtype=torch.float16)
+    loss = lagrangian_residual_loss(
+        lambda X, T: (X, X + 400 * T), points, points, velocity=0.0, weights=(0.25, 0, 0)
+    )
+    assert loss.dtype == torch.float16
+    assert loss.item() == 40000
+
+
 def test_root_of_an_exact_solution_has_a_gradient() -> None:
     speed = torch.tensor(3.0, dtype=F64, requires_grad=True)
 

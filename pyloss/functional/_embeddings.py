@@ -1,4 +1,4 @@
-"""What losses and metrics of labelled embeddings share: checks, and which pairs are positive."""
+"""What losses and metrics of labelled embeddings share, above all which pairs are positive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
+from pyloss.functional._row_checks import check_integers as check_integers
+from pyloss.functional._row_checks import check_labels, check_rows
 from pyloss.functional._sums import log_summed as log_summed
 from pyloss.functional._sums import summed as summed
 from pyloss.ops._launch import accumulator_dtype
@@ -17,29 +19,6 @@ from pyloss.ops.similarity_softmax import similarity_counts as near_pairs  # noq
 from pyloss.ops.similarity_softmax import similarity_softmax as similarity_softmax
 
 DISTANCES = ("euclidean", "squared", "cosine")
-
-
-def check_rows(name: str, x, least: int = 0) -> None:
-    checks.check_floating(name, x)
-    checks.check_dense(name, x)
-    if x.dim() != 2:
-        raise ValueError(f"{name} must be (N, D), got {list(x.shape)}")
-    if x.shape[0] < least:
-        raise ValueError(f"{name} must hold at least {least} rows, got {list(x.shape)}")
-
-
-def check_integers(name: str, labels, rows: int) -> None:
-    """One a row."""
-    checks.check_tensor(name, labels)
-    if labels.dtype not in checks.INTEGERS:
-        raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.shape != (rows,):
-        raise ValueError(f"{name} must have the shape {[rows]}, got {list(labels.shape)}")
-
-
-def check_labels(labels, like: Tensor, name: str = "labels", like_name: str = "embeddings") -> None:
-    check_integers(name, labels, like.shape[0])
-    checks.check_device(name, labels, like, like_name)
 
 
 def alike(x: Tensor, like: Tensor) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_rows
-from pyloss.functional._embeddings import without_autocast as without_autocast
+from pyloss.functional._row_checks import check_rows
 from pyloss.ops._labels import outside
+from pyloss.ops._launch import without_autocast as without_autocast
 
 _BLOCK = 2**22  # numbers of distances that are made at a time
 

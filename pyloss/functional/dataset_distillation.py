@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import check_labels, check_rows, summed
+from pyloss.functional._row_checks import check_labels, check_rows
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops._transforms import functorch_active
 
@@ -158,7 +159,8 @@ def lipschitz_gradient_penalty(
     Args:
         inputs: x, a batch ``(B, *)``, floating.
         outputs: f: the network, or what it has made of ``inputs``, which must require a gradient
-            then. The network works under ``torch.compile`` and the transforms of ``torch.func``.
+            then. The network works under ``torch.compile`` and the transforms of ``torch.func``,
+            but must not change its buffers, as BatchNorm does in training: give what it made there.
         weight: w >= 0.
         target_norm: n >= 0.
         dims: dimensions of x that a norm runs over; default: all but the first. The authors' code
@@ -419,6 +421,9 @@ def representative_indices(
     x = features.to(accumulator_dtype(features.dtype))
     if checks.can_look_at(x) and not bool(x.isfinite().all()):
         raise ValueError("features must not contain NaN or infinities")
+    if x.numel():  # squares of very large or small numbers have no place in the dtype
+        largest = x.abs().amax()
+        x = x / torch.where(largest > 0, largest, 1.0)
     chosen = []
     for label in labels.unique():
         own = (labels == label).nonzero().squeeze(1)
@@ -439,7 +444,7 @@ def _k_means(x: Tensor, k: int, iterations: int, generator) -> Tensor:
         found = torch.multinomial(weights.double().to(drawn), 1, generator=generator)
         return x[found.to(x.device)]
 
-    centres = pick(torch.ones_like(x[:, 0]))
+    centres = pick(x.new_ones(x.shape[0]))
     for _ in range(1, k):
         far = _squared(x, centres).min(1).values
         # Where all samples sit on centres, any of them.

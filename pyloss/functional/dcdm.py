@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
 from pyloss.functional._lanczos import ritz
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.functional._sums import summed
+from pyloss.ops._launch import accumulator_dtype, without_autocast
 from pyloss.ops._transforms import functorch_active
 
 #: v -> A v for one vector ``(N,)``, or for each of a batch ``(B, *)``.
@@ -44,6 +44,23 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() if a.dim() == 1 else (a * b).flatten(1).sum(1)
 
 
+def _largest(v: Tensor) -> Tensor:
+    """The largest magnitude of each vector."""
+    if not v.numel():
+        return _dot(v, v)
+    return v.abs().amax() if v.dim() == 1 else v.flatten(1).abs().amax(1)
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """One of about this size, so that multiplication rounds nothing; 1 for 0 and what is not
+    finite."""
+    _, exponent = torch.frexp(size)
+    # Its inverse too must be a normal number.
+    bound = 125 if size.dtype == torch.float32 else 1020
+    power = torch.ldexp(torch.ones_like(size), exponent.clamp(-bound, bound))
+    return torch.where((size > 0) & size.isfinite(), power, 1.0)
+
+
 def _times(scale: Tensor, v: Tensor) -> Tensor:
     return scale.view(scale.shape + (1,) * (v.dim() - scale.dim())) * v
 
@@ -64,6 +81,9 @@ def _same_shape(name: str, found, like: Tensor) -> Tensor:
 
 
 def _image(matvec: Matvec, v: Tensor) -> Tensor:
+    if checks.autocast_on(v):  # which would round A
+        with without_autocast(v):
+            return _same_shape("matvec", matvec(v), v)
     return _same_shape("matvec", matvec(v), v)
 
 
@@ -261,10 +281,13 @@ def dcdm_solve(
         checks.check_device("x0", x0, b, "b")
         _same_shape_as_b("x0", x0, b)
         # A right-hand side of 0 has the solution 0, and no tolerance to reach.
-        x = _of_rows(_dot(b, b) == 0, x, x0.to(b.dtype))
+        x = _of_rows(_largest(b) == 0, x, x0.to(b.dtype))
         r = b - _image(matvec, x)
+    # Squares of very large or small numbers have no place in the dtype: units of the residual.
+    unit = _power_of_two(_largest(r))
+    b, x, r = (_times(1 / unit, v) for v in (b, x, r))
     norm = _dot(r, r).sqrt()
-    x = _of_rows(norm.isnan(), torch.full_like(x, torch.nan), x)
+    x = _of_rows(norm.isfinite(), x, torch.full_like(x, torch.nan))
     solver = _Solver(matvec, f, n_orth)
     limit = tol * norm
     norms, active = [norm], norm > limit
@@ -278,9 +301,10 @@ def dcdm_solve(
         norms.append(norm)
         active = norm > limit
         if callback is not None:
-            callback(len(norms) - 1, x, norm)
+            callback(len(norms) - 1, _times(unit, x), unit * norm)
     fallbacks = torch.zeros_like(iterations) + solver.fallbacks
-    return DCDMResult(x, iterations, norm <= limit, torch.stack(norms), fallbacks)
+    converged = (norm <= limit) & norm.isfinite()
+    return DCDMResult(_times(unit, x), iterations, converged, unit * torch.stack(norms), fallbacks)
 
 
 def _where(rows: Tensor | None, a: Tensor, b: Tensor | float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._embeddings import summed
+from pyloss.functional._sums import summed
 from pyloss.ops._launch import accumulator_dtype
 
 #: Points and networks of a Lagrangian model: (labels, times) -> (values, positions).
@@ -299,27 +299,28 @@ def lagrangian_residual_loss(
         )
 
     def norm(residual: Tensor) -> Tensor:
-        mean = summed(residual.square()) / residual.new_full((), residual.numel())
+        wide = residual.to(accumulator_dtype(residual.dtype))
+        mean = summed(wide.square()) / wide.new_full((), wide.numel())
         return mean if squared else _root(mean)
 
     if nu:
         flow, u_xx = _with_second_derivative(model, labels, times, jacobian_correction)
     else:
         flow, u_xx = _flow(model, labels, times), 0.0
-    speed = velocity(flow.u) if callable(velocity) else velocity
+    speed = _at_points("velocity", velocity(flow.u) if callable(velocity) else velocity, labels)
     change = flow.u_time - nu * u_xx
     if source is not None:
-        change = change - source(flow.u)
+        change = change - _at_points("source", source(flow.u), labels)
     loss = of_x * norm(flow.x_time - speed) + of_u * norm(change)
     if of_start:
         u, x = _values(model, labels, torch.zeros_like(times))
         start = norm(x - labels)
         if u0 is not None:
-            start = start + norm(u - u0(labels))
+            start = start + norm(u - _at_points("u0", u0(labels), labels))
         loss = loss + of_start * start
     if crossing_weight:
         loss = loss + crossing_weight * norm(torch.relu(-flow.x_label))
-    return loss
+    return loss.to(torch.promote_types(flow.u.dtype, flow.x.dtype))
 
 
 def _checked_weights(weights) -> tuple[float, float, float]:
@@ -330,6 +331,20 @@ def _checked_weights(weights) -> tuple[float, float, float]:
     for i, weight in enumerate(weights):
         checks.check_range(f"weights[{i}]", weight, 0.0)
     return tuple(weights)
+
+
+def _at_points(name: str, found, labels: Tensor):
+    """A number, or a tensor that does not make more of the points, such as (N, 1) of (N,) would."""
+    if isinstance(found, Tensor):
+        size, points = found.shape, labels.shape
+        fits = len(size) <= len(points) and all(
+            n in (1, m) for n, m in zip(reversed(size), reversed(points))
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} must broadcast to the shape of labels, {list(points)}, got {list(size)}"
+            )
+    return found
 
 
 def _root(mean: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class _PoissonNet(nn.Module):
             x = blocks(x)
             fine.append(x)
             # An odd last row is a cell of its own, with the mean of what there is.
-            x = pool(x, 2, ceil_mode=True, count_include_pad=False)
+            kernel = [min(2, n) for n in x.shape[2:]]
+            x = pool(x, kernel, ceil_mode=True, count_include_pad=False)
         x = self.bottom(x)
         for blocks, skip in zip(self.up, reversed(fine)):
             x = blocks(skip + F.interpolate(x, size=skip.shape[2:], mode="nearest"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional import ldr as F
 from pyloss.functional._rows import check_class_weight
-from pyloss.functional.sogclr import checked_index, over_all_samples
+from pyloss.functional._samples import checked_index, over_all_samples
 from pyloss.nn._module import WeightedLoss
 
 

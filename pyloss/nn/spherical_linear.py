@@ -192,7 +192,7 @@ class SphericalLinear(OptionsModule):
         own = through.to(self.classes.dtype) @ self.classes.T
         return (own + (h.double() @ self.offset).unsqueeze(-1).to(own.dtype)).to(h.dtype)
 
-    @torch.compiler.disable
+    @factored.eager
     def forward(self, h: Tensor, target: Tensor) -> Tensor:
         self._check_features(h)
         checks.check_tensor("target", target)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -45,6 +48,25 @@ def distinct(tensors):
         again = isinstance(t, torch.Tensor) and any(t is other for other in tensors[:at])
         found.append(t.view_as(t) if again else t)
     return tuple(found)
+
+
+def eager(function):
+    """The function, kept out of compiled graphs: compiled code calls it as it is.
+
+    torch.compiler.disable as a decorator would do the same, and import Dynamo with all its weight.
+    """
+
+    disabled = []  # made with the first call that needs it
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **options)
+
+    return call
 
 
 # Private in torch, hence the fallbacks: without them an optimisation stays on where it should not,

@@ -95,7 +95,7 @@ SPECS = (
             ),
             "one row": lambda: sample((6,), target=torch.tensor(2)),
         },
-        compile_samples=("plain", "positions"),
+        compile_samples=("positions",),
         reference=shift_of_rows,
         empty={
             "no rows": Empty(lambda: sample((0, 3)), 0.0, (0,)),

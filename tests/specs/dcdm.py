@@ -139,6 +139,7 @@ def net_spec(function, kind, shapes, wrong) -> Spec:
         },
         gradients=("residual", *weights),
         derivative_samples=("even",),
+        compile_samples=("even",),  # the other is the same code with fewer grids
         dtypes=(F64, F32),
         autocast={},
         tolerances={F32: (1e-4, 1e-5)},

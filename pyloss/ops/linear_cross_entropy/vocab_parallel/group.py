@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyloss.ops._launch import constants
+from pyloss.ops._transforms import eager
 from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import Merged, Shard, Spec
 
 # Renamed in torch 2.13, where the old name warns.
@@ -26,20 +26,6 @@ def all_gather(x: Tensor, group) -> Tensor:
     if x.numel():
         _gather_single(out.view(-1), x.reshape(-1), group=group)
     return out
-
-
-def eager(function):
-    """The function, kept out of compiled graphs: compiled code calls it as it is.
-
-    torch.compiler.disable as a decorator would do the same, and import Dynamo with all its weight.
-    """
-
-    def call(*args, **options):
-        if "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(function)(*args, **options)
-        return function(*args, **options)
-
-    return call
 
 
 class Holdings(NamedTuple):
