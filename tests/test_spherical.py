@@ -77,6 +77,19 @@ def test_formula_of_the_gradient() -> None:
     torch.testing.assert_close(dx[0], want, rtol=1e-12, atol=1e-14)
 
 
+def test_threads_do_not_change_a_mean() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(70_001, 3, generator=g), torch.randint(3, (70_001,), generator=g)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(F.one_hot_mse_loss(x, y, weight=torch.tensor([0.3, 0.7, 1.1])))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 # --------------------------------------------------------------------------------------------------
 # The layer against the dense one
 
