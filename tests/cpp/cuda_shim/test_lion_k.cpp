@@ -191,13 +191,14 @@ template <class T>
 void check_bits(DType t, bool on_device) {
   const int64_t n = 5001;
   const float step = 8;
-  std::vector<char> x(size_t(n * 2)), rest(size_t(n * 2)), given(size_t(n * 4));
+  std::vector<char> x(size_t(n * 2)), g(size_t(n * 2)), given(size_t(n * 4));
+  std::vector<char> m(size_t(n * 2)), other_m(size_t(n * 2));
   for (int64_t i = 0; i < n; ++i) set(t, &x, i, 1 + double(i) / 7);
   const std::vector<char> before = x;
   std::vector<char> other = x;
   const lion_k::Tensor tensors[] = {
-      {other.data(), rest.data(), rest.data(), given.data(), nullptr, n, 4},
-      {x.data(), rest.data(), rest.data(), given.data(), nullptr, n, 9}};
+      {other.data(), g.data(), other_m.data(), given.data(), nullptr, n, 4},
+      {x.data(), g.data(), m.data(), given.data(), nullptr, n, 9}};
   lion_k::Problem p{};
   p.tensors = tensors, p.count = 2, p.x_dtype = p.g_dtype = p.m_dtype = t;
   p.options.kappa = Kappa::kGiven, p.options.rounding = Rounding::kStochastic;
