@@ -26,6 +26,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._spherical import Moments, moments_of_sums
 from pyloss.ops._labels import equals, outside, wide
+from pyloss.ops._launch import without_autocast as without_autocast
 
 _ROWS_AT_ONCE = 1 << 15  # of V, in float64
 _LEAST_PIVOT = 1e-6

@@ -16,7 +16,6 @@ from pyloss.functional import _spherical as spherical
 from pyloss.functional import _spherical_layer as factored
 from pyloss.functional._rows import check_options
 from pyloss.nn._module import OptionsModule
-from pyloss.ops._launch import without_autocast
 
 _LOSSES = ("z", "mse", "taylor", "spherical")
 
@@ -168,7 +167,7 @@ class SphericalLinear(OptionsModule):
 
     @property
     def weight(self) -> Tensor:
-        with torch.no_grad(), without_autocast(self.classes):
+        with torch.no_grad(), factored.without_autocast(self.classes):
             own = self.classes @ self.shared.to(self.classes.dtype)
             return own.add_(self.offset.to(own.dtype))
 
@@ -232,7 +231,7 @@ class SphericalLinear(OptionsModule):
         keep = 1.0 - lr * float(weight_decay)
         if not keep > 0:
             raise ValueError(f"lr * weight_decay must be < 1, got {lr * weight_decay}")
-        with without_autocast(self.classes):  # W is no half type
+        with factored.without_autocast(self.classes):  # W is no half type
             f, rows = self._factors, self._gathered()
             self.zero_update()
             if keep < 1:
