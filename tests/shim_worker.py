@@ -35,6 +35,18 @@ def twice(loss, x):
     return [g, *torch.autograd.grad((g * g).sum(), x)]
 
 
+def steps_of_lion_k(*parameters):
+    """Parameters, one of a half type, after two steps."""
+    moved = [p.clone().requires_grad_() for p in parameters]
+    moved.append(parameters[0].bfloat16().requires_grad_())
+    optimizer = pyloss.optim.LionK(moved, lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        for p in moved:
+            p.grad = p.detach().cos()
+        optimizer.step()
+    return [p.detach() for p in moved]
+
+
 def problems():
     """name -> a function without arguments that returns tensors."""
     rows, labels = torch.randn(5, 40), torch.randint(40, (5,))
@@ -60,6 +72,7 @@ def problems():
         "images": of(lambda x: pyloss.fused_cross_entropy(x, classes), images),
         "moments": of(lambda x: F.spherical_z_loss(x, labels), rows),
         "moments, images": of(lambda x: F.taylor_softmax_loss(x, classes), images),
+        "label distribution": of(lambda x: F.aldr_loss(x, labels), rows),
         "linear": of(
             lambda h, w: pyloss.fused_linear_cross_entropy(h, w, words, label_smoothing=0.1),
             hidden,
@@ -72,6 +85,7 @@ def problems():
         "margin shift": of(lambda x: F.margin_shift(x, x.flip(1), labels), rows),
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
+        "optimizer": lambda: steps_of_lion_k(hidden, weight),
     }
 
 

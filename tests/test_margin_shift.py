@@ -150,6 +150,18 @@ def test_opcheck(shape) -> None:
     torch.library.opcheck(ops.margin_shift_bwd.default, arguments)
 
 
+def test_threads_do_not_change_a_mean() -> None:
+    x, moved, target = draw((70_001, 3), F32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(pyloss.functional.margin_shift(x, moved, target, reduction="mean"))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_backends_agree() -> None:
     x, moved, target = draw((5, 70), F32)
     found = []

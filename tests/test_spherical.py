@@ -77,6 +77,19 @@ def test_formula_of_the_gradient() -> None:
     torch.testing.assert_close(dx[0], want, rtol=1e-12, atol=1e-14)
 
 
+def test_threads_do_not_change_a_mean() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(70_001, 3, generator=g), torch.randint(3, (70_001,), generator=g)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(F.one_hot_mse_loss(x, y, weight=torch.tensor([0.3, 0.7, 1.1])))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 # --------------------------------------------------------------------------------------------------
 # The layer against the dense one
 
@@ -171,6 +184,37 @@ def test_features_of_several_dimensions_and_ignored_rows() -> None:
     assert_same(found, want.detach().view(3, 4))
     found.sum().backward()
     assert not h.grad[3].any()
+
+
+@pytest.mark.parametrize("loss", ("z", lambda o, s, q: 1 - o / q.sqrt()), ids=("z", "cosine"))
+@pytest.mark.parametrize("value", (math.nan, 0.0))
+def test_nothing_of_an_ignored_row_reaches_the_weight(loss, value: float) -> None:
+    """The cosine has no slope where all features are 0, as padding may be."""
+    (layer, _), (other, _) = pair(loss), pair(loss)
+    h, y = next(batches(1, 5))
+    kept = torch.tensor([True, False, True, True, False])
+    padded = torch.where(kept.unsqueeze(1), h.detach(), value).requires_grad_()
+    layer(padded, torch.where(kept, y, -100)).backward()
+    other(h[kept], y[kept]).backward()
+    assert torch.equal(padded.grad[~kept], torch.zeros(2, 6, dtype=F64))
+    assert_same(padded.grad[kept], h.grad[kept])
+    for twin in (layer, other):
+        twin.step(0.1)
+    assert_same(layer.weight, other.weight)
+
+
+def test_autocast_does_not_round_the_weight() -> None:
+    layer, twin = (SphericalLinear(6, 40, dtype=torch.float32) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    for one in (layer, twin):
+        one.shared.diagonal()[0] = 3.0  # what the step brings back to 1, by products with V
+        one.stabilize_every = 1
+        factored.refresh(one._factors)
+        with torch.autocast("cpu", torch.bfloat16, enabled=one is layer):
+            one.step(0.1)
+            assert one.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, twin.weight)
+    assert torch.equal(layer.classes, twin.classes)
 
 
 def test_the_norm_of_the_gradient() -> None:
@@ -275,6 +319,7 @@ def test_a_checkpoint_a_copy_and_a_pickle_go_on_where_it_was() -> None:
         layer(h, y).backward()
         layer.step(0.1)
     other, _ = pair()
+    other(*todo[0]).backward()  # a gradient of the weight that is replaced
     other.load_state_dict(layer.state_dict())
     twins = [layer, other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
     for twin in twins:

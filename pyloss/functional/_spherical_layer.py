@@ -26,6 +26,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._spherical import Moments, moments_of_sums
 from pyloss.ops._labels import equals, outside, wide
+from pyloss.ops._launch import without_autocast as without_autocast
 from pyloss.ops._transforms import eager as eager
 
 _ROWS_AT_ONCE = 1 << 15  # of V, in float64
@@ -61,31 +62,32 @@ def weight_rows(f: Factors, index: Tensor | slice) -> Tensor:
 class Sums(torch.autograd.Function):
     """(3, m): o_t, sum o, sum o^2. The backward also tells `keep` what the step will need.
 
-    `anchor` requires a gradient, so that there is a backward where nothing else does.
+    Nothing of an ignored row reaches the results, a gradient or the step, NaN neither. `anchor`
+    requires a gradient, so that there is a backward where nothing else does.
     """
 
     @staticmethod
-    def forward(ctx, h, target, factors, keep, anchor):
-        x = h.double()
+    def forward(ctx, h, target, ignored, factors, keep, anchor):
+        ignored = ignored.unsqueeze(1)
+        x = torch.where(ignored, 0.0, h.double())
         own, through = weight_rows(factors, target), x @ factors.gram
         # The factors are saved so that a step between forward and backward is an error.
-        ctx.save_for_backward(h, x, target, own, through, factors.total, factors.classes)
+        ctx.save_for_backward(h, x, target, ignored, own, through, factors.total, factors.classes)
         ctx.keep = keep
         return torch.stack([(own * x).sum(1), x @ factors.total, (through * x).sum(1)])
 
     @staticmethod
     def backward(ctx, grads):
-        h, x, target, own, through, total, _ = ctx.saved_tensors
-        ctx.keep(
-            Rows(x.detach().clone(), target, grads.detach())
-        )  # a copy: h may change before the step
+        h, x, target, ignored, own, through, total, _ = ctx.saved_tensors
+        grads = torch.where(ignored.T, 0.0, grads)
+        ctx.keep(Rows(x, target, grads.detach()))
         dx = None
         if ctx.needs_input_grad[0]:
             a, s, q = grads.unsqueeze(2)
             dx = (a * own + s * total + 2 * q * through).to(h.dtype)
             if torch.is_grad_enabled():  # create_graph
                 dx = _Once.apply(dx, h)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -110,7 +112,7 @@ def moments(
         checks.check_index_values(target, classes, ignore_index)
     ignored, nowhere = equals(target, ignore_index), outside(target, classes)
     anchor = f.total.new_zeros((), requires_grad=torch.is_grad_enabled())
-    sums = Sums.apply(h, torch.where(nowhere, 0, wide(target)), f, keep, anchor)
+    sums = Sums.apply(h, torch.where(nowhere, 0, wide(target)), ignored, f, keep, anchor)
     own = torch.where(nowhere & ~ignored, math.nan, sums[0])  # on a GPU nobody has looked
     return moments_of_sums(own, sums[1], sums[2], classes), ignored
 

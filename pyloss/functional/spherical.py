@@ -12,6 +12,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional import _spherical as spherical
 from pyloss.functional._rows import prepare, without_batch
 from pyloss.functional._spherical import Moments
+from pyloss.functional._sums import summed
 from pyloss.ops._labels import equals, outside, wide
 from pyloss.ops.row_moments import row_moments
 
@@ -267,5 +268,5 @@ def _loss(
         each = torch.where(ignored, 0.0, each * own)
     if reduction == "none":
         return each.to(p.loss_dtype)
-    total = each.sum()
-    return (total / mass.sum() if reduction == "mean" else total).to(p.loss_dtype)
+    total = summed(each)
+    return (total / summed(mass) if reduction == "mean" else total).to(p.loss_dtype)

@@ -167,7 +167,7 @@ class SphericalLinear(OptionsModule):
 
     @property
     def weight(self) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), factored.without_autocast(self.classes):
             own = self.classes @ self.shared.to(self.classes.dtype)
             return own.add_(self.offset.to(own.dtype))
 
@@ -231,22 +231,23 @@ class SphericalLinear(OptionsModule):
         keep = 1.0 - lr * float(weight_decay)
         if not keep > 0:
             raise ValueError(f"lr * weight_decay must be < 1, got {lr * weight_decay}")
-        f, rows = self._factors, self._gathered()
-        self.zero_update()
-        if keep < 1:
-            factored.decay(f, keep)
-        if len(rows.h):
-            # The gradient is that of W before the decay; of o^2 it is proportional to W.
-            rows.grads[2].div_(keep)
-            if not factored.update(f, rows, lr):
-                self._warn()
-                factored.update_dense(f, rows, lr)
-        self.steps += 1
-        taken = int(self.steps)
-        if taken % self.stabilize_every == 0 or factored.out_of_shape(f):
-            factored.stabilize(f)
-        if taken % self.refresh_every == 0:
-            factored.refresh(f)
+        with factored.without_autocast(self.classes):  # W is no half type
+            f, rows = self._factors, self._gathered()
+            self.zero_update()
+            if keep < 1:
+                factored.decay(f, keep)
+            if len(rows.h):
+                # The gradient is that of W before the decay; of o^2 it is proportional to W.
+                rows.grads[2].div_(keep)
+                if not factored.update(f, rows, lr):
+                    self._warn()
+                    factored.update_dense(f, rows, lr)
+            self.steps += 1
+            taken = int(self.steps)
+            if taken % self.stabilize_every == 0 or factored.out_of_shape(f):
+                factored.stabilize(f)
+            if taken % self.refresh_every == 0:
+                factored.refresh(f)
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -310,6 +311,10 @@ class SphericalLinear(OptionsModule):
                 stacklevel=3,
             )
             self._warned = True
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.zero_update()  # gradients of another W
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SphericalLinear:
         """The factors stay float64, V float32 or float64: half types would not hold a step."""

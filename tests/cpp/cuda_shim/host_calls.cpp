@@ -1,5 +1,6 @@
 // What the host half of each op asks the CUDA runtime for: on which device and stream, never for
 // memory, a copy or a wait; and every call that fails becomes an error that leaves nothing behind.
+#include "cuda/aldr.h"
 #include "cuda/betti_matching.h"
 #include "cuda/device.h"
 #include "cuda/lion_k.h"
@@ -92,6 +93,28 @@ void row_moments_ops(std::vector<Op>* ops, int64_t classes, int64_t inner) {
   ops->push_back({name + " backward", [=](void* s) {
                     (void)x, (void)labels, (void)moments, (void)out;
                     cuda::row_moments_backward(p, b, s);
+                  }});
+}
+
+void aldr_ops(std::vector<Op>* ops, int64_t classes, bool l1) {
+  constexpr int64_t kRows = 5;
+  auto x = std::make_shared<Memory>(kRows * classes * 4);
+  auto grad = std::make_shared<Memory>(kRows * classes * 4);
+  auto stats = std::make_shared<Memory>(aldr::kStatCount * kRows * 4);
+  auto factor = std::make_shared<Memory>(kRows * 4);
+  auto labels = std::make_shared<std::vector<int64_t>>(size_t(kRows), 1);
+  aldr::Problem p{};
+  p.rows = kRows, p.classes = classes, p.dtype = DType::kF32, p.x = x->at();
+  p.target = labels->data(), p.ignore_index = -100, p.l1 = l1;
+  p.lambda0 = p.alpha = 1, p.margin = 0.1;
+  const std::string name = "ALDR " + std::to_string(classes);
+  ops->push_back({name + " forward", [=](void* s) {
+                    (void)x, (void)labels;
+                    cuda::aldr_forward(p, stats->at(), factor->at(), grad->at(), s);
+                  }});
+  ops->push_back({name + " backward", [=](void* s) {
+                    (void)x, (void)labels;
+                    cuda::aldr_backward(p, stats->at(), factor->at(), grad->at(), s);
                   }});
 }
 
@@ -274,6 +297,8 @@ int main() {
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
   row_moments_ops(&ops, 40, 1);
   row_moments_ops(&ops, 5, 40);
+  aldr_ops(&ops, 40, false);
+  aldr_ops(&ops, 5000, true);
   margin_shifts(&ops, 40, {0, 1, 40});
   margin_shifts(&ops, 5000, {0, 1, 5000});
   margin_shifts(&ops, 41, {0, 5, 1});

@@ -185,6 +185,59 @@ void check(std::mt19937_64& rnd) {
   }
 }
 
+// What the step is given the random numbers of: seed, step, place of the tensor in the list, and
+// element, in the second block of a tensor too. Bits as the common code has them.
+template <class T>
+void check_bits(DType t, bool on_device) {
+  const int64_t n = 5001;
+  const float step = 8;
+  std::vector<char> x(size_t(n * 2)), g(size_t(n * 2)), given(size_t(n * 4));
+  std::vector<char> m(size_t(n * 2)), other_m(size_t(n * 2));
+  for (int64_t i = 0; i < n; ++i) set(t, &x, i, 1 + double(i) / 7);
+  const std::vector<char> before = x;
+  std::vector<char> other = x;
+  const lion_k::Tensor tensors[] = {
+      {other.data(), g.data(), other_m.data(), given.data(), nullptr, n, 4},
+      {x.data(), g.data(), m.data(), given.data(), nullptr, n, 9}};
+  lion_k::Problem p{};
+  p.tensors = tensors, p.count = 2, p.x_dtype = p.g_dtype = p.m_dtype = t;
+  p.options.kappa = Kappa::kGiven, p.options.rounding = Rounding::kStochastic;
+  p.options.lr = 0.01, p.options.weight_decay = 0.5, p.options.seed = 77, p.options.step = 3;
+  cuda::lion_k_step(p, {nullptr, nullptr, on_device ? &step : nullptr}, nullptr);
+  const uint32_t key = lion_k::tensor_key(77, on_device ? 8 : 3, 9);
+  const float decay = lion_k::factors<float>(p.options, p.options.lr).decay;
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float kept = to_float(reinterpret_cast<const T*>(before.data())[i]) * decay;
+    const T want = lion_k::round_stochastic(T{}, kept, lion_k::random_bits(key, uint32_t(i)));
+    wrong += reinterpret_cast<const T*>(x.data())[i].bits != want.bits;
+  }
+  require(wrong == 0, "the random bits of a step");
+  require(other != x, "two tensors have the same random numbers");
+}
+
+// Infinity has nothing to round, and a number that overflows its type nothing to make up for.
+void check_overflow() {
+  std::vector<char> x(2), zero(8), rest(2), given(4);
+  set(DType::kF16, &x, 0, 60000), set(DType::kF32, &given, 0, -20000);
+  const lion_k::Tensor tensor{x.data(), zero.data(), zero.data(), given.data(), rest.data(), 1, 0};
+  lion_k::Problem p{};
+  p.tensors = &tensor, p.count = 1, p.x_dtype = p.g_dtype = p.m_dtype = DType::kF16;
+  p.options.kappa = Kappa::kGiven, p.options.rounding = Rounding::kCompensated, p.options.lr = 1;
+  cuda::lion_k_step(p, {}, nullptr);
+  require(std::isinf(get(DType::kF16, x, 0)), "the overflow of a half type");
+  require(get(DType::kF16, rest, 0) == 0, "the compensation of what has overflowed");
+  for (const DType t : {DType::kBF16, DType::kF16}) {
+    std::vector<char> many(32), none(32);
+    for (int64_t i = 0; i < 16; ++i) set(t, &many, i, HUGE_VAL);
+    const lion_k::Tensor infinite{many.data(), none.data(), none.data(), nullptr, nullptr, 16, 0};
+    p.tensors = &infinite, p.x_dtype = p.g_dtype = p.m_dtype = t;
+    p.options.kappa = Kappa::kL1, p.options.rounding = Rounding::kStochastic;
+    cuda::lion_k_step(p, {}, nullptr);
+    for (int64_t i = 0; i < 16; ++i) require(std::isinf(get(t, many, i)), "rounded infinity");
+  }
+}
+
 // The mean of many roundings is the number that was rounded.
 void check_mean() {
   for (const DType t : {DType::kBF16, DType::kF16}) {
@@ -213,6 +266,11 @@ int main(int argc, char** argv) {
   std::mt19937_64 rnd(argc > 2 ? uint64_t(std::atoll(argv[2])) : 0);
   for (int64_t i = 0; i < cases; ++i) check(rnd);
   check_mean();
+  for (const bool on_device : {false, true}) {
+    check_bits<BF16>(DType::kBF16, on_device);
+    check_bits<F16>(DType::kF16, on_device);
+  }
+  check_overflow();
   std::printf("%lld problems, %lld checks, %lld failed\n", (long long)cases, (long long)checked,
               (long long)failed);
   return failed != 0 || checked == 0;

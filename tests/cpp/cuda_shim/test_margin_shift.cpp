@@ -67,7 +67,7 @@ void check(std::mt19937_64& rnd, int64_t number_of_problem) {
             : std::is_same_v<T, BF16> ? DType::kBF16
                                       : DType::kF16;
   p.squared = below(2) != 0;
-  p.ignore_index = -100;
+  p.ignore_index = below(2) ? -100 : 0;
   const int64_t vector = 16 / int64_t(sizeof(T)), rows = p.rows();
   Strides s[4];  // x, adv, dx, dadv
   const int kind = int(below(3));
@@ -91,7 +91,7 @@ void check(std::mt19937_64& rnd, int64_t number_of_problem) {
   std::vector<int64_t> target(size_t(rows) + 1);
   std::vector<R> g(size_t(rows) + 1);
   for (int64_t r = 0; r < rows; ++r) {
-    target[size_t(r)] = below(8) == 0    ? -100
+    target[size_t(r)] = below(8) == 0    ? p.ignore_index
                         : below(20) == 0 ? p.classes + below(3)
                                          : below(p.classes);
     g[size_t(r)] = R(normal(rnd));
@@ -141,9 +141,9 @@ void check(std::mt19937_64& rnd, int64_t number_of_problem) {
         return size_t(r / p.inner * t.outer + r % p.inner * t.inner + c * t.cls);
       };
       const int64_t y = target[size_t(r)];
-      const bool labelled = y >= 0 && y < p.classes;
-      std::vector<double> d(size_t(p.classes), y == -100 ? 0 : std::nan(""));
-      double squares = labelled || y == -100 ? 0 : std::nan(""), total = 0;
+      const bool labelled = y >= 0 && y < p.classes && y != p.ignore_index;
+      std::vector<double> d(size_t(p.classes), y == p.ignore_index ? 0 : std::nan(""));
+      double squares = labelled || y == p.ignore_index ? 0 : std::nan(""), total = 0;
       const auto e = [&](int64_t c) { return number(adv[at(s[1], c)]) - number(x[at(s[0], c)]); };
       for (int64_t c = 0; labelled && c < p.classes; ++c) {
         d[size_t(c)] = e(y) - e(c);
