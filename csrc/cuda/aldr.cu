@@ -108,7 +108,7 @@ __device__ void fill(T* out, int classes, RealOf<T> value) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTeam)
+__global__ void __launch_bounds__(kTeam, 1)
     aldr_fwd_kernel(Problem p, RealOf<T>* stats, const RealOf<T>* factor, T* grad, int kept) {
   using R = RealOf<T>;
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
