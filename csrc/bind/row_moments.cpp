@@ -4,7 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bind/args.h"
+#include "bind/logits.h"
 #include "bind/register.h"
 #if PYLOSS_WITH_CUDA
 #include "bind/on_device.h"
@@ -19,30 +19,12 @@ namespace {
 PYLOSS_RECORD(Problem, sizes, dtype, x, x_strides, target, target_dtype, ignore_index);
 PYLOSS_RECORD(Backward, moments, grad, out, out_strides);
 
-template <class Record>
-Strides strides(const Reader<Record>& r, typename Record::Field f, const row_moments::Problem& p) {
-  const auto s = r.template strides<3>(f, {p.outer, p.classes, p.inner});
-  return {s[0], s[1], s[2]};
-}
-
 row_moments::Problem decode(const py::handle& record) {
   const Reader<Problem> r(record);
   row_moments::Problem p{};
-  const auto sizes = r.integers<3>(Problem::sizes);
-  p.outer = sizes[0];
-  p.classes = sizes[1];
-  p.inner = sizes[2];
-  const int64_t n = checked_count("input", {p.outer, p.classes, p.inner});
-  const int64_t rows = checked_count("target", {p.outer, p.inner, row_moments::kCount});
-  if (p.classes > INT32_MAX) r.bad(Problem::sizes, "more than 2^31 - 1 classes");
-  if (p.classes == 0 && rows > 0) r.bad(Problem::sizes, "rows without classes");
-  p.dtype = r.floating(Problem::dtype);
-  p.x = r.pointer(Problem::x, n);
-  p.x_strides = strides(r, Problem::x_strides, p);
-  p.target = r.pointer(Problem::target, rows);
-  p.target_dtype = r.dtype(Problem::target_dtype);
-  if (is_float(p.target_dtype)) r.bad(Problem::target_dtype, "not an integer dtype");
-  p.ignore_index = r.integer(Problem::ignore_index);
+  decode_logits(r, p);
+  checked_count("moments", {p.outer, p.inner, row_moments::kCount});
+  decode_labels(r, p);
   return p;
 }
 

@@ -7,7 +7,7 @@
 #include <array>
 #include <cmath>
 
-#include "bind/args.h"
+#include "bind/logits.h"
 #include "bind/register.h"
 #include "cpu/row_softmax.h"
 #if PYLOSS_WITH_CUDA
@@ -28,13 +28,6 @@ PYLOSS_RECORD(Problem, sizes, dtype, x, x_strides, target, target_dtype, target_
 PYLOSS_RECORD(Forward, loss, loss_dtype, stats, norm, extras, index, grad, grad_strides);
 PYLOSS_RECORD(Backward, grad_loss, grad_extras, stats, norm, extras, grad, grad_strides);
 PYLOSS_RECORD(Hvp, v, v_strides, grad_rows, grad_grad_extras);
-
-// Strides of a field that has the shape of the logits.
-template <class Record>
-Strides strides(const Reader<Record>& r, typename Record::Field f, const RowSoftmaxProblem& p) {
-  const auto s = r.template strides<3>(f, {p.outer, p.classes, p.inner});
-  return {s[0], s[1], s[2]};
-}
 
 RowSoftmaxOptions decode_options(const Reader<Options>& o, const Reader<Codes>& c,
                                  int64_t classes) {
@@ -64,17 +57,7 @@ RowSoftmaxProblem decode(const py::handle& record) {
   const Reader<Problem> r(record);
   const auto codes = r.record<Codes>(Problem::codes);
   RowSoftmaxProblem p{};
-  const auto sizes = r.integers<3>(Problem::sizes);
-  p.outer = sizes[0];
-  p.classes = sizes[1];
-  p.inner = sizes[2];
-  const int64_t n = checked_count("input", {p.outer, p.classes, p.inner});
-  const int64_t rows = checked_count("target", {p.outer, p.inner});
-  if (p.classes > INT32_MAX) r.bad(Problem::sizes, "more than 2^31 - 1 classes");
-  if (p.classes == 0 && rows > 0) r.bad(Problem::sizes, "rows without classes");
-  p.dtype = r.floating(Problem::dtype);
-  p.x = r.pointer(Problem::x, n);
-  p.x_strides = strides(r, Problem::x_strides, p);
+  const int64_t n = decode_logits(r, p), rows = p.rows();
   p.kind = codes.code<TargetKind>(Codes::kind, 3);
   p.target = r.pointer(Problem::target, p.kind == TargetKind::kDense ? n : rows);
   p.target_dtype = r.dtype(Problem::target_dtype);
