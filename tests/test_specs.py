@@ -84,7 +84,7 @@ WITHOUT_SPEC = {
     "GatedFlops": "the result of gated_flops",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
     "LionKLyapunov": "the result of lion_k_lyapunov",
-    "LyapunovMonitor": "records of a run: tests/test_lion_k.py",
+    "LyapunovMonitor": "records of a run: tests/test_lion_k_theory.py",
     "OPISCurves": "the result of opis",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",
