@@ -6,9 +6,9 @@ A sanitizer slows a program down many times, so this is not the test suite: few 
 of kernel (short, long, split, strided and misaligned rows, in-place, soft targets, second
 derivative), the chunks and tiles of linear_cross_entropy, whose buffers are shared and cut, tensor
 attention by rows, by pairs and with masks, the gathers and scans of its low-rank form, sweeps and
-blocks of similarity_softmax, every op of sorting_network, in all its kernels, Betti matching and
-the permutahedron. Each result is compared with the reference or with the CPU; exit status 1 if one
-differs.
+blocks of similarity_softmax, every op of sorting_network, in all its kernels, Betti matching, the
+permutahedron, the other losses of rows with a label, and steps of Lion-K. Each result is compared
+with the reference or with the CPU; exit status 1 if one differs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def errors(device: str) -> Iterator[tuple[str, float]]:
         _betti_errors,
         _permutahedron_errors,
         _row_errors,
-        _moments_errors,
+        _labelled_errors,
+        _optimiser_errors,
         _linear_errors,
         _sorting_errors,
         _attention_errors,
@@ -197,18 +198,49 @@ def _permutahedron_errors(device: str) -> Iterator[tuple[str, float]]:
                 yield f"permutahedron {op.__name__} {kind} {shape}", error / 1e-10
 
 
-def _moments_errors(device: str) -> Iterator[tuple[str, float]]:
-    """Against the CPU in float64: adjacent classes, unaligned rows, a tile of positions."""
-    from pyloss import functional
+# Adjacent classes, unaligned rows, a tile of positions.
+POSITIONS = ((5, 33), (3, 20001), (2, 21, 40))
 
-    for shape in ((5, 33), (3, 20001), (2, 21, 40)):
-        g = torch.Generator().manual_seed(1)
-        x = torch.randn(shape, generator=g, dtype=torch.float64)
-        y = torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
-        fn = lambda t, y=y: functional.spherical_z_loss(t, y.to(t.device))  # noqa: E731
-        want, found = (_with_gradients(fn, x.to(at)) for at in ("cpu", device))
-        error = max(_distance(a, b) for a, b in zip(found, want))
-        yield f"moments {shape}", error / 1e-10
+
+def _labelled_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against the CPU in float64. ALDR: two searches may end a step apart."""
+    from pyloss import functional as F
+
+    losses: tuple[tuple[str, Callable[..., Tensor], Any, float], ...] = (
+        ("moments", F.spherical_z_loss, POSITIONS, 1e-10),
+        ("margin shift", lambda t, y: F.margin_shift(t, t.flip(1), y).sum(), POSITIONS, 1e-10),
+        ("aldr", F.aldr_loss, POSITIONS[:2], 1e-6),
+    )
+    for name, loss, shapes, limit in losses:
+        for shape in shapes:
+            g = torch.Generator().manual_seed(1)
+            x = torch.randn(shape, generator=g, dtype=torch.float64)
+            y = torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+            fn = lambda t, y=y, loss=loss: loss(t, y.to(t.device))  # noqa: E731
+            want, found = (_with_gradients(fn, x.to(at)) for at in ("cpu", device))
+            error = max(_distance(a, b) for a, b in zip(found, want))
+            yield f"{name} {shape}", error / limit
+
+
+def _optimiser_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Two steps of Lion-K against the CPU: more tensors than one launch takes, unaligned ones."""
+    from pyloss.optim import LionK
+
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for kappa in ("l1", "smooth"):
+            ends = []
+            for at in ("cpu", device):
+                g = torch.Generator().manual_seed(1)
+                drawn = [torch.randn(n, generator=g).to(dtype) for n in (5000, *[7] * 70)]
+                parameters = [t.to(at).requires_grad_() for t in drawn]
+                args = {"e": 0.5} if kappa == "smooth" else {}
+                optimizer = LionK(parameters, 0.01, weight_decay=0.5, kappa=kappa, kappa_args=args)
+                for _ in range(2):
+                    for p in parameters:
+                        p.grad = torch.randn(len(p), generator=g).to(p)
+                    optimizer.step()
+                ends.append(torch.cat([p.detach().cpu().double() for p in parameters]))
+            yield f"lion_k {kappa} {dtype}", _distance(ends[1], ends[0]) / limit
 
 
 # Heads, n, d, options; whether there are masks: bool of (i, j), float with a gradient of (i, k).
