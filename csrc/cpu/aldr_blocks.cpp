@@ -9,16 +9,6 @@ namespace pyloss {
 namespace {
 
 template <class R>
-PYLOSS_INLINE R sum_lanes(const R* acc) {
-  R t[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) t[l] = acc[l];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) t[l] += t[l + half];
-  }
-  return t[0];
-}
-
-template <class R>
 PYLOSS_INLINE void scan_of(const R* z, int64_t n, R* sum, R* top) {
   R acc[kLanes] = {}, most[kLanes];
   for (int64_t l = 0; l < kLanes; ++l) most[l] = -infinity_<R>();

@@ -18,6 +18,14 @@ def summed(each: Tensor) -> Tensor:
     return each.sum()
 
 
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    """As reduction says, each (N,); the mean of nothing is NaN."""
+    if reduction == "none":
+        return each
+    total = summed(each)
+    return total / each.shape[0] if reduction == "mean" else total
+
+
 def log_summed(z: Tensor) -> Tensor:
     """The logarithm of the sum of e^z, z (N,), likewise."""
     if z.shape[0] > _MANY:

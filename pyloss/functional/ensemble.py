@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._sums import summed
+from pyloss.functional._sums import reduced
 from pyloss.ops._launch import accumulator_dtype
 
 _LEAST = 1e-6  # magnitude of a derivative: they are strictly negative
@@ -160,13 +160,13 @@ def ens_loss(
     """
     check_options(bc_lambda=bc_lambda, tail=tail, reduction=reduction, generator=generator)
     z, dtype = margins(input, target)
-    return _reduced(_derivatives(z, bc_lambda, tail, generator, noise) * z, reduction, dtype)
+    return reduced(_derivatives(z, bc_lambda, tail, generator, noise) * z, reduction).to(dtype)
 
 
 def binary_cross_entropy(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     """Of the same arguments: what the module shows of a model that is not trained."""
     z, dtype = margins(input, target)
-    return _reduced(F.softplus(-z), reduction, dtype)
+    return reduced(F.softplus(-z), reduction).to(dtype)
 
 
 def margins(input: Tensor, target: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -196,10 +196,3 @@ def _check_scores(name: str, x) -> None:
     checks.check_supported("ens_loss", x)
     if not (x.dim() == 1 or (x.dim() == 2 and x.shape[1] == 1)):
         raise ValueError(f"{name} must be (N,) or (N, 1), got {list(x.shape)}")
-
-
-def _reduced(each: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    if reduction == "none":
-        return each.to(dtype)
-    total = summed(each)
-    return (total / each.numel() if reduction == "mean" else total).to(dtype)

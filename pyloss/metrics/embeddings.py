@@ -12,12 +12,11 @@ from pyloss.functional._embeddings import (
     alike,
     check_labels,
     check_rows,
-    log_summed,
     prepared,
     similarity_softmax,
-    summed,
     without_autocast,
 )
+from pyloss.functional._sums import log_summed, reduced, summed
 from pyloss.metrics import _embeddings as pairs
 
 _LOWEST = -1e30  # in place of -inf: what it is multiplied by may be 0
@@ -240,7 +239,7 @@ def alignment(
     each = torch.linalg.vector_norm(prepared(x, normalize) - prepared(y, normalize), dim=1).pow(
         alpha
     )
-    return _reduced(each, reduction)
+    return reduced(each, reduction)
 
 
 @torch.no_grad()
@@ -301,11 +300,4 @@ def penalty_entropy(
         q = prepared(queries, normalize)
         k = q if keys is None else prepared(keys, normalize)
         found = similarity_softmax(q, k, 1 / temperature, first=0, mean=True)
-        return _reduced(found.lse - found.mean, reduction)
-
-
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return each
-    total = summed(each)
-    return total / each.shape[0] if reduction == "mean" else total
+        return reduced(found.lse - found.mean, reduction)
