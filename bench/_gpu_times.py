@@ -221,12 +221,44 @@ def _other_cases(device: str, quick: bool) -> Iterator[Timed]:
     yield Timed("permutahedron fwd+bwd 64x1024", lambda: permutahedron(b, n))
 
 
+def _later_cases(device: str, quick: bool) -> Iterator[Timed]:
+    """Row losses that are not plain cross entropy, at one vocabulary, and an optimiser's step."""
+    import pyloss
+
+    n, classes = (4, 60) if quick else (2048, 32000)
+
+    def row_loss(loss: Callable[..., Tensor], count: int) -> Any:
+        y = torch.randint(classes, (n,), device=device)
+        logits = [torch.randn((n, classes), device=device).to(BF16) for _ in range(count)]
+        return _step(lambda *x: loss(*x, y).sum(), *logits, backward=True)
+
+    size = 2.0 * n * classes
+    for name, loss, passes, count in (
+        ("aldr", pyloss.functional.aldr_loss, 4, 1),
+        ("spherical z", pyloss.functional.spherical_z_loss, 3, 1),
+        ("margin shift", pyloss.functional.margin_shift, 6, 2),
+    ):
+        call = functools.partial(row_loss, loss, count)
+        yield Timed(f"{name} fwd+bwd 2048x32000", call, size * passes)
+
+    tensors, length = (3, 5) if quick else (200, 500_000)
+
+    def step() -> Any:
+        parameters = [torch.randn(length, device=device) for _ in range(tensors)]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        return pyloss.optim.LionK(parameters, lr=1e-4).step
+
+    yield Timed("lion_k step 10^8", step, bytes=20.0 * tensors * length)
+
+
 def cases(device: str, quick: bool) -> Iterator[Timed]:
     yield from _yardsticks(device, quick)
     yield from _row_cases(device, quick)
     yield from _attention_cases(device, quick)
     yield from _pair_cases(device, quick)
     yield from _other_cases(device, quick)
+    yield from _later_cases(device, quick)
     yield from _linear_cases(device, quick)
 
 

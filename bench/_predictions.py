@@ -186,6 +186,26 @@ def _seconds() -> dict[str, float]:
         "betti fwd+bwd 8x512x512 noise": 145 * LAUNCH + 90 * 8 * 2**21 / COPY + 3e-3,
         "betti fwd+bwd ramp of 10^6": 1400 * LATENCY + 2000 * 2e-6 + 145 * LAUNCH,
         "permutahedron fwd+bwd 64x1024": 1024 * (200 + 150) / CLOCK + 10 * LAUNCH,
+        **_later_seconds(),
+    }
+
+
+def _later_seconds() -> dict[str, float]:
+    """Bytes and operations of bench/_kernel_table.py, every pass over what no cache holds.
+
+    Instructions of a lane: two for an operation, with the conversions, and four for an exponential.
+    """
+    n, lanes = 2048 * 32000, 128 * CLOCK * MULTIPROCESSORS
+
+    def passes(moved: float, instructions: float) -> float:
+        return soft_max(n * moved / COPY, n * instructions / lanes)
+
+    search = 5  # passes of ALDR's Newton steps over a row that lies in shared memory
+    return {
+        "aldr fwd+bwd 2048x32000": passes(4, search * 24 + 20) + passes(4, 4) + 4 * LAUNCH,
+        "spherical z fwd+bwd 2048x32000": passes(2, 10) + passes(4, 6) + 4 * LAUNCH,
+        "margin shift fwd+bwd 2048x32000": passes(4, 14) + passes(8, 12) + 4 * LAUNCH,
+        "lion_k step 10^8": 20 * 1e8 / COPY + 4 * LAUNCH,
     }
 
 

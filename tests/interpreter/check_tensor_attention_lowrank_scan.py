@@ -171,7 +171,9 @@ def test_the_op_runs_them(causal, windows):
         close(a, b, 1e-4)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize(
+    "at_once", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 4))]
+)
 def test_groups_of_heads(monkeypatch, at_once):
     """Whatever fits the scratch at once: one key head, those of a batch, several batches."""
     q, keys, values, masks = problem(9, (9, 9), 3, 2, (4, 2), 2, (0, 1))
