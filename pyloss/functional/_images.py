@@ -215,8 +215,6 @@ def check_spatial_dims(spatial_dims) -> int:
         raise TypeError(f"spatial_dims must be an integer, got {given!r}")
     if spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
-    if spatial_dims == 3:
-        raise NotImplementedError("Betti matching has 1 or 2 spatial dimensions so far, got 3")
     return spatial_dims
 
 

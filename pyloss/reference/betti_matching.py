@@ -362,9 +362,9 @@ def dense_loss_terms(
         return torch.where(rows[..., 0] < 0, 0.0, found)  # nothing infinite where no row is
 
     def by_dim(rows, values):
-        zero = values.new_zeros(())
-        each = [torch.where(rows[..., 0] == d, values, zero).sum(1) for d in range(dim_count)]
-        return torch.stack(each, -1)
+        # No mask by dimension: 0 times an infinite slope would be NaN. Column 0 is of no row.
+        zeros = values.new_zeros(values.shape[0], dim_count + 1)
+        return zeros.scatter_add(1, rows[..., 0] + 1, values)[:, 1:]
 
     ends = [take(input, matched, 1), take(input, matched, 2)]
     ends += [take(target, matched, 3), take(target, matched, 4)]
@@ -413,6 +413,16 @@ def essential_rows(input: Tensor, target: Tensor, superlevel: bool) -> Tensor:
     none = torch.full_like(item, -1)
     voxel = [item, torch.zeros_like(item), a, none, b, none]
     return torch.stack([*voxel, a, none, b, none, none, none], 1).cpu()
+
+
+def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
+    """Edges of the reduced boundaries of 3D squares, each the death of a bar of dimension 1."""
+    f = Filtration(image)
+    found = {
+        cell_id(f.shape, square): [cell_id(f.shape, edge) for edge in edges]
+        for square, edges in reduced_columns(f, f, 1).items()
+    }
+    return [found[square] for square in squares]
 
 
 def betti_numbers(mask: Tensor) -> list[int]:

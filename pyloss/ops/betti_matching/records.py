@@ -25,7 +25,7 @@ class Options(NamedTuple):
     matched_weight: float
     unmatched_weight: float
     dim_weight0: float
-    dim_weight1: float
+    dim_weight1: float = 1.0  # of dimensions that an image does not have: unused
     dim_weight2: float = 1.0
 
 

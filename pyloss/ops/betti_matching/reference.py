@@ -63,6 +63,10 @@ def matching(
     return tuple(t.to(input.device) for t in found)
 
 
+def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
+    return formulas().loops(image, squares)
+
+
 def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
     if not _forced():
         return cpu.elsewhere(cpu.pairs)(input, superlevel, dims, essential)
