@@ -31,7 +31,8 @@ from pyloss.ops.betti_matching.records import (
     common_dtype,
     dim_weights,
     pair,
-    wanted,
+    weighty,
+    weighty_dims,
 )
 
 
@@ -137,10 +138,10 @@ def _dense_terms(input: Tensor, target: Tensor, o: Options, target_weight: float
     x, y = pair(input, target)
     spatial = x.dim() - 2
     a, b = x.flatten(0, 1), y.flatten(0, 1)
-    tables = _weighty(
+    tables = weighty(
         o, target_weight,
         _ops.betti_matching_dense(
-            a.detach(), b.detach(), bool(o.superlevel), _weighty_dims(o, spatial), bool(o.essential)
+            a.detach(), b.detach(), bool(o.superlevel), weighty_dims(o, spatial), bool(o.essential)
         ),
     )  # fmt: skip
     columns = reference.formulas().dense_loss_terms(
@@ -170,22 +171,12 @@ def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:
     return torch.where(weights == 0, 0.0, terms * weights).sum((2, 3))
 
 
-def _weighty_dims(o: Options, spatial: int) -> list[int]:
-    return [d for d in wanted(int(o.dims)) if d < spatial and dim_weights(o)[d] != 0]
-
-
-def _weighty(o: Options, target_weight: float, tables) -> list[Tensor]:
-    """Tables of rows without those of weight 0: 0 times an infinite slope would be NaN."""
-    weights = (o.matched_weight, o.unmatched_weight, target_weight)
-    return [t if w != 0 else t[..., :0, :] for t, w in zip(tables, weights)]
-
-
 def composed_terms(input: Tensor, target: Tensor, o: Options, target_weight: float) -> Tensor:
     """The loss terms (N, C, D, 3) as torch operations on the matching's rows; 0 where the weight
     is 0."""
     x, y = pair(input, target)
     spatial = x.dim() - 2
-    dims = _weighty_dims(o, spatial)
+    dims = weighty_dims(o, spatial)
     with torch.no_grad():
         a, b = x.detach().flatten(0, 1), y.detach().flatten(0, 1)
         tables = list(_ops.betti_matching(a, b, bool(o.superlevel), dims))
@@ -193,7 +184,7 @@ def composed_terms(input: Tensor, target: Tensor, o: Options, target_weight: flo
             rows = reference.formulas().essential_rows(a, b, bool(o.superlevel))
             tables[0] = torch.cat([tables[0], rows.to(tables[0].device)])
     terms = loss_terms(
-        x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), *_weighty(o, target_weight, tables),
+        x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), *weighty(o, target_weight, tables),
         dim_count=spatial, **reference.terms_options(o),
     )  # fmt: skip
     return terms.view(*x.shape[:2], spatial, TERMS)
