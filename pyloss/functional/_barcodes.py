@@ -172,8 +172,7 @@ class BettiMatching:
     def _check_place(self, item: int, dim: int) -> None:
         if checks.checked_integer("dim", dim) not in range(len(self._shape)):
             raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
-        if checks.checked_integer("item", item) not in range(self._input.shape[0]):
-            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
+        images.check_item(item, self._input.shape[0])
 
     def loss(
         self,

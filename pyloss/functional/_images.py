@@ -282,6 +282,11 @@ def check_padding(padding) -> None:
         raise ValueError("padding must not be NaN: it would poison every bar")
 
 
+def check_item(item, items: int) -> None:
+    if checks.checked_integer("item", item) not in range(items):
+        raise IndexError(f"item must be in 0..{items - 1}, got {item}")
+
+
 def check_sequence(name: str, values, of: str) -> None:
     if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
         raise TypeError(f"{name} must be a sequence of {of} or None, got {values!r}")
