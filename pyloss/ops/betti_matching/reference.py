@@ -69,8 +69,8 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
         with torch.enable_grad():
             leaf = a.detach().requires_grad_()
             total = (terms(leaf, counted) * weight * scale).sum()
-            (grad,) = torch.autograd.grad(total, leaf)
-    return terms(a, tables).view(*x.shape[:2], spatial, TERMS), grad.view_as(x).to(input.dtype)
+            grad = torch.autograd.grad(total, leaf)[0].view_as(x)
+    return terms(a, tables).view(*x.shape[:2], spatial, TERMS), grad.to(input.dtype)
 
 
 def matching(
