@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +197,7 @@ def check_options(
     check_choice("filtration", filtration, (*FILTRATIONS, "both"))
     check_choice("unmatched", unmatched, UNMATCHED)
     check_choice("reduction", reduction, checks.REDUCTIONS)
-    if activation is not None:
+    if activation is not None and not callable(activation):
         check_choice("activation", activation, _ACTIVATIONS)
     check_not_negative(
         matched_weight=matched_weight, unmatched_weight=unmatched_weight,
@@ -228,7 +228,7 @@ def betti_matching_loss(
     essential: bool = False,
     padding: str | float | None = None,
     include_background: bool = True,
-    activation: str | None = None,
+    activation: str | Callable[[Tensor], Tensor] | None = None,
     ignore_index: int | None = None,
     spatial_dims: int | None = None,
     reduction: str = "mean",
@@ -261,7 +261,8 @@ def betti_matching_loss(
         essential: also matches the oldest components, by their birth.
         padding: as for :func:`pyloss.betti_matching`.
         include_background: False leaves out channel 0 if there are others.
-        activation: ``None``, ``"sigmoid"`` or ``"softmax"`` (over the channels) for ``input``.
+        activation: ``None``, ``"sigmoid"`` or ``"softmax"`` (over the channels) for ``input``, or a
+            function that takes it and keeps its shape.
         ignore_index: voxels of this class take no part. In both images they get the value that
             enters last, a constant: 0 for superlevel sets, 1 for sublevel sets, or the last of the
             voxels that count where that is further out. What they divide stays divided until then;
@@ -385,9 +386,16 @@ def _channels_of(target, input, ignore_index, spatial) -> tuple[Tensor, Tensor |
     return target, ignored
 
 
-def _activated(input: Tensor, activation: str | None) -> Tensor:
+def _activated(input: Tensor, activation: str | Callable[[Tensor], Tensor] | None) -> Tensor:
     if activation is None:
         return input
+    if callable(activation):
+        found = activation(input)
+        if found.shape != input.shape:
+            raise ValueError(
+                f"activation must keep the shape {list(input.shape)}, got {list(found.shape)}"
+            )
+        return found
     if activation == "softmax" and input.shape[1] == 1:
         raise ValueError("softmax over one channel is 1 everywhere: use activation='sigmoid'")
     return input.sigmoid() if activation == "sigmoid" else input.softmax(1)

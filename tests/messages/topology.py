@@ -85,6 +85,8 @@ ROWS = (
     refused(ValueError, "alpha must be finite and >= 0, got -1", pyloss.BettiMatchingLoss,
             alpha=-1),
     refused(TypeError, "alpha must be a number, got str", pyloss.BettiMatchingLoss, alpha="x"),
+    refused(ValueError, "activation must keep the shape [2, 1, 6, 5], got [2, 6, 5]",
+            LOSS, X, MASK, activation=lambda t: t[:, 0]),
     # Numbers and bools of numpy
     accepted(LOSS, X, MASK, min_persistence=(np.float32(0.25), 0.25), weight=(np.ones(2), None),
              matched_weight=(np.int64(2), 2), unmatched_weight=(np.float64(0.5), 0.5),
