@@ -83,10 +83,10 @@ class Numbers {
   // integer.
   uint32_t voxel(uint32_t v) const {
     if (dims_ < 3) return v - uint32_t((v + 0.5) * inverse_) - cols_;
-    const uint32_t slice = uint32_t((v + 0.5) * slice_inverse_);
-    const uint32_t in_slice = v - slice * slice_stride_;
-    const uint32_t row = uint32_t((in_slice + 0.5) * inverse_);
-    return (slice - 1) * (rows_ * cols_) + in_slice - row;
+    const uint32_t w = v - slice_stride_ - stride_ - 1;
+    const uint32_t slice = uint32_t((w + 0.5) * slice_inverse_);
+    const uint32_t in_slice = w - slice * slice_stride_;
+    return slice * (rows_ * cols_) + in_slice - uint32_t((in_slice + 0.5) * inverse_);
   }
   // Of a cell of dimension k.
   uint32_t cell(int k, uint32_t c) const {

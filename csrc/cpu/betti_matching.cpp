@@ -15,6 +15,7 @@
 
 #include "cpu/betti_image.h"
 #include "cpu/betti_item.h"
+#include "cpu/betti_volume.h"
 #include "cpu/parallel.h"
 
 namespace pyloss {
@@ -30,11 +31,13 @@ int64_t voxels_of(const Problem& batch) {
 
 template <class R>
 ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
-  return match_image<R>(batch, item, threads, slab);
+  return batch.dims == 3 ? match_volume<R>(batch, item, threads, slab)
+                         : match_image<R>(batch, item, threads, slab);
 }
 template <class R>
-ItemResult bars_of_item(const Problem& batch, int64_t item, int, Slab& slab) {
-  return bars_of_image<R>(batch, item, slab);
+ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
+  return batch.dims == 3 ? bars_of_volume<R>(batch, item, threads, slab)
+                         : bars_of_image<R>(batch, item, slab);
 }
 
 // fn(item, threads within it, slab). A slab serves one item after the other.
@@ -45,7 +48,7 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
     threads = int(std::max<int64_t>(batch.items, 1));
   }
   const bool outer = batch.items >= threads;
-  const size_t bytes = image_bytes(batch);
+  const size_t bytes = batch.dims == 3 ? volume_bytes(batch) : image_bytes(batch);
   std::mutex mutex;
   std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
