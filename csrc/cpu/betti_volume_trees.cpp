@@ -189,22 +189,14 @@ void each_row_of_cubes(const Lattice& l, Fn&& fn) {
   }
 }
 
-}  // namespace
-
-void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
-              Slab& slab) {
-  if (!l.has_cubes()) return;
-  const uint32_t* rank = o.rank.get();
-  Array<uint32_t> parents(slab, l.size());
-  uint32_t* parent = parents.get();
-  std::fill(parent, parent + l.size(), 0);
-  each_row_of_cubes(l, [&](uint32_t begin, uint32_t count) {
-    for (uint32_t c = begin; c < begin + count; ++c) parent[c] = c;
-  });
+// Sets the parents of all cubes that pair within their star, of the voxels where use(v).
+template <class Use>
+void plant(const Stars& stars, const Lattice& l, uint32_t* parent, Use&& use) {
   const StarOffsets at(l);
   const StarTables& t = star_tables();
   l.each_row([&](uint32_t begin, uint32_t) {
     for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (!use(v)) continue;
       const uint32_t cubes = stars.cubes[v];
       for (uint32_t x = cubes; x; x &= x - 1) {
         const int c = __builtin_ctz(x), next = t.beyond[cubes][c];
@@ -212,6 +204,28 @@ void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<
       }
     }
   });
+}
+
+// Each cube by itself, all else with the outside.
+Array<uint32_t> single_cubes(const Lattice& l, Slab& slab) {
+  Array<uint32_t> parents(slab, l.size());
+  std::fill(parents.get(), parents.get() + l.size(), 0);
+  each_row_of_cubes(l, [&](uint32_t begin, uint32_t count) {
+    for (uint32_t c = begin; c < begin + count; ++c) parents[c] = c;
+  });
+  return parents;
+}
+
+}  // namespace
+
+void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
+              std::vector<uint32_t>& births, Slab& slab) {
+  if (!l.has_cubes()) return;
+  const uint32_t* rank = o.rank.get();
+  const Array<uint32_t> parents = single_cubes(l, slab);
+  uint32_t* parent = parents.get();
+  plant(stars, l, parent, [](uint32_t) { return true; });
+  const StarOffsets at(l);
   const auto rank_of = [&](uint32_t cube) {
     return cube ? rank[cube_voxel(rank, l, cube)] : kNone;
   };
@@ -229,8 +243,34 @@ void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<
                    parent[dead] = live;
                    const uint32_t owner = Square(l, s).owner(rank);
                    clear(stars, at, s, owner);
+                   births.push_back(s);
                    if (rank_dead != r) bars.push_back({s, dead, owner, cube_voxel(rank, l, dead)});
                  });
+}
+
+void clear_part(const Order& o, const Lattice& l, const Stars& part, const uint32_t* in_part,
+                const Stars& others, const std::vector<uint32_t>& births, Slab& slab) {
+  if (!l.has_cubes()) return;
+  const Array<uint32_t> parents = single_cubes(l, slab);
+  uint32_t* parent = parents.get();
+  plant(part, l, parent, [&](uint32_t v) { return in_part[v] != kNone; });
+  plant(others, l, parent, [&](uint32_t v) { return in_part[v] == kNone; });
+  const auto join = [&](uint32_t s) {
+    uint32_t a = find(parent, s / 3 - l.step[s % 3]), b = find(parent, s / 3);
+    if (a == b) return false;
+    parent[std::max(a, b)] = std::min(a, b);
+    return true;
+  };
+  for (uint32_t s : births) {
+    const Square square(l, s);
+    bool inside = true;
+    for (uint32_t v : square.corners) inside &= in_part[v] != kNone;
+    if (!inside) join(s);
+  }
+  const StarOffsets at(l);
+  in_order<true>(o, l, at.square, CriticalSquares{part.critical.get()}, [&](uint32_t s, uint32_t) {
+    if (join(s)) clear(part, at, s, Square(l, s).owner(in_part));
+  });
 }
 
 void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, const Stars& stars,

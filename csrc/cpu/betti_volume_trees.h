@@ -40,9 +40,13 @@ struct EdgeSet {
 void run_dim0(const Order& o, const Lattice& l, const Stars& stars, EdgeSet& negative,
               std::vector<Bar>& bars, Slab& slab);
 // The dual run. Squares that give birth are no longer critical afterwards: what is left of
-// `stars.critical` are columns of dimension 1.
+// `stars.critical` are columns of dimension 1; `births` receives what is not.
 void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
-              Slab& slab);
+              std::vector<uint32_t>& births, Slab& slab);
+// The same without bars for a part of a volume, given by its stars: squares that it has first, in
+// the order of `o`, then the others, of which these are the stars and the births.
+void clear_part(const Order& o, const Lattice& l, const Stars& part, const uint32_t* in_part,
+                const Stars& others, const std::vector<uint32_t>& births, Slab& slab);
 
 // Both again, with the other order of the image persistence beside their own.
 //
