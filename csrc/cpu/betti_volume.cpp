@@ -78,7 +78,7 @@ struct Images {
   bool target_rows_of_comparison = false;
   Order order[3];
   Stars stars[3];
-  EdgeSet negative[3];
+  Bits negative[3];
   std::vector<Bar> of_comparison[3];
   std::vector<uint32_t> births;  // of dimension 2, of the comparison image
 
@@ -102,7 +102,7 @@ struct Images {
     parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
       order[i] = sort_voxels(keys[i].get(), l, slab);
       stars[i] = make_stars(order[i].rank.get(), l, slab);
-      negative[i] = EdgeSet(l, slab);
+      negative[i] = Bits(size_t(l.size()) * 3, slab);
     });
   }
   // The images whose rows need runs of their own.
@@ -121,7 +121,7 @@ void Images::match_dim0(DimResult& r) {
       return run_dim0(order[i], l, stars[i], negative[i], i == kInput ? r.input : r.target, slab);
     // The runs of the comparison image find the same bars.
     std::vector<Bar> again;
-    EdgeSet unused(l, slab);
+    Bits unused(size_t(l.size()) * 3, slab);
     const bool first = i == kComparison;
     run_dim0_image(order[kComparison], order[i - 2], l, stars[kComparison],
                    first ? negative[kComparison] : unused, first ? bars : again, deaths[i - 2],
@@ -235,7 +235,7 @@ ItemResult bars_of_volume(const Problem& batch, int64_t item, int, Slab& slab) {
   }
   result.oldest_input = result.oldest_target = order.at(0);
   const Stars stars = make_stars(order.rank.get(), l, slab);
-  EdgeSet negative(l, slab);
+  Bits negative(size_t(l.size()) * 3, slab);
   DimResult* const dim = result.dim;
   run_dim0(order, l, stars, negative, dim[0].input, slab);
   if (batch.wanted(1) || batch.wanted(2)) {

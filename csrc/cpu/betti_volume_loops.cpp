@@ -103,7 +103,7 @@ class Column {
 class Reduction {
  public:
   // `negative`: edges to leave out; null: none.
-  Reduction(const Order& rows, const Lattice& l, const EdgeSet* negative, Slab& slab)
+  Reduction(const Order& rows, const Lattice& l, const Bits* negative, Slab& slab)
       : rank_(rows.rank.get()), l_(l), negative_(negative), pivots_(slab, size_t(l.size()) * 3) {
     std::fill(pivots_.get(), pivots_.get() + size_t(l.size()) * 3, kNone);
   }
@@ -210,7 +210,7 @@ class Reduction {
 
   const uint32_t* rank_;
   const Lattice& l_;
-  const EdgeSet* negative_;
+  const Bits* negative_;
   Array<uint32_t> pivots_;
   Column column_;
   std::vector<uint64_t> kept_;
@@ -275,7 +275,7 @@ struct Masks {
 
 }  // namespace
 
-void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSet& negative,
+void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const Bits& negative,
               std::vector<Bar>& bars, Slab& slab) {
   const uint32_t* rank = o.rank.get();
   const StarOffsets at(l);
@@ -290,7 +290,7 @@ void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSe
   });
 }
 
-void run_dim1_image(const Side& rows, const EdgeSet& negative, const Side& columns,
+void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
                     const std::vector<uint32_t>& births, const Lattice& l,
                     std::vector<ImagePair>& pairs, Slab& slab) {
   const uint32_t *rank = rows.order.rank.get(), *column_rank = columns.order.rank.get();

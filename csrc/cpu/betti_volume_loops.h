@@ -30,7 +30,7 @@ namespace cpu {
 namespace betti_volume {
 
 // Bars of dimension 1 of an image, in the order of deaths.
-void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSet& negative,
+void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const Bits& negative,
               std::vector<Bar>& bars, Slab& slab);
 
 // A critical square of the comparison image and the edge of the row image that pairs with it.
@@ -45,7 +45,7 @@ struct Side {
 // Rows of one image, of which `negative` is, and columns of the comparison image, of which `births`
 // are; pairs in the order of squares, without those of the comparison image's smallest value, which
 // are no bars of it.
-void run_dim1_image(const Side& rows, const EdgeSet& negative, const Side& columns,
+void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
                     const std::vector<uint32_t>& births, const Lattice& l,
                     std::vector<ImagePair>& pairs, Slab& slab);
 
