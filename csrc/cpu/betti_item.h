@@ -82,7 +82,7 @@ class Numbers {
   // Without a division: exact, since (v + 1/2) / stride is at least 1 / (2 stride) from any
   // integer.
   uint32_t voxel(uint32_t v) const {
-    if (dims_ < 3) return v - uint32_t((v + 0.5) * inverse_) - cols_;
+    if (dims_ < 3) return v;
     const uint32_t slice = uint32_t((v + 0.5) * slice_inverse_);
     const uint32_t in_slice = v - slice * slice_stride_;
     const uint32_t row = uint32_t((in_slice + 0.5) * inverse_);
@@ -91,7 +91,7 @@ class Numbers {
   // Of a cell of dimension k.
   uint32_t cell(int k, uint32_t c) const {
     if (k == 0 || (k == dims_ && k > 1)) return voxel(c);
-    if (dims_ < 3) return 2 * voxel(c >> 1) + (c & 1);
+    if (dims_ < 3) return c;
     return 3 * voxel(c / 3) + c % 3;
   }
 
