@@ -146,21 +146,6 @@ inline uint64_t from_right(const uint64_t* words, uint32_t at) {
   return words[at] >> 1 | words[at + 1] << 63;
 }
 
-// The cells of a word that have a local pair, by its direction.
-struct Directions {
-  uint64_t down, right, up, left, up_left;
-
-  Directions(const Walks& w, uint32_t at, uint64_t cells) {
-    const uint64_t go = cells & ~w.roots[at].cells;
-    const Steps& s = w.steps[at];
-    down = go & ~s.bit[0] & ~s.bit[1] & ~s.bit[2];
-    right = go & s.bit[0] & ~s.bit[1];
-    up = go & ~s.bit[0] & s.bit[1];
-    left = go & s.bit[0] & s.bit[1];
-    up_left = go & s.bit[2];
-  }
-};
-
 // Squares of which a voxel is in the set.
 inline uint64_t squares_with(const uint64_t* voxels, uint32_t at, uint32_t words) {
   return voxels[at] | from_right(voxels, at) | voxels[at + words] | from_right(voxels, at + words);
@@ -188,7 +173,7 @@ Events voxel_events(const Grid& g, const Planes& planes, const Planes* const oth
   for (uint32_t row = 1; row <= g.rows; ++row) {
     for (uint32_t w = 0; w < g.words; ++w) {
       const uint32_t at = row * g.words + w;
-      const Directions d(planes.voxels, at, Grid::below(w, g.cols));
+      const Directions& d = planes.voxels.directions[at];
       uint64_t need = 0;
       for (int i = 0; i < 2; ++i) {
         const Edges* const rises = others[i]->rises.get();
@@ -218,7 +203,7 @@ Events square_events(const Grid& g, const Planes& planes, const Planes& other, c
   for (uint32_t row = 1; row < g.rows; ++row) {
     for (uint32_t w = 0; w < g.words; ++w) {
       const uint32_t at = row * g.words + w;
-      const Directions d(planes.squares, at, Grid::below(w, g.cols - 1));
+      const Directions& d = planes.squares.directions[at];
       uint64_t need = (d.down & ~rises[at].down) | (d.right & ~rises[at].right) |
                       (d.up & rises[at - g.words].down) |
                       (d.left & from_left(rises, at, w == 0)) | d.up_left;
@@ -242,6 +227,36 @@ Events square_events(const Grid& g, const Planes& planes, const Planes& other, c
   return found;
 }
 
+namespace {
+
+// Cells of which the roots are asked for, a bunch at a time.
+template <class Fn>
+class Bunch {
+ public:
+  Bunch(const Walks& walks, const Grid& g, bool squares, Fn fn)
+      : walks_(walks), g_(g), squares_(squares), fn_(fn) {}
+  void add(uint32_t cell) {
+    cells_[n_++] = cell;
+    if (n_ == kSize) finish();
+  }
+  void finish() {
+    uint32_t roots[kSize];
+    find_roots(walks_, g_, squares_, cells_, n_, roots);
+    for (uint32_t i = 0; i < n_; ++i) fn_(cells_[i], roots[i]);
+    n_ = 0;
+  }
+
+ private:
+  static constexpr uint32_t kSize = 256;
+  const Walks& walks_;
+  const Grid& g_;
+  const bool squares_;
+  Fn fn_;
+  uint32_t n_ = 0, cells_[kSize];
+};
+
+}  // namespace
+
 template <class K>
 void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes,
                    const Planes* const others[2], const K* const keys[2]) {
@@ -249,6 +264,9 @@ void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes,
   for (int i = 0; i < 2; ++i) {
     const Edges* const rises = others[i]->rises.get();
     Age<K>* const label = f.label[i].get();
+    Bunch bunch(planes.voxels, g, false, [&](uint32_t v, uint32_t root) {
+      label[root] = std::min(label[root], age_of(keys[i][v], v));
+    });
     for (uint32_t row = 1; row <= g.rows; ++row) {
       for (uint32_t w = 0; w < g.words; ++w) {
         const uint32_t at = row * g.words + w;
@@ -258,13 +276,10 @@ void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes,
             low[at] & ~others[i]->highest[at] & ~(low[at - g.words] & rises[at - g.words].down) &
             ~(from_left(low, at) & from_left(rises, at, w == 0)) &
             ~(low[at + g.words] & ~rises[at].down) & ~(from_right(low, at) & ~rises[at].right);
-        each(count, 64 * at, [&](uint32_t v) {
-          uint32_t root;
-          find_roots(planes.voxels, g, &v, 1, &root);
-          label[root] = std::min(label[root], age_of(keys[i][v], v));
-        });
+        each(count, 64 * at, [&](uint32_t v) { bunch.add(v); });
       }
     }
+    bunch.finish();
   }
 }
 
@@ -273,6 +288,9 @@ void highest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Pla
                     const Edges* rises, const K* keys) {
   const uint64_t* const high = planes.highest.get();
   Age<K>* const label = f.label[0].get();
+  Bunch bunch(planes.squares, g, true, [&](uint32_t s, uint32_t root) {
+    label[root] = std::max(label[root], age_of(square_key(keys, g, s), s));
+  });
   for (uint32_t row = 1; row < g.rows; ++row) {
     for (uint32_t w = 0; w < g.words; ++w) {
       const uint32_t at = row * g.words + w, below = at + g.words;
@@ -287,13 +305,10 @@ void highest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Pla
       const uint64_t count = squares & ~(top & ~rises[at - g.words].down) &
                              ~(bottom & rises[at].down) &
                              ~(left & ~from_left(rises, at, w == 0)) & ~(right & rises[at].right);
-      each(count, 64 * at, [&](uint32_t s) {
-        uint32_t root;
-        find_roots(planes.squares, g, &s, 1, &root);
-        label[root] = std::max(label[root], age_of(square_key(keys, g, s), s));
-      });
+      each(count, 64 * at, [&](uint32_t s) { bunch.add(s); });
     }
   }
+  bunch.finish();
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -373,7 +388,7 @@ void descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cycle<K
       sides[2 * i] = c.event ? c.cell : (c.cell & 1) ? p - g.pitch : p - 1;
       sides[2 * i + 1] = c.event ? c.cell : p;
     }
-    find_roots(planes.squares, g, sides, 2 * count, roots);
+    find_roots(planes.squares, g, true, sides, 2 * count, roots);
     for (uint32_t i = 0; i < count; ++i) {
       const Cycle<K>& c = cycles[end - 1 - i];
       if (kLabels && c.event) {

@@ -59,6 +59,7 @@ uint32_t lowest_voxel(const Grid& g, const uint64_t* lowest) {
 template <class K>
 void list_bars(const Forest<K>& f, const K* keys, const Grid& g, uint32_t oldest,
                std::vector<Bar>& bars, uint32_t* number) {
+  bars.reserve(f.count);
   for (uint32_t i = 0; i < f.count; ++i) {
     if (number) number[i] = kNone;
     const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
@@ -75,6 +76,7 @@ void list_bars(const Forest<K>& f, const K* keys, const Grid& g, uint32_t oldest
 template <class K, class Pair>
 void list_square_bars(const Forest<K>& f, const K* keys, const Grid& g, std::vector<Bar>& bars,
                       Pair&& pair) {
+  bars.reserve(f.count);
   for (uint32_t i = 1; i < f.count; ++i) {
     const uint32_t s = uint32_t(f.age[i]), e = f.edge[i];
     const uint32_t p = e >> 1, q = g.second_end(e), first = keys[p] > keys[q] ? p : q;

@@ -59,17 +59,25 @@ void fill_square_rises(const K* keys, const Grid& g, Edges* rises) {
 template <class K>
 Planes pair_locally(const K* keys, const Grid& g, const Range<K>* range, Slab& slab) {
   Planes planes;
-  const uint32_t words = g.all_words();
+  const uint32_t words = g.all_words(), below = (g.rows + 1) * g.words;
   for (Walks* w : {&planes.voxels, &planes.squares}) {
-    w->steps = Array<Steps>(slab, words);
+    w->code = Array<uint8_t>(slab, g.size());
+    w->directions = Array<Directions>(slab, words);
     w->roots = Array<Roots>(slab, words);
     w->kept = Array<uint32_t>(slab, g.size());
+    std::fill_n(w->code.get(), g.pitch, kStop);
+    std::fill_n(w->code.get() + (g.rows + 1) * g.pitch, g.pitch, kStop);
   }
   planes.rest = Array<Edges>(slab, words);
   if (range) {
     planes.rises = Array<Edges>(slab, words);
     planes.lowest = Array<uint64_t>(slab, words);
     planes.highest = Array<uint64_t>(slab, words);
+    for (const uint32_t row : {0u, below}) {
+      std::fill_n(planes.rises.get() + row, g.words, Edges{0, 0});
+      std::fill_n(planes.lowest.get() + row, g.words, 0);
+      std::fill_n(planes.highest.get() + row, g.words, 0);
+    }
   }
   pair_planes(keys, g, range, planes);
   // The squares of the frame at which walks end are the outside.
@@ -89,9 +97,9 @@ Array<Edges> square_rises(const K* keys, const Grid& g, Slab& slab) {
   return rises;
 }
 
-void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
+void find_roots(const Walks& walks, const Grid& g, bool squares, const uint32_t* cells, uint32_t n,
                 uint32_t* found) {
-  PYLOSS_DISPATCH(find_roots(walks, g, cells, n, found));
+  PYLOSS_DISPATCH(find_roots(walks, g, squares, cells, n, found));
 }
 
 template <class K>

@@ -95,12 +95,14 @@ struct Grid {
   uint32_t flat_edge(uint32_t e) const { return 2 * flat(e >> 1) + (turned ? 0 : e & 1); }
 };
 
-// Where the local pair of a cell leads, in bits of a code; `stop`: nowhere, or where the result of
-// a long walk is kept.
-enum Direction { kDown = 0, kRight = 1, kUp = 2, kLeft = 3, kUpLeft = 4 };
-struct Steps {
-  uint64_t bit[3], stop;
+// Where the local pair of a cell leads, a set of cells for each direction.
+struct Directions {
+  uint64_t down, right, up, left, up_left;
 };
+// The same as a byte of each cell, for walks: `kStop` at roots, and where the result of a long walk
+// is kept; from kRun on, the number of steps to take at once, up for voxels and down for squares,
+// which plateaus and slopes have many of.
+enum Code : uint8_t { kStop, kRight, kLeft, kUpLeft, kVertical, kRun };
 // Cells in no local pair; `before`: the number of the first of them.
 struct Roots {
   uint64_t cells;
@@ -117,9 +119,10 @@ struct Edges {
 
 // A forest of local pairs: of the voxels or of the squares.
 struct Walks {
-  Array<Steps> steps;
+  Array<uint8_t> code;
+  Array<Directions> directions;
   Array<Roots> roots;
-  Array<uint32_t> kept;  // of a stopped cell that is no root: the number of its root
+  Array<uint32_t> kept;  // where a walk stops at no root: the number of the one it leads to
   uint32_t count = 0;    // of roots; of squares, number 0 is the outside
 
   // kNone: the cell is no root.
@@ -157,7 +160,7 @@ template <class K>
 Array<Edges> square_rises(const K* keys, const Grid& g, Slab& slab);
 
 // Numbers of the roots of cells.
-void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
+void find_roots(const Walks& walks, const Grid& g, bool squares, const uint32_t* cells, uint32_t n,
                 uint32_t* found);
 
 // What happens to the union-find over the roots: an edge joins roots a and b; or, with b = kEvent,

@@ -61,51 +61,71 @@ struct Lanes<int64_t> {
 };
 #endif
 
+// Of a row of n values; the first n of `to`. Integers only, which the compiler vectorises.
 template <class R, class K>
-bool make_keys(const R* image, const Grid& g, bool superlevel, K* keys, Range<K>& range) {
-  constexpr int kBits = 8 * sizeof(K);
-  std::fill_n(keys, g.pitch, kFrame<K>);
-  std::fill_n(keys + (g.rows + 1) * g.pitch, g.pitch + 64, kFrame<K>);
-  bool nan = false;
-  K low = kFrame<K>, high = -kFrame<K>;
-  const R sign = superlevel ? R(-1) : R(1);
-  for (uint32_t row = 0; row < g.rows; ++row) {
-    const R* const x = image + int64_t(row) * g.cols;
-    K* const out = keys + (row + 1) * g.pitch;
-    int bad = 0;
-    for (uint32_t col = 0; col < g.cols; ++col) {
-      bad |= x[col] != x[col];
-      const R value = sign * x[col] + R(0);  // -0 becomes +0
-      K u;
-      memcpy(&u, &value, sizeof u);
-      const K key = u ^ ((u >> (kBits - 1)) & kFrame<K>);
-      low = key < low ? key : low;
-      high = key > high ? key : high;
-      out[col] = key;
-    }
-    nan |= bad != 0;
-    for (uint32_t col = g.cols; col < g.pitch; ++col) out[col] = kFrame<K>;
+bool make_row(const R* x, uint32_t n, K flip, K* to, Range<K>& range) {
+  constexpr K kSign = K(uint64_t(1) << (8 * sizeof(K) - 1));
+  constexpr K kInfinity = sizeof(K) == 4 ? K(0x7f800000) : K(uint64_t(0x7ff) << 52);
+  K low = range.low, high = range.high, largest = 0;
+  for (uint32_t i = 0; i < n; ++i) {
+    K u;
+    const R value = x[i];
+    memcpy(&u, &value, sizeof u);
+    u ^= flip;
+    u &= -K(u != kSign);  // -0 becomes +0
+    largest = std::max(largest, K(u & kFrame<K>));
+    const K key = u ^ ((u >> (8 * sizeof(K) - 1)) & kFrame<K>);
+    low = std::min(low, key);
+    high = std::max(high, key);
+    to[i] = key;
   }
   range = {low, high};
-  return !nan;
+  return largest <= kInfinity;
+}
+
+template <class K>
+void fill_frame(const Grid& g, K* keys) {
+  std::fill_n(keys, g.pitch, kFrame<K>);
+  for (uint32_t row = 1; row <= g.rows; ++row) {
+    std::fill(keys + row * g.pitch + g.cols, keys + (row + 1) * g.pitch, kFrame<K>);
+  }
+  std::fill_n(keys + (g.rows + 1) * g.pitch, g.pitch + 64, kFrame<K>);
+}
+
+template <class R, class K>
+bool make_keys(const R* image, const Grid& g, bool superlevel, K* keys, Range<K>& range) {
+  const K flip = superlevel ? K(uint64_t(1) << (8 * sizeof(K) - 1)) : K(0);
+  range = {kFrame<K>, -kFrame<K>};
+  fill_frame(g, keys);
+  bool good = true;
+  for (uint32_t row = 0; row < g.rows; ++row) {
+    const R* const x = image + int64_t(row) * g.cols;
+    good &= make_row(x, g.cols, flip, keys + (row + 1) * g.pitch, range);
+  }
+  return good;
+}
+
+template <class K>
+void min_row(const K* a, const K* b, uint32_t n, K* to, Range<K>& range) {
+  K low = range.low, high = range.high;
+  for (uint32_t i = 0; i < n; ++i) {
+    const K key = std::min(a[i], b[i]);
+    low = std::min(low, key);
+    high = std::max(high, key);
+    to[i] = key;
+  }
+  range = {low, high};
 }
 
 template <class K>
 Range<K> min_keys(const K* a, const K* b, const Grid& g, K* keys) {
-  K low = kFrame<K>, high = -kFrame<K>;
-  std::fill_n(keys, g.pitch, kFrame<K>);
-  std::fill_n(keys + (g.rows + 1) * g.pitch, g.pitch + 64, kFrame<K>);
+  Range<K> range{kFrame<K>, -kFrame<K>};
+  fill_frame(g, keys);
   for (uint32_t row = 1; row <= g.rows; ++row) {
-    const uint32_t begin = row * g.pitch;
-    for (uint32_t v = begin; v < begin + g.cols; ++v) {
-      const K key = a[v] < b[v] ? a[v] : b[v];
-      low = key < low ? key : low;
-      high = key > high ? key : high;
-      keys[v] = key;
-    }
-    for (uint32_t v = begin + g.cols; v < begin + g.pitch; ++v) keys[v] = kFrame<K>;
+    const size_t begin = size_t(row) * g.pitch;
+    min_row(a + begin, b + begin, g.cols, keys + begin, range);
   }
-  return {low, high};
+  return range;
 }
 
 // Of a word of voxels p: q at the right, r below, s at the lower right; bits as named.
@@ -137,8 +157,7 @@ PYLOSS_INLINE Compared compare(const K* p, uint32_t pitch) {
 // What later words and rows need to know of a word.
 struct Paired {
   Compared is;
-  uint64_t left, down, right;                                             // voxels
-  uint64_t to_bottom, to_right, to_top, to_left, to_up_left;  // squares
+  Directions voxels, squares;
 };
 
 // From the word's own bits and the one before: those of the neighbours at the left.
@@ -149,6 +168,59 @@ PYLOSS_INLINE uint64_t from_right(uint64_t word, uint64_t next) {
   return word >> 1 | next << 63;
 }
 
+// A byte of each cell of a set.
+struct Bytes {
+#if PYLOSS_VECTOR_BYTES == 64
+  static constexpr int kCount = 64;
+  using V = __m512i;
+  static V load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(uint8_t* p, V v) { _mm512_storeu_si512(p, v); }
+  static V fill(uint8_t x) { return _mm512_set1_epi8(char(x)); }
+  static V set(V v, uint64_t cells, V x) { return _mm512_mask_mov_epi8(v, cells, x); }
+  // One more than x, or kRun.
+  static V next_run(V x) {
+    return _mm512_adds_epu8(_mm512_max_epu8(x, fill(kRun - 1)), fill(1));
+  }
+#else
+  static constexpr int kCount = 8;
+  using V = uint64_t;
+  static V load(const uint8_t* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(uint8_t* p, V v) { memcpy(p, &v, sizeof v); }
+  static V fill(uint8_t x) { return 0x0101010101010101u * x; }
+  static V set(V v, uint64_t cells, V x) {
+    const uint64_t spread = fill(uint8_t(cells)) & 0x8040201008040201u;
+    const uint64_t ones = (spread + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+    const uint64_t mask = ones * 0xff;
+    return (v & ~mask) | (x & mask);
+  }
+  static V next_run(V x) {
+    uint8_t bytes[8];
+    store(bytes, x);
+    for (uint8_t& b : bytes) b = b < kRun ? kRun : b < 255 ? b + 1 : 255;
+    return load(bytes);
+  }
+#endif
+};
+
+// The codes of a word's cells, of which `runs` continue those of `before`.
+PYLOSS_INLINE void write_codes(const Directions& d, uint64_t runs, uint64_t vertical,
+                               const uint8_t* before, uint8_t* to) {
+  using B = Bytes;
+  for (int i = 0; i < 64; i += B::kCount) {
+    B::V v = B::fill(kStop);
+    v = B::set(v, d.right >> i, B::fill(kRight));
+    v = B::set(v, d.left >> i, B::fill(kLeft));
+    v = B::set(v, d.up_left >> i, B::fill(kUpLeft));
+    v = B::set(v, vertical >> i, B::fill(kVertical));
+    v = B::set(v, runs >> i, B::next_run(B::load(before + i)));
+    B::store(to + i, v);
+  }
+}
+
 template <class K>
 void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& planes) {
   // Two rows, each with an empty word before and after.
@@ -156,16 +228,8 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
   Paired *above = rows.data() + 1, *here = above + g.words + 2;
   uint32_t vertices = 0, peaks = 1, rest = 0;
   for (uint32_t w = 0; w < g.words; ++w) {
-    for (const uint32_t at : {w, w + (g.rows + 1) * g.words}) {
-      planes.voxels.steps[at] = planes.squares.steps[at] = {{0, 0, 0}, ~uint64_t(0)};
-      planes.voxels.roots[at] = {0, at ? 0u : vertices};
-      planes.squares.roots[at] = {0, peaks};
-      planes.rest[at] = {0, 0};
-      if (range) {
-        planes.rises[at] = {0, 0};
-        planes.lowest[at] = planes.highest[at] = 0;
-      }
-    }
+    planes.voxels.roots[w] = {0, 0};
+    planes.squares.roots[w] = {0, peaks};
   }
   for (uint32_t row = 1; row <= g.rows; ++row) {
     const bool last = row == g.rows;
@@ -179,32 +243,32 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
       const Compared &c = x.is, &north = above[w].is;
 
       // A voxel: the first of its edges, up, left, down, right, to one that is not larger.
-      const uint64_t not_below_left = from_left(here[int(w) - 1].is.p_le_q, c.p_le_q);
-      const uint64_t up = voxels & north.p_le_r;
-      x.left = voxels & ~up & not_below_left;
-      const uint64_t others = voxels & ~up & ~x.left;
-      x.down = others & ~c.p_le_r;
-      x.right = others & ~c.p_ge_r & ~c.p_le_q;
-      const uint64_t minima = others & ~(x.down | x.right);
-      planes.voxels.steps[at] = {{x.right | x.left, up | x.left, 0},
-                                 ~(up | x.left | x.down | x.right)};
+      const uint64_t left_not_above = from_left(here[int(w) - 1].is.p_le_q, c.p_le_q);
+      Directions& v = x.voxels;
+      v.up = voxels & north.p_le_r;
+      v.left = voxels & ~v.up & left_not_above;
+      const uint64_t others = voxels & ~v.up & ~v.left;
+      v.down = others & ~c.p_le_r;
+      v.right = others & ~c.p_ge_r & ~c.p_le_q;
+      const uint64_t minima = others & ~(v.down | v.right);
+      planes.voxels.directions[at] = v;
       planes.voxels.roots[at] = {minima, vertices};
       vertices += uint32_t(__builtin_popcountll(minima));
 
       // A square: the last of its edges, bottom, right, top, left, that has its value.
-      x.to_bottom = squares & c.top_le_bottom;
-      x.to_right = squares & ~c.top_le_bottom & c.p_le_q;
+      Directions& s = x.squares;
+      s.down = squares & c.top_le_bottom;
+      s.right = squares & ~c.top_le_bottom & c.p_le_q;
       const uint64_t corner = squares & ~c.top_le_bottom & ~c.p_le_q;  // it is the one maximum
-      x.to_top = corner & ~north.top_le_bottom;
+      s.up = corner & ~north.top_le_bottom;
       // Its top edge leads to a younger square: further along the edges of the same voxel.
       const uint64_t further = corner & north.top_le_bottom & ~north.bottom_le_top;
-      x.to_left = further & (~not_below_left | c.left_below);
-      x.to_up_left = further & ~x.to_left & c.left_above;
-      const uint64_t go = x.to_bottom | x.to_right | x.to_top | x.to_left | x.to_up_left;
-      planes.squares.steps[at] = {{x.to_right | x.to_left, x.to_top | x.to_left, x.to_up_left},
-                                  ~go};
-      planes.squares.roots[at] = {squares & ~go, peaks};
-      peaks += uint32_t(__builtin_popcountll(squares & ~go));
+      s.left = further & (~left_not_above | c.left_below);
+      s.up_left = further & ~s.left & c.left_above;
+      const uint64_t maxima = squares & ~(s.down | s.right | s.up | s.left | s.up_left);
+      planes.squares.directions[at] = s;
+      planes.squares.roots[at] = {maxima, peaks};
+      peaks += uint32_t(__builtin_popcountll(maxima));
 
       if (range) {
         using L = Lanes<K>;
@@ -222,24 +286,33 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
     }
     for (uint32_t w = 0; w < g.words; ++w) {
       const Paired &x = here[w], &before = here[int(w) - 1], &next = here[w + 1];
-      const uint64_t down = (last ? 0 : Grid::below(w, g.cols)) &
-                            ~(x.is.p_le_r | x.down | from_left(before.to_right, x.to_right) |
-                              x.to_left);
-      const uint64_t right = Grid::below(w, g.cols - 1) &
-                             ~(from_right(x.left, next.left) | x.right | x.to_top |
-                               above[w].to_bottom | from_right(x.to_up_left, next.to_up_left));
+      const uint64_t down =
+          (last ? 0 : Grid::below(w, g.cols)) &
+          ~(x.is.p_le_r | x.voxels.down | from_left(before.squares.right, x.squares.right) |
+            x.squares.left);
+      const uint64_t right =
+          Grid::below(w, g.cols - 1) &
+          ~(from_right(x.voxels.left, next.voxels.left) | x.voxels.right | x.squares.up |
+            above[w].squares.down | from_right(x.squares.up_left, next.squares.up_left));
       planes.rest[row * g.words + w] = {down, right};
       rest += uint32_t(__builtin_popcountll(down) + __builtin_popcountll(right));
     }
     std::swap(above, here);
   }
-  for (uint32_t w = 0; w < g.words; ++w) {
-    planes.voxels.roots[(g.rows + 1) * g.words + w].before = vertices;
-    planes.squares.roots[(g.rows + 1) * g.words + w].before = peaks;
-  }
   planes.voxels.count = vertices;
   planes.squares.count = peaks;
   planes.rest_count = rest;
+
+  for (uint32_t at = g.words; at < (g.rows + 1) * g.words; ++at) {
+    const Directions& d = planes.voxels.directions[at];
+    uint8_t* const to = planes.voxels.code.get() + 64 * size_t(at);
+    write_codes(d, d.up, d.down, to - g.pitch, to);
+  }
+  for (uint32_t at = (g.rows + 1) * g.words; at-- > g.words;) {
+    const Directions& d = planes.squares.directions[at];
+    uint8_t* const to = planes.squares.code.get() + 64 * size_t(at);
+    write_codes(d, d.down, d.up, to + g.pitch, to);
+  }
 }
 
 template <class K>
@@ -270,51 +343,52 @@ void square_rises(const K* keys, const Grid& g, Edges* rises) {
 // From cells to roots
 
 struct Finder {
-  const Steps* steps;
+  uint8_t* code;
   const Roots* roots;
   uint32_t* kept;
-  int32_t offset[8];
+  int32_t offset[256];  // by code; 0 where a walk stops
 
-  Finder(const Walks& w, const Grid& g)
-      : steps(w.steps.get()),
-        roots(w.roots.get()),
-        kept(w.kept.get()),
-        offset{int32_t(g.pitch), 1, -int32_t(g.pitch), -1, -int32_t(g.pitch) - 1, 0, 0, 0} {}
-
-  PYLOSS_INLINE uint32_t step(const Steps& s, uint32_t v) const {
-    const uint32_t bit = v & 63;
-    return (s.bit[0] >> bit & 1) | (s.bit[1] >> bit & 1) << 1 | (s.bit[2] >> bit & 1) << 2;
+  Finder(const Walks& w, const Grid& g, bool squares)
+      : code(w.code.get()), roots(w.roots.get()), kept(w.kept.get()) {
+    const int32_t run = squares ? int32_t(g.pitch) : -int32_t(g.pitch);
+    offset[kStop] = 0;
+    offset[kRight] = 1;
+    offset[kLeft] = -1;
+    offset[kUpLeft] = -int32_t(g.pitch) - 1;
+    offset[kVertical] = -run;
+    for (int i = kRun; i < 256; ++i) offset[i] = run * (i - kRun + 1);
   }
+  PYLOSS_INLINE uint32_t step(uint32_t v) const { return v + uint32_t(offset[code[v]]); }
   PYLOSS_INLINE uint32_t number(uint32_t v) const {
     const Roots& r = roots[v >> 6];
     const uint64_t bit = uint64_t(1) << (v & 63);
     return r.cells & bit ? r.before + uint32_t(__builtin_popcountll(r.cells & (bit - 1))) : kept[v];
   }
+  // A few steps without a branch, which would be mispredicted: most walks are short.
   PYLOSS_INLINE uint32_t operator()(uint32_t cell) const {
-    uint32_t v = cell, length = 0;
-    for (const Steps* s = steps + (v >> 6); !(s->stop >> (v & 63) & 1); s = steps + (v >> 6)) {
-      v += uint32_t(offset[step(*s, v)]);
-      ++length;
-    }
-    const uint32_t found = number(v);
-    if (length > 32) keep(cell, length, found);
-    return found;
+    const uint32_t v = step(step(step(step(cell))));
+    return __builtin_expect(code[v] == kStop, 1) ? number(v) : rest(cell, v);
   }
-  // Bounds the time of all walks by the number of cells.
-  __attribute__((noinline)) void keep(uint32_t v, uint32_t length, uint32_t found) const {
-    for (; length > 0; --length) {
-      Steps& s = const_cast<Steps&>(steps[v >> 6]);
-      const uint32_t code = step(s, v);
-      s.stop |= uint64_t(1) << (v & 63);
-      kept[v] = found;
-      v += uint32_t(offset[code]);
+  __attribute__((noinline)) uint32_t rest(uint32_t cell, uint32_t v) const {
+    uint32_t length = 4;
+    for (; code[v] != kStop; v = step(v)) ++length;
+    const uint32_t found = number(v);
+    // Bounds the time of all walks by the number of cells.
+    if (length > 12) {
+      for (uint32_t u = cell; u != v;) {
+        const uint32_t next = step(u);
+        code[u] = kStop;
+        kept[u] = found;
+        u = next;
+      }
     }
+    return found;
   }
 };
 
-void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
+void find_roots(const Walks& walks, const Grid& g, bool squares, const uint32_t* cells, uint32_t n,
                 uint32_t* found) {
-  const Finder find(walks, g);
+  const Finder find(walks, g, squares);
   for (uint32_t i = 0; i < n; ++i) found[i] = find(cells[i]);
 }
 
@@ -331,8 +405,7 @@ PYLOSS_INLINE uint64_t spread(uint32_t word) {
 template <class K>
 uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Events* events,
                  Item* items, Sortable<K>* order) {
-  const Finder find(planes.voxels, g);
-  const Finder squares(planes.squares, g);
+  const Finder find(planes.voxels, g, false);
   const uint32_t second[2] = {g.pitch, 1};
   uint32_t n = 0;
   for (uint32_t at = g.words; at < (g.rows + 1) * g.words; ++at) {
@@ -357,16 +430,16 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
           items[n] = {v, find(v), kEvent};
         } else {
           // The one of the squares beside it whose local pair has this edge.
-          const auto leads = [&](uint32_t s, uint32_t direction) {
-            return (events->cells[s >> 6] >> (s & 63) & 1) &&
-                   squares.step(squares.steps[s >> 6], s) == direction;
+          const auto leads = [&](uint32_t s, uint64_t Directions::*direction) {
+            const uint64_t set = events->cells[s >> 6] & planes.squares.directions[s >> 6].*direction;
+            return set >> (s & 63) & 1;
           };
           uint32_t s = p;
           if (!(e & 1)) {
-            if (leads(p - 1, kRight)) s = p - 1;
-          } else if (leads(p - g.pitch, kDown)) {
+            if (leads(p - 1, &Directions::right)) s = p - 1;
+          } else if (leads(p - g.pitch, &Directions::down)) {
             s = p - g.pitch;
-          } else if (!leads(p, kUp)) {
+          } else if (!leads(p, &Directions::up)) {
             s = p + 1;
           }
           items[n] = {s, 0, kOther};
