@@ -205,8 +205,8 @@ Events square_events(const Grid& g, const Planes& planes, const Planes& other, c
       const uint32_t at = row * g.words + w;
       const Directions& d = planes.squares.directions[at];
       uint64_t need = (d.down & ~rises[at].down) | (d.right & ~rises[at].right) |
-                      (d.up & rises[at - g.words].down) |
-                      (d.left & from_left(rises, at, w == 0)) | d.up_left;
+                      (d.up & rises[at - g.words].down) | (d.left & from_left(rises, at, w == 0)) |
+                      d.up_left;
       // At the lowest squares of the other image ends no bar of it, so that a label of theirs need
       // not be told from none.
       need &= ~squares_within(other.lowest.get(), at, g.words) &
@@ -258,8 +258,8 @@ class Bunch {
 }  // namespace
 
 template <class K>
-void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes,
-                   const Planes* const others[2], const K* const keys[2]) {
+void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Planes* const others[2],
+                   const K* const keys[2]) {
   const uint64_t* const low = planes.lowest.get();
   for (int i = 0; i < 2; ++i) {
     const Edges* const rises = others[i]->rises.get();
@@ -303,8 +303,8 @@ void highest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Pla
       const uint64_t left = high[at] | high[below];
       const uint64_t right = from_right(high, at) | from_right(high, below);
       const uint64_t count = squares & ~(top & ~rises[at - g.words].down) &
-                             ~(bottom & rises[at].down) &
-                             ~(left & ~from_left(rises, at, w == 0)) & ~(right & rises[at].right);
+                             ~(bottom & rises[at].down) & ~(left & ~from_left(rises, at, w == 0)) &
+                             ~(right & rises[at].right);
       each(count, 64 * at, [&](uint32_t s) { bunch.add(s); });
     }
   }
@@ -430,19 +430,18 @@ void join_descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cy
   }
 }
 
-#define PYLOSS_INSTANTIATE(K)                                                                  \
-  template void sort_items(Array<Sortable<K>>&, uint32_t, Slab&);                              \
-  template Forest<K> make_forest(const K*, const Grid&, const Planes&, const K* const[2],      \
-                                 Slab&);                                                       \
-  template Forest<K> make_square_forest(const K*, const Grid&, const Planes&, const K*, Slab&); \
-  template void lowest_labels(Forest<K>&, const Grid&, const Planes&, const Planes* const[2],  \
-                              const K* const[2]);                                              \
-  template void highest_labels(Forest<K>&, const Grid&, const Planes&, const Planes&,          \
-                               const Edges*, const K*);                                        \
-  template uint32_t join_ascending(Forest<K>&, const Sortable<K>*, const Item*, uint32_t,      \
-                                   const K* const[2], Cycle<K>*, Slab&);                       \
-  template void join_descending(Forest<K>&, const Grid&, const Planes&, const Cycle<K>*,       \
-                                uint32_t, const K*, Slab&);
+#define PYLOSS_INSTANTIATE(K)                                                                      \
+  template void sort_items(Array<Sortable<K>>&, uint32_t, Slab&);                                  \
+  template Forest<K> make_forest(const K*, const Grid&, const Planes&, const K* const[2], Slab&);  \
+  template Forest<K> make_square_forest(const K*, const Grid&, const Planes&, const K*, Slab&);    \
+  template void lowest_labels(Forest<K>&, const Grid&, const Planes&, const Planes* const[2],      \
+                              const K* const[2]);                                                  \
+  template void highest_labels(Forest<K>&, const Grid&, const Planes&, const Planes&,              \
+                               const Edges*, const K*);                                            \
+  template uint32_t join_ascending(Forest<K>&, const Sortable<K>*, const Item*, uint32_t,          \
+                                   const K* const[2], Cycle<K>*, Slab&);                           \
+  template void join_descending(Forest<K>&, const Grid&, const Planes&, const Cycle<K>*, uint32_t, \
+                                const K*, Slab&);
 PYLOSS_INSTANTIATE(int32_t)
 PYLOSS_INSTANTIATE(int64_t)
 #undef PYLOSS_INSTANTIATE

@@ -55,8 +55,8 @@ Events square_events(const Grid& g, const Planes& planes, const Planes& other, c
 // Labels that are there before the first bar can be born or die: those of voxels of the lowest
 // value (squares of the highest).
 template <class K>
-void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes,
-                   const Planes* const others[2], const K* const keys[2]);
+void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Planes* const others[2],
+                   const K* const keys[2]);
 template <class K>
 void highest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Planes& other,
                     const Edges* rises, const K* keys);

@@ -129,8 +129,8 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
   Forest<K> forest[3];
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     if (i != kComparison) {
-      forest[i] = make_forest(side_keys[i], g, *sides[i], static_cast<const K* const*>(nullptr),
-                              slab);
+      forest[i] =
+          make_forest(side_keys[i], g, *sides[i], static_cast<const K* const*>(nullptr), slab);
       Events events;
       if (squares) events = square_events(g, *sides[i], own, rises.get(), slab);
       cycles[i] = join_voxels(side_keys[i], g, *sides[i], squares ? &events : nullptr, forest[i],
@@ -200,10 +200,9 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
   });
   comparison.clear();
   std::vector<Bar> of_comparison;
-  list_square_bars(forest[kComparison], own_keys, g, of_comparison,
-                   [&](uint32_t root, uint32_t) {
-                     comparison.push_back({0, 0, bar_of[0][root], bar_of[1][root]});
-                   });
+  list_square_bars(forest[kComparison], own_keys, g, of_comparison, [&](uint32_t root, uint32_t) {
+    comparison.push_back({0, 0, bar_of[0][root], bar_of[1][root]});
+  });
   for (size_t i = 0; i < of_comparison.size(); ++i) {
     comparison[i].birth = of_comparison[i].birth;
     comparison[i].death = of_comparison[i].death;

@@ -21,11 +21,14 @@ namespace {
 }  // namespace
 
 #if PYLOSS_HAS_TARGET_PRAGMA
-#define PYLOSS_DISPATCH(call)                                    \
-  switch (instruction_set()) {                                   \
-    case InstructionSet::kV4: return v4::call;                   \
-    case InstructionSet::kV3: return v3::call;                   \
-    default: return base::call;                                  \
+#define PYLOSS_DISPATCH(call)  \
+  switch (instruction_set()) { \
+    case InstructionSet::kV4:  \
+      return v4::call;         \
+    case InstructionSet::kV3:  \
+      return v3::call;         \
+    default:                   \
+      return base::call;       \
   }
 #else
 #define PYLOSS_DISPATCH(call) return base::call
@@ -110,11 +113,11 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
 
 template bool make_keys<float>(const float*, const Grid&, bool, int32_t*, Range<int32_t>&);
 template bool make_keys<double>(const double*, const Grid&, bool, int64_t*, Range<int64_t>&);
-#define PYLOSS_INSTANTIATE(K)                                                                  \
-  template Range<K> min_keys(const K*, const K*, const Grid&, K*);                             \
-  template Planes pair_locally(const K*, const Grid&, const Range<K>*, Slab&);                 \
-  template Array<Edges> square_rises(const K*, const Grid&, Slab&);                            \
-  template uint32_t collect(const K*, const Grid&, const Planes&, const Events*, Item*,        \
+#define PYLOSS_INSTANTIATE(K)                                                           \
+  template Range<K> min_keys(const K*, const K*, const Grid&, K*);                      \
+  template Planes pair_locally(const K*, const Grid&, const Range<K>*, Slab&);          \
+  template Array<Edges> square_rises(const K*, const Grid&, Slab&);                     \
+  template uint32_t collect(const K*, const Grid&, const Planes&, const Events*, Item*, \
                             Sortable<K>*);
 PYLOSS_INSTANTIATE(int32_t)
 PYLOSS_INSTANTIATE(int64_t)

@@ -9,8 +9,8 @@
 // Inside, an image lies in a frame whose value is above all others: one row above and below, and
 // columns at the right up to a multiple of 64, of which the last is also the left neighbour of the
 // next row's first. Voxel (row, col) is (row + 1) * pitch + col; an edge is 2 v + axis, a square
-// its corner v, as in common/betti_matching.h. The order of these numbers, and with it every tie, is
-// that of the public ones. A set of cells is a bit each, in words of 64 (a plane).
+// its corner v, as in common/betti_matching.h. The order of these numbers, and with it every tie,
+// is that of the public ones. A set of cells is a bit each, in words of 64 (a plane).
 //
 // A signal of one column is turned on its side.
 #pragma once

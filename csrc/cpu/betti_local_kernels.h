@@ -178,9 +178,7 @@ struct Bytes {
   static V fill(uint8_t x) { return _mm512_set1_epi8(char(x)); }
   static V set(V v, uint64_t cells, V x) { return _mm512_mask_mov_epi8(v, cells, x); }
   // One more than x, or kRun.
-  static V next_run(V x) {
-    return _mm512_adds_epu8(_mm512_max_epu8(x, fill(kRun - 1)), fill(1));
-  }
+  static V next_run(V x) { return _mm512_adds_epu8(_mm512_max_epu8(x, fill(kRun - 1)), fill(1)); }
 #else
   static constexpr int kCount = 8;
   using V = uint64_t;
@@ -286,10 +284,9 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
     }
     for (uint32_t w = 0; w < g.words; ++w) {
       const Paired &x = here[w], &before = here[int(w) - 1], &next = here[w + 1];
-      const uint64_t down =
-          (last ? 0 : Grid::below(w, g.cols)) &
-          ~(x.is.p_le_r | x.voxels.down | from_left(before.squares.right, x.squares.right) |
-            x.squares.left);
+      const uint64_t down = (last ? 0 : Grid::below(w, g.cols)) &
+                            ~(x.is.p_le_r | x.voxels.down |
+                              from_left(before.squares.right, x.squares.right) | x.squares.left);
       const uint64_t right =
           Grid::below(w, g.cols - 1) &
           ~(from_right(x.voxels.left, next.voxels.left) | x.voxels.right | x.squares.up |
@@ -329,8 +326,8 @@ void square_rises(const K* keys, const Grid& g, Edges* rises) {
       const auto b = L::load(p + 1), c = L::load(p + pitch), d = L::load(p + pitch + 1);
       const auto bottom = L::larger(c, d), right = L::larger(b, d);
       const auto own = L::larger(L::larger(L::load(p), b), bottom);
-      const auto below = L::larger(
-          bottom, L::larger(L::load(p + 2 * pitch), L::load(p + 2 * pitch + 1)));
+      const auto below =
+          L::larger(bottom, L::larger(L::load(p + 2 * pitch), L::load(p + 2 * pitch + 1)));
       const auto beside = L::larger(right, L::larger(L::load(p + 2), L::load(p + pitch + 2)));
       found.down |= L::not_above(own, below) << i;
       found.right |= L::not_above(own, beside) << i;
@@ -415,8 +412,8 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
     for (uint32_t half = 0; half < 64; half += 32) {
       const uint64_t special =
           spread(uint32_t(extra.down >> half)) | spread(uint32_t(extra.right >> half)) << 1;
-      uint64_t edges = special | spread(uint32_t(rest.down >> half)) |
-                       spread(uint32_t(rest.right >> half)) << 1;
+      uint64_t edges =
+          special | spread(uint32_t(rest.down >> half)) | spread(uint32_t(rest.right >> half)) << 1;
       const uint32_t first = 2 * (64 * at + half);
       for (; edges; edges &= edges - 1) {
         const uint32_t bit = uint32_t(__builtin_ctzll(edges));
@@ -430,8 +427,9 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
           items[n] = {v, find(v), kEvent};
         } else {
           // The one of the squares beside it whose local pair has this edge.
-          const auto leads = [&](uint32_t s, uint64_t Directions::*direction) {
-            const uint64_t set = events->cells[s >> 6] & planes.squares.directions[s >> 6].*direction;
+          const auto leads = [&](uint32_t s, uint64_t Directions::* direction) {
+            const uint64_t set =
+                events->cells[s >> 6] & planes.squares.directions[s >> 6].*direction;
             return set >> (s & 63) & 1;
           };
           uint32_t s = p;

@@ -12,9 +12,11 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "cpu/betti_image.h"
 #include "cpu/betti_item.h"
+#include "cpu/betti_volume.h"
 #include "cpu/parallel.h"
 
 namespace pyloss {
@@ -30,11 +32,13 @@ int64_t voxels_of(const Problem& batch) {
 
 template <class R>
 ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
-  return match_image<R>(batch, item, threads, slab);
+  return batch.dims == 3 ? match_volume<R>(batch, item, threads, slab)
+                         : match_image<R>(batch, item, threads, slab);
 }
 template <class R>
-ItemResult bars_of_item(const Problem& batch, int64_t item, int, Slab& slab) {
-  return bars_of_image<R>(batch, item, slab);
+ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
+  return batch.dims == 3 ? bars_of_volume<R>(batch, item, threads, slab)
+                         : bars_of_image<R>(batch, item, slab);
 }
 
 // fn(item, threads within it, slab). A slab serves one item after the other.
@@ -45,7 +49,7 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
     threads = int(std::max<int64_t>(batch.items, 1));
   }
   const bool outer = batch.items >= threads;
-  const size_t bytes = image_bytes(batch);
+  const size_t bytes = batch.dims == 3 ? volume_bytes(batch) : image_bytes(batch);
   std::mutex mutex;
   std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
@@ -131,16 +135,51 @@ void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* gra
 // --------------------------------------------------------------------------------------------------
 // Rows
 
-// Sorted within a dimension, then with the item's number and the dimension before each.
+// The numbers of the rows in lexicographic order, in the low half of each; what they begin with is
+// in the high half. A radix sort by that, of which few rows share one.
+template <class Row>
+std::vector<uint64_t> sorted(const std::vector<Row>& rows) {
+  constexpr int kBits = 11;
+  const size_t n = rows.size();
+  std::vector<uint64_t> order(n);
+  uint32_t most = 0;
+  for (size_t i = 0; i < n; ++i) {
+    order[i] = uint64_t(rows[i][0]) << 32 | i;
+    most = std::max(most, rows[i][0]);
+  }
+  if (!std::is_sorted(order.begin(), order.end())) {
+    std::vector<uint64_t> to(n);
+    for (int shift = 32; shift < 64 && most >> (shift - 32); shift += kBits) {
+      uint32_t count[(1 << kBits) + 1] = {};
+      const auto digit = [&](uint64_t x) { return x >> shift & ((1 << kBits) - 1); };
+      for (uint64_t x : order) ++count[digit(x) + 1];
+      for (int i = 0; i < 1 << kBits; ++i) count[i + 1] += count[i];
+      for (uint64_t x : order) to[count[digit(x)]++] = x;
+      std::swap(order, to);
+    }
+  }
+  for (size_t begin = 0, end; begin < n; begin = end) {
+    for (end = begin + 1; end < n && order[end] >> 32 == order[begin] >> 32; ++end) {
+    }
+    if (end == begin + 1) continue;
+    std::sort(order.begin() + begin, order.begin() + end,
+              [&](uint64_t a, uint64_t b) { return rows[uint32_t(a)] < rows[uint32_t(b)]; });
+  }
+  return order;
+}
+
+// Sorted within a dimension, with the item's number and the dimension before each.
 template <size_t kWidth>
 void append(std::vector<std::array<uint32_t, kWidth>>& rows, int64_t item, int dim,
             std::vector<int64_t>& out) {
-  std::sort(rows.begin(), rows.end());
-  out.reserve(out.size() + rows.size() * (kWidth + 2));
-  for (const auto& row : rows) {
-    out.push_back(item);
-    out.push_back(dim);
-    for (uint32_t x : row) out.push_back(x == kNone ? -1 : int64_t(x));
+  const std::vector<uint64_t> order = sorted(rows);
+  const size_t before = out.size();
+  out.resize(before + rows.size() * (kWidth + 2));
+  int64_t* to = out.data() + before;
+  for (uint64_t i : order) {
+    *to++ = item;
+    *to++ = dim;
+    for (uint32_t x : rows[uint32_t(i)]) *to++ = x == kNone ? -1 : int64_t(x);
   }
   rows.clear();
 }
@@ -166,7 +205,8 @@ void append_left(const std::vector<Bar>& bars, const std::vector<uint8_t>& match
 }
 
 template <class T>
-std::vector<T> joined(const std::vector<std::vector<T>>& parts) {
+std::vector<T> joined(std::vector<std::vector<T>>& parts) {
+  if (parts.size() == 1) return std::move(parts[0]);
   size_t size = 0;
   for (const auto& part : parts) size += part.size();
   std::vector<T> all;
