@@ -233,15 +233,14 @@ namespace {
 template <class Fn>
 class Bunch {
  public:
-  Bunch(const Walks& walks, const Grid& g, bool squares, Fn fn)
-      : walks_(walks), g_(g), squares_(squares), fn_(fn) {}
+  Bunch(const Walks& walks, const Grid& g, Fn fn) : walks_(walks), g_(g), fn_(fn) {}
   void add(uint32_t cell) {
     cells_[n_++] = cell;
     if (n_ == kSize) finish();
   }
   void finish() {
     uint32_t roots[kSize];
-    find_roots(walks_, g_, squares_, cells_, n_, roots);
+    find_roots(walks_, g_, cells_, n_, roots);
     for (uint32_t i = 0; i < n_; ++i) fn_(cells_[i], roots[i]);
     n_ = 0;
   }
@@ -250,7 +249,6 @@ class Bunch {
   static constexpr uint32_t kSize = 256;
   const Walks& walks_;
   const Grid& g_;
-  const bool squares_;
   Fn fn_;
   uint32_t n_ = 0, cells_[kSize];
 };
@@ -264,7 +262,7 @@ void lowest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Plan
   for (int i = 0; i < 2; ++i) {
     const Edges* const rises = others[i]->rises.get();
     Age<K>* const label = f.label[i].get();
-    Bunch bunch(planes.voxels, g, false, [&](uint32_t v, uint32_t root) {
+    Bunch bunch(planes.voxels, g, [&](uint32_t v, uint32_t root) {
       label[root] = std::min(label[root], age_of(keys[i][v], v));
     });
     for (uint32_t row = 1; row <= g.rows; ++row) {
@@ -288,7 +286,7 @@ void highest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Pla
                     const Edges* rises, const K* keys) {
   const uint64_t* const high = planes.highest.get();
   Age<K>* const label = f.label[0].get();
-  Bunch bunch(planes.squares, g, true, [&](uint32_t s, uint32_t root) {
+  Bunch bunch(planes.squares, g, [&](uint32_t s, uint32_t root) {
     label[root] = std::max(label[root], age_of(square_key(keys, g, s), s));
   });
   for (uint32_t row = 1; row < g.rows; ++row) {
@@ -388,7 +386,7 @@ void descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cycle<K
       sides[2 * i] = c.event ? c.cell : (c.cell & 1) ? p - g.pitch : p - 1;
       sides[2 * i + 1] = c.event ? c.cell : p;
     }
-    find_roots(planes.squares, g, true, sides, 2 * count, roots);
+    find_roots(planes.squares, g, sides, 2 * count, roots);
     for (uint32_t i = 0; i < count; ++i) {
       const Cycle<K>& c = cycles[end - 1 - i];
       if (kLabels && c.event) {

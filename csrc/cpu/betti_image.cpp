@@ -128,6 +128,7 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
   Cycles<K> cycles[3];
   Forest<K> forest[3];
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
+    planes[i].voxels.open(g, slab);
     if (i != kComparison) {
       forest[i] =
           make_forest(side_keys[i], g, *sides[i], static_cast<const K* const*>(nullptr), slab);
@@ -135,6 +136,7 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
       if (squares) events = square_events(g, *sides[i], own, rises.get(), slab);
       cycles[i] = join_voxels(side_keys[i], g, *sides[i], squares ? &events : nullptr, forest[i],
                               static_cast<const K* const*>(nullptr), slab);
+      planes[i].voxels.close();
       return;
     }
     const bool labels = batch.wanted(0);
@@ -146,6 +148,7 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
     }
     cycles[i] = join_voxels(own_keys, g, own, labels ? &events : nullptr, forest[i],
                             labels ? side_keys : nullptr, slab);
+    planes[i].voxels.close();
   });
 
   const uint32_t oldest[2] = {lowest_voxel(g, planes[kInput].lowest.get()),
@@ -184,9 +187,11 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     const bool side = i != kComparison;
     const K* const label_keys = side ? own_keys : nullptr;
+    planes[i].squares.open(g, slab);
     forest[i] = make_square_forest(keys[i].get(), g, planes[i], label_keys, slab);
     if (side) highest_labels(forest[i], g, planes[i], own, rises.get(), own_keys);
     join_descending(forest[i], g, planes[i], cycles[i].at.get(), cycles[i].count, label_keys, slab);
+    planes[i].squares.close();
     cycles[i] = Cycles<K>();
     if (!side) return;
     bar_of[i] = Array<uint32_t>(slab, own.squares.count);
@@ -221,10 +226,12 @@ ItemResult bars_of_image(const Problem& batch, int64_t item, Slab& slab) {
   Range<K> range;
   if (!make_keys(image, g, batch.superlevel, keys.get(), range)) found_nan("input", item);
   const K* const key = keys.get();
-  const Planes planes = pair_locally(key, g, static_cast<const Range<K>*>(nullptr), slab);
+  Planes planes = pair_locally(key, g, static_cast<const Range<K>*>(nullptr), slab);
   const K* const* const no_labels = nullptr;
   Forest<K> forest = make_forest(key, g, planes, no_labels, slab);
+  planes.voxels.open(g, slab);
   const Cycles<K> cycles = join_voxels(key, g, planes, nullptr, forest, no_labels, slab);
+  planes.voxels.close();
   const Age<K>* const ages = forest.age.get();
   const uint32_t oldest = uint32_t(*std::min_element(ages, ages + forest.count));
   result.oldest_input = result.oldest_target = g.flat(oldest);
@@ -232,14 +239,16 @@ ItemResult bars_of_image(const Problem& batch, int64_t item, Slab& slab) {
   if (!batch.wanted(1) || g.rows < 2) return result;
   const K* const none = nullptr;
   forest = make_square_forest(key, g, planes, none, slab);
+  planes.squares.open(g, slab);
   join_descending(forest, g, planes, cycles.at.get(), cycles.count, none, slab);
   list_square_bars(forest, key, g, result.dim[1].input, [](uint32_t, uint32_t) {});
   return result;
 }
 
 size_t image_bytes(const Problem& batch) {
-  const size_t size = Grid(batch).size();
-  return size * (batch.input_dtype == DType::kF64 ? 72 : 62);
+  // Of an image of noise on one thread; what does not fit comes from malloc.
+  const size_t cells = Grid(batch).size();
+  return cells * (batch.input_dtype == DType::kF64 ? 80 : 46) + (size_t(32) << 10);
 }
 
 template ItemResult match_image<float>(const Problem&, int64_t, int, Slab&);

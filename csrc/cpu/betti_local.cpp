@@ -64,12 +64,12 @@ Planes pair_locally(const K* keys, const Grid& g, const Range<K>* range, Slab& s
   Planes planes;
   const uint32_t words = g.all_words(), below = (g.rows + 1) * g.words;
   for (Walks* w : {&planes.voxels, &planes.squares}) {
+    w->squares = w == &planes.squares;
     w->code = Array<uint8_t>(slab, g.size());
     w->directions = Array<Directions>(slab, words);
     w->roots = Array<Roots>(slab, words);
-    w->kept = Array<uint32_t>(slab, g.size());
-    std::fill_n(w->code.get(), g.pitch, kStop);
-    std::fill_n(w->code.get() + (g.rows + 1) * g.pitch, g.pitch, kStop);
+    std::fill_n(w->code.get(), g.pitch, kOutside);
+    std::fill_n(w->code.get() + (g.rows + 1) * g.pitch, g.pitch, kOutside);
   }
   planes.rest = Array<Edges>(slab, words);
   if (range) {
@@ -83,13 +83,6 @@ Planes pair_locally(const K* keys, const Grid& g, const Range<K>* range, Slab& s
     }
   }
   pair_planes(keys, g, range, planes);
-  // The squares of the frame at which walks end are the outside.
-  uint32_t* const outside = planes.squares.kept.get();
-  std::fill_n(outside, g.pitch, 0);
-  std::fill_n(outside + g.rows * g.pitch, g.pitch, 0);
-  for (uint32_t row = 0; row <= g.rows; ++row) {
-    outside[row * g.pitch + g.cols - 1] = outside[row * g.pitch + g.pitch - 1] = 0;
-  }
   return planes;
 }
 
@@ -100,9 +93,9 @@ Array<Edges> square_rises(const K* keys, const Grid& g, Slab& slab) {
   return rises;
 }
 
-void find_roots(const Walks& walks, const Grid& g, bool squares, const uint32_t* cells, uint32_t n,
+void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
                 uint32_t* found) {
-  PYLOSS_DISPATCH(find_roots(walks, g, squares, cells, n, found));
+  PYLOSS_DISPATCH(find_roots(walks, g, cells, n, found));
 }
 
 template <class K>

@@ -99,10 +99,10 @@ struct Grid {
 struct Directions {
   uint64_t down, right, up, left, up_left;
 };
-// The same as a byte of each cell, for walks: `kStop` at roots, and where the result of a long walk
-// is kept; from kRun on, the number of steps to take at once, up for voxels and down for squares,
-// which plateaus and slopes have many of.
-enum Code : uint8_t { kStop, kRight, kLeft, kUpLeft, kVertical, kRun };
+// The same as a byte of each cell, for walks. They end at kStop, a root or a cell for which the
+// result of a long walk is kept, and at kOutside. From kRun on it is the number of steps to take at
+// once, up for voxels and down for squares, which plateaus and slopes have many of.
+enum Code : uint8_t { kStop, kOutside, kRight, kLeft, kUpLeft, kVertical, kRun };
 // Cells in no local pair; `before`: the number of the first of them.
 struct Roots {
   uint64_t cells;
@@ -119,14 +119,22 @@ struct Edges {
 
 // A forest of local pairs: of the voxels or of the squares.
 struct Walks {
+  bool squares;
   Array<uint8_t> code;
   Array<Directions> directions;
   Array<Roots> roots;
-  Array<uint32_t> kept;  // where a walk stops at no root: the number of the one it leads to
+  Array<uint32_t> kept;  // where a walk stops at no root, the number of the one it leads to
   uint32_t count = 0;    // of roots; of squares, number 0 is the outside
 
   // kNone: the cell is no root.
   uint32_t number(uint32_t cell) const { return number_of(roots[cell >> 6], cell); }
+  // Walks need `kept` while they are walked only.
+  void open(const Grid& g, Slab& slab) { kept = Array<uint32_t>(slab, g.size()); }
+  void close() {
+    kept = Array<uint32_t>();
+    code = Array<uint8_t>();
+    directions = Array<Directions>();
+  }
 };
 
 struct Planes {
@@ -160,7 +168,7 @@ template <class K>
 Array<Edges> square_rises(const K* keys, const Grid& g, Slab& slab);
 
 // Numbers of the roots of cells.
-void find_roots(const Walks& walks, const Grid& g, bool squares, const uint32_t* cells, uint32_t n,
+void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
                 uint32_t* found);
 
 // What happens to the union-find over the roots: an edge joins roots a and b; or, with b = kEvent,

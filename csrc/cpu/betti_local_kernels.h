@@ -205,11 +205,11 @@ struct Bytes {
 };
 
 // The codes of a word's cells, of which `runs` continue those of `before`.
-PYLOSS_INLINE void write_codes(const Directions& d, uint64_t runs, uint64_t vertical,
-                               const uint8_t* before, uint8_t* to) {
+PYLOSS_INLINE void write_codes(const Directions& d, uint64_t cells, uint64_t runs,
+                               uint64_t vertical, const uint8_t* before, uint8_t* to) {
   using B = Bytes;
   for (int i = 0; i < 64; i += B::kCount) {
-    B::V v = B::fill(kStop);
+    B::V v = B::set(B::fill(kOutside), cells >> i, B::fill(kStop));
     v = B::set(v, d.right >> i, B::fill(kRight));
     v = B::set(v, d.left >> i, B::fill(kLeft));
     v = B::set(v, d.up_left >> i, B::fill(kUpLeft));
@@ -300,15 +300,22 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
   planes.squares.count = peaks;
   planes.rest_count = rest;
 
-  for (uint32_t at = g.words; at < (g.rows + 1) * g.words; ++at) {
-    const Directions& d = planes.voxels.directions[at];
-    uint8_t* const to = planes.voxels.code.get() + 64 * size_t(at);
-    write_codes(d, d.up, d.down, to - g.pitch, to);
+  for (uint32_t row = 1; row <= g.rows; ++row) {
+    for (uint32_t w = 0; w < g.words; ++w) {
+      const uint32_t at = row * g.words + w;
+      const Directions& d = planes.voxels.directions[at];
+      uint8_t* const to = planes.voxels.code.get() + 64 * size_t(at);
+      write_codes(d, Grid::below(w, g.cols), d.up, d.down, to - g.pitch, to);
+    }
   }
-  for (uint32_t at = (g.rows + 1) * g.words; at-- > g.words;) {
-    const Directions& d = planes.squares.directions[at];
-    uint8_t* const to = planes.squares.code.get() + 64 * size_t(at);
-    write_codes(d, d.down, d.up, to + g.pitch, to);
+  for (uint32_t row = g.rows; row > 0; --row) {
+    for (uint32_t w = 0; w < g.words; ++w) {
+      const uint32_t at = row * g.words + w;
+      const Directions& d = planes.squares.directions[at];
+      uint8_t* const to = planes.squares.code.get() + 64 * size_t(at);
+      const uint64_t cells = row == g.rows ? 0 : Grid::below(w, g.cols - 1);
+      write_codes(d, cells, d.down, d.up, to + g.pitch, to);
+    }
   }
 }
 
@@ -345,10 +352,10 @@ struct Finder {
   uint32_t* kept;
   int32_t offset[256];  // by code; 0 where a walk stops
 
-  Finder(const Walks& w, const Grid& g, bool squares)
+  Finder(const Walks& w, const Grid& g)
       : code(w.code.get()), roots(w.roots.get()), kept(w.kept.get()) {
-    const int32_t run = squares ? int32_t(g.pitch) : -int32_t(g.pitch);
-    offset[kStop] = 0;
+    const int32_t run = w.squares ? int32_t(g.pitch) : -int32_t(g.pitch);
+    offset[kStop] = offset[kOutside] = 0;
     offset[kRight] = 1;
     offset[kLeft] = -1;
     offset[kUpLeft] = -int32_t(g.pitch) - 1;
@@ -359,16 +366,17 @@ struct Finder {
   PYLOSS_INLINE uint32_t number(uint32_t v) const {
     const Roots& r = roots[v >> 6];
     const uint64_t bit = uint64_t(1) << (v & 63);
-    return r.cells & bit ? r.before + uint32_t(__builtin_popcountll(r.cells & (bit - 1))) : kept[v];
+    if (r.cells & bit) return r.before + uint32_t(__builtin_popcountll(r.cells & (bit - 1)));
+    return code[v] == kStop ? kept[v] : 0;
   }
   // A few steps without a branch, which would be mispredicted: most walks are short.
   PYLOSS_INLINE uint32_t operator()(uint32_t cell) const {
     const uint32_t v = step(step(step(step(cell))));
-    return __builtin_expect(code[v] == kStop, 1) ? number(v) : rest(cell, v);
+    return __builtin_expect(code[v] <= kOutside, 1) ? number(v) : rest(cell, v);
   }
   __attribute__((noinline)) uint32_t rest(uint32_t cell, uint32_t v) const {
     uint32_t length = 4;
-    for (; code[v] != kStop; v = step(v)) ++length;
+    for (; code[v] > kOutside; v = step(v)) ++length;
     const uint32_t found = number(v);
     // Bounds the time of all walks by the number of cells.
     if (length > 12) {
@@ -383,9 +391,9 @@ struct Finder {
   }
 };
 
-void find_roots(const Walks& walks, const Grid& g, bool squares, const uint32_t* cells, uint32_t n,
+void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
                 uint32_t* found) {
-  const Finder find(walks, g, squares);
+  const Finder find(walks, g);
   for (uint32_t i = 0; i < n; ++i) found[i] = find(cells[i]);
 }
 
@@ -402,7 +410,7 @@ PYLOSS_INLINE uint64_t spread(uint32_t word) {
 template <class K>
 uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Events* events,
                  Item* items, Sortable<K>* order) {
-  const Finder find(planes.voxels, g, false);
+  const Finder find(planes.voxels, g);
   const uint32_t second[2] = {g.pitch, 1};
   uint32_t n = 0;
   for (uint32_t at = g.words; at < (g.rows + 1) * g.words; ++at) {

@@ -41,6 +41,14 @@ ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& s
                          : bars_of_image<R>(batch, item, slab);
 }
 
+// The scratch memory of small images is kept by each thread: to map it anew takes longer than the
+// work.
+constexpr size_t kKeptBytes = size_t(2) << 20;
+Slab& kept_slab() {
+  thread_local Slab slab(kKeptBytes);
+  return slab;
+}
+
 // fn(item, threads within it, slab). A slab serves one item after the other.
 template <class Fn>
 void over_items(const Problem& batch, int threads, Fn&& fn) {
@@ -53,6 +61,11 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
   std::mutex mutex;
   std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
+    const int within = outer ? 1 : threads;
+    if (bytes <= kKeptBytes) {
+      for (int64_t item = begin; item < end; ++item) fn(item, within, kept_slab());
+      return;
+    }
     std::unique_ptr<Slab> slab;
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -62,7 +75,7 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
       }
     }
     if (!slab) slab.reset(new Slab(bytes));
-    for (int64_t item = begin; item < end; ++item) fn(item, outer ? 1 : threads, *slab);
+    for (int64_t item = begin; item < end; ++item) fn(item, within, *slab);
     std::lock_guard<std::mutex> lock(mutex);
     idle.push_back(std::move(slab));
   });
