@@ -338,6 +338,12 @@ uint32_t ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, ui
         __builtin_prefetch(parent + far.b);
         __builtin_prefetch(age + far.b);
       }
+      if (kLabels) {
+        for (int k = 0; k < 2; ++k) {
+          __builtin_prefetch(f.label[k].get() + far.a);
+          if (far.b < kOther) __builtin_prefetch(f.label[k].get() + far.b);
+        }
+      }
     }
     const Item x = items[order[i].item];
     if (x.b >= kOther) {
@@ -387,6 +393,11 @@ void descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cycle<K
       sides[2 * i + 1] = c.event ? c.cell : p;
     }
     find_roots(planes.squares, g, sides, 2 * count, roots);
+    for (uint32_t i = 0; i < 2 * count; ++i) {
+      __builtin_prefetch(parent + roots[i]);
+      __builtin_prefetch(age + roots[i]);
+      if (kLabels) __builtin_prefetch(f.label[0].get() + roots[i]);
+    }
     for (uint32_t i = 0; i < count; ++i) {
       const Cycle<K>& c = cycles[end - 1 - i];
       if (kLabels && c.event) {

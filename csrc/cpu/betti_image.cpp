@@ -54,6 +54,13 @@ uint32_t lowest_voxel(const Grid& g, const uint64_t* lowest) {
   return 64 * at + uint32_t(__builtin_ctzll(lowest[at]));
 }
 
+// For the memory of a later root's edge, which is anywhere.
+template <class K>
+void ask_ahead(const Forest<K>& f, const K* keys, uint32_t i) {
+  constexpr uint32_t kAhead = 16;
+  if (i + kAhead < f.count) __builtin_prefetch(keys + (f.edge[i + kAhead] >> 1));
+}
+
 // The bars of dimension 0 in the order of their births; `number`, where asked for, receives those
 // of the roots.
 template <class K>
@@ -61,6 +68,7 @@ void list_bars(const Forest<K>& f, const K* keys, const Grid& g, uint32_t oldest
                std::vector<Bar>& bars, uint32_t* number) {
   bars.reserve(f.count);
   for (uint32_t i = 0; i < f.count; ++i) {
+    ask_ahead(f, keys, i);
     if (number) number[i] = kNone;
     const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
     if (v == oldest) continue;
@@ -78,6 +86,7 @@ void list_square_bars(const Forest<K>& f, const K* keys, const Grid& g, std::vec
                       Pair&& pair) {
   bars.reserve(f.count);
   for (uint32_t i = 1; i < f.count; ++i) {
+    ask_ahead(f, keys, i);
     const uint32_t s = uint32_t(f.age[i]), e = f.edge[i];
     const uint32_t p = e >> 1, q = g.second_end(e), first = keys[p] > keys[q] ? p : q;
     if (keys[first] == key_of_age<K>(f.age[i])) continue;
@@ -171,6 +180,7 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
     const Forest<K>& f = forest[kComparison];
     const uint32_t first = lowest_voxel(g, own.lowest.get());
     for (uint32_t i = 0; i < f.count; ++i) {
+      ask_ahead(f, own_keys, i);
       const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
       if (v == first) continue;
       if (std::max(own_keys[e >> 1], own_keys[g.second_end(e)]) == own_keys[v]) continue;

@@ -43,10 +43,15 @@ ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& s
 
 // The scratch memory of small images is kept by each thread: to map it anew takes longer than the
 // work.
-constexpr size_t kKeptBytes = size_t(2) << 20;
-Slab& kept_slab() {
-  thread_local Slab slab(kKeptBytes);
-  return slab;
+constexpr size_t kKeptBytes = size_t(4) << 20;
+Slab& kept_slab(size_t bytes) {
+  thread_local std::unique_ptr<Slab> slab;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    slab.reset(new Slab(bytes));
+    size = bytes;
+  }
+  return *slab;
 }
 
 // fn(item, threads within it, slab). A slab serves one item after the other.
@@ -63,7 +68,7 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
     const int within = outer ? 1 : threads;
     if (bytes <= kKeptBytes) {
-      for (int64_t item = begin; item < end; ++item) fn(item, within, kept_slab());
+      for (int64_t item = begin; item < end; ++item) fn(item, within, kept_slab(bytes));
       return;
     }
     std::unique_ptr<Slab> slab;
