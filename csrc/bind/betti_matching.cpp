@@ -118,6 +118,19 @@ void register_betti_matching(py::module_& m) {
     return bytes(without_gil(cpu::persistence_pairs, p, essential, checked_threads(threads)));
   });
 
+  m.def("betti_loops", [](py::handle problem, int64_t squares, int64_t count) {
+    const auto p = decode_on_cpu(problem, false);
+    if (p.items != 1 || p.dims != 3) bad_argument("problem", "not one volume");
+    const auto* found = static_cast<const int64_t*>(
+        checked_pointer("squares", squares, checked_count("squares", {count})));
+    for (int64_t i = 0; i < count; ++i) {
+      if (found[i] < 0 || found[i] / 3 >= p.depth * p.rows * p.cols) {
+        bad_argument("squares", "no number of a square");
+      }
+    }
+    return bytes(without_gil(cpu::betti_loops, p, found, count));
+  });
+
 #if PYLOSS_WITH_CUDA
   m.def("cuda_betti_matching_scratch_bytes", [](py::handle problem, int64_t device) {
     return on_device(device, cuda::betti_scratch_bytes, decode(problem, true));

@@ -294,5 +294,10 @@ std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int
   return joined(pairs);
 }
 
+std::vector<int64_t> betti_loops(const Problem& volume, const int64_t* squares, int64_t count) {
+  return volume.input_dtype == DType::kF64 ? loops_of_volume<double>(volume, squares, size_t(count))
+                                           : loops_of_volume<float>(volume, squares, size_t(count));
+}
+
 }  // namespace cpu
 }  // namespace pyloss

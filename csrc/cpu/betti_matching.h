@@ -26,6 +26,10 @@ struct BettiRows {
 BettiRows betti_matching(const betti::Problem& batch, int threads);
 // Rows as the unmatched ones above; the essential class has death -1.
 std::vector<int64_t> persistence_pairs(const betti::Problem& batch, bool essential, int threads);
+// Rows (place in `squares`, edge): the loops of one volume that squares of it fill, as far as they
+// are deaths of bars of dimension 1.
+std::vector<int64_t> betti_loops(const betti::Problem& volume, const int64_t* squares,
+                                 int64_t count);
 
 }  // namespace cpu
 }  // namespace pyloss

@@ -70,6 +70,15 @@ bool rows_of_comparison(const K* input, const K* target, const Lattice& l) {
   return same;
 }
 
+template <class R>
+Order order_of_input(const Problem& batch, int64_t item, const Lattice& l, Slab& slab) {
+  Array<typename betti::KeyOf<R>::type> keys(slab, l.size());
+  if (!make_keys(image_of<R>(batch, kInput, item), l, batch.superlevel, keys.get())) {
+    found_nan("input", item);
+  }
+  return sort_voxels(keys.get(), l, slab);
+}
+
 struct Images {
   const Problem& batch;
   const Lattice l;
@@ -225,14 +234,7 @@ template <class R>
 ItemResult bars_of_volume(const Problem& batch, int64_t item, int, Slab& slab) {
   const Lattice l(batch);
   ItemResult result;
-  Order order;
-  {
-    Array<typename betti::KeyOf<R>::type> keys(slab, l.size());
-    if (!make_keys(image_of<R>(batch, kInput, item), l, batch.superlevel, keys.get())) {
-      found_nan("input", item);
-    }
-    order = sort_voxels(keys.get(), l, slab);
-  }
+  const Order order = order_of_input<R>(batch, item, l, slab);
   result.oldest_input = result.oldest_target = order.at(0);
   const Stars stars = make_stars(order.rank.get(), l, slab);
   Bits negative(size_t(l.size()) * 3, slab);
@@ -249,6 +251,30 @@ ItemResult bars_of_volume(const Problem& batch, int64_t item, int, Slab& slab) {
   return result;
 }
 
+template <class R>
+std::vector<int64_t> loops_of_volume(const Problem& volume, const int64_t* squares, size_t count) {
+  const Lattice l(volume);
+  const Numbers number(volume);
+  Slab slab(volume_bytes(volume));
+  std::vector<uint32_t> wanted;
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t v = uint32_t(squares[i] / 3), row = v / l.cols;
+    wanted.push_back(3 * (l.row(row / l.rows, row % l.rows) + v % l.cols) +
+                     uint32_t(squares[i] % 3));
+  }
+  const Order order = order_of_input<R>(volume, 0, l, slab);
+  const Stars stars = make_stars(order.rank.get(), l, slab);
+  std::vector<int64_t> rows;
+  const auto columns = reduced_columns(order, l, stars, wanted, slab);
+  for (size_t i = 0; i < count; ++i) {
+    for (uint32_t e : columns[i]) {
+      rows.push_back(int64_t(i));
+      rows.push_back(number.cell(1, e));
+    }
+  }
+  return rows;
+}
+
 size_t volume_bytes(const Problem& batch) {
   return size_t(Lattice(batch).size()) * (batch.input_dtype == DType::kF64 ? 130 : 110);
 }
@@ -257,6 +283,8 @@ template ItemResult match_volume<float>(const Problem&, int64_t, int, Slab&);
 template ItemResult match_volume<double>(const Problem&, int64_t, int, Slab&);
 template ItemResult bars_of_volume<float>(const Problem&, int64_t, int, Slab&);
 template ItemResult bars_of_volume<double>(const Problem&, int64_t, int, Slab&);
+template std::vector<int64_t> loops_of_volume<float>(const Problem&, const int64_t*, size_t);
+template std::vector<int64_t> loops_of_volume<double>(const Problem&, const int64_t*, size_t);
 
 }  // namespace cpu
 }  // namespace pyloss
