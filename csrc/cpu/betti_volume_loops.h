@@ -17,7 +17,7 @@
 // A column is a sorted array of (rank, edge), or a heap when it is long, in which equal ones cancel
 // as they surface. Reduced columns are kept where something was added to them.
 //
-// Memory traffic: 12 bytes per voxel for pivots, and the columns.
+// Memory traffic: the masks of the voxels once, and the columns that are left.
 #pragma once
 
 #include <cstdint>
