@@ -45,10 +45,14 @@ betti::Problem decode(const py::handle& record, bool two) {
   return p;
 }
 
-// Edges are numbered in 31 bits (2D: 32), in an image with a frame.
+// Edges are numbered in 31 bits (2D: 32), in an image with a frame (2D: rows of whole words,
+// cpu/betti_local.h).
 bool cells_fit(const betti::Problem& p) {
-  int64_t voxels = p.dims == 3 ? 3 : 1;
-  for (int64_t size : {p.depth + (p.dims == 3 ? 2 : 0), p.rows + 2, p.cols + 2}) {
+  const bool volume = p.dims == 3, turned = !volume && p.cols == 1;
+  const int64_t cols = turned ? p.rows : p.cols;
+  int64_t voxels = volume ? 3 : 1;
+  for (int64_t size : {volume ? p.depth + 2 : 1, (turned ? 1 : p.rows) + 2,
+                       volume ? cols + 2 : (cols + 64) / 64 * 64}) {
     if (size >= INT32_MAX || voxels * size >= INT32_MAX) return false;
     voxels *= size;
   }

@@ -12,6 +12,7 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "cpu/betti_image.h"
 #include "cpu/betti_item.h"
@@ -40,6 +41,19 @@ ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& s
                          : bars_of_image<R>(batch, item, slab);
 }
 
+// The scratch memory of small images is kept by each thread: to map it anew takes longer than the
+// work.
+constexpr size_t kKeptBytes = size_t(4) << 20;
+Slab& kept_slab(size_t bytes) {
+  thread_local std::unique_ptr<Slab> slab;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    slab.reset(new Slab(bytes));
+    size = bytes;
+  }
+  return *slab;
+}
+
 // fn(item, threads within it, slab). A slab serves one item after the other.
 template <class Fn>
 void over_items(const Problem& batch, int threads, Fn&& fn) {
@@ -52,6 +66,11 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
   std::mutex mutex;
   std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
+    const int within = outer ? 1 : threads;
+    if (bytes <= kKeptBytes) {
+      for (int64_t item = begin; item < end; ++item) fn(item, within, kept_slab(bytes));
+      return;
+    }
     std::unique_ptr<Slab> slab;
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -61,7 +80,7 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
       }
     }
     if (!slab) slab.reset(new Slab(bytes));
-    for (int64_t item = begin; item < end; ++item) fn(item, outer ? 1 : threads, *slab);
+    for (int64_t item = begin; item < end; ++item) fn(item, within, *slab);
     std::lock_guard<std::mutex> lock(mutex);
     idle.push_back(std::move(slab));
   });
@@ -86,7 +105,7 @@ void loss_of_item(const Problem& batch, const Options& o, int64_t item, const It
       auto match = [&](uint32_t voxel, uint32_t target_voxel) {
         const R x = input[voxel], y = target[target_voxel];
         matched += betti::matched_term<R>(x, 0, y, 0);
-        if (grad) grad[voxel] += factor * betti::matched_slope(x, y);
+        if (grad) grad[voxel] += betti::weighted(factor, betti::matched_slope(x, y));
       };
       for (const Match& m : r.matches) {
         const Bar &a = r.input[m.input], &b = r.target[m.target];
@@ -104,8 +123,8 @@ void loss_of_item(const Problem& batch, const Options& o, int64_t item, const It
         if (!grad) continue;
         R slope_x, slope_y;
         betti::unmatched_slopes(x, y, o.extreme, batch.superlevel, slope_x, slope_y);
-        grad[p] += lone * slope_x;
-        grad[q] += lone * slope_y;
+        grad[p] += betti::weighted(lone, slope_x);
+        grad[q] += betti::weighted(lone, slope_y);
       }
       for (size_t i = 0; i < r.target.size(); ++i) {
         if (r.target_matched[i]) continue;
@@ -134,16 +153,51 @@ void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* gra
 // --------------------------------------------------------------------------------------------------
 // Rows
 
-// Sorted within a dimension, then with the item's number and the dimension before each.
+// The numbers of the rows in lexicographic order, in the low half of each; what they begin with is
+// in the high half. A radix sort by that, of which few rows share one.
+template <class Row>
+std::vector<uint64_t> sorted(const std::vector<Row>& rows) {
+  constexpr int kBits = 11;
+  const size_t n = rows.size();
+  std::vector<uint64_t> order(n);
+  uint32_t most = 0;
+  for (size_t i = 0; i < n; ++i) {
+    order[i] = uint64_t(rows[i][0]) << 32 | i;
+    most = std::max(most, rows[i][0]);
+  }
+  if (!std::is_sorted(order.begin(), order.end())) {
+    std::vector<uint64_t> to(n);
+    for (int shift = 32; shift < 64 && most >> (shift - 32); shift += kBits) {
+      uint32_t count[(1 << kBits) + 1] = {};
+      const auto digit = [&](uint64_t x) { return x >> shift & ((1 << kBits) - 1); };
+      for (uint64_t x : order) ++count[digit(x) + 1];
+      for (int i = 0; i < 1 << kBits; ++i) count[i + 1] += count[i];
+      for (uint64_t x : order) to[count[digit(x)]++] = x;
+      std::swap(order, to);
+    }
+  }
+  for (size_t begin = 0, end; begin < n; begin = end) {
+    for (end = begin + 1; end < n && order[end] >> 32 == order[begin] >> 32; ++end) {
+    }
+    if (end == begin + 1) continue;
+    std::sort(order.begin() + begin, order.begin() + end,
+              [&](uint64_t a, uint64_t b) { return rows[uint32_t(a)] < rows[uint32_t(b)]; });
+  }
+  return order;
+}
+
+// Sorted within a dimension, with the item's number and the dimension before each.
 template <size_t kWidth>
 void append(std::vector<std::array<uint32_t, kWidth>>& rows, int64_t item, int dim,
             std::vector<int64_t>& out) {
-  std::sort(rows.begin(), rows.end());
-  out.reserve(out.size() + rows.size() * (kWidth + 2));
-  for (const auto& row : rows) {
-    out.push_back(item);
-    out.push_back(dim);
-    for (uint32_t x : row) out.push_back(x == kNone ? -1 : int64_t(x));
+  const std::vector<uint64_t> order = sorted(rows);
+  const size_t before = out.size();
+  out.resize(before + rows.size() * (kWidth + 2));
+  int64_t* to = out.data() + before;
+  for (uint64_t i : order) {
+    *to++ = item;
+    *to++ = dim;
+    for (uint32_t x : rows[uint32_t(i)]) *to++ = x == kNone ? -1 : int64_t(x);
   }
   rows.clear();
 }
@@ -169,7 +223,8 @@ void append_left(const std::vector<Bar>& bars, const std::vector<uint8_t>& match
 }
 
 template <class T>
-std::vector<T> joined(const std::vector<std::vector<T>>& parts) {
+std::vector<T> joined(std::vector<std::vector<T>>& parts) {
+  if (parts.size() == 1) return std::move(parts[0]);
   size_t size = 0;
   for (const auto& part : parts) size += part.size();
   std::vector<T> all;
