@@ -118,6 +118,15 @@ void register_betti_matching(py::module_& m) {
     return bytes(without_gil(cpu::persistence_pairs, p, essential, checked_threads(threads)));
   });
 
+  m.def("betti_loops", [](py::handle problem, int64_t squares, int64_t count) {
+    const auto p = decode_on_cpu(problem, false);
+    const Reader<Problem> r(problem);
+    if (p.dims != 3) r.bad(Problem::shape, "needs 3 sizes");
+    if (p.items != 1) r.bad(Problem::items, "needs one item");
+    const void* at = checked_pointer("squares", squares, checked_count("squares", {count}));
+    return bytes(without_gil(cpu::betti_loops, p, static_cast<const int64_t*>(at), count));
+  });
+
 #if PYLOSS_WITH_CUDA
   m.def("cuda_betti_matching_scratch_bytes", [](py::handle problem, int64_t device) {
     return on_device(device, cuda::betti_scratch_bytes, decode(problem, true));

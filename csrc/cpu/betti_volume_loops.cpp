@@ -385,23 +385,16 @@ void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
   });
 }
 
-std::vector<std::vector<uint32_t>> reduced_columns(const Order& o, const Lattice& l,
-                                                   const Stars& stars,
-                                                   const std::vector<uint32_t>& squares,
-                                                   Slab& slab) {
-  std::vector<std::vector<uint32_t>> found(squares.size());
+void reduced_columns(const Order& o, const Lattice& l, const Stars& stars,
+                     const std::function<void(uint32_t, const std::vector<uint32_t>&)>& found,
+                     Slab& slab) {
   const StarOffsets at(l);
   Reduction reduction(count_of(l, stars.critical.get()), o, l, nullptr, slab);
   const StarColumns of_star(o, l, stars.local.get(), reduction);
   in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t) {
     const uint32_t e = reduction.reduce(s, of_star);
-    if (e == kNone) return;
-    for (size_t i = 0; i < squares.size(); ++i) {
-      if (squares[i] != s) continue;
-      found[i] = reduction.column(e);
-    }
+    if (e != kNone) found(s, reduction.column(e));
   });
-  return found;
 }
 
 }  // namespace betti_volume
