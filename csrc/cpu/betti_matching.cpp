@@ -36,8 +36,8 @@ ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& sla
                          : match_image<R>(batch, item, threads, slab);
 }
 template <class R>
-ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
-  return batch.dims == 3 ? bars_of_volume<R>(batch, item, threads, slab)
+ItemResult bars_of_item(const Problem& batch, int64_t item, Slab& slab) {
+  return batch.dims == 3 ? bars_of_volume<R>(batch, item, slab)
                          : bars_of_image<R>(batch, item, slab);
 }
 
@@ -274,10 +274,10 @@ BettiRows betti_matching(const Problem& batch, int threads) {
 std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int threads) {
   const Numbers at(batch);
   std::vector<std::vector<int64_t>> pairs(batch.items);
-  over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
+  over_items(batch, threads, [&](int64_t item, int, Slab& slab) {
     const ItemResult found = batch.input_dtype == DType::kF64
-                                 ? bars_of_item<double>(batch, item, within, slab)
-                                 : bars_of_item<float>(batch, item, within, slab);
+                                 ? bars_of_item<double>(batch, item, slab)
+                                 : bars_of_item<float>(batch, item, slab);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const BarNumbers numbers{at, d};
@@ -295,8 +295,8 @@ std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int
 }
 
 std::vector<int64_t> betti_loops(const Problem& volume, const int64_t* squares, int64_t count) {
-  return volume.input_dtype == DType::kF64 ? loops_of_volume<double>(volume, squares, size_t(count))
-                                           : loops_of_volume<float>(volume, squares, size_t(count));
+  return volume.input_dtype == DType::kF64 ? loops_of_volume<double>(volume, squares, count)
+                                           : loops_of_volume<float>(volume, squares, count);
 }
 
 }  // namespace cpu
