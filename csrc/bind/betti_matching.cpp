@@ -36,7 +36,6 @@ betti::Problem decode(const py::handle& record, bool two) {
   }
   const int64_t voxels = checked_count("input", {p.items, p.depth, p.rows, p.cols});
   if (p.depth < 1 || p.rows < 1 || p.cols < 1) r.bad(Problem::shape, "no voxels");
-  if (p.dims > 2) r.bad(Problem::shape, "no kernel takes three dimensions");
   p.want = r.code<uint32_t>(Problem::want, 1 << betti::kMaxDims) & ((1u << dims) - 1);
   p.superlevel = r.flag(Problem::superlevel);
   p.input = r.pointer(Problem::input, voxels);
@@ -46,17 +45,27 @@ betti::Problem decode(const py::handle& record, bool two) {
   return p;
 }
 
+// Edges are numbered in 31 bits (2D: 32), in an image with a frame (2D: rows of whole words,
+// cpu/betti_local.h).
+bool cells_fit(const betti::Problem& p) {
+  const bool volume = p.dims == 3, turned = !volume && p.cols == 1;
+  const int64_t cols = turned ? p.rows : p.cols;
+  int64_t voxels = volume ? 3 : 1;
+  for (int64_t size : {volume ? p.depth + 2 : 1, (turned ? 1 : p.rows) + 2,
+                       volume ? cols + 2 : (cols + 64) / 64 * 64}) {
+    if (size >= INT32_MAX || voxels * size >= INT32_MAX) return false;
+    voxels *= size;
+  }
+  return true;
+}
+
 betti::Problem decode_on_cpu(const py::handle& record, bool two) {
   const betti::Problem p = decode(record, two);
   const Reader<Problem> r(record);
   if (r.float32_or_float64(Problem::input_dtype) != p.target_dtype) {
     r.bad(Problem::target_dtype, "another than the input's");
   }
-  // Edges are numbered in 32 bits, in an image with a frame.
-  if (p.rows > INT32_MAX - 2 || p.cols > INT32_MAX - 2 ||
-      (p.rows + 2) * (p.cols + 1) >= INT32_MAX) {
-    r.bad(Problem::shape, "more than 2^31 cells in an image");
-  }
+  if (!cells_fit(p)) r.bad(Problem::shape, "more than 2^31 cells in an image");
   return p;
 }
 
@@ -107,6 +116,15 @@ void register_betti_matching(py::module_& m) {
   m.def("persistence_pairs", [](py::handle problem, bool essential, int64_t threads) {
     const auto p = decode_on_cpu(problem, false);
     return bytes(without_gil(cpu::persistence_pairs, p, essential, checked_threads(threads)));
+  });
+
+  m.def("betti_loops", [](py::handle problem, int64_t squares, int64_t count) {
+    const auto p = decode_on_cpu(problem, false);
+    const Reader<Problem> r(problem);
+    if (p.dims != 3) r.bad(Problem::shape, "needs 3 sizes");
+    if (p.items != 1) r.bad(Problem::items, "needs one item");
+    const void* at = checked_pointer("squares", squares, checked_count("squares", {count}));
+    return bytes(without_gil(cpu::betti_loops, p, static_cast<const int64_t*>(at), count));
   });
 
 #if PYLOSS_WITH_CUDA

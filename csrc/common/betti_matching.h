@@ -32,7 +32,7 @@ inline constexpr int kMaxDims = 3;
 struct Problem {
   int64_t items;              // independent images: batch times channels
   int64_t depth, rows, cols;  // 2D: depth = 1; 1D: cols = 1, too
-  int dims;                   // of the images: 1, 2 or 3, which no kernel takes yet
+  int dims;                   // of the images: 1, 2 or 3, which only the CPU takes
   uint32_t want;              // bit d: homology dimension d, of those below dims
   bool superlevel;
   const void* input;  // [items][depth][rows][cols]
@@ -171,6 +171,11 @@ PYLOSS_HD inline void unmatched_slopes(R b, R d, bool extreme, bool superlevel, 
     slope_b = 4 * (superlevel ? b : b - 1);
     slope_d = 4 * (superlevel ? d - 1 : d);
   }
+}
+// A slope times its weight. What has no weight adds nothing, an infinite slope neither.
+template <class R>
+PYLOSS_HD inline R weighted(R weight, R slope) {
+  return weight == 0 ? R(0) : weight * slope;
 }
 // Whether an unmatched bar of the input counts.
 template <class R>
