@@ -448,10 +448,10 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     def flag() -> Field:
         return Field([0, 1], [2, -1, *HUGE])
 
-    def problem(x: Field, target: Field, dtype: Field) -> list[Any]:
+    def problem(x: Field, target: Field, dtype: Field, items=OUTER, shape=(CLASSES, INNER)) -> list:
         return record(
             *(*op, "Problem"),
-            **dict(items=size(OUTER), shape=[size(CLASSES), size(INNER)]),
+            **dict(items=size(items), shape=[size(n) for n in shape]),
             **dict(want=Field(list(range(8)), [-1, 8, *HUGE]), superlevel=flag()),
             **dict(input=x, input_dtype=dtype, target=target, target_dtype=dtype),
         )
@@ -466,8 +466,10 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     grad = Field([0, buffers["grad"].address], NOWHERE)
     # As above: a host address would be a valid number on a device.
     on_device = problem(none, none, code(0, 1))
+    volume = problem(address(buffers["x"]), none, code(0, 1), 1, (OUTER, CLASSES, INNER))
     return {
         "cuda_betti_loss": [on_device, options, *[none] * 6],
+        "betti_loops": [volume, address(buffers["index"]), size(2)],
         "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
         "betti_matching": [here, THREADS],
         "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],

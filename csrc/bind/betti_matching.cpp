@@ -123,8 +123,14 @@ void register_betti_matching(py::module_& m) {
     const Reader<Problem> r(problem);
     if (p.dims != 3) r.bad(Problem::shape, "needs 3 sizes");
     if (p.items != 1) r.bad(Problem::items, "needs one item");
-    const void* at = checked_pointer("squares", squares, checked_count("squares", {count}));
-    return bytes(without_gil(cpu::betti_loops, p, static_cast<const int64_t*>(at), count));
+    const auto* found = static_cast<const int64_t*>(
+        checked_pointer("squares", squares, checked_count("squares", {count})));
+    for (int64_t i = 0; i < count; ++i) {
+      if (found[i] < 0 || found[i] / 3 >= p.depth * p.rows * p.cols) {
+        bad_argument("squares", "no number of a square");
+      }
+    }
+    return bytes(without_gil(cpu::betti_loops, p, found, count));
   });
 
 #if PYLOSS_WITH_CUDA
