@@ -466,12 +466,14 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     grad = Field([0, buffers["grad"].address], NOWHERE)
     # As above: a host address would be a valid number on a device.
     on_device = problem(none, none, code(0, 1))
-    volume = problem(address(buffers["x"]), none, code(0, 1), 1, (OUTER, CLASSES, INNER))
+    sizes = (OUTER, CLASSES, INNER)
+    volume = problem(address(buffers["x"]), none, code(0, 1), 1, sizes)
+    pair = problem(address(buffers["x"]), address(buffers["target"]), code(0, 1), 1, sizes)
     return {
         "cuda_betti_loss": [on_device, options, *[none] * 6],
         "betti_loops": [volume, address(buffers["index"]), size(2)],
         "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
-        "betti_matching": [here, THREADS],
+        "betti_matching": [pair, THREADS],
         "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
     }
 
