@@ -466,8 +466,11 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     grad = Field([0, buffers["grad"].address], NOWHERE)
     # As above: a host address would be a valid number on a device.
     on_device = problem(none, none, code(0, 1))
+    rows = record(*op, "Rows", counts=[size(OUTER)] * 3, addresses=[none] * 3)
     return {
         "cuda_betti_loss": [on_device, options, *[none] * 6],
+        "cuda_betti_pairs": [on_device, flag(), *[none] * 5],
+        "cuda_betti_rows": [on_device, rows, *[none] * 4],
         "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
         "betti_matching": [here, THREADS],
         "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],

@@ -47,6 +47,12 @@ def steps_of_lion_k(*parameters):
     return [p.detach() for p in moved]
 
 
+def bars(x, y):
+    """All tables of a matching, and of the bars of one image."""
+    tables = torch.ops.pyloss.betti_matching(x, y, True, [0, 1])
+    return [*tables, torch.ops.pyloss.persistence_pairs(x, False, [0, 1], True)]
+
+
 def problems():
     """name -> a function without arguments that returns tensors."""
     rows, labels = torch.randn(5, 40), torch.randint(40, (5,))
@@ -85,6 +91,7 @@ def problems():
         "margin shift": of(lambda x: F.margin_shift(x, x.flip(1), labels), rows),
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
+        "betti, bars": lambda: bars((5 * a.flatten(0, 1)).floor(), b.flatten(0, 1)),
         "optimizer": lambda: steps_of_lion_k(hidden, weight),
     }
 

@@ -20,6 +20,7 @@ namespace {
 PYLOSS_RECORD(Problem, items, shape, want, superlevel, input, input_dtype, target, target_dtype);
 PYLOSS_RECORD(Loss, extreme, essential, min_persistence, matched_weight, unmatched_weight,
               dim_weight);
+PYLOSS_RECORD(Rows, counts, addresses);
 
 // `two`: a target is needed.
 betti::Problem decode(const py::handle& record, bool two) {
@@ -36,7 +37,6 @@ betti::Problem decode(const py::handle& record, bool two) {
   }
   const int64_t voxels = checked_count("input", {p.items, p.depth, p.rows, p.cols});
   if (p.depth < 1 || p.rows < 1 || p.cols < 1) r.bad(Problem::shape, "no voxels");
-  if (p.dims > 2) r.bad(Problem::shape, "no kernel takes three dimensions");
   p.want = r.code<uint32_t>(Problem::want, 1 << betti::kMaxDims) & ((1u << dims) - 1);
   p.superlevel = r.flag(Problem::superlevel);
   p.input = r.pointer(Problem::input, voxels);
@@ -49,6 +49,7 @@ betti::Problem decode(const py::handle& record, bool two) {
 betti::Problem decode_on_cpu(const py::handle& record, bool two) {
   const betti::Problem p = decode(record, two);
   const Reader<Problem> r(record);
+  if (p.dims > 2) r.bad(Problem::shape, "no kernel takes three dimensions");
   if (r.float32_or_float64(Problem::input_dtype) != p.target_dtype) {
     r.bad(Problem::target_dtype, "another than the input's");
   }
@@ -90,7 +91,7 @@ py::bytearray bytes(const std::vector<int64_t>& rows) {
 }  // namespace
 
 void register_betti_matching(py::module_& m) {
-  declare_records<Problem, Loss>(m, "betti_matching");
+  declare_records<Problem, Loss, Rows>(m, "betti_matching");
   m.def("betti_loss",
         [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t threads) {
           const auto p = decode_on_cpu(problem, true);
@@ -111,7 +112,36 @@ void register_betti_matching(py::module_& m) {
 
 #if PYLOSS_WITH_CUDA
   m.def("cuda_betti_matching_scratch_bytes", [](py::handle problem, int64_t device) {
-    return on_device(device, cuda::betti_scratch_bytes, decode(problem, true));
+    return on_device(device, cuda::betti_scratch_bytes, decode(problem, false));
+  });
+  m.def("cuda_betti_group", [](py::handle problem, int64_t device) {
+    return on_device(device, cuda::betti_group, decode(problem, false));
+  });
+  m.def("cuda_betti_pairs", [](py::handle problem, bool essential, int64_t counts, int64_t scratch,
+                               int64_t scratch_bytes, int64_t device, int64_t stream) {
+    const auto p = decode(problem, false);
+    auto* to = checked_pointer<uint32_t>("counts", counts, 4);
+    on_device(device, cuda::betti_pairs, p, essential, to, optional_pointer("scratch", scratch),
+              scratch_bytes, optional_pointer("stream", stream));
+  });
+  m.def("cuda_betti_rows", [](py::handle problem, py::handle rows, int64_t scratch,
+                              int64_t scratch_bytes, int64_t device, int64_t stream) {
+    const auto p = decode(problem, false);
+    const Reader<Rows> r(rows);
+    for (const auto field : {Rows::counts, Rows::addresses}) {
+      if (r.length(field) != betti::kTerms) r.bad(field, "needs 3 numbers");
+    }
+    uint32_t counts[betti::kTerms];
+    int64_t* to[betti::kTerms];
+    for (int i = 0; i < betti::kTerms; ++i) {
+      const int64_t count = r.integer(Rows::counts, i);
+      if (count < 0 || count > UINT32_MAX) r.bad(Rows::counts, "out of range");
+      counts[i] = uint32_t(count);
+      to[i] = checked_pointer<int64_t>("rows", r.integer(Rows::addresses, i), count);
+    }
+    on_device(device, cuda::betti_rows, p, static_cast<const uint32_t*>(counts),
+              static_cast<int64_t* const*>(to), optional_pointer("scratch", scratch),
+              scratch_bytes, optional_pointer("stream", stream));
   });
   m.def("cuda_betti_loss",
         [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t scratch,

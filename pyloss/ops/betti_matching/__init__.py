@@ -26,6 +26,7 @@ from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
 from pyloss.ops.betti_matching.records import (
     TERMS,
+    WIDTHS,
     Options,
     common_dtype,
     dim_weights,
@@ -45,7 +46,7 @@ def _loss_fake(input, target, options):
 def _matching_fake(input, target, superlevel, dims):
     ctx = torch.library.get_ctx()
     return tuple(
-        input.new_empty((ctx.new_dynamic_size(), width), dtype=torch.int64) for width in (12, 6, 6)
+        input.new_empty((ctx.new_dynamic_size(), width), dtype=torch.int64) for width in WIDTHS
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyloss import _C
 from pyloss.ops._launch import address
 from pyloss.ops.betti_matching import records
-from pyloss.ops.betti_matching.records import TERMS, Options, mask_of, pair
+from pyloss.ops.betti_matching.records import TERMS, WIDTHS, Options, mask_of, pair
 
 
 def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def matching(
     x, y = pair(input, target)
     problem = records.problem(x, y, 1, superlevel, mask_of(dims))
     found = _C.betti_matching(problem, torch.get_num_threads())
-    return tuple(_table(rows, width) for rows, width in zip(found, (12, 6, 6)))
+    return tuple(_table(rows, width) for rows, width in zip(found, WIDTHS))
 
 
 def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyloss.ops._launch import DTYPE_CODES, address
 
 TERMS = 3  # the last axis of the loss: csrc/common/betti_matching.h
+WIDTHS = (12, 6, 6)  # of the rows of each term
 
 
 class Options(NamedTuple):
@@ -53,7 +54,14 @@ class Loss(NamedTuple):
     dim_weight: tuple[float, float, float]
 
 
-RECORDS = (Problem, Loss)
+class Rows(NamedTuple):
+    """Matched bars, those of the input alone, those of the target alone, on a device."""
+
+    counts: tuple[int, int, int]
+    addresses: tuple[int, int, int]
+
+
+RECORDS = (Problem, Loss, Rows)
 
 
 def common_dtype(input: Tensor, target: Tensor) -> torch.dtype:
