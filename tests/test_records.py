@@ -44,9 +44,14 @@ def test_a_wrong_value_is_named() -> None:
 
 @pytest.mark.parametrize(
     "shape, text",
-    [((4, 5, 6), "no kernel takes three"), ((2, 2, 2, 2), "1 to 3 sizes"), ((), "1 to 3 sizes")],
+    [
+        ((900, 900, 900), "more than 2.31 cells"),
+        ((2, 2**30, 1), "more than 2.31 cells"),
+        ((2, 2, 2, 2), "1 to 3 sizes"),
+        ((), "1 to 3 sizes"),
+    ],
 )
-def test_the_shape_of_a_betti_problem_has_room_for_three_dimensions(shape, text) -> None:
+def test_a_betti_problem_has_up_to_three_dimensions_and_2_31_cells(shape, text) -> None:
     problem = dict(items=0, shape=shape, want=7, superlevel=False, input=0, input_dtype=1)
     with pytest.raises(ValueError, match=f"shape: .*{text}"):
         _C.betti_matching((*problem.values(), 0, 1), 1)

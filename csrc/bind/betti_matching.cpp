@@ -46,6 +46,16 @@ betti::Problem decode(const py::handle& record, bool two) {
   return p;
 }
 
+// Edges are numbered in 31 bits (2D: 32), in an image with a frame.
+bool cells_fit(const betti::Problem& p) {
+  int64_t voxels = p.dims == 3 ? 3 : 1;
+  for (int64_t size : {p.depth + (p.dims == 3 ? 2 : 0), p.rows + 2, p.cols + 2}) {
+    if (size >= INT32_MAX || voxels * size >= INT32_MAX) return false;
+    voxels *= size;
+  }
+  return true;
+}
+
 betti::Problem decode_on_cpu(const py::handle& record, bool two) {
   const betti::Problem p = decode(record, two);
   const Reader<Problem> r(record);
@@ -53,11 +63,7 @@ betti::Problem decode_on_cpu(const py::handle& record, bool two) {
   if (r.float32_or_float64(Problem::input_dtype) != p.target_dtype) {
     r.bad(Problem::target_dtype, "another than the input's");
   }
-  // Edges are numbered in 32 bits, in an image with a frame.
-  if (p.rows > INT32_MAX - 2 || p.cols > INT32_MAX - 2 ||
-      (p.rows + 2) * (p.cols + 1) >= INT32_MAX) {
-    r.bad(Problem::shape, "more than 2^31 cells in an image");
-  }
+  if (!cells_fit(p)) r.bad(Problem::shape, "more than 2^31 cells in an image");
   return p;
 }
 

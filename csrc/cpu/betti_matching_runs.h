@@ -1,10 +1,7 @@
 // The parts of Betti matching on one image of up to two dimensions: sorting voxels, and the two
-// union-find runs over its edges. betti_matching.cpp puts them together.
+// union-find runs over its edges. betti_image.cpp puts them together.
 //
-// Inside, voxels have padded indices: a frame of one row above and below and one column shared by
-// the left and the right, so that no neighbour needs a test of its coordinates. The order of
-// indices, and with it every tie, is that of the unpadded ones. An edge is 2 v + axis, a square its
-// corner v, as in common/betti_matching.h with `stride` in place of `cols`.
+// Inside, voxels and cells have padded numbers: betti_item.h.
 //
 // Sorting. LSD radix sort of the voxels' keys (11 bits a pass, passes in which all digits agree are
 // skipped), two buckets for an image of two values. Edges are not sorted: taken voxel by voxel in
@@ -19,6 +16,7 @@
 #include <vector>
 
 #include "common/betti_matching.h"
+#include "cpu/betti_item.h"
 #include "cpu/slab.h"
 
 namespace pyloss {
@@ -29,19 +27,11 @@ using betti::kNone;
 
 struct Frame {
   uint32_t rows, cols, stride;
-  double inverse;
 
-  Frame(uint32_t r, uint32_t c) : rows(r), cols(c), stride(c + 1), inverse(1.0 / stride) {}
+  Frame(uint32_t r, uint32_t c) : rows(r), cols(c), stride(c + 1) {}
   uint32_t voxels() const { return rows * cols; }
   uint32_t size() const { return (rows + 2) * stride + 1; }
   uint32_t padded(uint32_t row, uint32_t col) const { return (row + 1) * stride + col; }
-  // Without a division: exact, since (v + 1/2) / stride is at least 1 / (2 stride) from any
-  // integer.
-  uint32_t flat(uint32_t v) const {
-    const uint32_t row = uint32_t((v + 0.5) * inverse);
-    return v - row - cols;
-  }
-  uint32_t flat_edge(uint32_t e) const { return 2 * flat(e >> 1) + (e & 1); }
   uint32_t second_end(uint32_t e) const { return (e >> 1) + ((e & 1) ? 1 : stride); }
 };
 
@@ -70,16 +60,10 @@ template <class K>
 Order merge_orders(const Order& a, const Order& b, const K* key_a, const K* key_b, const Frame& f,
                    Slab& slab);
 
-struct Bar {
-  uint32_t birth, death;              // cells
-  uint32_t birth_voxel, death_voxel;  // all four padded
-};
-// A bar of the comparison image, and the births that die with it in the two images; in dimension 1
-// these are looked up later, by `death`.
-struct ComparisonBar {
-  uint32_t birth, death;
-  uint32_t in_input, in_target;
-};
+using betti_item::Bar;
+// In the lists of bars of the comparison image: the births that die with each in the two images; in
+// dimension 1 these are looked up later, by `death`.
+using betti_item::ComparisonBar;
 
 // An edge that joins nothing, and the rank of its value.
 struct Cycle {

@@ -12,6 +12,8 @@ from pyloss.ops.betti_matching.records import TERMS, WIDTHS, Options, mask_of, p
 
 
 def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, Tensor]:
+    if input.dim() == 5:  # volumes have no kernel
+        return cpu.elsewhere(cpu.loss)(input, target, options)
     o = Options(*options)
     x, y = pair(input, target)
     problem = records.problem(x, y, 2, bool(o.superlevel), int(o.dims))

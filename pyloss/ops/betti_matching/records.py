@@ -90,10 +90,6 @@ def problem(
 ) -> Problem:
     """Of a pair; the first `lead` dimensions count images."""
     shape = tuple(input.shape[lead:])
-    if len(shape) not in (1, 2):
-        raise NotImplementedError(
-            f"Betti matching is implemented for 1 and 2 spatial dimensions, got {len(shape)}"
-        )
     items, dtype = math.prod(input.shape[:lead]), DTYPE_CODES[input.dtype]
     return Problem(items, shape, want, superlevel, input.data_ptr(), dtype, address(target), dtype)
 

@@ -1,0 +1,27 @@
+// Betti matching and persistence pairs of one item of three dimensions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/betti_item.h"
+#include "cpu/slab.h"
+
+namespace pyloss {
+namespace cpu {
+
+// R: the dtype of the images, float or double. All throw std::invalid_argument at a NaN.
+template <class R>
+betti_item::ItemResult match_volume(const betti::Problem& batch, int64_t item, int threads,
+                                    Slab& slab);
+// Only the bars of the input.
+template <class R>
+betti_item::ItemResult bars_of_volume(const betti::Problem& batch, int64_t item, int threads,
+                                      Slab& slab);
+
+// What the slab of an item should hold.
+size_t volume_bytes(const betti::Problem& batch);
+
+}  // namespace cpu
+}  // namespace pyloss
