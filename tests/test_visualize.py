@@ -137,10 +137,12 @@ def test_bool_target_and_gradient():
 @pytest.mark.parametrize(
     ("match", "change"),
     [
-        ("2D and of one shape", dict(image=torch.zeros(1, 9, 9))),
-        ("2D and of one shape", dict(target=torch.zeros(9, 8))),
+        ("2D or 3D and of one shape", dict(image=torch.zeros(1, 9, 9))),
+        ("2D or 3D and of one shape", dict(image=torch.zeros(9), target=torch.zeros(9))),
+        ("2D or 3D and of one shape", dict(target=torch.zeros(9, 8))),
         ("kind must be one of 'both', 'matched', 'unmatched'", dict(kind="all")),
-        ("dim must be 0, 1 or None", dict(dim=2)),
+        ("dim must be in 0..1 or None, got 2", dict(dim=2)),
+        ("axis must be 0, 1 or 2, got 3", dict(axis=3)),
         ("one axes or two, got 3", dict(ax=[None] * 3)),
     ],
 )
