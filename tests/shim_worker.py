@@ -16,8 +16,10 @@ import torch  # noqa: E402
 
 import pyloss  # noqa: E402
 from pyloss import functional as F  # noqa: E402
+from pyloss.ops.betti_matching import volumes as betti_volumes  # noqa: E402
 
 torch.manual_seed(0)
+betti_volumes.SMALLEST = 0  # no volume is the host's alone
 
 
 def with_gradients(loss, *inputs):
@@ -49,8 +51,9 @@ def steps_of_lion_k(*parameters):
 
 def bars(x, y):
     """All tables of a matching, and of the bars of one image."""
-    tables = torch.ops.pyloss.betti_matching(x, y, True, [0, 1])
-    return [*tables, torch.ops.pyloss.persistence_pairs(x, False, [0, 1], True)]
+    dims = list(range(x.dim() - 1))
+    tables = torch.ops.pyloss.betti_matching(x, y, True, dims)
+    return [*tables, torch.ops.pyloss.persistence_pairs(x, False, dims, True)]
 
 
 def problems():
@@ -61,6 +64,7 @@ def problems():
     words = torch.randint(11, (7,))
     scores = torch.randn(3, 12)
     a, b = torch.rand(2, 1, 6, 7), (torch.rand(2, 1, 6, 7) > 0.5).float()
+    volumes = (4 * torch.rand(2, 1, 1, 3, 4, 3)).floor()
 
     def of(function, *inputs):
         return lambda: with_gradients(function, *inputs)
@@ -92,6 +96,8 @@ def problems():
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
         "betti, bars": lambda: bars((5 * a.flatten(0, 1)).floor(), b.flatten(0, 1)),
+        "betti, volumes": of(lambda x: pyloss.betti_matching_loss(x, volumes[1]), volumes[0]),
+        "betti, bars of volumes": lambda: bars(*volumes.flatten(1, 2)),
         "optimizer": lambda: steps_of_lion_k(hidden, weight),
     }
 

@@ -59,7 +59,6 @@ bool cells_fit(const betti::Problem& p) {
 betti::Problem decode_on_cpu(const py::handle& record, bool two) {
   const betti::Problem p = decode(record, two);
   const Reader<Problem> r(record);
-  if (p.dims > 2) r.bad(Problem::shape, "no kernel takes three dimensions");
   if (r.float32_or_float64(Problem::input_dtype) != p.target_dtype) {
     r.bad(Problem::target_dtype, "another than the input's");
   }

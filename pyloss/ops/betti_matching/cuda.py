@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops._launch import address, queue, scratch
-from pyloss.ops.betti_matching import records
+from pyloss.ops.betti_matching import cpu, records, volumes
 from pyloss.ops.betti_matching.records import TERMS, WIDTHS, Options, mask_of, pair
 
 
 def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, Tensor]:
-    if input.dim() == 5:  # volumes have no kernel
-        return cpu.elsewhere(cpu.loss)(input, target, options)
     o = Options(*options)
     x, y = pair(input, target)
+    if items_on_host(x, 2, int(o.dims)):
+        return cpu.elsewhere(cpu.loss)(input, target, options)
+    if x.dim() == 5:
+        found, grad = volumes.loss(x, y, o, _loss)
+    else:
+        found, grad = _loss(x, y, o)
+    return found, input.new_empty((0,)) if grad is None else grad.to(input.dtype)
+
+
+def items_on_host(x: Tensor, lead: int, mask: int) -> bool:
+    return x.dim() == lead + 3 and volumes.on_host(math.prod(x.shape[lead:]), mask)
+
+
+def _loss(x: Tensor, y: Tensor, o: Options) -> tuple[Tensor, Tensor | None]:
     problem = records.problem(x, y, 2, bool(o.superlevel), int(o.dims))
     found = x.new_empty((*x.shape[:2], x.dim() - 2, TERMS))
     grad = torch.empty_like(x) if o.want_grad else None
-    if problem.items:
+    if problem.items and not problem.want:
+        found.zero_()
+        grad = None if grad is None else grad.zero_()
+    elif problem.items:
         with torch.cuda.device_of(x):
             size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
             buffer, start = scratch(x, size, 256)
             _C.cuda_betti_loss(
                 problem, records.loss(o), found.data_ptr(), address(grad), start, size, *queue(x)
             )
-    return found, input.new_empty((0,)) if grad is None else grad.to(input.dtype)
+    return found, grad
 
 
 # --------------------------------------------------------------------------------------------------
@@ -36,44 +55,82 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
 def matching(
     input: Tensor, target: Tensor, superlevel: bool, dims: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows(*pair(input, target), superlevel, dims, False)
+    x, y = pair(input, target)
+    mask = mask_of(dims)
+    if items_on_host(x, 1, mask):
+        return cpu.elsewhere(cpu.matching)(input, target, superlevel, dims)
+    if x.dim() < 4 or not mask & volumes.HOST:
+        return _rows(x, y, superlevel, mask)
+    copies = volumes.Copies(x, y)
+    return _rows(
+        x, y, superlevel, mask & volumes.DEVICE,
+        meanwhile=lambda: cpu.matching(*copies.get(), superlevel, [1]),
+    )  # fmt: skip
 
 
 def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
-    return _rows(pair(input, input)[0], None, superlevel, dims, essential)[1]
+    x, _ = pair(input, input)
+    mask = mask_of(dims)
+    if items_on_host(x, 1, mask):
+        return cpu.elsewhere(cpu.pairs)(input, superlevel, dims, essential)
+    if x.dim() < 4 or not mask & volumes.HOST:
+        return _rows(x, None, superlevel, mask, essential)[1]
+    copies = volumes.Copies(x)
+
+    def meanwhile() -> tuple[Tensor, Tensor, Tensor]:
+        rows = cpu.pairs(*copies.get(), superlevel, [1], False)
+        return rows.new_empty((0, WIDTHS[0])), rows, rows[:0]
+
+    return _rows(x, None, superlevel, mask & volumes.DEVICE, essential, meanwhile)[1]
 
 
 def _rows(
-    x: Tensor, y: Tensor | None, superlevel: bool, dims: list[int], essential: bool
+    x: Tensor,
+    y: Tensor | None,
+    superlevel: bool,
+    mask: int,
+    essential: bool = False,
+    meanwhile: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the CPU's: matched, of the input, of the target."""
-    whole = records.problem(x, y, 1, superlevel, mask_of(dims))
-    parts = [tuple(x.new_empty((0, width), dtype=torch.int64) for width in WIDTHS)]
+    """As the CPU's: matched, of the input, of the target; and those that the host finds
+    meanwhile."""
+    whole = records.problem(x, y, 1, superlevel, mask)
+    parts, items = [], whole.items if mask else 0
     with torch.cuda.device_of(x):
-        step = _C.cuda_betti_group(whole, x.get_device()) if whole.items and dims else 1
-        for first in range(0, whole.items if dims else 0, step):
+        step = _C.cuda_betti_group(whole, x.get_device()) if items else 1
+        for first in range(0, items, step):
             images = (None if t is None else t[first : first + step] for t in (x, y))
-            parts.append(_rows_of_group(*images, first, superlevel, dims, essential))
+            write = _started(*images, first, superlevel, mask, essential)
+            if meanwhile is not None:
+                parts.append([volumes.to_device(rows, x) for rows in meanwhile()])
+                meanwhile = None
+            parts.append(write())
+    if not parts:
+        return tuple(x.new_empty((0, width), dtype=torch.int64) for width in WIDTHS)
     voxels = x[:1].numel()
-    tables = parts[-1] if len(parts) == 2 else [torch.cat(tables) for tables in zip(*parts)]
-    return tuple(_sorted(rows, voxels) for rows in tables)
+    return tuple(_sorted(torch.cat(tables), voxels) for tables in zip(*parts))
 
 
-def _rows_of_group(x, y, first, superlevel, dims, essential) -> tuple[Tensor, ...]:
-    """Of as many items as the kernels take at once, in any order. Waits for the device, once."""
-    problem = records.problem(x, y, 1, superlevel, mask_of(dims))
+def _started(x, y, first, superlevel, mask, essential) -> Callable[[], tuple[Tensor, ...]]:
+    """Of as many items as the kernels take at once, from item `first` on: what gives their rows."""
+    problem = records.problem(x, y, 1, superlevel, mask)
     size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
     buffer, start = scratch(x, size, 256)
     counts = x.new_empty((TERMS + 1,), dtype=torch.int32)
     _C.cuda_betti_pairs(problem, essential, counts.data_ptr(), start, size, *queue(x))
+    return functools.partial(_written, problem, counts, first, buffer, start, size)
+
+
+def _written(problem, counts, first, buffer, start, size) -> tuple[Tensor, ...]:
+    """Rows in any order, from what lies in the buffer. Waits for the device, once."""
     *found, nan = counts.tolist()
     if nan:
         item, image = divmod(2 * problem.items - nan, 2)
         name = ("input", "target")[image]
         raise ValueError(f"{name} must not contain NaN; item {first + item} does")
-    tables = [x.new_empty(shape, dtype=torch.int64) for shape in zip(found, WIDTHS)]
+    tables = [counts.new_empty(shape, dtype=torch.int64) for shape in zip(found, WIDTHS)]
     rows = records.Rows(tuple(found), tuple(map(address, tables)))
-    _C.cuda_betti_rows(problem, rows, start, size, *queue(x))
+    _C.cuda_betti_rows(problem, rows, start, size, *queue(buffer))
     if first:
         for table in tables:
             table[:, 0] += first
