@@ -7,6 +7,7 @@
 #include "bind/register.h"
 #include "common/betti_matching.h"
 #include "cpu/betti_matching.h"
+#include "cpu/betti_volume_residue.h"
 #if PYLOSS_WITH_CUDA
 #include "bind/on_device.h"
 #include "cuda/betti_matching.h"
@@ -21,6 +22,7 @@ PYLOSS_RECORD(Problem, items, shape, want, superlevel, input, input_dtype, targe
 PYLOSS_RECORD(Loss, extreme, essential, min_persistence, matched_weight, unmatched_weight,
               dim_weight);
 PYLOSS_RECORD(Rows, counts, addresses);
+PYLOSS_RECORD(Residue, rank, tree, names, count);
 
 // `two`: a target is needed.
 betti::Problem decode(const py::handle& record, bool two) {
@@ -66,6 +68,25 @@ betti::Problem decode_on_cpu(const py::handle& record, bool two) {
   return p;
 }
 
+betti::Problem decode_volumes(const py::handle& record, bool two) {
+  const betti::Problem p = decode_on_cpu(record, two);
+  if (p.dims != 3 || p.want != 2) {
+    Reader<Problem>(record).bad(Problem::want, "not dimension 1 of volumes");
+  }
+  return p;
+}
+
+cpu::BettiResidue decode_residue(const py::handle& record, const betti::Problem& p) {
+  const Reader<Residue> r(record);
+  cpu::BettiResidue found{};
+  found.count = r.integer(Residue::count);
+  if (found.count < 0) r.bad(Residue::count, "negative");
+  found.rank = static_cast<const uint32_t*>(r.pointer(Residue::rank, p.items));
+  found.tree = static_cast<const uint8_t*>(r.pointer(Residue::tree, p.items));
+  found.names = static_cast<const int64_t*>(r.pointer(Residue::names, found.count));
+  return found;
+}
+
 betti::Options decode_loss(const py::handle& record) {
   const Reader<Loss> r(record);
   const auto checked = [&](Loss::Field f, double value) {
@@ -93,27 +114,50 @@ py::bytearray bytes(const std::vector<int64_t>& rows) {
   return py::bytearray(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(int64_t));
 }
 
+const cpu::BettiResidue* const kAll = nullptr;  // not the residue of a device
+
+py::tuple rows_of(const betti::Problem& p, int64_t threads, const cpu::BettiResidue* residue) {
+  const auto rows = without_gil(cpu::betti_matching, p, checked_threads(threads), residue);
+  return py::make_tuple(bytes(rows.matched), bytes(rows.unmatched_input),
+                        bytes(rows.unmatched_target));
+}
+
 }  // namespace
 
 void register_betti_matching(py::module_& m) {
-  declare_records<Problem, Loss, Rows>(m, "betti_matching");
+  declare_records<Problem, Loss, Rows, Residue>(m, "betti_matching");
   m.def("betti_loss",
         [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t threads) {
           const auto p = decode_on_cpu(problem, true);
           without_gil(cpu::betti_loss, p, decode_loss(options), terms(loss, p),
-                      optional_pointer("grad", grad), checked_threads(threads));
+                      optional_pointer("grad", grad), checked_threads(threads), kAll);
         });
+  m.def("betti_loss_of_residue", [](py::handle problem, py::handle options, py::handle residue,
+                                    int64_t loss, int64_t grad, int64_t threads) {
+    const auto p = decode_volumes(problem, true);
+    const auto r = decode_residue(residue, p);
+    without_gil(cpu::betti_loss, p, decode_loss(options), terms(loss, p),
+                optional_pointer("grad", grad), checked_threads(threads), &r);
+  });
   // Rows of int64 as bytes: their number is known afterwards only.
   m.def("betti_matching", [](py::handle problem, int64_t threads) {
-    const auto p = decode_on_cpu(problem, true);
-    const auto rows = without_gil(cpu::betti_matching, p, checked_threads(threads));
-    return py::make_tuple(bytes(rows.matched), bytes(rows.unmatched_input),
-                          bytes(rows.unmatched_target));
+    return rows_of(decode_on_cpu(problem, true), threads, kAll);
+  });
+  m.def("betti_matching_of_residue", [](py::handle problem, py::handle residue, int64_t threads) {
+    const auto p = decode_volumes(problem, true);
+    const auto r = decode_residue(residue, p);
+    return rows_of(p, threads, &r);
   });
   m.def("persistence_pairs", [](py::handle problem, bool essential, int64_t threads) {
     const auto p = decode_on_cpu(problem, false);
-    return bytes(without_gil(cpu::persistence_pairs, p, essential, checked_threads(threads)));
+    return bytes(without_gil(cpu::persistence_pairs, p, essential, checked_threads(threads), kAll));
   });
+  m.def("persistence_pairs_of_residue",
+        [](py::handle problem, py::handle residue, int64_t threads) {
+          const auto p = decode_volumes(problem, false);
+          const auto r = decode_residue(residue, p);
+          return bytes(without_gil(cpu::persistence_pairs, p, false, checked_threads(threads), &r));
+        });
 
 #if PYLOSS_WITH_CUDA
   m.def("cuda_betti_matching_scratch_bytes", [](py::handle problem, int64_t device) {
@@ -121,6 +165,25 @@ void register_betti_matching(py::module_& m) {
   });
   m.def("cuda_betti_group", [](py::handle problem, int64_t device) {
     return on_device(device, cuda::betti_group, decode(problem, false));
+  });
+  m.def("cuda_betti_prefix_bytes", [](py::handle problem, int64_t device) {
+    return on_device(device, cuda::betti_prefix_bytes, decode(problem, false));
+  });
+  m.def("cuda_betti_columns", [](py::handle problem, int64_t counts, int64_t scratch,
+                                 int64_t scratch_bytes, int64_t device, int64_t stream) {
+    const auto p = decode(problem, false);
+    on_device(device, cuda::betti_columns, p, checked_pointer<uint32_t>("counts", counts, 2),
+              optional_pointer("scratch", scratch), scratch_bytes,
+              optional_pointer("stream", stream));
+  });
+  m.def("cuda_betti_column_keys", [](py::handle problem, int64_t count, int64_t names, int64_t keys,
+                                     int64_t scratch, int64_t scratch_bytes, int64_t device,
+                                     int64_t stream) {
+    const auto p = decode(problem, false);
+    on_device(device, cuda::betti_column_keys, p, count,
+              checked_pointer<int64_t>("names", names, count),
+              checked_pointer<int64_t>("keys", keys, count), optional_pointer("scratch", scratch),
+              scratch_bytes, optional_pointer("stream", stream));
   });
   m.def("cuda_betti_pairs", [](py::handle problem, bool essential, int64_t counts, int64_t scratch,
                                int64_t scratch_bytes, int64_t device, int64_t stream) {
@@ -145,8 +208,8 @@ void register_betti_matching(py::module_& m) {
       to[i] = checked_pointer<int64_t>("rows", r.integer(Rows::addresses, i), count);
     }
     on_device(device, cuda::betti_rows, p, static_cast<const uint32_t*>(counts),
-              static_cast<int64_t* const*>(to), optional_pointer("scratch", scratch),
-              scratch_bytes, optional_pointer("stream", stream));
+              static_cast<int64_t* const*>(to), optional_pointer("scratch", scratch), scratch_bytes,
+              optional_pointer("stream", stream));
   });
   m.def("cuda_betti_loss",
         [](py::handle problem, py::handle options, int64_t loss, int64_t grad, int64_t scratch,

@@ -398,6 +398,7 @@ int64_t plan(const betti::Problem& p, u32 items, char* scratch, BettiWork* w) {
     used += (count * sizeof(**pointer) + 255) / 256 * 256;
   };
   take(&w->rank, w->images * size);
+  if (w->space.axes == 3) take(&w->tree, 3 * total + 3);
   take(&w->lowest, 2 * total);
   take(&w->link, 2 * total);
   take(&w->parent, 2 * total);
@@ -478,6 +479,13 @@ void for_groups(const betti::Problem& p, void* scratch, int64_t scratch_bytes, v
   }
 }
 
+// Of a group whose trees of dimensions 0 and 2 are made.
+BettiWork columns_work(const betti::Problem& p, void* scratch, int64_t scratch_bytes) {
+  if (p.dims != 3 || p.want != 5) throw std::invalid_argument("dims: need 0 and 2 of volumes");
+  if (p.items < 1 || p.items > betti_group(p)) throw std::invalid_argument("input: no group");
+  return work_of(p, p.items, scratch, scratch_bytes);
+}
+
 template <class R>
 void loss_of_group(const betti::Problem& p, const BettiLoss& l, const BettiWork& w, const Images& m,
                    void* stream) {
@@ -549,6 +557,26 @@ void betti_rows(const betti::Problem& p, const uint32_t* counts, int64_t* const*
   if (p.items == 0) return;
   const BettiWork w = work_of(p, p.items, scratch, scratch_bytes);
   betti_write_rows(w, counts, u32(p.dims - 1), rows, stream);
+}
+
+int64_t betti_prefix_bytes(const betti::Problem& p) {
+  BettiWork w;
+  plan(p, u32(p.items), nullptr, &w);
+  return int64_t(reinterpret_cast<uintptr_t>(w.tree)) + int64_t(w.images) * p.items * 3 * w.n;
+}
+
+void betti_columns(const betti::Problem& p, uint32_t* counts, void* scratch, int64_t scratch_bytes,
+                   void* stream) {
+  betti_list_columns(columns_work(p, scratch, scratch_bytes), counts, stream);
+}
+
+void betti_column_keys(const betti::Problem& p, int64_t count, int64_t* names, int64_t* keys,
+                       void* scratch, int64_t scratch_bytes, void* stream) {
+  const BettiWork w = columns_work(p, scratch, scratch_bytes);
+  if (count < 0 || count > 15 * int64_t(w.items) * w.n) {
+    throw std::invalid_argument("count: of no columns");
+  }
+  betti_write_columns(w, u32(count), names, keys, stream);
 }
 
 }  // namespace pyloss::cuda

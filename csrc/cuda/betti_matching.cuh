@@ -76,6 +76,7 @@ struct BettiWork {
   int rounds, threads;  // threads of an ordinary block
   int most_blocks;      // that an ordinary launch has
   u32* rank;            // (images, items, n): keys of the voxels' values
+  uint8_t* tree;        // (runs, items, 3 n) 3D: whether a joint is in a spanning tree
   u64* lowest;          // (2 G) key of the lowest joint that leaves an element
   u32* link;            // (2 G) the element at its other end; of a root, itself
   u32* parent;          // (2 G) the node that contains an element
@@ -274,10 +275,23 @@ u64 betti_sort_words(u64 count);  // of BettiWork::digits
 // Fills bar, mate, via, both and essential from rank.
 void betti_trees(const BettiWork& w, void* stream);
 
+// Where a NaN is, for the host: 0 for none, 2 items - (2 item + image) of the first.
+__device__ inline void find_nan(const BettiWork& w, u32* found) {
+  for_each(0, 2 * w.items, [&](u32 i) {
+    if (w.nan[i % 2 * w.items + i / 2]) atomicMax(found, 2 * w.items - i);
+  });
+}
+
 // ---- betti_matching_rows.cu
 // counts and rows as of betti_pairs and betti_rows; the lists lie in room_a.
 void betti_list(const BettiWork& w, bool essential, u32* counts, void* stream);
 void betti_write_rows(const BettiWork& w, const u32* counts, u32 last_dim, int64_t* const* rows,
                       void* stream);
+
+// ---- betti_matching_residue.cu
+// As betti_columns and betti_column_keys; the list lies in room_b.
+void betti_list_columns(const BettiWork& w, u32* counts, void* stream);
+void betti_write_columns(const BettiWork& w, u32 count, int64_t* names, int64_t* keys,
+                         void* stream);
 
 }  // namespace pyloss::cuda

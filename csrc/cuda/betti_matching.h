@@ -57,4 +57,19 @@ void betti_pairs(const betti::Problem& p, bool essential, uint32_t* counts, void
 void betti_rows(const betti::Problem& p, const uint32_t* counts, int64_t* const* rows,
                 void* scratch, int64_t scratch_bytes, void* stream);
 
+// Dimension 1 of a volume, after either call for dimensions 0 and 2 of one group of items and with
+// its scratch memory: the columns that are left to a reduction on the host. counts[2]: their
+// number, and a NaN as above.
+void betti_columns(const betti::Problem& p, uint32_t* counts, void* scratch, int64_t scratch_bytes,
+                   void* stream);
+// Of each, in any order: its name (matrix * items + item) * 3 n + square, the matrices (rows,
+// columns) being those of (I, I), (T, T), (M, M), (I, M), (T, M); and a number that is in the order
+// of the columns of a matrix. `count`: on the host.
+void betti_column_keys(const betti::Problem& p, int64_t count, int64_t* names, int64_t* keys,
+                       void* scratch, int64_t scratch_bytes, void* stream);
+// What the host needs beside them lies at the beginning of the scratch memory: ranks of the voxels,
+// uint32 (images, items, n), up to a multiple of 256 bytes; then whether an edge joins components,
+// uint8 (images, items, 3 n). Bytes of both; images: 3 with a target (I, T, M), or 1.
+int64_t betti_prefix_bytes(const betti::Problem& p);
+
 }  // namespace pyloss::cuda

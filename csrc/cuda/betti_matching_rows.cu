@@ -37,9 +37,7 @@ __global__ void __launch_bounds__(kThreads)
                         w.essential[i / w.n / w.dims] == i % w.n;
     list(betti::kUnmatchedInput, lone(kInput) || oldest);
   });
-  for_each(0, 2 * w.items, [&](u32 i) {
-    if (w.nan[i % 2 * w.items + i / 2]) atomicMax(counts + betti::kTerms, 2 * w.items - i);
-  });
+  find_nan(w, counts + betti::kTerms);
 }
 
 // A list as rows of int64: item, dimension, voxels of births and deaths, cells of births and

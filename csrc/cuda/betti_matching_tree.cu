@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(kThreads)
     const u32 g = x < w.total ? x : w.seed[x - w.total];
     const u32 dim = run_of(w, g).dim, e = edge_of(dim, key);
     const u32 joints = w.space.axes * w.n;
+    if (w.tree) w.tree[u64(g / w.n) * joints + e] = 1;
     const u64 place = u64(g / w.n) * joints + (dim == 0 ? e : joints - 1 - e);
     keys[place] = u64(node - w.total) << 32 | key >> 32;
     elements[place] = x;
@@ -418,6 +419,7 @@ void betti_trees(const BettiWork& w, void* stream) {
     fill(w, w.via, table, kNone, stream);
     fill(w, w.both, table / 2, kNone, stream);
   }
+  if (w.tree) fill(w, reinterpret_cast<u32*>(w.tree), (joints + 3) / 4, 0, stream);
   launch_over(w, 2 * u64(w.runs) * w.items, stream, betti_start_kernel, w);
   if (w.merges == 0) return;
 

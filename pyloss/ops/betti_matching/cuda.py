@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +19,7 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
     x, y = pair(input, target)
     if items_on_host(x, 2, int(o.dims)):
         return cpu.elsewhere(cpu.loss)(input, target, options)
-    if x.dim() == 5:
-        found, grad = volumes.loss(x, y, o, _loss)
-    else:
-        found, grad = _loss(x, y, o)
+    found, grad = (_volumes_loss if x.dim() == 5 else _loss)(x, y, o)
     return found, input.new_empty((0,)) if grad is None else grad.to(input.dtype)
 
 
@@ -32,20 +28,54 @@ def items_on_host(x: Tensor, lead: int, mask: int) -> bool:
 
 
 def _loss(x: Tensor, y: Tensor, o: Options) -> tuple[Tensor, Tensor | None]:
-    problem = records.problem(x, y, 2, bool(o.superlevel), int(o.dims))
-    found = x.new_empty((*x.shape[:2], x.dim() - 2, TERMS))
-    grad = torch.empty_like(x) if o.want_grad else None
-    if problem.items and not problem.want:
-        found.zero_()
-        grad = None if grad is None else grad.zero_()
-    elif problem.items:
-        with torch.cuda.device_of(x):
-            size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
-            buffer, start = scratch(x, size, 256)
-            _C.cuda_betti_loss(
-                problem, records.loss(o), found.data_ptr(), address(grad), start, size, *queue(x)
-            )
+    new = torch.empty if o.dims else torch.zeros  # no dimension: nothing to launch
+    found = new((*x.shape[:2], x.dim() - 2, TERMS), dtype=x.dtype, device=x.device)
+    grad = new(x.shape, dtype=x.dtype, device=x.device) if o.want_grad else None
+    if x.numel() and o.dims:
+        _launch_loss(x.flatten(0, 1), y.flatten(0, 1), o, found, grad)
     return found, grad
+
+
+def _launch_loss(x, y, o: Options, found: Tensor, grad: Tensor | None):
+    """Of images (K, *spatial); what the kernels worked on: problem, buffer, its start and size."""
+    problem = records.problem(x, y, 1, bool(o.superlevel), int(o.dims))
+    with torch.cuda.device_of(x):
+        size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
+        buffer, start = scratch(x, size, 256)
+        to = (address(found), address(grad))
+        _C.cuda_betti_loss(problem, records.loss(o), *to, start, size, *queue(x))
+    return problem, buffer, start, size
+
+
+def _volumes_loss(x: Tensor, y: Tensor, o: Options) -> tuple[Tensor, Tensor | None]:
+    """By groups of items; dimension 1 of one on the host while the device works on the next."""
+    mask = int(o.dims) & volumes.DEVICE
+    if mask == int(o.dims):
+        return _loss(x, y, o)
+    found = x.new_empty((x.shape[0] * x.shape[1], x.dim() - 2, TERMS))
+    grad = torch.empty_like(x) if o.want_grad else None
+    images = [None if t is None else t.flatten(0, 1) for t in (x, y, grad)]
+    o, pending = o._replace(dims=mask), None
+    for first, group in _groups(images[:2], bool(o.superlevel), mask):
+        a, b, slope = (None if t is None else t[group] for t in images)
+        loops = volumes.Loops(a, b, first, bool(o.superlevel), mask)
+        loops.launched(*_launch_loss(a, b, o, found[group], slope))
+        if pending is not None:
+            volumes.finish(*pending)
+        pending = loops, o, found[group], slope
+    if pending is not None:
+        volumes.finish(*pending)
+    return found.view(*x.shape[:2], x.dim() - 2, TERMS), grad
+
+
+def _groups(images, superlevel: bool, mask: int) -> Iterator[tuple[int, slice]]:
+    """(first item, items) of what the kernels take at once, of images (K, *spatial)."""
+    whole = records.problem(*images, 1, superlevel, mask)
+    if whole.items and mask:
+        with torch.cuda.device_of(images[0]):
+            step = _C.cuda_betti_group(whole, images[0].get_device())
+        for first in range(0, whole.items, step):
+            yield first, slice(first, first + step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,13 +89,7 @@ def matching(
     mask = mask_of(dims)
     if items_on_host(x, 1, mask):
         return cpu.elsewhere(cpu.matching)(input, target, superlevel, dims)
-    if x.dim() < 4 or not mask & volumes.HOST:
-        return _rows(x, y, superlevel, mask)
-    copies = volumes.Copies(x, y)
-    return _rows(
-        x, y, superlevel, mask & volumes.DEVICE,
-        meanwhile=lambda: cpu.matching(*copies.get(), superlevel, [1]),
-    )  # fmt: skip
+    return _rows(x, y, superlevel, mask)
 
 
 def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
@@ -73,68 +97,55 @@ def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> 
     mask = mask_of(dims)
     if items_on_host(x, 1, mask):
         return cpu.elsewhere(cpu.pairs)(input, superlevel, dims, essential)
-    if x.dim() < 4 or not mask & volumes.HOST:
-        return _rows(x, None, superlevel, mask, essential)[1]
-    copies = volumes.Copies(x)
-
-    def meanwhile() -> tuple[Tensor, Tensor, Tensor]:
-        rows = cpu.pairs(*copies.get(), superlevel, [1], False)
-        return rows.new_empty((0, WIDTHS[0])), rows, rows[:0]
-
-    return _rows(x, None, superlevel, mask & volumes.DEVICE, essential, meanwhile)[1]
+    return _rows(x, None, superlevel, mask, essential)[1]
 
 
 def _rows(
-    x: Tensor,
-    y: Tensor | None,
-    superlevel: bool,
-    mask: int,
-    essential: bool = False,
-    meanwhile: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None,
+    x: Tensor, y: Tensor | None, superlevel: bool, mask: int, essential: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the CPU's: matched, of the input, of the target; and those that the host finds
-    meanwhile."""
-    whole = records.problem(x, y, 1, superlevel, mask)
-    parts, items = [], whole.items if mask else 0
-    with torch.cuda.device_of(x):
-        step = _C.cuda_betti_group(whole, x.get_device()) if items else 1
-        for first in range(0, items, step):
-            images = (None if t is None else t[first : first + step] for t in (x, y))
-            write = _started(*images, first, superlevel, mask, essential)
-            if meanwhile is not None:
-                parts.append([volumes.to_device(rows, x) for rows in meanwhile()])
-                meanwhile = None
-            parts.append(write())
+    """As the CPU's: matched, of the input, of the target."""
+    parts, pending, own = [], None, mask & volumes.DEVICE if x.dim() == 4 else mask
+    for first, group in _groups((x, y), superlevel, own):
+        a, b = (None if t is None else t[group] for t in (x, y))
+        loops = None if own == mask else volumes.Loops(a, b, first, superlevel, own)
+        launched = _launch_rows(a, b, superlevel, own, essential)
+        if loops is not None:
+            loops.launched(*launched[1:])
+        if pending is not None:
+            parts += _written(*pending)
+        pending = first, loops, *launched
+    if pending is not None:
+        parts += _written(*pending)
     if not parts:
         return tuple(x.new_empty((0, width), dtype=torch.int64) for width in WIDTHS)
     voxels = x[:1].numel()
     return tuple(_sorted(torch.cat(tables), voxels) for tables in zip(*parts))
 
 
-def _started(x, y, first, superlevel, mask, essential) -> Callable[[], tuple[Tensor, ...]]:
-    """Of as many items as the kernels take at once, from item `first` on: what gives their rows."""
+def _launch_rows(x, y, superlevel: bool, mask: int, essential: bool):
+    """The number of rows on the device, and what the kernels worked on."""
     problem = records.problem(x, y, 1, superlevel, mask)
-    size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
-    buffer, start = scratch(x, size, 256)
     counts = x.new_empty((TERMS + 1,), dtype=torch.int32)
-    _C.cuda_betti_pairs(problem, essential, counts.data_ptr(), start, size, *queue(x))
-    return functools.partial(_written, problem, counts, first, buffer, start, size)
+    with torch.cuda.device_of(x):
+        size = _C.cuda_betti_matching_scratch_bytes(problem, x.get_device())
+        buffer, start = scratch(x, size, 256)
+        _C.cuda_betti_pairs(problem, essential, address(counts), start, size, *queue(x))
+    return counts, problem, buffer, start, size
 
 
-def _written(problem, counts, first, buffer, start, size) -> tuple[Tensor, ...]:
-    """Rows in any order, from what lies in the buffer. Waits for the device, once."""
+def _written(first, loops, counts, problem, buffer, start, size) -> list[Sequence[Tensor]]:
+    """The tables of a group in any order, and those of its dimension 1. Waits for the device."""
     *found, nan = counts.tolist()
-    if nan:
-        item, image = divmod(2 * problem.items - nan, 2)
-        name = ("input", "target")[image]
-        raise ValueError(f"{name} must not contain NaN; item {first + item} does")
+    records.raise_nan(nan, problem.items, first)
     tables = [counts.new_empty(shape, dtype=torch.int64) for shape in zip(found, WIDTHS)]
     rows = records.Rows(tuple(found), tuple(map(address, tables)))
-    _C.cuda_betti_rows(problem, rows, start, size, *queue(buffer))
-    if first:
-        for table in tables:
-            table[:, 0] += first
-    return tuple(tables)
+    with torch.cuda.device_of(counts):
+        _C.cuda_betti_rows(problem, rows, start, size, *queue(buffer))
+    for table in tables:
+        table[:, 0] += first
+    if loops is None:
+        return [tables]
+    return [tables, [volumes.to_device(t, counts) for t in loops.rows()]]
 
 
 def _sorted(rows: Tensor, voxels: int) -> Tensor:

@@ -62,7 +62,29 @@ class Rows(NamedTuple):
     addresses: tuple[int, int, int]
 
 
-RECORDS = (Problem, Loss, Rows)
+class Residue(NamedTuple):
+    """What csrc/cpu/betti_volume_residue.h takes, in host memory."""
+
+    rank: int
+    tree: int
+    names: int
+    count: int
+
+
+RECORDS = (Problem, Loss, Rows, Residue)
+
+
+def voxels(p: Problem) -> int:
+    """Of an item."""
+    return math.prod(p.shape)
+
+
+def raise_nan(place: int, items: int, first: int) -> None:
+    """As the CPU does, of a place that the kernels told for a NaN; 0: none."""
+    if place:
+        item, image = divmod(2 * items - place, 2)
+        name = ("input", "target")[image]
+        raise ValueError(f"{name} must not contain NaN; item {first + item} does")
 
 
 def common_dtype(input: Tensor, target: Tensor) -> torch.dtype:

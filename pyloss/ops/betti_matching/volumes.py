@@ -1,6 +1,11 @@
-"""Volumes on CUDA: dimensions 0 and 2 on the device, dimension 1 on the host at the same time.
+"""Dimension 1 of volumes on CUDA: the host reduces the columns that the device leaves to it.
 
-The host needs the images, so each call waits for the device once: not for a CUDA graph.
+With dimensions 0 and 2 on the device, whose trees say which columns vanish, and without apparent
+pairs a few hundredths of the columns are left; they cross with the ranks of the voxels, and the
+host reduces them while the device works on the next group of items. Otherwise the host does all of
+dimension 1 at the same time as the device the rest.
+
+The host waits for the device once a group: not for a CUDA graph.
 """
 
 from __future__ import annotations
@@ -8,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss.ops.betti_matching import cpu
-from pyloss.ops.betti_matching.records import Options
+from pyloss import _C
+from pyloss.ops._launch import address, queue
+from pyloss.ops.betti_matching import cpu, records
+from pyloss.ops.betti_matching.records import TERMS, WIDTHS, Options, raise_nan
 
 SMALLEST = 24**3  # voxels of an item; fewer are faster on the host alone
 HOST, DEVICE = 1 << 1, 1 << 0 | 1 << 2  # dimensions
@@ -42,24 +49,90 @@ class Copies:
 
 def to_device(t: Tensor, like: Tensor) -> Tensor:
     """A tensor of the host's, without waiting."""
-    if not like.is_cuda:
-        return t
-    return _pinned(t).copy_(t).to(like.device, non_blocking=True)
+    return _pinned(t).copy_(t).to(like.device, non_blocking=True) if like.is_cuda else t
 
 
 def _pinned(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=torch.cuda.is_available())
 
 
-def loss(x: Tensor, y: Tensor, o: Options, device_loss) -> tuple[Tensor, Tensor | None]:
-    """Loss terms and gradient, of `device_loss(x, y, options)` and the host's."""
-    mask = int(o.dims)
-    if not mask & HOST:
-        return device_loss(x, y, o)
-    copies = Copies(x, y)
-    terms, grad = device_loss(x, y, o._replace(dims=mask & DEVICE))
-    host_terms, host_grad = cpu.loss(*copies.get(), o._replace(dims=mask & HOST))
+class Loops:
+    """Dimension 1 of a group of volumes (K, *spatial), whose other dimensions are `mask`."""
+
+    def __init__(self, x: Tensor, y: Tensor | None, first: int, superlevel: bool, mask: int):
+        self._images, self._first, self._superlevel = Copies(x, y), first, superlevel
+        self._left = mask == DEVICE
+
+    def launched(self, problem: records.Problem, buffer: Tensor, start: int, size: int) -> None:
+        """After the kernels of the other dimensions, on their scratch memory."""
+        if not self._left:
+            return
+        self._problem, self._buffer = problem, buffer
+        self._work = (start, size, *queue(buffer))
+        self._counts = buffer.new_empty((2,), dtype=torch.int32)
+        _C.cuda_betti_columns(problem, address(self._counts), *self._work)
+        begin = start - buffer.data_ptr()
+        bytes = _C.cuda_betti_prefix_bytes(problem, buffer.get_device())
+        self._prefix = Copies(buffer[begin : begin + bytes])
+
+    def loss(self, o: Options) -> tuple[Tensor, Tensor | None]:
+        """Loss terms (K, 3, TERMS) and gradient, on the host."""
+        x, y = self._images.get()
+        o = o._replace(dims=HOST)
+        if not self._left:
+            terms, grad = cpu.loss(x.unsqueeze(1), y.unsqueeze(1), o)
+            return terms.squeeze(1), grad.view_as(x) if o.want_grad else None
+        residue, _alive = self._residue()
+        terms = x.new_empty((len(x), 3, TERMS))
+        grad = torch.empty_like(x) if o.want_grad else None
+        _C.betti_loss_of_residue(
+            self._on_host(x, y), records.loss(o), residue, address(terms), address(grad),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return terms, grad
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As those of the ops; without a target, all bars as the second table."""
+        x, y = self._images.get()
+        threads = torch.get_num_threads()
+        if not self._left and y is not None:
+            found = cpu.matching(x, y, self._superlevel, [1])
+        elif not self._left:
+            found = cpu.pairs(x, self._superlevel, [1], False)
+        else:
+            (residue, _alive), problem = self._residue(), self._on_host(x, y)
+            if y is not None:
+                found = cpu.tables(_C.betti_matching_of_residue(problem, residue, threads))
+            else:
+                found = cpu.table(_C.persistence_pairs_of_residue(problem, residue, threads), 6)
+        if y is None:
+            found = (found.new_empty((0, WIDTHS[0])), found, found[:0])
+        for table in found:
+            table[:, 0] += self._first
+        return found
+
+    def _on_host(self, x: Tensor, y: Tensor | None) -> records.Problem:
+        return records.problem(x, y, 1, self._superlevel, HOST)
+
+    def _residue(self) -> tuple[records.Residue, object]:
+        """What is left to the host, and what must outlive its use. Waits for the device."""
+        count, nan = self._counts.tolist()
+        raise_nan(nan, self._problem.items, self._first)
+        names, keys = self._counts.new_empty((2, count), dtype=torch.int64)
+        _C.cuda_betti_column_keys(self._problem, count, address(names), address(keys), *self._work)
+        names = names[keys.argsort()]
+        (prefix,) = self._prefix.get()
+        images, voxels = (3 if self._problem.target else 1), records.voxels(self._problem)
+        matrix = names // (3 * voxels)
+        names = Copies(names[matrix.argsort(stable=True)]).get()[0]
+        ranks = 4 * images * self._problem.items * voxels
+        tree = address(prefix) + ranks + -ranks % 256
+        return records.Residue(address(prefix), tree, address(names), count), (prefix, names)
+
+
+def finish(loops: Loops, o: Options, terms: Tensor, grad: Tensor | None) -> None:
+    """Adds dimension 1 to the loss terms and the gradient of the others."""
+    host_terms, host_grad = loops.loss(o)
     terms += to_device(host_terms, terms)
     if grad is not None:
         grad += to_device(host_grad, grad)
-    return terms, grad

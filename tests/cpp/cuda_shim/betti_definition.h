@@ -191,4 +191,32 @@ inline Result match(const Complex& x, uint32_t want, const std::vector<double>& 
   return r;
 }
 
+// Squares, by their numbers in the order of the columns, that dimension 1 of a volume leaves to a
+// reduction: no births of dimension 2 of the columns' filtration, and in no apparent pair. `wrong`
+// counts apparent pairs that the reduction does not find.
+inline std::vector<int64_t> columns_left(const Complex& x, const Filtration& rows,
+                                         const Filtration& columns, int64_t* wrong) {
+  const auto voids = reduce(x, 2, columns, columns), pairs = reduce(x, 1, rows, columns);
+  std::vector<int> smallest(x.cells[1].size(), -1);  // coface
+  for (int c : columns.order[2]) {
+    for (int e : x.cells[2][size_t(c)].faces) {
+      if (smallest[size_t(e)] < 0) smallest[size_t(e)] = c;
+    }
+  }
+  std::vector<int64_t> left;
+  for (int c : columns.order[2]) {
+    if (std::count(voids.begin(), voids.end(), c)) continue;
+    const auto& faces = x.cells[2][size_t(c)].faces;
+    const int largest = *std::max_element(faces.begin(), faces.end(), [&](int a, int b) {
+      return rows.place[1][size_t(a)] < rows.place[1][size_t(b)];
+    });
+    if (smallest[size_t(largest)] != c) {
+      left.push_back(x.cells[2][size_t(c)].id);
+    } else {
+      *wrong += pairs[size_t(c)] != largest;
+    }
+  }
+  return left;
+}
+
 }  // namespace definition

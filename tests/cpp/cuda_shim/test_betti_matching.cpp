@@ -181,13 +181,34 @@ void make_case(Random& rnd, Case& c) {
 // ---- Runs --------------------------------------------------------------------------------------
 
 struct Outputs {
-  std::vector<definition::Row> rows[3];  // sorted
+  std::vector<definition::Row> rows[3];       // sorted
+  std::vector<std::vector<int64_t>> columns;  // left to the host, by matrix and item
   std::vector<char> loss, grad[2];
   bool operator==(const Outputs& o) const {
-    return rows[0] == o.rows[0] && rows[1] == o.rows[1] && rows[2] == o.rows[2] && loss == o.loss &&
-           grad[0] == o.grad[0] && grad[1] == o.grad[1];
+    return columns == o.columns && rows[0] == o.rows[0] && rows[1] == o.rows[1] &&
+           rows[2] == o.rows[2] && loss == o.loss && grad[0] == o.grad[0] && grad[1] == o.grad[1];
   }
 };
+
+// The columns of dimension 1 of a group's volumes, of `items` in all.
+void collect_columns(const betti::Problem& p, int64_t first, int64_t items, char* scratch,
+                     int64_t bytes, Outputs& r) {
+  uint32_t counts[2] = {7, 7};
+  cuda::betti_columns(p, counts, scratch, bytes, nullptr);
+  std::vector<int64_t> names(counts[0]), keys(counts[0]);
+  shim::poison(names);
+  shim::poison(keys);
+  cuda::betti_column_keys(p, counts[0], names.data(), keys.data(), scratch, bytes, nullptr);
+  std::vector<std::pair<int64_t, int64_t>> sorted;
+  for (size_t i = 0; i < names.size(); ++i) sorted.push_back({keys[i], names[i]});
+  std::sort(sorted.begin(), sorted.end());
+  const int64_t squares = 3 * voxels(p);
+  r.columns.resize(size_t((p.target ? 5 : 1) * items));
+  for (const auto& [key, name] : sorted) {
+    const int64_t graph = name / squares, matrix = graph / p.items, item = graph % p.items;
+    r.columns[size_t(matrix * items + first + item)].push_back(name % squares);
+  }
+}
 
 // The rows of all items, group by group as the op asks for them. `nan`: none are made.
 void collect_rows(const Case& c, char* scratch, int64_t bytes, bool nan, Outputs& r) {
@@ -214,6 +235,7 @@ void collect_rows(const Case& c, char* scratch, int64_t bytes, bool nan, Outputs
       shim::poison(rows[k]);
       out[k] = rows[k].data();
     }
+    if (p.dims == 3 && p.want == 5) collect_columns(p, first, c.p.items, scratch, bytes, r);
     cuda::betti_rows(p, counts, out, scratch, bytes, nullptr);
     for (int k = 0; k < 3; ++k) {
       const size_t width = k == 0 ? 12 : 6;
@@ -271,6 +293,20 @@ void expect(const Case& c, const char* what, int64_t item, double got, double wa
   }
 }
 
+void check_columns(const Case& c, const definition::Complex& x, const Outputs& r, size_t item,
+                   const std::vector<double>& input, const std::vector<double>& target) {
+  std::vector<double> both = input;
+  for (size_t i = 0; i < both.size(); ++i) both[i] = std::min(both[i], target[i]);
+  const definition::Filtration f[3] = {{x, input}, {x, target}, {x, both}};
+  const int rows[] = {0, 1, 2, 0, 1}, columns[] = {0, 1, 2, 2, 2};
+  for (size_t m = 0; m < (c.pairs ? 1 : 5); ++m) {
+    int64_t wrong = 0;
+    const auto want = definition::columns_left(x, f[rows[m]], f[columns[m]], &wrong);
+    require(r.columns[m * size_t(c.p.items) + item] == want && wrong == 0,
+            "columns of matrix " + std::to_string(m) + ", " + c.text);
+  }
+}
+
 void check_item(Case& c, const Outputs& r, size_t item, bool nan, bool sick) {
   const size_t n = size_t(voxels(c.p)), images = c.pairs ? 1 : 2, dims = size_t(c.p.dims);
   std::vector<double> value[2], f[2];
@@ -296,6 +332,7 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan, bool sick) {
       require(found == ref.rows[k],
               "rows " + std::to_string(k) + " of item " + std::to_string(item) + ", " + c.text);
     }
+    if (!r.columns.empty()) check_columns(c, x, r, item, f[0], c.pairs ? f[0] : f[1]);
     if (c.pairs) return;
     // Values and derivatives by the formulas of the loss.
     const auto at = [&](int64_t k, int64_t voxel) { return value[k][size_t(voxel)]; };
