@@ -1,6 +1,7 @@
 #include "cpu/betti_volume_loops.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 
 namespace pyloss {
@@ -11,6 +12,94 @@ namespace {
 // A pivot's column: a square, or with this flag the number of a column that was kept.
 constexpr uint32_t kKept = 0x80000000u;
 
+// Keys of edges: (rank, edge), which orders them.
+inline uint64_t key_of(uint32_t rank, uint32_t e) {
+  return uint64_t(rank) << 32 | e;
+}
+
+// Sums of columns. Short ones are sorted arrays, summed by merging; those that grow become heaps in
+// which equal keys cancel as they surface.
+class Column {
+ public:
+  void clear() {
+    size_ = 0;
+    heap_.clear();
+  }
+  bool empty() const { return size_ == 0 && heap_.empty(); }
+
+  // Adds keys in descending order.
+  void add(const uint64_t* x, size_t count) {
+    if (heap_.empty() && size_ + count <= kShort) {
+      merge(x, count);
+      return;
+    }
+    if (heap_.empty()) {
+      heap_.assign(keys_, keys_ + size_);  // descending, and so a heap
+      size_ = 0;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      heap_.push_back(x[i]);
+      std::push_heap(heap_.begin(), heap_.end());
+    }
+  }
+  // Takes the largest key out; false if there is none.
+  bool pop(uint64_t& key) {
+    if (size_) {
+      key = keys_[0];
+      std::memmove(keys_, keys_ + 1, --size_ * sizeof(uint64_t));
+      return true;
+    }
+    while (!heap_.empty()) {
+      key = take();
+      if (heap_.empty() || heap_.front() != key) return true;
+      take();
+    }
+    return false;
+  }
+  // Appends what is left, descending.
+  void append_to(std::vector<uint64_t>& out) {
+    out.insert(out.end(), keys_, keys_ + size_);
+    std::sort(heap_.begin(), heap_.end(), std::greater<uint64_t>());
+    for (size_t i = 0; i < heap_.size(); ++i) {
+      if (i + 1 < heap_.size() && heap_[i] == heap_[i + 1]) {
+        ++i;
+      } else {
+        out.push_back(heap_[i]);
+      }
+    }
+  }
+
+ private:
+  static constexpr size_t kShort = 96;
+
+  // Without branches on keys, which cannot be predicted.
+  void merge(const uint64_t* x, size_t count) {
+    uint64_t sum[kShort];
+    size_t i = 0, j = 0, k = 0;
+    while (i < size_ && j < count) {
+      const uint64_t a = keys_[i], b = x[j];
+      sum[k] = std::max(a, b);
+      i += a >= b;
+      j += b >= a;
+      k += a != b;
+    }
+    for (; i < size_; ++i) sum[k++] = keys_[i];
+    for (; j < count; ++j) sum[k++] = x[j];
+    std::copy(sum, sum + k, keys_);
+    size_ = k;
+  }
+  uint64_t take() {
+    const uint64_t x = heap_.front();
+    std::pop_heap(heap_.begin(), heap_.end());
+    heap_.pop_back();
+    return x;
+  }
+
+  uint64_t keys_[kShort];
+  size_t size_ = 0;
+  std::vector<uint64_t> heap_;
+};
+
 class Reduction {
  public:
   // `negative`: edges to leave out; null: none.
@@ -19,39 +108,32 @@ class Reduction {
     std::fill(pivots_.get(), pivots_.get() + size_t(l.size()) * 3, kNone);
   }
 
-  // Reduces the column of a square. resolve(edge, add) adds, for an edge that pairs within its
-  // star, the other edges of its column, and says whether it did.
+  // Reduces the column of a square to its pivot; kNone: to nothing. resolve(edge, keys) gives, for
+  // an edge that pairs within its star, the other keys of its column: their number, or -1.
   template <class Resolve>
   uint32_t reduce(uint32_t square, Resolve&& resolve) {
-    uint32_t edges[4];
-    Square(l_, square).edges(edges);
-    heap_.clear();
-    for (uint32_t e : edges) add(e);
+    uint64_t keys[4 * 12];
+    column_.clear();
+    column_.add(keys, keys_of(square, kNone, keys));
     bool changed = false;
-    for (;;) {
-      const uint32_t e = pop();
-      if (e == kNone) return kNone;
-      if (resolve(e, [this](uint32_t x) { add(x); })) {
-        changed = true;
-        continue;
-      }
-      const uint32_t column = pivots_[e];
-      if (column == kNone) {
-        pivots_[e] = changed ? keep() : square;
-        return e;
+    for (uint64_t key; column_.pop(key);) {
+      const uint32_t e = uint32_t(key), code = pivots_[e];
+      if (code == kNone) {
+        const int count = resolve(e, keys);
+        if (count < 0) {
+          pivots_[e] = changed ? keep() : square;
+          return e;
+        }
+        column_.add(keys, size_t(count));
+      } else if (code & kKept) {
+        const size_t begin = starts_[code ^ kKept], end = starts_[(code ^ kKept) + 1];
+        column_.add(kept_.data() + begin, end - begin);
+      } else {
+        column_.add(keys, keys_of(code, e, keys));
       }
       changed = true;
-      if (column & kKept) {
-        const uint32_t *x = kept_.data() + starts_[column ^ kKept],
-                       *end = kept_.data() + starts_[(column ^ kKept) + 1];
-        for (; x < end; ++x) add(*x);
-      } else {
-        Square(l_, column).edges(edges);
-        for (uint32_t x : edges) {
-          if (x != e) add(x);
-        }
-      }
     }
+    return kNone;
   }
 
   // Whether the column of a square has a pivot of its own, the largest edge; which it is then
@@ -71,51 +153,56 @@ class Reduction {
     return true;
   }
 
-  // The column of a pivot, without the pivot.
+  // The edges of the column of a pivot.
   std::vector<uint32_t> column(uint32_t edge) const {
     const uint32_t code = pivots_[edge];
+    std::vector<uint32_t> edges;
     if (code & kKept) {
-      const uint32_t i = code ^ kKept;
-      return {kept_.begin() + int64_t(starts_[i]), kept_.begin() + int64_t(starts_[i + 1])};
+      edges.push_back(edge);
+      for (size_t i = starts_[code ^ kKept]; i < starts_[(code ^ kKept) + 1]; ++i) {
+        edges.push_back(uint32_t(kept_[i]));
+      }
+    } else {
+      edges.resize(4);
+      Square(l_, code).edges(edges.data());
     }
-    uint32_t edges[4];
-    Square(l_, code).edges(edges);
-    std::vector<uint32_t> others;
-    std::remove_copy(edges, edges + 4, std::back_inserter(others), edge);
-    return others;
+    return edges;
+  }
+
+  // The keys of `count` edges that are no rows to leave out, descending.
+  int keys_of(const uint32_t* edges, int count, uint64_t* keys) const {
+    int k = 0;
+    for (int i = 0; i < count; ++i) {
+      const uint32_t e = edges[i];
+      if (negative_ && negative_->has(e)) continue;
+      insert(key_of(Edge(l_, e).rank(rank_), e), keys, k);
+    }
+    return k;
   }
 
  private:
-  void add(uint32_t e) {
-    if (negative_ && negative_->has(e)) return;
-    heap_.push_back(uint64_t(Edge(l_, e).rank(rank_)) << 32 | e);
-    std::push_heap(heap_.begin(), heap_.end());
+  static void insert(uint64_t key, uint64_t* keys, int& k) {
+    int at = k++;
+    for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
   }
-  uint64_t take() {
-    const uint64_t x = heap_.front();
-    std::pop_heap(heap_.begin(), heap_.end());
-    heap_.pop_back();
-    return x;
-  }
-  // The largest edge that does not cancel.
-  uint32_t pop() {
-    while (!heap_.empty()) {
-      const uint64_t x = take();
-      if (heap_.empty() || heap_.front() != x) return uint32_t(x);
-      take();
+  // Of the edges of a square but one.
+  int keys_of(uint32_t square, uint32_t but, uint64_t* keys) const {
+    const Square s(l_, square);
+    uint32_t edges[4], r[4];
+    s.edges(edges);
+    for (int i = 0; i < 4; ++i) r[i] = rank_[s.corners[i]];
+    const uint32_t ranks[4] = {std::max(r[0], r[2]), std::max(r[0], r[1]), std::max(r[1], r[3]),
+                               std::max(r[2], r[3])};
+    int k = 0;
+    for (int i = 0; i < 4; ++i) {
+      if (edges[i] == but || (negative_ && negative_->has(edges[i]))) continue;
+      insert(key_of(ranks[i], edges[i]), keys, k);
     }
-    return kNone;
+    return k;
   }
-  // What is left in the heap, as a column.
   uint32_t keep() {
-    std::sort(heap_.begin(), heap_.end(), std::greater<uint64_t>());
-    for (size_t i = 0; i < heap_.size(); ++i) {
-      if (i + 1 < heap_.size() && heap_[i] == heap_[i + 1]) {
-        ++i;
-      } else {
-        kept_.push_back(uint32_t(heap_[i]));
-      }
-    }
+    column_.append_to(kept_);
     starts_.push_back(kept_.size());
     return kKept | uint32_t(starts_.size() - 2);
   }
@@ -124,33 +211,39 @@ class Reduction {
   const Lattice& l_;
   const EdgeSet* negative_;
   Array<uint32_t> pivots_;
-  std::vector<uint64_t> heap_;
-  std::vector<uint32_t> kept_;
+  Column column_;
+  std::vector<uint64_t> kept_;
   std::vector<size_t> starts_{0};
 };
 
-// Adds the columns of edges that pair within their star.
+// The columns of edges that pair within their star.
 class StarColumns {
  public:
-  StarColumns(const Order& o, const Lattice& l, const Stars& stars)
-      : rank_(o.rank.get()), l_(l), local_(stars.local.get()), at_(l), tables_(star_tables()) {}
+  StarColumns(const Order& o, const Lattice& l, const Stars& stars, const Reduction& reduction)
+      : rank_(o.rank.get()),
+        l_(l),
+        local_(stars.local.get()),
+        at_(l),
+        tables_(star_tables()),
+        reduction_(reduction) {}
 
-  template <class Add>
-  bool operator()(uint32_t e, Add&& add) const {
+  int operator()(uint32_t e, uint64_t* keys) const {
     const Edge edge(l_, e);
     const uint32_t v = edge.owner(rank_);
     const uint32_t i = e % 3 + (v == edge.first ? 3 : 0);
     const uint32_t squares = tables_.column[Stars::columns(local_[v])][i];
-    if (!squares) return false;
-    uint32_t inner = 1u << i;
+    if (!squares) return -1;
+    uint32_t inner = 1u << i, edges[24 + 6];
+    int count = 0;
     for (uint32_t x = squares; x; x &= x - 1) {
       const int k = __builtin_ctz(x);
       inner ^= 1u << kSquareEnds[k][0] | 1u << kSquareEnds[k][1];
-      add(3 * v + uint32_t(at_.outer[k][0]));
-      add(3 * v + uint32_t(at_.outer[k][1]));
+      edges[count++] = 3 * v + uint32_t(at_.outer[k][0]);
+      edges[count++] = 3 * v + uint32_t(at_.outer[k][1]);
     }
-    for (; inner; inner &= inner - 1) add(3 * v + uint32_t(at_.edge[__builtin_ctz(inner)]));
-    return true;
+    for (; inner; inner &= inner - 1)
+      edges[count++] = 3 * v + uint32_t(at_.edge[__builtin_ctz(inner)]);
+    return reduction_.keys_of(edges, count, keys);
   }
 
  private:
@@ -159,6 +252,7 @@ class StarColumns {
   const uint32_t* local_;
   StarOffsets at_;
   const StarTables& tables_;
+  const Reduction& reduction_;
 };
 
 struct Critical {
@@ -189,8 +283,8 @@ void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSe
               std::vector<Bar>& bars, Slab& slab) {
   const uint32_t* rank = o.rank.get();
   const StarOffsets at(l);
-  const StarColumns of_star(o, l, stars);
   Reduction reduction(o, l, &negative, slab);
+  const StarColumns of_star(o, l, stars, reduction);
   in_order<false>(o, l, at.square, Critical{stars.critical.get()}, [&](uint32_t s, uint32_t r) {
     const uint32_t e = reduction.reduce(s, of_star);
     if (e == kNone) return;
@@ -206,16 +300,14 @@ void run_dim1_image(const Order& rows, const EdgeSet& negative, const Order& col
   const StarOffsets at(l);
   Reduction reduction(rows, l, &negative, slab);
   const Columns all{stars.local.get(), stars.critical.get(), star_tables()};
-  const auto none = [](uint32_t, auto&&) { return false; };
-  const uint32_t* rank = columns.rank.get();
+  const auto none = [](uint32_t, uint64_t*) { return -1; };
+  in_order<false>(columns, l, at.square, Critical{stars.critical.get()},
+                  [&](uint32_t s, uint32_t) { pairs.push_back({s, kNone}); });
+  size_t next = 0;
   in_order<false>(columns, l, at.square, all, [&](uint32_t s, uint32_t) {
     uint32_t e;
     if (!reduction.emergent(s, e)) e = reduction.reduce(s, none);
-    const uint32_t v = Square(l, s).owner(rank);
-    if (!stars.critical[v]) return;
-    for (uint32_t x = stars.critical[v]; x; x &= x - 1) {
-      if (3 * v + uint32_t(at.square[__builtin_ctz(x)]) == s) pairs.push_back({s, e});
-    }
+    if (next < pairs.size() && pairs[next].square == s) pairs[next++].edge = e;
   });
 }
 
@@ -225,15 +317,14 @@ std::vector<std::vector<uint32_t>> reduced_columns(const Order& o, const Lattice
                                                    Slab& slab) {
   std::vector<std::vector<uint32_t>> found(squares.size());
   const StarOffsets at(l);
-  const StarColumns of_star(o, l, stars);
   Reduction reduction(o, l, nullptr, slab);
+  const StarColumns of_star(o, l, stars, reduction);
   in_order<false>(o, l, at.square, Critical{stars.critical.get()}, [&](uint32_t s, uint32_t) {
     const uint32_t e = reduction.reduce(s, of_star);
     if (e == kNone) return;
     for (size_t i = 0; i < squares.size(); ++i) {
       if (squares[i] != s) continue;
       found[i] = reduction.column(e);
-      found[i].push_back(e);
     }
   });
   return found;

@@ -2,7 +2,12 @@
 // (betti_volume_stars.h) leave: edges that pair with no square ascending, for dimension 0; squares
 // that pair with no edge descending, for dimension 2, where the nodes are cubes and the outside.
 //
-// Memory traffic: two random accesses per voxel and run, and those of the paths to roots.
+// For the bars of an image itself the pairs within stars are a forest to begin with, and only
+// critical cells are left. Image persistence has to know what each component holds at every time,
+// and so takes all of them in order.
+//
+// Memory traffic: one pass over the voxels; for image persistence two random accesses per voxel, of
+// nodes that have all in one cache line, and those of the paths to roots.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +22,6 @@ namespace cpu {
 namespace betti_volume {
 
 using betti_item::Bar;
-using betti_item::ComparisonBar;
 
 // A bit per edge number.
 struct EdgeSet {
@@ -35,18 +39,22 @@ struct EdgeSet {
 // Kruskal with the elder rule. `negative` receives the edges that join components.
 void run_dim0(const Order& o, const Lattice& l, const Stars& stars, EdgeSet& negative,
               std::vector<Bar>& bars, Slab& slab);
-// The same for the comparison image, with the oldest vertices of input and target beside its own:
-// those that die with a bar are in_input, in_target.
-void run_dim0_comparison(const Order& o, const Order& input, const Order& target, const Lattice& l,
-                         const Stars& stars, EdgeSet& negative, std::vector<ComparisonBar>& bars,
-                         Slab& slab);
-
 // The dual run. Squares that give birth are no longer critical afterwards: what is left of
-// `stars.critical` are columns of dimension 1. With `comparison` (ranks of the cubes of the
-// comparison image), `bar_of` [size, kNone] receives the number of the bar by the cube that dies
-// with it in the comparison image.
+// `stars.critical` are columns of dimension 1.
 void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
-              const uint32_t* comparison, uint32_t* bar_of, Slab& slab);
+              Slab& slab);
+
+// Both again, with the other order of the image persistence beside their own.
+//
+// Of the comparison image: with the oldest vertices in the image of order `rows`, of which the one
+// that dies with each bar goes to `deaths`, in the order of bars.
+void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const Stars& stars,
+                    EdgeSet& negative, std::vector<Bar>& bars, std::vector<uint32_t>& deaths,
+                    Slab& slab);
+// Of an image: with the cubes that the comparison image, of order `columns`, fills last. `bar_of`
+// [size, kNone] receives the number of each bar by the one that dies with it.
+void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, const Stars& stars,
+                    std::vector<Bar>& bars, uint32_t* bar_of, Slab& slab);
 
 }  // namespace betti_volume
 }  // namespace cpu
