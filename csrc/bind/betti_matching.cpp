@@ -80,7 +80,8 @@ cpu::BettiResidue decode_residue(const py::handle& record, const betti::Problem&
   const Reader<Residue> r(record);
   cpu::BettiResidue found{};
   found.count = r.integer(Residue::count);
-  if (found.count < 0) r.bad(Residue::count, "negative");
+  const int64_t most = p.items * p.depth * p.rows * p.cols * (p.target ? 15 : 3);
+  if (found.count < 0 || found.count > most) r.bad(Residue::count, "not of so many squares");
   found.rank = static_cast<const uint32_t*>(r.pointer(Residue::rank, p.items));
   found.tree = static_cast<const uint8_t*>(r.pointer(Residue::tree, p.items));
   found.names = static_cast<const int64_t*>(r.pointer(Residue::names, found.count));

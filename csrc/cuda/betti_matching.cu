@@ -479,10 +479,15 @@ void for_groups(const betti::Problem& p, void* scratch, int64_t scratch_bytes, v
   }
 }
 
+void check_group(const betti::Problem& p) {
+  if (p.items > group_size(p)) throw std::invalid_argument("input: more than a group of items");
+}
+
 // Of a group whose trees of dimensions 0 and 2 are made.
 BettiWork columns_work(const betti::Problem& p, void* scratch, int64_t scratch_bytes) {
   if (p.dims != 3 || p.want != 5) throw std::invalid_argument("dims: need 0 and 2 of volumes");
-  if (p.items < 1 || p.items > betti_group(p)) throw std::invalid_argument("input: no group");
+  if (p.items < 1) throw std::invalid_argument("input: no items");
+  check_group(p);
   return work_of(p, p.items, scratch, scratch_bytes);
 }
 
@@ -546,20 +551,21 @@ int64_t betti_group(const betti::Problem& p) {
 
 void betti_pairs(const betti::Problem& p, bool essential, uint32_t* counts, void* scratch,
                  int64_t scratch_bytes, void* stream) {
-  if (p.items > betti_group(p)) throw std::invalid_argument("input: more than a group of items");
+  check_group(p);
   for_groups(p, scratch, scratch_bytes, stream,
              [&](const BettiWork& w, const Images&) { betti_list(w, essential, counts, stream); });
 }
 
 void betti_rows(const betti::Problem& p, const uint32_t* counts, int64_t* const* rows,
                 void* scratch, int64_t scratch_bytes, void* stream) {
-  if (p.items > betti_group(p)) throw std::invalid_argument("input: more than a group of items");
+  check_group(p);
   if (p.items == 0) return;
   const BettiWork w = work_of(p, p.items, scratch, scratch_bytes);
   betti_write_rows(w, counts, u32(p.dims - 1), rows, stream);
 }
 
 int64_t betti_prefix_bytes(const betti::Problem& p) {
+  check_group(p);
   BettiWork w;
   plan(p, u32(p.items), nullptr, &w);
   return int64_t(reinterpret_cast<uintptr_t>(w.tree)) + int64_t(w.images) * p.items * 3 * w.n;
