@@ -78,8 +78,9 @@ struct Images {
   bool target_rows_of_comparison = false;
   Order order[3];
   Stars stars[3];
-  EdgeSet negative[3];
+  Bits negative[3];
   std::vector<Bar> of_comparison[3];
+  std::vector<uint32_t> births;  // of dimension 2, of the comparison image
 
   Images(const Problem& b, int t, Slab& s) : batch(b), l(b), threads(t), slab(s) {}
 
@@ -100,8 +101,8 @@ struct Images {
     target_rows_of_comparison = rows_of_comparison(keys[kInput].get(), keys[kTarget].get(), l);
     parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
       order[i] = sort_voxels(keys[i].get(), l, slab);
-      stars[i] = make_stars(order[i], l, slab);
-      negative[i] = EdgeSet(l, slab);
+      stars[i] = make_stars(order[i].rank.get(), l, slab);
+      negative[i] = Bits(size_t(l.size()) * 3, slab);
     });
   }
   // The images whose rows need runs of their own.
@@ -120,7 +121,7 @@ void Images::match_dim0(DimResult& r) {
       return run_dim0(order[i], l, stars[i], negative[i], i == kInput ? r.input : r.target, slab);
     // The runs of the comparison image find the same bars.
     std::vector<Bar> again;
-    EdgeSet unused(l, slab);
+    Bits unused(size_t(l.size()) * 3, slab);
     const bool first = i == kComparison;
     run_dim0_image(order[kComparison], order[i - 2], l, stars[kComparison],
                    first ? negative[kComparison] : unused, first ? bars : again, deaths[i - 2],
@@ -146,7 +147,10 @@ void Images::match_dim2(DimResult& r) {
   Array<uint32_t> bar_of[2];
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     std::vector<Bar>& own = i == kInput ? r.input : i == kTarget ? r.target : bars;
-    if (i >= row_images()) return run_dim2(order[i], l, stars[i], own, slab);
+    std::vector<uint32_t> unused;
+    if (i >= row_images()) {
+      return run_dim2(order[i], l, stars[i], own, i == kComparison ? births : unused, slab);
+    }
     bar_of[i] = Array<uint32_t>(slab, l.size());
     std::fill(bar_of[i].get(), bar_of[i].get() + l.size(), kNone);
     run_dim2_image(order[i], order[kComparison], l, stars[i], own, bar_of[i].get(), slab);
@@ -172,8 +176,8 @@ void Images::match_dim1(DimResult& r) {
   const int images = row_images();
   parallel_for(images + 3, 1, threads, [&](int64_t i, int64_t) {  // the longest first
     if (i < images) {
-      run_dim1_image(order[i], negative[i], order[kComparison], stars[kComparison], l, pairs[i],
-                     slab);
+      run_dim1_image({order[i], stars[i]}, negative[i], {order[kComparison], stars[kComparison]},
+                     births, l, pairs[i], slab);
     } else {
       const int64_t which = i - images;
       run_dim1(order[which], l, stars[which], negative[which],
@@ -230,12 +234,13 @@ ItemResult bars_of_volume(const Problem& batch, int64_t item, int, Slab& slab) {
     order = sort_voxels(keys.get(), l, slab);
   }
   result.oldest_input = result.oldest_target = order.at(0);
-  const Stars stars = make_stars(order, l, slab);
-  EdgeSet negative(l, slab);
+  const Stars stars = make_stars(order.rank.get(), l, slab);
+  Bits negative(size_t(l.size()) * 3, slab);
   DimResult* const dim = result.dim;
   run_dim0(order, l, stars, negative, dim[0].input, slab);
   if (batch.wanted(1) || batch.wanted(2)) {
-    run_dim2(order, l, stars, dim[2].input, slab);
+    std::vector<uint32_t> births;
+    run_dim2(order, l, stars, dim[2].input, births, slab);
   }
   if (batch.wanted(1)) run_dim1(order, l, stars, negative, dim[1].input, slab);
   for (int d = 0; d < 3; ++d) {

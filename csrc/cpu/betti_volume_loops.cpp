@@ -103,7 +103,7 @@ class Column {
 class Reduction {
  public:
   // `negative`: edges to leave out; null: none.
-  Reduction(const Order& rows, const Lattice& l, const EdgeSet* negative, Slab& slab)
+  Reduction(const Order& rows, const Lattice& l, const Bits* negative, Slab& slab)
       : rank_(rows.rank.get()), l_(l), negative_(negative), pivots_(slab, size_t(l.size()) * 3) {
     std::fill(pivots_.get(), pivots_.get() + size_t(l.size()) * 3, kNone);
   }
@@ -136,9 +136,10 @@ class Reduction {
     return kNone;
   }
 
-  // Whether the column of a square has a pivot of its own, the largest edge; which it is then
-  // given.
-  bool emergent(uint32_t square, uint32_t& edge) {
+  // Whether the column of a square has a pivot of its own, the largest edge, which it is then
+  // given. pairs(edge): the edge pairs within its star.
+  template <class Pairs>
+  bool emergent(uint32_t square, Pairs&& pairs, uint32_t& edge) {
     const Square s(l_, square);
     const uint32_t *r = rank_, *c = s.corners;
     const uint32_t last = std::max(r[c[2]], r[c[3]]), a = s.normal == 0 ? 1 : 0,
@@ -148,7 +149,7 @@ class Reduction {
     } else {
       edge = r[c[1]] >= r[c[0]] ? 3 * c[1] + a : 3 * c[0] + b;
     }
-    if (pivots_[edge] != kNone) return false;
+    if (pivots_[edge] != kNone || pairs(edge)) return false;
     pivots_[edge] = square;
     return true;
   }
@@ -209,33 +210,35 @@ class Reduction {
 
   const uint32_t* rank_;
   const Lattice& l_;
-  const EdgeSet* negative_;
+  const Bits* negative_;
   Array<uint32_t> pivots_;
   Column column_;
   std::vector<uint64_t> kept_;
   std::vector<size_t> starts_{0};
 };
 
-// The columns of edges that pair within their star.
+// The columns of edges that pair within their star. `local`: of the voxels, Stars::local.
 class StarColumns {
  public:
-  StarColumns(const Order& o, const Lattice& l, const Stars& stars, const Reduction& reduction)
+  StarColumns(const Order& o, const Lattice& l, const uint32_t* local, const Reduction& reduction)
       : rank_(o.rank.get()),
         l_(l),
-        local_(stars.local.get()),
+        local_(local),
         at_(l),
         tables_(star_tables()),
         reduction_(reduction) {}
 
+  bool pairs(uint32_t e) const {
+    uint32_t v, i;
+    return squares(e, v, i) != 0;
+  }
   int operator()(uint32_t e, uint64_t* keys) const {
-    const Edge edge(l_, e);
-    const uint32_t v = edge.owner(rank_);
-    const uint32_t i = e % 3 + (v == edge.first ? 3 : 0);
-    const uint32_t squares = tables_.column[Stars::columns(local_[v])][i];
-    if (!squares) return -1;
+    uint32_t v, i;
+    const uint32_t found = squares(e, v, i);
+    if (!found) return -1;
     uint32_t inner = 1u << i, edges[24 + 6];
     int count = 0;
-    for (uint32_t x = squares; x; x &= x - 1) {
+    for (uint32_t x = found; x; x &= x - 1) {
       const int k = __builtin_ctz(x);
       inner ^= 1u << kSquareEnds[k][0] | 1u << kSquareEnds[k][1];
       edges[count++] = 3 * v + uint32_t(at_.outer[k][0]);
@@ -247,6 +250,14 @@ class StarColumns {
   }
 
  private:
+  // Those of its column, its owner, and its direction from there.
+  uint32_t squares(uint32_t e, uint32_t& v, uint32_t& i) const {
+    const Edge edge(l_, e);
+    v = edge.owner(rank_);
+    i = e % 3 + (v == edge.first ? 3 : 0);
+    return tables_.column[Stars::columns(local_[v])][i];
+  }
+
   const uint32_t* rank_;
   const Lattice& l_;
   const uint32_t* local_;
@@ -255,37 +266,22 @@ class StarColumns {
   const Reduction& reduction_;
 };
 
-struct Critical {
-  const uint16_t* critical;
+struct Masks {
+  const uint16_t* squares;
 
-  void touch(uint32_t v) const { __builtin_prefetch(critical + v); }
-  uint32_t operator()(uint32_t v) const { return critical[v]; }
-};
-
-// Every column: the critical ones, and those that pair within their star.
-struct Columns {
-  const uint32_t* local;
-  const uint16_t* critical;
-  const StarTables& tables;
-
-  void touch(uint32_t v) const {
-    __builtin_prefetch(local + v);
-    __builtin_prefetch(critical + v);
-  }
-  uint32_t operator()(uint32_t v) const {
-    return tables.killing[Stars::columns(local[v])] | critical[v];
-  }
+  void touch(uint32_t v) const { __builtin_prefetch(squares + v); }
+  uint32_t operator()(uint32_t v) const { return squares[v]; }
 };
 
 }  // namespace
 
-void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSet& negative,
+void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const Bits& negative,
               std::vector<Bar>& bars, Slab& slab) {
   const uint32_t* rank = o.rank.get();
   const StarOffsets at(l);
   Reduction reduction(o, l, &negative, slab);
-  const StarColumns of_star(o, l, stars, reduction);
-  in_order<false>(o, l, at.square, Critical{stars.critical.get()}, [&](uint32_t s, uint32_t r) {
+  const StarColumns of_star(o, l, stars.local.get(), reduction);
+  in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t r) {
     const uint32_t e = reduction.reduce(s, of_star);
     if (e == kNone) return;
     const Edge edge(l, e);
@@ -294,19 +290,47 @@ void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSe
   });
 }
 
-void run_dim1_image(const Order& rows, const EdgeSet& negative, const Order& columns,
-                    const Stars& stars, const Lattice& l, std::vector<ImagePair>& pairs,
-                    Slab& slab) {
+void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
+                    const std::vector<uint32_t>& births, const Lattice& l,
+                    std::vector<ImagePair>& pairs, Slab& slab) {
+  const uint32_t *rank = rows.order.rank.get(), *column_rank = columns.order.rank.get();
   const StarOffsets at(l);
-  Reduction reduction(rows, l, &negative, slab);
-  const Columns all{stars.local.get(), stars.critical.get(), star_tables()};
-  const auto none = [](uint32_t, uint64_t*) { return -1; };
-  in_order<false>(columns, l, at.square, Critical{stars.critical.get()},
-                  [&](uint32_t s, uint32_t) { pairs.push_back({s, kNone}); });
+  const StarTables& t = star_tables();
+  // The part of the smallest value.
+  Stars part;
+  {
+    Array<uint32_t> in_part(slab, l.size());
+    for (uint32_t v = 0; v < l.size(); ++v) in_part[v] = column_rank[v] == 0 ? rank[v] : kNone;
+    part = make_stars(in_part.get(), l, slab);
+    clear_part(rows.order, l, part, in_part.get(), columns.stars, births, slab);
+  }
+  // What is known of the stars, and the columns that are left.
+  uint32_t* local = part.local.get();
+  Array<uint16_t> left(slab, l.size());
+  std::fill(left.get(), left.get() + l.size(), uint16_t(0));
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (column_rank[v] == 0) continue;
+      const uint32_t x = rows.stars.local[v], y = columns.stars.local[v];
+      const bool same = Stars::columns(x) == Stars::columns(y) && !Stars::tied(x | y);
+      local[v] = same ? x : 0;
+      left[v] = uint16_t(columns.stars.critical[v] | (same ? 0 : t.killing[Stars::columns(y)]));
+    }
+  });
+  in_order<false>(columns.order, l, at.square, Masks{columns.stars.critical.get()},
+                  [&](uint32_t s, uint32_t r) {
+                    if (r > 0) pairs.push_back({s, kNone});
+                  });
+
+  Reduction reduction(rows.order, l, &negative, slab);
+  const StarColumns of_star(rows.order, l, local, reduction);
+  in_order<false>(rows.order, l, at.square, Masks{part.critical.get()},
+                  [&](uint32_t s, uint32_t) { reduction.reduce(s, of_star); });
   size_t next = 0;
-  in_order<false>(columns, l, at.square, all, [&](uint32_t s, uint32_t) {
+  const auto pairs_in_star = [&](uint32_t e) { return of_star.pairs(e); };
+  in_order<false>(columns.order, l, at.square, Masks{left.get()}, [&](uint32_t s, uint32_t) {
     uint32_t e;
-    if (!reduction.emergent(s, e)) e = reduction.reduce(s, none);
+    if (!reduction.emergent(s, pairs_in_star, e)) e = reduction.reduce(s, of_star);
     if (next < pairs.size() && pairs[next].square == s) pairs[next++].edge = e;
   });
 }
@@ -318,8 +342,8 @@ std::vector<std::vector<uint32_t>> reduced_columns(const Order& o, const Lattice
   std::vector<std::vector<uint32_t>> found(squares.size());
   const StarOffsets at(l);
   Reduction reduction(o, l, nullptr, slab);
-  const StarColumns of_star(o, l, stars, reduction);
-  in_order<false>(o, l, at.square, Critical{stars.critical.get()}, [&](uint32_t s, uint32_t) {
+  const StarColumns of_star(o, l, stars.local.get(), reduction);
+  in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t) {
     const uint32_t e = reduction.reduce(s, of_star);
     if (e == kNone) return;
     for (size_t i = 0; i < squares.size(); ++i) {

@@ -162,7 +162,7 @@ struct Star {
 
 }  // namespace
 
-Stars make_stars(const Order& o, const Lattice& l, Slab& slab) {
+Stars make_stars(const uint32_t* rank, const Lattice& l, Slab& slab) {
   const StarTables& t = star_tables();
   const StarOffsets at(l);
   int32_t neighbour[26];
@@ -187,8 +187,9 @@ Stars make_stars(const Order& o, const Lattice& l, Slab& slab) {
   std::fill(stars.critical.get(), stars.critical.get() + l.size(), uint16_t(0));
   std::vector<uint32_t> before(l.cols), until(l.cols);
   l.each_row([&](uint32_t begin, uint32_t) {
-    compare_row(o.rank.get() + begin, neighbour, l.cols, before.data(), until.data());
+    compare_row(rank + begin, neighbour, l.cols, before.data(), until.data());
     for (uint32_t col = 0; col < l.cols; ++col) {
+      if (rank[begin + col] == kNone) continue;
       const uint32_t a = before[col], b = until[col];
       const Star own(t, (a & ~earlier) | (b & earlier));
       uint32_t squares = own.squares, cubes = own.cubes;
@@ -201,7 +202,7 @@ Stars make_stars(const Order& o, const Lattice& l, Slab& slab) {
       }
       const uint32_t filled = t.filled[cubes], v = begin + col;
       stars.local[v] = squares | filled << 12 | (own.edges & ~uint32_t(t.dying[squares])) << 24 |
-                       uint32_t(joined) << 30;
+                       uint32_t(joined) << 30 | uint32_t(a != b) << 31;
       stars.cubes[v] = uint8_t(cubes);
       stars.critical[v] = uint16_t(own.squares & ~uint32_t(t.killing[squares]) & ~filled);
     }

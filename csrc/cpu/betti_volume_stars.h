@@ -65,15 +65,17 @@ struct Stars {
   Array<uint16_t> critical;  // [size] squares that pair with none of the star
   Array<uint8_t> cubes;      // [size] cubes that pair with squares, all but one if all 8
 
-  // Columns of `StarTables` for the edges that pair with squares.
+  // Index of StarTables::column for the edges that pair with squares: all squares where not `tied`.
   static uint32_t columns(uint32_t x) { return x & 0xfff; }
   static uint32_t filled(uint32_t x) { return x >> 12 & 0xfff; }  // squares that pair with cubes
   // Edges that pair with no square; the first of them pairs with the voxel where `joined`.
   static uint32_t edges(uint32_t x) { return x >> 24 & 0x3f; }
   static bool joined(uint32_t x) { return x >> 30 & 1; }
+  static bool tied(uint32_t x) { return x >> 31; }  // there are equal values in the star
 };
 
-Stars make_stars(const Order& o, const Lattice& l, Slab& slab);
+// Voxels of rank kNone are no part of the volume.
+Stars make_stars(const uint32_t* rank, const Lattice& l, Slab& slab);
 
 }  // namespace betti_volume
 }  // namespace cpu

@@ -19,41 +19,16 @@ inline uint32_t find(uint32_t* parent, uint32_t x) {
   return x;
 }
 
-// For image persistence: a component of cells with its order, and the best of its cells in another.
-struct Node {
-  uint32_t parent, rank;
-  uint32_t best, best_rank;
-};
-
-inline uint32_t find(Node* nodes, uint32_t x) {
-  uint32_t up = nodes[x].parent;
-  while (up != x) {
-    const uint32_t next = nodes[up].parent;
-    nodes[x].parent = next;
-    x = next;
-    up = nodes[x].parent;
-  }
-  return x;
-}
-
 // Whether a comes before b.
 inline bool before(uint32_t rank_a, uint32_t a, uint32_t rank_b, uint32_t b) {
   return rank_a < rank_b || (rank_a == rank_b && a < b);
 }
 
-// Prefetches what is needed of a voxel's star.
-struct Ahead {
-  const Lattice& l;
-  const Node* nodes;
+struct Masks {
+  const uint16_t* cells;
 
-  void touch(uint32_t v, bool both_sides) const {
-    const uint32_t a = l.step[0], b = l.step[1];
-    __builtin_prefetch(nodes + v);
-    __builtin_prefetch(nodes + v - a);
-    __builtin_prefetch(nodes + v - b);
-    __builtin_prefetch(nodes + (both_sides ? v + a : v - a - b));
-    if (both_sides) __builtin_prefetch(nodes + v + b);
-  }
+  void touch(uint32_t v) const { __builtin_prefetch(cells + v); }
+  uint32_t operator()(uint32_t v) const { return cells[v]; }
 };
 
 // --------------------------------------------------------------------------------------------------
@@ -70,20 +45,9 @@ struct CriticalEdges {
   }
 };
 
-struct Edges {
-  const uint32_t* local;
-  Ahead ahead;
-
-  void touch(uint32_t v) const {
-    __builtin_prefetch(local + v);
-    ahead.touch(v, true);
-  }
-  uint32_t operator()(uint32_t v) const { return Stars::edges(local[v]); }
-};
-
 }  // namespace
 
-void run_dim0(const Order& o, const Lattice& l, const Stars& stars, EdgeSet& negative,
+void run_dim0(const Order& o, const Lattice& l, const Stars& stars, Bits& negative,
               std::vector<Bar>& bars, Slab& slab) {
   const uint32_t *rank = o.rank.get(), *local = stars.local.get();
   Array<uint32_t> parents(slab, l.size());
@@ -110,29 +74,55 @@ void run_dim0(const Order& o, const Lattice& l, const Stars& stars, EdgeSet& neg
 }
 
 void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const Stars& stars,
-                    EdgeSet& negative, std::vector<Bar>& bars, std::vector<uint32_t>& deaths,
+                    Bits& negative, std::vector<Bar>& bars, std::vector<uint32_t>& deaths,
                     Slab& slab) {
-  const uint32_t* rank = o.rank.get();
-  Array<Node> all(slab, l.size());
-  Node* nodes = all.get();
-  for (uint32_t v = 0; v < l.size(); ++v) nodes[v] = {v, rank[v], v, rows.rank[v]};
+  const uint32_t *rank = o.rank.get(), *other = rows.rank.get();
+  Array<uint32_t> parents(slab, l.size()), oldest(slab, l.size());
+  uint32_t *parent = parents.get(), *best = oldest.get();
+  const auto older = [&](uint32_t a, uint32_t b) { return before(other[a], a, other[b], b); };
+  const auto ask = [&](uint32_t v) {
+    const uint32_t root = find(parent, v);
+    if (older(v, best[root])) best[root] = v;
+  };
+  // A voxel joins its neighbour from the start where nothing else happens at its time; where its
+  // neighbour is no older, it asks then (kAsks). No bar dies at the smallest value: there order
+  // plays no role.
+  constexpr uint16_t kAsks = 1 << 6;
+  Array<uint16_t> left(slab, l.size());
   const StarOffsets at(l);
-  const Edges edges{stars.local.get(), {l, nodes}};
-  in_order<false>(o, l, at.edge, edges, [&](uint32_t e, uint32_t r) {
-    const Edge edge(l, e);
-    uint32_t live = find(nodes, edge.first), dead = find(nodes, edge.second);
-    if (live == dead) return;
-    if (before(nodes[dead].rank, dead, nodes[live].rank, live)) std::swap(live, dead);
-    Node &from = nodes[dead], &to = nodes[live];
-    from.parent = live;
-    negative.add(e);
-    if (before(from.best_rank, from.best, to.best_rank, to.best)) {
-      std::swap(from.best, to.best);
-      std::swap(from.best_rank, to.best_rank);
+  int32_t offset[7] = {};
+  std::copy(at.edge, at.edge + 6, offset);
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      const uint32_t x = stars.local[v], edges = Stars::edges(x);
+      parent[v] = best[v] = v;
+      left[v] = uint16_t(edges);
+      if (!Stars::joined(x)) continue;
+      const int first = __builtin_ctz(edges);
+      const uint32_t rest = edges & (edges - 1), neighbour = v + uint32_t(at.end[first]);
+      if (rank[v] > 0 && (rest || o.repeated.has(v))) continue;
+      parent[v] = neighbour;
+      negative.add(3 * v + uint32_t(at.edge[first]));
+      left[v] = rank[v] > 0 && older(v, neighbour) ? kAsks : uint16_t(rest);
     }
-    if (from.rank == r) return;
+  });
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (rank[v] == 0) ask(v);
+    }
+  });
+  in_order<false>(o, l, offset, Masks{left.get()}, [&](uint32_t e, uint32_t r) {
+    if (const uint32_t v = o.at(r); left[v] == kAsks) return ask(v);  // of no other one's rank
+    const Edge edge(l, e);
+    uint32_t live = find(parent, edge.first), dead = find(parent, edge.second);
+    if (live == dead) return;
+    if (before(rank[dead], dead, rank[live], live)) std::swap(live, dead);
+    parent[dead] = live;
+    negative.add(e);
+    if (older(best[dead], best[live])) std::swap(best[dead], best[live]);
+    if (rank[dead] == r) return;
     bars.push_back({dead, e, dead, edge.owner(rank)});
-    deaths.push_back(from.best);
+    deaths.push_back(best[dead]);
   });
 }
 
@@ -140,26 +130,6 @@ void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const S
 // Dimension 2. Node 0, in the frame, stands for the outside, which outlives all others.
 
 namespace {
-
-struct CriticalSquares {
-  const uint16_t* critical;
-
-  void touch(uint32_t v) const { __builtin_prefetch(critical + v); }
-  uint32_t operator()(uint32_t v) const { return critical[v]; }
-};
-
-struct Squares {
-  const uint32_t* local;
-  const uint16_t* critical;
-  Ahead ahead;
-
-  void touch(uint32_t v) const {
-    __builtin_prefetch(local + v);
-    __builtin_prefetch(critical + v);
-    ahead.touch(v, false);
-  }
-  uint32_t operator()(uint32_t v) const { return Stars::filled(local[v]) | critical[v]; }
-};
 
 // The first voxel of a cube that carries its value.
 uint32_t cube_voxel(const uint32_t* rank, const Lattice& l, uint32_t cube) {
@@ -181,92 +151,153 @@ void clear(const Stars& stars, const StarOffsets& at, uint32_t square, uint32_t 
   }
 }
 
-// fn(first cube, number of cubes) of each row of them.
-template <class Fn>
-void each_row_of_cubes(const Lattice& l, Fn&& fn) {
+// Each cube by itself, all else with the outside.
+Array<uint32_t> single_cubes(const Lattice& l, Slab& slab) {
+  Array<uint32_t> parents(slab, l.size());
+  std::fill(parents.get(), parents.get() + l.size(), 0);
   for (uint32_t slice = 0; slice + 1 < l.depth; ++slice) {
-    for (uint32_t r = 0; r + 1 < l.rows; ++r) fn(l.row(slice, r), l.cols - 1);
+    for (uint32_t r = 0; r + 1 < l.rows; ++r) {
+      const uint32_t begin = l.row(slice, r);
+      for (uint32_t c = begin; c + 1 < begin + l.cols; ++c) parents[c] = c;
+    }
   }
+  return parents;
 }
 
-}  // namespace
-
-void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
-              Slab& slab) {
-  if (!l.has_cubes()) return;
-  const uint32_t* rank = o.rank.get();
-  Array<uint32_t> parents(slab, l.size());
-  uint32_t* parent = parents.get();
-  std::fill(parent, parent + l.size(), 0);
-  each_row_of_cubes(l, [&](uint32_t begin, uint32_t count) {
-    for (uint32_t c = begin; c < begin + count; ++c) parent[c] = c;
-  });
+// Joins the cubes that pair within their star, of the voxels where use(v): joined(cube, parent).
+template <class Use, class Joined>
+void plant(const Stars& stars, const Lattice& l, uint32_t* parent, Use&& use, Joined&& joined) {
   const StarOffsets at(l);
   const StarTables& t = star_tables();
   l.each_row([&](uint32_t begin, uint32_t) {
     for (uint32_t v = begin; v < begin + l.cols; ++v) {
       const uint32_t cubes = stars.cubes[v];
+      if (!cubes || !use(v)) continue;
       for (uint32_t x = cubes; x; x &= x - 1) {
         const int c = __builtin_ctz(x), next = t.beyond[cubes][c];
-        if (next < 8) parent[v + uint32_t(at.cube[c])] = v + uint32_t(at.cube[next]);
+        if (next == 8) continue;
+        const uint32_t cube = v + uint32_t(at.cube[c]), up = v + uint32_t(at.cube[next]);
+        parent[cube] = up;
+        joined(v, cube, up);
       }
     }
   });
+}
+
+// The dual run over the squares of `left`; meets(dead, live) at each merge, before(square, owner,
+// dead) that gives a bar; other(rank) says whether this is the time of something else.
+template <class Merge, class Bars, class Other>
+void dual(const Order& o, const Lattice& l, const Stars& stars, uint32_t* parent,
+          const uint16_t* left, Merge&& merge, Bars&& bar, Other&& other) {
+  const uint32_t* rank = o.rank.get();
+  const StarOffsets at(l);
+  int32_t offset[13] = {};
+  std::copy(at.square, at.square + 12, offset);
   const auto rank_of = [&](uint32_t cube) {
     return cube ? rank[cube_voxel(rank, l, cube)] : kNone;
   };
-  in_order<true>(o, l, at.square, CriticalSquares{stars.critical.get()},
-                 [&](uint32_t s, uint32_t r) {
-                   const uint32_t cube = s / 3;
-                   uint32_t live = find(parent, cube - l.step[s % 3]), dead = find(parent, cube);
-                   if (live == dead) return;
-                   uint32_t rank_dead = rank_of(dead);
-                   const uint32_t rank_live = rank_of(live);
-                   if (before(rank_live, live, rank_dead, dead)) {
-                     std::swap(live, dead);
-                     rank_dead = rank_live;
-                   }
-                   parent[dead] = live;
-                   const uint32_t owner = Square(l, s).owner(rank);
-                   clear(stars, at, s, owner);
-                   if (rank_dead != r) bars.push_back({s, dead, owner, cube_voxel(rank, l, dead)});
-                 });
+  in_order<true>(o, l, offset, Masks{left}, [&](uint32_t s, uint32_t r) {
+    if (other(r)) return;
+    const uint32_t cube = s / 3;
+    uint32_t live = find(parent, cube - l.step[s % 3]), dead = find(parent, cube);
+    if (live == dead) return;
+    uint32_t rank_dead = rank_of(dead);
+    const uint32_t rank_live = rank_of(live);
+    if (before(rank_live, live, rank_dead, dead)) {
+      std::swap(live, dead);
+      rank_dead = rank_live;
+    }
+    parent[dead] = live;
+    const uint32_t owner = Square(l, s).owner(rank);
+    clear(stars, at, s, owner);
+    merge(s, dead, live);
+    if (rank_dead != r) bar(Bar{s, dead, owner, cube_voxel(rank, l, dead)});
+  });
+}
+
+}  // namespace
+
+void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
+              std::vector<uint32_t>& births, Slab& slab) {
+  if (!l.has_cubes()) return;
+  const Array<uint32_t> parents = single_cubes(l, slab);
+  plant(
+      stars, l, parents.get(), [](uint32_t) { return true; }, [](uint32_t, uint32_t, uint32_t) {});
+  dual(
+      o, l, stars, parents.get(), stars.critical.get(),
+      [&](uint32_t s, uint32_t, uint32_t) { births.push_back(s); },
+      [&](const Bar& b) { bars.push_back(b); }, [](uint32_t) { return false; });
 }
 
 void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, const Stars& stars,
                     std::vector<Bar>& bars, uint32_t* bar_of, Slab& slab) {
   if (!l.has_cubes()) return;
-  const uint32_t* rank = o.rank.get();
-  Array<Node> all(slab, l.size());
-  Node* nodes = all.get();
-  {
-    Array<uint32_t> own(slab, l.size()), other(slab, l.size());
-    cube_ranks(o, l, own.get());
-    cube_ranks(columns, l, other.get());
-    for (uint32_t c = 0; c < l.size(); ++c) {
-      nodes[c] = {own[c] == kNone ? 0 : c, own[c], c, other[c]};
+  const Array<uint32_t> parents = single_cubes(l, slab);
+  uint32_t* parent = parents.get();
+  Array<uint32_t> filled(slab, l.size()), longest(slab, l.size());
+  cube_ranks(columns, l, filled.get());
+  uint32_t* best = longest.get();
+  for (uint32_t c = 0; c < l.size(); ++c) best[c] = c;
+  const auto sooner = [&](uint32_t a, uint32_t b) { return before(filled[a], a, filled[b], b); };
+  // As in dimension 0: cubes join from the start where no square of their owner is left over.
+  constexpr uint16_t kAsks = 1 << 12;
+  Array<uint16_t> left(slab, l.size());
+  std::fill(left.get(), left.get() + l.size(), uint16_t(0));
+  const auto alone = [&](uint32_t v) { return !o.repeated.has(v) && !stars.critical[v]; };
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (!alone(v)) left[v] = uint16_t(Stars::filled(stars.local[v]) | stars.critical[v]);
     }
+  });
+  plant(stars, l, parent, alone, [&](uint32_t v, uint32_t cube, uint32_t up) {
+    if (filled[cube] > 0 && sooner(up, cube)) left[v] = kAsks;
+  });
+  const StarOffsets at(l);
+  uint32_t lost = kNone;
+  dual(
+      o, l, stars, parent, left.get(),
+      [&](uint32_t, uint32_t dead, uint32_t live) {
+        lost = best[dead];
+        if (sooner(best[live], lost)) std::swap(best[live], lost);
+      },
+      [&](const Bar& b) {
+        bar_of[lost] = uint32_t(bars.size());
+        bars.push_back(b);
+      },
+      [&](uint32_t r) {
+        const uint32_t v = o.at(r);
+        if (left[v] != kAsks) return false;
+        for (uint32_t x = stars.cubes[v]; x; x &= x - 1) {
+          const uint32_t cube = v + uint32_t(at.cube[__builtin_ctz(x)]), root = find(parent, cube);
+          if (sooner(best[root], cube)) best[root] = cube;
+        }
+        return true;
+      });
+}
+
+void clear_part(const Order& o, const Lattice& l, const Stars& part, const uint32_t* in_part,
+                const Stars& others, const std::vector<uint32_t>& births, Slab& slab) {
+  if (!l.has_cubes()) return;
+  const Array<uint32_t> parents = single_cubes(l, slab);
+  uint32_t* parent = parents.get();
+  const auto nothing = [](uint32_t, uint32_t, uint32_t) {};
+  plant(part, l, parent, [&](uint32_t v) { return in_part[v] != kNone; }, nothing);
+  plant(others, l, parent, [&](uint32_t v) { return in_part[v] == kNone; }, nothing);
+  const auto join = [&](uint32_t s) {
+    uint32_t a = find(parent, s / 3 - l.step[s % 3]), b = find(parent, s / 3);
+    if (a == b) return false;
+    parent[std::max(a, b)] = std::min(a, b);
+    return true;
+  };
+  for (uint32_t s : births) {
+    const Square square(l, s);
+    bool inside = true;
+    for (uint32_t v : square.corners) inside &= in_part[v] != kNone;
+    if (!inside) join(s);
   }
   const StarOffsets at(l);
-  const Squares squares{stars.local.get(), stars.critical.get(), {l, nodes}};
-  in_order<true>(o, l, at.square, squares, [&](uint32_t s, uint32_t r) {
-    const uint32_t cube = s / 3;
-    uint32_t live = find(nodes, cube - l.step[s % 3]), dead = find(nodes, cube);
-    if (live == dead) return;
-    if (before(nodes[live].rank, live, nodes[dead].rank, dead)) std::swap(live, dead);
-    Node &from = nodes[dead], &to = nodes[live];
-    from.parent = live;
-    if (before(to.best_rank, to.best, from.best_rank, from.best)) {
-      std::swap(from.best, to.best);
-      std::swap(from.best_rank, to.best_rank);
-    }
-    const bool is_bar = from.rank != r;
-    if (!is_bar && !o.ties) return;  // a square of the star of the cube's owner
-    const uint32_t owner = Square(l, s).owner(rank);
-    clear(stars, at, s, owner);
-    if (!is_bar) return;
-    bar_of[from.best] = uint32_t(bars.size());
-    bars.push_back({s, dead, owner, cube_voxel(rank, l, dead)});
+  in_order<true>(o, l, at.square, Masks{part.critical.get()}, [&](uint32_t s, uint32_t) {
+    if (join(s)) clear(part, at, s, Square(l, s).owner(in_part));
   });
 }
 
