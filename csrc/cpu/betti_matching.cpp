@@ -33,17 +33,22 @@ int64_t voxels_of(const Problem& batch) {
 
 template <class R>
 ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab,
-                      const BettiResidue* residue) {
-  if (residue) return match_residue(batch, item, threads, *residue);
+                      const ReducedResidue* residue) {
+  if (residue) return residue->match(item);
   return batch.dims == 3 ? match_volume<R>(batch, item, threads, slab)
                          : match_image<R>(batch, item, threads, slab);
 }
 template <class R>
 ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& slab,
-                        const BettiResidue* residue) {
-  if (residue) return match_residue(batch, item, threads, *residue);
+                        const ReducedResidue* residue) {
+  if (residue) return residue->match(item);
   return batch.dims == 3 ? bars_of_volume<R>(batch, item, threads, slab)
                          : bars_of_image<R>(batch, item, slab);
+}
+
+std::unique_ptr<ReducedResidue> reduced_of(const Problem& batch, const BettiResidue* residue,
+                                           int threads) {
+  return residue ? std::make_unique<ReducedResidue>(batch, *residue, threads) : nullptr;
 }
 
 // fn(item, threads within it, slab). A slab serves one item after the other.
@@ -129,7 +134,7 @@ void loss_of_item(const Problem& batch, const Options& o, int64_t item, const It
 
 template <class R>
 void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* grad, int threads,
-                   const BettiResidue* residue) {
+                   const ReducedResidue* residue) {
   const int64_t n = voxels_of(batch), terms = batch.dims * betti::kTerms;
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
     const ItemResult found = match_item<R>(batch, item, within, slab, residue);
@@ -186,7 +191,7 @@ std::vector<T> joined(const std::vector<std::vector<T>>& parts) {
 }
 
 ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab,
-                      const BettiResidue* residue) {
+                      const ReducedResidue* residue) {
   return batch.input_dtype == DType::kF64 ? match_item<double>(batch, item, threads, slab, residue)
                                           : match_item<float>(batch, item, threads, slab, residue);
 }
@@ -194,7 +199,9 @@ ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& sla
 }  // namespace
 
 void betti_loss(const Problem& batch, const Options& options, void* loss, void* grad, int threads,
-                const BettiResidue* residue) {
+                const BettiResidue* given) {
+  const auto reduced = reduced_of(batch, given, threads);
+  const ReducedResidue* residue = reduced.get();
   if (batch.input_dtype == DType::kF64) {
     loss_of_batch(batch, options, static_cast<double*>(loss), static_cast<double*>(grad), threads,
                   residue);
@@ -204,7 +211,9 @@ void betti_loss(const Problem& batch, const Options& options, void* loss, void* 
   }
 }
 
-BettiRows betti_matching(const Problem& batch, int threads, const BettiResidue* residue) {
+BettiRows betti_matching(const Problem& batch, int threads, const BettiResidue* given) {
+  const auto reduced = reduced_of(batch, given, threads);
+  const ReducedResidue* residue = reduced.get();
   const Numbers at(batch);
   std::vector<std::vector<int64_t>> matched(batch.items), input(batch.items), target(batch.items);
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
@@ -228,7 +237,9 @@ BettiRows betti_matching(const Problem& batch, int threads, const BettiResidue* 
 }
 
 std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int threads,
-                                       const BettiResidue* residue) {
+                                       const BettiResidue* given) {
+  const auto reduced = reduced_of(batch, given, threads);
+  const ReducedResidue* residue = reduced.get();
   const Numbers at(batch);
   std::vector<std::vector<int64_t>> pairs(batch.items);
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {

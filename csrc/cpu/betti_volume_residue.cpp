@@ -2,18 +2,17 @@
 // column. Let e be a pivot that no column has so far, tau its smallest coface in the order of the
 // columns. If e is the largest face of tau in that of the rows, then tau is the column of e.
 //
-// A column is a heap of (rank, edge); equal ones cancel as they surface. Edges that join components
-// are no pivots of any matrix with these rows, and left out.
+// Edges that join components are no pivots of any matrix with these rows, and left out.
 //
 // Memory traffic: 12 bytes of pivots per voxel and matrix, and the columns.
 #include "cpu/betti_volume_residue.h"
 
 #include <algorithm>
-#include <functional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "cpu/betti_volume_column.h"
 #include "cpu/betti_volume_order.h"
 #include "cpu/parallel.h"
 
@@ -22,9 +21,9 @@ namespace cpu {
 
 using namespace betti_item;
 
-namespace {
+using betti_volume::kKept;
 
-constexpr uint32_t kKept = 0x80000000u;  // a column that was kept, by its number
+namespace {
 
 // Edges and squares by the flat index of their corner.
 struct Cells {
@@ -97,60 +96,44 @@ class Reduction {
 
   // The pivot of a column; kNone: it vanishes.
   uint32_t reduce(uint32_t square) {
-    heap_.clear();
-    add_faces(square, kNone);
-    for (bool changed = false;; changed = true) {
-      const uint32_t e = pop();
-      if (e == kNone) return kNone;
-      uint32_t& column = pivots_[e];
-      if (column == kNone) {
+    uint64_t keys[4];
+    column_.clear();
+    column_.add(keys, keys_of(square, kNone, keys));
+    bool changed = false;
+    for (uint64_t key; column_.pop(key); changed = true) {
+      const uint32_t e = uint32_t(key);
+      uint32_t& code = pivots_[e];
+      if (code == kNone) {
         const uint32_t tau = cells_.smallest_coface(columns_, e);
         if (tau == kNone || cells_.largest_face(rows_, tau) != e) {
-          column = changed ? keep() : square;
+          code = changed ? keep() : square;
           return e;
         }
-        column = tau;
+        code = tau;
       }
-      if (column & kKept) {
-        const size_t at = column ^ kKept;
-        for (size_t i = starts_[at]; i < starts_[at + 1]; ++i) add(kept_[i]);
+      if (code & kKept) {
+        const size_t begin = starts_[code ^ kKept], end = starts_[(code ^ kKept) + 1];
+        column_.add(kept_.data() + begin, end - begin);
       } else {
-        add_faces(column, e);
+        column_.add(keys, keys_of(code, e, keys));
       }
-    }
-  }
-
- private:
-  void add_faces(uint32_t square, uint32_t without) {
-    uint32_t faces[4];
-    cells_.faces(square, faces);
-    for (uint32_t e : faces) {
-      if (e != without) add(e);
-    }
-  }
-  void add(uint32_t e) {
-    if (negative_[e]) return;
-    heap_.push_back(cells_.edge_key(rows_, e));
-    std::push_heap(heap_.begin(), heap_.end());
-  }
-  uint64_t take() {
-    const uint64_t x = heap_.front();
-    std::pop_heap(heap_.begin(), heap_.end());
-    heap_.pop_back();
-    return x;
-  }
-  // The largest edge that does not cancel.
-  uint32_t pop() {
-    while (!heap_.empty()) {
-      const uint64_t x = take();
-      if (heap_.empty() || heap_.front() != x) return uint32_t(x);
-      take();
     }
     return kNone;
   }
-  // What is left in the heap, as a column.
+
+ private:
+  // The keys of a square's edges but one, descending.
+  size_t keys_of(uint32_t square, uint32_t but, uint64_t* keys) const {
+    uint32_t faces[4];
+    cells_.faces(square, faces);
+    int k = 0;
+    for (uint32_t e : faces) {
+      if (e != but && !negative_[e]) betti_volume::insert_key(cells_.edge_key(rows_, e), keys, k);
+    }
+    return size_t(k);
+  }
   uint32_t keep() {
-    for (uint32_t e = pop(); e != kNone; e = pop()) kept_.push_back(e);
+    column_.append_to(kept_);
     starts_.push_back(kept_.size());
     return kKept | uint32_t(starts_.size() - 2);
   }
@@ -159,14 +142,11 @@ class Reduction {
   const uint32_t *rows_, *columns_;
   const uint8_t* negative_;
   std::vector<uint32_t> pivots_;
-  std::vector<uint64_t> heap_;
-  std::vector<uint32_t> kept_;
+  betti_volume::Column column_;
+  std::vector<uint64_t> kept_;
   std::vector<size_t> starts_{0};
 };
 
-struct Pair {
-  uint32_t square, edge;
-};
 // By `key`, which no two have alike; null where there is none.
 template <class T>
 const T* look_up(const std::vector<T>& sorted, uint32_t T::* key, uint32_t value) {
@@ -177,40 +157,50 @@ const T* look_up(const std::vector<T>& sorted, uint32_t T::* key, uint32_t value
 
 }  // namespace
 
-ItemResult match_residue(const Problem& batch, int64_t item, int threads,
-                         const BettiResidue& residue) {
+ReducedResidue::ReducedResidue(const Problem& batch, const BettiResidue& residue, int threads)
+    : batch_(batch), residue_(residue) {
   const Cells cells(batch);
   const int64_t squares = int64_t(cells.voxels()) * 3;
-  const auto rank = [&](int image) {
-    return residue.rank + (image * batch.items + item) * cells.voxels();
-  };
-  const auto tree = [&](int image) {
-    return residue.tree + (image * batch.items + item) * squares;
-  };
-  const int matrices = batch.target ? 5 : 1;
   constexpr int kRows[] = {0, 1, 2, 0, 1}, kColumns[] = {0, 1, 2, 2, 2};
-  std::vector<Pair> pairs[5];
-  parallel_for(matrices, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; ++m) {
-      const int64_t graph = m * batch.items + item;
+  const int64_t graphs = (batch.target ? 5 : 1) * batch.items;
+  pairs_.resize(size_t(graphs));
+  parallel_for(graphs, 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t graph = graphs - 1 - i;  // the longest first
+      const int64_t m = graph / batch.items, item = graph % batch.items;
+      const auto rank = [&](int image) {
+        return residue.rank + (image * batch.items + item) * cells.voxels();
+      };
       const int64_t* const end = residue.names + residue.count;
       const int64_t* at = std::lower_bound(residue.names, end, graph * squares);
-      Reduction reduction(cells, rank(kRows[m]), rank(kColumns[m]), tree(kRows[m]));
+      Reduction reduction(cells, rank(kRows[m]), rank(kColumns[m]),
+                          residue.tree + (kRows[m] * batch.items + item) * squares);
       for (; at < end && *at < (graph + 1) * squares; ++at) {
         const uint32_t square = uint32_t(*at - graph * squares);
         if (*at < graph * squares || !cells.is_square(square)) {
           throw std::invalid_argument("residue: no square");
         }
         const uint32_t edge = reduction.reduce(square);
-        if (edge != kNone) pairs[m].push_back({square, edge});
+        if (edge != kNone) pairs_[size_t(graph)].push_back({square, edge});
       }
+      std::sort(pairs_[size_t(graph)].begin(), pairs_[size_t(graph)].end(),
+                [](const Pair& a, const Pair& b) { return a.square < b.square; });
     }
   });
+}
 
+ItemResult ReducedResidue::match(int64_t item) const {
+  const Cells cells(batch_);
+  const auto rank = [&](int image) {
+    return residue_.rank + (image * batch_.items + item) * cells.voxels();
+  };
+  const auto pairs = [&](int matrix) -> const std::vector<Pair>& {
+    return pairs_[size_t(matrix * batch_.items + item)];
+  };
   // Bars in public numbers, by their births.
   std::vector<Bar> bars[3];
-  for (int image = 0; image < (batch.target ? 3 : 1); ++image) {
-    for (const Pair& x : pairs[image]) {
+  for (int image = 0; image < (batch_.target ? 3 : 1); ++image) {
+    for (const Pair& x : pairs(image)) {
       const uint32_t *r = rank(image), b = cells.edge_voxel(r, x.edge),
                      d = cells.square_voxel(r, x.square);
       if (r[b] != r[d]) bars[image].push_back({x.edge, x.square, b, d});
@@ -219,16 +209,12 @@ ItemResult match_residue(const Problem& batch, int64_t item, int threads,
               [](const Bar& a, const Bar& b) { return a.birth < b.birth; });
   }
   std::vector<ComparisonBar> comparison;
-  if (batch.target) {
-    for (int image = 0; image < 2; ++image) {
-      std::sort(pairs[3 + image].begin(), pairs[3 + image].end(),
-                [](const Pair& a, const Pair& b) { return a.square < b.square; });
-    }
+  if (batch_.target) {
     for (const Bar& m : bars[2]) {
       uint32_t in[2];
       for (int image = 0; image < 2; ++image) {
         // A column that is not left has an apparent pair.
-        const Pair* own = look_up(pairs[3 + image], &Pair::square, m.death);
+        const Pair* own = look_up(pairs(3 + image), &Pair::square, m.death);
         const uint32_t e = own ? own->edge : cells.largest_face(rank(image), m.death);
         const Bar* bar = look_up(bars[image], &Bar::birth, e);
         in[image] = bar ? uint32_t(bar - bars[image].data()) : kNone;
@@ -237,7 +223,7 @@ ItemResult match_residue(const Problem& batch, int64_t item, int threads,
     }
   }
 
-  const betti_volume::Lattice l(batch);
+  const betti_volume::Lattice l(batch_);
   const auto padded = [&](uint32_t v) {
     return l.row(cells.coordinate(v, 0), cells.coordinate(v, 1)) + cells.coordinate(v, 2);
   };

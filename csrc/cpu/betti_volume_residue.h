@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/betti_item.h"
 
@@ -20,10 +21,22 @@ struct BettiResidue {
   int64_t count;
 };
 
-// Bars of dimension 1, and their matching where the batch has a target. Throws
-// std::invalid_argument where a column is none.
-betti_item::ItemResult match_residue(const betti::Problem& batch, int64_t item, int threads,
-                                     const BettiResidue& residue);
+// The reduction of all columns: every matrix of every item is a task. Throws std::invalid_argument
+// where a column is none.
+class ReducedResidue {
+ public:
+  ReducedResidue(const betti::Problem& batch, const BettiResidue& residue, int threads);
+  // Bars of dimension 1, and their matching where the batch has a target.
+  betti_item::ItemResult match(int64_t item) const;
+
+ private:
+  struct Pair {
+    uint32_t square, edge;
+  };
+  const betti::Problem& batch_;
+  const BettiResidue& residue_;
+  std::vector<std::vector<Pair>> pairs_;  // of each matrix and item, by square
+};
 
 }  // namespace cpu
 }  // namespace pyloss

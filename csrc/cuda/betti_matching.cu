@@ -212,7 +212,7 @@ struct Loss {
 // Block (b, item * dims + d): part of the slots of a row. Both halves of a matched bar are found
 // twice, once from either side; its term is counted from the input's.
 template <class R>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 4)
     betti_loss_kernel(BettiWork w, Images m, Loss<R> l, double* partial) {
   __shared__ double shared[betti::kTerms][kMaxWarps];
   const u32 item = blockIdx.y / w.dims, dim = w.first_dim + blockIdx.y % w.dims;
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     betti_gradient_kernel(BettiWork w, u32 image, u32 first_item, void* grad, DType dtype) {
   for_each(0, w.items * w.n, [&](u32 i) {
     const u32 item = i / w.n, v = i % w.n;
