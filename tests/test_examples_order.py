@@ -38,6 +38,7 @@ EXPERIMENTS = {
     "comp_sum_bounds": (True, "tau 1.5"),
     "perceptron": (False, "drawn, n = 100"),
     "label_noise": (True, "ALDR, lam0 = 10"),
+    "segment_volumes": (False, "soft Dice + 0.2 Betti matching"),
 }
 
 
