@@ -130,9 +130,9 @@ Range<K> min_keys(const K* a, const K* b, const Grid& g, K* keys) {
 
 // Of a word of voxels p: q at the right, r below, s at the lower right; bits as named.
 struct Compared {
-  uint64_t p_le_q, p_le_r, p_ge_r;
+  uint64_t p_le_q, p_le_r, p_ge_r, p_le_s;
+  uint64_t p_le_below_left;
   uint64_t top_le_bottom, bottom_le_top;  // of the larger ends of the two edges of a square
-  uint64_t left_below, left_above;        // the lower left not below p, the upper left above p
 };
 
 template <class K>
@@ -140,17 +140,17 @@ PYLOSS_INLINE Compared compare(const K* p, uint32_t pitch) {
   using L = Lanes<K>;
   Compared c{};
   for (int i = 0; i < 64; i += L::kCount) {
-    const auto a = L::load(p + i), b = L::load(p + i + 1), below = L::load(p + i + pitch);
-    const auto top = L::larger(a, b), bottom = L::larger(below, L::load(p + i + pitch + 1));
+    const auto a = L::load(p + i), b = L::load(p + i + 1);
+    const auto below = L::load(p + i + pitch), across = L::load(p + i + pitch + 1);
+    const auto top = L::larger(a, b), bottom = L::larger(below, across);
     c.p_le_q |= L::not_above(a, b) << i;
     c.p_le_r |= L::not_above(a, below) << i;
     c.p_ge_r |= L::not_above(below, a) << i;
+    c.p_le_s |= L::not_above(a, across) << i;
+    c.p_le_below_left |= L::not_above(a, L::load(p + i + pitch - 1)) << i;
     c.top_le_bottom |= L::not_above(top, bottom) << i;
     c.bottom_le_top |= L::not_above(bottom, top) << i;
-    c.left_below |= L::not_above(a, L::load(p + i + pitch - 1)) << i;
-    c.left_above |= L::not_above(L::load(p + i - pitch - 1), a) << i;
   }
-  c.left_above = ~c.left_above;
   return c;
 }
 
@@ -261,8 +261,8 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
       s.up = corner & ~north.top_le_bottom;
       // Its top edge leads to a younger square: further along the edges of the same voxel.
       const uint64_t further = corner & north.top_le_bottom & ~north.bottom_le_top;
-      s.left = further & (~left_not_above | c.left_below);
-      s.up_left = further & ~s.left & c.left_above;
+      s.left = further & (~left_not_above | c.p_le_below_left);
+      s.up_left = further & ~s.left & ~from_left(above[int(w) - 1].is.p_le_s, north.p_le_s);
       const uint64_t maxima = squares & ~(s.down | s.right | s.up | s.left | s.up_left);
       planes.squares.directions[at] = s;
       planes.squares.roots[at] = {maxima, peaks};
