@@ -146,8 +146,8 @@ def make_pair(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 class Problem:
-    def __init__(self, kind: str, batch: int, n: int, device: str):
-        pairs = [make_pair(kind, n, seed) for seed in range(batch)]
+    def __init__(self, kind: str, batch: int, n: int, device: str, make: Any = make_pair):
+        pairs = [make(kind, n, seed) for seed in range(batch)]
         self.input, self.target = (torch.stack(t)[:, None].to(device) for t in zip(*pairs))
 
     @functools.cached_property
@@ -246,7 +246,7 @@ def _rows_differ(problem: Problem, theirs: Any) -> float:
              "input1_unmatched_death_coordinates"),
         )  # fmt: skip
         for kind, births, deaths in sides:
-            for dim in (0, 1):
+            for dim in range(problem.input.dim() - 2):
                 mine = ours.coordinates(kind, item, dim)[:, :2].flatten(1).tolist()
                 pairs = zip(getattr(found, births)[dim], getattr(found, deaths)[dim])
                 if sorted(mine) != sorted([*map(int, b), *map(int, d)] for b, d in pairs):
@@ -257,7 +257,7 @@ def _rows_differ(problem: Problem, theirs: Any) -> float:
 # --- providers of barcodes ----------------------------------------------------------------------
 
 
-def _multiset(dims: Any, births: Any, deaths: Any) -> Tensor:
+def multiset(dims: Any, births: Any, deaths: Any) -> Tensor:
     rows = torch.stack([torch.as_tensor(t).double() for t in (dims, births, deaths)], 1)
     rows = rows[(rows[:, 1] != rows[:, 2]) & rows.isfinite().all(1)]
     order = rows[:, 2].sort(stable=True).indices
@@ -272,7 +272,7 @@ def barcode_error(problem: Problem, theirs: Tensor) -> float:
     import pyloss
 
     pairs = pyloss.persistence_pairs(problem.input)
-    ours = _multiset(pairs.index[:, 1], *pairs.values.unbind(1))
+    ours = multiset(pairs.index[:, 1], *pairs.values.unbind(1))
     if ours.shape != theirs.shape:
         return math.inf
     return (ours - theirs).abs().max().item() / 1e-7
@@ -312,7 +312,7 @@ def barcode_providers(problem: Problem) -> list[Provider]:
             for dim, found in enumerate(diagrams(array)):
                 negated = -torch.as_tensor(found).double().view(-1, 2).flip(1)
                 rows.append(torch.cat([torch.full((len(negated), 1), 1.0 - dim), negated], 1))
-            return barcode_error(problem, _multiset(*torch.cat(rows).unbind(1)))
+            return barcode_error(problem, multiset(*torch.cat(rows).unbind(1)))
 
         return Run(call=lambda: diagrams(array), check=check)
 
@@ -326,7 +326,7 @@ def barcode_providers(problem: Problem) -> list[Provider]:
         def check() -> float:
             rows = torch.from_numpy(cripser.computePH(array, maxdim=1))
             rows = rows[rows[:, 2] < 1e30]  # its infinity
-            return barcode_error(problem, _multiset(rows[:, 0], rows[:, 1], rows[:, 2]))
+            return barcode_error(problem, multiset(rows[:, 0], rows[:, 1], rows[:, 2]))
 
         return Run(call=lambda: cripser.computePH(array, maxdim=1), check=check)
 

@@ -36,6 +36,7 @@ OPS = {
     "call_overhead": "bench.bench_call_overhead",
     "adversarial": "bench.bench_adversarial",
     "betti_matching": "bench.bench_betti_matching",
+    "betti_matching_3d": "bench.bench_betti_matching_3d",
     "embedding_metrics": "bench.bench_embedding_metrics",
     "gemm": "bench.bench_gemm",
     "grad_norm_recorder": "bench.bench_grad_norm_recorder",

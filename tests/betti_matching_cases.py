@@ -35,6 +35,15 @@ def random_pair(rng: random.Random) -> tuple[Tensor, Tensor, bool]:
     return x, y, rng.random() < 0.5
 
 
+def random_volumes(rng: random.Random, most: int = 3) -> tuple[Tensor, Tensor, bool]:
+    """The same in three dimensions, of axes up to `most`."""
+    shape = tuple(rng.choice([1, *range(2, most + 1), *range(2, most + 1)]) for _ in range(3))
+    dtype = rng.choice([torch.float32, torch.float64])
+    x = image(rng, (1, *shape), rng.choice([0, 0, 2, 3, 4, 5]), dtype)
+    y = image(rng, (1, *shape), rng.choice([0, 1, 2, 2, 3, 5]), dtype)
+    return x, y, rng.random() < 0.5
+
+
 def check_pair(x: Tensor, y: Tensor, superlevel: bool) -> None:
     """All rows, cells included, equal those of the reference."""
     dims = list(range(x.dim() - 1))
@@ -46,14 +55,14 @@ def check_pair(x: Tensor, y: Tensor, superlevel: bool) -> None:
     assert torch.equal(pairs, reference.persistence_pairs(x, superlevel, dims, True))
 
 
-def fields(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A smooth random prediction and a mask like it, (1, 1, n, n)."""
+def fields(n: int, seed: int = 0, spatial: int = 2) -> tuple[Tensor, Tensor]:
+    """A smooth random prediction and a mask like it, (1, 1, n, n); of a volume (1, 1, n, n, n)."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, 1, n + 12, n + 12, generator=generator)
-    smooth = torch.nn.functional.avg_pool2d(noise, 7, 1)
-    smooth = torch.nn.functional.avg_pool2d(smooth, 7, 1)
+    noise = torch.randn(1, 1, *(n + 12,) * spatial, generator=generator)
+    pool = torch.nn.functional.avg_pool2d if spatial == 2 else torch.nn.functional.avg_pool3d
+    smooth = pool(pool(noise, 7, 1), 7, 1) * (1 if spatial == 2 else 7)
     y = (smooth > smooth.median()).float()
-    noise = torch.randn(1, 1, n, n, generator=generator)
+    noise = torch.randn(1, 1, *(n,) * spatial, generator=generator)
     return (smooth * 8 + 0.3 * noise).sigmoid(), y
 
 

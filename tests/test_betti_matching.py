@@ -79,8 +79,7 @@ def test_random_images_match_the_reference():
         check_pair(*random_pair(rng))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("PYLOSS_NIGHTLY" not in os.environ, reason="set PYLOSS_NIGHTLY=1")
+@pytest.mark.exhaustive
 def test_many_random_images():
     rng = random.Random(3)
     for _ in range(10_000):
@@ -104,11 +103,55 @@ def test_zeros_infinities_and_subnormals():
     assert pyloss.persistence_pairs(a).index.tolist() == [[0, 0, 2, 1]]
 
 
-def test_infinite_loss():
-    x = torch.zeros(1, 1, 1, 3)
-    x[..., 1] = -torch.inf
-    assert pyloss.betti_matching_loss(x, torch.zeros_like(x)).isinf()
-    assert pyloss.betti_matching_loss(x, x) == 0
+def loss_by_all_ways(x, y, **options):
+    """(value, gradient) of the fused op, by the target's gradient, functorch, twice, of rows."""
+
+    def loss(a, b=y):
+        return pyloss.betti_matching_loss(a, b, reduction="sum", **options)
+
+    def of_rows(a):
+        return pyloss.betti_matching(a, y).loss(**options).sum()
+
+    for f, graph in (
+        (loss, False),
+        (lambda a: loss(a, y.clone().requires_grad_()), False),
+        (loss, True),
+        (of_rows, False),
+    ):
+        leaf = x.clone().requires_grad_()
+        value = f(leaf)
+        (grad,) = torch.autograd.grad(value, leaf, create_graph=graph)
+        yield value.detach(), grad.detach()
+    yield loss(x), torch.func.grad(loss)(x)
+    leaf = x.clone().requires_grad_()
+    with pyloss.backend("reference"):
+        value = loss(leaf)
+        yield value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+@pytest.mark.parametrize("spatial", [2, 3])
+@pytest.mark.filterwarnings("ignore:input has values outside")
+@pytest.mark.filterwarnings("ignore:target has values outside")
+def test_infinities_in_every_layer(spatial):
+    """Equal ones differ by 0; no weight, no term; else the loss is infinite, as a square is."""
+    shape = (1, 1, 5, 4) if spatial == 2 else (1, 1, 3, 2, 3)
+    x, y = torch.rand(2, *shape, dtype=torch.float64)
+    x.view(-1)[[0, -1]] = torch.inf
+    shared = y.clone()
+    shared.view(-1)[[0, -1]] = torch.inf
+    for target, options, is_finite in (
+        (y, dict(), False),
+        (y, dict(unmatched="extreme"), False),
+        (y, dict(matched_weight=0.0, unmatched_weight=0.0), True),
+        (y, dict(weight=[0.0, 1.0, 0.5][:spatial]), True),
+        (shared, dict(), True),
+        (shared, dict(unmatched="extreme", weight=[0.5, 1.0, 2.0][:spatial]), True),
+    ):
+        found = list(loss_by_all_ways(x, target, **options))
+        assert bool(found[0][0].isfinite()) == is_finite == bool(found[0][1].isfinite().all())
+        for value, grad in found[1:]:
+            torch.testing.assert_close(value, found[0][0])
+            torch.testing.assert_close(grad, found[0][1], equal_nan=True)
 
 
 @pytest.mark.parametrize("spatial", [1, 2])
@@ -270,7 +313,9 @@ def test_class_indices_and_channels():
 
 def test_activations():
     x, y = torch.randn(2, 2, 8, 8), torch.rand(2, 2, 8, 8) > 0.5
-    for name, f in (("sigmoid", torch.sigmoid), ("softmax", lambda t: t.softmax(1))):
+    twice = lambda t: (2 * t).sigmoid()  # noqa: E731
+    of_name = dict(sigmoid=torch.sigmoid, softmax=lambda t: t.softmax(1))
+    for name, f in (*of_name.items(), (twice, twice)):
         value = pyloss.betti_matching_loss(x, y, activation=name)
         assert torch.equal(value, pyloss.betti_matching_loss(f(x), y))
 
@@ -294,10 +339,10 @@ def test_dims_and_target_terms():
 
 
 @pytest.mark.parametrize("padding", ["foreground", "foreground_detached", "background", 0.25])
-@pytest.mark.parametrize("spatial", [1, 2])
+@pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_padding(padding, spatial):
     rng = random.Random(6)
-    shape = (2, 1, 11) if spatial == 1 else (2, 1, 6, 5)
+    shape = (2, 1, *{1: (11,), 2: (6, 5), 3: (3, 2, 4)}[spatial])
     x, y = image(rng, shape, 0).requires_grad_(), image(rng, shape, 2)
 
     def framed(t):

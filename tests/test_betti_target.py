@@ -193,7 +193,7 @@ make = pyloss.BettiTarget.precompute
         (TypeError, "target must be a Tensor", lambda: make([1.0])),
         (ValueError, "target must be \\(N, C", lambda: make(X[0, 0])),
         (ValueError, "target has a spatial size of 0", lambda: make(X[..., :0])),
-        (NotImplementedError, "1 or 2 spatial", lambda: make(X[None])),
+        (ValueError, "1, 2 or 3, got 4", lambda: make(X[None, None])),
         (ValueError, "'both'", lambda: make(X, filtration="up")),
         (ValueError, "dims must be", lambda: make(X, dims=[2])),
         (ValueError, "padding must be", lambda: make(X, padding="zero")),

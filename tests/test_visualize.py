@@ -137,10 +137,12 @@ def test_bool_target_and_gradient():
 @pytest.mark.parametrize(
     ("match", "change"),
     [
-        ("2D and of one shape", dict(image=torch.zeros(1, 9, 9))),
-        ("2D and of one shape", dict(target=torch.zeros(9, 8))),
+        ("2D or 3D and of one shape", dict(image=torch.zeros(1, 9, 9))),
+        ("2D or 3D and of one shape", dict(image=torch.zeros(9), target=torch.zeros(9))),
+        ("2D or 3D and of one shape", dict(target=torch.zeros(9, 8))),
         ("kind must be one of 'both', 'matched', 'unmatched'", dict(kind="all")),
-        ("dim must be 0, 1 or None", dict(dim=2)),
+        ("dim must be in 0..1 or None, got 2", dict(dim=2)),
+        ("axis must be 0, 1 or 2, got 3", dict(axis=3)),
         ("one axes or two, got 3", dict(ax=[None] * 3)),
     ],
 )
@@ -364,3 +366,35 @@ def test_lyapunov():
     for bad, error in (([], ValueError), ([1.0], TypeError)):
         with pytest.raises(error, match="records must"):
             visualize.draw_lyapunov(bad)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_volume_is_seen_along_an_axis(axis):
+    """A ring normal to the first axis with a weak spot, and a dot; seen from three sides."""
+    target = torch.zeros(5, 9, 9)
+    target[1, 1:6, 1:6] = 1
+    target[1, 2:5, 2:5] = 0
+    image = 0.9 * target
+    image[1, 1, 3] = 0.6
+    image[3, 7, 7] = 0.8
+    matching = pyloss.betti_matching(image[None], target[None], spatial_dims=3)
+    left, right = visualize.draw_matching(image, target, matching, axis=axis)
+    assert left.get_title() == "input: 1 matched, 1 unmatched"
+    assert right.get_title() == "target: 1 matched, 0 unmatched"
+    seen = torch.as_tensor(left.images[0].get_array())
+    assert torch.equal(seen.to(image.dtype), image.amax(axis))
+    kept = [a for a in range(3) if a != axis]
+    assert ("o", *((3, 7, 7)[a] for a in kept)) in marks(left, RED)
+    assert tuple((3, 7, 7)[a] for a in kept) in shaded(left)
+    texts = {text.get_text() for text in left.get_legend().get_texts()}
+    assert {"birth of a loop", "birth of a component"} <= texts
+    assert not visualize.draw_matching(image, target, matching, dim=2, axis=axis)[0].lines
+
+
+def test_messages_of_draw_barcode():
+    pairs = pyloss.persistence_pairs(torch.rand(2, 4, 4), 2)
+    with pytest.raises(TypeError, match="dims must be a sequence of integers or None, got 1"):
+        visualize.draw_barcode(pairs, dims=1)
+    for item in (2, -1):
+        with pytest.raises(IndexError, match=rf"item must be in 0\.\.1, got {item}"):
+            visualize.draw_barcode(pairs, item=item)

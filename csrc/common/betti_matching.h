@@ -172,6 +172,11 @@ PYLOSS_HD inline void unmatched_slopes(R b, R d, bool extreme, bool superlevel, 
     slope_d = 4 * (superlevel ? d - 1 : d);
   }
 }
+// A slope times its weight. What has no weight adds nothing, an infinite slope neither.
+template <class R>
+PYLOSS_HD inline R weighted(R weight, R slope) {
+  return weight == 0 ? R(0) : weight * slope;
+}
 // Whether an unmatched bar of the input counts.
 template <class R>
 PYLOSS_HD inline bool counts(R b, R d, double min_persistence) {

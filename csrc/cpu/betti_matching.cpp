@@ -105,7 +105,7 @@ void loss_of_item(const Problem& batch, const Options& o, int64_t item, const It
       auto match = [&](uint32_t voxel, uint32_t target_voxel) {
         const R x = input[voxel], y = target[target_voxel];
         matched += betti::matched_term<R>(x, 0, y, 0);
-        if (grad) grad[voxel] += factor * betti::matched_slope(x, y);
+        if (grad) grad[voxel] += betti::weighted(factor, betti::matched_slope(x, y));
       };
       for (const Match& m : r.matches) {
         const Bar &a = r.input[m.input], &b = r.target[m.target];
@@ -123,8 +123,8 @@ void loss_of_item(const Problem& batch, const Options& o, int64_t item, const It
         if (!grad) continue;
         R slope_x, slope_y;
         betti::unmatched_slopes(x, y, o.extreme, batch.superlevel, slope_x, slope_y);
-        grad[p] += lone * slope_x;
-        grad[q] += lone * slope_y;
+        grad[p] += betti::weighted(lone, slope_x);
+        grad[q] += betti::weighted(lone, slope_y);
       }
       for (size_t i = 0; i < r.target.size(); ++i) {
         if (r.target_matched[i]) continue;

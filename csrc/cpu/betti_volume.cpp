@@ -47,117 +47,177 @@ Array<uint32_t> by_birth(const std::vector<Bar>& bars, size_t cells, Slab& slab)
   return number;
 }
 
-// Bars of the comparison image, by their deaths in the order of `pairs`: looks the births up.
-void look_up(const std::vector<Bar>& of_comparison, const std::vector<ImagePair>& pairs,
-             const std::vector<Bar>& bars, size_t cells, uint32_t ComparisonBar::* in,
-             std::vector<ComparisonBar>& comparison, Slab& slab) {
-  const Array<uint32_t> number = by_birth(bars, cells, slab);
-  size_t at = 0;
-  for (size_t i = 0; i < of_comparison.size(); ++i) {
-    while (pairs[at].square != of_comparison[i].death) ++at;
-    comparison[i].*in = number[pairs[at].edge];
+// Whether the bars of image persistence with the rows of T, a target of two values, are those of M
+// itself as far as they matter. They do where their birth is that of a bar of T, and so has the low
+// value. The cells of this value are the same in T and in M, with the same order, if I is larger
+// wherever T is; and above it any order of rows gives the same pairs below it, M's own for one.
+template <class K>
+bool rows_of_comparison(const K* input, const K* target, const Lattice& l) {
+  const K first = target[l.row(0, 0)];
+  K low = first, high = first;
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      low = std::min(low, target[v]);
+      high = std::max(high, target[v]);
+    }
+  });
+  bool same = true;
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      same &= target[v] == low ? input[v] >= low : (target[v] == high) & (input[v] > low);
+    }
+  });
+  return same;
+}
+
+struct Images {
+  const Problem& batch;
+  const Lattice l;
+  int threads;
+  Slab& slab;
+  bool target_rows_of_comparison = false;
+  Order order[3];
+  Stars stars[3];
+  Bits negative[3];
+  std::vector<Bar> of_comparison[3];
+  std::vector<uint32_t> births;  // of dimension 2, of the comparison image
+
+  Images(const Problem& b, int t, Slab& s) : batch(b), l(b), threads(t), slab(s) {}
+
+  // The order and the stars of all three. False, with the image at fault, for a NaN.
+  template <class R>
+  void prepare(int64_t item) {
+    using K = typename betti::KeyOf<R>::type;
+    Array<K> keys[3];
+    for (auto& k : keys) k = Array<K>(slab, l.size());
+    parallel_for(2, 1, threads, [&](int64_t i, int64_t) {
+      if (!make_keys(image_of<R>(batch, int(i), item), l, batch.superlevel, keys[i].get())) {
+        found_nan(i == kInput ? "input" : "target", item);
+      }
+    });
+    for (uint32_t v = 0; v < l.size(); ++v) {
+      keys[kComparison][v] = std::min(keys[kInput][v], keys[kTarget][v]);
+    }
+    target_rows_of_comparison = rows_of_comparison(keys[kInput].get(), keys[kTarget].get(), l);
+    parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
+      order[i] = sort_voxels(keys[i].get(), l, slab);
+      stars[i] = make_stars(order[i].rank.get(), l, slab);
+      negative[i] = Bits(size_t(l.size()) * 3, slab);
+    });
   }
+  // The images whose rows need runs of their own.
+  int row_images() const { return target_rows_of_comparison ? 1 : 2; }
+
+  void match_dim0(DimResult& r);
+  void match_dim2(DimResult& r);
+  void match_dim1(DimResult& r);
+};
+
+void Images::match_dim0(DimResult& r) {
+  std::vector<Bar>& bars = of_comparison[0];
+  std::vector<uint32_t> deaths[2];
+  parallel_for(2 + row_images(), 1, threads, [&](int64_t i, int64_t) {
+    if (i < 2)
+      return run_dim0(order[i], l, stars[i], negative[i], i == kInput ? r.input : r.target, slab);
+    // The runs of the comparison image find the same bars.
+    std::vector<Bar> again;
+    Bits unused(size_t(l.size()) * 3, slab);
+    const bool first = i == kComparison;
+    run_dim0_image(order[kComparison], order[i - 2], l, stars[kComparison],
+                   first ? negative[kComparison] : unused, first ? bars : again, deaths[i - 2],
+                   slab);
+  });
+  if (!batch.wanted(0)) {
+    r = DimResult();
+    return;
+  }
+  const Array<uint32_t> of_input = by_birth(r.input, l.size(), slab),
+                        of_target = by_birth(r.target, l.size(), slab);
+  std::vector<ComparisonBar> comparison;
+  for (size_t i = 0; i < bars.size(); ++i) {
+    const Bar& m = bars[i];
+    comparison.push_back({m.birth, m.death, of_input[deaths[0][i]],
+                          of_target[row_images() == 2 ? deaths[1][i] : m.birth]});
+  }
+  link(comparison, r);
+}
+
+void Images::match_dim2(DimResult& r) {
+  std::vector<Bar>& bars = of_comparison[2];
+  Array<uint32_t> bar_of[2];
+  parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
+    std::vector<Bar>& own = i == kInput ? r.input : i == kTarget ? r.target : bars;
+    std::vector<uint32_t> unused;
+    if (i >= row_images()) {
+      return run_dim2(order[i], l, stars[i], own, i == kComparison ? births : unused, slab);
+    }
+    bar_of[i] = Array<uint32_t>(slab, l.size());
+    std::fill(bar_of[i].get(), bar_of[i].get() + l.size(), kNone);
+    run_dim2_image(order[i], order[kComparison], l, stars[i], own, bar_of[i].get(), slab);
+  });
+  if (!batch.wanted(2)) {
+    r = DimResult();
+    return;
+  }
+  std::vector<ComparisonBar> comparison;
+  Array<uint32_t> of_target;
+  const size_t squares = size_t(l.size()) * 3;
+  if (row_images() == 1) of_target = by_birth(r.target, squares, slab);
+  for (const Bar& m : bars) {
+    comparison.push_back({m.birth, m.death, bar_of[kInput][m.death],
+                          row_images() == 2 ? bar_of[kTarget][m.death] : of_target[m.birth]});
+  }
+  link(comparison, r);
+}
+
+void Images::match_dim1(DimResult& r) {
+  std::vector<Bar>& bars = of_comparison[1];
+  std::vector<ImagePair> pairs[2];
+  const int images = row_images();
+  parallel_for(images + 3, 1, threads, [&](int64_t i, int64_t) {  // the longest first
+    if (i < images) {
+      run_dim1_image({order[i], stars[i]}, negative[i], {order[kComparison], stars[kComparison]},
+                     births, l, pairs[i], slab);
+    } else {
+      const int64_t which = i - images;
+      run_dim1(order[which], l, stars[which], negative[which],
+               which == kInput    ? r.input
+               : which == kTarget ? r.target
+                                  : bars,
+               slab);
+    }
+  });
+  std::vector<ComparisonBar> comparison;
+  for (const Bar& m : bars) comparison.push_back({m.birth, m.death, kNone, kNone});
+  for (int i : {kInput, kTarget}) {
+    const Array<uint32_t> number =
+        by_birth(i == kInput ? r.input : r.target, size_t(l.size()) * 3, slab);
+    const auto in = i == kInput ? &ComparisonBar::in_input : &ComparisonBar::in_target;
+    size_t at = 0;  // both in the order of deaths
+    for (ComparisonBar& m : comparison) {
+      uint32_t birth = m.birth;
+      if (i < images) {
+        while (pairs[i][at].square != m.death) ++at;
+        birth = pairs[i][at].edge;
+      }
+      m.*in = number[birth];
+    }
+  }
+  link(comparison, r);
 }
 
 }  // namespace
 
 template <class R>
 ItemResult match_volume(const Problem& batch, int64_t item, int threads, Slab& slab) {
-  using K = typename betti::KeyOf<R>::type;
-  const Lattice l(batch);
   ItemResult result;
-  Order order[3];
-  Stars stars[3];
-  {
-    Array<K> keys[3] = {Array<K>(slab, l.size()), Array<K>(slab, l.size()), Array<K>()};
-    parallel_for(2, 1, threads, [&](int64_t i, int64_t) {
-      if (!make_keys(image_of<R>(batch, int(i), item), l, batch.superlevel, keys[i].get())) {
-        found_nan(i == kInput ? "input" : "target", item);
-      }
-    });
-    keys[kComparison] = Array<K>(slab, l.size());
-    for (uint32_t v = 0; v < l.size(); ++v) {
-      keys[kComparison][v] = std::min(keys[kInput][v], keys[kTarget][v]);
-    }
-    parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
-      order[i] = sort_voxels(keys[i].get(), l, slab);
-      stars[i] = make_stars(order[i], l, slab);
-    });
-  }
-  result.oldest_input = order[kInput].at(0);
-  result.oldest_target = order[kTarget].at(0);
-
-  // Dimensions 0 and 2.
-  const bool loops = batch.wanted(1), voids = batch.wanted(2) && l.has_cubes();
-  EdgeSet negative[3];
-  std::vector<ComparisonBar> comparison;
-  std::vector<Bar> of_comparison;
-  Array<uint32_t> cubes, bar_of[2];
-  if (voids) {
-    cubes = Array<uint32_t>(slab, l.size());
-    cube_ranks(order[kComparison], l, cubes.get());
-    for (auto& numbers : bar_of) {
-      numbers = Array<uint32_t>(slab, l.size());
-      std::fill(numbers.get(), numbers.get() + l.size(), kNone);
-    }
-  }
-  DimResult &zero = result.dim[0], &two = result.dim[2];
-  parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
-    negative[i] = EdgeSet(l, slab);
-    if (i == kComparison) {
-      run_dim0_comparison(order[i], order[kInput], order[kTarget], l, stars[i], negative[i],
-                          comparison, slab);
-      run_dim2(order[i], l, stars[i], of_comparison, nullptr, nullptr, slab);
-    } else {
-      run_dim0(order[i], l, stars[i], negative[i], i == kInput ? zero.input : zero.target, slab);
-      run_dim2(order[i], l, stars[i], i == kInput ? two.input : two.target,
-               voids ? cubes.get() : nullptr, bar_of[i].get(), slab);
-    }
-  });
-  if (batch.wanted(0)) {
-    const Array<uint32_t> of_input = by_birth(zero.input, l.size(), slab),
-                          of_target = by_birth(zero.target, l.size(), slab);
-    for (ComparisonBar& m : comparison) {
-      m.in_input = of_input[m.in_input];
-      m.in_target = of_target[m.in_target];
-    }
-    link(comparison, zero);
-  } else {
-    zero = DimResult();
-  }
-  if (voids) {
-    comparison.clear();
-    for (const Bar& m : of_comparison) {
-      comparison.push_back({m.birth, m.death, bar_of[0][m.death], bar_of[1][m.death]});
-    }
-    link(comparison, two);
-  } else {
-    two = DimResult();
-  }
-  if (!loops) return result;
-
-  DimResult& one = result.dim[1];
-  of_comparison.clear();
-  std::vector<ImagePair> pairs[2];
-  parallel_for(5, 1, threads, [&](int64_t i, int64_t) {  // the longest first
-    if (i < 2) {
-      run_dim1_image(order[i], negative[i], order[kComparison], stars[kComparison], l, pairs[i],
-                     slab);
-    } else {
-      const int64_t which = i - 2;
-      run_dim1(order[which], l, stars[which], negative[which],
-               which == kInput    ? one.input
-               : which == kTarget ? one.target
-                                  : of_comparison,
-               slab);
-    }
-  });
-  comparison.clear();
-  for (const Bar& m : of_comparison) comparison.push_back({m.birth, m.death, kNone, kNone});
-  const size_t edges = size_t(l.size()) * 3;
-  look_up(of_comparison, pairs[0], one.input, edges, &ComparisonBar::in_input, comparison, slab);
-  look_up(of_comparison, pairs[1], one.target, edges, &ComparisonBar::in_target, comparison, slab);
-  link(comparison, one);
+  Images images(batch, threads, slab);
+  images.prepare<R>(item);
+  result.oldest_input = images.order[kInput].at(0);
+  result.oldest_target = images.order[kTarget].at(0);
+  images.match_dim0(result.dim[0]);
+  if (batch.wanted(1) || batch.wanted(2)) images.match_dim2(result.dim[2]);
+  if (batch.wanted(1)) images.match_dim1(result.dim[1]);
   return result;
 }
 
@@ -174,12 +234,13 @@ ItemResult bars_of_volume(const Problem& batch, int64_t item, int, Slab& slab) {
     order = sort_voxels(keys.get(), l, slab);
   }
   result.oldest_input = result.oldest_target = order.at(0);
-  const Stars stars = make_stars(order, l, slab);
-  EdgeSet negative(l, slab);
+  const Stars stars = make_stars(order.rank.get(), l, slab);
+  Bits negative(size_t(l.size()) * 3, slab);
   DimResult* const dim = result.dim;
   run_dim0(order, l, stars, negative, dim[0].input, slab);
   if (batch.wanted(1) || batch.wanted(2)) {
-    run_dim2(order, l, stars, dim[2].input, nullptr, nullptr, slab);
+    std::vector<uint32_t> births;
+    run_dim2(order, l, stars, dim[2].input, births, slab);
   }
   if (batch.wanted(1)) run_dim1(order, l, stars, negative, dim[1].input, slab);
   for (int d = 0; d < 3; ++d) {

@@ -1,6 +1,7 @@
 #include "cpu/betti_volume_loops.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 
 namespace pyloss {
@@ -11,52 +12,171 @@ namespace {
 // A pivot's column: a square, or with this flag the number of a column that was kept.
 constexpr uint32_t kKept = 0x80000000u;
 
-class Reduction {
- public:
-  // `negative`: edges to leave out; null: none.
-  Reduction(const Order& rows, const Lattice& l, const EdgeSet* negative, Slab& slab)
-      : rank_(rows.rank.get()), l_(l), negative_(negative), pivots_(slab, size_t(l.size()) * 3) {
-    std::fill(pivots_.get(), pivots_.get() + size_t(l.size()) * 3, kNone);
-  }
+// Keys of edges: (rank, edge), which orders them.
+inline uint64_t key_of(uint32_t rank, uint32_t e) {
+  return uint64_t(rank) << 32 | e;
+}
 
-  // Reduces the column of a square. resolve(edge, add) adds, for an edge that pairs within its
-  // star, the other edges of its column, and says whether it did.
-  template <class Resolve>
-  uint32_t reduce(uint32_t square, Resolve&& resolve) {
-    uint32_t edges[4];
-    Square(l_, square).edges(edges);
+// Sums of columns. Short ones are sorted arrays, summed by merging; those that grow become heaps in
+// which equal keys cancel as they surface.
+class Column {
+ public:
+  void clear() {
+    size_ = 0;
     heap_.clear();
-    for (uint32_t e : edges) add(e);
-    bool changed = false;
-    for (;;) {
-      const uint32_t e = pop();
-      if (e == kNone) return kNone;
-      if (resolve(e, [this](uint32_t x) { add(x); })) {
-        changed = true;
-        continue;
-      }
-      const uint32_t column = pivots_[e];
-      if (column == kNone) {
-        pivots_[e] = changed ? keep() : square;
-        return e;
-      }
-      changed = true;
-      if (column & kKept) {
-        const uint32_t *x = kept_.data() + starts_[column ^ kKept],
-                       *end = kept_.data() + starts_[(column ^ kKept) + 1];
-        for (; x < end; ++x) add(*x);
+  }
+  bool empty() const { return size_ == 0 && heap_.empty(); }
+
+  // Adds keys in descending order.
+  void add(const uint64_t* x, size_t count) {
+    if (heap_.empty() && size_ + count <= kShort) {
+      merge(x, count);
+      return;
+    }
+    if (heap_.empty()) {
+      heap_.assign(keys_, keys_ + size_);  // descending, and so a heap
+      size_ = 0;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      heap_.push_back(x[i]);
+      std::push_heap(heap_.begin(), heap_.end());
+    }
+  }
+  // Takes the largest key out; false if there is none.
+  bool pop(uint64_t& key) {
+    if (size_) {
+      key = keys_[0];
+      std::memmove(keys_, keys_ + 1, --size_ * sizeof(uint64_t));
+      return true;
+    }
+    while (!heap_.empty()) {
+      key = take();
+      if (heap_.empty() || heap_.front() != key) return true;
+      take();
+    }
+    return false;
+  }
+  // Appends what is left, descending.
+  void append_to(std::vector<uint64_t>& out) {
+    out.insert(out.end(), keys_, keys_ + size_);
+    std::sort(heap_.begin(), heap_.end(), std::greater<uint64_t>());
+    for (size_t i = 0; i < heap_.size(); ++i) {
+      if (i + 1 < heap_.size() && heap_[i] == heap_[i + 1]) {
+        ++i;
       } else {
-        Square(l_, column).edges(edges);
-        for (uint32_t x : edges) {
-          if (x != e) add(x);
-        }
+        out.push_back(heap_[i]);
       }
     }
   }
 
-  // Whether the column of a square has a pivot of its own, the largest edge; which it is then
-  // given.
-  bool emergent(uint32_t square, uint32_t& edge) {
+ private:
+  static constexpr size_t kShort = 96;
+
+  // Without branches on keys, which cannot be predicted.
+  void merge(const uint64_t* x, size_t count) {
+    uint64_t sum[kShort];
+    size_t i = 0, j = 0, k = 0;
+    while (i < size_ && j < count) {
+      const uint64_t a = keys_[i], b = x[j];
+      sum[k] = std::max(a, b);
+      i += a >= b;
+      j += b >= a;
+      k += a != b;
+    }
+    for (; i < size_; ++i) sum[k++] = keys_[i];
+    for (; j < count; ++j) sum[k++] = x[j];
+    std::copy(sum, sum + k, keys_);
+    size_ = k;
+  }
+  uint64_t take() {
+    const uint64_t x = heap_.front();
+    std::pop_heap(heap_.begin(), heap_.end());
+    heap_.pop_back();
+    return x;
+  }
+
+  uint64_t keys_[kShort];
+  size_t size_ = 0;
+  std::vector<uint64_t> heap_;
+};
+
+// Edge -> its column. Of few edges: by open addressing, at most half full; of many an array.
+class Pivots {
+ public:
+  Pivots(size_t count, size_t edges, Slab& slab) {
+    if (16 * count > edges) {
+      columns_ = Array<uint32_t>(slab, edges);
+      std::fill(columns_.get(), columns_.get() + edges, kNone);
+      return;
+    }
+    int bits = 6;
+    while (size_t(1) << bits < 2 * count) ++bits;
+    shift_ = 32 - bits;
+    mask_ = (uint32_t(1) << bits) - 1;
+    slots_ = Array<Slot>(slab, size_t(mask_) + 1);
+    std::fill(slots_.get(), slots_.get() + mask_ + 1, Slot{kNone, kNone});
+  }
+  // kNone where there is none yet.
+  uint32_t& operator[](uint32_t e) const {
+    if (columns_.get()) return columns_[e];
+    uint32_t i = (e * 0x9e3779b1u) >> shift_;
+    while (slots_[i].edge != e && slots_[i].column != kNone) i = (i + 1) & mask_;
+    slots_[i].edge = e;  // a free one stays free until it has a column
+    return slots_[i].column;
+  }
+
+ private:
+  struct Slot {
+    uint32_t edge, column;
+  };
+
+  int shift_;
+  uint32_t mask_;
+  Array<Slot> slots_;
+  Array<uint32_t> columns_;
+};
+
+class Reduction {
+ public:
+  // Of up to `count` columns. `negative`: edges to leave out; null: none.
+  Reduction(size_t count, const Order& rows, const Lattice& l, const Bits* negative, Slab& slab)
+      : rank_(rows.rank.get()),
+        l_(l),
+        negative_(negative),
+        pivots_(count, size_t(l.size()) * 3, slab) {}
+
+  // Reduces the column of a square to its pivot; kNone: to nothing. resolve(edge, keys) gives, for
+  // an edge that pairs within its star, the other keys of its column: their number, or -1.
+  template <class Resolve>
+  uint32_t reduce(uint32_t square, Resolve&& resolve) {
+    uint64_t keys[4 * 12];
+    column_.clear();
+    column_.add(keys, keys_of(square, kNone, keys));
+    bool changed = false;
+    for (uint64_t key; column_.pop(key);) {
+      const uint32_t e = uint32_t(key), code = pivots_[e];
+      if (code == kNone) {
+        const int count = resolve(e, keys);
+        if (count < 0) {
+          pivots_[e] = changed ? keep() : square;
+          return e;
+        }
+        column_.add(keys, size_t(count));
+      } else if (code & kKept) {
+        const size_t begin = starts_[code ^ kKept], end = starts_[(code ^ kKept) + 1];
+        column_.add(kept_.data() + begin, end - begin);
+      } else {
+        column_.add(keys, keys_of(code, e, keys));
+      }
+      changed = true;
+    }
+    return kNone;
+  }
+
+  // Whether the column of a square has a pivot of its own, the largest edge, which it is then
+  // given. pairs(edge): the edge pairs within its star.
+  template <class Pairs>
+  bool emergent(uint32_t square, Pairs&& pairs, uint32_t& edge) {
     const Square s(l_, square);
     const uint32_t *r = rank_, *c = s.corners;
     const uint32_t last = std::max(r[c[2]], r[c[3]]), a = s.normal == 0 ? 1 : 0,
@@ -66,132 +186,151 @@ class Reduction {
     } else {
       edge = r[c[1]] >= r[c[0]] ? 3 * c[1] + a : 3 * c[0] + b;
     }
-    if (pivots_[edge] != kNone) return false;
-    pivots_[edge] = square;
+    if (pairs(edge)) return false;
+    uint32_t& column = pivots_[edge];
+    if (column != kNone) return false;
+    column = square;
     return true;
   }
 
-  // The column of a pivot, without the pivot.
+  // The edges of the column of a pivot.
   std::vector<uint32_t> column(uint32_t edge) const {
     const uint32_t code = pivots_[edge];
+    std::vector<uint32_t> edges;
     if (code & kKept) {
-      const uint32_t i = code ^ kKept;
-      return {kept_.begin() + int64_t(starts_[i]), kept_.begin() + int64_t(starts_[i + 1])};
+      edges.push_back(edge);
+      for (size_t i = starts_[code ^ kKept]; i < starts_[(code ^ kKept) + 1]; ++i) {
+        edges.push_back(uint32_t(kept_[i]));
+      }
+    } else {
+      edges.resize(4);
+      Square(l_, code).edges(edges.data());
     }
-    uint32_t edges[4];
-    Square(l_, code).edges(edges);
-    std::vector<uint32_t> others;
-    std::remove_copy(edges, edges + 4, std::back_inserter(others), edge);
-    return others;
+    return edges;
+  }
+
+  // The keys of `count` edges that are no rows to leave out, descending.
+  int keys_of(const uint32_t* edges, int count, uint64_t* keys) const {
+    int k = 0;
+    for (int i = 0; i < count; ++i) {
+      const uint32_t e = edges[i];
+      if (negative_ && negative_->has(e)) continue;
+      insert(key_of(Edge(l_, e).rank(rank_), e), keys, k);
+    }
+    return k;
   }
 
  private:
-  void add(uint32_t e) {
-    if (negative_ && negative_->has(e)) return;
-    heap_.push_back(uint64_t(Edge(l_, e).rank(rank_)) << 32 | e);
-    std::push_heap(heap_.begin(), heap_.end());
+  static void insert(uint64_t key, uint64_t* keys, int& k) {
+    int at = k++;
+    for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
   }
-  uint64_t take() {
-    const uint64_t x = heap_.front();
-    std::pop_heap(heap_.begin(), heap_.end());
-    heap_.pop_back();
-    return x;
-  }
-  // The largest edge that does not cancel.
-  uint32_t pop() {
-    while (!heap_.empty()) {
-      const uint64_t x = take();
-      if (heap_.empty() || heap_.front() != x) return uint32_t(x);
-      take();
+  // Of the edges of a square but one.
+  int keys_of(uint32_t square, uint32_t but, uint64_t* keys) const {
+    const Square s(l_, square);
+    uint32_t edges[4], r[4];
+    s.edges(edges);
+    for (int i = 0; i < 4; ++i) r[i] = rank_[s.corners[i]];
+    const uint32_t ranks[4] = {std::max(r[0], r[2]), std::max(r[0], r[1]), std::max(r[1], r[3]),
+                               std::max(r[2], r[3])};
+    int k = 0;
+    for (int i = 0; i < 4; ++i) {
+      if (edges[i] == but || (negative_ && negative_->has(edges[i]))) continue;
+      insert(key_of(ranks[i], edges[i]), keys, k);
     }
-    return kNone;
+    return k;
   }
-  // What is left in the heap, as a column.
   uint32_t keep() {
-    std::sort(heap_.begin(), heap_.end(), std::greater<uint64_t>());
-    for (size_t i = 0; i < heap_.size(); ++i) {
-      if (i + 1 < heap_.size() && heap_[i] == heap_[i + 1]) {
-        ++i;
-      } else {
-        kept_.push_back(uint32_t(heap_[i]));
-      }
-    }
+    column_.append_to(kept_);
     starts_.push_back(kept_.size());
     return kKept | uint32_t(starts_.size() - 2);
   }
 
   const uint32_t* rank_;
   const Lattice& l_;
-  const EdgeSet* negative_;
-  Array<uint32_t> pivots_;
-  std::vector<uint64_t> heap_;
-  std::vector<uint32_t> kept_;
+  const Bits* negative_;
+  Pivots pivots_;
+  Column column_;
+  std::vector<uint64_t> kept_;
   std::vector<size_t> starts_{0};
 };
 
-// Adds the columns of edges that pair within their star.
+// The columns of edges that pair within their star. `local`: of the voxels, Stars::local.
 class StarColumns {
  public:
-  StarColumns(const Order& o, const Lattice& l, const Stars& stars)
-      : rank_(o.rank.get()), l_(l), local_(stars.local.get()), at_(l), tables_(star_tables()) {}
+  StarColumns(const Order& o, const Lattice& l, const uint32_t* local, const Reduction& reduction)
+      : rank_(o.rank.get()),
+        l_(l),
+        local_(local),
+        at_(l),
+        tables_(star_tables()),
+        reduction_(reduction) {}
 
-  template <class Add>
-  bool operator()(uint32_t e, Add&& add) const {
-    const Edge edge(l_, e);
-    const uint32_t v = edge.owner(rank_);
-    const uint32_t i = e % 3 + (v == edge.first ? 3 : 0);
-    const uint32_t squares = tables_.column[Stars::columns(local_[v])][i];
-    if (!squares) return false;
-    uint32_t inner = 1u << i;
-    for (uint32_t x = squares; x; x &= x - 1) {
+  bool pairs(uint32_t e) const {
+    uint32_t v, i;
+    return squares(e, v, i) != 0;
+  }
+  int operator()(uint32_t e, uint64_t* keys) const {
+    uint32_t v, i;
+    const uint32_t found = squares(e, v, i);
+    if (!found) return -1;
+    uint32_t inner = 1u << i, edges[24 + 6];
+    int count = 0;
+    for (uint32_t x = found; x; x &= x - 1) {
       const int k = __builtin_ctz(x);
       inner ^= 1u << kSquareEnds[k][0] | 1u << kSquareEnds[k][1];
-      add(3 * v + uint32_t(at_.outer[k][0]));
-      add(3 * v + uint32_t(at_.outer[k][1]));
+      edges[count++] = 3 * v + uint32_t(at_.outer[k][0]);
+      edges[count++] = 3 * v + uint32_t(at_.outer[k][1]);
     }
-    for (; inner; inner &= inner - 1) add(3 * v + uint32_t(at_.edge[__builtin_ctz(inner)]));
-    return true;
+    for (; inner; inner &= inner - 1)
+      edges[count++] = 3 * v + uint32_t(at_.edge[__builtin_ctz(inner)]);
+    return reduction_.keys_of(edges, count, keys);
   }
 
  private:
+  // Those of its column, its owner, and its direction from there.
+  uint32_t squares(uint32_t e, uint32_t& v, uint32_t& i) const {
+    const Edge edge(l_, e);
+    v = edge.owner(rank_);
+    i = e % 3 + (v == edge.first ? 3 : 0);
+    return tables_.column[Stars::columns(local_[v])][i];
+  }
+
   const uint32_t* rank_;
   const Lattice& l_;
   const uint32_t* local_;
   StarOffsets at_;
   const StarTables& tables_;
+  const Reduction& reduction_;
 };
 
-struct Critical {
-  const uint16_t* critical;
+struct Masks {
+  const uint16_t* squares;
 
-  void touch(uint32_t v) const { __builtin_prefetch(critical + v); }
-  uint32_t operator()(uint32_t v) const { return critical[v]; }
+  void touch(uint32_t v) const { __builtin_prefetch(squares + v); }
+  uint32_t operator()(uint32_t v) const { return squares[v]; }
 };
 
-// Every column: the critical ones, and those that pair within their star.
-struct Columns {
-  const uint32_t* local;
-  const uint16_t* critical;
-  const StarTables& tables;
-
-  void touch(uint32_t v) const {
-    __builtin_prefetch(local + v);
-    __builtin_prefetch(critical + v);
-  }
-  uint32_t operator()(uint32_t v) const {
-    return tables.killing[Stars::columns(local[v])] | critical[v];
-  }
-};
+size_t count_of(const Lattice& l, const uint16_t* squares) {
+  size_t count = 0;
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (squares[v]) count += size_t(__builtin_popcount(squares[v]));
+    }
+  });
+  return count;
+}
 
 }  // namespace
 
-void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSet& negative,
+void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const Bits& negative,
               std::vector<Bar>& bars, Slab& slab) {
   const uint32_t* rank = o.rank.get();
   const StarOffsets at(l);
-  const StarColumns of_star(o, l, stars);
-  Reduction reduction(o, l, &negative, slab);
-  in_order<false>(o, l, at.square, Critical{stars.critical.get()}, [&](uint32_t s, uint32_t r) {
+  Reduction reduction(count_of(l, stars.critical.get()), o, l, &negative, slab);
+  const StarColumns of_star(o, l, stars.local.get(), reduction);
+  in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t r) {
     const uint32_t e = reduction.reduce(s, of_star);
     if (e == kNone) return;
     const Edge edge(l, e);
@@ -200,22 +339,49 @@ void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const EdgeSe
   });
 }
 
-void run_dim1_image(const Order& rows, const EdgeSet& negative, const Order& columns,
-                    const Stars& stars, const Lattice& l, std::vector<ImagePair>& pairs,
-                    Slab& slab) {
+void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
+                    const std::vector<uint32_t>& births, const Lattice& l,
+                    std::vector<ImagePair>& pairs, Slab& slab) {
+  const uint32_t *rank = rows.order.rank.get(), *column_rank = columns.order.rank.get();
   const StarOffsets at(l);
-  Reduction reduction(rows, l, &negative, slab);
-  const Columns all{stars.local.get(), stars.critical.get(), star_tables()};
-  const auto none = [](uint32_t, auto&&) { return false; };
-  const uint32_t* rank = columns.rank.get();
-  in_order<false>(columns, l, at.square, all, [&](uint32_t s, uint32_t) {
-    uint32_t e;
-    if (!reduction.emergent(s, e)) e = reduction.reduce(s, none);
-    const uint32_t v = Square(l, s).owner(rank);
-    if (!stars.critical[v]) return;
-    for (uint32_t x = stars.critical[v]; x; x &= x - 1) {
-      if (3 * v + uint32_t(at.square[__builtin_ctz(x)]) == s) pairs.push_back({s, e});
+  const StarTables& t = star_tables();
+  // The part of the smallest value.
+  Stars part;
+  {
+    Array<uint32_t> in_part(slab, l.size());
+    for (uint32_t v = 0; v < l.size(); ++v) in_part[v] = column_rank[v] == 0 ? rank[v] : kNone;
+    part = make_stars(in_part.get(), l, slab);
+    clear_part(rows.order, l, part, in_part.get(), columns.stars, births, slab);
+  }
+  // What is known of the stars, and the columns that are left.
+  uint32_t* local = part.local.get();
+  Array<uint16_t> left(slab, l.size());
+  std::fill(left.get(), left.get() + l.size(), uint16_t(0));
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (column_rank[v] == 0) continue;
+      const uint32_t x = rows.stars.local[v], y = columns.stars.local[v];
+      const bool same = Stars::columns(x) == Stars::columns(y) && !Stars::tied(x | y);
+      local[v] = same ? x : 0;
+      left[v] = uint16_t(columns.stars.critical[v] | (same ? 0 : t.killing[Stars::columns(y)]));
     }
+  });
+  in_order<false>(columns.order, l, at.square, Masks{columns.stars.critical.get()},
+                  [&](uint32_t s, uint32_t r) {
+                    if (r > 0) pairs.push_back({s, kNone});
+                  });
+
+  const size_t count = count_of(l, part.critical.get()) + count_of(l, left.get());
+  Reduction reduction(count, rows.order, l, &negative, slab);
+  const StarColumns of_star(rows.order, l, local, reduction);
+  in_order<false>(rows.order, l, at.square, Masks{part.critical.get()},
+                  [&](uint32_t s, uint32_t) { reduction.reduce(s, of_star); });
+  size_t next = 0;
+  const auto pairs_in_star = [&](uint32_t e) { return of_star.pairs(e); };
+  in_order<false>(columns.order, l, at.square, Masks{left.get()}, [&](uint32_t s, uint32_t) {
+    uint32_t e;
+    if (!reduction.emergent(s, pairs_in_star, e)) e = reduction.reduce(s, of_star);
+    if (next < pairs.size() && pairs[next].square == s) pairs[next++].edge = e;
   });
 }
 
@@ -225,15 +391,14 @@ std::vector<std::vector<uint32_t>> reduced_columns(const Order& o, const Lattice
                                                    Slab& slab) {
   std::vector<std::vector<uint32_t>> found(squares.size());
   const StarOffsets at(l);
-  const StarColumns of_star(o, l, stars);
-  Reduction reduction(o, l, nullptr, slab);
-  in_order<false>(o, l, at.square, Critical{stars.critical.get()}, [&](uint32_t s, uint32_t) {
+  Reduction reduction(count_of(l, stars.critical.get()), o, l, nullptr, slab);
+  const StarColumns of_star(o, l, stars.local.get(), reduction);
+  in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t) {
     const uint32_t e = reduction.reduce(s, of_star);
     if (e == kNone) return;
     for (size_t i = 0; i < squares.size(); ++i) {
       if (squares[i] != s) continue;
       found[i] = reduction.column(e);
-      found[i].push_back(e);
     }
   });
   return found;

@@ -40,6 +40,7 @@ Order sort_voxels(const K* keys, const Lattice& l, Slab& slab) {
   Order o;
   o.voxel = Array<uint32_t>(slab, n);
   o.rank = Array<uint32_t>(slab, l.size());
+  o.repeated = Bits(l.size(), slab);
   std::fill(o.rank.get(), o.rank.get() + l.size(), kNone);
 
   std::vector<uint32_t> counts(kPasses * kBuckets, 0);
@@ -70,11 +71,16 @@ Order sort_voxels(const K* keys, const Lattice& l, Slab& slab) {
     std::swap(from, to);
   }
   for (uint32_t i = 0, first = 0; i < n; ++i) {
-    const bool tie = i + 1 < n && from[i + 1].key == from[i].key;
-    o.ties |= tie;
-    o.voxel[i] = from[i].voxel | (tie ? kTie : 0);
+    if (i > 0) {
+      if (from[i].key == from[i - 1].key) {
+        o.repeated.add(from[i - 1].voxel);
+        o.repeated.add(from[i].voxel);
+      } else {
+        first = i;
+      }
+    }
+    o.voxel[i] = from[i].voxel;
     o.rank[from[i].voxel] = first;
-    if (!tie) first = i + 1;
   }
   return o;
 }

@@ -53,15 +53,24 @@ struct Lattice {
   }
 };
 
-// Set in Order::voxel where the next voxel has the same value.
-inline constexpr uint32_t kTie = 0x80000000u;
+// A set of voxels or edges.
+struct Bits {
+  Array<uint64_t> words;
+
+  Bits() = default;
+  Bits(size_t n, Slab& slab) : words(slab, n / 64 + 1) {
+    std::fill(words.get(), words.get() + n / 64 + 1, 0);
+  }
+  void add(uint32_t i) { words[i >> 6] |= uint64_t(1) << (i & 63); }
+  bool has(uint32_t i) const { return words[i >> 6] >> (i & 63) & 1; }
+};
 
 struct Order {
   Array<uint32_t> voxel;  // [voxels] ascending in (value, index)
   Array<uint32_t> rank;   // [size] place of the first voxel of the same value; kNone in the frame
-  bool ties = false;
+  Bits repeated;          // voxels whose value others have, too
 
-  uint32_t at(uint32_t place) const { return voxel[place] & ~kTie; }
+  uint32_t at(uint32_t place) const { return voxel[place]; }
 };
 
 // Keys in padded places. False if there is a NaN.
@@ -120,41 +129,59 @@ struct Square {
 // --------------------------------------------------------------------------------------------------
 // Cells in order
 
+// The voxels with a mask that is not 0, as (rank, voxel), ascending.
+template <class MaskOf>
+std::vector<uint64_t> owners(const Order& o, const Lattice& l, MaskOf&& mask_of) {
+  constexpr uint32_t kAhead = 24;
+  std::vector<uint64_t> found;
+  const auto take = [&](uint32_t v) {
+    if (mask_of(v)) found.push_back(uint64_t(o.rank[v]) << 32 | v);
+  };
+  // Few of them are sorted again, rather than found again among all.
+  const size_t few = l.voxels() / 16;
+  l.each_row([&](uint32_t begin, uint32_t) {
+    if (found.size() > few) return;
+    for (uint32_t v = begin; v < begin + l.cols; ++v) take(v);
+  });
+  if (found.size() <= few) {
+    std::sort(found.begin(), found.end());
+    return found;
+  }
+  found.clear();
+  const uint32_t n = l.voxels();
+  for (uint32_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) mask_of.touch(o.at(i + kAhead));
+    take(o.at(i));
+  }
+  return found;
+}
+
 // Per voxel a mask of cells that it owns, bit i the cell 3 v + offset[i]; fn(cell, rank) of each,
-// in the order of (value, number). `scratch` holds the cells of voxels of equal value.
+// in the order of (value, number).
 template <bool kDescending, class MaskOf, class Fn>
 void in_order(const Order& o, const Lattice& l, const int32_t* offset, MaskOf&& mask_of, Fn&& fn) {
-  constexpr uint32_t kAhead = 16;
-  const uint32_t n = l.voxels();
-  std::vector<uint32_t> cells;
-  std::vector<uint64_t> marked;
-  auto bits = [](uint32_t mask, uint32_t v, const int32_t* offset, auto&& take) {
-    while (mask) {
+  std::vector<uint64_t> voxels = owners(o, l, mask_of);
+  if (kDescending) std::reverse(voxels.begin(), voxels.end());
+  const auto bits = [&](uint64_t voxel, auto&& take) {
+    const uint32_t v = uint32_t(voxel);
+    for (uint32_t mask = mask_of(v); mask;) {
       const int bit = kDescending ? 31 - __builtin_clz(mask) : __builtin_ctz(mask);
       mask ^= 1u << bit;
       take(3 * v + uint32_t(offset[bit]));
     }
   };
-  auto place = [&](uint32_t i) { return kDescending ? n - 1 - i : i; };
-  auto tied = [&](uint32_t i) {  // to the one that comes next here
-    return i + 1 < n && (o.voxel[kDescending ? n - 2 - i : i] & kTie);
-  };
-  for (uint32_t i = 0; i < n;) {
-    if (i + kAhead < n) mask_of.touch(o.at(place(i + kAhead)));
-    if (!tied(i)) {
-      const uint32_t v = o.at(place(i));
-      bits(mask_of(v), v, offset, [&](uint32_t c) { fn(c, place(i)); });
-      ++i;
+  std::vector<uint32_t> cells;
+  std::vector<uint64_t> marked;
+  for (size_t i = 0; i < voxels.size();) {
+    const uint32_t rank = uint32_t(voxels[i] >> 32);
+    size_t end = i + 1;
+    while (end < voxels.size() && voxels[end] >> 32 == rank) ++end;
+    if (end == i + 1) {
+      bits(voxels[i++], [&](uint32_t c) { fn(c, rank); });
       continue;
     }
-    uint32_t end = i + 1;
-    while (tied(end - 1)) ++end;
-    const uint32_t rank = kDescending ? n - end : i;
     cells.clear();
-    for (; i < end; ++i) {
-      const uint32_t v = o.at(place(i));
-      bits(mask_of(v), v, offset, [&](uint32_t c) { cells.push_back(c); });
-    }
+    for (; i < end; ++i) bits(voxels[i], [&](uint32_t c) { cells.push_back(c); });
     // Few of them are sorted; many are found again in a bitmap of all cells.
     const size_t words = size_t(l.size()) * 3 / 64 + 1;
     if (cells.size() * 32 < words) {

@@ -92,7 +92,14 @@ StarTables::StarTables() {
   }
   for (uint32_t mask = 0; mask < 256; ++mask) {
     filled[mask] = 0;
-    reduce(mask, squares_of_cube, [&](int square, int, uint32_t) { filled[mask] |= 1u << square; });
+    std::fill(beyond[mask], beyond[mask] + 8, uint8_t(8));
+    reduce(mask, squares_of_cube, [&](int square, int cube, uint32_t parts) {
+      filled[mask] |= 1u << square;
+      for (int c = 0; c < 8; ++c) {
+        if (!(parts >> c & 1) && (squares_of_cube(c) >> square & 1))
+          beyond[mask][cube] = uint8_t(c);
+      }
+    });
     apparent_cubes[mask] = uint8_t(betti_volume::apparent(mask, squares_of_cube));
   }
 }
@@ -114,6 +121,12 @@ StarOffsets::StarOffsets(const Lattice& l) {
     opposite[k] = end[i] + end[j];
     outer[k][0] = 3 * end[i] + edge[j];
     outer[k][1] = 3 * end[j] + edge[i];
+  }
+  for (int octant = 0; octant < 8; ++octant) {
+    cube[octant] = 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      if (!(octant >> (2 - axis) & 1)) cube[octant] += end[axis];
+    }
   }
 }
 
@@ -149,7 +162,7 @@ struct Star {
 
 }  // namespace
 
-Stars make_stars(const Order& o, const Lattice& l, Slab& slab) {
+Stars make_stars(const uint32_t* rank, const Lattice& l, Slab& slab) {
   const StarTables& t = star_tables();
   const StarOffsets at(l);
   int32_t neighbour[26];
@@ -168,12 +181,15 @@ Stars make_stars(const Order& o, const Lattice& l, Slab& slab) {
   Stars stars;
   stars.local = Array<uint32_t>(slab, l.size());
   stars.critical = Array<uint16_t>(slab, l.size());
+  stars.cubes = Array<uint8_t>(slab, l.size());
   std::fill(stars.local.get(), stars.local.get() + l.size(), 0);
+  std::fill(stars.cubes.get(), stars.cubes.get() + l.size(), uint8_t(0));
   std::fill(stars.critical.get(), stars.critical.get() + l.size(), uint16_t(0));
   std::vector<uint32_t> before(l.cols), until(l.cols);
   l.each_row([&](uint32_t begin, uint32_t) {
-    compare_row(o.rank.get() + begin, neighbour, l.cols, before.data(), until.data());
+    compare_row(rank + begin, neighbour, l.cols, before.data(), until.data());
     for (uint32_t col = 0; col < l.cols; ++col) {
+      if (rank[begin + col] == kNone) continue;
       const uint32_t a = before[col], b = until[col];
       const Star own(t, (a & ~earlier) | (b & earlier));
       uint32_t squares = own.squares, cubes = own.cubes;
@@ -186,7 +202,8 @@ Stars make_stars(const Order& o, const Lattice& l, Slab& slab) {
       }
       const uint32_t filled = t.filled[cubes], v = begin + col;
       stars.local[v] = squares | filled << 12 | (own.edges & ~uint32_t(t.dying[squares])) << 24 |
-                       uint32_t(joined) << 30;
+                       uint32_t(joined) << 30 | uint32_t(a != b) << 31;
+      stars.cubes[v] = uint8_t(cubes);
       stars.critical[v] = uint16_t(own.squares & ~uint32_t(t.killing[squares]) & ~filled);
     }
   });

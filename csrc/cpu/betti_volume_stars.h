@@ -39,6 +39,10 @@ struct StarTables {
   uint16_t apparent[4096];   // -> squares whose largest edge has no smaller square
   uint16_t filled[256];      // mask of cubes -> squares that pair with cubes
   uint8_t apparent_cubes[256];  // likewise
+  // -> for each cube that pairs with a square the cube on the other side of what it is summed to,
+  // and for the others 8. Cubes are numbered by octants, bit 2, 1, 0: the next voxel along axis 0,
+  // 1, 2.
+  uint8_t beyond[256][8];
 
   StarTables();
 };
@@ -49,7 +53,8 @@ struct StarOffsets {
   int32_t edge[6], square[12];  // to 3 v
   int32_t end[6];               // to v
   int32_t opposite[12];         // the corner of a square opposite to v
-  int32_t outer[12][2];  // the edges of a square not at v: from its first end, its second one
+  int32_t outer[12][2];  // the edges of a square not at v: from its first end, its second; to 3 v
+  int32_t cube[8];       // to v
 
   explicit StarOffsets(const Lattice& l);
 };
@@ -58,16 +63,19 @@ struct StarOffsets {
 struct Stars {
   Array<uint32_t> local;     // [size] see below; 0 in the frame
   Array<uint16_t> critical;  // [size] squares that pair with none of the star
+  Array<uint8_t> cubes;      // [size] cubes that pair with squares, all but one if all 8
 
-  // Columns of `StarTables` for the edges that pair with squares.
+  // Index of StarTables::column for the edges that pair with squares: all squares where not `tied`.
   static uint32_t columns(uint32_t x) { return x & 0xfff; }
   static uint32_t filled(uint32_t x) { return x >> 12 & 0xfff; }  // squares that pair with cubes
   // Edges that pair with no square; the first of them pairs with the voxel where `joined`.
   static uint32_t edges(uint32_t x) { return x >> 24 & 0x3f; }
   static bool joined(uint32_t x) { return x >> 30 & 1; }
+  static bool tied(uint32_t x) { return x >> 31; }  // there are equal values in the star
 };
 
-Stars make_stars(const Order& o, const Lattice& l, Slab& slab);
+// Voxels of rank kNone are no part of the volume.
+Stars make_stars(const uint32_t* rank, const Lattice& l, Slab& slab);
 
 }  // namespace betti_volume
 }  // namespace cpu

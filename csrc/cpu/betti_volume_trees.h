@@ -2,7 +2,11 @@
 // (betti_volume_stars.h) leave: edges that pair with no square ascending, for dimension 0; squares
 // that pair with no edge descending, for dimension 2, where the nodes are cubes and the outside.
 //
-// Memory traffic: two random accesses per voxel and run, and those of the paths to roots.
+// The pairs within stars are a forest to begin with, and only critical cells are left. Image
+// persistence has to know which cell of a component is the best in another order, at every time.
+// Most need not be asked: those that join one that is better.
+//
+// Memory traffic: one pass over the voxels, and random accesses to the nodes of what is left.
 #pragma once
 
 #include <cstdint>
@@ -17,36 +21,29 @@ namespace cpu {
 namespace betti_volume {
 
 using betti_item::Bar;
-using betti_item::ComparisonBar;
-
-// A bit per edge number.
-struct EdgeSet {
-  Array<uint64_t> words;
-
-  EdgeSet() = default;
-  EdgeSet(const Lattice& l, Slab& slab) : words(slab, size_of(l)) {
-    std::fill(words.get(), words.get() + size_of(l), 0);
-  }
-  static size_t size_of(const Lattice& l) { return size_t(l.size()) * 3 / 64 + 1; }
-  void add(uint32_t e) { words[e >> 6] |= uint64_t(1) << (e & 63); }
-  bool has(uint32_t e) const { return words[e >> 6] >> (e & 63) & 1; }
-};
 
 // Kruskal with the elder rule. `negative` receives the edges that join components.
-void run_dim0(const Order& o, const Lattice& l, const Stars& stars, EdgeSet& negative,
+void run_dim0(const Order& o, const Lattice& l, const Stars& stars, Bits& negative,
               std::vector<Bar>& bars, Slab& slab);
-// The same for the comparison image, with the oldest vertices of input and target beside its own:
-// those that die with a bar are in_input, in_target.
-void run_dim0_comparison(const Order& o, const Order& input, const Order& target, const Lattice& l,
-                         const Stars& stars, EdgeSet& negative, std::vector<ComparisonBar>& bars,
-                         Slab& slab);
+// The same for the comparison image, with the oldest vertices in the image of order `rows`, of
+// which the one that dies with each bar goes to `deaths`.
+void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const Stars& stars,
+                    Bits& negative, std::vector<Bar>& bars, std::vector<uint32_t>& deaths,
+                    Slab& slab);
 
 // The dual run. Squares that give birth are no longer critical afterwards: what is left of
-// `stars.critical` are columns of dimension 1. With `comparison` (ranks of the cubes of the
-// comparison image), `bar_of` [size, kNone] receives the number of the bar by the cube that dies
-// with it in the comparison image.
+// `stars.critical` are columns of dimension 1; `births` receives what is not.
 void run_dim2(const Order& o, const Lattice& l, const Stars& stars, std::vector<Bar>& bars,
-              const uint32_t* comparison, uint32_t* bar_of, Slab& slab);
+              std::vector<uint32_t>& births, Slab& slab);
+// The same, with the cubes that the comparison image, of order `columns`, fills last: `bar_of`
+// [size, kNone] receives the number of each bar by the one that dies with it, but of no cube of
+// that image's smallest value, which gives it no bar.
+void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, const Stars& stars,
+                    std::vector<Bar>& bars, uint32_t* bar_of, Slab& slab);
+// The same without bars for a part of a volume, given by its stars: squares that it has first, in
+// the order of `o`, then the others, of which these are the stars and the births.
+void clear_part(const Order& o, const Lattice& l, const Stars& part, const uint32_t* in_part,
+                const Stars& others, const std::vector<uint32_t>& births, Slab& slab);
 
 }  // namespace betti_volume
 }  // namespace cpu

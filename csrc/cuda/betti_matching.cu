@@ -233,15 +233,17 @@ __global__ void __launch_bounds__(kLossThreads)
         const R to_b = value(1 - image, to.birth), to_d = value(1 - image, to.death);
         if (image == kInput) matched += betti::matched_term(b, d, to_b, to_d);
         const R scale = weight * l.matched_weight;
-        set_slopes(w, slopes, dim, slot, edge, scale * betti::matched_slope(b, to_b),
-                   scale * betti::matched_slope(d, to_d));
+        set_slopes(w, slopes, dim, slot, edge,
+                   betti::weighted(scale, betti::matched_slope(b, to_b)),
+                   betti::weighted(scale, betti::matched_slope(d, to_d)));
       } else if (image == kTarget || betti::counts(b, d, l.min_persistence)) {
         const R term = betti::unmatched_term(b, d, l.extreme, l.superlevel);
         (image == kInput ? unmatched_input : unmatched_target) += term;
         R slope_b, slope_d;
         betti::unmatched_slopes(b, d, l.extreme, l.superlevel, slope_b, slope_d);
         const R scale = weight * (image == kInput ? l.unmatched_weight[0] : l.unmatched_weight[1]);
-        set_slopes(w, slopes, dim, slot, edge, scale * slope_b, scale * slope_d);
+        set_slopes(w, slopes, dim, slot, edge, betti::weighted(scale, slope_b),
+                   betti::weighted(scale, slope_d));
       }
     }
   }
@@ -250,8 +252,8 @@ __global__ void __launch_bounds__(kLossThreads)
     const R x = value(kInput, a), y = value(kTarget, b);
     matched += betti::matched_term(x, R(0), y, R(0));
     const R scale = weight * l.matched_weight;
-    slopes_of<R>(w, kInput, item)[a] = scale * betti::matched_slope(x, y);
-    slopes_of<R>(w, kTarget, item)[b] = scale * betti::matched_slope(y, x);
+    slopes_of<R>(w, kInput, item)[a] = betti::weighted(scale, betti::matched_slope(x, y));
+    slopes_of<R>(w, kTarget, item)[b] = betti::weighted(scale, betti::matched_slope(y, x));
   }
   const auto finish = [&](betti::Term term, double sum) {
     sum = team_reduce(sum, AddOp{}, 0.0, shared[term]);

@@ -172,8 +172,7 @@ class BettiMatching:
     def _check_place(self, item: int, dim: int) -> None:
         if checks.checked_integer("dim", dim) not in range(len(self._shape)):
             raise ValueError(f"dim must be in 0..{len(self._shape) - 1}, got {dim}")
-        if checks.checked_integer("item", item) not in range(self._input.shape[0]):
-            raise IndexError(f"item must be in 0..{self._input.shape[0] - 1}, got {item}")
+        images.check_item(item, self._input.shape[0])
 
     def loss(
         self,
@@ -197,19 +196,22 @@ class BettiMatching:
             matched_weight=matched_weight, unmatched_weight=unmatched_weight,
             target_weight=target_weight, min_persistence=min_persistence,
         )  # fmt: skip
-        matched, *others = self._tables
-        if include_essential and 0 in self._dims:
-            rows = op.essential_rows(self._input, self._target, self._superlevel)
-            matched = torch.cat([matched, rows.to(matched.device)])
-        terms = op.loss_terms(
-            self._input.flatten(1), self._target.flatten(1), matched, *others, dim_count=spatial,
-            superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
-        )  # fmt: skip
         of_terms = (matched_weight, unmatched_weight, target_weight)
         by_dim = images.checked_weight(weight, list(range(spatial)), spatial)
+        tables = list(self._tables)
+        if include_essential and 0 in self._dims:
+            rows = op.essential_rows(self._input, self._target, self._superlevel)
+            tables[0] = torch.cat([tables[0], rows.to(tables[0].device)])
+        # Without the rows of weight 0, which may be infinite.
+        tables = [t if w != 0 else t[:0] for t, w in zip(tables, of_terms)]
+        for d in (d for d, w in enumerate(by_dim) if w == 0):
+            tables = [t[t[:, 1] != d] for t in tables]
+        terms = op.loss_terms(
+            self._input.flatten(1), self._target.flatten(1), *tables, dim_count=spatial,
+            superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
+        )  # fmt: skip
         factors = constants([d * t for d in by_dim for t in of_terms], terms.dtype, terms.device)
-        factors = factors.view(spatial, -1)
-        return torch.where(factors == 0, 0.0, terms * factors).sum((1, 2))  # 0 times infinity
+        return (terms * factors.view(spatial, -1)).sum((1, 2))
 
     def representative_cycles(
         self,

@@ -91,7 +91,7 @@ class BettiTarget:
         Args:
             target: ``(*batch, *spatial)`` as for the functions, ``(N, C, *spatial)`` for the loss;
                 or with ``num_classes`` class indices ``(N, *spatial)``.
-            spatial_dims: number of trailing spatial dimensions, 1 or 2; default: all but the two
+            spatial_dims: number of trailing spatial dimensions, 1 to 3; default: all but the two
                 of ``(N, C, *spatial)``, with ``num_classes`` all but the first.
             filtration, dims, padding: as in the later calls.
             num_classes: number of channels of the input, for class indices.
@@ -107,7 +107,6 @@ class BettiTarget:
                 ``num_classes``; an unknown option. A later call with another shape, filtration,
                 padding or other dims.
             IndexError: a class index out of range (CPU).
-            NotImplementedError: three spatial dimensions.
 
         NaN is found by the later calls.
         """

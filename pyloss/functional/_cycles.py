@@ -1,80 +1,110 @@
-"""Cycles that stand for bars: components just before they die, borders of holes."""
+"""Cycles that stand for bars: components just before they die, loops, borders of holes."""
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
+
+from pyloss.functional._images import unravelled
+from pyloss.ops import betti_matching as op
 
 
 def representatives(image: Tensor, dim: int, bars: list[list[int]]) -> list[Tensor]:
     """Voxels (n, D) of each bar (birth cell, death cell), the voxel of death last.
 
     Args:
-        image: filtration values ``(n)`` or ``(rows, cols)``; cells as in the reference.
+        image: filtration values, of 1 to 3 dimensions; cells as in the reference.
     """
-    shape = tuple(image.shape)
-    rows, cols = shape if len(shape) == 2 else (shape[0], 1)
-    f = image.flatten().tolist()
-    find = _component if dim == 0 else _hole
-    found = []
-    for birth, death in bars:
-        voxels = find(f, rows, cols, birth, death)
-        at = torch.tensor(voxels, dtype=torch.int64)
-        place = torch.stack([at // cols, at % cols], 1) if len(shape) == 2 else at[:, None]
-        found.append(place)
-    return found
+    grid = _Grid(image)
+    if dim == 0:
+        found = [grid.component(*bar) for bar in bars]
+    elif dim == image.dim() - 1:
+        found = [grid.hole(*bar) for bar in bars]
+    else:
+        loops = op.loops(image, [death for _, death in bars])
+        found = [grid.loop(edges, death) for edges, (_, death) in zip(loops, bars)]
+    return [unravelled(torch.tensor(voxels, dtype=torch.int64), grid.shape) for voxels in found]
 
 
-def _ends(e: int, cols: int) -> tuple[int, int]:
-    return e >> 1, (e >> 1) + (1 if e & 1 else cols)
+class _Grid:
+    """Values of an image, and its cells by their numbers."""
 
+    def __init__(self, image: Tensor) -> None:
+        self.shape = tuple(image.shape)
+        self.f = image.flatten().tolist()
+        self.dims = len(self.shape)
+        self.strides = [math.prod(self.shape[axis + 1 :]) for axis in range(self.dims)]
+        self.kinds = max(2, self.dims)  # edges, squares in 3D: so many numbers for a voxel
 
-def _edge_order(f, e: int, cols: int) -> tuple[float, int]:
-    p, q = _ends(e, cols)
-    return max(f[p], f[q]), e
+    def span(self, corner: int, axes) -> list[int]:
+        """The voxels of the cell at `corner` along `axes`, ascending."""
+        steps = ((0, self.strides[axis]) for axis in axes)
+        return [corner + sum(step) for step in itertools.product(*steps)]
 
+    def across(self, axis: int) -> list[int]:
+        return [a for a in range(self.dims) if a != axis]
 
-def _component(f, rows, cols, birth, death):
-    """What edges before `death` connect with the vertex `birth`; then the voxel of death."""
-    limit = _edge_order(f, death, cols)
-    seen, stack = {birth}, [birth]
-    while stack:
-        p = stack.pop()
-        row, col = divmod(p, cols)
-        for exists, q, e in (
-            (row > 0, p - cols, 2 * (p - cols)),
-            (row + 1 < rows, p + cols, 2 * p),
-            (col > 0, p - 1, 2 * (p - 1) + 1),
-            (col + 1 < cols, p + 1, 2 * p + 1),
-        ):
-            if exists and q not in seen and _edge_order(f, e, cols) < limit:
-                seen.add(q)
-                stack.append(q)
-    p, q = _ends(death, cols)
-    last = p if f[p] > f[q] else q
-    return [*sorted(seen - {last}), last]
+    def carrier(self, voxels: list[int]) -> int:
+        """The voxel that carries a cell's value: of equals the last, in a cube of 3D the first."""
+        sign = -1 if len(voxels) == 8 else 1
+        return max(voxels, key=lambda p: (self.f[p], sign * p))
 
+    def edge(self, corner: int, axis: int) -> tuple[float, int]:
+        """Its place in the order of edges."""
+        p, q = self.span(corner, [axis])
+        return max(self.f[p], self.f[q]), self.kinds * corner + axis
 
-def _hole(f, rows, cols, birth, death):
-    """The voxels around the squares that edges after `birth` connect with the square `death`."""
-    limit = _edge_order(f, birth, cols)
-    seen, stack = {death}, [death]
-    while stack:
-        s = stack.pop()
-        row, col = divmod(s, cols)
-        for exists, t, e in (
-            (row > 0, s - cols, 2 * s + 1),
-            (row + 2 < rows, s + cols, 2 * (s + cols) + 1),
-            (col > 0, s - 1, 2 * s),
-            (col + 2 < cols, s + 1, 2 * (s + 1)),
-        ):
-            if exists and t not in seen and _edge_order(f, e, cols) > limit:
-                seen.add(t)
-                stack.append(t)
-    touched: dict[int, int] = {}
-    for s in seen:
-        for p in (s, s + 1, s + cols, s + cols + 1):
-            touched[p] = touched.get(p, 0) + 1
-    corners = (death, death + 1, death + cols, death + cols + 1)
-    last = max(corners, key=lambda p: (f[p], p))
-    return [*sorted(p for p, n in touched.items() if n < 4 and p != last), last]
+    def facet(self, corner: int, axis: int) -> tuple[float, int]:
+        """Its place in the order of the cells that part two top cells, normal to `axis`."""
+        number = self.kinds * corner + (axis if self.dims == 3 else 1 - axis)
+        return max(self.f[p] for p in self.span(corner, self.across(axis))), number
+
+    def component(self, birth: int, death: int) -> list[int]:
+        """What edges before `death` connect with the vertex `birth`; then the voxel of death."""
+        corner, axis = divmod(death, self.kinds)
+        limit = self.edge(corner, axis)
+        seen = self._flood(birth, self.shape, lambda low, a: self.edge(low, a) < limit)
+        last = self.carrier(self.span(corner, [axis]))
+        return [*sorted(seen - {last}), last]
+
+    def hole(self, birth: int, death: int) -> list[int]:
+        """The voxels around the top cells that facets after `birth` connect with `death`."""
+        corner, kind = divmod(birth, self.kinds)
+        limit = self.facet(corner, kind if self.dims == 3 else 1 - kind)
+        shape = [size - 1 for size in self.shape]  # of the top cells
+        seen = self._flood(
+            death, shape, lambda low, a: self.facet(low + self.strides[a], a) > limit
+        )
+        touched: dict[int, int] = {}
+        for cell in seen:
+            for p in self.span(cell, range(self.dims)):
+                touched[p] = touched.get(p, 0) + 1
+        last = self.carrier(self.span(death, range(self.dims)))
+        border = (p for p, count in touched.items() if count < 2**self.dims and p != last)
+        return [*sorted(border), last]
+
+    def loop(self, edges: list[int], death: int) -> list[int]:
+        """The ends of edges; then the voxel of the square `death`."""
+        ends = {p for e in edges for p in self.span(e // 3, [e % 3])}
+        last = self.carrier(self.span(death // 3, self.across(death % 3)))
+        return [*sorted(ends - {last}), last]
+
+    def _flood(self, start: int, shape, passes) -> set[int]:
+        """What is reached from `start` by steps along the axes, where ``passes(lower, axis)``;
+        `shape` bounds the places, which are numbered as voxels are."""
+        seen, stack = {start}, [start]
+        while stack:
+            p = stack.pop()
+            for axis, (stride, size, whole) in enumerate(zip(self.strides, shape, self.shape)):
+                at = p // stride % whole
+                for q, low, exists in (
+                    (p - stride, p - stride, at > 0),
+                    (p + stride, p, at + 1 < size),
+                ):
+                    if exists and q not in seen and passes(low, axis):
+                        seen.add(q)
+                        stack.append(q)
+        return seen

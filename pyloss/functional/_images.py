@@ -215,8 +215,6 @@ def check_spatial_dims(spatial_dims) -> int:
         raise TypeError(f"spatial_dims must be an integer, got {given!r}")
     if spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
-    if spatial_dims == 3:
-        raise NotImplementedError("Betti matching has 1 or 2 spatial dimensions so far, got 3")
     return spatial_dims
 
 
@@ -282,6 +280,11 @@ def check_padding(padding) -> None:
         raise TypeError(f"padding must be None, a string or a number, got {padding!r}")
     if math.isnan(padding):
         raise ValueError("padding must not be NaN: it would poison every bar")
+
+
+def check_item(item, items: int) -> None:
+    if checks.checked_integer("item", item) not in range(items):
+        raise IndexError(f"item must be in 0..{items - 1}, got {item}")
 
 
 def check_sequence(name: str, values, of: str) -> None:

@@ -299,7 +299,7 @@ class BettiOptions(TypedDict, total=False):
     essential: bool
     padding: str | float | None
     include_background: bool
-    activation: str | None
+    activation: str | Callable[[Tensor], Tensor] | None
     ignore_index: int | None
     spatial_dims: int | None
     reduction: str

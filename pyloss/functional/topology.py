@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,21 +53,22 @@ def persistence_pairs(
 ) -> PersistencePairs:
     r"""Barcode of cubical persistent homology, as voxels that give birth and death.
 
-    The sublevel sets :math:`\{x \le t\}` grow with t; a component (dimension 0) or a hole (the last
-    dimension) that appears at value b and vanishes at d is the bar (b, d). Bars of length 0 are
-    left out. **Sublevel** sets are the default here, as in other packages of persistent homology;
-    :func:`pyloss.betti_matching` and its loss take **superlevel** sets.
+    The sublevel sets :math:`\{x \le t\}` grow with t; a component (dimension 0), in 3D a loop
+    (dimension 1), or a hole (the last dimension; in 3D a cavity) that appears at value b and
+    vanishes at d is the bar (b, d). Bars of length 0 are left out. **Sublevel** sets are the
+    default here, as in other packages of persistent homology; :func:`pyloss.betti_matching` and its
+    loss take **superlevel** sets.
 
     Args:
         input: ``(*batch, *spatial)``, any real dtype; the batch is flattened.
-        spatial_dims: number of trailing spatial dimensions, 1 or 2; default: ``input.dim() - 2``,
+        spatial_dims: number of trailing spatial dimensions, 1 to 3; default: ``input.dim() - 2``,
             as for ``(N, C, *spatial)``.
         filtration: ``"sublevel"`` or ``"superlevel"``, the sets :math:`\{x \ge t\}`.
         dims: homology dimensions that are wanted; default: ``0 .. spatial_dims - 1``.
         min_persistence: leaves out bars of a length up to this.
         essential: adds the component that never dies, with a death of -1.
-        construction: ``"V"``: voxels are vertices, sets are 4-connected; ``"T"``: voxels are
-            squares, sets are 8-connected.
+        construction: ``"V"``: voxels are vertices, sets are 4-connected (3D: 6-connected); ``"T"``:
+            voxels are squares (cubes), sets are 8-connected (26-connected).
 
     Returns:
         :class:`PersistencePairs`; ``values`` is differentiable.
@@ -75,7 +76,6 @@ def persistence_pairs(
     Raises:
         TypeError: ``input`` is no tensor.
         ValueError: an unknown option, a spatial size of 0, NaN.
-        NotImplementedError: three spatial dimensions.
 
     Example:
         >>> import torch, pyloss
@@ -147,7 +147,7 @@ def betti_matching(
     Args:
         input: ``(*batch, *spatial)``, any real dtype; the batch is flattened.
         target: of the same shape; or a :class:`BettiTarget`.
-        spatial_dims: number of trailing spatial dimensions, 1 or 2; default: ``input.dim() - 2``.
+        spatial_dims: number of trailing spatial dimensions, 1 to 3; default: ``input.dim() - 2``.
         filtration: ``"superlevel"`` for probabilities of the foreground, or ``"sublevel"``.
         dims: homology dimensions that are wanted; default: ``0 .. spatial_dims - 1``.
         padding: a frame of one voxel around both images: ``"foreground"``, the value of each image
@@ -160,7 +160,6 @@ def betti_matching(
     Raises:
         TypeError: an argument is no tensor.
         ValueError: shapes that differ, an unknown option, a spatial size of 0, NaN.
-        NotImplementedError: three spatial dimensions.
 
     Example:
         >>> import torch, pyloss
@@ -198,7 +197,7 @@ def check_options(
     check_choice("filtration", filtration, (*FILTRATIONS, "both"))
     check_choice("unmatched", unmatched, UNMATCHED)
     check_choice("reduction", reduction, checks.REDUCTIONS)
-    if activation is not None:
+    if activation is not None and not callable(activation):
         check_choice("activation", activation, _ACTIVATIONS)
     check_not_negative(
         matched_weight=matched_weight, unmatched_weight=unmatched_weight,
@@ -229,7 +228,7 @@ def betti_matching_loss(
     essential: bool = False,
     padding: str | float | None = None,
     include_background: bool = True,
-    activation: str | None = None,
+    activation: str | Callable[[Tensor], Tensor] | None = None,
     ignore_index: int | None = None,
     spatial_dims: int | None = None,
     reduction: str = "mean",
@@ -243,7 +242,7 @@ def betti_matching_loss(
         (d-d')^2\big] + w_u \sum_{\text{input}} (b-d)^2 + w_t \sum_{\text{target}} (b-d)^2 \Big)
 
     Args:
-        input: ``(N, C, *spatial)`` with 1 or 2 spatial dimensions, or with ``spatial_dims``
+        input: ``(N, C, *spatial)`` with 1 to 3 spatial dimensions, or with ``spatial_dims``
             ``(N, *spatial)``; float32, float64, float16 or bfloat16 (the last two are computed in
             float32). Each channel is a problem of its own.
         target: of the same shape, float, bool or integer; or class indices ``(N, *spatial)`` of an
@@ -262,13 +261,15 @@ def betti_matching_loss(
         essential: also matches the oldest components, by their birth.
         padding: as for :func:`pyloss.betti_matching`.
         include_background: False leaves out channel 0 if there are others.
-        activation: ``None``, ``"sigmoid"`` or ``"softmax"`` (over the channels) for ``input``.
+        activation: ``None``, ``"sigmoid"`` or ``"softmax"`` (over the channels) for ``input``, or a
+            function that takes it and keeps its shape.
         ignore_index: voxels of this class take no part. In both images they get the value that
             enters last, a constant: 0 for superlevel sets, 1 for sublevel sets, or the last of the
             voxels that count where that is further out. What they divide stays divided until then;
             an ignored margin is as if cut off. Class indices, and masks of one channel.
-        spatial_dims: number of trailing spatial dimensions; default: ``input.dim() - 2``. Three
-            dimensions are ``(N, C, length)`` then, which warns: 2 takes them for ``(N, H, W)``.
+        spatial_dims: number of trailing spatial dimensions; default: ``input.dim() - 2``. A tensor
+            of three dimensions is ``(N, C, length)`` then, which warns: 2 takes it for
+            ``(N, H, W)``. One of four is ``(N, C, H, W)``: 3 takes it for ``(N, depth, H, W)``.
         reduction: ``"mean"`` over items and channels (0 for none), ``"sum"``, ``"none"``.
 
     Warns where ``input`` has values outside [0, 1] beside a target within, as logits, or the target
@@ -287,7 +288,6 @@ def betti_matching_loss(
             loss and gradient of that item are NaN).
         IndexError: a class index out of range (CPU). On CUDA, where raising would need a
             synchronisation, loss and gradient of that item are NaN.
-        NotImplementedError: three spatial dimensions.
 
     Example:
         >>> import torch, pyloss
@@ -355,8 +355,7 @@ def betti_matching_loss(
             min_persistence=float(min_persistence),
             matched_weight=float(matched_weight),
             unmatched_weight=float(unmatched_weight),
-            dim_weight0=dim_weight[0],
-            dim_weight1=dim_weight[1] if spatial > 1 else 0.0,
+            **{f"dim_weight{d}": w for d, w in enumerate(dim_weight)},
         )
         part = op.betti_loss(a, b, options, target_weight if include_target_unmatched else 0.0)
         total = part if total is None else total + part
@@ -387,9 +386,16 @@ def _channels_of(target, input, ignore_index, spatial) -> tuple[Tensor, Tensor |
     return target, ignored
 
 
-def _activated(input: Tensor, activation: str | None) -> Tensor:
+def _activated(input: Tensor, activation: str | Callable[[Tensor], Tensor] | None) -> Tensor:
     if activation is None:
         return input
+    if callable(activation):
+        found = activation(input)
+        if found.shape != input.shape:
+            raise ValueError(
+                f"activation must keep the shape {list(input.shape)}, got {list(found.shape)}"
+            )
+        return found
     if activation == "softmax" and input.shape[1] == 1:
         raise ValueError("softmax over one channel is 1 everywhere: use activation='sigmoid'")
     return input.sigmoid() if activation == "sigmoid" else input.softmax(1)

@@ -29,7 +29,7 @@ class BettiMatchingLoss(LossModule):
         alpha: weight of the Betti matching loss beside ``base_loss``.
 
     Shape:
-        - input: ``(N, C, *spatial)``, 1 or 2 spatial dimensions; with ``spatial_dims`` also
+        - input: ``(N, C, *spatial)``, 1 to 3 spatial dimensions; with ``spatial_dims`` also
           ``(N, *spatial)``
         - target: the same, or class indices ``(N, *spatial)``; or a :class:`pyloss.BettiTarget`,
           of which ``base_loss`` gets the tensor that it was made of

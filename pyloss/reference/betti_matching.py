@@ -103,6 +103,7 @@ class Filtration:
 
     def __init__(self, values: Tensor) -> None:
         self.shape = tuple(values.shape)
+        self._orders: dict[int, list[int]] = {}
         places = itertools.product(*map(range, self.shape))
         self.voxel = dict(zip(places, values.double().flatten().tolist()))
 
@@ -111,8 +112,10 @@ class Filtration:
 
     def order(self, k: int) -> list[int]:
         """Indices into cells(shape, k), ascending."""
-        found = [(self.value(c), i) for i, c in enumerate(cells(self.shape, k))]
-        return [i for _, i in sorted(found)]
+        if k not in self._orders:
+            found = [(self.value(c), i) for i, c in enumerate(cells(self.shape, k))]
+            self._orders[k] = [i for _, i in sorted(found)]
+        return self._orders[k]
 
     def birth_voxel(self, cell: Cell) -> tuple[int, ...]:
         """The voxel that carries the value: the last of equals, in a 3-cube the first."""
@@ -121,25 +124,36 @@ class Filtration:
         return carriers[0] if len(cell.axes) == 3 else carriers[-1]
 
 
-def reduce(rows: Filtration, columns: Filtration, dim: int) -> dict[Cell, Cell]:
-    """P(R, C) of the (dim + 1)-cells: column -> row."""
+def reduced_columns(
+    rows: Filtration, columns: Filtration, dim: int
+) -> dict[Cell, tuple[Cell, ...]]:
+    """The reduced boundaries of the (dim + 1)-cells that are not 0: column -> rows, lowest first.
+
+    Which pairs they have is P(R, C) whatever the algorithm; the rest of a column is not unique.
+    """
     shape = rows.shape
     if dim + 1 > len(shape):
         return {}
     row_cells, column_cells = cells(shape, dim), cells(shape, dim + 1)
-    row_rank = {row_cells[i]: rank for rank, i in enumerate(rows.order(dim))}
+    by_rank = rows.order(dim)
+    row_rank = {row_cells[i]: rank for rank, i in enumerate(by_rank)}
     boundary = _boundary(shape, dim + 1)
     reduced: dict[int, set[int]] = {}  # lowest row -> reduced column
-    pairs = {}
-    by_rank = {rank: cell for cell, rank in row_rank.items()}
+    found = {}
     for j in columns.order(dim + 1):
         column = {row_rank[face] for face in boundary[j]}
         while column and max(column) in reduced:
             column ^= reduced[max(column)]
         if column:
             reduced[max(column)] = column
-            pairs[column_cells[j]] = by_rank[max(column)]
-    return pairs
+            lowest_first = sorted(column, reverse=True)
+            found[column_cells[j]] = tuple(row_cells[by_rank[r]] for r in lowest_first)
+    return found
+
+
+def reduce(rows: Filtration, columns: Filtration, dim: int) -> dict[Cell, Cell]:
+    """P(R, C) of the (dim + 1)-cells: column -> row."""
+    return {column: found[0] for column, found in reduced_columns(rows, columns, dim).items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,13 +202,15 @@ def filtration(image: Tensor, superlevel: bool) -> Filtration:
 
 
 def cell_id(shape: tuple[int, ...], cell: Cell | None) -> int:
-    """Number of a cell: that of its corner, for edges and 3D squares with the type; -1 for none."""
+    """Number of a cell, with v the flat index of its corner; -1 for none.
+
+    Vertices and top cells v; edges ``2 v + axis`` in 1D and 2D, ``3 v + axis`` in 3D; squares of 3D
+    ``3 v +`` the axis that they are normal to. In 1D an edge is the top cell too, and ``2 v``.
+    """
     if cell is None:
         return -1
     corner = flat_index(shape, cell.corner)
-    if len(cell.axes) in (0, len(shape)) and len(shape) > 1:
-        return corner
-    if not cell.axes:
+    if not cell.axes or len(cell.axes) == len(shape) > 1:
         return corner
     return max(2, len(shape)) * corner + cell.type
 
@@ -346,9 +362,9 @@ def dense_loss_terms(
         return torch.where(rows[..., 0] < 0, 0.0, found)  # nothing infinite where no row is
 
     def by_dim(rows, values):
-        zero = values.new_zeros(())
-        each = [torch.where(rows[..., 0] == d, values, zero).sum(1) for d in range(dim_count)]
-        return torch.stack(each, -1)
+        # No mask by dimension: 0 times an infinite slope would be NaN. Column 0 is of no row.
+        zeros = values.new_zeros(values.shape[0], dim_count + 1)
+        return zeros.scatter_add(1, rows[..., 0] + 1, values)[:, 1:]
 
     ends = [take(input, matched, 1), take(input, matched, 2)]
     ends += [take(target, matched, 3), take(target, matched, 4)]
@@ -397,6 +413,16 @@ def essential_rows(input: Tensor, target: Tensor, superlevel: bool) -> Tensor:
     none = torch.full_like(item, -1)
     voxel = [item, torch.zeros_like(item), a, none, b, none]
     return torch.stack([*voxel, a, none, b, none, none, none], 1).cpu()
+
+
+def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
+    """Edges of the reduced boundaries of 3D squares, each the death of a bar of dimension 1."""
+    f = Filtration(image)
+    found = {
+        cell_id(f.shape, square): [cell_id(f.shape, edge) for edge in edges]
+        for square, edges in reduced_columns(f, f, 1).items()
+    }
+    return [found[square] for square in squares]
 
 
 def betti_numbers(mask: Tensor) -> list[int]:

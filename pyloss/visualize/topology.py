@@ -24,15 +24,15 @@ def draw_barcode(
     ax: Any = None,
     *,
     item: int = 0,
-    dims: Sequence[int] = (),
+    dims: Sequence[int] | None = (),
     min_persistence: float = 0.0,
 ) -> Any:
     r"""Draws the bars of one image, one line from birth to death each, by dimension and length.
 
     .. math:: [b, d) \text{ at height } 0, 1, 2, \dots
 
-    A mark (circle: dimension 0; square: dimension 1) stands at the birth: on the right of the bars
-    of **superlevel** sets, on the left of those of **sublevel** sets, the default of
+    A mark (circle: dimension 0; square: 1; diamond: 2) stands at the birth: on the right of the
+    bars of **superlevel** sets, on the left of those of **sublevel** sets, the default of
     :func:`pyloss.persistence_pairs`. The label of the axis says which.
 
     Args:
@@ -40,7 +40,7 @@ def draw_barcode(
             as dimension 0.
         ax: matplotlib axes; None makes a figure.
         item: item of the batch; values have none.
-        dims: only these dimensions; empty: all.
+        dims: only these dimensions; empty or None: all.
         min_persistence: only bars longer than this.
 
     Returns:
@@ -48,7 +48,9 @@ def draw_barcode(
 
     Raises:
         ImportError: without matplotlib.
+        TypeError: ``dims`` is no sequence.
         ValueError: values that are not ``(P, 2)``.
+        IndexError: an ``item`` outside the batch.
 
     Example:
         >>> import torch, pyloss
@@ -59,7 +61,13 @@ def draw_barcode(
         Stucki et al. arXiv 2211.15272.
     """
     pyplot = _pyplot()
+    dims = () if dims is None else dims
+    if not hasattr(dims, "__len__"):
+        raise TypeError(f"dims must be a sequence of integers or None, got {dims!r}")
     if hasattr(pairs, "values") and not isinstance(pairs, Tensor):
+        items = len(pairs.counts)
+        if item not in range(items):
+            raise IndexError(f"item must be in 0..{items - 1}, got {item}")
         mine = pairs.index[:, 0] == item
         values, dim_of = pairs.values[mine], pairs.index[mine, 1]
     else:
@@ -125,12 +133,13 @@ def draw_matching(
     min_persistence: float = 0.0,
     cmap: str = "gray",
     legend: bool = True,
+    axis: int = 0,
 ) -> Any:
     r"""Draws matched and unmatched features over an image and its target.
 
-    A feature is drawn by the voxels of its birth b (circle: dimension 0; square: dimension 1) and
-    its death d (cross), and by the voxels of a cycle that stands for it. Matched features have the
-    same colour on both sides, unmatched ones are red:
+    A feature is drawn by the voxels of its birth b (circle: dimension 0; square: dimension 1; in 3D
+    diamond: dimension 2) and its death d (cross), and by the voxels of a cycle that stands for it.
+    Matched features have the same colour on both sides, unmatched ones are red:
 
     .. math:: (b, d) \leftrightarrow (b', d')
 
@@ -139,8 +148,12 @@ def draw_matching(
     matching is: **superlevel** sets, the default of :func:`pyloss.betti_matching`, take bright
     voxels for foreground, sublevel sets dark ones.
 
+    A volume is looked through along one axis: of each line of sight the voxel is seen that enters
+    first, the brightest one of superlevel sets; features are drawn wherever they lie on it.
+
     Args:
-        image, target: ``(H, W)``, the pair that was matched; tensors or arrays.
+        image, target: ``(H, W)`` or ``(depth, H, W)``, the pair that was matched; tensors or
+            arrays.
         matching: :class:`pyloss.BettiMatching`, or what has its ``coordinates`` and, for the
             cycles, its ``representative_cycles``.
         ax: two matplotlib axes, for image and target, or one, for the image alone; None makes a
@@ -152,13 +165,16 @@ def draw_matching(
         min_persistence: only features with ``|b - d|`` above this, a matched one on either side.
         cmap: colour map of the images.
         legend: explain the marks, below the first image.
+        axis: that a volume is looked through along, 0 to 2.
 
     Returns:
         The axes, as given or made.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: an image that is not 2D, a target of another shape, unknown ``kind`` or ``dim``.
+        ValueError: an image that is not 2D or 3D, a target of another shape, unknown ``kind``,
+            ``dim`` or ``axis``.
+        IndexError: an ``item`` outside the batch.
 
     Example:
         >>> import torch, pyloss
@@ -171,15 +187,18 @@ def draw_matching(
     """
     pyplot = _pyplot()
     image, target = _tensor(image), _tensor(target)
-    if image.dim() != 2 or target.shape != image.shape:
+    if image.dim() not in (2, 3) or target.shape != image.shape:
         raise ValueError(
-            f"image and target must be 2D and of one shape, got {list(image.shape)} and "
+            f"image and target must be 2D or 3D and of one shape, got {list(image.shape)} and "
             f"{list(target.shape)}"
         )
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
-    if dim not in (None, 0, 1):
-        raise ValueError(f"dim must be 0, 1 or None, got {dim!r}")
+    dims = range(image.dim())
+    if dim is not None and dim not in dims:
+        raise ValueError(f"dim must be in 0..{len(dims) - 1} or None, got {dim!r}")
+    if axis not in range(3):
+        raise ValueError(f"axis must be 0, 1 or 2, got {axis!r}")
     if ax is None:
         ax = pyplot.subplots(1, 2, figsize=(9, 6.4), layout="constrained")[1]
     sides = [("input", image)]
@@ -190,13 +209,16 @@ def draw_matching(
             raise ValueError(f"ax must be one axes or two, got {len(axes)}")
     cycles = cycles and hasattr(matching, "representative_cycles")
     images = [x.detach().double().cpu() for x in (image, target)]
+    filtration = getattr(matching, "filtration", None)
+    view = _View(tuple(image.shape), axis, filtration)
 
-    for number, (axis, (which, picture)) in enumerate(zip(axes, sides)):
-        axis.imshow(picture.detach().double().cpu().numpy(), cmap=cmap, interpolation="nearest")
+    for number, (canvas, (which, _)) in enumerate(zip(axes, sides)):
+        picture = view.picture(images[number])
+        canvas.imshow(picture.numpy(), cmap=cmap, interpolation="nearest")
         shade = torch.zeros(*picture.shape, 4, dtype=torch.float64)
         drawn = {"matched": 0, "unmatched": 0}
         marked: set[str] = set()
-        for d in (0, 1) if dim is None else (dim,):
+        for d in dims if dim is None else (dim,):
             for group in ("unmatched", "matched"):  # the matched stay on top
                 if kind not in ("both", group):
                     continue
@@ -214,20 +236,39 @@ def draw_matching(
                         (cycle,) = matching.representative_cycles(
                             item, which=which, dim=d, kind=group, index=k
                         )
-                        _paint(shade, cycle, color)
-                    _mark(axis, dict(pairs)[number], d, color)
+                        _paint(shade, view.places(cycle.tolist()), color)
+                    for voxel, marker in zip(dict(pairs)[number], (_BIRTH_MARKERS[d], "X")):
+                        _mark(canvas, view.places([voxel]), marker, color)
                     marked |= {f"born {d}", "dead", group}
-        axis.imshow(shade.numpy(), interpolation="nearest")
+        canvas.imshow(shade.numpy(), interpolation="nearest")
         counts = ", ".join(f"{n} {group}" for group, n in drawn.items() if kind in ("both", group))
-        axis.set(title=f"{which}: {counts}", xticks=[], yticks=[])
-        if dim != 1 and _mark_oldest(axis, matching, item, number):
-            marked.add("oldest")
-        filtration = getattr(matching, "filtration", None)
+        canvas.set(title=f"{which}: {counts}", xticks=[], yticks=[])
+        if dim in (None, 0) and hasattr(matching, "essential"):
+            for row, col in view.places([matching.essential(item)[number].tolist()]):
+                canvas.scatter(col, row, zorder=3, **_OLDEST)
+                marked.add("oldest")
         if filtration is not None:
-            axis.set_xlabel(f"{filtration} sets: {_FIRST[filtration]} is foreground", fontsize=8)
+            canvas.set_xlabel(f"{filtration} sets: {_FIRST[filtration]} is foreground", fontsize=8)
         if legend and number == 0:
-            _explain(axis, marked)
+            _explain(canvas, marked, len(dims))
     return ax
+
+
+class _View:
+    """An image as it is, or a volume seen along an axis."""
+
+    def __init__(self, shape: tuple[int, ...], axis: int, filtration: str | None) -> None:
+        self.shape, self.axis, self.dark = shape, axis, filtration == "sublevel"
+
+    def picture(self, image: Tensor) -> Tensor:
+        if image.dim() == 2:
+            return image
+        return image.amin(self.axis) if self.dark else image.amax(self.axis)
+
+    def places(self, voxels: list[list[int]]) -> list[list[int]]:
+        """(row, col) of those that are not of the padding."""
+        kept = [a for a in range(len(self.shape)) if len(self.shape) == 2 or a != self.axis]
+        return [[voxel[a] for a in kept] for voxel in voxels if _inside(voxel, self.shape)]
 
 
 def _tensor(x: Any) -> Tensor:
@@ -270,34 +311,20 @@ def _length(image: Tensor, pair: Sequence[Sequence[int]]) -> float:
     return abs(birth - death)
 
 
-def _paint(shade: Tensor, cycle: Tensor, color: str) -> None:
+def _paint(shade: Tensor, places: list[list[int]], color: str) -> None:
     from matplotlib.colors import to_rgba
 
-    places = [voxel for voxel in cycle.tolist() if _inside(voxel, shade.shape[:2])]
     for row, col in places:
         shade[row, col] = torch.tensor(to_rgba(color, _SHADE), dtype=torch.float64)
 
 
-def _mark(axis, pair, dim: int, color: str) -> None:
-    shape = axis.images[0].get_array().shape
-    for voxel, marker in zip(pair, (_BIRTH_MARKERS[dim], "X")):
-        if _inside(voxel, shape):
-            style = dict(markersize=7, markeredgecolor="white", markeredgewidth=0.6)
-            axis.plot(voxel[1], voxel[0], marker, color=color, **style)
+def _mark(canvas, places: list[list[int]], marker: str, color: str) -> None:
+    for row, col in places:
+        style = dict(markersize=7, markeredgecolor="white", markeredgewidth=0.6)
+        canvas.plot(col, row, marker, color=color, **style)
 
 
-def _mark_oldest(axis, matching, item: int, number: int) -> bool:
-    """A star where the component that never dies is born; whether there is one to mark."""
-    if not hasattr(matching, "essential"):
-        return False
-    voxel = matching.essential(item)[number].tolist()
-    if not _inside(voxel, axis.images[0].get_array().shape):
-        return False
-    axis.scatter(voxel[1], voxel[0], zorder=3, **_OLDEST)
-    return True
-
-
-def _explain(axis, marked: set[str]) -> None:
+def _explain(canvas, marked: set[str], dims: int) -> None:
     """The legend of what was drawn."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -308,7 +335,8 @@ def _explain(axis, marked: set[str]) -> None:
 
     entries = {
         "born 0": (mark(_BIRTH_MARKERS[0]), "birth of a component"),
-        "born 1": (mark(_BIRTH_MARKERS[1]), "birth of a hole"),
+        "born 1": (mark(_BIRTH_MARKERS[1]), "birth of a hole" if dims == 2 else "birth of a loop"),
+        "born 2": (mark(_BIRTH_MARKERS[2]), "birth of a cavity"),
         "dead": (mark("X"), "death"),
         "oldest": (mark("*", 10, "#ffd700", "black"), "component that never dies"),
         "matched": (Patch(color=_MATCHED_COLORS[0]), "matched: the same colour on both sides"),
@@ -316,7 +344,7 @@ def _explain(axis, marked: set[str]) -> None:
     }
     shown = [entry for name, entry in entries.items() if name in marked]
     if shown:
-        axis.legend(
+        canvas.legend(
             *zip(*shown), loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, fontsize=7,
             frameon=False,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -42,7 +44,15 @@ ROWS = (
     refused(TypeError, "threshold must be a number, got str", BettiMatchingError, "otsu"),
     refused(ValueError, "normalize needs binarize=True",
             BettiMatchingError, normalize=True, binarize=False),
-    refused(NotImplementedError, "1 or 2 spatial dimensions", BettiNumberError, spatial_dims=3),
+    refused(ValueError, "spatial_dims must be 1, 2 or 3, got 4", BettiNumberError, spatial_dims=4),
+    refused(IndexError, "item must be in 0..1, got 2", MATCHING.coordinates, "matched", 2, 0),
+    refused(IndexError, "item must be in 0..1, got -1", MATCHING.essential, -1),
+    refused(TypeError, "dims must be a sequence of integers or None, got 0",
+            pyloss.betti_matching, X, MASK, dims=0),
+    refused(TypeError, "weight must be a sequence of numbers or None, got 2.0",
+            loss_of_a_matching, weight=2.0),
+    refused(ValueError, "padding must not be NaN", pyloss.BettiTarget.precompute, MASK,
+            padding=math.nan),
     refused(TypeError, "unexpected keyword argument 'reduction'", BettiNumberError, reduction="x"),
     refused(IndexError, "index must be that of one of", cycle, item=0, index=99),
     refused(IndexError, "bars, got -1", cycle, item=0, index=-1),
@@ -75,6 +85,8 @@ ROWS = (
     refused(ValueError, "alpha must be finite and >= 0, got -1", pyloss.BettiMatchingLoss,
             alpha=-1),
     refused(TypeError, "alpha must be a number, got str", pyloss.BettiMatchingLoss, alpha="x"),
+    refused(ValueError, "activation must keep the shape [2, 1, 6, 5], got [2, 6, 5]",
+            LOSS, X, MASK, activation=lambda t: t[:, 0]),
     # Numbers and bools of numpy
     accepted(LOSS, X, MASK, min_persistence=(np.float32(0.25), 0.25), weight=(np.ones(2), None),
              matched_weight=(np.int64(2), 2), unmatched_weight=(np.float64(0.5), 0.5),

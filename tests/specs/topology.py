@@ -18,6 +18,7 @@ from pyloss.testing import make_logits
 from specs._spec import BF16, F16, F32, F64, HALF, Bad, Empty, Sample, Spec
 
 SHAPE = (2, 2, 4, 3)
+VOLUME = (1, 2, 2, 3, 3)
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -78,9 +79,9 @@ def _reduced(each: Tensor, reduction: str) -> Tensor:
 def pairs_reference(input, spatial_dims=None, *, filtration="sublevel", dims=None, essential=False,
                     min_persistence=0.0):  # fmt: skip
     x, superlevel = _flat(input), filtration == "superlevel"
-    dims = [0, 1] if dims is None else dims
+    dims = range(x.dim() - 1) if dims is None else dims
     index = reference.persistence_pairs(x.detach(), superlevel, dims, essential)[:, :4]
-    none = torch.full_like(x[:1, 0, 0], -math.inf if superlevel else math.inf)
+    none = torch.full_like(x.flatten(1)[:1, 0], -math.inf if superlevel else math.inf)
     values = torch.stack([
         torch.cat([x.flatten(1)[i, v : v + 1] if v >= 0 else none for i, v in zip(index[:, 0], at)])
         for at in (index[:, 2], index[:, 3])
@@ -91,7 +92,8 @@ def pairs_reference(input, spatial_dims=None, *, filtration="sublevel", dims=Non
 
 def matching_reference(input, target, spatial_dims=None, *, filtration="superlevel", dims=None):
     x, y, superlevel = _flat(input), _flat(target.double()), filtration == "superlevel"
-    tables = reference.betti_matching(x.detach(), y.detach(), superlevel, dims or [0, 1])
+    every = list(range(x.dim() - 1))
+    tables = reference.betti_matching(x.detach(), y.detach(), superlevel, dims or every)
     terms = reference.betti_matching_loss(x, y, superlevel=superlevel, dims=dims)
     return (terms.sum((1, 2)), *(t[:, :w] for t, w in zip(tables, (6, 4, 4))))
 
@@ -147,14 +149,16 @@ def matching_error_reference(input, target, threshold=0.5, *, normalize=False, b
                              ):  # fmt: skip
     if not binarize:
         options = dict(include_background=include_background, reduction="none")
-        each = [loss_reference(input, target, dims=[d], **options) for d in range(2)]
+        spatial = range(input.dim() - 2)
+        each = [loss_reference(input, target, dims=[d], **options) for d in spatial]
         return _reduced(torch.stack(each, -1), reduction)
     x, y = ((t >= threshold).double() for t in _channels(input, target, include_background))
-    tables = reference.betti_matching(_flat(x), _flat(y), True, [0, 1])
-    error = torch.zeros(x.shape[0] * x.shape[1], 2, dtype=F64)
+    spatial = x.dim() - 2
+    tables = reference.betti_matching(_flat(x), _flat(y), True, list(range(spatial)))
+    error = torch.zeros(x.shape[0] * x.shape[1], spatial, dtype=F64)
     for rows in tables[1:]:
         error.index_put_((rows[:, 0], rows[:, 1]), torch.ones(len(rows), dtype=F64), True)
-    error = error.view(*x.shape[:2], 2)
+    error = error.view(*x.shape[:2], spatial)
     if not normalize:
         return _reduced(error, reduction)
     features, error = numbers_reference(y).sum(-1), error.sum(-1)
@@ -183,6 +187,7 @@ SPECS = (
             "dims": lambda: Sample(
                 dict(input=image(*SHAPE)), dict(dims=[0], min_persistence=0.2, spatial_dims=2)
             ),
+            "volume": lambda: Sample(dict(input=image(*VOLUME)), dict(filtration="superlevel")),
         },
         reference=pairs_reference,
         tensors=lambda pairs: pairs if isinstance(pairs, tuple) else (pairs.values, pairs.index),
@@ -196,7 +201,6 @@ SPECS = (
             Bad(TypeError, "input must be a Tensor", dict(input=[1.0])),
             Bad(ValueError, "spatial_dims", dict(input=X, spatial_dims=4)),
             Bad(ValueError, "at least 2 dim", dict(input=X[0, 0, 0], spatial_dims=2)),
-            Bad(NotImplementedError, "1 or 2 spatial", dict(input=X, spatial_dims=3)),
             Bad(ValueError, "construction", dict(construction="W")),
             Bad(ValueError, "'sublevel', 'superlevel'", dict(filtration="up")),
             Bad(ValueError, "real", dict(input=X.to(torch.complex64))),
@@ -209,6 +213,7 @@ SPECS = (
             "plain": two,
             "sublevel": lambda: two(filtration="sublevel", dims=[1]),
             "mask": lambda: two(mask=True, spatial_dims=2),
+            "volume": lambda: two(*VOLUME),
         },
         reference=matching_reference,
         tensors=lambda m: (
@@ -249,6 +254,7 @@ SPECS = (
             "one channel": lambda: without_channel(spatial_dims=2, reduction="none"),
             "frame": lambda: two(padding="foreground"),
             "frame, both": lambda: two(padding="foreground", filtration="both"),
+            "volume": lambda: two(*VOLUME, weight=(0.5, 2.0, 1.5), essential=True),
         },
         reference=loss_reference,
         gradients=("input", "target"),
@@ -264,7 +270,7 @@ SPECS = (
             Bad(ValueError, "same shape", dict(input=X, target=X[..., :3])),
             Bad(ValueError, "spatial size of 0", dict(input=X[..., :0], target=X[..., :0])),
             Bad(ValueError, r"must be \(N, C", dict(input=X[0, 0], target=X[0, 0])),
-            Bad(NotImplementedError, "1 or 2 spatial", dict(input=X[None], target=X[None])),
+            Bad(ValueError, "1, 2 or 3, got 4", dict(input=X[None, None], target=X[None, None])),
             Bad(IndexError, "Target 2 is out of bounds",
                 dict(target=torch.full((2, 4, 3), 2))),
             Bad(ValueError, "'sublevel', 'superlevel', 'both'", dict(filtration="up")),
@@ -308,6 +314,7 @@ SPECS = (
         samples={
             "plain": lambda: Sample(dict(mask=(image(*SHAPE) > 0.4).double())),
             "bool": lambda: Sample(dict(mask=image(1, 3, 5, 5) > 0.3), dict(spatial_dims=2)),
+            "volume": lambda: Sample(dict(mask=(image(1, 2, 3, 3, 3) > 0.2).double())),
         },
         reference=numbers_reference,
         result=torch.int64,
@@ -316,7 +323,7 @@ SPECS = (
         compile=NOT_COMPILED,
         errors=(
             Bad(TypeError, "mask must be a Tensor", dict(mask=[1.0])),
-            Bad(NotImplementedError, "1 or 2 spatial", dict(mask=X, spatial_dims=3)),
+            Bad(ValueError, "at least 3 dim", dict(mask=X[0, 0], spatial_dims=3)),
         ),
     ),
     Spec(
@@ -326,6 +333,7 @@ SPECS = (
             "plain": two,
             "labels": lambda: labels(include_background=False, threshold=0.25, reduction="none"),
             "sum": lambda: two(reduction="sum", threshold=0.7),
+            "volume": lambda: two(*VOLUME, reduction="none"),
             "one channel": lambda: without_channel(spatial_dims=2),
         },
         reference=number_error_reference,
@@ -347,6 +355,7 @@ SPECS = (
             "normalised": lambda: two(normalize=True, reduction="none"),
             "one channel": lambda: without_channel(spatial_dims=2, reduction="none"),
             "loss": lambda: two(binarize=False),
+            "volume": lambda: two(*VOLUME, reduction="none"),
             "labels": lambda: labels(include_background=False, threshold=0.25, reduction="sum"),
         },
         reference=matching_error_reference,

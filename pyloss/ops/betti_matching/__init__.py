@@ -1,4 +1,4 @@
-"""Persistence pairs, Betti matching and its loss, of images of one or two dimensions.
+"""Persistence pairs, Betti matching and its loss, of images of one to three dimensions.
 
     betti_loss_fused     loss terms and the gradient of the input; static shapes, no host sync
     betti_matching       tables of the matched and the unmatched bars
@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss import backends
 from pyloss.ops._empty import scaled
 from pyloss.ops._launch import constants
 from pyloss.ops._reference import gradients
@@ -30,7 +31,8 @@ from pyloss.ops.betti_matching.records import (
     common_dtype,
     dim_weights,
     pair,
-    wanted,
+    weighty,
+    weighty_dims,
 )
 
 
@@ -98,8 +100,13 @@ def _dense(input, target, superlevel, dims, essential):
 
 
 def _room(input: Tensor) -> int:
-    """As many bars as an image can have: fewer than voxels in each dimension, and the oldest."""
-    return (input.dim() - 1) * math.prod(input.shape[1:]) + 1
+    """As many bars as an image can have, and the oldest component.
+
+    Each is born by a cell: of n voxels fewer than n vertices, n facets of top cells, and in 3D
+    2 n edges.
+    """
+    spatial = input.dim() - 1
+    return (1, 2, 4)[spatial - 1] * math.prod(input.shape[1:]) + 1
 
 
 def _dense_fake(input, target, superlevel, dims, essential):
@@ -126,15 +133,17 @@ define_op(
 torch.library.register_vmap("pyloss::betti_matching_dense", _dense_vmap, lib=lib)
 
 
-def _dense_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
+def _dense_terms(input: Tensor, target: Tensor, o: Options, target_weight: float) -> Tensor:
     """As :func:`composed_terms`, in operations that every transform of torch.func knows."""
     x, y = pair(input, target)
     spatial = x.dim() - 2
-    dims = [d for d in wanted(int(o.dims)) if d < spatial]
     a, b = x.flatten(0, 1), y.flatten(0, 1)
-    tables = _ops.betti_matching_dense(
-        a.detach(), b.detach(), bool(o.superlevel), dims, bool(o.essential)
-    )
+    tables = weighty(
+        o, target_weight,
+        _ops.betti_matching_dense(
+            a.detach(), b.detach(), bool(o.superlevel), weighty_dims(o, spatial), bool(o.essential)
+        ),
+    )  # fmt: skip
     columns = reference.formulas().dense_loss_terms(
         a.flatten(1), b.flatten(1), *tables, dim_count=spatial, **reference.terms_options(o)
     )
@@ -162,19 +171,20 @@ def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:
     return torch.where(weights == 0, 0.0, terms * weights).sum((2, 3))
 
 
-def composed_terms(input: Tensor, target: Tensor, o: Options) -> Tensor:
-    """The loss terms (N, C, D, 3) as torch operations on the matching's rows."""
+def composed_terms(input: Tensor, target: Tensor, o: Options, target_weight: float) -> Tensor:
+    """The loss terms (N, C, D, 3) as torch operations on the matching's rows; 0 where the weight
+    is 0."""
     x, y = pair(input, target)
     spatial = x.dim() - 2
-    dims = [d for d in wanted(int(o.dims)) if d < spatial]
+    dims = weighty_dims(o, spatial)
     with torch.no_grad():
         a, b = x.detach().flatten(0, 1), y.detach().flatten(0, 1)
-        matched, left_input, left_target = _ops.betti_matching(a, b, bool(o.superlevel), dims)
+        tables = list(_ops.betti_matching(a, b, bool(o.superlevel), dims))
         if o.essential and 0 in dims:
             rows = reference.formulas().essential_rows(a, b, bool(o.superlevel))
-            matched = torch.cat([matched, rows.to(matched.device)])
+            tables[0] = torch.cat([tables[0], rows.to(tables[0].device)])
     terms = loss_terms(
-        x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), matched, left_input, left_target,
+        x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), *weighty(o, target_weight, tables),
         dim_count=spatial, **reference.terms_options(o),
     )  # fmt: skip
     return terms.view(*x.shape[:2], spatial, TERMS)
@@ -192,10 +202,10 @@ class _BettiLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         input, target, grad = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the loss again, in operations that have one
-            o = Options(*ctx.numbers)
+            o, w = Options(*ctx.numbers), ctx.target_weight
 
             def loss(input):
-                return _total(composed_terms(input, target, o), o, ctx.target_weight)
+                return _total(composed_terms(input, target, o, w), o, w)
 
             (found,) = gradients(loss, [input], [upstream], create_graph=True)
             # None: no bar, and so nothing that depends on the input.
@@ -217,9 +227,11 @@ def betti_loss(input: Tensor, target: Tensor, options: Options, target_weight: f
     """Loss of each item and channel (N, C), of checked arguments."""
     grad_mode = torch.is_grad_enabled()
     if functorch_active():
-        return _total(_dense_terms(input, target, options), options, target_weight)
+        terms = _dense_terms(input, target, options, target_weight)
+        return _total(terms, options, target_weight)
     if (grad_mode and target.requires_grad) or forward_ad_active():
-        return _total(composed_terms(input, target, options), options, target_weight)
+        terms = composed_terms(input, target, options, target_weight)
+        return _total(terms, options, target_weight)
     if grad_mode and input.requires_grad:
         return _BettiLoss.apply(input, target, _numbers(options, True), target_weight)
     terms, _ = _ops.betti_loss_fused(input, target, _numbers(options, False))
@@ -244,3 +256,13 @@ def essential_rows(input: Tensor, target: Tensor, superlevel: bool) -> Tensor:
 def loss_terms(*args, **options) -> Tensor:
     """The loss terms of a matching's rows, as torch operations."""
     return reference.formulas().loss_terms(*args, **options)
+
+
+def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
+    """Edges of a loop for each square of 3D that is the death of a bar of dimension 1.
+
+    Args:
+        image: ``(depth, rows, cols)``, filtration values.
+    """
+    kernels = reference if backends.forced() == "reference" else cpu
+    return kernels.loops(image, squares)

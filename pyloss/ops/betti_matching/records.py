@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Options(NamedTuple):
     matched_weight: float
     unmatched_weight: float
     dim_weight0: float
-    dim_weight1: float
+    dim_weight1: float = 1.0  # of dimensions that an image does not have: unused
     dim_weight2: float = 1.0
 
 
@@ -71,6 +72,17 @@ def pair(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def wanted(mask: int) -> list[int]:
     """The dimensions of a mask."""
     return [d for d in range(3) if mask >> d & 1]
+
+
+def weighty_dims(o: Options, spatial: int) -> list[int]:
+    """The dimensions that are wanted and have a weight."""
+    return [d for d in wanted(int(o.dims)) if d < spatial and dim_weights(o)[d] != 0]
+
+
+def weighty(o: Options, target_weight: float, tables: Sequence[Tensor]) -> list[Tensor]:
+    """Tables of rows without those of weight 0: 0 times an infinite slope would be NaN."""
+    weights = (o.matched_weight, o.unmatched_weight, target_weight)
+    return [t if w != 0 else t[..., :0, :] for t, w in zip(tables, weights)]
 
 
 def mask_of(dims: list[int]) -> int:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from pyloss import backends
 from pyloss.ops.betti_matching import cpu
-from pyloss.ops.betti_matching.records import TERMS, Options, dim_weights, pair, wanted
+from pyloss.ops.betti_matching.records import (
+    TERMS,
+    Options,
+    dim_weights,
+    pair,
+    wanted,
+    weighty,
+    weighty_dims,
+)
 
 
 def formulas():
@@ -40,18 +48,29 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
     o = Options(*options)
     x, y = pair(input, target)
     spatial = x.dim() - 2
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        terms = formulas().betti_matching_loss(
-            leaf.flatten(0, 1), y.flatten(0, 1), essential=bool(o.essential),
-            dims=[d for d in wanted(int(o.dims)) if d < spatial], **terms_options(o),
-        )  # fmt: skip
-        weight = terms.new_tensor(dim_weights(o)[:spatial]).unsqueeze(1)
-        scale = terms.new_tensor([o.matched_weight, o.unmatched_weight, 0.0])
-        grad = input.new_empty((0,))
-        if o.want_grad:
-            (grad,) = torch.autograd.grad((terms * weight * scale).sum(), leaf)
-    return terms.detach().view(*x.shape[:2], spatial, TERMS), grad.to(input.dtype)
+    f, dims = formulas(), [d for d in wanted(int(o.dims)) if d < spatial]
+    a, b = x.flatten(0, 1), y.flatten(0, 1)
+    tables = list(f.betti_matching(a, b, bool(o.superlevel), dims))
+    if o.essential and 0 in dims:
+        tables[0] = torch.cat([tables[0], f.essential_rows(a, b, bool(o.superlevel))])
+    tables = [t.to(x.device) for t in tables]
+
+    def terms(image, tables):
+        options = dict(dim_count=spatial, **terms_options(o))
+        return f.loss_terms(image.flatten(1), b.flatten(1), *tables, **options)
+
+    grad = input.new_empty((0,))
+    if o.want_grad:
+        counted = weighty(o, 0.0, tables)
+        for d in set(wanted(int(o.dims))) - set(weighty_dims(o, spatial)):
+            counted = [t[t[:, 1] != d] for t in counted]
+        weight = a.new_tensor(dim_weights(o)[:spatial]).unsqueeze(1)
+        scale = a.new_tensor([o.matched_weight, o.unmatched_weight, 0.0])
+        with torch.enable_grad():
+            leaf = a.detach().requires_grad_()
+            total = (terms(leaf, counted) * weight * scale).sum()
+            grad = torch.autograd.grad(total, leaf)[0].view_as(x)
+    return terms(a, tables).view(*x.shape[:2], spatial, TERMS), grad.to(input.dtype)
 
 
 def matching(
@@ -61,6 +80,10 @@ def matching(
         return cpu.elsewhere(cpu.matching)(input, target, superlevel, dims)
     found = formulas().betti_matching(*pair(input, target), superlevel, dims)
     return tuple(t.to(input.device) for t in found)
+
+
+def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
+    return formulas().loops(image, squares)
 
 
 def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
