@@ -61,6 +61,23 @@ void ask_ahead(const Forest<K>& f, const K* keys, uint32_t i) {
   if (i + kAhead < f.count) __builtin_prefetch(keys + (f.edge[i + kAhead] >> 1));
 }
 
+// The voxel that carries an edge's value, and the value; of equal ones the last. Without branches,
+// which could not be predicted.
+template <class K>
+struct Carrier {
+  uint32_t voxel;
+  K key;
+
+  Carrier(const K* keys, const Grid& g, uint32_t e) : voxel(e >> 1), key(keys[voxel]) {
+    see(keys, g.second_end(e));
+  }
+  void see(const K* keys, uint32_t v) {
+    const K other = keys[v];
+    voxel = other >= key ? v : voxel;
+    key = std::max(key, other);
+  }
+};
+
 // The bars of dimension 0 in the order of their births; `number`, where asked for, receives those
 // of the roots.
 template <class K>
@@ -72,11 +89,11 @@ void list_bars(const Forest<K>& f, const K* keys, const Grid& g, uint32_t oldest
     if (number) number[i] = kNone;
     const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
     if (v == oldest) continue;
-    const uint32_t p = e >> 1, q = g.second_end(e), last = keys[p] > keys[q] ? p : q;
-    if (keys[last] == keys[v]) continue;
+    const Carrier<K> last(keys, g, e);
+    if (last.key == key_of_age<K>(f.age[i])) continue;
     if (number) number[i] = uint32_t(bars.size());
     const uint32_t birth = g.flat(v);
-    bars.push_back({birth, g.flat_edge(e), birth, g.flat(last)});
+    bars.push_back({birth, g.flat_edge(e), birth, g.flat(last.voxel)});
   }
 }
 
@@ -88,14 +105,13 @@ void list_square_bars(const Forest<K>& f, const K* keys, const Grid& g, std::vec
   for (uint32_t i = 1; i < f.count; ++i) {
     ask_ahead(f, keys, i);
     const uint32_t s = uint32_t(f.age[i]), e = f.edge[i];
-    const uint32_t p = e >> 1, q = g.second_end(e), first = keys[p] > keys[q] ? p : q;
-    if (keys[first] == key_of_age<K>(f.age[i])) continue;
-    uint32_t top = s;
-    for (const uint32_t v : {s + 1, s + g.pitch, s + g.pitch + 1}) {
-      if (keys[v] >= keys[top]) top = v;
-    }
+    const Carrier<K> first(keys, g, e);
+    if (first.key == key_of_age<K>(f.age[i])) continue;
+    Carrier<K> top(keys, g, 2 * s + 1);
+    top.see(keys, s + g.pitch);
+    top.see(keys, s + g.pitch + 1);
     pair(i, uint32_t(bars.size()));
-    bars.push_back({g.flat_edge(e), g.flat(s), g.flat(first), g.flat(top)});
+    bars.push_back({g.flat_edge(e), g.flat(s), g.flat(first.voxel), g.flat(top.voxel)});
   }
 }
 
