@@ -299,22 +299,25 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
   planes.voxels.count = vertices;
   planes.squares.count = peaks;
   planes.rest_count = rest;
+}
 
-  for (uint32_t row = 1; row <= g.rows; ++row) {
+void fill_codes(const Walks& walks, const Grid& g) {
+  uint8_t* const code = walks.code.get();
+  std::fill_n(code, g.pitch, kOutside);
+  std::fill_n(code + (g.rows + 1) * g.pitch, g.pitch, kOutside);
+  for (uint32_t i = 0; i < g.rows; ++i) {
+    // In the order of runs: upwards they continue those above, downwards those below.
+    const uint32_t row = walks.squares ? g.rows - i : i + 1;
     for (uint32_t w = 0; w < g.words; ++w) {
       const uint32_t at = row * g.words + w;
-      const Directions& d = planes.voxels.directions[at];
-      uint8_t* const to = planes.voxels.code.get() + 64 * size_t(at);
-      write_codes(d, Grid::below(w, g.cols), d.up, d.down, to - g.pitch, to);
-    }
-  }
-  for (uint32_t row = g.rows; row > 0; --row) {
-    for (uint32_t w = 0; w < g.words; ++w) {
-      const uint32_t at = row * g.words + w;
-      const Directions& d = planes.squares.directions[at];
-      uint8_t* const to = planes.squares.code.get() + 64 * size_t(at);
-      const uint64_t cells = row == g.rows ? 0 : Grid::below(w, g.cols - 1);
-      write_codes(d, cells, d.down, d.up, to + g.pitch, to);
+      const Directions& d = walks.directions[at];
+      uint8_t* const to = code + 64 * size_t(at);
+      if (walks.squares) {
+        const uint64_t cells = row == g.rows ? 0 : Grid::below(w, g.cols - 1);
+        write_codes(d, cells, d.down, d.up, to + g.pitch, to);
+      } else {
+        write_codes(d, Grid::below(w, g.cols), d.up, d.down, to - g.pitch, to);
+      }
     }
   }
 }
@@ -455,4 +458,25 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
     }
   }
   return n;
+}
+
+void find_sides(const Planes& planes, const Grid& g, Item* items, uint32_t n) {
+  const Finder find(planes.squares, g);
+  const uint32_t side[2] = {1, g.pitch};
+  uint32_t which[512];
+  for (uint32_t begin = 0; begin < n; begin += 512) {
+    const uint32_t end = std::min(begin + 512, n);
+    uint32_t count = 0;
+    for (uint32_t i = begin; i < end; ++i) {
+      which[count] = i;
+      count += (items[i].b == kCycle) | (items[i].b == kOther);
+    }
+    for (uint32_t i = 0; i < count; ++i) {
+      Item& x = items[which[i]];
+      const bool event = x.b == kOther;
+      const uint32_t p = x.cell >> 1;
+      x.a = find(event ? x.cell : p - side[x.cell & 1]);
+      x.b = event ? kOther : find(p);
+    }
+  }
 }
