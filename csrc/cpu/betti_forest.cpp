@@ -341,7 +341,8 @@ uint32_t ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
       if (kLabels) {
         for (int k = 0; k < 2; ++k) {
           __builtin_prefetch(f.label[k].get() + far.a);
-          if (far.b < kOther) __builtin_prefetch(f.label[k].get() + far.b);
+          __builtin_prefetch(far.b == kEvent ? static_cast<const void*>(keys[k] + far.cell)
+                                             : f.label[k].get() + far.b);
         }
       }
     }
