@@ -4,6 +4,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/union_find.h"
+
 namespace pyloss {
 namespace cpu {
 namespace betti_forest {
@@ -11,17 +13,6 @@ namespace {
 
 // How many items ahead the loops in value order ask for memory: all of it is random access.
 constexpr uint32_t kAhead = 16;
-
-inline uint32_t find(uint32_t* parent, uint32_t x) {
-  uint32_t up = parent[x];
-  while (up != x) {
-    const uint32_t next = parent[up];
-    parent[x] = next;
-    x = next;
-    up = parent[x];
-  }
-  return x;
-}
 
 template <class K>
 K square_key(const K* keys, const Grid& g, uint32_t s) {
@@ -352,7 +343,7 @@ uint32_t ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
       if (x.b == kOther) {
         order[cycle++] = at;
       } else if (kLabels) {
-        const uint32_t root = find(parent, x.a);
+        const uint32_t root = find_root(parent, x.a);
         for (int k = 0; k < 2; ++k) {
           Age<K>& label = f.label[k][root];
           label = std::min(label, age_of(keys[k][x.cell], x.cell));
@@ -360,7 +351,7 @@ uint32_t ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
       }
       continue;
     }
-    const uint32_t a = find(parent, x.a), b = find(parent, x.b);
+    const uint32_t a = find_root(parent, x.a), b = find_root(parent, x.b);
     const bool a_dies = age[a] > age[b];
     const uint32_t dead = a_dies ? a : b, live = a_dies ? b : a;
     order[cycle] = at;
@@ -397,11 +388,11 @@ void descending(Forest<K>& f, const Grid& g, const Sortable<K>* order, const Ite
     }
     const Item& x = items[order[i].item];
     if (kLabels && x.b == kOther) {
-      Age<K>& label = f.label[0][find(parent, x.a)];
+      Age<K>& label = f.label[0][find_root(parent, x.a)];
       label = std::max(label, age_of(square_key(keys, g, x.cell), x.cell));
       continue;
     }
-    const uint32_t a = find(parent, x.a), b = find(parent, x.b);
+    const uint32_t a = find_root(parent, x.a), b = find_root(parent, x.b);
     const bool a_dies = age[a] < age[b];
     const uint32_t dead = a_dies ? a : b, live = a_dies ? b : a;
     parent[dead] = live;

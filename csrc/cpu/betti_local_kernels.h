@@ -353,19 +353,19 @@ struct Finder {
   uint8_t* code;
   const Roots* roots;
   uint32_t* kept;
-  int32_t offset[256];  // by code; 0 where a walk stops
+  uint32_t offset[256];  // by code, modulo 2^32; 0 where a walk stops
 
   Finder(const Walks& w, const Grid& g)
       : code(w.code.get()), roots(w.roots.get()), kept(w.kept.get()) {
-    const int32_t run = w.squares ? int32_t(g.pitch) : -int32_t(g.pitch);
+    const uint32_t run = w.squares ? g.pitch : 0 - g.pitch;
     offset[kStop] = offset[kOutside] = 0;
     offset[kRight] = 1;
-    offset[kLeft] = -1;
-    offset[kUpLeft] = -int32_t(g.pitch) - 1;
-    offset[kVertical] = -run;
-    for (int i = kRun; i < 256; ++i) offset[i] = run * (i - kRun + 1);
+    offset[kLeft] = uint32_t(-1);
+    offset[kUpLeft] = 0 - g.pitch - 1;
+    offset[kVertical] = 0 - run;
+    for (uint32_t i = kRun; i < 256; ++i) offset[i] = run * (i - kRun + 1);
   }
-  PYLOSS_INLINE uint32_t step(uint32_t v) const { return v + uint32_t(offset[code[v]]); }
+  PYLOSS_INLINE uint32_t step(uint32_t v) const { return v + offset[code[v]]; }
   PYLOSS_INLINE uint32_t number(uint32_t v) const {
     const Roots& r = roots[v >> 6];
     const uint64_t bit = uint64_t(1) << (v & 63);
