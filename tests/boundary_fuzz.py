@@ -448,11 +448,14 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     def flag() -> Field:
         return Field([0, 1], [2, -1, *HUGE])
 
-    def problem(x: Field, target: Field, dtype: Field, items=OUTER, shape=(CLASSES, INNER)) -> list:
+    def problem(
+        x: Field, target: Field, dtype: Field, shape: tuple[int, ...] = (CLASSES, INNER), **rest
+    ) -> list[Any]:
+        want = rest.get("want", list(range(8)))
         return record(
             *(*op, "Problem"),
-            **dict(items=size(items), shape=[size(n) for n in shape]),
-            **dict(want=Field(list(range(8)), [-1, 8, *HUGE]), superlevel=flag()),
+            **dict(items=size(rest.get("items", OUTER)), shape=[size(n) for n in shape]),
+            **dict(want=Field(want, [-1, 8, *HUGE]), superlevel=flag()),
             **dict(input=x, input_dtype=dtype, target=target, target_dtype=dtype),
         )
 
@@ -466,12 +469,33 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
     grad = Field([0, buffers["grad"].address], NOWHERE)
     # As above: a host address would be a valid number on a device.
     on_device = problem(none, none, code(0, 1))
-    volume = problem(address(buffers["x"]), none, code(0, 1), 1, (OUTER, CLASSES, INNER))
+    rows = record(*op, "Rows", counts=[size(OUTER)] * 3, addresses=[none] * 3)
+    images = address(buffers["x"]), address(buffers["target"])
+    volumes = problem(*images, code(0, 1), (2, 3, INNER), want=[2])
+    residue = record(  # the first square of the first item, twice
+        *(*op, "Residue"),
+        **dict(rank=address(buffers["weight"]), tree=address(buffers["token_weight"])),
+        **dict(names=address(buffers["index"]), count=size(2)),
+    )
+    sizes = (OUTER, CLASSES, INNER)
+    volume = problem(images[0], none, code(0, 1), sizes, items=1)
+    pair = problem(*images, code(0, 1), sizes, items=1)
     return {
+        "betti_loss_of_residue": [
+            *(volumes, options, residue, address(buffers["loss"]), grad, THREADS)
+        ],
+        "betti_matching_of_residue": [volumes, residue, THREADS],
+        "persistence_pairs_of_residue": [volumes, residue, THREADS],
+        "cuda_betti_group": [on_device, none],
+        "cuda_betti_prefix_bytes": [on_device, none],
+        "cuda_betti_columns": [on_device, *[none] * 5],
+        "cuda_betti_column_keys": [on_device, size(2), *[none] * 6],
         "cuda_betti_loss": [on_device, options, *[none] * 6],
+        "cuda_betti_pairs": [on_device, flag(), *[none] * 5],
+        "cuda_betti_rows": [on_device, rows, *[none] * 4],
         "betti_loops": [volume, address(buffers["index"]), size(2)],
         "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
-        "betti_matching": [here, THREADS],
+        "betti_matching": [pair, THREADS],
         "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
     }
 

@@ -16,8 +16,22 @@ import torch  # noqa: E402
 
 import pyloss  # noqa: E402
 from pyloss import functional as F  # noqa: E402
+from pyloss.ops.betti_matching import cuda as betti_cuda  # noqa: E402
+from pyloss.ops.betti_matching import volumes as betti_volumes  # noqa: E402
 
 torch.manual_seed(0)
+betti_volumes.SMALLEST = betti_volumes.FEW = 0  # no volume is the host's alone
+groups_of = betti_cuda._groups
+
+
+def groups(images, *rest):
+    """Volumes one by one."""
+    if images[0].dim() < 4:
+        return groups_of(images, *rest)
+    return ((i, slice(i, i + 1)) for i in range(len(images[0])))
+
+
+betti_cuda._groups = groups
 
 
 def with_gradients(loss, *inputs):
@@ -47,6 +61,13 @@ def steps_of_lion_k(*parameters):
     return [p.detach() for p in moved]
 
 
+def bars(x, y):
+    """All tables of a matching, and of the bars of one image."""
+    dims = list(range(x.dim() - 1))
+    tables = torch.ops.pyloss.betti_matching(x, y, True, dims)
+    return [*tables, torch.ops.pyloss.persistence_pairs(x, False, dims, True)]
+
+
 def problems():
     """name -> a function without arguments that returns tensors."""
     rows, labels = torch.randn(5, 40), torch.randint(40, (5,))
@@ -55,6 +76,11 @@ def problems():
     words = torch.randint(11, (7,))
     scores = torch.randn(3, 12)
     a, b = torch.rand(2, 1, 6, 7), (torch.rand(2, 1, 6, 7) > 0.5).float()
+    volumes = (4 * torch.rand(2, 1, 1, 3, 4, 3)).floor()
+
+    def betti_of_volumes(x):
+        """With columns that are left to the host, and with all of dimension 1 there."""
+        return tuple(pyloss.betti_matching_loss(x, volumes[1], dims=d) for d in (None, [0, 1]))
 
     def of(function, *inputs):
         return lambda: with_gradients(function, *inputs)
@@ -85,6 +111,9 @@ def problems():
         "margin shift": of(lambda x: F.margin_shift(x, x.flip(1), labels), rows),
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
+        "betti, bars": lambda: bars((5 * a.flatten(0, 1)).floor(), b.flatten(0, 1)),
+        "betti, volumes": of(betti_of_volumes, volumes[0]),
+        "betti, bars of volumes": lambda: bars(*volumes.flatten(1, 2)),
         "optimizer": lambda: steps_of_lion_k(hidden, weight),
     }
 

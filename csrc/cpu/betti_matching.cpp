@@ -1,7 +1,8 @@
 // Betti matching on the CPU, whatever the dimension of the images: batches, loss and rows.
 //
 //     pairs   the bars of images I, T and M = min(I, T) and their matching, per item:
-//             betti_image.h (1D, 2D), betti_volume.h (3D)
+//             betti_image.h (1D, 2D), betti_volume.h (3D), and of dimension 1 of 3D, where a device
+//             has found the others, betti_volume_residue.h
 //     loss    values at the voxels of the bars; the gradient is scattered to the same voxels
 //
 // Parallel: over the items of the batch where there are as many as threads, else within an item.
@@ -17,6 +18,7 @@
 #include "cpu/betti_image.h"
 #include "cpu/betti_item.h"
 #include "cpu/betti_volume.h"
+#include "cpu/betti_volume_residue.h"
 #include "cpu/parallel.h"
 
 namespace pyloss {
@@ -31,14 +33,23 @@ int64_t voxels_of(const Problem& batch) {
 }
 
 template <class R>
-ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
+ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab,
+                      const ReducedResidue* residue) {
+  if (residue) return residue->match(item);
   return batch.dims == 3 ? match_volume<R>(batch, item, threads, slab)
                          : match_image<R>(batch, item, threads, slab);
 }
 template <class R>
-ItemResult bars_of_item(const Problem& batch, int64_t item, Slab& slab) {
+ItemResult bars_of_item(const Problem& batch, int64_t item, Slab& slab,
+                        const ReducedResidue* residue) {
+  if (residue) return residue->match(item);
   return batch.dims == 3 ? bars_of_volume<R>(batch, item, slab)
                          : bars_of_image<R>(batch, item, slab);
+}
+
+std::unique_ptr<ReducedResidue> reduced_of(const Problem& batch, const BettiResidue* residue,
+                                           int threads) {
+  return residue ? std::make_unique<ReducedResidue>(batch, *residue, threads) : nullptr;
 }
 
 // The scratch memory of small images is kept by each thread: to map it anew takes longer than the
@@ -141,10 +152,11 @@ void loss_of_item(const Problem& batch, const Options& o, int64_t item, const It
 }
 
 template <class R>
-void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* grad, int threads) {
+void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* grad, int threads,
+                   const ReducedResidue* residue) {
   const int64_t n = voxels_of(batch), terms = batch.dims * betti::kTerms;
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
-    const ItemResult found = match_item<R>(batch, item, within, slab);
+    const ItemResult found = match_item<R>(batch, item, within, slab, residue);
     loss_of_item(batch, options, item, found, loss + item * terms,
                  grad ? grad + item * n : nullptr);
   });
@@ -233,26 +245,34 @@ std::vector<T> joined(std::vector<std::vector<T>>& parts) {
   return all;
 }
 
-ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab) {
-  return batch.input_dtype == DType::kF64 ? match_item<double>(batch, item, threads, slab)
-                                          : match_item<float>(batch, item, threads, slab);
+ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& slab,
+                      const ReducedResidue* residue) {
+  return batch.input_dtype == DType::kF64 ? match_item<double>(batch, item, threads, slab, residue)
+                                          : match_item<float>(batch, item, threads, slab, residue);
 }
 
 }  // namespace
 
-void betti_loss(const Problem& batch, const Options& options, void* loss, void* grad, int threads) {
+void betti_loss(const Problem& batch, const Options& options, void* loss, void* grad, int threads,
+                const BettiResidue* given) {
+  const auto reduced = reduced_of(batch, given, threads);
+  const ReducedResidue* residue = reduced.get();
   if (batch.input_dtype == DType::kF64) {
-    loss_of_batch(batch, options, static_cast<double*>(loss), static_cast<double*>(grad), threads);
+    loss_of_batch(batch, options, static_cast<double*>(loss), static_cast<double*>(grad), threads,
+                  residue);
   } else {
-    loss_of_batch(batch, options, static_cast<float*>(loss), static_cast<float*>(grad), threads);
+    loss_of_batch(batch, options, static_cast<float*>(loss), static_cast<float*>(grad), threads,
+                  residue);
   }
 }
 
-BettiRows betti_matching(const Problem& batch, int threads) {
+BettiRows betti_matching(const Problem& batch, int threads, const BettiResidue* given) {
+  const auto reduced = reduced_of(batch, given, threads);
+  const ReducedResidue* residue = reduced.get();
   const Numbers at(batch);
   std::vector<std::vector<int64_t>> matched(batch.items), input(batch.items), target(batch.items);
   over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
-    const ItemResult found = match_item(batch, item, within, slab);
+    const ItemResult found = match_item(batch, item, within, slab, residue);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const BarNumbers numbers{at, d};
@@ -271,13 +291,16 @@ BettiRows betti_matching(const Problem& batch, int threads) {
   return {joined(matched), joined(input), joined(target)};
 }
 
-std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int threads) {
+std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int threads,
+                                       const BettiResidue* given) {
+  const auto reduced = reduced_of(batch, given, threads);
+  const ReducedResidue* residue = reduced.get();
   const Numbers at(batch);
   std::vector<std::vector<int64_t>> pairs(batch.items);
   over_items(batch, threads, [&](int64_t item, int, Slab& slab) {
     const ItemResult found = batch.input_dtype == DType::kF64
-                                 ? bars_of_item<double>(batch, item, slab)
-                                 : bars_of_item<float>(batch, item, slab);
+                                 ? bars_of_item<double>(batch, item, slab, residue)
+                                 : bars_of_item<float>(batch, item, slab, residue);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const BarNumbers numbers{at, d};

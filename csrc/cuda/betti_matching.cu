@@ -116,7 +116,7 @@ template <class R, class K>
 __device__ K checked_key(const BettiWork& w, const Images& m, u32 image, u32 i) {
   const R x = image_value<R>(m, image, u64(m.first) * w.n + i);
   if (x == x) return K(betti::filtration_key(x, m.superlevel));
-  store_relaxed(w.nan + i / w.n, 1u);
+  store_relaxed(w.nan + image * w.items + i / w.n, 1u);
   return K(~K{0} - 1);
 }
 
@@ -175,27 +175,31 @@ __global__ void __launch_bounds__(kThreads) betti_clear_kernel(u32* data, u64 wo
 
 // ---- Loss --------------------------------------------------------------------------------------
 
-struct Bar {
-  u32 birth, death;  // voxels
+// Slopes by cell, (2, items, cells): vertices; edges (twice n) and squares in 2D, where an edge
+// ends a bar of dimension 0 or begins one of dimension 1, never both; edges, squares (three times n
+// each) and cubes in 3D.
+struct SlopesAt {
+  u32 vertices, edges, joints, tops, cells;  // joints: of a dual run
 };
-
-__device__ Bar bar_voxels(const BettiWork& w, const u32* rank, u32 dim, u32 slot, u32 edge) {
-  const u32 at_edge = betti::edge_voxel(w.grid, rank, edge);
-  if (dim == 0) return {slot, at_edge};
-  return {at_edge, betti::square_voxel(w.grid, rank, slot)};
+PYLOSS_HD SlopesAt slopes_at(u32 n, u32 axes) {
+  return axes == 2 ? SlopesAt{0, n, n, 3 * n, 4 * n} : SlopesAt{0, n, 4 * n, 7 * n, 8 * n};
 }
-
-// Slopes by cell, (2, items, 4 n): vertices, edges (twice n), squares. An edge ends a bar of
-// dimension 0 or begins one of dimension 1, never both.
 template <class R>
 __device__ R* slopes_of(const BettiWork& w, u32 image, u32 item) {
-  return reinterpret_cast<R*>(w.room_a) + (u64(image) * w.items + item) * 4 * w.n;
+  const u32 cells = slopes_at(w.n, w.space.axes).cells;
+  return reinterpret_cast<R*>(w.room_a) + (u64(image) * w.items + item) * cells;
 }
 template <class R>
 __device__ void set_slopes(const BettiWork& w, R* slopes, u32 dim, u32 slot, u32 edge, R birth,
                            R death) {
-  slopes[dim == 0 ? slot : 3 * w.n + slot] = dim == 0 ? birth : death;
-  slopes[w.n + edge] = dim == 0 ? death : birth;
+  const SlopesAt at = slopes_at(w.n, w.space.axes);
+  slopes[(dim == 0 ? at.vertices : at.tops) + slot] = dim == 0 ? birth : death;
+  slopes[(dim == 0 ? at.edges : at.joints) + edge] = dim == 0 ? death : birth;
+}
+
+// An item with NaN in one of its images.
+__device__ bool spoiled(const BettiWork& w, u32 item) {
+  return (w.nan[item] | w.nan[w.items + item]) != 0;
 }
 
 template <class R>
@@ -208,7 +212,7 @@ struct Loss {
 // Block (b, item * dims + d): part of the slots of a row. Both halves of a matched bar are found
 // twice, once from either side; its term is counted from the input's.
 template <class R>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 4)
     betti_loss_kernel(BettiWork w, Images m, Loss<R> l, double* partial) {
   __shared__ double shared[betti::kTerms][kMaxWarps];
   const u32 item = blockIdx.y / w.dims, dim = w.first_dim + blockIdx.y % w.dims;
@@ -275,72 +279,58 @@ __global__ void __launch_bounds__(kThreads)
     const u32 term = i % betti::kTerms, dim = i / betti::kTerms % dims;
     const u32 item = i / betti::kTerms / dims;
     double sum = 0;
-    if (dim >= w.first_dim && dim < w.first_dim + w.dims) {
-      const u64 row = u64(item) * w.dims + dim - w.first_dim;
+    const u32 kind = dim == 0 ? 0 : 1;  // a middle dimension is not of these kernels
+    if ((dim == 0 || dim == dims - 1) && kind >= w.first_dim && kind < w.first_dim + w.dims) {
+      const u64 row = u64(item) * w.dims + kind - w.first_dim;
       for (u32 b = 0; b < blocks; ++b) sum += partial[(row * betti::kTerms + term) * blocks + b];
     }
-    loss[u64(first_item) * dims * betti::kTerms + i] = w.nan[item] ? nan_<R>() : R(sum);
+    loss[u64(first_item) * dims * betti::kTerms + i] = spoiled(w, item) ? nan_<R>() : R(sum);
   });
 }
 
 template <class R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     betti_gradient_kernel(BettiWork w, u32 image, u32 first_item, void* grad, DType dtype) {
   for_each(0, w.items * w.n, [&](u32 i) {
-    const u32 item = i / w.n, v = i % w.n, cols = w.grid.cols;
-    const u32 row = v / cols, col = v % cols;
-    const bool up = row > 0, left = col > 0;
+    const u32 item = i / w.n, v = i % w.n;
+    const Space& space = w.space;
+    const SlopesAt at = slopes_at(w.n, space.axes);
     const u32* rank = ranks_of(w, image, item);
-    const R* vertices = slopes_of<R>(w, image, item);
-    const R *edges = vertices + w.n, *squares = edges + 2 * w.n;
-    R sum = vertices[v];
+    const R* slopes = slopes_of<R>(w, image, item);
+    R sum = slopes[at.vertices + v];
     // Slopes of what is no cell are 0.
-    const auto add_edge = [&](bool there, u32 e) {
-      const R slope = there ? edges[e] : R(0);
-      if (slope != 0 && betti::edge_voxel(w.grid, rank, e) == v) sum += slope;
+    const auto add = [&](bool there, u32 cell, const auto& voxel) {
+      const R slope = there ? slopes[cell] : R(0);
+      if (slope != 0 && voxel() == v) sum += slope;
     };
-    const auto add_square = [&](bool there, u32 p) {
-      const R slope = there ? squares[p] : R(0);
-      if (slope != 0 && betti::square_voxel(w.grid, rank, p) == v) sum += slope;
-    };
-    add_edge(up, 2 * (v - cols));
-    add_edge(left, 2 * (v - 1) + 1);
-    add_edge(true, 2 * v);
-    add_edge(true, 2 * v + 1);
-    add_square(up && left, v - cols - 1);
-    add_square(up, v - cols);
-    add_square(left, v - 1);
-    add_square(true, v);
-    if (w.nan[item]) sum = nan_<R>();
+    const u32 first = space.first_axis();
+    bool low[3];  // whether there is a voxel before, along each axis
+#pragma unroll
+    for (u32 a = 0; a < 3; ++a) low[a] = a >= first && space.coordinate(v, a) > 0;
+    // Edges, and in 3D squares by the two axes that they span.
+#pragma unroll
+    for (u32 a = 0; a < 3; ++a) {
+      if (a < first) continue;
+      for (u32 back = 0; back < 2; ++back) {
+        const u32 p = v - back * space.stride(a);
+        add(back == 0 || low[a], at.edges + space.axes * p + a - first,
+            [&] { return edge_voxel(space, rank, p, a); });
+      }
+      if (space.axes == 2) continue;
+      const u32 b = a == 0 ? 1 : 0, c = a == 2 ? 1 : 2;
+      for (u32 back = 0; back < 4; ++back) {
+        const u32 p = v - (back & 2 ? space.stride(b) : 0) - (back & 1 ? space.stride(c) : 0);
+        add((!(back & 2) || low[b]) && (!(back & 1) || low[c]), at.joints + 3 * p + a,
+            [&] { return normal_square_voxel(space, rank, p, a); });
+      }
+    }
+    for (u32 back = 0; back < (1u << space.axes); ++back) {
+      const u32 p = v - (back & 4 ? space.stride(0) : 0) - (back & 2 ? space.cols : 0) - (back & 1);
+      add((!(back & 4) || low[0]) && (!(back & 2) || low[1]) && (!(back & 1) || low[2]),
+          at.tops + p, [&] { return top_voxel(space, rank, p); });
+    }
+    if (spoiled(w, item)) sum = nan_<R>();
     store_value<R>(grad, dtype, u64(first_item) * w.n + i, sum);
-  });
-}
-
-// ---- Tables ------------------------------------------------------------------------------------
-
-// `items` of the whole problem; the group starts at `first`.
-__global__ void __launch_bounds__(kThreads)
-    betti_table_kernel(BettiWork w, BettiTables t, u32 images, u32 items, u32 first, u32 dims) {
-  for_each(0, images * w.items * dims * w.n, [&](u32 i) {
-    const u32 slot = i % w.n, dim = i / w.n % dims;
-    const u32 item = i / w.n / dims % w.items, image = i / w.n / dims / w.items;
-    const u64 at = ((u64(image) * items + first + item) * dims + dim) * w.n + slot;
-    const bool wanted = dim >= w.first_dim && dim < w.first_dim + w.dims;
-    Bar bar{kNone, kNone};
-    u32 mate = kNone;
-    if (wanted) {
-      const u64 from = table_row(w, image, item, dim) + slot;
-      const u32 edge = w.bar[from];
-      mate = w.mate[from];
-      if (edge != kNone) bar = bar_voxels(w, ranks_of(w, image, item), dim, slot, edge);
-    }
-    t.birth[at] = int32_t(bar.birth);  // kNone is -1
-    t.death[at] = int32_t(bar.death);
-    if (t.mate) t.mate[at] = int32_t(mate);
-    if (t.essential && dim == 0 && slot == 0) {
-      t.essential[u64(image) * items + first + item] =
-          w.first_dim == 0 ? int32_t(w.essential[image * w.items + item]) : -1;
-    }
   });
 }
 
@@ -350,14 +340,29 @@ bool wide(DType t) {
   return t == DType::kF64 || t == DType::kI64 || t == DType::kI32;
 }
 
+// With the first or the last homology dimension, of one image or of input, target and both.
+bool has_dual(const betti::Problem& p) {
+  return p.dims > 1 && p.wanted(p.dims - 1);
+}
+int64_t runs_of(const betti::Problem& p) {
+  return (p.target ? 3 : 1) * (int(p.wanted(0)) + int(has_dual(p)));
+}
+
 void check_problem(const betti::Problem& p) {
-  if (p.items < 0 || p.rows < 1 || p.cols < 1) throw std::invalid_argument("input: empty images");
-  if (p.dims < 1 || p.dims > 2 || p.depth != 1 || (p.dims == 1 && (p.cols != 1 || p.wanted(1))) ||
-      !(p.wanted(0) || p.wanted(1))) {
-    throw std::invalid_argument("dims: not those of 1D or 2D images");
+  if (p.items < 0 || p.depth < 1 || p.rows < 1 || p.cols < 1) {
+    throw std::invalid_argument("input: empty images");
   }
-  const int64_t runs = (p.target ? 3 : 1) * (int(p.wanted(0)) + int(p.wanted(1)));
-  if (p.rows > kMaxVertices / runs / p.cols) {
+  const int64_t sizes[] = {p.depth, p.rows, p.cols};
+  bool right = p.dims >= 1 && p.dims <= 3;
+  for (int axis = 0; right && axis < 3; ++axis) {  // 1D: along the rows
+    right = sizes[axis] == 1 || axis == (p.dims == 1 ? 1 : axis >= 3 - p.dims ? axis : -1);
+  }
+  if (!right || p.want == 0 || p.want >> p.dims != 0) {
+    throw std::invalid_argument("dims: not those of images of 1 to 3 dimensions");
+  }
+  if (p.dims == 3 && p.wanted(1)) throw std::invalid_argument("dims: 1 of volumes is the host's");
+  const int64_t runs = runs_of(p);
+  if (p.rows > kMaxVertices / runs / p.cols || p.depth > kMaxVertices / runs / (p.rows * p.cols)) {
     throw std::invalid_argument("input: images of more than 2^30 / " + std::to_string(runs) +
                                 " voxels");
   }
@@ -367,12 +372,12 @@ void check_problem(const betti::Problem& p) {
 BettiWork plan_item(const betti::Problem& p) {
   check_problem(p);
   BettiWork w{};
-  w.grid = {u32(p.rows), u32(p.cols)};
-  w.n = u32(p.rows * p.cols);
+  w.space = {u32(p.depth), u32(p.rows), u32(p.cols), p.dims == 3 ? 3u : 2u};
+  w.n = u32(p.depth * p.rows * p.cols);
   w.images = p.target ? 3 : 1;
   w.first_dim = p.wanted(0) ? 0 : 1;
-  w.dims = u32(p.wanted(0)) + u32(p.wanted(1));
-  w.runs = w.images * w.dims;
+  w.runs = u32(runs_of(p));
+  w.dims = w.runs / w.images;
   while ((u64{1} << w.rounds) < w.n) ++w.rounds;
   return w;
 }
@@ -384,8 +389,8 @@ int64_t plan(const betti::Problem& p, u32 items, char* scratch, BettiWork* w) {
   w->items = items;
   w->total = u32(total);
   w->threads = total < 65536 ? 64 : kThreads;
-  const u64 squares = u64(p.rows - 1) * u64(p.cols - 1);
-  const u64 merges = (p.wanted(0) ? n - 1 : 0) + (p.wanted(1) ? squares : 0);
+  const u64 tops = u64(p.rows - 1) * u64(p.cols - 1) * u64(p.dims == 3 ? p.depth - 1 : 1);
+  const u64 merges = (p.wanted(0) ? n - 1 : 0) + (has_dual(p) ? tops : 0);
   w->merges = u32(merges * w->images * items);
   u64 used = 0;
   const auto take = [&](auto** pointer, u64 count) {
@@ -393,6 +398,7 @@ int64_t plan(const betti::Problem& p, u32 items, char* scratch, BettiWork* w) {
     used += (count * sizeof(**pointer) + 255) / 256 * 256;
   };
   take(&w->rank, w->images * size);
+  if (w->space.axes == 3) take(&w->tree, 3 * total + 3);
   take(&w->lowest, 2 * total);
   take(&w->link, 2 * total);
   take(&w->parent, 2 * total);
@@ -400,14 +406,18 @@ int64_t plan(const betti::Problem& p, u32 items, char* scratch, BettiWork* w) {
   take(&w->seed, total);
   take(&w->bar, 2 * size * w->dims);
   take(&w->mate, 2 * size * w->dims);
-  take(&w->via, 2 * size);
-  take(&w->both, size);
+  const bool pair = w->images == 3;
+  take(&w->via, pair ? 2 * size * w->dims : 0);
+  take(&w->both, pair ? size * w->dims : 0);
   take(&w->essential, 2 * items);
-  take(&w->nan, items);
+  take(&w->nan, 2 * items);
   take(&w->counters, 1);
-  take(&w->digits, betti_sort_words(2 * total));
-  take(&w->room_a, 24 * total);
-  take(&w->room_b, 24 * total);
+  take(&w->digits, betti_sort_words(w->space.axes * total));
+  // After a first round at most axes - 1/2 edges a vertex are left, as records of 16 bytes.
+  const u64 room = (w->space.axes == 2 ? 24 : 40) * total;
+  const u64 slopes = 2 * 8 * u64(items) * slopes_at(w->n, w->space.axes).cells;
+  take(&w->room_a, pair && slopes > room ? slopes : room);
+  take(&w->room_b, room);
   return int64_t(used);
 }
 
@@ -422,7 +432,7 @@ u32 group_size(const betti::Problem& p) {
 }
 
 void compute_ranks(const BettiWork& w, const Images& m, bool in_double, void* stream) {
-  launch_over(w, w.items, stream, betti_clear_kernel, w.nan, u64(w.items));
+  launch_over(w, 2 * w.items, stream, betti_clear_kernel, w.nan, 2 * u64(w.items));
   const u32 size = w.items * w.n, count = m.count * size;
   if (!in_double) {
     launch_over(w, size, stream, betti_rank_kernel, w, m);
@@ -439,6 +449,16 @@ void compute_ranks(const BettiWork& w, const Images& m, bool in_double, void* st
   if (m.count == 2) launch_over(w, size, stream, betti_min_rank_kernel, w);
 }
 
+BettiWork work_of(const betti::Problem& p, int64_t items, void* scratch, int64_t scratch_bytes) {
+  if (scratch_bytes < betti_scratch_bytes(p) || !scratch) {
+    throw std::invalid_argument("scratch: too small");
+  }
+  BettiWork w;
+  plan(p, u32(items), static_cast<char*>(scratch), &w);
+  w.most_blocks = 8 * device_attribute(cudaDevAttrMultiProcessorCount);
+  return w;
+}
+
 // Calls fn(work, images) for one group of items after the other.
 template <class Fn>
 void for_groups(const betti::Problem& p, void* scratch, int64_t scratch_bytes, void* stream,
@@ -447,15 +467,10 @@ void for_groups(const betti::Problem& p, void* scratch, int64_t scratch_bytes, v
     check_problem(p);
     return;
   }
-  if (scratch_bytes < betti_scratch_bytes(p) || !scratch) {
-    throw std::invalid_argument("scratch: too small");
-  }
   const u32 group = group_size(p);
-  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   for (int64_t first = 0; first < p.items; first += group) {
-    BettiWork w;
-    plan(p, u32(std::min<int64_t>(group, p.items - first)), static_cast<char*>(scratch), &w);
-    w.most_blocks = 8 * processors;
+    const int64_t items = std::min<int64_t>(group, p.items - first);
+    const BettiWork w = work_of(p, items, scratch, scratch_bytes);
     const Images m{p.input,    p.target,    p.input_dtype, p.target_dtype, p.target ? 2u : 1u,
                    u32(first), p.superlevel};
     compute_ranks(w, m, betti_in_double(p), stream);
@@ -464,16 +479,29 @@ void for_groups(const betti::Problem& p, void* scratch, int64_t scratch_bytes, v
   }
 }
 
+void check_group(const betti::Problem& p) {
+  if (p.items > group_size(p)) throw std::invalid_argument("input: more than a group of items");
+}
+
+// Of a group whose trees of dimensions 0 and 2 are made.
+BettiWork columns_work(const betti::Problem& p, void* scratch, int64_t scratch_bytes) {
+  if (p.dims != 3 || p.want != 5) throw std::invalid_argument("dims: need 0 and 2 of volumes");
+  if (p.items < 1) throw std::invalid_argument("input: no items");
+  check_group(p);
+  return work_of(p, p.items, scratch, scratch_bytes);
+}
+
 template <class R>
 void loss_of_group(const betti::Problem& p, const BettiLoss& l, const BettiWork& w, const Images& m,
                    void* stream) {
-  const u64 words = u64(w.items) * 2 * 4 * w.n * (sizeof(R) / 4);
+  const u64 cells = slopes_at(w.n, w.space.axes).cells;
+  const u64 words = u64(w.items) * 2 * cells * (sizeof(R) / 4);
   launch_over(w, words, stream, betti_clear_kernel, reinterpret_cast<u32*>(w.room_a), words);
   const u32 threads = w.n <= 512 ? 64 : kLossThreads;
   const u32 blocks = u32(std::clamp<int64_t>(ceil_div(w.n, 4 * threads), 1, 256));
   double* partial = reinterpret_cast<double*>(w.room_b);
   const betti::Options& o = l.options;
-  const Loss<R> loss{{R(o.dim_weight[0]), R(o.dim_weight[1])},
+  const Loss<R> loss{{R(o.dim_weight[0]), R(o.dim_weight[p.dims - 1])},
                      R(o.matched_weight),
                      {R(o.unmatched_weight), R(l.target_weight)},
                      o.min_persistence,
@@ -517,12 +545,44 @@ void betti_loss(const betti::Problem& p, const BettiLoss& l, void* scratch, int6
   });
 }
 
-void betti_pairs(const betti::Problem& p, const BettiTables& t, void* scratch,
+int64_t betti_group(const betti::Problem& p) {
+  return group_size(p);
+}
+
+void betti_pairs(const betti::Problem& p, bool essential, uint32_t* counts, void* scratch,
                  int64_t scratch_bytes, void* stream) {
-  for_groups(p, scratch, scratch_bytes, stream, [&](const BettiWork& w, const Images& m) {
-    launch_over(w, u64(m.count) * w.items * p.dims * w.n, stream, betti_table_kernel, w, t, m.count,
-                u32(p.items), m.first, u32(p.dims));
-  });
+  check_group(p);
+  for_groups(p, scratch, scratch_bytes, stream,
+             [&](const BettiWork& w, const Images&) { betti_list(w, essential, counts, stream); });
+}
+
+void betti_rows(const betti::Problem& p, const uint32_t* counts, int64_t* const* rows,
+                void* scratch, int64_t scratch_bytes, void* stream) {
+  check_group(p);
+  if (p.items == 0) return;
+  const BettiWork w = work_of(p, p.items, scratch, scratch_bytes);
+  betti_write_rows(w, counts, u32(p.dims - 1), rows, stream);
+}
+
+int64_t betti_prefix_bytes(const betti::Problem& p) {
+  check_group(p);
+  BettiWork w;
+  plan(p, u32(p.items), nullptr, &w);
+  return int64_t(reinterpret_cast<uintptr_t>(w.tree)) + int64_t(w.images) * p.items * 3 * w.n;
+}
+
+void betti_columns(const betti::Problem& p, uint32_t* counts, void* scratch, int64_t scratch_bytes,
+                   void* stream) {
+  betti_list_columns(columns_work(p, scratch, scratch_bytes), counts, stream);
+}
+
+void betti_column_keys(const betti::Problem& p, int64_t count, int64_t* names, int64_t* keys,
+                       void* scratch, int64_t scratch_bytes, void* stream) {
+  const BettiWork w = columns_work(p, scratch, scratch_bytes);
+  if (count < 0 || count > 15 * int64_t(w.items) * w.n) {
+    throw std::invalid_argument("count: of no columns");
+  }
+  betti_write_columns(w, u32(count), names, keys, stream);
 }
 
 }  // namespace pyloss::cuda

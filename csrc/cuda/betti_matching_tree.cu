@@ -25,31 +25,33 @@ __global__ void __launch_bounds__(kThreads) betti_first_edges_kernel(BettiWork w
   for_each(0, w.total, [&](u32 g) {
     const Run run = run_of(w, g);
     const u32* rank = ranks_of(w, run.image, run.item);
-    const u32 slot = g % w.n, cols = w.grid.cols, row = slot / cols, col = slot % cols;
+    const u32 slot = g % w.n;
+    const Space& space = w.space;
     u64 best = kNoKey;
-    if (run.dim == 0) {
-      const auto try_edge = [&](bool there, u32 e) {
-        if (!there) return;
-        const u64 key = edge_key(w, rank, 0, e);
-        best = key < best ? key : best;
-      };
-      try_edge(row > 0, 2 * (slot - cols));
-      try_edge(col > 0, 2 * (slot - 1) + 1);
-      try_edge(row + 1 < w.grid.rows, 2 * slot);
-      try_edge(col + 1 < cols, 2 * slot + 1);
-    } else if (slot == w.n - 1) {
+    if (run.dim == 1 && (slot == w.n - 1 || !space.is_top(slot))) {
+      if (slot < w.n - 1) w.lowest[g] = kNoKey;
       return;
-    } else if (w.grid.is_square(slot)) {
-      u64* outside = w.lowest + (g - slot) + w.n - 1;
-      const auto try_edge = [&](bool border, u32 e) {
-        const u64 key = edge_key(w, rank, 1, e);
-        best = key < best ? key : best;
-        if (border) lower(outside, key);
-      };
-      try_edge(col == 0, 2 * slot);
-      try_edge(row == 0, 2 * slot + 1);
-      try_edge(col + 2 == cols, 2 * (slot + 1));
-      try_edge(row + 2 == w.grid.rows, 2 * (slot + cols) + 1);
+    }
+    u64* outside = w.lowest + (g - slot) + w.n - 1;
+    const auto try_joint = [&](bool there, u32 p, u32 axis) {
+      if (!there) return kNoKey;
+      const u64 key = edge_key(w, rank, run.dim, space.joint(run.dim, p, axis));
+      best = key < best ? key : best;
+      return key;
+    };
+#pragma unroll
+    for (u32 axis = 0; axis < 3; ++axis) {
+      if (axis < space.first_axis()) continue;
+      const u32 at = space.coordinate(slot, axis), left = space.extent(axis) - 1 - at;
+      const u32 stride = space.stride(axis);
+      if (run.dim == 0) {
+        try_joint(at > 0, slot - stride, axis);
+        try_joint(left > 0, slot, axis);
+      } else {
+        const u64 low = try_joint(true, slot, axis), high = try_joint(true, slot + stride, axis);
+        if (at == 0) lower(outside, low);
+        if (left == 1) lower(outside, high);
+      }
     }
     w.lowest[g] = best;
   });
@@ -125,13 +127,14 @@ __global__ void __launch_bounds__(kThreads) betti_jump_kernel(BettiWork w, int l
 // Edges between different nodes go to the next round.
 __global__ void __launch_bounds__(kThreads)
     betti_edges_kernel(BettiWork w, int level, const EdgeRecord* in, EdgeRecord* out) {
-  const u32 count = level == 0 ? 2 * w.total : w.counters->edges[level - 1];
+  const u32 axes = w.space.axes;
+  const u32 count = level == 0 ? axes * w.total : w.counters->edges[level - 1];
   for_blocks(0, count, [&](u32 i, bool active) {
     EdgeRecord r{kNoKey, 0, 0};
     if (active && level == 0) {
-      const u32 g = i / 2, slot = g % w.n, e = 2 * slot + i % 2;
-      if (w.grid.is_edge(e)) {
-        const Run run = run_of(w, g);
+      const u32 g = w.space.corner(i), slot = g % w.n, e = axes * slot + w.space.type(i);
+      const Run run = run_of(w, g);
+      if (w.space.is_joint(run.dim, e)) {
         r.key = edge_key(w, ranks_of(w, run.image, run.item), run.dim, e);
         ends_of(w, run.dim, e, &r.a, &r.b);
         r.a += g - slot;
@@ -185,7 +188,9 @@ __global__ void __launch_bounds__(kThreads)
     while (w.lowest[node] < key) node = w.parent[node];
     const u32 g = x < w.total ? x : w.seed[x - w.total];
     const u32 dim = run_of(w, g).dim, e = edge_of(dim, key);
-    const u64 place = u64(g / w.n) * 2 * w.n + (dim == 0 ? e : 2 * w.n - 1 - e);
+    const u32 joints = w.space.axes * w.n;
+    if (w.tree) w.tree[u64(g / w.n) * joints + e] = 1;
+    const u64 place = u64(g / w.n) * joints + (dim == 0 ? e : joints - 1 - e);
     keys[place] = u64(node - w.total) << 32 | key >> 32;
     elements[place] = x;
   });
@@ -274,14 +279,14 @@ __device__ void merge(const BettiWork& w, const Chain& c, u32 x, const Ages& a, 
   if (image != kBoth) {
     if (real) w.bar[table_row(w, image, item, dim) + slot] = edge_of(dim, key);
     if (real && c.views == 2) {
-      w.via[(u64(image) * w.items + item) * w.n + slot_of(dim, dying[1])] = slot;
+      w.via[table_row(w, image, item, dim) + slot_of(dim, dying[1])] = slot;
     }
-  } else if (real && dim == 0) {
-    const u32 of_input = slot_of(0, dying[1]), of_target = slot_of(0, dying[2]);
-    w.mate[table_row(w, kInput, item, 0) + of_input] = of_target;
-    w.mate[table_row(w, kTarget, item, 0) + of_target] = of_input;
   } else if (real) {
-    w.both[u64(item) * w.n + slot] = slot;
+    w.both[table_row(w, 0, item, dim) + slot] = edge_of(dim, key);
+    if (dim == 0) {
+      w.via[table_row(w, kInput, item, 0) + slot] = slot_of(0, dying[1]);
+      w.via[table_row(w, kTarget, item, 0) + slot] = slot_of(0, dying[2]);
+    }
   }
 }
 
@@ -384,23 +389,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Keeps the matches whose two bars exist; in dimension 1 it makes them.
+// A bar of `both` whose two bars exist is a match.
 __global__ void __launch_bounds__(kThreads) betti_match_kernel(BettiWork w) {
-  for_each(0, w.items * w.n, [&](u32 i) {
-    const u32 item = i / w.n, slot = i % w.n;
-    if (w.first_dim == 0) {
-      const u64 input = table_row(w, kInput, item, 0), target = table_row(w, kTarget, item, 0);
-      const u32 other = w.mate[input + slot];
-      if (other != kNone && (w.bar[input + slot] == kNone || w.bar[target + other] == kNone)) {
-        w.mate[input + slot] = w.mate[target + other] = kNone;
-      }
+  const u32 size = w.items * w.dims * w.n;
+  for_each(0, size, [&](u32 i) {
+    if (w.both[i] == kNone) return;
+    const u64 input = i - i % w.n, target = size + input;  // rows of the tables
+    const u32 a = w.via[i], b = w.via[u64(size) + i];
+    if (a == kNone || b == kNone || w.bar[input + a] == kNone || w.bar[target + b] == kNone) {
+      w.both[i] = kNone;
+      return;
     }
-    if (w.first_dim + w.dims == 2 && w.both[i] != kNone) {
-      const u32 a = w.via[i], b = w.via[u64(w.items) * w.n + i];
-      if (a == kNone || b == kNone) return;
-      w.mate[table_row(w, kInput, item, 1) + a] = b;
-      w.mate[table_row(w, kTarget, item, 1) + b] = a;
-    }
+    w.mate[input + a] = b;
+    w.mate[target + b] = a;
   });
 }
 
@@ -411,11 +412,14 @@ void fill(const BettiWork& w, u32* data, u64 words, u32 value, void* stream) {
 }  // namespace
 
 void betti_trees(const BettiWork& w, void* stream) {
-  const u64 total = w.total, table = 2 * u64(w.items) * w.dims * w.n;
+  const u64 total = w.total, joints = w.space.axes * total, table = 2 * u64(w.items) * w.dims * w.n;
   fill(w, w.bar, table, kNone, stream);
   fill(w, w.mate, table, kNone, stream);
-  fill(w, w.via, 2 * u64(w.items) * w.n, kNone, stream);
-  fill(w, w.both, u64(w.items) * w.n, kNone, stream);
+  if (w.images == 3) {
+    fill(w, w.via, table, kNone, stream);
+    fill(w, w.both, table / 2, kNone, stream);
+  }
+  if (w.tree) fill(w, reinterpret_cast<u32*>(w.tree), (joints + 3) / 4, 0, stream);
   launch_over(w, 2 * u64(w.runs) * w.items, stream, betti_start_kernel, w);
   if (w.merges == 0) return;
 
@@ -430,20 +434,20 @@ void betti_trees(const BettiWork& w, void* stream) {
     launch_over(w, elements, stream, betti_root_kernel, w, level);
     launch_over(w, elements, stream, betti_jump_kernel, w, level);
     if (level + 1 < w.rounds) {
-      launch_over(w, 2 * total, stream, betti_edges_kernel, w, level, in, lists[level % 2]);
+      launch_over(w, joints, stream, betti_edges_kernel, w, level, in, lists[level % 2]);
     }
   }
 
-  // First with holes, 2 G places; sorted, at most G.
+  // First with holes, a place for every joint; sorted, at most G.
   u64* keys = reinterpret_cast<u64*>(w.room_a);
-  const SortBuffers a{keys, reinterpret_cast<u32*>(keys + 2 * total)};
+  const SortBuffers a{keys, reinterpret_cast<u32*>(keys + joints)};
   keys = reinterpret_cast<u64*>(w.room_b);
   const SortBuffers b{keys, reinterpret_cast<u32*>(keys + total)};
-  fill(w, reinterpret_cast<u32*>(a.keys), 4 * total, ~u32{0}, stream);
+  fill(w, reinterpret_cast<u32*>(a.keys), 2 * joints, ~u32{0}, stream);
   launch_over(w, 2 * total, stream, betti_chain_kernel, w, a.keys, a.values);
   int bits = 32;
   while (bits < 64 && total >> (bits - 32) > 0) ++bits;
-  const bool in_b = betti_sort(w, a, b, 2 * w.total, w.merges, bits, stream);
+  const bool in_b = betti_sort(w, a, b, u32(joints), w.merges, bits, stream);
   const SortBuffers& sorted = in_b ? b : a;
   Sorted s{};
   s.elements = sorted.values;
@@ -460,7 +464,7 @@ void betti_trees(const BettiWork& w, void* stream) {
       launch_over(w, longs * w.threads, stream, betti_elder_long_kernel, w, level, s);
     }
   }
-  if (w.images == 3) launch_over(w, u64(w.items) * w.n, stream, betti_match_kernel, w);
+  if (w.images == 3) launch_over(w, u64(w.items) * w.dims * w.n, stream, betti_match_kernel, w);
 }
 
 }  // namespace pyloss::cuda

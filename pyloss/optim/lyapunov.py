@@ -168,7 +168,9 @@ def _terms(params, momenta, grads, kappa, args, group, betas, lr, weight_decay) 
 
 def _with_loss(f_value: float | Tensor, parts: Sequence[_Terms]) -> LionKLyapunov:
     device = parts[0].gap.device
-    f = torch.as_tensor(f_value, dtype=torch.float64, device=device).detach()
+    if not isinstance(f_value, Tensor):  # filled there: a copy would wait for a GPU
+        f_value = torch.full((), f_value, dtype=torch.float64, device=device)
+    f = f_value.detach().to(device, torch.float64)
     if f.numel() != 1:
         raise ValueError(f"f_value must hold one number, got shape {list(f.shape)}")
     f = f.reshape(())

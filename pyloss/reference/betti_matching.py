@@ -392,7 +392,8 @@ def betti_matching_loss(
     with torch.no_grad():
         matched, left_input, left_target = betti_matching(input, target, superlevel, dims)
         if essential and 0 in dims:
-            matched = torch.cat([matched, essential_rows(input, target, superlevel)])
+            rows = essential_rows(input, target, superlevel)
+            matched = torch.cat([matched, rows.to(matched.device)])
     return loss_terms(
         input.flatten(1), target.flatten(1), matched.to(input.device), left_input.to(input.device),
         left_target.to(input.device), dim_count=dim_count, superlevel=superlevel, **options,
@@ -412,7 +413,7 @@ def essential_rows(input: Tensor, target: Tensor, superlevel: bool) -> Tensor:
     item = torch.arange(len(a), device=a.device)
     none = torch.full_like(item, -1)
     voxel = [item, torch.zeros_like(item), a, none, b, none]
-    return torch.stack([*voxel, a, none, b, none, none, none], 1).cpu()
+    return torch.stack([*voxel, a, none, b, none, none, none], 1)
 
 
 def loops(image: Tensor, squares: list[int]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
 from pyloss.ops.betti_matching.records import (
     TERMS,
+    WIDTHS,
     Options,
     common_dtype,
     dim_weights,
@@ -47,7 +48,7 @@ def _loss_fake(input, target, options):
 def _matching_fake(input, target, superlevel, dims):
     ctx = torch.library.get_ctx()
     return tuple(
-        input.new_empty((ctx.new_dynamic_size(), width), dtype=torch.int64) for width in (12, 6, 6)
+        input.new_empty((ctx.new_dynamic_size(), width), dtype=torch.int64) for width in WIDTHS
     )
 
 
@@ -85,7 +86,7 @@ def _dense(input, target, superlevel, dims, essential):
     tables = list(_ops.betti_matching(input, target, superlevel, dims))
     if essential and 0 in dims:
         rows = reference.formulas().essential_rows(input, target, superlevel)
-        tables[0] = torch.cat([tables[0], rows.to(input.device)])
+        tables[0] = torch.cat([tables[0], rows])
     items, room = input.shape[0], _room(input)
     found = []
     for table, width in zip(tables, (6, 4, 4)):
@@ -182,7 +183,7 @@ def composed_terms(input: Tensor, target: Tensor, o: Options, target_weight: flo
         tables = list(_ops.betti_matching(a, b, bool(o.superlevel), dims))
         if o.essential and 0 in dims:
             rows = reference.formulas().essential_rows(a, b, bool(o.superlevel))
-            tables[0] = torch.cat([tables[0], rows.to(tables[0].device)])
+            tables[0] = torch.cat([tables[0], rows])
     terms = loss_terms(
         x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), *weighty(o, target_weight, tables),
         dim_count=spatial, **reference.terms_options(o),

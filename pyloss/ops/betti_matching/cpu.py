@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyloss import _C
 from pyloss.ops._launch import address
 from pyloss.ops.betti_matching import records
-from pyloss.ops.betti_matching.records import TERMS, Options, mask_of, pair
+from pyloss.ops.betti_matching.records import TERMS, WIDTHS, Options, mask_of, pair
 
 
 def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, Tensor]:
@@ -23,10 +25,14 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
     return found, input.new_empty((0,)) if grad is None else grad.to(input.dtype)
 
 
-def _table(data: bytearray, width: int) -> Tensor:
+def table(data: bytearray, width: int) -> Tensor:
     if not data:
         return torch.empty((0, width), dtype=torch.int64)
     return torch.frombuffer(data, dtype=torch.int64).view(-1, width)
+
+
+def tables(data: Sequence[bytearray]) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(table(rows, width) for rows, width in zip(data, WIDTHS))
 
 
 def matching(
@@ -35,13 +41,13 @@ def matching(
     x, y = pair(input, target)
     problem = records.problem(x, y, 1, superlevel, mask_of(dims))
     found = _C.betti_matching(problem, torch.get_num_threads())
-    return tuple(_table(rows, width) for rows, width in zip(found, (12, 6, 6)))
+    return tables(found)
 
 
 def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> Tensor:
     x, _ = pair(input, input)
     problem = records.problem(x, None, 1, superlevel, mask_of(dims))
-    return _table(_C.persistence_pairs(problem, essential, torch.get_num_threads()), 6)
+    return table(_C.persistence_pairs(problem, essential, torch.get_num_threads()), 6)
 
 
 def loops(image: Tensor, squares: list[int]) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyloss.ops._launch import DTYPE_CODES, address
 
 TERMS = 3  # the last axis of the loss: csrc/common/betti_matching.h
+WIDTHS = (12, 6, 6)  # of the rows of each term
 
 
 class Options(NamedTuple):
@@ -54,7 +55,36 @@ class Loss(NamedTuple):
     dim_weight: tuple[float, float, float]
 
 
-RECORDS = (Problem, Loss)
+class Rows(NamedTuple):
+    """Matched bars, those of the input alone, those of the target alone, on a device."""
+
+    counts: tuple[int, int, int]
+    addresses: tuple[int, int, int]
+
+
+class Residue(NamedTuple):
+    """What csrc/cpu/betti_volume_residue.h takes, in host memory."""
+
+    rank: int
+    tree: int
+    names: int
+    count: int
+
+
+RECORDS = (Problem, Loss, Rows, Residue)
+
+
+def voxels(p: Problem) -> int:
+    """Of an item."""
+    return math.prod(p.shape)
+
+
+def raise_nan(place: int, items: int, first: int) -> None:
+    """As the CPU does, of a place that the kernels told for a NaN; 0: none."""
+    if place:
+        item, image = divmod(2 * items - place, 2)
+        name = ("input", "target")[image]
+        raise ValueError(f"{name} must not contain NaN; item {first + item} does")
 
 
 def common_dtype(input: Tensor, target: Tensor) -> torch.dtype:

@@ -52,7 +52,7 @@ def loss(input: Tensor, target: Tensor, options: list[float]) -> tuple[Tensor, T
     a, b = x.flatten(0, 1), y.flatten(0, 1)
     tables = list(f.betti_matching(a, b, bool(o.superlevel), dims))
     if o.essential and 0 in dims:
-        tables[0] = torch.cat([tables[0], f.essential_rows(a, b, bool(o.superlevel))])
+        tables[0] = torch.cat([tables[0], f.essential_rows(a, b, bool(o.superlevel)).cpu()])
     tables = [t.to(x.device) for t in tables]
 
     def terms(image, tables):

@@ -225,12 +225,23 @@ void betti_matching(std::vector<Op>* ops, DType dtype) {
                     Memory scratch(bytes);
                     cuda::betti_loss(p, l, scratch.at(), bytes, s);
                   }});
-  auto tables = std::make_shared<std::vector<int32_t>>(4 * 2 * 2 * 2 * 30);
-  ops->push_back({"Betti pairs", [=](void* s) {
+  auto counts = std::make_shared<std::vector<uint32_t>>(4);
+  auto rows = std::make_shared<std::vector<int64_t>>(2 * 15 * 60);
+  ops->push_back({"Betti pairs and rows", [=](void* s) {
                     const int64_t bytes = cuda::betti_scratch_bytes(p);
                     Memory scratch(bytes);
-                    int32_t* t = tables->data();
-                    cuda::betti_pairs(p, {t, t + 240, t + 480, t + 720}, scratch.at(), bytes, s);
+                    cuda::betti_pairs(p, false, counts->data(), scratch.at(), bytes, s);
+                    int64_t* out[3] = {rows->data(), rows->data(), rows->data()};
+                    cuda::betti_rows(p, counts->data(), out, scratch.at(), bytes, s);
+                  }});
+  p.dims = 3, p.depth = 3, p.rows = 2, p.want = 5;
+  ops->push_back({"Betti columns of volumes", [=](void* s) {
+                    const int64_t bytes = cuda::betti_scratch_bytes(p);
+                    Memory scratch(bytes);
+                    cuda::betti_pairs(p, false, counts->data(), scratch.at(), bytes, s);
+                    cuda::betti_columns(p, counts->data(), scratch.at(), bytes, s);
+                    cuda::betti_column_keys(p, (*counts)[0], rows->data(), rows->data() + 15 * 60,
+                                            scratch.at(), bytes, s);
                   }});
 }
 

@@ -1,15 +1,14 @@
 // Runs the CUDA Betti matching on the CPU shim, over random small images, and compares it with the
-// definition: boundary matrices reduced column by column. Nothing here knows how the kernels work.
+// definition.
 // Every problem runs in four thread orders and over other rests of memory, whose outputs must be
 // equal to the last bit.
 // Arguments: number of problems, seed, and optionally the only problem to run, or --few: without
 // the large ones.
-#include <array>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
-#include <numeric>
 
+#include "betti_definition.h"
 #include "cuda/betti_matching.cuh"
 #include "cuda/betti_matching.h"
 #include "cuda_runtime.h"
@@ -19,156 +18,16 @@ namespace {
 
 using namespace pyloss;
 
+int64_t voxels(const betti::Problem& p) {
+  return p.depth * p.rows * p.cols;
+}
+
 const double kNan = std::nan("");
 int64_t checked = 0, failed = 0;
 
 void require(bool ok, const std::string& what) {
   ++checked;
   if (!ok && ++failed <= 20) std::printf("FAILED %s\n", what.c_str());
-}
-
-// ---- The definition ----------------------------------------------------------------------------
-
-struct Cell {
-  int row, col, type;       // of the lowest corner; an edge's type is its axis
-  std::vector<int> voxels;  // ascending
-  std::vector<int> faces;   // cells of one dimension less
-};
-
-struct Complex {
-  int rows, cols;
-  std::vector<Cell> cells[3];  // by dimension, in the order of (row, col, type)
-
-  Complex(int r, int c) : rows(r), cols(c) {
-    const auto v = [&](int i, int j) { return i * cols + j; };
-    std::map<std::array<int, 3>, int> edge;
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < cols; ++j) {
-        cells[0].push_back({i, j, 0, {v(i, j)}, {}});
-        if (i + 1 < rows) {
-          edge[{i, j, 0}] = int(cells[1].size());
-          cells[1].push_back({i, j, 0, {v(i, j), v(i + 1, j)}, {v(i, j), v(i + 1, j)}});
-        }
-        if (j + 1 < cols) {
-          edge[{i, j, 1}] = int(cells[1].size());
-          cells[1].push_back({i, j, 1, {v(i, j), v(i, j + 1)}, {v(i, j), v(i, j + 1)}});
-        }
-      }
-    }
-    for (int i = 0; i + 1 < rows; ++i) {
-      for (int j = 0; j + 1 < cols; ++j) {
-        cells[2].push_back(
-            {i,
-             j,
-             0,
-             {v(i, j), v(i, j + 1), v(i + 1, j), v(i + 1, j + 1)},
-             {edge[{i, j, 0}], edge[{i, j, 1}], edge[{i, j + 1, 0}], edge[{i + 1, j, 1}]}});
-      }
-    }
-  }
-};
-
-// A filtration: the values of all cells, and every dimension's cells in order.
-struct Filtration {
-  std::vector<double> value[3];
-  std::vector<int> order[3], place[3];
-  std::vector<int> voxel[3];  // that carries the value
-
-  Filtration(const Complex& x, const std::vector<double>& f) {
-    for (int k = 0; k < 3; ++k) {
-      const size_t n = x.cells[k].size();
-      for (const Cell& c : x.cells[k]) {
-        double top = f[size_t(c.voxels[0])];
-        for (int v : c.voxels) top = std::max(top, f[size_t(v)]);
-        int at = -1;
-        for (int v : c.voxels) at = f[size_t(v)] == top ? v : at;  // the last one
-        value[k].push_back(top);
-        voxel[k].push_back(at);
-      }
-      order[k].resize(n);
-      place[k].resize(n);
-      std::iota(order[k].begin(), order[k].end(), 0);
-      std::stable_sort(order[k].begin(), order[k].end(),
-                       [&](int a, int b) { return value[k][size_t(a)] < value[k][size_t(b)]; });
-      for (size_t i = 0; i < n; ++i) place[k][size_t(order[k][i])] = int(i);
-    }
-  }
-};
-
-// Persistence pairs in dimension d, rows ordered by one filtration and columns by another:
-// partner of every (d+1)-cell, -1 where its column vanishes.
-std::vector<int> reduce(const Complex& x, int d, const Filtration& rows,
-                        const Filtration& columns) {
-  std::vector<int> partner(x.cells[d + 1].size(), -1);
-  std::map<int, std::vector<int>> by_pivot;
-  for (int c : columns.order[d + 1]) {
-    std::vector<int> column;
-    for (int face : x.cells[d + 1][size_t(c)].faces) {
-      column.push_back(rows.place[d][size_t(face)]);
-    }
-    std::sort(column.begin(), column.end());
-    while (!column.empty()) {
-      const auto other = by_pivot.find(column.back());
-      if (other == by_pivot.end()) break;
-      std::vector<int> sum;
-      std::set_symmetric_difference(column.begin(), column.end(), other->second.begin(),
-                                    other->second.end(), std::back_inserter(sum));
-      column.swap(sum);
-    }
-    if (column.empty()) continue;
-    partner[size_t(c)] = rows.order[d][size_t(column.back())];
-    by_pivot[column.back()] = column;
-  }
-  return partner;
-}
-
-struct RefBar {
-  int birth = -1, death = -1;  // cells
-  int birth_voxel = -1, death_voxel = -1;
-  int slot = -1, mate = -1;  // as the kernels' tables name them
-};
-
-struct Reference {
-  std::vector<RefBar> bars[2][2];  // (image, dimension)
-  int essential[2] = {-1, -1};
-};
-
-Reference reference(int rows, int cols, const std::vector<double>& input,
-                    const std::vector<double>* target) {
-  const Complex x(rows, cols);
-  std::vector<double> both = input;
-  for (size_t i = 0; target && i < both.size(); ++i) both[i] = std::min(both[i], (*target)[i]);
-  const Filtration f[3] = {{x, input}, {x, target ? *target : input}, {x, both}};
-  Reference r;
-  for (int image = 0; image < 2; ++image) r.essential[image] = f[image].order[0][0];
-  for (int d = 0; d < 2; ++d) {
-    std::map<int, int> bar_of[2];  // by birth cell
-    for (int image = 0; image < (target ? 2 : 1); ++image) {
-      const auto partner = reduce(x, d, f[image], f[image]);
-      for (size_t c = 0; c < partner.size(); ++c) {
-        const int b = partner[c];
-        if (b < 0 || f[image].value[d][size_t(b)] == f[image].value[d + 1][c]) continue;
-        const Cell& at = d == 0 ? x.cells[0][size_t(b)] : x.cells[2][c];
-        bar_of[image][b] = int(r.bars[image][d].size());
-        r.bars[image][d].push_back({b, int(c), f[image].voxel[d][size_t(b)],
-                                    f[image].voxel[d + 1][c], at.row * cols + at.col, -1});
-      }
-    }
-    if (!target) continue;
-    const auto of_both = reduce(x, d, f[2], f[2]);
-    const auto of_input = reduce(x, d, f[0], f[2]), of_target = reduce(x, d, f[1], f[2]);
-    for (size_t c = 0; c < of_both.size(); ++c) {
-      const int b = of_both[c];
-      if (b < 0 || f[2].value[d][size_t(b)] == f[2].value[d + 1][c]) continue;
-      const auto i = bar_of[0].find(of_input[c]), t = bar_of[1].find(of_target[c]);
-      if (i == bar_of[0].end() || t == bar_of[1].end()) continue;
-      RefBar &bi = r.bars[0][d][size_t(i->second)], &bt = r.bars[1][d][size_t(t->second)];
-      require(bi.mate < 0 && bt.mate < 0, "the definition matches a bar once");
-      bi.mate = bt.slot;
-      bt.mate = bi.slot;
-    }
-  }
-  return r;
 }
 
 // ---- Problems ----------------------------------------------------------------------------------
@@ -189,7 +48,7 @@ struct Case {
   cuda::BettiLoss l{};
   std::vector<double> image[2];  // as the kernels see them, rounded to the dtypes
   std::vector<char> bytes[2];
-  bool pairs = false;  // tables without a target
+  bool pairs = false;  // rows without a target
   int multiprocessors = 4;
   std::string text;
 };
@@ -263,7 +122,7 @@ double sample(Random& rnd, int pattern, int64_t levels, double slope, int64_t i,
 }
 
 void fill_images(Random& rnd, Case& c) {
-  const size_t n = size_t(c.p.rows * c.p.cols), size = n * size_t(c.p.items);
+  const size_t n = size_t(voxels(c.p)), size = n * size_t(c.p.items);
   const DType dtypes[2] = {c.p.input_dtype, c.p.target_dtype};
   for (int k = 0; k < 2; ++k) {
     c.image[k].resize(size);
@@ -290,14 +149,15 @@ void fill_images(Random& rnd, Case& c) {
 
 void make_case(Random& rnd, Case& c) {
   betti::Problem& p = c.p;
-  p.dims = rnd.chance(0.2) ? 1 : 2;
+  p.dims = rnd.chance(0.15) ? 1 : rnd.chance(0.4) ? 3 : 2;
   p.items = 1 + rnd.below(3);
-  p.depth = 1;
-  p.rows = p.dims == 1 ? 1 + rnd.below(24) : 1 + rnd.below(7);
-  p.cols = p.dims == 1 ? 1 : 1 + rnd.below(7);
-  const bool zero = p.dims == 1 || rnd.chance(0.85);
-  const bool one = p.dims == 2 && (!zero || rnd.chance(0.85));
-  p.want = (zero ? 1 : 0) | (one ? 2 : 0);
+  const int64_t most = p.dims == 3 ? 4 : 7;
+  p.depth = p.dims == 3 ? 1 + rnd.below(most) : 1;
+  p.rows = p.dims == 1 ? 1 + rnd.below(24) : 1 + rnd.below(most);
+  p.cols = p.dims == 1 ? 1 : 1 + rnd.below(most);
+  const bool first = p.dims == 1 || rnd.chance(0.85);
+  const bool last = p.dims > 1 && (!first || rnd.chance(0.85));
+  p.want = (first ? 1 : 0) | (last ? 1 << (p.dims - 1) : 0);
   p.superlevel = rnd.chance(0.5);
   p.input_dtype = rnd.pick({DType::kF32, DType::kF32, DType::kF64, DType::kBF16, DType::kF16});
   p.target_dtype = rnd.pick(
@@ -310,6 +170,7 @@ void make_case(Random& rnd, Case& c) {
   o.unmatched_weight = rnd.pick({1.0, 2.0});
   o.dim_weight[0] = rnd.pick({1.0, 0.25});
   o.dim_weight[1] = rnd.pick({1.0, 3.0});
+  o.dim_weight[2] = rnd.pick({1.0, 0.5});
   c.l.target_weight = rnd.pick({1.0, 0.75});
   c.pairs = rnd.chance(0.15);
   c.multiprocessors = rnd.pick({1, 4, 64});
@@ -320,13 +181,72 @@ void make_case(Random& rnd, Case& c) {
 // ---- Runs --------------------------------------------------------------------------------------
 
 struct Outputs {
-  std::vector<int32_t> birth, death, mate, essential;
+  std::vector<definition::Row> rows[3];       // sorted
+  std::vector<std::vector<int64_t>> columns;  // left to the host, by matrix and item
   std::vector<char> loss, grad[2];
   bool operator==(const Outputs& o) const {
-    return birth == o.birth && death == o.death && mate == o.mate && essential == o.essential &&
-           loss == o.loss && grad[0] == o.grad[0] && grad[1] == o.grad[1];
+    return columns == o.columns && rows[0] == o.rows[0] && rows[1] == o.rows[1] &&
+           rows[2] == o.rows[2] && loss == o.loss && grad[0] == o.grad[0] && grad[1] == o.grad[1];
   }
 };
+
+// The columns of dimension 1 of a group's volumes, of `items` in all.
+void collect_columns(const betti::Problem& p, int64_t first, int64_t items, char* scratch,
+                     int64_t bytes, Outputs& r) {
+  uint32_t counts[2] = {7, 7};
+  cuda::betti_columns(p, counts, scratch, bytes, nullptr);
+  std::vector<int64_t> names(counts[0]), keys(counts[0]);
+  shim::poison(names);
+  shim::poison(keys);
+  cuda::betti_column_keys(p, counts[0], names.data(), keys.data(), scratch, bytes, nullptr);
+  std::vector<std::pair<int64_t, int64_t>> sorted;
+  for (size_t i = 0; i < names.size(); ++i) sorted.push_back({keys[i], names[i]});
+  std::sort(sorted.begin(), sorted.end());
+  const int64_t squares = 3 * voxels(p);
+  r.columns.resize(size_t((p.target ? 5 : 1) * items));
+  for (const auto& [key, name] : sorted) {
+    const int64_t graph = name / squares, matrix = graph / p.items, item = graph % p.items;
+    r.columns[size_t(matrix * items + first + item)].push_back(name % squares);
+  }
+}
+
+// The rows of all items, group by group as the op asks for them. `nan`: none are made.
+void collect_rows(const Case& c, char* scratch, int64_t bytes, bool nan, Outputs& r) {
+  betti::Problem p = c.p;
+  const int64_t group = cuda::betti_group(p), n = voxels(p);
+  for (int64_t first = 0; first < c.p.items; first += group) {
+    p.items = std::min(group, c.p.items - first);
+    p.input = static_cast<const char*>(c.p.input) + first * n * dtype_size(p.input_dtype);
+    if (c.p.target) {
+      p.target = static_cast<const char*>(c.p.target) + first * n * dtype_size(p.target_dtype);
+    }
+    uint32_t counts[4] = {7, 7, 7, 7};
+    cuda::betti_pairs(p, c.pairs && c.l.options.essential, counts, scratch, bytes, nullptr);
+    if (counts[3] != 0) {
+      const int64_t at = 2 * p.items - counts[3];
+      require(nan, "a NaN that is none, " + c.text);
+      r.rows[0].push_back({first + at / 2, at % 2});
+      continue;
+    }
+    std::vector<int64_t> rows[3];
+    int64_t* out[3];
+    for (int k = 0; k < 3; ++k) {
+      rows[k].resize(counts[k] * (k == 0 ? 12 : 6));
+      shim::poison(rows[k]);
+      out[k] = rows[k].data();
+    }
+    if (p.dims == 3 && p.want == 5) collect_columns(p, first, c.p.items, scratch, bytes, r);
+    cuda::betti_rows(p, counts, out, scratch, bytes, nullptr);
+    for (int k = 0; k < 3; ++k) {
+      const size_t width = k == 0 ? 12 : 6;
+      for (size_t i = 0; i < rows[k].size(); i += width) {
+        rows[k][i] += first;
+        r.rows[k].emplace_back(rows[k].begin() + long(i), rows[k].begin() + long(i + width));
+      }
+    }
+  }
+  for (auto& rows : r.rows) std::sort(rows.begin(), rows.end());
+}
 
 bool float_dtype(DType t) {
   return t <= DType::kF16;
@@ -335,25 +255,16 @@ DType real_of(const Case& c) {
   return cuda::betti_in_double(c.p) ? DType::kF64 : DType::kF32;
 }
 
-Outputs run(Case& c, int number) {
+Outputs run(Case& c, int number, bool nan) {
   shim::start_run(number);
   const char poison = char(shim::settings.poison);
   shim::settings.multiprocessors = c.multiprocessors;
-  const size_t n = size_t(c.p.rows * c.p.cols), items = size_t(c.p.items);
-  const size_t images = c.pairs ? 1 : 2, dims = size_t(c.p.dims);
+  const size_t n = size_t(voxels(c.p)), items = size_t(c.p.items), dims = size_t(c.p.dims);
   const int64_t bytes = cuda::betti_scratch_bytes(c.p);
   std::vector<char> scratch(size_t(bytes) + 256, poison);
   char* at = scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
   Outputs r;
-  for (auto* table : {&r.birth, &r.death, &r.mate}) table->resize(images * items * dims * n);
-  r.essential.resize(images * items);
-  for (auto* table : {&r.birth, &r.death, &r.mate, &r.essential}) {
-    shim::poison(*table);
-  }
-  if (c.pairs) r.mate.clear();  // nobody is asked for it
-  cuda::BettiTables t{r.birth.data(), r.death.data(), c.pairs ? nullptr : r.mate.data(),
-                      r.essential.data()};
-  cuda::betti_pairs(c.p, t, at, bytes, nullptr);
+  collect_rows(c, at, bytes, nan, r);
   if (c.pairs) return r;
   r.loss.assign(items * dims * 3 * size_t(dtype_size(real_of(c))), poison);
   r.grad[0].assign(items * n * size_t(dtype_size(c.p.input_dtype)), poison);
@@ -382,9 +293,22 @@ void expect(const Case& c, const char* what, int64_t item, double got, double wa
   }
 }
 
-void check_item(Case& c, const Outputs& r, size_t item, bool nan) {
-  const size_t n = size_t(c.p.rows * c.p.cols), items = size_t(c.p.items);
-  const size_t images = c.pairs ? 1 : 2, dims = size_t(c.p.dims);
+void check_columns(const Case& c, const definition::Complex& x, const Outputs& r, size_t item,
+                   const std::vector<double>& input, const std::vector<double>& target) {
+  std::vector<double> both = input;
+  for (size_t i = 0; i < both.size(); ++i) both[i] = std::min(both[i], target[i]);
+  const definition::Filtration f[3] = {{x, input}, {x, target}, {x, both}};
+  const int rows[] = {0, 1, 2, 0, 1}, columns[] = {0, 1, 2, 2, 2};
+  for (size_t m = 0; m < (c.pairs ? 1 : 5); ++m) {
+    int64_t wrong = 0;
+    const auto want = definition::columns_left(x, f[rows[m]], f[columns[m]], &wrong);
+    require(r.columns[m * size_t(c.p.items) + item] == want && wrong == 0,
+            "columns of matrix " + std::to_string(m) + ", " + c.text);
+  }
+}
+
+void check_item(Case& c, const Outputs& r, size_t item, bool nan, bool sick) {
+  const size_t n = size_t(voxels(c.p)), images = c.pairs ? 1 : 2, dims = size_t(c.p.dims);
   std::vector<double> value[2], f[2];
   for (size_t k = 0; k < images; ++k) {
     value[k].assign(c.image[k].begin() + long(item * n), c.image[k].begin() + long(item * n + n));
@@ -393,68 +317,54 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan) {
   const betti::Options& o = c.l.options;
   std::vector<double> grad[2] = {std::vector<double>(n), std::vector<double>(n)};
   std::vector<double> loss(dims * 3);
-  if (!nan) {
-    const Reference ref = reference(int(c.p.rows), int(c.p.cols), f[0], c.pairs ? nullptr : &f[1]);
-    for (size_t k = 0; k < images; ++k) {
-      require(r.essential[k * items + item] == (c.p.wanted(0) ? ref.essential[k] : -1),
-              "essential vertex, " + c.text);
-      for (size_t d = 0; d < dims; ++d) {
-        std::vector<int> birth(n, -1), death(n, -1), mate(n, -1);
-        for (const RefBar& b : ref.bars[k][d]) {
-          if (!c.p.wanted(d)) break;
-          birth[size_t(b.slot)] = b.birth_voxel;
-          death[size_t(b.slot)] = b.death_voxel;
-          mate[size_t(b.slot)] = b.mate;
-        }
-        const size_t row = ((k * items + item) * dims + d) * n;
-        bool same = true;
-        for (size_t s = 0; s < n; ++s) {
-          same = same && r.birth[row + s] == birth[s] && r.death[row + s] == death[s] &&
-                 (c.pairs || r.mate[row + s] == mate[s]);
-        }
-        require(same, "table of item " + std::to_string(item) + " image " + std::to_string(k) +
-                          " dim " + std::to_string(d) + ", " + c.text);
-      }
+  if (!sick) {
+    const definition::Complex x(int(c.p.depth), int(c.p.rows), int(c.p.cols), c.p.dims);
+    definition::Result ref = definition::match(x, c.p.want, f[0], c.pairs ? nullptr : &f[1]);
+    if (c.pairs && o.essential && c.p.wanted(0)) {
+      ref.rows[1].push_back({0, ref.oldest[0], -1, ref.oldest[0], -1});
+      std::sort(ref.rows[1].begin(), ref.rows[1].end());
     }
+    for (size_t k = 0; k < 3 && !nan; ++k) {
+      std::vector<definition::Row> found;
+      for (const definition::Row& row : r.rows[k]) {
+        if (row[0] == int64_t(item)) found.emplace_back(row.begin() + 1, row.end());
+      }
+      require(found == ref.rows[k],
+              "rows " + std::to_string(k) + " of item " + std::to_string(item) + ", " + c.text);
+    }
+    if (!r.columns.empty()) check_columns(c, x, r, item, f[0], c.pairs ? f[0] : f[1]);
     if (c.pairs) return;
     // Values and derivatives by the formulas of the loss.
-    const auto at = [&](int k, int voxel) { return value[k][size_t(voxel)]; };
-    for (int d = 0; d < int(dims); ++d) {
-      if (!c.p.wanted(d)) continue;
-      const double w = o.dim_weight[d];
-      const auto match = [&](int va, int vb) {
-        const double x = at(0, va) - at(1, vb);
-        loss[size_t(d) * 3] += 2 * x * x;
-        grad[0][size_t(va)] += w * o.matched_weight * 4 * x;
-        grad[1][size_t(vb)] -= w * o.matched_weight * 4 * x;
-      };
-      for (int k = 0; k < 2; ++k) {
-        for (const RefBar& bar : ref.bars[k][d]) {
-          const double b = at(k, bar.birth_voxel), e = at(k, bar.death_voxel);
-          if (bar.mate >= 0) {
-            for (const RefBar& other : ref.bars[1][d]) {
-              if (k == 1 || other.slot != bar.mate) continue;
-              match(bar.birth_voxel, other.birth_voxel);
-              match(bar.death_voxel, other.death_voxel);
-            }
-            continue;
-          }
-          if (k == 0 && std::fabs(b - e) <= o.min_persistence) continue;
-          double term = (b - e) * (b - e), db = 2 * (b - e), de = -db;
-          if (o.extreme) {
-            const double sign = c.p.superlevel ? -1 : 1, shift = c.p.superlevel ? 1 : 0;
-            const double fb = shift + sign * b - 1, fe = shift + sign * e;
-            term = 2 * (fb * fb + fe * fe);
-            db = 4 * fb * sign;
-            de = 4 * fe * sign;
-          }
-          const double scale = w * (k == 0 ? o.unmatched_weight : c.l.target_weight);
-          loss[size_t(d) * 3 + (k == 0 ? 1 : 2)] += term;
-          grad[k][size_t(bar.birth_voxel)] += scale * db;
-          grad[k][size_t(bar.death_voxel)] += scale * de;
+    const auto at = [&](int64_t k, int64_t voxel) { return value[k][size_t(voxel)]; };
+    const auto match = [&](int64_t d, int64_t va, int64_t vb) {
+      const double x = at(0, va) - at(1, vb), w = o.dim_weight[d];
+      loss[size_t(d) * 3] += 2 * x * x;
+      grad[0][size_t(va)] += w * o.matched_weight * 4 * x;
+      grad[1][size_t(vb)] -= w * o.matched_weight * 4 * x;
+    };
+    for (const definition::Row& row : ref.rows[0]) {
+      match(row[0], row[1], row[3]);
+      match(row[0], row[2], row[4]);
+    }
+    if (o.essential && c.p.wanted(0)) match(0, ref.oldest[0], ref.oldest[1]);
+    for (int k = 0; k < 2; ++k) {
+      for (const definition::Row& row : ref.rows[1 + k]) {
+        const double b = at(k, row[1]), e = at(k, row[2]);
+        if (k == 0 && std::fabs(b - e) <= o.min_persistence) continue;
+        double term = (b - e) * (b - e), db = 2 * (b - e), de = -db;
+        if (o.extreme) {
+          const double sign = c.p.superlevel ? -1 : 1, shift = c.p.superlevel ? 1 : 0;
+          const double fb = shift + sign * b - 1, fe = shift + sign * e;
+          term = 2 * (fb * fb + fe * fe);
+          db = 4 * fb * sign;
+          de = 4 * fe * sign;
         }
+        const double scale =
+            o.dim_weight[row[0]] * (k == 0 ? o.unmatched_weight : c.l.target_weight);
+        loss[size_t(row[0]) * 3 + (k == 0 ? 1 : 2)] += term;
+        grad[k][size_t(row[1])] += scale * db;
+        grad[k][size_t(row[2])] += scale * de;
       }
-      if (o.essential && d == 0) match(ref.essential[0], ref.essential[1]);
     }
   } else {
     loss.assign(loss.size(), kNan);
@@ -473,15 +383,18 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan) {
   }
 }
 
-// `sick`: the item with a NaN, or -1.
-void check(Case& c, int orders, int64_t sick = -1) {
+// `sick`: the item with a NaN, or -1; in `image`.
+void check(Case& c, int orders, int64_t sick = -1, int64_t image = 0) {
+  const bool nan = sick >= 0;
   Outputs first;
   for (int k = 0; k < orders; ++k) {
     try {
-      Outputs o = run(c, k);
+      Outputs o = run(c, k, nan);
       if (k == 0) {
         first = o;
-        for (int64_t i = 0; i < c.p.items; ++i) check_item(c, o, size_t(i), i == sick);
+        for (int64_t i = 0; i < c.p.items; ++i) check_item(c, o, size_t(i), nan, i == sick);
+        const std::vector<definition::Row> told{{sick, image}};
+        if (nan) require(o.rows[0] == told, "where the NaN is, " + c.text);
       } else {
         require(o == first, "the order of threads, or old memory, changes the result, " + c.text);
       }
@@ -494,12 +407,13 @@ void check(Case& c, int orders, int64_t sick = -1) {
 std::string describe(const Case& c, const std::string& name) {
   const betti::Problem& p = c.p;
   char text[256];
-  std::snprintf(text, sizeof text,
-                "%s: items %lld rows %lld cols %lld dims %d want %d%d superlevel %d dtypes %d %d "
-                "extreme %d essential %d pairs %d",
-                name.c_str(), (long long)p.items, (long long)p.rows, (long long)p.cols, p.dims,
-                p.wanted(0), p.wanted(1), p.superlevel, int(p.input_dtype), int(p.target_dtype),
-                c.l.options.extreme, c.l.options.essential, c.pairs);
+  std::snprintf(
+      text, sizeof text,
+      "%s: items %lld planes %lld rows %lld cols %lld dims %d want %d superlevel %d dtypes %d %d "
+      "extreme %d essential %d pairs %d",
+      name.c_str(), (long long)p.items, (long long)p.depth, (long long)p.rows, (long long)p.cols,
+      p.dims, int(p.want), p.superlevel, int(p.input_dtype), int(p.target_dtype),
+      c.l.options.extreme, c.l.options.essential, c.pairs);
   return text;
 }
 
@@ -513,7 +427,7 @@ Case plain_case(int64_t items, int64_t rows, int64_t cols) {
   c.p.want = 3;
   c.p.input_dtype = c.p.target_dtype = DType::kF32;
   c.l.options.matched_weight = c.l.options.unmatched_weight = c.l.target_weight = 1;
-  c.l.options.dim_weight[0] = c.l.options.dim_weight[1] = 1;
+  for (double& w : c.l.options.dim_weight) w = 1;
   return c;
 }
 
@@ -618,7 +532,7 @@ void check_nan(Random& rnd) {
       put(c.bytes[image].data(), image == 0 ? c.p.input_dtype : c.p.target_dtype,
           size_t(sick * 20 + (i == 0 ? rnd.below(20) : 5 * i)), nan);
     }
-    check(c, 2, sick);
+    check(c, 2, sick, image);
   }
 }
 
@@ -644,7 +558,11 @@ void check_refusals() {
   p = c.p;
   p.dims = 3;
   p.depth = 4;
-  require(refused(p), "3D");
+  require(refused(p), "dimension 1 of volumes");
+  p.want = 5;
+  require(!refused(p), "a volume");
+  p.dims = 2;
+  require(refused(p), "2D with planes");
   p = c.p;
   p.want = 0;
   require(refused(p), "no dimension");
