@@ -454,7 +454,7 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
         want = rest.get("want", list(range(8)))
         return record(
             *(*op, "Problem"),
-            **dict(items=size(OUTER), shape=[size(n) for n in shape]),
+            **dict(items=size(rest.get("items", OUTER)), shape=[size(n) for n in shape]),
             **dict(want=Field(want, [-1, 8, *HUGE]), superlevel=flag()),
             **dict(input=x, input_dtype=dtype, target=target, target_dtype=dtype),
         )
@@ -477,6 +477,9 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
         **dict(rank=address(buffers["weight"]), tree=address(buffers["token_weight"])),
         **dict(names=address(buffers["index"]), count=size(2)),
     )
+    sizes = (OUTER, CLASSES, INNER)
+    volume = problem(images[0], none, code(0, 1), sizes, items=1)
+    pair = problem(*images, code(0, 1), sizes, items=1)
     return {
         "betti_loss_of_residue": [
             *(volumes, options, residue, address(buffers["loss"]), grad, THREADS)
@@ -490,8 +493,9 @@ def betti_matching_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, l
         "cuda_betti_loss": [on_device, options, *[none] * 6],
         "cuda_betti_pairs": [on_device, flag(), *[none] * 5],
         "cuda_betti_rows": [on_device, rows, *[none] * 4],
+        "betti_loops": [volume, address(buffers["index"]), size(2)],
         "betti_loss": [here, options, address(buffers["loss"]), grad, THREADS],
-        "betti_matching": [here, THREADS],
+        "betti_matching": [pair, THREADS],
         "persistence_pairs": [here, Field([True, False], [2, -1]), THREADS],
     }
 

@@ -48,10 +48,14 @@ betti::Problem decode(const py::handle& record, bool two) {
   return p;
 }
 
-// Edges are numbered in 31 bits (2D: 32), in an image with a frame.
+// Edges are numbered in 31 bits (2D: 32), in an image with a frame (2D: rows of whole words,
+// cpu/betti_local.h).
 bool cells_fit(const betti::Problem& p) {
-  int64_t voxels = p.dims == 3 ? 3 : 1;
-  for (int64_t size : {p.depth + (p.dims == 3 ? 2 : 0), p.rows + 2, p.cols + 2}) {
+  const bool volume = p.dims == 3, turned = !volume && p.cols == 1;
+  const int64_t cols = turned ? p.rows : p.cols;
+  int64_t voxels = volume ? 3 : 1;
+  for (int64_t size : {volume ? p.depth + 2 : 1, (turned ? 1 : p.rows) + 2,
+                       volume ? cols + 2 : (cols + 64) / 64 * 64}) {
     if (size >= INT32_MAX || voxels * size >= INT32_MAX) return false;
     voxels *= size;
   }
@@ -159,6 +163,21 @@ void register_betti_matching(py::module_& m) {
           const auto r = decode_residue(residue, p);
           return bytes(without_gil(cpu::persistence_pairs, p, false, checked_threads(threads), &r));
         });
+
+  m.def("betti_loops", [](py::handle problem, int64_t squares, int64_t count) {
+    const auto p = decode_on_cpu(problem, false);
+    const Reader<Problem> r(problem);
+    if (p.dims != 3) r.bad(Problem::shape, "needs 3 sizes");
+    if (p.items != 1) r.bad(Problem::items, "needs one item");
+    const auto* found = static_cast<const int64_t*>(
+        checked_pointer("squares", squares, checked_count("squares", {count})));
+    for (int64_t i = 0; i < count; ++i) {
+      if (found[i] < 0 || found[i] / 3 >= p.depth * p.rows * p.cols) {
+        bad_argument("squares", "no number of a square");
+      }
+    }
+    return bytes(without_gil(cpu::betti_loops, p, found, count));
+  });
 
 #if PYLOSS_WITH_CUDA
   m.def("cuda_betti_matching_scratch_bytes", [](py::handle problem, int64_t device) {

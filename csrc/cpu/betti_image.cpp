@@ -1,119 +1,226 @@
 // Betti matching on the CPU: images I (input), T (target) and M = min(I, T), as filtrations.
 //
-//     sort I, T -> merge into M's order                 betti_matching_runs.h
-//     dim 0   Kruskal on I, T and M; M's run also keeps the oldest vertices in I and T
-//     dim 1   dual runs over the edges that dim 0 left; those of I and T also keep which square of
-//             M dies
+//     local   pair neighbours in I, T and M                             betti_local.h
+//     sort    the edges that are left, of each
+//     dim 0   union-find over the roots; M's also carries the oldest vertices in I and T
+//     dim 1   the dual runs over the edges that dim 0 left; those of I and T also carry which
+//             square of M dies                                          betti_forest.h
 //     match   a bar of M matches the two bars, of I and of T, found at its death
 //
 // Every bar list has one writer: no result depends on the number of threads.
-//
-// Memory at a time: 15.5 words per voxel (float32), plus 16 bytes per bar.
 #include "cpu/betti_image.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/betti_matching_runs.h"
+#include "cpu/betti_forest.h"
+#include "cpu/betti_local.h"
 #include "cpu/parallel.h"
 
 namespace pyloss {
 namespace cpu {
 
 using namespace betti_item;
-using namespace betti_runs;
+using namespace betti_forest;
 
 namespace {
 
-// Vertex of birth -> number of the bar.
-Array<uint32_t> by_birth(const std::vector<Bar>& bars, const Frame& f, Slab& slab) {
-  Array<uint32_t> number(slab, f.size());
-  std::fill(number.get(), number.get() + f.size(), kNone);
-  for (uint32_t i = 0; i < bars.size(); ++i) number[bars[i].birth] = i;
-  return number;
+// The edges that dimension 0 leaves.
+template <class K>
+struct Cycles {
+  Array<Cycle<K>> at;
+  uint32_t count = 0;
+};
+
+// Dimension 0 of an image.
+template <class K>
+Cycles<K> join_voxels(const K* keys, const Grid& g, const Planes& planes, const Events* events,
+                      Forest<K>& forest, const K* const labels[2], Slab& slab) {
+  uint32_t n = planes.rest_count + (events ? events->count : 0);
+  Array<Item> items(slab, n);
+  Array<Sortable<K>> order(slab, n);
+  n = collect(keys, g, planes, events, items.get(), order.get());
+  sort_items(order, n, slab);
+  Cycles<K> found;
+  // At most n - (voxel roots - 1), but an edge is written before it is known to join.
+  found.at = Array<Cycle<K>>(slab, n - (forest.count - 1) + 1);
+  found.count = join_ascending(forest, order.get(), items.get(), n, labels, found.at.get(), slab);
+  return found;
+}
+
+uint32_t lowest_voxel(const Grid& g, const uint64_t* lowest) {
+  uint32_t at = g.words;
+  while (!lowest[at]) ++at;
+  return 64 * at + uint32_t(__builtin_ctzll(lowest[at]));
+}
+
+// For the memory of a later root's edge, which is anywhere.
+template <class K>
+void ask_ahead(const Forest<K>& f, const K* keys, uint32_t i) {
+  constexpr uint32_t kAhead = 16;
+  if (i + kAhead < f.count) __builtin_prefetch(keys + (f.edge[i + kAhead] >> 1));
+}
+
+// The bars of dimension 0 in the order of their births; `number`, where asked for, receives those
+// of the roots.
+template <class K>
+void list_bars(const Forest<K>& f, const K* keys, const Grid& g, uint32_t oldest,
+               std::vector<Bar>& bars, uint32_t* number) {
+  bars.reserve(f.count);
+  for (uint32_t i = 0; i < f.count; ++i) {
+    ask_ahead(f, keys, i);
+    if (number) number[i] = kNone;
+    const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
+    if (v == oldest) continue;
+    const uint32_t p = e >> 1, q = g.second_end(e), last = keys[p] > keys[q] ? p : q;
+    if (keys[last] == keys[v]) continue;
+    if (number) number[i] = uint32_t(bars.size());
+    const uint32_t birth = g.flat(v);
+    bars.push_back({birth, g.flat_edge(e), birth, g.flat(last)});
+  }
+}
+
+// Those of dimension 1 in the order of their deaths. `pair(square, i)` gets the bar of each root.
+template <class K, class Pair>
+void list_square_bars(const Forest<K>& f, const K* keys, const Grid& g, std::vector<Bar>& bars,
+                      Pair&& pair) {
+  bars.reserve(f.count);
+  for (uint32_t i = 1; i < f.count; ++i) {
+    ask_ahead(f, keys, i);
+    const uint32_t s = uint32_t(f.age[i]), e = f.edge[i];
+    const uint32_t p = e >> 1, q = g.second_end(e), first = keys[p] > keys[q] ? p : q;
+    if (keys[first] == key_of_age<K>(f.age[i])) continue;
+    uint32_t top = s;
+    for (const uint32_t v : {s + 1, s + g.pitch, s + g.pitch + 1}) {
+      if (keys[v] >= keys[top]) top = v;
+    }
+    pair(i, uint32_t(bars.size()));
+    bars.push_back({g.flat_edge(e), g.flat(s), g.flat(first), g.flat(top)});
+  }
 }
 
 }  // namespace
 
 template <class R>
 ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& slab) {
-  using K = typename betti::KeyOf<R>::type;
-  const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
+  using K = typename betti_local::KeyOf<R>::type;
+  const Grid g(batch);
   const int64_t n = batch.rows * batch.cols;
-  const R* image[2] = {static_cast<const R*>(batch.input) + item * n,
-                       static_cast<const R*>(batch.target) + item * n};
+  const R* const image[2] = {static_cast<const R*>(batch.input) + item * n,
+                             static_cast<const R*>(batch.target) + item * n};
   ItemResult result;
   enum { kInput, kTarget, kComparison };
-  Order order[3];
-  {
-    Array<K> keys[2] = {Array<K>(slab, f.size()), Array<K>(slab, f.size())};
-    parallel_for(2, 1, threads, [&](int64_t i, int64_t) {
-      if (!make_keys(image[i], f, batch.superlevel, keys[i].get())) {
-        found_nan(i == kInput ? "input" : "target", item);
-      }
-      order[i] = sort_voxels(keys[i].get(), f, slab);
-    });
-    order[kComparison] =
-        merge_orders(order[kInput], order[kTarget], keys[0].get(), keys[1].get(), f, slab);
-  }
-  result.oldest_input = order[kInput].at(0);
-  result.oldest_target = order[kTarget].at(0);
-
-  Array<Cycle> cycles[3];
-  uint32_t cycle_count[3];
-  std::vector<ComparisonBar> comparison;
-  DimResult& zero = result.dim[0];
-  parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
-    cycles[i] = Array<Cycle>(slab, f.voxels());
-    if (i == kComparison) {
-      run_dim0_comparison(order[i], order[kInput], order[kTarget], f, cycles[i].get(),
-                          cycle_count[i], comparison, slab);
-    } else {
-      run_dim0(order[i], f, cycles[i].get(), cycle_count[i], i == kInput ? zero.input : zero.target,
-               slab);
+  Array<K> keys[3];
+  Range<K> range[3];
+  parallel_for(2, 1, threads, [&](int64_t i, int64_t) {
+    keys[i] = Array<K>(slab, g.size() + 64);
+    if (!make_keys(image[i], g, batch.superlevel, keys[i].get(), range[i])) {
+      found_nan(i == kInput ? "input" : "target", item);
     }
   });
-  if (batch.wanted(0)) {
-    const Array<uint32_t> of_input = by_birth(zero.input, f, slab),
-                          of_target = by_birth(zero.target, f, slab);
-    for (ComparisonBar& m : comparison) {
-      m.in_input = of_input[m.in_input];
-      m.in_target = of_target[m.in_target];
-    }
-    link(comparison, zero);
-  } else {
-    zero = DimResult();
-  }
-  if (!batch.wanted(1) || f.rows < 2 || f.cols < 2) return result;
-
-  DimResult& one = result.dim[1];
-  Array<uint32_t> squares, bar_of[2];  // squares of the comparison image
-  parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
-    positions_to_ranks(order[i], f);
-    order[i].voxel = Array<uint32_t>();
-    if (i != kComparison) return;
-    squares = Array<uint32_t>(slab, f.size());
-    square_ranks(order[i], f, squares.get());
-  });
-  std::vector<Bar> of_comparison;
+  Planes planes[3];
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     if (i == kComparison) {
-      run_dim1(order[i], squares.get(), f, cycles[i].get(), cycle_count[i], of_comparison, nullptr,
-               nullptr, slab);
+      keys[i] = Array<K>(slab, g.size() + 64);
+      range[i] = min_keys(keys[kInput].get(), keys[kTarget].get(), g, keys[i].get());
+    }
+    planes[i] = pair_locally(keys[i].get(), g, &range[i], slab);
+  });
+  const bool squares = batch.wanted(1) && g.rows > 1;
+  const K* const side_keys[2] = {keys[kInput].get(), keys[kTarget].get()};
+  const K* const own_keys = keys[kComparison].get();
+  const Planes* const sides[2] = {&planes[kInput], &planes[kTarget]};
+  const Planes& own = planes[kComparison];
+  Array<Edges> rises;
+  if (squares) rises = square_rises(own_keys, g, slab);
+
+  Cycles<K> cycles[3];
+  Forest<K> forest[3];
+  parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
+    planes[i].voxels.open(g, slab);
+    if (i != kComparison) {
+      forest[i] =
+          make_forest(side_keys[i], g, *sides[i], static_cast<const K* const*>(nullptr), slab);
+      Events events;
+      if (squares) events = square_events(g, *sides[i], own, rises.get(), slab);
+      cycles[i] = join_voxels(side_keys[i], g, *sides[i], squares ? &events : nullptr, forest[i],
+                              static_cast<const K* const*>(nullptr), slab);
+      planes[i].voxels.close();
       return;
     }
-    bar_of[i] = Array<uint32_t>(slab, f.size());
-    std::fill(bar_of[i].get(), bar_of[i].get() + f.size(), kNone);
-    Array<uint32_t> own(slab, f.size());
-    square_ranks(order[i], f, own.get());
-    run_dim1(order[i], own.get(), f, cycles[i].get(), cycle_count[i],
-             i == kInput ? one.input : one.target, squares.get(), bar_of[i].get(), slab);
-    cycles[i] = Array<Cycle>();  // at its peak the memory is what counts
-    order[i].position = Array<uint32_t>();
+    const bool labels = batch.wanted(0);
+    forest[i] = make_forest(own_keys, g, own, labels ? side_keys : nullptr, slab);
+    Events events;
+    if (labels) {
+      events = voxel_events(g, own, sides, slab);
+      lowest_labels(forest[i], g, own, sides, side_keys);
+    }
+    cycles[i] = join_voxels(own_keys, g, own, labels ? &events : nullptr, forest[i],
+                            labels ? side_keys : nullptr, slab);
+    planes[i].voxels.close();
+  });
+
+  const uint32_t oldest[2] = {lowest_voxel(g, planes[kInput].lowest.get()),
+                              lowest_voxel(g, planes[kTarget].lowest.get())};
+  result.oldest_input = g.flat(oldest[kInput]);
+  result.oldest_target = g.flat(oldest[kTarget]);
+  std::vector<ComparisonBar> comparison;
+  if (batch.wanted(0)) {
+    DimResult& zero = result.dim[0];
+    Array<uint32_t> number[2];
+    for (int i = 0; i < 2; ++i) {
+      number[i] = Array<uint32_t>(slab, forest[i].count);
+      list_bars(forest[i], side_keys[i], g, oldest[i], i == kInput ? zero.input : zero.target,
+                number[i].get());
+    }
+    const auto bar_at = [&](int i, uint32_t v) {
+      const uint32_t root = sides[i]->voxels.number(v);
+      return root == kNone ? kNone : number[i][root];
+    };
+    const Forest<K>& f = forest[kComparison];
+    const uint32_t first = lowest_voxel(g, own.lowest.get());
+    for (uint32_t i = 0; i < f.count; ++i) {
+      ask_ahead(f, own_keys, i);
+      const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
+      if (v == first) continue;
+      if (std::max(own_keys[e >> 1], own_keys[g.second_end(e)]) == own_keys[v]) continue;
+      const uint32_t in_input = bar_at(kInput, uint32_t(f.label[0][i]));
+      const uint32_t in_target = bar_at(kTarget, uint32_t(f.label[1][i]));
+      comparison.push_back({g.flat(v), g.flat_edge(e), in_input, in_target});
+    }
+    link(comparison, zero);
+  }
+  if (!squares) return result;
+
+  DimResult& one = result.dim[1];
+  Array<uint32_t> bar_of[2];  // by the root of M that ends with it
+  parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
+    const bool side = i != kComparison;
+    const K* const label_keys = side ? own_keys : nullptr;
+    planes[i].squares.open(g, slab);
+    forest[i] = make_square_forest(keys[i].get(), g, planes[i], label_keys, slab);
+    if (side) highest_labels(forest[i], g, planes[i], own, rises.get(), own_keys);
+    join_descending(forest[i], g, planes[i], cycles[i].at.get(), cycles[i].count, label_keys, slab);
+    planes[i].squares.close();
+    cycles[i] = Cycles<K>();
+    if (!side) return;
+    bar_of[i] = Array<uint32_t>(slab, own.squares.count);
+    std::fill_n(bar_of[i].get(), own.squares.count, kNone);
+    list_square_bars(forest[i], keys[i].get(), g, i == kInput ? one.input : one.target,
+                     [&](uint32_t root, uint32_t bar) {
+                       const uint32_t in_own =
+                           own.squares.number(uint32_t(forest[i].label[0][root]));
+                       if (in_own != kNone) bar_of[i][in_own] = bar;
+                     });
   });
   comparison.clear();
-  for (const Bar& m : of_comparison) {
-    comparison.push_back({m.birth, m.death, bar_of[0][m.death], bar_of[1][m.death]});
+  std::vector<Bar> of_comparison;
+  list_square_bars(forest[kComparison], own_keys, g, of_comparison, [&](uint32_t root, uint32_t) {
+    comparison.push_back({0, 0, bar_of[0][root], bar_of[1][root]});
+  });
+  for (size_t i = 0; i < of_comparison.size(); ++i) {
+    comparison[i].birth = of_comparison[i].birth;
+    comparison[i].death = of_comparison[i].death;
   }
   link(comparison, one);
   return result;
@@ -121,33 +228,37 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
 
 template <class R>
 ItemResult bars_of_image(const Problem& batch, int64_t item, Slab& slab) {
-  const Frame f(uint32_t(batch.rows), uint32_t(batch.cols));
-  const R* image = static_cast<const R*>(batch.input) + item * batch.rows * batch.cols;
+  using K = typename betti_local::KeyOf<R>::type;
+  const Grid g(batch);
+  const R* const image = static_cast<const R*>(batch.input) + item * batch.rows * batch.cols;
   ItemResult result;
-  Order order;
-  {
-    Array<typename betti::KeyOf<R>::type> keys(slab, f.size());
-    if (!make_keys(image, f, batch.superlevel, keys.get())) found_nan("input", item);
-    order = sort_voxels(keys.get(), f, slab);
-  }
-  result.oldest_input = result.oldest_target = order.at(0);
-  Array<Cycle> cycles(slab, f.voxels());
-  uint32_t cycle_count;
-  run_dim0(order, f, cycles.get(), cycle_count, result.dim[0].input, slab);
-  if (!batch.wanted(0)) result.dim[0] = DimResult();
-  if (!batch.wanted(1) || f.rows < 2 || f.cols < 2) return result;
-  positions_to_ranks(order, f);
-  order.voxel = Array<uint32_t>();
-  Array<uint32_t> squares(slab, f.size());
-  square_ranks(order, f, squares.get());
-  run_dim1(order, squares.get(), f, cycles.get(), cycle_count, result.dim[1].input, nullptr,
-           nullptr, slab);
+  Array<K> keys(slab, g.size() + 64);
+  Range<K> range;
+  if (!make_keys(image, g, batch.superlevel, keys.get(), range)) found_nan("input", item);
+  const K* const key = keys.get();
+  Planes planes = pair_locally(key, g, static_cast<const Range<K>*>(nullptr), slab);
+  const K* const* const no_labels = nullptr;
+  Forest<K> forest = make_forest(key, g, planes, no_labels, slab);
+  planes.voxels.open(g, slab);
+  const Cycles<K> cycles = join_voxels(key, g, planes, nullptr, forest, no_labels, slab);
+  planes.voxels.close();
+  const Age<K>* const ages = forest.age.get();
+  const uint32_t oldest = uint32_t(*std::min_element(ages, ages + forest.count));
+  result.oldest_input = result.oldest_target = g.flat(oldest);
+  if (batch.wanted(0)) list_bars(forest, key, g, oldest, result.dim[0].input, nullptr);
+  if (!batch.wanted(1) || g.rows < 2) return result;
+  const K* const none = nullptr;
+  forest = make_square_forest(key, g, planes, none, slab);
+  planes.squares.open(g, slab);
+  join_descending(forest, g, planes, cycles.at.get(), cycles.count, none, slab);
+  list_square_bars(forest, key, g, result.dim[1].input, [](uint32_t, uint32_t) {});
   return result;
 }
 
 size_t image_bytes(const Problem& batch) {
-  const size_t size = Frame(uint32_t(batch.rows), uint32_t(batch.cols)).size();
-  return size * (batch.input_dtype == DType::kF64 ? 72 : 62);
+  // Of an image of noise on one thread; what does not fit comes from malloc.
+  const size_t cells = Grid(batch).size();
+  return cells * (batch.input_dtype == DType::kF64 ? 80 : 46) + (size_t(32) << 10);
 }
 
 template ItemResult match_image<float>(const Problem&, int64_t, int, Slab&);

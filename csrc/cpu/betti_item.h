@@ -17,7 +17,7 @@ namespace betti_item {
 using betti::kNone;
 using betti::Problem;
 
-// Cells and voxels in padded numbers: see Numbers.
+// Cells and voxels in the numbers of Numbers.
 struct Bar {
   uint32_t birth, death;
   uint32_t birth_voxel, death_voxel;
@@ -61,13 +61,14 @@ inline void link(const std::vector<ComparisonBar>& comparison, DimResult& r) {
                               std::to_string(item) + " does");
 }
 
-// From padded numbers to the public ones of common/betti_matching.h.
+// From the numbers of an ItemResult to the public ones of common/betti_matching.h. Those of images
+// of one and two dimensions are the public ones.
 //
-// Inside, an image lies in a frame, so that no neighbour needs a test of its coordinates: one
-// column shared by the left and the right, one row above and below (3D: one row shared by the two
-// sides of a slice, one slice before and after). Voxel (row, col) is (row + 1) * stride + col;
-// voxel (slice, row, col) is (slice + 1) * slice_stride + row * stride + col. Cells as there, with
-// padded voxels. The order of numbers, and with it every tie, is that of the public ones.
+// Inside, a volume lies in a frame, so that no neighbour needs a test of its coordinates: one
+// column shared by the left and the right, one row shared by the two sides of a slice, one slice
+// before and after. Voxel (slice, row, col) is (slice + 1) * slice_stride + row * stride + col.
+// Cells as there, with padded voxels. The order of numbers, and with it every tie, is that of the
+// public ones.
 class Numbers {
  public:
   explicit Numbers(const Problem& p)
@@ -79,10 +80,10 @@ class Numbers {
         inverse_(1.0 / stride_),
         slice_inverse_(1.0 / slice_stride_) {}
 
-  // Without a division: exact, since (v + 1/2) / stride is at least 1 / (2 stride) from any
-  // integer.
   uint32_t voxel(uint32_t v) const {
-    if (dims_ < 3) return v - uint32_t((v + 0.5) * inverse_) - cols_;
+    if (dims_ < 3) return v;
+    // Without a division: exact, since (v + 1/2) / stride is at least 1 / (2 stride) from any
+    // integer.
     const uint32_t w = v - slice_stride_ - stride_ - 1;
     const uint32_t slice = uint32_t((w + 0.5) * slice_inverse_);
     const uint32_t in_slice = w - slice * slice_stride_;
@@ -91,7 +92,7 @@ class Numbers {
   // Of a cell of dimension k.
   uint32_t cell(int k, uint32_t c) const {
     if (k == 0 || (k == dims_ && k > 1)) return voxel(c);
-    if (dims_ < 3) return 2 * voxel(c >> 1) + (c & 1);
+    if (dims_ < 3) return c;
     return 3 * voxel(c / 3) + c % 3;
   }
 

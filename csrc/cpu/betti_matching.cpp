@@ -13,6 +13,7 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "cpu/betti_image.h"
 #include "cpu/betti_item.h"
@@ -39,16 +40,29 @@ ItemResult match_item(const Problem& batch, int64_t item, int threads, Slab& sla
                          : match_image<R>(batch, item, threads, slab);
 }
 template <class R>
-ItemResult bars_of_item(const Problem& batch, int64_t item, int threads, Slab& slab,
+ItemResult bars_of_item(const Problem& batch, int64_t item, Slab& slab,
                         const ReducedResidue* residue) {
   if (residue) return residue->match(item);
-  return batch.dims == 3 ? bars_of_volume<R>(batch, item, threads, slab)
+  return batch.dims == 3 ? bars_of_volume<R>(batch, item, slab)
                          : bars_of_image<R>(batch, item, slab);
 }
 
 std::unique_ptr<ReducedResidue> reduced_of(const Problem& batch, const BettiResidue* residue,
                                            int threads) {
   return residue ? std::make_unique<ReducedResidue>(batch, *residue, threads) : nullptr;
+}
+
+// The scratch memory of small images is kept by each thread: to map it anew takes longer than the
+// work.
+constexpr size_t kKeptBytes = size_t(4) << 20;
+Slab& kept_slab(size_t bytes) {
+  thread_local std::unique_ptr<Slab> slab;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    slab.reset(new Slab(bytes));
+    size = bytes;
+  }
+  return *slab;
 }
 
 // fn(item, threads within it, slab). A slab serves one item after the other.
@@ -63,6 +77,11 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
   std::mutex mutex;
   std::vector<std::unique_ptr<Slab>> idle;
   parallel_for(batch.items, 1, outer ? threads : 1, [&](int64_t begin, int64_t end) {
+    const int within = outer ? 1 : threads;
+    if (bytes <= kKeptBytes) {
+      for (int64_t item = begin; item < end; ++item) fn(item, within, kept_slab(bytes));
+      return;
+    }
     std::unique_ptr<Slab> slab;
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -72,7 +91,7 @@ void over_items(const Problem& batch, int threads, Fn&& fn) {
       }
     }
     if (!slab) slab.reset(new Slab(bytes));
-    for (int64_t item = begin; item < end; ++item) fn(item, outer ? 1 : threads, *slab);
+    for (int64_t item = begin; item < end; ++item) fn(item, within, *slab);
     std::lock_guard<std::mutex> lock(mutex);
     idle.push_back(std::move(slab));
   });
@@ -146,16 +165,51 @@ void loss_of_batch(const Problem& batch, const Options& options, R* loss, R* gra
 // --------------------------------------------------------------------------------------------------
 // Rows
 
-// Sorted within a dimension, then with the item's number and the dimension before each.
+// The numbers of the rows in lexicographic order, in the low half of each; what they begin with is
+// in the high half. A radix sort by that, of which few rows share one.
+template <class Row>
+std::vector<uint64_t> sorted(const std::vector<Row>& rows) {
+  constexpr int kBits = 11;
+  const size_t n = rows.size();
+  std::vector<uint64_t> order(n);
+  uint32_t most = 0;
+  for (size_t i = 0; i < n; ++i) {
+    order[i] = uint64_t(rows[i][0]) << 32 | i;
+    most = std::max(most, rows[i][0]);
+  }
+  if (!std::is_sorted(order.begin(), order.end())) {
+    std::vector<uint64_t> to(n);
+    for (int shift = 32; shift < 64 && most >> (shift - 32); shift += kBits) {
+      uint32_t count[(1 << kBits) + 1] = {};
+      const auto digit = [&](uint64_t x) { return x >> shift & ((1 << kBits) - 1); };
+      for (uint64_t x : order) ++count[digit(x) + 1];
+      for (int i = 0; i < 1 << kBits; ++i) count[i + 1] += count[i];
+      for (uint64_t x : order) to[count[digit(x)]++] = x;
+      std::swap(order, to);
+    }
+  }
+  for (size_t begin = 0, end; begin < n; begin = end) {
+    for (end = begin + 1; end < n && order[end] >> 32 == order[begin] >> 32; ++end) {
+    }
+    if (end == begin + 1) continue;
+    std::sort(order.begin() + begin, order.begin() + end,
+              [&](uint64_t a, uint64_t b) { return rows[uint32_t(a)] < rows[uint32_t(b)]; });
+  }
+  return order;
+}
+
+// Sorted within a dimension, with the item's number and the dimension before each.
 template <size_t kWidth>
 void append(std::vector<std::array<uint32_t, kWidth>>& rows, int64_t item, int dim,
             std::vector<int64_t>& out) {
-  std::sort(rows.begin(), rows.end());
-  out.reserve(out.size() + rows.size() * (kWidth + 2));
-  for (const auto& row : rows) {
-    out.push_back(item);
-    out.push_back(dim);
-    for (uint32_t x : row) out.push_back(x == kNone ? -1 : int64_t(x));
+  const std::vector<uint64_t> order = sorted(rows);
+  const size_t before = out.size();
+  out.resize(before + rows.size() * (kWidth + 2));
+  int64_t* to = out.data() + before;
+  for (uint64_t i : order) {
+    *to++ = item;
+    *to++ = dim;
+    for (uint32_t x : rows[uint32_t(i)]) *to++ = x == kNone ? -1 : int64_t(x);
   }
   rows.clear();
 }
@@ -181,7 +235,8 @@ void append_left(const std::vector<Bar>& bars, const std::vector<uint8_t>& match
 }
 
 template <class T>
-std::vector<T> joined(const std::vector<std::vector<T>>& parts) {
+std::vector<T> joined(std::vector<std::vector<T>>& parts) {
+  if (parts.size() == 1) return std::move(parts[0]);
   size_t size = 0;
   for (const auto& part : parts) size += part.size();
   std::vector<T> all;
@@ -242,10 +297,10 @@ std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int
   const ReducedResidue* residue = reduced.get();
   const Numbers at(batch);
   std::vector<std::vector<int64_t>> pairs(batch.items);
-  over_items(batch, threads, [&](int64_t item, int within, Slab& slab) {
+  over_items(batch, threads, [&](int64_t item, int, Slab& slab) {
     const ItemResult found = batch.input_dtype == DType::kF64
-                                 ? bars_of_item<double>(batch, item, within, slab, residue)
-                                 : bars_of_item<float>(batch, item, within, slab, residue);
+                                 ? bars_of_item<double>(batch, item, slab, residue)
+                                 : bars_of_item<float>(batch, item, slab, residue);
     for (int d = 0; d < batch.dims; ++d) {
       const DimResult& r = found.dim[d];
       const BarNumbers numbers{at, d};
@@ -260,6 +315,11 @@ std::vector<int64_t> persistence_pairs(const Problem& batch, bool essential, int
     }
   });
   return joined(pairs);
+}
+
+std::vector<int64_t> betti_loops(const Problem& volume, const int64_t* squares, int64_t count) {
+  return volume.input_dtype == DType::kF64 ? loops_of_volume<double>(volume, squares, count)
+                                           : loops_of_volume<float>(volume, squares, count);
 }
 
 }  // namespace cpu

@@ -15,6 +15,7 @@
 #include "cpu/betti_volume.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cpu/betti_volume_loops.h"
@@ -213,40 +214,77 @@ ItemResult match_volume(const Problem& batch, int64_t item, int threads, Slab& s
   ItemResult result;
   Images images(batch, threads, slab);
   images.prepare<R>(item);
-  result.oldest_input = images.order[kInput].at(0);
-  result.oldest_target = images.order[kTarget].at(0);
+  result.oldest_input = images.order[kInput].voxel[0];
+  result.oldest_target = images.order[kTarget].voxel[0];
   images.match_dim0(result.dim[0]);
   if (batch.wanted(1) || batch.wanted(2)) images.match_dim2(result.dim[2]);
   if (batch.wanted(1)) images.match_dim1(result.dim[1]);
   return result;
 }
 
-template <class R>
-ItemResult bars_of_volume(const Problem& batch, int64_t item, int, Slab& slab) {
-  const Lattice l(batch);
-  ItemResult result;
+namespace {
+
+// One image by itself.
+struct Volume {
+  const Lattice l;
   Order order;
-  {
-    Array<typename betti::KeyOf<R>::type> keys(slab, l.size());
-    if (!make_keys(image_of<R>(batch, kInput, item), l, batch.superlevel, keys.get())) {
+  Stars stars;
+
+  template <class R>
+  static Volume of(const Problem& batch, int64_t item, Slab& slab) {
+    Volume x{Lattice(batch), Order(), Stars()};
+    Array<typename betti::KeyOf<R>::type> keys(slab, x.l.size());
+    if (!make_keys(image_of<R>(batch, kInput, item), x.l, batch.superlevel, keys.get())) {
       found_nan("input", item);
     }
-    order = sort_voxels(keys.get(), l, slab);
+    x.order = sort_voxels(keys.get(), x.l, slab);
+    x.stars = make_stars(x.order.rank.get(), x.l, slab);
+    return x;
   }
-  result.oldest_input = result.oldest_target = order.at(0);
-  const Stars stars = make_stars(order.rank.get(), l, slab);
-  Bits negative(size_t(l.size()) * 3, slab);
+};
+
+}  // namespace
+
+template <class R>
+ItemResult bars_of_volume(const Problem& batch, int64_t item, Slab& slab) {
+  const Volume x = Volume::of<R>(batch, item, slab);
+  ItemResult result;
+  result.oldest_input = result.oldest_target = x.order.voxel[0];
+  Bits negative(size_t(x.l.size()) * 3, slab);
   DimResult* const dim = result.dim;
-  run_dim0(order, l, stars, negative, dim[0].input, slab);
+  run_dim0(x.order, x.l, x.stars, negative, dim[0].input, slab);
+  std::vector<uint32_t> births;
   if (batch.wanted(1) || batch.wanted(2)) {
-    std::vector<uint32_t> births;
-    run_dim2(order, l, stars, dim[2].input, births, slab);
+    run_dim2(x.order, x.l, x.stars, dim[2].input, births, slab);
   }
-  if (batch.wanted(1)) run_dim1(order, l, stars, negative, dim[1].input, slab);
+  if (batch.wanted(1)) run_dim1(x.order, x.l, x.stars, negative, dim[1].input, slab);
   for (int d = 0; d < 3; ++d) {
     if (!batch.wanted(d)) dim[d] = DimResult();
   }
   return result;
+}
+
+template <class R>
+std::vector<int64_t> loops_of_volume(const Problem& volume, const int64_t* squares, int64_t count) {
+  Slab slab(volume_bytes(volume));
+  const Volume x = Volume::of<R>(volume, 0, slab);
+  std::vector<Bar> voids;
+  std::vector<uint32_t> births;
+  run_dim2(x.order, x.l, x.stars, voids, births, slab);
+  const Numbers numbers(volume);
+  std::vector<std::pair<int64_t, int64_t>> places;  // (square, place)
+  for (int64_t i = 0; i < count; ++i) places.push_back({squares[i], i});
+  std::sort(places.begin(), places.end());
+  std::vector<int64_t> rows;
+  const auto found = [&](uint32_t square, const std::vector<uint32_t>& edges) {
+    const int64_t number = numbers.cell(2, square);
+    auto at = std::lower_bound(places.begin(), places.end(), std::make_pair(number, int64_t(0)));
+    for (; at != places.end() && at->first == number; ++at) {
+      for (uint32_t e : edges) rows.insert(rows.end(), {at->second, int64_t(numbers.cell(1, e))});
+    }
+  };
+  reduced_columns(x.order, x.l, x.stars, found, slab);
+  return rows;
 }
 
 size_t volume_bytes(const Problem& batch) {
@@ -255,8 +293,10 @@ size_t volume_bytes(const Problem& batch) {
 
 template ItemResult match_volume<float>(const Problem&, int64_t, int, Slab&);
 template ItemResult match_volume<double>(const Problem&, int64_t, int, Slab&);
-template ItemResult bars_of_volume<float>(const Problem&, int64_t, int, Slab&);
-template ItemResult bars_of_volume<double>(const Problem&, int64_t, int, Slab&);
+template ItemResult bars_of_volume<float>(const Problem&, int64_t, Slab&);
+template ItemResult bars_of_volume<double>(const Problem&, int64_t, Slab&);
+template std::vector<int64_t> loops_of_volume<float>(const Problem&, const int64_t*, int64_t);
+template std::vector<int64_t> loops_of_volume<double>(const Problem&, const int64_t*, int64_t);
 
 }  // namespace cpu
 }  // namespace pyloss

@@ -17,8 +17,19 @@ betti_item::ItemResult match_volume(const betti::Problem& batch, int64_t item, i
                                     Slab& slab);
 // Only the bars of the input.
 template <class R>
-betti_item::ItemResult bars_of_volume(const betti::Problem& batch, int64_t item, int threads,
-                                      Slab& slab);
+betti_item::ItemResult bars_of_volume(const betti::Problem& batch, int64_t item, Slab& slab);
+
+// Cycles that stand for the bars of dimension 1 of the one item of `volume`: rows (place in
+// `squares`, edge) for each square that is the death of one. Public numbers.
+template <class R>
+std::vector<int64_t> loops_of_volume(const betti::Problem& volume, const int64_t* squares,
+                                     int64_t count);
+
+// Rows (place in `squares`, edge) of the loops that squares fill which are deaths of bars of the
+// one input: the edges of their reduced columns, in public numbers. No row for other squares.
+template <class R>
+std::vector<int64_t> loops_of_volume(const betti::Problem& volume, const int64_t* squares,
+                                     size_t count);
 
 // What the slab of an item should hold.
 size_t volume_bytes(const betti::Problem& batch);

@@ -9,13 +9,50 @@ namespace cpu {
 namespace betti_volume {
 namespace {
 
+// Edge -> its column. Of few edges: by open addressing, at most half full; of many an array.
+class Pivots {
+ public:
+  Pivots(size_t count, size_t edges, Slab& slab) {
+    if (16 * count > edges) {
+      columns_ = Array<uint32_t>(slab, edges);
+      std::fill(columns_.get(), columns_.get() + edges, kNone);
+      return;
+    }
+    int bits = 6;
+    while (size_t(1) << bits < 2 * count) ++bits;
+    shift_ = 32 - bits;
+    mask_ = (uint32_t(1) << bits) - 1;
+    slots_ = Array<Slot>(slab, size_t(mask_) + 1);
+    std::fill(slots_.get(), slots_.get() + mask_ + 1, Slot{kNone, kNone});
+  }
+  // kNone where there is none yet.
+  uint32_t& operator[](uint32_t e) const {
+    if (columns_.get()) return columns_[e];
+    uint32_t i = (e * 0x9e3779b1u) >> shift_;
+    while (slots_[i].edge != e && slots_[i].column != kNone) i = (i + 1) & mask_;
+    slots_[i].edge = e;  // a free one stays free until it has a column
+    return slots_[i].column;
+  }
+
+ private:
+  struct Slot {
+    uint32_t edge, column;
+  };
+
+  int shift_;
+  uint32_t mask_;
+  Array<Slot> slots_;
+  Array<uint32_t> columns_;
+};
+
 class Reduction {
  public:
-  // `negative`: edges to leave out; null: none.
-  Reduction(const Order& rows, const Lattice& l, const Bits* negative, Slab& slab)
-      : rank_(rows.rank.get()), l_(l), negative_(negative), pivots_(slab, size_t(l.size()) * 3) {
-    std::fill(pivots_.get(), pivots_.get() + size_t(l.size()) * 3, kNone);
-  }
+  // Of up to `count` columns. `negative`: edges to leave out; null: none.
+  Reduction(size_t count, const Order& rows, const Lattice& l, const Bits* negative, Slab& slab)
+      : rank_(rows.rank.get()),
+        l_(l),
+        negative_(negative),
+        pivots_(count, size_t(l.size()) * 3, slab) {}
 
   // Reduces the column of a square to its pivot; kNone: to nothing. resolve(edge, keys) gives, for
   // an edge that pairs within its star, the other keys of its column: their number, or -1.
@@ -58,8 +95,10 @@ class Reduction {
     } else {
       edge = r[c[1]] >= r[c[0]] ? 3 * c[1] + a : 3 * c[0] + b;
     }
-    if (pivots_[edge] != kNone || pairs(edge)) return false;
-    pivots_[edge] = square;
+    if (pairs(edge)) return false;
+    uint32_t& column = pivots_[edge];
+    if (column != kNone) return false;
+    column = square;
     return true;
   }
 
@@ -115,7 +154,7 @@ class Reduction {
   const uint32_t* rank_;
   const Lattice& l_;
   const Bits* negative_;
-  Array<uint32_t> pivots_;
+  Pivots pivots_;
   Column column_;
   std::vector<uint64_t> kept_;
   std::vector<size_t> starts_{0};
@@ -177,13 +216,23 @@ struct Masks {
   uint32_t operator()(uint32_t v) const { return squares[v]; }
 };
 
+size_t count_of(const Lattice& l, const uint16_t* squares) {
+  size_t count = 0;
+  l.each_row([&](uint32_t begin, uint32_t) {
+    for (uint32_t v = begin; v < begin + l.cols; ++v) {
+      if (squares[v]) count += size_t(__builtin_popcount(squares[v]));
+    }
+  });
+  return count;
+}
+
 }  // namespace
 
 void run_dim1(const Order& o, const Lattice& l, const Stars& stars, const Bits& negative,
               std::vector<Bar>& bars, Slab& slab) {
   const uint32_t* rank = o.rank.get();
   const StarOffsets at(l);
-  Reduction reduction(o, l, &negative, slab);
+  Reduction reduction(count_of(l, stars.critical.get()), o, l, &negative, slab);
   const StarColumns of_star(o, l, stars.local.get(), reduction);
   in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t r) {
     const uint32_t e = reduction.reduce(s, of_star);
@@ -226,7 +275,8 @@ void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
                     if (r > 0) pairs.push_back({s, kNone});
                   });
 
-  Reduction reduction(rows.order, l, &negative, slab);
+  const size_t count = count_of(l, part.critical.get()) + count_of(l, left.get());
+  Reduction reduction(count, rows.order, l, &negative, slab);
   const StarColumns of_star(rows.order, l, local, reduction);
   in_order<false>(rows.order, l, at.square, Masks{part.critical.get()},
                   [&](uint32_t s, uint32_t) { reduction.reduce(s, of_star); });
@@ -239,23 +289,16 @@ void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
   });
 }
 
-std::vector<std::vector<uint32_t>> reduced_columns(const Order& o, const Lattice& l,
-                                                   const Stars& stars,
-                                                   const std::vector<uint32_t>& squares,
-                                                   Slab& slab) {
-  std::vector<std::vector<uint32_t>> found(squares.size());
+void reduced_columns(const Order& o, const Lattice& l, const Stars& stars,
+                     const std::function<void(uint32_t, const std::vector<uint32_t>&)>& found,
+                     Slab& slab) {
   const StarOffsets at(l);
-  Reduction reduction(o, l, nullptr, slab);
+  Reduction reduction(count_of(l, stars.critical.get()), o, l, nullptr, slab);
   const StarColumns of_star(o, l, stars.local.get(), reduction);
   in_order<false>(o, l, at.square, Masks{stars.critical.get()}, [&](uint32_t s, uint32_t) {
     const uint32_t e = reduction.reduce(s, of_star);
-    if (e == kNone) return;
-    for (size_t i = 0; i < squares.size(); ++i) {
-      if (squares[i] != s) continue;
-      found[i] = reduction.column(e);
-    }
+    if (e != kNone) found(s, reduction.column(e));
   });
-  return found;
 }
 
 }  // namespace betti_volume

@@ -17,10 +17,11 @@
 // A column is a sorted array of (rank, edge), or a heap when it is long, in which equal ones cancel
 // as they surface. Reduced columns are kept where something was added to them.
 //
-// Memory traffic: 12 bytes per voxel for pivots, and the columns.
+// Memory traffic: the masks of the voxels once, and the columns that are left.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cpu/betti_volume_trees.h"
@@ -49,12 +50,11 @@ void run_dim1_image(const Side& rows, const Bits& negative, const Side& columns,
                     const std::vector<uint32_t>& births, const Lattice& l,
                     std::vector<ImagePair>& pairs, Slab& slab);
 
-// The edges of the reduced columns of some critical squares, which are cycles that stand for the
-// bars that die there; in the order of `squares`, empty for what is no such square.
-std::vector<std::vector<uint32_t>> reduced_columns(const Order& o, const Lattice& l,
-                                                   const Stars& stars,
-                                                   const std::vector<uint32_t>& squares,
-                                                   Slab& slab);
+// The edges of the reduced columns of critical squares, which are cycles that stand for the bars
+// that die there: found(square, edges) of each, in their order.
+void reduced_columns(const Order& o, const Lattice& l, const Stars& stars,
+                     const std::function<void(uint32_t, const std::vector<uint32_t>&)>& found,
+                     Slab& slab);
 
 }  // namespace betti_volume
 }  // namespace cpu

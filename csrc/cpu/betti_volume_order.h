@@ -69,8 +69,6 @@ struct Order {
   Array<uint32_t> voxel;  // [voxels] ascending in (value, index)
   Array<uint32_t> rank;   // [size] place of the first voxel of the same value; kNone in the frame
   Bits repeated;          // voxels whose value others have, too
-
-  uint32_t at(uint32_t place) const { return voxel[place]; }
 };
 
 // Keys in padded places. False if there is a NaN.
@@ -150,8 +148,8 @@ std::vector<uint64_t> owners(const Order& o, const Lattice& l, MaskOf&& mask_of)
   found.clear();
   const uint32_t n = l.voxels();
   for (uint32_t i = 0; i < n; ++i) {
-    if (i + kAhead < n) mask_of.touch(o.at(i + kAhead));
-    take(o.at(i));
+    if (i + kAhead < n) mask_of.touch(o.voxel[i + kAhead]);
+    take(o.voxel[i]);
   }
   return found;
 }

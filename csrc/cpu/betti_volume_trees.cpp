@@ -112,7 +112,7 @@ void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const S
     }
   });
   in_order<false>(o, l, offset, Masks{left.get()}, [&](uint32_t e, uint32_t r) {
-    if (const uint32_t v = o.at(r); left[v] == kAsks) return ask(v);  // of no other one's rank
+    if (const uint32_t v = o.voxel[r]; left[v] == kAsks) return ask(v);  // of no other one's rank
     const Edge edge(l, e);
     uint32_t live = find(parent, edge.first), dead = find(parent, edge.second);
     if (live == dead) return;
@@ -265,7 +265,7 @@ void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, cons
         bars.push_back(b);
       },
       [&](uint32_t r) {
-        const uint32_t v = o.at(r);
+        const uint32_t v = o.voxel[r];
         if (left[v] != kAsks) return false;
         for (uint32_t x = stars.cubes[v]; x; x &= x - 1) {
           const uint32_t cube = v + uint32_t(at.cube[__builtin_ctz(x)]), root = find(parent, cube);

@@ -50,6 +50,17 @@ def pairs(input: Tensor, superlevel: bool, dims: list[int], essential: bool) -> 
     return table(_C.persistence_pairs(problem, essential, torch.get_num_threads()), 6)
 
 
+def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
+    """Edges of the loop that each square fills, a death of the sublevel sets of one volume."""
+    x, _ = pair(image, image)
+    problem = records.problem(x, None, 0, False, mask_of([1]))
+    wanted = torch.tensor(squares, dtype=torch.int64)
+    found: list[list[int]] = [[] for _ in squares]
+    for place, edge in _table(_C.betti_loops(problem, wanted.data_ptr(), len(squares)), 2).tolist():
+        found[place].append(edge)
+    return found
+
+
 def elsewhere(kernel):
     """A kernel of this file for tensors of another device: copied here, and the results back."""
 
