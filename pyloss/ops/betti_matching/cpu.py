@@ -56,7 +56,7 @@ def loops(image: Tensor, squares: list[int]) -> list[list[int]]:
     problem = records.problem(x, None, 0, False, mask_of([1]))
     wanted = torch.tensor(squares, dtype=torch.int64)
     found: list[list[int]] = [[] for _ in squares]
-    for place, edge in _table(_C.betti_loops(problem, wanted.data_ptr(), len(squares)), 2).tolist():
+    for place, edge in table(_C.betti_loops(problem, wanted.data_ptr(), len(squares)), 2).tolist():
         found[place].append(edge)
     return found
 
