@@ -37,7 +37,8 @@ def distance(lines: list[Polyline]) -> torch.Tensor:
 
 
 def make_pair() -> tuple[torch.Tensor, torch.Tensor]:
-    """(prediction, target): vessels with a loop, and a hollow ball; a gap and noise in one."""
+    """(prediction, target): vessels with a loop, and a hollow ball; in one of them noise, a bridge
+    between two vessels and a blob."""
     trunk = [(7.0, 2.0, 1.0), (7.0, 8.0, 6.0), (6.0, 13.0, 7.0)]
     loop = [
         (6.0, 13.0, 7.0), (4.0, 19.0, 8.0), (4.0, 21.0, 13.0), (6.0, 16.0, 16.0),
@@ -45,14 +46,14 @@ def make_pair() -> tuple[torch.Tensor, torch.Tensor]:
     ]  # fmt: skip
     branch = [(7.0, 8.0, 6.0), (9.0, 4.0, 12.0), (9.0, 3.0, 15.0)]
     target = (distance([trunk, loop, branch]) < 1.3).float()
-    ball = distance([[(7.0, 6.0, 19.5)] * 2])
+    ball = distance([[(7.0, 18.5, 19.5)] * 2])
     target[(ball < 3.6) & (ball > 1.8)] = 1
 
     generator = torch.Generator().manual_seed(3)
     noise = F.avg_pool3d(torch.randn(1, 1, *(s + 2 for s in SIZE), generator=generator), 3, 1)[0, 0]
     prediction = 0.15 + 0.75 * target + 0.35 * noise
-    gap = distance([[(4.0, 21.0, 12.0), (4.2, 20.5, 13.5)]]) < 1.7
-    prediction[gap] = 0.1
+    bridge = distance([[(9.0, 3.0, 15.0), (8.0, 9.0, 16.0), (6.0, 16.0, 16.0)]]) < 1.1
+    prediction[bridge] += 0.6
     blob = distance([[(3.0, 5.0, 4.0)] * 2]) < 1.6
     prediction[blob] += 0.6
     return prediction.clamp(0, 1), target
@@ -98,7 +99,7 @@ def draw(axis, mask: torch.Tensor, colors: dict, title: str) -> None:
     axis.set_box_aspect([SIZE[2], SIZE[1], SIZE[0]])
     axis.set(xticks=[], yticks=[], zticks=[])
     axis.set_title(title, fontsize=9)
-    axis.view_init(elev=50, azim=-50)
+    axis.view_init(elev=46, azim=-68)
 
 
 def main(path: str) -> None:

@@ -25,12 +25,6 @@ template <class R>
 std::vector<int64_t> loops_of_volume(const betti::Problem& volume, const int64_t* squares,
                                      int64_t count);
 
-// Rows (place in `squares`, edge) of the loops that squares fill which are deaths of bars of the
-// one input: the edges of their reduced columns, in public numbers. No row for other squares.
-template <class R>
-std::vector<int64_t> loops_of_volume(const betti::Problem& volume, const int64_t* squares,
-                                     size_t count);
-
 // What the slab of an item should hold.
 size_t volume_bytes(const betti::Problem& batch);
 

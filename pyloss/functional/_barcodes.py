@@ -224,7 +224,9 @@ class BettiMatching:
         """For each bar the voxels of a cycle that stands for it, as coordinates ``(voxels, D)``.
 
         Dimension 0: the component that dies, just before it does. The last dimension: the border of
-        the hole, just before the loop around it breaks up. The voxel of death comes last.
+        the hole, just before the loop around it breaks up; in 3D of the cavity. Dimension 1 of 3D:
+        a loop, closed by the birth and filled by the death, of the many around the same tunnel; it
+        need not be the shortest. The voxel of death comes last.
 
         Args:
             which: ``"input"``, ``"target"``, or ``"comparison"`` (matched bars only).
@@ -235,7 +237,8 @@ class BettiMatching:
             ValueError: an unknown ``which`` or ``kind``, a ``dim`` that the image does not have.
             IndexError: an ``item`` outside the batch, an ``index`` that is no bar.
 
-        The work per bar grows with the size of the component; on the CPU.
+        The work per bar grows with the size of the component, loops take one reduction of the
+        image; on the CPU.
         """
         check_choice("which", which, ("input", "target", "comparison"))
         check_choice("kind", kind, ("matched", "unmatched"))
