@@ -192,16 +192,22 @@ def _other_cases(device: str, quick: bool) -> Iterator[Timed]:
     b, n = (2, 40) if quick else (64, 1024)
     yield Timed("sorting fwd+bwd 64x1024", lambda: sorting(b, n))
 
-    def betti(kind: str) -> Any:
+    def betti(kind: str, volumes: bool = False) -> Any:
         import pyloss
-        from bench import bench_betti_matching as bench
+        from bench import bench_betti_matching, bench_betti_matching_3d
 
-        problem = bench.Problem(kind, 1 if quick else 8, 16 if quick else 512, device)
+        bench, batch, side = bench_betti_matching, 8, 512
+        if volumes:
+            bench, batch, side = bench_betti_matching_3d, 4, 96
+        shape = (1, 16) if quick else (batch, side)
+        problem = bench_betti_matching.Problem(kind, *shape, device, bench.make_pair)
         fn = lambda t: pyloss.betti_matching_loss(t, problem.target)  # noqa: E731
         return _step(fn, problem.input, backward=True)
 
     for kind in ("smooth", "noise"):
         yield Timed(f"betti fwd+bwd 8x512x512 {kind}", lambda kind=kind: betti(kind))
+        name = f"betti fwd+bwd 4x96x96x96 {kind}"
+        yield Timed(name, lambda kind=kind: betti(kind, volumes=True))
 
     def ramp() -> Any:
         import pyloss

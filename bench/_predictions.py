@@ -20,7 +20,7 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from bench import _kernel_table
+from bench import _betti_predictions, _kernel_table
 from bench._kernel_table import SHARED_BYTES, blocks_per_multiprocessor
 
 COPY = 4.3e12  # bytes read and written a second
@@ -178,12 +178,11 @@ def _seconds() -> dict[str, float]:
         **_row_seconds(),
         **_product_seconds(),
         **_pair_seconds(),
-        # By reading: latency of one block a multiprocessor; about 145 launches and the passes over
-        # 2 M voxels; 1,400 links walked by each block of a million, and one chain in one block; one
-        # lane pools a row in shared memory, about 200 cycles an element; its gradient, and a sort.
+        # By reading: latency of one block a multiprocessor; 1,400 links walked by each block of a
+        # million, and one chain in one block; one lane pools a row in shared memory, about 200
+        # cycles an element; its gradient, and a sort.
         "sorting fwd+bwd 64x1024": 4.5e-3,
-        "betti fwd+bwd 8x512x512 smooth": 145 * LAUNCH + 60 * 8 * 2**21 / COPY + 2e-3,
-        "betti fwd+bwd 8x512x512 noise": 145 * LAUNCH + 90 * 8 * 2**21 / COPY + 3e-3,
+        **_betti_predictions.cases(COPY, LAUNCH),
         "betti fwd+bwd ramp of 10^6": 1400 * LATENCY + 2000 * 2e-6 + 145 * LAUNCH,
         "permutahedron fwd+bwd 64x1024": 1024 * (200 + 150) / CLOCK + 10 * LAUNCH,
         **_later_seconds(),
@@ -342,6 +341,8 @@ def main() -> None:
                 f" registers, {k.programs} a multiprocessor, {matrix_cycles(k):4.0f} cycles of"
                 f" products: {rates}"
             )
+    print("\nBetti matching, loss and gradient: ms of each kernel")
+    print("\n".join(_betti_predictions.lines(COPY, LAUNCH)))
     print()
     for name, ms in milliseconds().items():
         print(f"{name:<34} {ms:10.4f} ms")

@@ -23,6 +23,8 @@ needs_device = pytest.mark.skipif(DEVICE == "cpu", reason="needs a device")
 # One voxel, lines both ways, an odd one, one block of a kernel, many blocks, many images.
 SHAPES = ((1, 1, 1, 1), (1, 1, 1, 9), (1, 2, 9, 1), (2, 2, 7, 5), (1, 1, 64, 64), (1, 1, 512, 512))
 SHAPES += ((8, 1, 512, 512), (3, 2, 300))
+# Volumes: one that is the host's alone, one item, flat, many items.
+SHAPES += ((1, 1, 9, 8, 7), (1, 1, 40, 33, 29), (1, 1, 2, 100, 90), (4, 2, 25, 24, 26))
 KINDS = ("random", "ties", "constant", "up", "down", "infinite")
 
 
@@ -64,6 +66,26 @@ def test_equals_the_cpu(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -
     for a, b, c in zip(found, want, again):
         assert torch.equal(a.nan_to_num(), c.nan_to_num()), "two runs differ"
         torch.testing.assert_close(a.cpu(), b, rtol=rtol, atol=rtol, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_equal_the_cpu(shape: tuple[int, ...], kind: str) -> None:
+    x, y = images(shape, kind, torch.float32)
+    spatial = len(shape) - 2
+    want, found = (pyloss.betti_matching(x.to(d), y.to(d), spatial) for d in ("cpu", DEVICE))
+    for table in ("matched", "unmatched_input", "unmatched_target"):
+        assert torch.equal(getattr(found, table).cpu(), getattr(want, table))
+    a, b = (pyloss.persistence_pairs(x.to(d), spatial, essential=True) for d in ("cpu", DEVICE))
+    assert torch.equal(b.index.cpu(), a.index)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 9, 8), (1, 2, 24, 25, 26)], ids=str)
+def test_rows_of_nan_are_refused(shape: tuple[int, ...]) -> None:
+    x, y = (t.to(DEVICE) for t in images(shape, "random", torch.float32))
+    y.view(2, -1)[1, 7] = math.nan
+    with pytest.raises(ValueError, match="target must not contain NaN; item 1 does"):
+        pyloss.betti_matching(x, y)
 
 
 @needs_device  # the CPU refuses NaN

@@ -119,6 +119,11 @@ def test_betti_weights_dims_and_padding_are_not_copied() -> None:
             terms.new_tensor([1.0])
 
 
+def test_oldest_components_do_not_cross_to_the_host() -> None:
+    images = torch.empty((2, 5, 4), device="meta")
+    assert betti_matching.essential_rows(images, images, True).device.type == "meta"
+
+
 def test_mixing_weight_and_class_weights_are_not_copied() -> None:
     from pyloss.functional import _rows, segmentation
 

@@ -135,6 +135,9 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, options": lambda: betti(
         weight=[0.5, 2.0], matched_weight=1.5, target_weight=0.3, padding=0.25
     ),
+    "betti, one dimension": lambda: betti(
+        dims=[1], unmatched="extreme", unmatched_weight=0.5, padding="foreground"
+    ),
     "moments": moments,
     "margin shift": margin_shift,
     "permutahedron": lambda: step_of(

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <vector>
 
 namespace pyloss {
@@ -26,8 +27,9 @@ inline void insert_key(uint64_t key, uint64_t* keys, int& k) {
   for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
   keys[at] = key;
 }
-// Sums of columns. Short ones are sorted arrays, summed by merging; those that grow become heaps in
-// which equal keys cancel as they surface.
+
+// Sums of columns. Short ones are sorted arrays, the largest key last; those that grow become heaps
+// in which equal keys cancel as they surface.
 class Column {
  public:
   void clear() {
@@ -39,11 +41,13 @@ class Column {
   // Adds keys in descending order.
   void add(const uint64_t* x, size_t count) {
     if (heap_.empty() && size_ + count <= kShort) {
-      merge(x, count);
+      if (count > 3) return merge(x, count);
+      for (size_t i = 0; i < count; ++i) insert(x[i]);
       return;
     }
     if (heap_.empty()) {
-      heap_.assign(keys_, keys_ + size_);  // descending, and so a heap
+      heap_.assign(keys_, keys_ + size_);
+      std::reverse(heap_.begin(), heap_.end());  // descending, and so a heap
       size_ = 0;
     }
     for (size_t i = 0; i < count; ++i) {
@@ -54,8 +58,7 @@ class Column {
   // Takes the largest key out; false if there is none.
   bool pop(uint64_t& key) {
     if (size_) {
-      key = keys_[0];
-      std::memmove(keys_, keys_ + 1, --size_ * sizeof(uint64_t));
+      key = keys_[--size_];
       return true;
     }
     while (!heap_.empty()) {
@@ -67,7 +70,8 @@ class Column {
   }
   // Appends what is left, descending.
   void append_to(std::vector<uint64_t>& out) {
-    out.insert(out.end(), keys_, keys_ + size_);
+    out.insert(out.end(), std::make_reverse_iterator(keys_ + size_),
+               std::make_reverse_iterator(keys_));
     std::sort(heap_.begin(), heap_.end(), std::greater<uint64_t>());
     for (size_t i = 0; i < heap_.size(); ++i) {
       if (i + 1 < heap_.size() && heap_[i] == heap_[i + 1]) {
@@ -79,21 +83,34 @@ class Column {
   }
 
  private:
-  static constexpr size_t kShort = 96;
+  static constexpr size_t kShort = 128;
 
+  // Most are among the largest.
+  void insert(uint64_t key) {
+    size_t at = size_;
+    while (at > 0 && keys_[at - 1] > key) --at;
+    if (at > 0 && keys_[at - 1] == key) {
+      std::memmove(keys_ + at - 1, keys_ + at, (size_ - at) * sizeof(uint64_t));
+      --size_;
+    } else {
+      std::memmove(keys_ + at + 1, keys_ + at, (size_ - at) * sizeof(uint64_t));
+      keys_[at] = key;
+      ++size_;
+    }
+  }
   // Without branches on keys, which cannot be predicted.
   void merge(const uint64_t* x, size_t count) {
     uint64_t sum[kShort];
-    size_t i = 0, j = 0, k = 0;
-    while (i < size_ && j < count) {
-      const uint64_t a = keys_[i], b = x[j];
-      sum[k] = std::max(a, b);
-      i += a >= b;
-      j += b >= a;
+    size_t i = 0, j = count, k = 0;
+    while (i < size_ && j > 0) {
+      const uint64_t a = keys_[i], b = x[j - 1];
+      sum[k] = std::min(a, b);
+      i += a <= b;
+      j -= b <= a;
       k += a != b;
     }
     for (; i < size_; ++i) sum[k++] = keys_[i];
-    for (; j < count; ++j) sum[k++] = x[j];
+    for (; j > 0; --j) sum[k++] = x[j - 1];
     std::copy(sum, sum + k, keys_);
     size_ = k;
   }

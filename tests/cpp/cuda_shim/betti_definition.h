@@ -219,4 +219,21 @@ inline std::vector<int64_t> columns_left(const Complex& x, const Filtration& row
   return left;
 }
 
+// Of all matrices (rows, columns): (I, I), (T, T), (M, M), (I, M), (T, M), or without a target one.
+inline std::vector<std::vector<int64_t>> columns_left(const Complex& x,
+                                                      const std::vector<double>& input,
+                                                      const std::vector<double>* target,
+                                                      int64_t* wrong) {
+  const std::vector<double>& other = target ? *target : input;
+  std::vector<double> both = input;
+  for (size_t i = 0; i < both.size(); ++i) both[i] = std::min(both[i], other[i]);
+  const Filtration f[3] = {{x, input}, {x, other}, {x, both}};
+  const int rows[] = {0, 1, 2, 0, 1}, columns[] = {0, 1, 2, 2, 2};
+  std::vector<std::vector<int64_t>> left;
+  for (int m = 0; m < (target ? 5 : 1); ++m) {
+    left.push_back(columns_left(x, f[rows[m]], f[columns[m]], wrong));
+  }
+  return left;
+}
+
 }  // namespace definition
