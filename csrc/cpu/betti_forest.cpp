@@ -4,6 +4,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/union_find.h"
+
 namespace pyloss {
 namespace cpu {
 namespace betti_forest {
@@ -11,17 +13,6 @@ namespace {
 
 // How many items ahead the loops in value order ask for memory: all of it is random access.
 constexpr uint32_t kAhead = 16;
-
-inline uint32_t find(uint32_t* parent, uint32_t x) {
-  uint32_t up = parent[x];
-  while (up != x) {
-    const uint32_t next = parent[up];
-    parent[x] = next;
-    x = next;
-    up = parent[x];
-  }
-  return x;
-}
 
 template <class K>
 K square_key(const K* keys, const Grid& g, uint32_t s) {
@@ -322,8 +313,8 @@ Array<uint32_t> singletons(uint32_t n, Slab& slab) {
 }
 
 template <bool kLabels, class K>
-uint32_t ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, uint32_t n,
-                   const K* const keys[2], Cycle<K>* cycles, Slab& slab) {
+uint32_t ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
+                   const K* const keys[2], Slab& slab) {
   const Array<uint32_t> parents = singletons(f.count, slab);
   uint32_t* const parent = parents.get();
   Age<K>* const age = f.age.get();
@@ -341,16 +332,18 @@ uint32_t ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, ui
       if (kLabels) {
         for (int k = 0; k < 2; ++k) {
           __builtin_prefetch(f.label[k].get() + far.a);
-          if (far.b < kOther) __builtin_prefetch(f.label[k].get() + far.b);
+          __builtin_prefetch(far.b == kEvent ? static_cast<const void*>(keys[k] + far.cell)
+                                             : f.label[k].get() + far.b);
         }
       }
     }
-    const Item x = items[order[i].item];
+    const Sortable<K> at = order[i];
+    const Item x = items[at.item];
     if (x.b >= kOther) {
       if (x.b == kOther) {
-        cycles[cycle++] = {order[i].key, x.cell, true};
+        order[cycle++] = at;
       } else if (kLabels) {
-        const uint32_t root = find(parent, x.a);
+        const uint32_t root = find_root(parent, x.a);
         for (int k = 0; k < 2; ++k) {
           Age<K>& label = f.label[k][root];
           label = std::min(label, age_of(keys[k][x.cell], x.cell));
@@ -358,11 +351,12 @@ uint32_t ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, ui
       }
       continue;
     }
-    const uint32_t a = find(parent, x.a), b = find(parent, x.b);
+    const uint32_t a = find_root(parent, x.a), b = find_root(parent, x.b);
     const bool a_dies = age[a] > age[b];
     const uint32_t dead = a_dies ? a : b, live = a_dies ? b : a;
-    cycles[cycle] = {order[i].key, x.cell, false};
+    order[cycle] = at;
     cycle += a == b;
+    items[at.item].b = a == b ? kCycle : x.b;
     parent[dead] = live;
     f.edge[dead] = x.cell;
     if (kLabels) {
@@ -377,80 +371,71 @@ uint32_t ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, ui
 }
 
 template <bool kLabels, class K>
-void descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cycle<K>* cycles,
+void descending(Forest<K>& f, const Grid& g, const Sortable<K>* order, const Item* items,
                 uint32_t n, const K* keys, Slab& slab) {
-  constexpr uint32_t kChunk = 128;
   const Array<uint32_t> parents = singletons(f.count, slab);
   uint32_t* const parent = parents.get();
   Age<K>* const age = f.age.get();
-  uint32_t sides[2 * kChunk], roots[2 * kChunk];
-  for (uint32_t end = n; end > 0;) {
-    const uint32_t begin = end > kChunk ? end - kChunk : 0, count = end - begin;
-    for (uint32_t i = 0; i < count; ++i) {
-      const Cycle<K>& c = cycles[end - 1 - i];
-      const uint32_t p = c.cell >> 1;
-      sides[2 * i] = c.event ? c.cell : (c.cell & 1) ? p - g.pitch : p - 1;
-      sides[2 * i + 1] = c.event ? c.cell : p;
-    }
-    find_roots(planes.squares, g, sides, 2 * count, roots);
-    for (uint32_t i = 0; i < 2 * count; ++i) {
-      __builtin_prefetch(parent + roots[i]);
-      __builtin_prefetch(age + roots[i]);
-      if (kLabels) __builtin_prefetch(f.label[0].get() + roots[i]);
-    }
-    for (uint32_t i = 0; i < count; ++i) {
-      const Cycle<K>& c = cycles[end - 1 - i];
-      if (kLabels && c.event) {
-        Age<K>& label = f.label[0][find(parent, roots[2 * i])];
-        label = std::max(label, age_of(square_key(keys, g, c.cell), c.cell));
-        continue;
-      }
-      const uint32_t a = find(parent, roots[2 * i]), b = find(parent, roots[2 * i + 1]);
-      const bool a_dies = age[a] < age[b];
-      const uint32_t dead = a_dies ? a : b, live = a_dies ? b : a;
-      parent[dead] = live;
-      f.edge[dead] = c.cell;
-      if (kLabels) {
-        const Age<K> p = f.label[0][dead], q = f.label[0][live];
-        f.label[0][dead] = std::min(p, q);
-        f.label[0][live] = std::max(p, q);
+  for (uint32_t i = n; i-- > 0;) {
+    if (i >= 2 * kAhead) __builtin_prefetch(items + order[i - 2 * kAhead].item);
+    if (i >= kAhead) {
+      const Item& far = items[order[i - kAhead].item];
+      for (const uint32_t root : {far.a, far.b == kOther ? far.a : far.b}) {
+        __builtin_prefetch(parent + root);
+        __builtin_prefetch(age + root);
+        if (kLabels) __builtin_prefetch(f.label[0].get() + root);
       }
     }
-    end = begin;
+    const Item& x = items[order[i].item];
+    if (kLabels && x.b == kOther) {
+      Age<K>& label = f.label[0][find_root(parent, x.a)];
+      label = std::max(label, age_of(square_key(keys, g, x.cell), x.cell));
+      continue;
+    }
+    const uint32_t a = find_root(parent, x.a), b = find_root(parent, x.b);
+    const bool a_dies = age[a] < age[b];
+    const uint32_t dead = a_dies ? a : b, live = a_dies ? b : a;
+    parent[dead] = live;
+    f.edge[dead] = x.cell;
+    if (kLabels) {
+      const Age<K> p = f.label[0][dead], q = f.label[0][live];
+      f.label[0][dead] = std::min(p, q);
+      f.label[0][live] = std::max(p, q);
+    }
   }
 }
 
 }  // namespace
 
 template <class K>
-uint32_t join_ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, uint32_t n,
-                        const K* const keys[2], Cycle<K>* cycles, Slab& slab) {
-  return keys ? ascending<true>(f, order, items, n, keys, cycles, slab)
-              : ascending<false>(f, order, items, n, keys, cycles, slab);
+uint32_t join_ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
+                        const K* const keys[2], Slab& slab) {
+  return keys ? ascending<true>(f, order, items, n, keys, slab)
+              : ascending<false>(f, order, items, n, keys, slab);
 }
 
 template <class K>
-void join_descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cycle<K>* cycles,
+void join_descending(Forest<K>& f, const Grid& g, const Sortable<K>* order, const Item* items,
                      uint32_t n, const K* keys, Slab& slab) {
   if (keys) {
-    descending<true>(f, g, planes, cycles, n, keys, slab);
+    descending<true>(f, g, order, items, n, keys, slab);
   } else {
-    descending<false>(f, g, planes, cycles, n, keys, slab);
+    descending<false>(f, g, order, items, n, keys, slab);
   }
 }
 
-#define PYLOSS_INSTANTIATE(K)                                                                      \
-  template void sort_items(Array<Sortable<K>>&, uint32_t, Slab&);                                  \
-  template Forest<K> make_forest(const K*, const Grid&, const Planes&, const K* const[2], Slab&);  \
-  template Forest<K> make_square_forest(const K*, const Grid&, const Planes&, const K*, Slab&);    \
-  template void lowest_labels(Forest<K>&, const Grid&, const Planes&, const Planes* const[2],      \
-                              const K* const[2]);                                                  \
-  template void highest_labels(Forest<K>&, const Grid&, const Planes&, const Planes&,              \
-                               const Edges*, const K*);                                            \
-  template uint32_t join_ascending(Forest<K>&, const Sortable<K>*, const Item*, uint32_t,          \
-                                   const K* const[2], Cycle<K>*, Slab&);                           \
-  template void join_descending(Forest<K>&, const Grid&, const Planes&, const Cycle<K>*, uint32_t, \
-                                const K*, Slab&);
+#define PYLOSS_INSTANTIATE(K)                                                                     \
+  template void sort_items(Array<Sortable<K>>&, uint32_t, Slab&);                                 \
+  template Forest<K> make_forest(const K*, const Grid&, const Planes&, const K* const[2], Slab&); \
+  template Forest<K> make_square_forest(const K*, const Grid&, const Planes&, const K*, Slab&);   \
+  template void lowest_labels(Forest<K>&, const Grid&, const Planes&, const Planes* const[2],     \
+                              const K* const[2]);                                                 \
+  template void highest_labels(Forest<K>&, const Grid&, const Planes&, const Planes&,             \
+                               const Edges*, const K*);                                           \
+  template uint32_t join_ascending(Forest<K>&, Sortable<K>*, Item*, uint32_t, const K* const[2],  \
+                                   Slab&);                                                        \
+  template void join_descending(Forest<K>&, const Grid&, const Sortable<K>*, const Item*,         \
+                                uint32_t, const K*, Slab&);
 PYLOSS_INSTANTIATE(int32_t)
 PYLOSS_INSTANTIATE(int64_t)
 #undef PYLOSS_INSTANTIATE

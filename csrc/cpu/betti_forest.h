@@ -21,13 +21,6 @@ using namespace betti_local;
 template <class K>
 void sort_items(Array<Sortable<K>>& order, uint32_t n, Slab& slab);
 
-template <class K>
-struct Cycle {
-  K key;
-  uint32_t cell;  // an edge that joined nothing, or the square of an event
-  bool event;
-};
-
 // By the number of a root: where its component ends, and its oldest cells.
 template <class K>
 struct Forest {
@@ -61,12 +54,13 @@ template <class K>
 void highest_labels(Forest<K>& f, const Grid& g, const Planes& planes, const Planes& other,
                     const Edges* rises, const K* keys);
 
-// Returns the number of cycles. [items]
+// Of the n items the cycles and the events of dimension 1 stay in `order`; returns their number.
 template <class K>
-uint32_t join_ascending(Forest<K>& f, const Sortable<K>* order, const Item* items, uint32_t n,
-                        const K* const keys[2], Cycle<K>* cycles, Slab& slab);
+uint32_t join_ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
+                        const K* const keys[2], Slab& slab);
+// With the roots of find_sides() in the items.
 template <class K>
-void join_descending(Forest<K>& f, const Grid& g, const Planes& planes, const Cycle<K>* cycles,
+void join_descending(Forest<K>& f, const Grid& g, const Sortable<K>* order, const Item* items,
                      uint32_t n, const K* keys, Slab& slab);
 
 }  // namespace betti_forest

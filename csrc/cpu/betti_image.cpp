@@ -25,27 +25,35 @@ using namespace betti_forest;
 
 namespace {
 
-// The edges that dimension 0 leaves.
+// Items, and those of them that are still to come, ascending.
 template <class K>
-struct Cycles {
-  Array<Cycle<K>> at;
-  uint32_t count = 0;
+struct Run {
+  Array<Item> items;
+  Array<Sortable<K>> order;
+  uint32_t item_count = 0, count = 0;
 };
 
 // Dimension 0 of an image.
 template <class K>
-Cycles<K> join_voxels(const K* keys, const Grid& g, const Planes& planes, const Events* events,
-                      Forest<K>& forest, const K* const labels[2], Slab& slab) {
-  uint32_t n = planes.rest_count + (events ? events->count : 0);
-  Array<Item> items(slab, n);
-  Array<Sortable<K>> order(slab, n);
-  n = collect(keys, g, planes, events, items.get(), order.get());
-  sort_items(order, n, slab);
-  Cycles<K> found;
-  // At most n - (voxel roots - 1), but an edge is written before it is known to join.
-  found.at = Array<Cycle<K>>(slab, n - (forest.count - 1) + 1);
-  found.count = join_ascending(forest, order.get(), items.get(), n, labels, found.at.get(), slab);
-  return found;
+Run<K> join_voxels(const K* keys, const Grid& g, const Planes& planes, const Events* events,
+                   Forest<K>& forest, const K* const labels[2], Slab& slab) {
+  Run<K> r;
+  const uint32_t n = planes.rest_count + (events ? events->count : 0);
+  r.items = Array<Item>(slab, n);
+  r.order = Array<Sortable<K>>(slab, n);
+  r.item_count = collect(keys, g, planes, events, r.items.get(), r.order.get());
+  sort_items(r.order, n, slab);
+  r.count = join_ascending(forest, r.order.get(), r.items.get(), n, labels, slab);
+  return r;
+}
+
+// Dimension 1. `labels`: keys of the image whose squares are labels, or null.
+template <class K>
+void join_squares(Run<K>& r, const Grid& g, const Planes& planes, Forest<K>& forest,
+                  const K* labels, Slab& slab) {
+  find_sides(planes, g, r.items.get(), r.item_count);
+  join_descending(forest, g, r.order.get(), r.items.get(), r.count, labels, slab);
+  r = Run<K>();
 }
 
 uint32_t lowest_voxel(const Grid& g, const uint64_t* lowest) {
@@ -61,6 +69,23 @@ void ask_ahead(const Forest<K>& f, const K* keys, uint32_t i) {
   if (i + kAhead < f.count) __builtin_prefetch(keys + (f.edge[i + kAhead] >> 1));
 }
 
+// The voxel that carries an edge's value, and the value; of equal ones the last. Without branches,
+// which could not be predicted.
+template <class K>
+struct Carrier {
+  uint32_t voxel;
+  K key;
+
+  Carrier(const K* keys, const Grid& g, uint32_t e) : voxel(e >> 1), key(keys[voxel]) {
+    see(keys, g.second_end(e));
+  }
+  void see(const K* keys, uint32_t v) {
+    const K other = keys[v];
+    voxel = other >= key ? v : voxel;
+    key = std::max(key, other);
+  }
+};
+
 // The bars of dimension 0 in the order of their births; `number`, where asked for, receives those
 // of the roots.
 template <class K>
@@ -72,11 +97,11 @@ void list_bars(const Forest<K>& f, const K* keys, const Grid& g, uint32_t oldest
     if (number) number[i] = kNone;
     const uint32_t v = uint32_t(f.age[i]), e = f.edge[i];
     if (v == oldest) continue;
-    const uint32_t p = e >> 1, q = g.second_end(e), last = keys[p] > keys[q] ? p : q;
-    if (keys[last] == keys[v]) continue;
+    const Carrier<K> last(keys, g, e);
+    if (last.key == key_of_age<K>(f.age[i])) continue;
     if (number) number[i] = uint32_t(bars.size());
     const uint32_t birth = g.flat(v);
-    bars.push_back({birth, g.flat_edge(e), birth, g.flat(last)});
+    bars.push_back({birth, g.flat_edge(e), birth, g.flat(last.voxel)});
   }
 }
 
@@ -88,14 +113,13 @@ void list_square_bars(const Forest<K>& f, const K* keys, const Grid& g, std::vec
   for (uint32_t i = 1; i < f.count; ++i) {
     ask_ahead(f, keys, i);
     const uint32_t s = uint32_t(f.age[i]), e = f.edge[i];
-    const uint32_t p = e >> 1, q = g.second_end(e), first = keys[p] > keys[q] ? p : q;
-    if (keys[first] == key_of_age<K>(f.age[i])) continue;
-    uint32_t top = s;
-    for (const uint32_t v : {s + 1, s + g.pitch, s + g.pitch + 1}) {
-      if (keys[v] >= keys[top]) top = v;
-    }
+    const Carrier<K> first(keys, g, e);
+    if (first.key == key_of_age<K>(f.age[i])) continue;
+    Carrier<K> top(keys, g, 2 * s + 1);
+    top.see(keys, s + g.pitch);
+    top.see(keys, s + g.pitch + 1);
     pair(i, uint32_t(bars.size()));
-    bars.push_back({g.flat_edge(e), g.flat(s), g.flat(first), g.flat(top)});
+    bars.push_back({g.flat_edge(e), g.flat(s), g.flat(first.voxel), g.flat(top.voxel)});
   }
 }
 
@@ -134,7 +158,7 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
   Array<Edges> rises;
   if (squares) rises = square_rises(own_keys, g, slab);
 
-  Cycles<K> cycles[3];
+  Run<K> runs[3];
   Forest<K> forest[3];
   parallel_for(3, 1, threads, [&](int64_t i, int64_t) {
     planes[i].voxels.open(g, slab);
@@ -143,8 +167,8 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
           make_forest(side_keys[i], g, *sides[i], static_cast<const K* const*>(nullptr), slab);
       Events events;
       if (squares) events = square_events(g, *sides[i], own, rises.get(), slab);
-      cycles[i] = join_voxels(side_keys[i], g, *sides[i], squares ? &events : nullptr, forest[i],
-                              static_cast<const K* const*>(nullptr), slab);
+      runs[i] = join_voxels(side_keys[i], g, *sides[i], squares ? &events : nullptr, forest[i],
+                            static_cast<const K* const*>(nullptr), slab);
       planes[i].voxels.close();
       return;
     }
@@ -155,8 +179,8 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
       events = voxel_events(g, own, sides, slab);
       lowest_labels(forest[i], g, own, sides, side_keys);
     }
-    cycles[i] = join_voxels(own_keys, g, own, labels ? &events : nullptr, forest[i],
-                            labels ? side_keys : nullptr, slab);
+    runs[i] = join_voxels(own_keys, g, own, labels ? &events : nullptr, forest[i],
+                          labels ? side_keys : nullptr, slab);
     planes[i].voxels.close();
   });
 
@@ -200,9 +224,8 @@ ItemResult match_image(const Problem& batch, int64_t item, int threads, Slab& sl
     planes[i].squares.open(g, slab);
     forest[i] = make_square_forest(keys[i].get(), g, planes[i], label_keys, slab);
     if (side) highest_labels(forest[i], g, planes[i], own, rises.get(), own_keys);
-    join_descending(forest[i], g, planes[i], cycles[i].at.get(), cycles[i].count, label_keys, slab);
+    join_squares(runs[i], g, planes[i], forest[i], label_keys, slab);
     planes[i].squares.close();
-    cycles[i] = Cycles<K>();
     if (!side) return;
     bar_of[i] = Array<uint32_t>(slab, own.squares.count);
     std::fill_n(bar_of[i].get(), own.squares.count, kNone);
@@ -240,7 +263,7 @@ ItemResult bars_of_image(const Problem& batch, int64_t item, Slab& slab) {
   const K* const* const no_labels = nullptr;
   Forest<K> forest = make_forest(key, g, planes, no_labels, slab);
   planes.voxels.open(g, slab);
-  const Cycles<K> cycles = join_voxels(key, g, planes, nullptr, forest, no_labels, slab);
+  Run<K> run = join_voxels(key, g, planes, nullptr, forest, no_labels, slab);
   planes.voxels.close();
   const Age<K>* const ages = forest.age.get();
   const uint32_t oldest = uint32_t(*std::min_element(ages, ages + forest.count));
@@ -250,7 +273,7 @@ ItemResult bars_of_image(const Problem& batch, int64_t item, Slab& slab) {
   const K* const none = nullptr;
   forest = make_square_forest(key, g, planes, none, slab);
   planes.squares.open(g, slab);
-  join_descending(forest, g, planes, cycles.at.get(), cycles.count, none, slab);
+  join_squares(run, g, planes, forest, none, slab);
   list_square_bars(forest, key, g, result.dim[1].input, [](uint32_t, uint32_t) {});
   return result;
 }

@@ -65,11 +65,8 @@ Planes pair_locally(const K* keys, const Grid& g, const Range<K>* range, Slab& s
   const uint32_t words = g.all_words(), below = (g.rows + 1) * g.words;
   for (Walks* w : {&planes.voxels, &planes.squares}) {
     w->squares = w == &planes.squares;
-    w->code = Array<uint8_t>(slab, g.size());
     w->directions = Array<Directions>(slab, words);
     w->roots = Array<Roots>(slab, words);
-    std::fill_n(w->code.get(), g.pitch, kOutside);
-    std::fill_n(w->code.get() + (g.rows + 1) * g.pitch, g.pitch, kOutside);
   }
   planes.rest = Array<Edges>(slab, words);
   if (range) {
@@ -91,6 +88,24 @@ Array<Edges> square_rises(const K* keys, const Grid& g, Slab& slab) {
   Array<Edges> rises(slab, g.all_words());
   fill_square_rises(keys, g, rises.get());
   return rises;
+}
+
+namespace {
+
+void fill_codes(const Walks& walks, const Grid& g) {
+  PYLOSS_DISPATCH(fill_codes(walks, g));
+}
+
+}  // namespace
+
+void Walks::open(const Grid& g, Slab& slab) {
+  code = Array<uint8_t>(slab, g.size());
+  kept = Array<uint32_t>(slab, g.size());
+  fill_codes(*this, g);
+}
+
+void find_sides(const Planes& planes, const Grid& g, Item* items, uint32_t n) {
+  PYLOSS_DISPATCH(find_sides(planes, g, items, n));
 }
 
 void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,

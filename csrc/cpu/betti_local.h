@@ -128,8 +128,8 @@ struct Walks {
 
   // kNone: the cell is no root.
   uint32_t number(uint32_t cell) const { return number_of(roots[cell >> 6], cell); }
-  // Walks need `kept` while they are walked only.
-  void open(const Grid& g, Slab& slab) { kept = Array<uint32_t>(slab, g.size()); }
+  // Between these two there can be walks.
+  void open(const Grid& g, Slab& slab);
   void close() {
     kept = Array<uint32_t>();
     code = Array<uint8_t>();
@@ -167,17 +167,20 @@ Planes pair_locally(const K* keys, const Grid& g, const Range<K>* range, Slab& s
 template <class K>
 Array<Edges> square_rises(const K* keys, const Grid& g, Slab& slab);
 
-// Numbers of the roots of cells.
+// Numbers of the roots of cells, of walks that are open.
 void find_roots(const Walks& walks, const Grid& g, const uint32_t* cells, uint32_t n,
                 uint32_t* found);
 
 // What happens to the union-find over the roots: an edge joins roots a and b; or, with b = kEvent,
-// a cell's label comes to the component of root a; or, with b = kOther, the same in the other run.
+// a cell's label comes to the component of root a; or, with b = kOther, that happens in
+// dimension 1.
 struct Item {
   uint32_t cell;  // edge, or the cell of an event
   uint32_t a, b;
 };
 inline constexpr uint32_t kEvent = kNone, kOther = kNone - 1;
+// An edge that joined nothing, until a and b are roots of the squares at its sides.
+inline constexpr uint32_t kCycle = kNone - 2;
 
 template <class K>
 struct Sortable {
@@ -198,6 +201,8 @@ struct Events {
 template <class K>
 uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Events* events,
                  Item* items, Sortable<K>* order);
+// Square roots for the items that dimension 1 is left with: cycles and its events.
+void find_sides(const Planes& planes, const Grid& g, Item* items, uint32_t n);
 
 }  // namespace betti_local
 }  // namespace cpu

@@ -130,9 +130,9 @@ Range<K> min_keys(const K* a, const K* b, const Grid& g, K* keys) {
 
 // Of a word of voxels p: q at the right, r below, s at the lower right; bits as named.
 struct Compared {
-  uint64_t p_le_q, p_le_r, p_ge_r;
+  uint64_t p_le_q, p_le_r, p_ge_r, p_le_s;
+  uint64_t p_le_below_left;
   uint64_t top_le_bottom, bottom_le_top;  // of the larger ends of the two edges of a square
-  uint64_t left_below, left_above;        // the lower left not below p, the upper left above p
 };
 
 template <class K>
@@ -140,17 +140,17 @@ PYLOSS_INLINE Compared compare(const K* p, uint32_t pitch) {
   using L = Lanes<K>;
   Compared c{};
   for (int i = 0; i < 64; i += L::kCount) {
-    const auto a = L::load(p + i), b = L::load(p + i + 1), below = L::load(p + i + pitch);
-    const auto top = L::larger(a, b), bottom = L::larger(below, L::load(p + i + pitch + 1));
+    const auto a = L::load(p + i), b = L::load(p + i + 1);
+    const auto below = L::load(p + i + pitch), across = L::load(p + i + pitch + 1);
+    const auto top = L::larger(a, b), bottom = L::larger(below, across);
     c.p_le_q |= L::not_above(a, b) << i;
     c.p_le_r |= L::not_above(a, below) << i;
     c.p_ge_r |= L::not_above(below, a) << i;
+    c.p_le_s |= L::not_above(a, across) << i;
+    c.p_le_below_left |= L::not_above(a, L::load(p + i + pitch - 1)) << i;
     c.top_le_bottom |= L::not_above(top, bottom) << i;
     c.bottom_le_top |= L::not_above(bottom, top) << i;
-    c.left_below |= L::not_above(a, L::load(p + i + pitch - 1)) << i;
-    c.left_above |= L::not_above(L::load(p + i - pitch - 1), a) << i;
   }
-  c.left_above = ~c.left_above;
   return c;
 }
 
@@ -261,8 +261,8 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
       s.up = corner & ~north.top_le_bottom;
       // Its top edge leads to a younger square: further along the edges of the same voxel.
       const uint64_t further = corner & north.top_le_bottom & ~north.bottom_le_top;
-      s.left = further & (~left_not_above | c.left_below);
-      s.up_left = further & ~s.left & c.left_above;
+      s.left = further & (~left_not_above | c.p_le_below_left);
+      s.up_left = further & ~s.left & ~from_left(above[int(w) - 1].is.p_le_s, north.p_le_s);
       const uint64_t maxima = squares & ~(s.down | s.right | s.up | s.left | s.up_left);
       planes.squares.directions[at] = s;
       planes.squares.roots[at] = {maxima, peaks};
@@ -299,22 +299,25 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
   planes.voxels.count = vertices;
   planes.squares.count = peaks;
   planes.rest_count = rest;
+}
 
-  for (uint32_t row = 1; row <= g.rows; ++row) {
+void fill_codes(const Walks& walks, const Grid& g) {
+  uint8_t* const code = walks.code.get();
+  std::fill_n(code, g.pitch, kOutside);
+  std::fill_n(code + (g.rows + 1) * g.pitch, g.pitch, kOutside);
+  for (uint32_t i = 0; i < g.rows; ++i) {
+    // In the order of runs: upwards they continue those above, downwards those below.
+    const uint32_t row = walks.squares ? g.rows - i : i + 1;
     for (uint32_t w = 0; w < g.words; ++w) {
       const uint32_t at = row * g.words + w;
-      const Directions& d = planes.voxels.directions[at];
-      uint8_t* const to = planes.voxels.code.get() + 64 * size_t(at);
-      write_codes(d, Grid::below(w, g.cols), d.up, d.down, to - g.pitch, to);
-    }
-  }
-  for (uint32_t row = g.rows; row > 0; --row) {
-    for (uint32_t w = 0; w < g.words; ++w) {
-      const uint32_t at = row * g.words + w;
-      const Directions& d = planes.squares.directions[at];
-      uint8_t* const to = planes.squares.code.get() + 64 * size_t(at);
-      const uint64_t cells = row == g.rows ? 0 : Grid::below(w, g.cols - 1);
-      write_codes(d, cells, d.down, d.up, to + g.pitch, to);
+      const Directions& d = walks.directions[at];
+      uint8_t* const to = code + 64 * size_t(at);
+      if (walks.squares) {
+        const uint64_t cells = row == g.rows ? 0 : Grid::below(w, g.cols - 1);
+        write_codes(d, cells, d.down, d.up, to + g.pitch, to);
+      } else {
+        write_codes(d, Grid::below(w, g.cols), d.up, d.down, to - g.pitch, to);
+      }
     }
   }
 }
@@ -350,19 +353,19 @@ struct Finder {
   uint8_t* code;
   const Roots* roots;
   uint32_t* kept;
-  int32_t offset[256];  // by code; 0 where a walk stops
+  uint32_t offset[256];  // by code, modulo 2^32; 0 where a walk stops
 
   Finder(const Walks& w, const Grid& g)
       : code(w.code.get()), roots(w.roots.get()), kept(w.kept.get()) {
-    const int32_t run = w.squares ? int32_t(g.pitch) : -int32_t(g.pitch);
+    const uint32_t run = w.squares ? g.pitch : 0 - g.pitch;
     offset[kStop] = offset[kOutside] = 0;
     offset[kRight] = 1;
-    offset[kLeft] = -1;
-    offset[kUpLeft] = -int32_t(g.pitch) - 1;
-    offset[kVertical] = -run;
-    for (int i = kRun; i < 256; ++i) offset[i] = run * (i - kRun + 1);
+    offset[kLeft] = uint32_t(-1);
+    offset[kUpLeft] = 0 - g.pitch - 1;
+    offset[kVertical] = 0 - run;
+    for (uint32_t i = kRun; i < 256; ++i) offset[i] = run * (i - kRun + 1);
   }
-  PYLOSS_INLINE uint32_t step(uint32_t v) const { return v + uint32_t(offset[code[v]]); }
+  PYLOSS_INLINE uint32_t step(uint32_t v) const { return v + offset[code[v]]; }
   PYLOSS_INLINE uint32_t number(uint32_t v) const {
     const Roots& r = roots[v >> 6];
     const uint64_t bit = uint64_t(1) << (v & 63);
@@ -455,4 +458,25 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
     }
   }
   return n;
+}
+
+void find_sides(const Planes& planes, const Grid& g, Item* items, uint32_t n) {
+  const Finder find(planes.squares, g);
+  const uint32_t side[2] = {1, g.pitch};
+  uint32_t which[512];
+  for (uint32_t begin = 0; begin < n; begin += 512) {
+    const uint32_t end = std::min(begin + 512, n);
+    uint32_t count = 0;
+    for (uint32_t i = begin; i < end; ++i) {
+      which[count] = i;
+      count += (items[i].b == kCycle) | (items[i].b == kOther);
+    }
+    for (uint32_t i = 0; i < count; ++i) {
+      Item& x = items[which[i]];
+      const bool event = x.b == kOther;
+      const uint32_t p = x.cell >> 1;
+      x.a = find(event ? x.cell : p - side[x.cell & 1]);
+      x.b = event ? kOther : find(p);
+    }
+  }
 }

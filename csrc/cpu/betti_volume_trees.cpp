@@ -3,21 +3,12 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/union_find.h"
+
 namespace pyloss {
 namespace cpu {
 namespace betti_volume {
 namespace {
-
-inline uint32_t find(uint32_t* parent, uint32_t x) {
-  uint32_t up = parent[x];
-  while (up != x) {
-    const uint32_t next = parent[up];
-    parent[x] = next;
-    x = next;
-    up = parent[x];
-  }
-  return x;
-}
 
 // Whether a comes before b.
 inline bool before(uint32_t rank_a, uint32_t a, uint32_t rank_b, uint32_t b) {
@@ -64,7 +55,7 @@ void run_dim0(const Order& o, const Lattice& l, const Stars& stars, Bits& negati
   });
   in_order<false>(o, l, at.edge, CriticalEdges{local}, [&](uint32_t e, uint32_t r) {
     const Edge edge(l, e);
-    uint32_t live = find(parent, edge.first), dead = find(parent, edge.second);
+    uint32_t live = find_root(parent, edge.first), dead = find_root(parent, edge.second);
     if (live == dead) return;
     if (before(rank[dead], dead, rank[live], live)) std::swap(live, dead);
     parent[dead] = live;
@@ -81,7 +72,7 @@ void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const S
   uint32_t *parent = parents.get(), *best = oldest.get();
   const auto older = [&](uint32_t a, uint32_t b) { return before(other[a], a, other[b], b); };
   const auto ask = [&](uint32_t v) {
-    const uint32_t root = find(parent, v);
+    const uint32_t root = find_root(parent, v);
     if (older(v, best[root])) best[root] = v;
   };
   // A voxel joins its neighbour from the start where nothing else happens at its time; where its
@@ -114,7 +105,7 @@ void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const S
   in_order<false>(o, l, offset, Masks{left.get()}, [&](uint32_t e, uint32_t r) {
     if (const uint32_t v = o.voxel[r]; left[v] == kAsks) return ask(v);  // of no other one's rank
     const Edge edge(l, e);
-    uint32_t live = find(parent, edge.first), dead = find(parent, edge.second);
+    uint32_t live = find_root(parent, edge.first), dead = find_root(parent, edge.second);
     if (live == dead) return;
     if (before(rank[dead], dead, rank[live], live)) std::swap(live, dead);
     parent[dead] = live;
@@ -184,8 +175,8 @@ void plant(const Stars& stars, const Lattice& l, uint32_t* parent, Use&& use, Jo
   });
 }
 
-// The dual run over the squares of `left`; meets(dead, live) at each merge, before(square, owner,
-// dead) that gives a bar; other(rank) says whether this is the time of something else.
+// The dual run over the squares of `left`: merge(square, dead, live), and bar(bar) where the one
+// that dies was older; other(rank) says whether something else happens at a time, and does it.
 template <class Merge, class Bars, class Other>
 void dual(const Order& o, const Lattice& l, const Stars& stars, uint32_t* parent,
           const uint16_t* left, Merge&& merge, Bars&& bar, Other&& other) {
@@ -199,7 +190,7 @@ void dual(const Order& o, const Lattice& l, const Stars& stars, uint32_t* parent
   in_order<true>(o, l, offset, Masks{left}, [&](uint32_t s, uint32_t r) {
     if (other(r)) return;
     const uint32_t cube = s / 3;
-    uint32_t live = find(parent, cube - l.step[s % 3]), dead = find(parent, cube);
+    uint32_t live = find_root(parent, cube - l.step[s % 3]), dead = find_root(parent, cube);
     if (live == dead) return;
     uint32_t rank_dead = rank_of(dead);
     const uint32_t rank_live = rank_of(live);
@@ -268,7 +259,8 @@ void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, cons
         const uint32_t v = o.voxel[r];
         if (left[v] != kAsks) return false;
         for (uint32_t x = stars.cubes[v]; x; x &= x - 1) {
-          const uint32_t cube = v + uint32_t(at.cube[__builtin_ctz(x)]), root = find(parent, cube);
+          const uint32_t cube = v + uint32_t(at.cube[__builtin_ctz(x)]),
+                         root = find_root(parent, cube);
           if (sooner(best[root], cube)) best[root] = cube;
         }
         return true;
@@ -284,7 +276,7 @@ void clear_part(const Order& o, const Lattice& l, const Stars& part, const uint3
   plant(part, l, parent, [&](uint32_t v) { return in_part[v] != kNone; }, nothing);
   plant(others, l, parent, [&](uint32_t v) { return in_part[v] == kNone; }, nothing);
   const auto join = [&](uint32_t s) {
-    uint32_t a = find(parent, s / 3 - l.step[s % 3]), b = find(parent, s / 3);
+    uint32_t a = find_root(parent, s / 3 - l.step[s % 3]), b = find_root(parent, s / 3);
     if (a == b) return false;
     parent[std::max(a, b)] = std::min(a, b);
     return true;
