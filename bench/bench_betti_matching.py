@@ -112,13 +112,15 @@ TARGETS = [
 # --- images -------------------------------------------------------------------------------------
 
 
-def _blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of (n, n), repeating at the borders."""
-    reach = int(4 * sigma + 0.5)
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter of an image or a volume of n in each dimension, repeating at the borders."""
+    reach = min(int(4 * sigma + 0.5), x.shape[0])
     weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2).to(x.dtype)
     weight = weight / weight.sum()
-    y = F.pad(x[None, None], [min(reach, x.shape[0])] * 4, mode="circular")
-    y = F.conv2d(F.conv2d(y, weight.view(1, 1, 1, -1)), weight.view(1, 1, -1, 1))
+    y = F.pad(x[None, None], [reach] * 2 * x.dim(), mode="circular")
+    conv = F.conv2d if x.dim() == 2 else F.conv3d
+    for axis in range(x.dim()):
+        y = conv(y, weight.view([-1 if a == axis + 2 else 1 for a in range(x.dim() + 2)]))
     return y[0, 0]
 
 
@@ -134,14 +136,14 @@ def make_pair(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         photo = F.interpolate(photo, (n, n), mode="area")[0, 0].rot90(seed % 4)
         target = (photo > photo.mean()).float()
     else:
-        field = _blur(torch.randn(n, n, generator=generator), 3.0)
+        field = blur(torch.randn(n, n, generator=generator), 3.0)
         target = (field > field.median()).float()
     if kind == "noise":
         return torch.rand(n, n, generator=generator), target
     noise = 0.08 * torch.randn(n, n, generator=generator)
     if kind == "smooth":
-        noise = 6 * _blur(noise, 1.5)
-    prediction = (6 * (_blur(target, 1.5) - 0.5)).sigmoid() + noise
+        noise = 6 * blur(noise, 1.5)
+    prediction = (6 * (blur(target, 1.5) - 0.5)).sigmoid() + noise
     return prediction.clamp(0, 1).contiguous(), target.contiguous()
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench._core import Case, Context, Probe, Provider, Run, Skip
@@ -25,6 +24,7 @@ from bench.bench_betti_matching import (
     BM3D,
     Problem,
     barcode_error,
+    blur,
     bm3d_provider,
     multiset,
     pyloss_provider,
@@ -98,28 +98,15 @@ TARGETS = [
 # --- volumes ------------------------------------------------------------------------------------
 
 
-def _blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of (n, n, n), repeating at the borders."""
-    reach = min(int(4 * sigma + 0.5), x.shape[0])
-    weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    weight = weight / weight.sum()
-    y = F.pad(x[None, None], [reach] * 6, mode="circular")
-    for axis in range(3):
-        shape = [1, 1, 1, 1, 1]
-        shape[2 + axis] = -1
-        y = F.conv3d(y, weight.view(shape))
-    return y[0, 0]
-
-
 def make_pair(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(prediction, target) of n x n x n in float32."""
     generator = torch.Generator().manual_seed(seed)
-    field = _blur(torch.randn(n, n, n, generator=generator), 3.0)
+    field = blur(torch.randn(n, n, n, generator=generator), 3.0)
     target = (field > field.median()).float()
     if kind == "noise":
         return torch.rand(n, n, n, generator=generator), target
-    noise = 1.5 * _blur(torch.randn(n, n, n, generator=generator), 1.5)
-    prediction = (6 * (_blur(target, 1.5) - 0.5)).sigmoid() + noise
+    noise = 1.5 * blur(torch.randn(n, n, n, generator=generator), 1.5)
+    prediction = (6 * (blur(target, 1.5) - 0.5)).sigmoid() + noise
     return prediction.clamp(0, 1).contiguous(), target.contiguous()
 
 

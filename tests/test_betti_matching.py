@@ -154,16 +154,16 @@ def test_infinities_in_every_layer(spatial):
             torch.testing.assert_close(grad, found[0][1], equal_nan=True)
 
 
-@pytest.mark.parametrize("spatial", [1, 2])
+@pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("superlevel", [False, True])
 @pytest.mark.parametrize("unmatched", ["diagonal", "extreme"])
 @pytest.mark.parametrize("essential", [False, True])
 def test_loss_and_gradient(spatial, superlevel, unmatched, essential):
     rng = random.Random(5)
-    shape = (3, 2, 25) if spatial == 1 else (3, 2, 7, 6)
+    shape = (3, 2, *{1: (25,), 2: (7, 6), 3: (3, 4, 3)}[spatial])
     x = image(rng, shape, 0).requires_grad_()
     y = image(rng, shape, 2)
-    weight = [0.5, 2.0][:spatial]
+    weight = [0.5, 2.0, 3.0][:spatial]
     value = pyloss.betti_matching_loss(
         x, y, filtration="superlevel" if superlevel else "sublevel", weight=weight,
         matched_weight=1.5, unmatched_weight=0.7, target_weight=0.3, unmatched=unmatched,
