@@ -130,7 +130,7 @@ __device__ __forceinline__ void store(const Problem& p, Fold f, void* out, int64
 // ---- Segments ----------------------------------------------------------------------------------
 
 template <Pass P, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     segment_fold_kernel(Problem p, Fold f, Team team, int64_t size, void* out) {
   using R = RealOf<T>;
   const int lane = threadIdx.x % team.lanes();
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     segment_argmax_kernel(Problem p, Team team, int64_t* out) {
   using R = RealOf<T>;
   const int lane = threadIdx.x % team.lanes();
@@ -229,7 +229,7 @@ __device__ __forceinline__ PartRange part_in(const Problem& p, int64_t s, int64_
 }
 
 template <Pass P, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     segment_parts_kernel(Problem p, int columns, int64_t size, void* scratch) {
   using R = RealOf<T>;
   __shared__ R slots[kBlockWarps][2][kWarp];
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     segment_merge_kernel(Problem p, Fold f, int64_t size, const R* scratch, void* out) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= p.segments * p.width) return;
@@ -309,7 +309,7 @@ __device__ __forceinline__ R mapped(R x, R y, const Coeffs<R>& k) {
 }
 
 template <Form F, class T>
-__global__ void __launch_bounds__(kThreads) segment_map_kernel(Problem p, Map f, T* out) {
+__global__ void __launch_bounds__(kThreads, 4) segment_map_kernel(Problem p, Map f, T* out) {
   using R = RealOf<T>;
   __shared__ int64_t ends[2];
   const int64_t values = p.rows * p.width, begin = int64_t(blockIdx.x) * kThreads * kMapValues;
