@@ -151,7 +151,6 @@ SPECS = (
             "min": lambda: sample(reduce="min"),
         },
         derivative_samples=("plain", "prod", "logsumexp", "mean", "min"),
-        compile_samples=("plain", "prod"),
         reference=reduce_reference,
         empty={
             "no values": Empty(nothing, 0.0, (2, 2)),
