@@ -65,6 +65,48 @@ PYLOSS_INLINE Sums<V<R>> join_lanes(Sums<V<R>> s) {
   }
 }
 
+// Lanes of v where kStep is not in their number, of w where it is; and the lanes that join_lanes
+// would join to them.
+template <int kStep, bool kPartner, class A, int... kIndex>
+PYLOSS_INLINE A halves(A v, A w, std::integer_sequence<int, kIndex...>) {
+  constexpr int kLanes = sizeof...(kIndex), kOther = kPartner ? kStep : 0;
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(v, w,
+                                 ((kIndex ^ kOther) + ((kIndex & kStep) != 0 ? kLanes : 0))...);
+#else
+  typedef std::conditional_t<sizeof(v[0]) == 8, int64_t, int32_t> Int;
+  typedef Int Mask __attribute__((vector_size(sizeof(A))));
+  return __builtin_shuffle(v, w, Mask{((kIndex ^ kOther) + ((kIndex & kStep) ? kLanes : 0))...});
+#endif
+}
+
+// The vectors s[0], s[1], ... of as many segments as there are lanes, each joined as join_lanes
+// does, to the same bits: lane l is of s[l]. A third of the work of one at a time.
+template <Pass P, class R, int kStep = Vec<R>::kLanes / 2>
+PYLOSS_INLINE Sums<V<R>> join_each(Sums<V<R>>* s) {
+  if constexpr (kStep > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, Vec<R>::kLanes>{};
+    constexpr bool both = P == Pass::kFactors || P == Pass::kSquares;
+#pragma GCC unroll 16
+    for (int i = 0; i < kStep; ++i) {
+      const Sums<V<R>>&v = s[i], &w = s[i + kStep];
+      const V<R> b0 = both ? halves<kStep, false>(v.b, w.b, lanes) : v.b;
+      const V<R> b1 = both ? halves<kStep, true>(v.b, w.b, lanes) : v.b;
+      s[i] = joined<P, R>({halves<kStep, false>(v.a, w.a, lanes), b0},
+                          {halves<kStep, true>(v.a, w.a, lanes), b1});
+    }
+    return join_each<P, R, kStep / 2>(s);
+  } else {
+    return s[0];
+  }
+}
+
+template <class R>
+PYLOSS_INLINE V<R> finite_or_zero(V<R> m) {
+  const V<R> most = all_lanes(infinity_<R>());
+  return (m == most) | (m == -most) ? V<R>{} : m;
+}
+
 template <Pass P, class R>
 PYLOSS_INLINE Sums<V<R>> nothing_yet() {
   const Sums<R> s = nothing<P, R>();
@@ -94,9 +136,11 @@ PYLOSS_INLINE void add(Sums<V<R>>& s, V<R> x, V<R> y, V<R> m) {
 
 // ---- Values side by side -----------------------------------------------------------------------
 
-// n values of one column. Loads may reach up to `end`, behind which nothing is mapped for sure.
+// n values of one column, in lanes that are still to be joined. Loads may reach up to `end`, behind
+// which nothing is mapped for sure.
 template <Pass P, class R>
-PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, const R* y_end, R at) {
+PYLOSS_INLINE Sums<V<R>> line_lanes(const R* x, const R* y, int64_t n, const R* end, const R* y_end,
+                                    R at) {
   constexpr int kLanes = Vec<R>::kLanes;
   const V<R> m = all_lanes(at), rest = all_lanes(neutral<P>(at));
   const auto part = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
@@ -136,7 +180,11 @@ PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, cons
     s0 = joined<P, R>(s0, s2);
     s1 = joined<P, R>(s1, s3);
   }
-  const auto all = join_lanes<P, R>(joined<P, R>(s0, s1));
+  return joined<P, R>(s0, s1);
+}
+template <Pass P, class R>
+PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, const R* y_end, R at) {
+  const auto all = join_lanes<P, R>(line_lanes<P, R>(x, y, n, end, y_end, at));
   return {all.a[0], all.b[0]};
 }
 
@@ -181,12 +229,6 @@ PYLOSS_INLINE int64_t safe_rows(const Problem& p, int64_t stride, int64_t begin,
   return stride == 0 ? n : std::min(n, end / stride - begin + 1);
 }
 
-template <class R>
-PYLOSS_INLINE V<R> finite_or_zero(V<R> m) {
-  const V<R> most = all_lanes(infinity_<R>());
-  return (m == most) | (m == -most) ? V<R>{} : m;
-}
-
 // Rows [begin, begin + n) of segment s as a settled part, put(column, part) for each.
 template <Pass P, class R, class Put>
 PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n, const Put& put) {
@@ -228,10 +270,64 @@ PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n
   }
 }
 
+// A pass over as many segments as there are lanes, values adjacent: segment l has n[l] from
+// x + from[l], around m[l].
+template <Pass P, class R>
+PYLOSS_INLINE Sums<V<R>> lines(const R* x, const int64_t* from, const int64_t* n, const R* end,
+                               const R* m) {
+  constexpr int kLanes = Vec<R>::kLanes;
+  Sums<V<R>> s[kLanes];
+#pragma GCC unroll 1
+  for (int l = 0; l < kLanes; ++l) {
+    s[l] = line_lanes<P, R>(x + from[l], x + from[l], n[l], end, end, m[l]);
+  }
+  return join_each<P, R>(s);
+}
+
+// The segments from s on, as many as there are lanes, if they begin before `last` and none is long.
+// To the same bits as one at a time.
+template <Pass P, class R>
+PYLOSS_INLINE bool fold_together(const Problem& p, Fold f, int64_t s, int64_t last, R* out) {
+  constexpr int kLanes = Vec<R>::kLanes;
+  if (s + kLanes > p.segments || p.offset(s + kLanes - 1) >= last) return false;
+  int64_t from[kLanes], n[kLanes], longest = 0;
+  for (int l = 0; l < kLanes; ++l) from[l] = p.offset(s + l);
+  for (int l = 0; l < kLanes; ++l) n[l] = p.offset(s + l + 1) - from[l];
+  for (int l = 0; l < kLanes; ++l) longest = n[l] > longest ? n[l] : longest;
+  if (longest > part_rows(1)) return false;
+  const R *x = static_cast<const R*>(p.x), *end = x + p.rows;
+  R m[kLanes] = {}, base[kLanes] = {};
+  if constexpr (P == Pass::kTies) {
+    for (int l = 0; l < kLanes; ++l) m[l] = base[l] = static_cast<const R*>(p.given[0])[s + l];
+  }
+  if constexpr (P == Pass::kExp) {
+    const V<R> most = lines<Pass::kMax, R>(x, from, n, end, m).a;
+    store(m, most);
+    store(base, finite_or_zero<R>(most));
+  }
+  if constexpr (P == Pass::kSquares) {
+    store(m, lines<Pass::kSum, R>(x, from, n, end, m).a);
+    for (int l = 0; l < kLanes; ++l) base[l] = m[l] = m[l] / R(n[l]);
+  }
+  const Sums<V<R>> sums = lines<P, R>(x, from, n, end, base);
+  if (results(f) == 1 && f != Fold::kMean && f != Fold::kLogSumExp) {
+    store(out + s, sums.a);
+    return true;
+  }
+  R a[kLanes], b[kLanes];
+  store(a, sums.a);
+  store(b, sums.b);
+  for (int l = 0; l < kLanes; ++l) {
+    finish(f, settled(P, Part<R>{R(n[l]), m[l], {a[l], b[l]}}), out + s + l, p.segments);
+  }
+  return true;
+}
+
 // What the windows [begin, end) own: whole segments that begin there, and parts of long ones.
 template <Pass P, class R>
 void fold_windows(const Problem& p, Fold f, void* out, double* parts, int64_t begin, int64_t end) {
   const int64_t size = part_rows(p.width), step = p.segments * p.width;
+  const bool is_line = p.width == 1 && p.x_stride == 1;
   int64_t s = p.first_from(begin * size);
   for (int64_t w = begin; w < end; ++w) {
     const int64_t last = w + 1 == windows(p) ? p.rows + 1 : (w + 1) * size;
@@ -254,6 +350,12 @@ void fold_windows(const Problem& p, Fold f, void* out, double* parts, int64_t be
       }
     }
     for (; s < p.segments; ++s) {
+      if constexpr (P != Pass::kInner) {
+        if (is_line && fold_together<P, R>(p, f, s, last, static_cast<R*>(out))) {
+          s += Vec<R>::kLanes - 1;
+          continue;
+        }
+      }
       const int64_t from = p.offset(s), n = p.offset(s + 1) - from;
       if (from >= last) break;
       if (n > size) {
