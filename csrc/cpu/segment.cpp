@@ -7,9 +7,10 @@
 // of a million cost the same a value, and neither threads nor neighbours change a bit.
 //
 // A column alone: a segment of up to two vectors is two loads, masked, whatever its length, because
-// a branch on the length of short segments costs more than they do. Loads reach into the next
-// segments, never past x. Several columns: a vector of columns down the rows. Two passes where a
-// maximum or a mean comes first; the part is in the first-level cache by then.
+// a branch on the length of short segments costs more than they do; the lanes of as many segments as
+// a vector has lanes are joined together. Loads reach into the next segments, never past x. Several
+// columns: a vector of columns down the rows. Two passes where a maximum or a mean comes first; the
+// part is in the first-level cache by then.
 //
 // A map lays the coefficients of each value out beside the values and then knows no segments.
 //
@@ -101,9 +102,12 @@ struct Lengths {
 };
 template <class I>
 PYLOSS_INLINE Lengths lengths_of(const I* o, int64_t segments, int64_t rows) {
-  bool outside = false;
-  for (int64_t s = 0; s < segments; ++s) outside |= (o[s] < 0) | (o[s] > rows);
-  if (outside) return {-1, 0};
+  I low = 0, high = 0;  // first, so that no difference overflows
+  for (int64_t s = 0; s < segments; ++s) {
+    low = o[s] < low ? o[s] : low;
+    high = o[s] > high ? o[s] : high;
+  }
+  if (low < 0 || int64_t(high) > rows) return {-1, 0};
   I shortest = 0, longest = 0;
   for (int64_t s = 0; s < segments; ++s) {
     const I n = o[s + 1] - o[s];
