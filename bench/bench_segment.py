@@ -101,7 +101,7 @@ class Problem:
             worst = 0.0
             for i, (a, b) in enumerate(zip(call(), wanted)):
                 a, b = (a[filled], b[filled]) if i == 0 else (a, b)
-                worst = max(worst, float((a.double() - b).abs().max()))
+                worst = max(worst, float((a - b).detach().abs().max()))
             return worst / 1e-4
 
         return Run(call=call, check=check)

@@ -225,6 +225,7 @@ SPECS = (
         reference=tree_reference,
         rounded=False,  # a callable computes in what it is given
         autocast={BF16: BF16, F32: F32, F64: F64},
+        compile_samples=("length",),
         tolerances={BF16: (5e-2, 5e-2), F16: (5e-3, 5e-3)},
         empty={"no values": Empty(lambda: nothing(op=smooth, identity=0.5), 0.5, (2, 2))},
         nan={"x": row_nan},
