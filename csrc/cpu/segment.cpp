@@ -7,10 +7,10 @@
 // of a million cost the same a value, and neither threads nor neighbours change a bit.
 //
 // A column alone: a segment of up to two vectors is two loads, masked, whatever its length, because
-// a branch on the length of short segments costs more than they do; the lanes of as many segments as
-// a vector has lanes are joined together. Loads reach into the next segments, never past x. Several
-// columns: a vector of columns down the rows. Two passes where a maximum or a mean comes first; the
-// part is in the first-level cache by then.
+// a branch on the length of short segments costs more than they do; the lanes of as many segments
+// as a vector has lanes are joined together. Loads reach into the next segments, never past x.
+// Several columns: a vector of columns down the rows. Two passes where a maximum or a mean comes
+// first; the part is in the first-level cache by then.
 //
 // A map lays the coefficients of each value out beside the values and then knows no segments.
 //
@@ -45,6 +45,10 @@ struct Kernels {
   FoldWindows (*fold)(Pass);
   MapRows (*map)(Form);
 };
+
+inline bool sums_are_results(Fold f) {
+  return results(f) == 1 && f != Fold::kMean && f != Fold::kLogSumExp;
+}
 
 constexpr int64_t kMapValues = 1024;
 constexpr int64_t kOverread = 64;  // how far loads reach beyond the values

@@ -229,9 +229,11 @@ PYLOSS_INLINE int64_t safe_rows(const Problem& p, int64_t stride, int64_t begin,
   return stride == 0 ? n : std::min(n, end / stride - begin + 1);
 }
 
-// Rows [begin, begin + n) of segment s as a settled part, put(column, part) for each.
+// Rows [begin, begin + n) of segment s as a settled part, put(column, part) for each; or, where the
+// sums are the results, to `plain` [width].
 template <Pass P, class R, class Put>
-PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n, const Put& put) {
+PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n, R* plain,
+                           const Put& put) {
   constexpr Pass kFirst = P == Pass::kExp ? Pass::kMax : Pass::kSum;
   constexpr bool kTwice = P == Pass::kExp || P == Pass::kSquares;
   const int64_t xs = p.x_stride, ys = p.other_stride;
@@ -264,6 +266,10 @@ PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n
     }
     const R* other = P == Pass::kInner ? y + c : y;
     const auto sums = columns<P, R>(x + c, xs, other, ys, n, lanes, safe, base);
+    if (plain && lanes == kLanes) {
+      store(plain + c, sums.a);
+      continue;
+    }
     for (int64_t l = 0; l < lanes; ++l) {
       put(c + l, settled(P, Part<R>{R(n), at[l], {sums.a[l], sums.b[l]}}));
     }
@@ -310,7 +316,7 @@ PYLOSS_INLINE bool fold_together(const Problem& p, Fold f, int64_t s, int64_t la
     for (int l = 0; l < kLanes; ++l) base[l] = m[l] = m[l] / R(n[l]);
   }
   const Sums<V<R>> sums = lines<P, R>(x, from, n, end, base);
-  if (results(f) == 1 && f != Fold::kMean && f != Fold::kLogSumExp) {
+  if (sums_are_results(f)) {
     store(out + s, sums.a);
     return true;
   }
@@ -327,13 +333,13 @@ PYLOSS_INLINE bool fold_together(const Problem& p, Fold f, int64_t s, int64_t la
 template <Pass P, class R>
 void fold_windows(const Problem& p, Fold f, void* out, double* parts, int64_t begin, int64_t end) {
   const int64_t size = part_rows(p.width), step = p.segments * p.width;
-  const bool is_line = p.width == 1 && p.x_stride == 1;
+  const bool is_line = p.width == 1 && p.x_stride == 1, is_plain = sums_are_results(f);
   int64_t s = p.first_from(begin * size);
   for (int64_t w = begin; w < end; ++w) {
     const int64_t last = w + 1 == windows(p) ? p.rows + 1 : (w + 1) * size;
     const auto keep = [&](int64_t slot, int64_t segment, int64_t from, int64_t n) {
       double* to = parts + slot * p.width * kPartNumbers;
-      part_of<P, R>(p, segment, from, n, [&](int64_t c, const Part<R>& part) {
+      part_of<P, R>(p, segment, from, n, nullptr, [&](int64_t c, const Part<R>& part) {
         double* at = to + c * kPartNumbers;
         at[0] = double(part.m);
         at[1] = double(part.sums.a);
@@ -363,7 +369,7 @@ void fold_windows(const Problem& p, Fold f, void* out, double* parts, int64_t be
         continue;
       }
       R* to = static_cast<R*>(out) + s * p.width;
-      part_of<P, R>(p, s, from, n,
+      part_of<P, R>(p, s, from, n, is_plain ? to : nullptr,
                     [&](int64_t c, const Part<R>& part) { finish(f, part, to + c, step); });
     }
   }
