@@ -7,7 +7,7 @@ namespace pyloss::cuda {
 
 void segment_fold(const segment::Problem& p, segment::Fold f,
                   void* out,      // [results][segments][width], fp32 or fp64; int64 of kArgmax
-                  void* scratch,  // [2 windows][width][kPartNumbers], all NaN; null if rows <= part_rows
+                  void* scratch,  // [2 windows][width][kPartNumbers], all NaN, or null
                   void* stream);
 
 void segment_map(const segment::Problem& p, segment::Map f,
