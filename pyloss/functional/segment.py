@@ -24,7 +24,14 @@ TREE_OPS = ("sum", "max", "logsumexp", "prod")
 
 
 class SegmentMoments(NamedTuple):
-    """What :func:`pyloss.functional.segment_moments` returns."""
+    """What :func:`pyloss.functional.segment_moments` returns.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, offsets = torch.randn(7, 3), torch.tensor([0, 2, 7])
+        >>> count, mean, moment = pyloss.functional.segment_moments(x, offsets)
+        >>> squares = count[:, None] * (moment + mean.square())  # sums of x^2
+    """
 
     count: Tensor  #: values of each segment, ``(S,)``, int64
     mean: Tensor  #: ``(S, *)``
@@ -32,7 +39,14 @@ class SegmentMoments(NamedTuple):
 
 
 class SegmentSoftmaxStats(NamedTuple):
-    """What :func:`pyloss.functional.segment_softmax_stats` returns, of shape ``(S, *)`` each."""
+    """What :func:`pyloss.functional.segment_softmax_stats` returns, of shape ``(S, *)`` each.
+
+    Example:
+        >>> import torch, pyloss
+        >>> x, offsets = torch.randn(7), torch.tensor([0, 2, 7])
+        >>> stats = pyloss.functional.segment_softmax_stats(x, offsets)
+        >>> logsumexp = stats.max + stats.sumexp.log()
+    """
 
     max: Tensor
     sumexp: Tensor  #: sum of exp(x - max)
