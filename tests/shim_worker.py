@@ -82,6 +82,8 @@ def problems():
         """With columns that are left to the host, and with all of dimension 1 there."""
         return tuple(pyloss.betti_matching_loss(x, volumes[1], dims=d) for d in (None, [0, 1]))
 
+    cuts, long = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 10, 300])
+
     def of(function, *inputs):
         return lambda: with_gradients(function, *inputs)
 
@@ -109,6 +111,9 @@ def problems():
         "ranks": of(pyloss.soft_rank, scores),
         "permutation": of(lambda s: pyloss.soft_permutation(s)[1], scores),
         "margin shift": of(lambda x: F.margin_shift(x, x.flip(1), labels), rows),
+        "segments": of(lambda x: F.segment_reduce(x, cuts, "max"), rows),
+        "segments, long": of(lambda x: tuple(F.segment_moments(x, long)[1:]), torch.randn(300, 65)),
+        "segments, softmax": of(lambda x: F.segment_softmax(x, cuts), rows),
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
         "betti, bars": lambda: bars((5 * a.flatten(0, 1)).floor(), b.flatten(0, 1)),
