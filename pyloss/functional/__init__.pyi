@@ -44,6 +44,7 @@ from pyloss.functional.ensemble import (
     ens_loss,
     ens_loss_derivatives,
 )
+from pyloss.functional.frames import Frames, laplacian_sort_frame, pca_frames
 from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
     groco_from_scores,
