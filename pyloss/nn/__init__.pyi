@@ -111,6 +111,7 @@ __all__ = [
     "DynamicGate",
     "EnsLoss",
     "FocalLoss",
+    "FrameAverage",
     "GatedConv",
     "GatedFlops",
     "GaussianNaiveBayes",
