@@ -118,7 +118,9 @@ def axes_of(
         basis = _turned(basis, value.detach(), gap_tol, generator)
     else:
         _report(gap.detach(), gap_tol, degenerate)
-    return Axes(basis, centre if moved else None, gap), centre
+    if not moved:
+        return Axes(basis, None, gap), centre.detach()
+    return Axes(basis, centre, gap), centre
 
 
 def _smallest_gap(value: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def _report(gap: Tensor, tol: float, degenerate: str) -> None:
 
 
 def _turned(basis: Tensor, value: Tensor, tol: float, generator) -> Tensor:
-    """Each block of equal eigenvalues in a Haar-random basis; the axes of the others as they are."""
+    """Each block of equal eigenvalues in a Haar-random basis; other axes as they are."""
     d = value.shape[1]
     apart = value.diff(dim=1) > tol * value[:, -1:].abs()
     block = torch.nn.functional.pad(apart.cumsum(1), (1, 0))

@@ -54,10 +54,10 @@ def pca_frames(
               C = \sum_i w_i (x_i - t)(x_i - t)^\top = V \operatorname{diag}(\lambda) V^\top, \qquad
               \mathcal F(x) = \{ (V \operatorname{diag}(s), t) : s \in \{\pm 1\}^d \}
 
-    A move g of the cloud moves its frames: :math:`\mathcal F(g x) = g \mathcal F(x)`. So the average
-    of :math:`f((x - t) R)` over them is invariant, whatever f is
-    (:class:`pyloss.nn.FrameAverage`). The eigenvalues ascend; the first frame has the largest entry
-    of every axis positive.
+    A move g of the cloud moves its frames: :math:`\mathcal F(g x) = g \mathcal F(x)`. So the
+    average of :math:`f((x - t) R)` over them is invariant, whatever f is
+    (:class:`pyloss.nn.FrameAverage`). The eigenvalues ascend; the first frame of O and E has the
+    largest entry of every axis positive.
 
     Args:
         x: ``(B, N, d)``, or ``(P, d)`` with ``offsets``; d from 1 to 8; floating, half types are
@@ -79,9 +79,9 @@ def pca_frames(
         generator: of ``'random'``.
 
     Returns:
-        :class:`Frames`. Where eigenvalues count as equal, the gradient leaves out their gap, by which
-        it would divide. A cloud with a NaN or an infinity has R of NaN. A cloud without weight has
-        t = 0, R of signs and gap 0.
+        :class:`Frames`. Where eigenvalues count as equal, the gradient leaves out their gap, by
+        which it would divide. A cloud with a NaN or an infinity has R of NaN. A cloud without
+        weight has t = 0, R of signs and gap 0.
 
     Raises:
         TypeError, NotImplementedError: x or weight not floating.
@@ -130,10 +130,10 @@ def laplacian_sort_frame(
 ) -> Tensor:
     r"""Orders of the nodes of a graph that do not depend on how they are numbered.
 
-    With :math:`L = D - A = \sum_k \lambda_k P_k`, :math:`P_k` the projector on an eigenspace, node i
-    has the row :math:`(\sqrt{(P_k)_{ii}})_k`, which no choice of eigenvectors changes; for a simple
-    eigenvalue it is the size of the eigenvector's entry. The rows, rounded, are sorted; nodes with
-    equal ones may stand in any order, and the frame is all orders that sort them.
+    With :math:`L = D - A = \sum_k \lambda_k P_k`, :math:`P_k` the projector on an eigenspace, node
+    i has the row :math:`(\sqrt{(P_k)_{ii}})_k`, which no choice of eigenvectors changes; for a
+    simple eigenvalue it is the size of the eigenvector's entry. The rows, rounded, are sorted;
+    nodes with equal ones may stand in any order, and the frame is all orders that sort them.
 
     Args:
         edge_index: ``(2, E)``, integers: an edge between the nodes of each column, in both
@@ -211,4 +211,4 @@ def _orders(rank: Tensor, max_frames: int, generator: torch.Generator | None) ->
     keys = torch.rand((max_frames, n), generator=generator, dtype=torch.float64, device=device)
     # A random order, then a stable sort by rank: every order of equal nodes is as likely.
     drawn = keys.cpu().argsort(1)
-    return drawn.gather(1, rank[drawn].argsort(1, stable=True))
+    return drawn.gather(1, torch.argsort(rank[drawn], dim=1, stable=True))

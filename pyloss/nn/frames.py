@@ -40,8 +40,8 @@ class FrameAverage(OptionsModule):
     ``tensor2``   ``(F B, *, d, d)``                          :math:`R\, y\, R^\top`
     ============= =========================================== ====================
 
-    With ``offsets`` the backbone gets ``(F P, d)`` points and the keyword ``offsets`` of F B clouds,
-    and returns an entry for each cloud or for each point.
+    With ``offsets`` the backbone gets ``(F P, d)`` points and the keyword ``offsets`` of F B
+    clouds, and returns an entry for each cloud or for each point.
 
     Args:
         backbone: module or function of (points, \*extra), with the keywords ``vectors`` and

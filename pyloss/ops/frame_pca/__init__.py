@@ -1,5 +1,4 @@
-"""Principal axes of clouds of points in 2 or 3 dimensions: what the frames of a point cloud are made
-of.
+"""Principal axes of clouds of points in 2 or 3 dimensions: what the frames of a cloud are made of.
 
     frame_pca_fwd    (clouds, d^2 + 2 d + 1): axes by rows, centre, eigenvalues, total weight
     frame_pca_bwd    [gradient of the points, gradient of the weights] from upstream gradients of
@@ -55,9 +54,7 @@ class _FramePca(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):  # create_graph, is_grads_batched
             return *reference.composed_gradients(grad, x, weight, offsets, *ctx.options), *none
         # detach: the frames are a result of this very node.
-        dx, *dw = _ops.frame_pca_bwd(
-            grad, x, weight, offsets, frames.detach(), centred, tolerance
-        )
+        dx, *dw = _ops.frame_pca_bwd(grad, x, weight, offsets, frames.detach(), centred, tolerance)
         return dx, dw[0].to(weight.dtype) if dw else None, *none
 
 
