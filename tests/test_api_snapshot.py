@@ -45,6 +45,7 @@ MODULES = (
     "pyloss.ops",
     "pyloss.testing",
     "pyloss.reference",
+    "pyloss.segment",
     "pyloss",
 )
 
