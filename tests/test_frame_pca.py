@@ -90,7 +90,7 @@ def test_ragged_padded_and_alone_are_the_same_bits() -> None:
     x, w = cloud(65, 3).float(), make_logits((65,), F32, scale=1.0).abs()
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     ragged = frame_pca(x, w, offsets, 4, True, 0.0)
-    padded, mask = pyloss._ragged.to_padded(torch.cat([x, w[:, None]], 1), offsets, fill=0.0)
+    padded, mask = pyloss.segment.to_padded(torch.cat([x, w[:, None]], 1), offsets, fill=0.0)
     points = torch.where(mask.unsqueeze(2), padded[..., :3], math.nan)
     dense = frame_pca(points.flatten(0, 1), padded[..., 3].flatten(), None, 4, True, 0.0)
     for i, (a, b) in enumerate(zip(offsets, offsets[1:])):

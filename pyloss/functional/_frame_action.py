@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyloss import _ragged
+from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._frames import Axes, Clouds, signs_of
 from pyloss.ops._launch import accumulator_dtype, without_autocast
@@ -31,7 +31,7 @@ class Fold:
         self.frames, self._of_clouds = signs.shape[0], (axes.basis, axes.centre, signs)
         self._of_points = self._of_clouds
         if clouds.offsets is not None:
-            ids = _ragged.segment_ids(clouds.offsets, clouds.points.shape[0])
+            ids = segment.segment_ids(clouds.offsets, clouds.points.shape[0])
             self._of_points = (
                 axes.basis[ids],
                 None if axes.centre is None else axes.centre[ids],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss import _ragged
+from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._ranges import can_look, warn
 from pyloss.ops._launch import accumulator_dtype
@@ -73,7 +73,7 @@ def check_clouds(x, weight, offsets, degenerate: str, dim: int | None = None) ->
                 f"{list(weight.shape)}"
             )
     if offsets is not None:
-        _ragged.check_offsets(offsets, x.shape[0])
+        segment.check_offsets(offsets, x.shape[0])
         checks.check_device("offsets", offsets, x, "x")
     _check_not_empty(x, offsets, degenerate)
 
@@ -83,7 +83,7 @@ def _check_not_empty(x: Tensor, offsets: Tensor | None, degenerate: str) -> None
     if degenerate == "random":
         return
     if offsets is not None:
-        _ragged._require((offsets.diff() > 0).all(), what)
+        segment.require((offsets.diff() > 0).all(), what)
     elif x.shape[0] and not x.shape[1]:
         raise ValueError(what)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyloss import _ragged
+from pyloss import segment
 
 
 def frame_pca(
@@ -53,7 +53,7 @@ def frame_pca(
     x = x if x.dtype == torch.float64 else x.float()
     w = torch.ones_like(x[:, 0]) if weight is None else weight.to(x.dtype)
     x = torch.where((w == 0).unsqueeze(-1) & ~x.isfinite(), 0.0, x)
-    ids = None if offsets is None else _ragged.segment_ids(offsets, x.shape[0])
+    ids = None if offsets is None else segment.segment_ids(offsets, x.shape[0])
 
     def sums(v: Tensor) -> Tensor:
         if ids is None:
