@@ -54,6 +54,12 @@ def moments() -> Step:
     return step_of(lambda x: functional.spherical_z_loss(x, y), draw(40, 1000))
 
 
+def frames() -> Step:
+    offsets = torch.tensor([0, 9, 20], device=DEVICE)
+    average = pyloss.nn.FrameAverage(lambda p, offsets: p.sin().sum(1), "SE")
+    return step_of(lambda x: average(x, offsets=offsets), draw(20, 3))
+
+
 def margin_shift() -> Step:
     y = labels(4, 30)
     return step_of(
@@ -135,6 +141,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, options": lambda: betti(
         weight=[0.5, 2.0], matched_weight=1.5, target_weight=0.3, padding=0.25
     ),
+    "frames": frames,
     "moments": moments,
     "margin shift": margin_shift,
     "permutahedron": lambda: step_of(

@@ -1,5 +1,5 @@
-// Python boundary of frame_pca: decodes and checks, releases the GIL, calls the kernels. The records
-// are those of pyloss/ops/frame_pca/records.py.
+// Python boundary of frame_pca: decodes and checks, releases the GIL, calls the kernels. The
+// records are those of pyloss/ops/frame_pca/records.py.
 #include "cpu/frame_pca.h"
 
 #include <pybind11/pybind11.h>
@@ -74,12 +74,12 @@ void register_frame_pca(py::module_& m) {
   });
 
 #if PYLOSS_WITH_CUDA
-  m.def("cuda_frame_pca_fwd", [](py::handle problem, int64_t frames, int64_t device,
-                                 int64_t stream) {
-    const auto p = decode(problem);
-    on_device(device, cuda::frame_pca_forward, p, checked_pointer("frames", frames, p.clouds),
-              optional_pointer("stream", stream));
-  });
+  m.def("cuda_frame_pca_fwd",
+        [](py::handle problem, int64_t frames, int64_t device, int64_t stream) {
+          const auto p = decode(problem);
+          on_device(device, cuda::frame_pca_forward, p, checked_pointer("frames", frames, p.clouds),
+                    optional_pointer("stream", stream));
+        });
   m.def("cuda_frame_pca_bwd",
         [](py::handle problem, py::handle backward, int64_t device, int64_t stream) {
           const auto p = decode(problem);

@@ -1,7 +1,8 @@
 // Principal axes of a weighted cloud of points in 2 or 3 dimensions, and the gradient of a function
 // of them.
 //
-//   forward   W = sum w_i, t = sum w_i x_i / W (0 when not centred), C = sum w_i (x_i - t)(x_i - t)'
+//   forward   W = sum w_i, t = sum w_i x_i / W (0 when not centred), C = sum w_i (x_i - t)(x_i -
+//   t)'
 //             C = V diag(lambda) V', lambda ascending, the largest entry of each axis positive
 //   backward  with upstream gradients of V, t, lambda and W:
 //             F_ij = 1 / (lambda_j - lambda_i), 0 for i = j and within the tolerance
@@ -14,8 +15,8 @@
 // weight 0 counts as 0. A cloud with any other such number has V and lambda of NaN.
 //
 // The eigenproblem is solved by cyclic Jacobi rotations, always as many, without a branch: L clouds
-// go through it side by side, one SIMD lane each on the CPU, and a lane does not see its neighbours.
-// C is divided by its trace before, so that no square over- or underflows.
+// go through it side by side, one SIMD lane each on the CPU, and a lane does not see its
+// neighbours. C is divided by its trace before, so that no square over- or underflows.
 //
 // Paper: Puny et al. arXiv 2110.03336.
 #pragma once
@@ -92,7 +93,9 @@ PYLOSS_HD inline double abs_(double x) {
 
 // Sweeps after which no off-diagonal entry is left that is not rounding, graded matrices included.
 template <class R, int D>
-inline constexpr int kSweeps = D == 2 ? 1 : sizeof(R) == 8 ? 6 : 5;
+inline constexpr int kSweeps = D == 2           ? 1
+                               : sizeof(R) == 8 ? 6
+                                                : 5;
 
 // L eigenproblems: `c` holds the matrices and is destroyed, `v` gets the axes, `value` the rest.
 template <class R, int D, int L>

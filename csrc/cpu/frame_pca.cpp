@@ -1,10 +1,10 @@
 // Principal axes of clouds of points on the CPU. Formulas: common/frame_pca.h.
 //
 // Decomposition: threads take groups of kGroup clouds. The points of a cloud become lines of
-// coordinates, a block of kPoints at a time in the first-level cache, and are summed there in lanes:
-// the centre, then the products around it. What the centre lost by rounding is the mean of the
-// differences, and is put back. The eigenproblems of a group are solved side by side. A range of
-// clouds is computed the same way in any thread, so that threads cannot change a bit, nor can
+// coordinates, a block of kPoints at a time in the first-level cache, and are summed there in
+// lanes: the centre, then the products around it. What the centre lost by rounding is the mean of
+// the differences, and is put back. The eigenproblems of a group are solved side by side. A range
+// of clouds is computed the same way in any thread, so that threads cannot change a bit, nor can
 // neighbours in a batch.
 //
 // Memory traffic per coordinate of b bytes: forward reads b, twice where a cloud has more than
@@ -27,11 +27,11 @@ namespace {
 
 using namespace frame_pca;
 
-constexpr int kGroup = 16;               // clouds: float lanes of the widest registers
-constexpr int64_t kPoints = 512;         // of a block; its lines take 8 KiB in float
-constexpr int64_t kLanes = 16;           // partial sums
-constexpr int64_t kRange = 16 * 1024;    // coordinates that a thread claims at a time
-constexpr int64_t kSerial = 32 * 1024;   // below, a second thread would wake up too late
+constexpr int kGroup = 16;                 // clouds: float lanes of the widest registers
+constexpr int64_t kPoints = 512;           // of a block; its lines take 8 KiB in float
+constexpr int64_t kLanes = 16;             // partial sums
+constexpr int64_t kRange = 16 * 1024;      // coordinates that a thread claims at a time
+constexpr int64_t kSerial = 32 * 1024;     // below, a second thread would wake up too late
 constexpr int64_t kCloudCoordinates = 64;  // what the eigenproblem of a cloud costs, in coordinates
 
 template <class T>
@@ -151,14 +151,14 @@ PYLOSS_INLINE void gradient_of(const T* x, const R* weight, int64_t count, const
   }
 }
 
-#define PYLOSS_FRAME_LOOPS(T, R, D)                                                               \
-  PYLOSS_MULTIVERSION void moments(const T* x, const R* weight, int64_t count, bool centred,      \
-                                   Moments<D>* m) {                                               \
-    moments_of<T, R, D>(x, weight, count, centred, m);                                            \
-  }                                                                                               \
-  PYLOSS_MULTIVERSION void gradient(const T* x, const R* weight, int64_t count,                   \
-                                    const Slope<R, D>& slope, T* dx, R* dw) {                     \
-    gradient_of<T, R, D>(x, weight, count, slope, dx, dw);                                        \
+#define PYLOSS_FRAME_LOOPS(T, R, D)                                                          \
+  PYLOSS_MULTIVERSION void moments(const T* x, const R* weight, int64_t count, bool centred, \
+                                   Moments<D>* m) {                                          \
+    moments_of<T, R, D>(x, weight, count, centred, m);                                       \
+  }                                                                                          \
+  PYLOSS_MULTIVERSION void gradient(const T* x, const R* weight, int64_t count,              \
+                                    const Slope<R, D>& slope, T* dx, R* dw) {                \
+    gradient_of<T, R, D>(x, weight, count, slope, dx, dw);                                   \
   }
 PYLOSS_FRAME_LOOPS(float, float, 2)
 PYLOSS_FRAME_LOOPS(float, float, 3)

@@ -1,7 +1,7 @@
 // Runs the CUDA frame_pca kernels on the CPU shim, over random problems, in four thread orders and
-// over other rests of memory, whose outputs must be equal to the last bit. The axes are those of the
-// covariance in double (V' C V is diagonal, V orthogonal, oriented), the gradient is compared with
-// the closed form in double at the kernel's own axes. Arguments: number of problems, seed.
+// over other rests of memory, whose outputs must be equal to the last bit. The axes are those of
+// the covariance in double (V' C V is diagonal, V orthogonal, oriented), the gradient is compared
+// with the closed form in double at the kernel's own axes. Arguments: number of problems, seed.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -58,10 +58,9 @@ struct Cloud {
     return centred && all != 0 ? sum / all : 0;
   }
   double product(int k, int j) const {
+    const double t[2] = {centre(k), centre(j)};
     double sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      sum += w(i) * (at(i, k) - centre(k)) * (at(i, j) - centre(j));
-    }
+    for (int64_t i = 0; i < count; ++i) sum += w(i) * (at(i, k) - t[0]) * (at(i, j) - t[1]);
     return sum;
   }
 };
@@ -140,8 +139,7 @@ void check_backward(const Cloud<T, R, D>& cloud, const R* row, const R* grad, co
     for (int k = 0; k < D; ++k) far += std::fabs(cloud.at(i, k) - kernel[At::kCentre + k]);
     for (int k = 0; k < D; ++k) {
       const double d = cloud.at(i, k) - kernel[At::kCentre + k];
-      const double shift =
-          cloud.centred && total != 0 ? upstream[At::kCentre + k] / total : 0;
+      const double shift = cloud.centred && total != 0 ? upstream[At::kCentre + k] / total : 0;
       double along = 0;
       for (int j = 0; j < D; ++j) along += g[k][j] * (cloud.at(i, j) - kernel[At::kCentre + j]);
       of_weight += d * (along + shift);
@@ -149,8 +147,9 @@ void check_backward(const Cloud<T, R, D>& cloud, const R* row, const R* grad, co
       const double found = double(to_float(dx[i * D + k]));
       const double bound = tolerance * (1 + size + std::fabs(shift)) * far * (1 + cloud.w(i));
       const bool both = std::isnan(want) && std::isnan(found);
-      require(both || std::fabs(found - want) <= bound + (sizeof(T) == 2 ? 1e-2 : 0) * std::fabs(want),
-              "gradient, " + text);
+      require(
+          both || std::fabs(found - want) <= bound + (sizeof(T) == 2 ? 1e-2 : 0) * std::fabs(want),
+          "gradient, " + text);
     }
     if (!dw) continue;
     const bool both = std::isnan(of_weight) && std::isnan(double(dw[i]));
@@ -234,7 +233,8 @@ void check(std::mt19937_64& rnd, bool is_long) {
     const double tolerance = sizeof(R) == 8 ? 1e-11 : 2e-5;
     for (int64_t c = 0; c < p.clouds; ++c) {
       const int64_t begin = ends[size_t(c)];
-      const Cloud<T, R, D> cloud{x.data() + begin * D, is_weighted ? weight.data() + begin : nullptr,
+      const Cloud<T, R, D> cloud{x.data() + begin * D,
+                                 is_weighted ? weight.data() + begin : nullptr,
                                  ends[size_t(c) + 1] - begin, p.centred};
       const R* row = frames.data() + c * kWidth;
       check_forward(cloud, row, shift + 4, tolerance, text);
