@@ -66,14 +66,14 @@ struct Lines {
   }
 };
 
+// By halves whose lengths are constants: a cloud of few points is mostly this.
 template <class R>
 PYLOSS_INLINE double sum_lanes(const R* acc) {
-  R t[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) t[l] = acc[l];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) t[l] += t[l + half];
-  }
-  return double(t[0]);
+  static_assert(kLanes == 16, "as unrolled here");
+  R a[8], b[4];
+  for (int l = 0; l < 8; ++l) a[l] = acc[l] + acc[l + 8];
+  for (int l = 0; l < 4; ++l) b[l] = a[l] + a[l + 4];
+  return double((b[0] + b[2]) + (b[1] + b[3]));
 }
 
 template <int D>
