@@ -3,6 +3,7 @@ one batch, frame by frame."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Fold:
     def into(self, x: Tensor, *, moves: bool) -> Tensor:
         """``(F L, *, d)`` of positions or vectors ``(L, *, d)``, L clouds or, ragged, points."""
         basis, centre, signs = self._of_points
-        with without_autocast(x):
+        with _unrounded(x):
             inside = x.to(basis.dtype)
             if moves and centre is not None:
                 inside = inside - _between(centre, x)
@@ -77,11 +78,11 @@ class Fold:
         """What the backbone made of the folded batch, out of the frames and averaged."""
         checks.check_floating("the result of the backbone", y)
         basis, centre, signs = self._parts(y, out_type)
-        wide = y.unflatten(0, (self.frames, y.shape[0] // self.frames))
+        wide = y.reshape(self.frames, y.shape[0] // self.frames, *y.shape[1:])
         wide = wide.to(accumulator_dtype(y.dtype))
         if out_type == "invariant":
             return wide.mean(0).to(y.dtype)
-        with without_autocast(y):
+        with _unrounded(y):
             single = self._clouds.offsets is not None and basis is self._of_points[0]
             mean = wide * _between(signs, wide[0], 1)
             if out_type == "tensor2":
@@ -113,14 +114,23 @@ class Fold:
         return self._of_clouds if y.shape[0] == sizes[0] else self._of_points
 
 
+def _unrounded(x: Tensor) -> contextlib.AbstractContextManager:
+    """For products of frames; entering a context is a good part of a small call."""
+    return without_autocast(x) if checks.autocast_on(x) else contextlib.nullcontext()
+
+
 def _between(small: Tensor, like: Tensor, front: int = 0) -> Tensor:
     """``(*front, L, d)`` with ones before d, so that it broadcasts to ``like``, ``(L, *, d)``."""
+    if like.dim() == 3:
+        return small.unsqueeze(-2)
     lead = small.shape[: front + 1]
     return small.reshape(*lead, *(1,) * (like.dim() - 2), small.shape[-1])
 
 
 def _turn(v: Tensor, basis: Tensor, single: bool) -> Tensor:
     """v basis for ``(L, *, d)`` and ``(L, d, d)``; `single`: few vectors for each of many bases."""
+    if v.dim() == 3 and not single:
+        return v @ basis
     flat = v.reshape(v.shape[0], v.shape[1:-1].numel(), v.shape[-1])
     if single:
         return (flat.unsqueeze(-1) * basis.unsqueeze(1)).sum(-2).reshape(v.shape)

@@ -3,6 +3,7 @@ turn one basis into all of them, bases of equal eigenvalues."""
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ def _smallest_gap(value: Tensor) -> Tensor:
     if value.shape[1] == 1:
         return value.detach() * 0 + 1 if value.shape[0] else value.new_empty(0)
     top = value[:, -1]
-    return value.diff(dim=1).amin(1) / torch.where(top > 0, top, torch.ones_like(top))
+    return value.diff(dim=1).amin(1) / torch.where(top > 0, top, 1.0)
 
 
 def _report(gap: Tensor, tol: float, degenerate: str) -> None:
@@ -139,11 +140,12 @@ def _report(gap: Tensor, tol: float, degenerate: str) -> None:
         if degenerate == "raise":
             torch._assert_async((~(gap < tol)).all(), _NOT_UNIQUE.format(which="a cloud"))
         return
-    bad = (gap < tol).nonzero()
-    if not len(bad):
+    bad = gap < tol
+    if not bad.any():
         return
     if degenerate == "raise":
-        raise ValueError(_NOT_UNIQUE.format(which=f"cloud {int(bad[0])}") + _WHAT_TO_DO)
+        which = f"cloud {int(bad.nonzero()[0])}"
+        raise ValueError(_NOT_UNIQUE.format(which=which) + _WHAT_TO_DO)
     warn(_NOT_UNIQUE.format(which="some clouds") + _WHAT_TO_DO)
 
 
@@ -187,7 +189,9 @@ def signs_of(axes: Axes, group: str) -> Tensor:
 
 
 def _signs(free: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(2^free, free)``, the first row of ones; made on the device."""
+    """``(2^free, free)``, the first row of ones; no copy to a device."""
+    if device.type == "cpu":
+        return torch.tensor(list(itertools.product((1.0, -1.0), repeat=free)), dtype=dtype)
     frame = torch.arange(2**free, device=device).unsqueeze(1)
     bit = torch.arange(free - 1, -1, -1, device=device)
     return 1 - 2 * ((frame >> bit) & 1).to(dtype)
