@@ -23,6 +23,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/math.h"
@@ -246,6 +247,15 @@ struct Slope {
     return dw;
   }
 };
+
+// Calls fn with an element of the points' type and the dimension as a constant.
+template <class Fn>
+void dispatch(const Problem& p, const Fn& fn) {
+  dispatch_float(p.dtype, [&](auto zero) {
+    if (p.dim == 2) return fn(zero, std::integral_constant<int, 2>());
+    return fn(zero, std::integral_constant<int, 3>());
+  });
+}
 
 // A coordinate as it counts.
 template <class R>

@@ -253,15 +253,6 @@ void for_groups(const Problem& p, int threads, const Fn& each) {
                });
 }
 
-// fn(element of the points' type, dimension as a constant).
-template <class Fn>
-void dispatch(const Problem& p, const Fn& fn) {
-  dispatch_float(p.dtype, [&](auto zero) {
-    if (p.dim == 2) return fn(zero, std::integral_constant<int, 2>());
-    return fn(zero, std::integral_constant<int, 3>());
-  });
-}
-
 }  // namespace
 
 void frame_pca_forward(const Problem& p, void* frames, int threads) {

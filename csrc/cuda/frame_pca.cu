@@ -15,7 +15,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
@@ -165,15 +164,6 @@ struct Shape {
   explicit Shape(const Problem& p) : each(p.points / p.clouds), small(each <= kWarpPoints) {}
   dim3 block() const { return small ? dim3(kWarp, kWarps) : dim3(kTeam, 1); }
 };
-
-// fn(element of the points' type, dimension as a constant).
-template <class Fn>
-void dispatch(const Problem& p, const Fn& fn) {
-  dispatch_float(p.dtype, [&](auto zero) {
-    if (p.dim == 2) return fn(zero, std::integral_constant<int, 2>());
-    return fn(zero, std::integral_constant<int, 3>());
-  });
-}
 
 }  // namespace
 
