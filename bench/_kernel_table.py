@@ -51,6 +51,8 @@ KERNELS = (
     Kernel("row_softmax_alone_bwd_kernel", 128, 80, 1024, "b + b", "3"),
     Kernel("row_softmax_hvp_kernel", 256, 56, 1408, "4 b + b", "10"),
     Kernel("row_softmax_cluster_kernel", 256, 59, 1280, "b + b", "7"),
+    Kernel("frame_pca_fwd_kernel", 256, 40, 3456, "b + 0", "7"),
+    Kernel("frame_pca_bwd_kernel", 256, 44, 0, "b + b", "13"),
     Kernel("row_moments_fwd_kernel", 512, 40, 1408, "b + 0", "5"),
     Kernel("row_moments_bwd_kernel", 512, 40, 0, "b + b", "3"),
     Kernel("row_moments_tile_fwd_kernel", 256, 32, 4096, "b + 0", "7"),

@@ -60,6 +60,7 @@ def errors(device: str) -> Iterator[tuple[str, float]]:
         _permutahedron_errors,
         _row_errors,
         _labelled_errors,
+        _frame_errors,
         _optimiser_errors,
         _linear_errors,
         _sorting_errors,
@@ -227,6 +228,25 @@ def _labelled_errors(device: str) -> Iterator[tuple[str, float]]:
             want, found = (_with_gradients(fn, x.to(at)) for at in ("cpu", device))
             error = max(_distance(a, b) for a, b in zip(found, want))
             yield f"{name} {shape}", error / limit
+
+
+def _frame_errors(device: str) -> Iterator[tuple[str, float]]:
+    """Against the CPU in float64: a group of small clouds, ragged ones, and large ones."""
+    from pyloss import functional as F
+
+    for sizes, d in (((7,) * 40, 3), ((5, 9, 4, 30), 2), ((2100, 2100), 3)):
+        g = torch.Generator().manual_seed(1)
+        x = torch.randn(sum(sizes), d, generator=g, dtype=torch.float64) * torch.arange(1, d + 1)
+        w = torch.rand(len(x), generator=g, dtype=torch.float64) + 0.1
+        offsets = torch.tensor((0, *sizes)).cumsum(0)
+
+        def fn(x: Tensor, w: Tensor, offsets: Tensor = offsets) -> Tensor:
+            frames = F.pca_frames(x, weight=w, offsets=offsets.to(x.device), group="E")
+            return frames.R[:, 0].sin().sum() + frames.t.sin().sum() + frames.gap.sum()
+
+        want, found = (_with_gradients(fn, x.to(at), w.to(at)) for at in ("cpu", device))
+        error = max(_distance(a, b) for a, b in zip(found, want))
+        yield f"frames {len(sizes)} x {sizes[0]} x {d}", error / 1e-8
 
 
 def _optimiser_errors(device: str) -> Iterator[tuple[str, float]]:

@@ -38,6 +38,7 @@ OPS = {
     "betti_matching": "bench.bench_betti_matching",
     "betti_matching_3d": "bench.bench_betti_matching_3d",
     "embedding_metrics": "bench.bench_embedding_metrics",
+    "frame_pca": "bench.bench_frame_pca",
     "gemm": "bench.bench_gemm",
     "grad_norm_recorder": "bench.bench_grad_norm_recorder",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",

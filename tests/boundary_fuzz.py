@@ -222,6 +222,36 @@ def segment_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any
     }
 
 
+def frame_pca_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    none = address(None)
+    maybe = {name: Field([0, b[name].good[0]], NOWHERE) for name in ("weight", "loss")}
+
+    def of(name: str, **fields: Field | list[Any]) -> list[Any]:
+        return record(module, "frame_pca", name, **fields)
+
+    problem = of(
+        "Problem",
+        **dict(clouds=size(OUTER), points=size(10 * OUTER), dim=code(2, 3), dtype=code(0, 1, 2, 3)),
+        # Offsets of zeros cut no points: refused.
+        **dict(x=b["x"], weight=maybe["weight"], offsets=Field([0], [b["index"].good[0], -1])),
+        **dict(offsets_dtype=code(4, 5), centred=Field([0, 1], [2, -1])),
+    )
+    tolerance = number(0.0, 1e-4)
+    backward = of(
+        "Backward",
+        **dict(frames=b["stats"], grad=b["extras"], dx=b["grad"], dw=maybe["loss"]),
+        tolerance=tolerance,
+    )
+    there = of("Backward", frames=none, grad=none, dx=none, dw=none, tolerance=tolerance)
+    return {
+        "frame_pca_fwd": [problem, b["stats"], THREADS],
+        "frame_pca_bwd": [problem, backward, THREADS],
+        "cuda_frame_pca_fwd": [problem, *[none] * 3],
+        "cuda_frame_pca_bwd": [problem, there, none, none],
+    }
+
+
 def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     total, x = address(buffers["stats"]), address(buffers["x"])
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -693,6 +723,7 @@ def main() -> None:
         **aldr_calls(module, buffers),
         **permutahedron_calls(module, buffers),
         **margin_shift_calls(module, buffers),
+        **frame_pca_calls(module, buffers),
         **row_moments_calls(module, buffers),
         **segment_calls(module, buffers),
         **similarity_counts_calls(module, buffers),

@@ -73,6 +73,7 @@ def problems():
     rows, labels = torch.randn(5, 40), torch.randint(40, (5,))
     images, classes = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
     hidden, weight = torch.randn(7, 6), torch.randn(11, 6)
+    clouds, ends = torch.randn(3, 9, 3), torch.tensor([0, 4, 27])
     words = torch.randint(11, (7,))
     scores = torch.randn(3, 12)
     a, b = torch.rand(2, 1, 6, 7), (torch.rand(2, 1, 6, 7) > 0.5).float()
@@ -100,6 +101,8 @@ def problems():
         "images": of(lambda x: pyloss.fused_cross_entropy(x, classes), images),
         "moments": of(lambda x: F.spherical_z_loss(x, labels), rows),
         "moments, images": of(lambda x: F.taylor_softmax_loss(x, classes), images),
+        "frames": of(lambda x: F.pca_frames(x, group="E").R[:, 0], clouds),
+        "frames, ragged": of(lambda x: F.pca_frames(x, offsets=ends).t, clouds.flatten(0, 1)),
         "label distribution": of(lambda x: F.aldr_loss(x, labels), rows),
         "linear": of(
             lambda h, w: pyloss.fused_linear_cross_entropy(h, w, words, label_smoothing=0.1),

@@ -20,6 +20,7 @@ from bench import _core, _targets, plot, run  # noqa: E402
 from bench import bench_aldr as aldr  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_betti_matching_3d as betti_3d  # noqa: E402
+from bench import bench_frame_pca as frame_pca  # noqa: E402
 from bench import bench_gemm as gemm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_lion_k as lion_k  # noqa: E402
@@ -200,6 +201,7 @@ def test_derived_columns_of_the_linear_op():
     [
         row_softmax,
         aldr,
+        frame_pca,
         gemm,
         linear,
         attention,

@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "z_loss": (True, "100 classes, SphericalLinear, Z-loss, a, b"),
     "adversarial_digits": (True, "doubly robust"),
     "comp_sum_bounds": (True, "tau 1.5"),
+    "nbody_frames": (False, "FrameAverage, stochastic"),
     "perceptron": (False, "drawn, n = 100"),
     "label_noise": (True, "ALDR, lam0 = 10"),
     "segment_volumes": (False, "soft Dice + 0.2 Betti matching"),

@@ -143,6 +143,7 @@ class Losses(torch.nn.Module):
             pyloss.soft_rank(x),
             pyloss.functional.permutahedron_sort(x),
             pyloss.functional.spherical_z_loss(x, y),
+            pyloss.functional.pca_frames(x.reshape(2, 4, 3)).t,
             pyloss.betti_matching_loss(x.reshape(1, 1, 4, 6), w.reshape(1, 1, 5, 6)[..., :4, :]),
             pyloss.tensor_attention(*x.reshape(1, 1, 4, 6).expand(5, 1, 1, 4, 6).unbind()),
         )

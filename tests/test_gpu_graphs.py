@@ -54,6 +54,12 @@ def moments() -> Step:
     return step_of(lambda x: functional.spherical_z_loss(x, y), draw(40, 1000))
 
 
+def frames() -> Step:
+    offsets = torch.tensor([0, 9, 20], device=DEVICE)
+    average = pyloss.nn.FrameAverage(lambda p, offsets: p.sin().sum(1), "SE")
+    return step_of(lambda x: average(x, offsets=offsets), draw(20, 3))
+
+
 def margin_shift() -> Step:
     y = labels(4, 30)
     return step_of(
@@ -138,6 +144,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "betti, one dimension": lambda: betti(
         dims=[1], unmatched="extreme", unmatched_weight=0.5, padding="foreground"
     ),
+    "frames": frames,
     "moments": moments,
     "margin shift": margin_shift,
     "permutahedron": lambda: step_of(

@@ -47,6 +47,7 @@ def attention_gradient() -> torch.Tensor:
 # Function of the compiled module that a fault makes write nothing -> a call that uses it.
 KERNELS: dict[str, Callable[[], torch.Tensor]] = {
     "row_softmax_fwd": cross_entropy,
+    "frame_pca_fwd": lambda: pyloss.functional.pca_frames(torch.randn(2, 6, 3)).R,
     "row_moments_fwd": lambda: pyloss.functional.one_hot_mse_loss(
         torch.randn(2, 6), torch.tensor([1, 5])
     ),

@@ -18,4 +18,4 @@ def test_cuda_path_from_python():
     worker = [sys.executable, str(TESTS / "shim_worker.py"), str(modules[-1])]
     done = subprocess.run(worker, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "21 problems" in done.stdout
+    assert "26 problems" in done.stdout

@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("fields", [m](const char* op) { return pybind11::dict(m.attr("_records"))[op]; });
   pyloss::register_aldr(m);
   pyloss::register_betti_matching(m);
+  pyloss::register_frame_pca(m);
   pyloss::register_gemm(m);
   pyloss::register_linear_cross_entropy(m);
   pyloss::register_lion_k(m);

@@ -7,6 +7,7 @@ namespace pyloss {
 
 void register_aldr(pybind11::module_& m);
 void register_betti_matching(pybind11::module_& m);
+void register_frame_pca(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
 void register_linear_cross_entropy(pybind11::module_& m);
 void register_lion_k(pybind11::module_& m);

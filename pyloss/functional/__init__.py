@@ -46,6 +46,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "lanczos_ritz_dataset",
         ),
         "distillation": ("linear_distillation_loss",),
+        "frames": ("Frames", "laplacian_sort_frame", "pca_frames"),
         "gating": ("mask_prediction_loss", "mass_topk_mask"),
         "dro": ("kl_dro_loss",),
         "ensemble": ("ens_loss", "ens_loss_derivatives"),

@@ -44,6 +44,7 @@ from pyloss.functional.ensemble import (
     ens_loss,
     ens_loss_derivatives,
 )
+from pyloss.functional.frames import Frames, laplacian_sort_frame, pca_frames
 from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
     groco_from_scores,
@@ -166,6 +167,7 @@ __all__ = [
     "BettiTarget",
     "DCDMResult",
     "DPOMetrics",
+    "Frames",
     "GRPOMetrics",
     "PersistencePairs",
     "RowSoftmaxStats",
@@ -213,6 +215,7 @@ __all__ = [
     "lagrangian_residual_loss",
     "lambda_loss",
     "lanczos_ritz_dataset",
+    "laplacian_sort_frame",
     "ldr_loss",
     "linear_distillation_loss",
     "lipschitz_gradient_penalty",
@@ -231,6 +234,7 @@ __all__ = [
     "one_hot_mse_loss",
     "order_search_loss",
     "order_search_loss_from_table",
+    "pca_frames",
     "periodic_embedding",
     "permutahedron_rank",
     "permutahedron_sort",

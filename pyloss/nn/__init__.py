@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "SimpleContrastiveLoss",
             "SupervisedContrastiveLoss",
         ),
+        "frames": ("FrameAverage",),
         "gating": ("DynamicGate", "GatedConv", "GatedFlops", "gated_flops"),
         "dcdm": ("PoissonNet2d", "PoissonNet3d"),
         "dro": ("KLDROLoss",),

@@ -23,6 +23,7 @@ from pyloss.nn.dcdm import (
 )
 from pyloss.nn.dro import KLDROLoss
 from pyloss.nn.ensemble import EnsLoss
+from pyloss.nn.frames import FrameAverage
 from pyloss.nn.gating import DynamicGate, GatedConv, GatedFlops, gated_flops
 from pyloss.nn.grad_cache import GradCache
 from pyloss.nn.groco import GroCoLoss
@@ -110,6 +111,7 @@ __all__ = [
     "DynamicGate",
     "EnsLoss",
     "FocalLoss",
+    "FrameAverage",
     "GatedConv",
     "GatedFlops",
     "GaussianNaiveBayes",

@@ -1,6 +1,7 @@
 """Plain PyTorch versions of every op: slow, on any device, and the definition of what is right."""
 
 from pyloss.reference.betti_matching import betti_matching_loss
+from pyloss.reference.frame_pca import frame_pca
 from pyloss.reference.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from pyloss.reference.linear_distillation import linear_distillation
 from pyloss.reference.lion_k import lion_k
@@ -27,6 +28,7 @@ from pyloss.reference.tensor_attention_lowrank import tensor_attention_lowrank
 
 __all__ = [
     "betti_matching_loss",
+    "frame_pca",
     "linear_cross_entropy",
     "linear_distillation",
     "lion_k",

@@ -24,6 +24,7 @@ from pyloss.analysis import comp_sum
 from pyloss.functional import (
     DCDMResult,
     DPOMetrics,
+    Frames,
     GRPOMetrics,
     RowSoftmaxStats,
     SegmentMoments,
@@ -540,6 +541,13 @@ def dataset_distillation(net: nn.Module) -> None:
     assert_type(clip_schedule(3), float)
     assert_type(balanced_loss_weight(3, 10), float)
     assert_type(representative_indices(x, y, 1), Tensor)
+
+
+def frames() -> None:
+    assert_type(pyloss.functional.pca_frames(x, group="E", weight=x), Frames)
+    assert_type(pyloss.functional.laplacian_sort_frame(y, 3), Tensor)
+    assert_type(pyloss.nn.FrameAverage(nn.Flatten(), "SE", out_type="position")(x), Tensor)
+    pyloss.reference.frame_pca(x)
 
 
 def spherical() -> None:

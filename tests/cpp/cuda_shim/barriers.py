@@ -20,6 +20,7 @@ SOURCES = Path(__file__).resolve().parents[3] / "csrc/cuda"
 # Problems, the first of which are enough for most barriers.
 PROBLEMS = {
     "betti_matching": 6,
+    "frame_pca": 60,
     "permutahedron": 40,
     "row_moments": 60,
     "row_softmax": 120,

@@ -3,6 +3,7 @@
 #include "cuda/aldr.h"
 #include "cuda/betti_matching.h"
 #include "cuda/device.h"
+#include "cuda/frame_pca.h"
 #include "cuda/lion_k.h"
 #include "cuda/margin_shift.h"
 #include "cuda/permutahedron.h"
@@ -117,6 +118,25 @@ void segment_ops(std::vector<Op>* ops, int64_t width) {
   ops->push_back({name + " map", [=](void* s) {
                     (void)x, (void)offsets, (void)numbers;
                     cuda::segment_map(p, segment::Map::kExp, out->at(), s);
+                  }});
+}
+
+void frame_pca_ops(std::vector<Op>* ops, int64_t clouds, int64_t points) {
+  auto x = std::make_shared<Memory>(points * 3 * 4);
+  auto dx = std::make_shared<Memory>(points * 3 * 4);
+  auto frames = std::make_shared<Memory>(clouds * frame_pca::width_of(3) * 4);
+  frame_pca::Problem p{};
+  p.clouds = clouds, p.points = points, p.dim = 3, p.dtype = DType::kF32, p.x = x->at();
+  p.offsets_dtype = DType::kI64, p.centred = true;
+  const frame_pca::Backward b{frames->at(), frames->at(), dx->at(), nullptr, 1e-4};
+  const std::string name = "frame_pca " + std::to_string(points);
+  ops->push_back({name + " forward", [=](void* s) {
+                    (void)x;
+                    cuda::frame_pca_forward(p, frames->at(), s);
+                  }});
+  ops->push_back({name + " backward", [=](void* s) {
+                    (void)x, (void)frames, (void)dx;
+                    cuda::frame_pca_backward(p, b, s);
                   }});
 }
 
@@ -334,6 +354,8 @@ int main() {
   row_moments_ops(&ops, 5, 40);
   segment_ops(&ops, 3);
   segment_ops(&ops, 65);
+  frame_pca_ops(&ops, 40, 200);
+  frame_pca_ops(&ops, 1, 3000);
   aldr_ops(&ops, 40, false);
   aldr_ops(&ops, 5000, true);
   margin_shifts(&ops, 40, {0, 1, 40});
