@@ -3,15 +3,21 @@
 //
 //     order   ranks of the voxels of I, T and M                            betti_volume_order.h
 //     stars   pairs within the star of each voxel, of length 0, by tables  betti_volume_stars.h
-//     dim 0   Kruskal over the edges that are left; M's run also keeps the oldest vertices in I, T
+//     dim 0   Kruskal over the edges that are left; M's runs also keep the oldest vertices in I, T
 //     dim 2   dual runs over the squares that are left; those of I and T also keep which cube of M
 //             dies                                                         betti_volume_trees.h
 //     dim 1   reduction of the columns that are left, for I, T and M; and of every column of M with
 //             the rows of I and with those of T                            betti_volume_loops.h
 //     match   a bar of M matches the two bars, of I and of T, found at its death
 //
+// A target of two values needs no rows of its own in image persistence: rows_of_comparison.
+//
 // Parallel: the images, then the runs. Every list has one writer: no result depends on the number
 // of threads.
+//
+// Memory traffic per voxel, with a binary target: 3 sorts of 8 bytes, 26 comparisons and 7 bytes of
+// stars in each of 4 complexes (I, T, M, and I where M is smallest), 3 forests of voxels and 4 of
+// cubes, of 4 bytes. At a time up to 85 bytes; with every row and column, 150.
 #include "cpu/betti_volume.h"
 
 #include <algorithm>
@@ -85,7 +91,7 @@ struct Images {
 
   Images(const Problem& b, int t, Slab& s) : batch(b), l(b), threads(t), slab(s) {}
 
-  // The order and the stars of all three. False, with the image at fault, for a NaN.
+  // The order and the stars of all three.
   template <class R>
   void prepare(int64_t item) {
     using K = typename betti::KeyOf<R>::type;
@@ -118,8 +124,9 @@ void Images::match_dim0(DimResult& r) {
   std::vector<Bar>& bars = of_comparison[0];
   std::vector<uint32_t> deaths[2];
   parallel_for(2 + row_images(), 1, threads, [&](int64_t i, int64_t) {
-    if (i < 2)
+    if (i < 2) {
       return run_dim0(order[i], l, stars[i], negative[i], i == kInput ? r.input : r.target, slab);
+    }
     // The runs of the comparison image find the same bars.
     std::vector<Bar> again;
     Bits unused(size_t(l.size()) * 3, slab);

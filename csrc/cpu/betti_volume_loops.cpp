@@ -62,22 +62,23 @@ class Reduction {
     column_.clear();
     column_.add(keys, keys_of(square, kNone, keys));
     bool changed = false;
-    for (uint64_t key; column_.pop(key);) {
-      const uint32_t e = uint32_t(key), code = pivots_[e];
-      if (code == kNone) {
-        const int count = resolve(e, keys);
-        if (count < 0) {
-          pivots_[e] = changed ? keep() : square;
-          return e;
-        }
+    for (uint64_t key; column_.pop(key); changed = true) {
+      const uint32_t e = uint32_t(key);
+      if (const int count = resolve(e, keys); count >= 0) {
         column_.add(keys, size_t(count));
-      } else if (code & kKept) {
+        continue;
+      }
+      uint32_t& code = pivots_[e];
+      if (code == kNone) {
+        code = changed ? keep() : square;
+        return e;
+      }
+      if (code & kKept) {
         const size_t begin = starts_[code ^ kKept], end = starts_[(code ^ kKept) + 1];
         column_.add(kept_.data() + begin, end - begin);
       } else {
-        column_.add(keys, keys_of(code, e, keys));
+        column_.add(keys, size_t(keys_of(code, e, keys)));
       }
-      changed = true;
     }
     return kNone;
   }

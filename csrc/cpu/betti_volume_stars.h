@@ -15,7 +15,7 @@
 // lie in the same star. That square mask (cube mask) of apparent columns gives the same pairs by
 // the tables, so that later no one needs to know about equal values.
 //
-// Memory traffic: 26 neighbours of each voxel, from the cache; 6 bytes written.
+// Memory traffic: 26 neighbours of each voxel, from the cache; 7 bytes written.
 #pragma once
 
 #include <cstdint>

@@ -175,8 +175,8 @@ void plant(const Stars& stars, const Lattice& l, uint32_t* parent, Use&& use, Jo
   });
 }
 
-// The dual run over the squares of `left`; meets(dead, live) at each merge, before(square, owner,
-// dead) that gives a bar; other(rank) says whether this is the time of something else.
+// The dual run over the squares of `left`: merge(square, dead, live), and bar(bar) where the one
+// that dies was older; other(rank) says whether something else happens at a time, and does it.
 template <class Merge, class Bars, class Other>
 void dual(const Order& o, const Lattice& l, const Stars& stars, uint32_t* parent,
           const uint16_t* left, Merge&& merge, Bars&& bar, Other&& other) {
