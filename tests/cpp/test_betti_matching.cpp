@@ -177,17 +177,18 @@ void check(uint32_t rows, uint32_t cols, const Image& input, const Image& target
   p.input = x.data();
   p.target = y.data();
   p.input_dtype = p.target_dtype = sizeof(R) == 8 ? pyloss::DType::kF64 : pyloss::DType::kF32;
-  const auto found = pyloss::cpu::betti_matching(p, threads);
+  const auto found = pyloss::cpu::betti_matching(p, threads, nullptr);
   const auto expected = matching(g, input, target);
   Rows pairs = expected[1];
   for (const auto& row : expected[0]) {
     pairs.push_back({0, row[1], row[2], row[3], row[6], row[7]});
   }
   std::sort(pairs.begin(), pairs.end());
-  const bool right = unpacked(found.matched, 12) == expected[0] &&
-                     unpacked(found.unmatched_input, 6) == expected[1] &&
-                     unpacked(found.unmatched_target, 6) == expected[2] &&
-                     unpacked(pyloss::cpu::persistence_pairs(p, false, threads), 6) == pairs;
+  const bool right =
+      unpacked(found.matched, 12) == expected[0] &&
+      unpacked(found.unmatched_input, 6) == expected[1] &&
+      unpacked(found.unmatched_target, 6) == expected[2] &&
+      unpacked(pyloss::cpu::persistence_pairs(p, false, threads, nullptr), 6) == pairs;
   if (!right) {
     std::fprintf(stderr, "%u x %u, %d bytes, %d threads\n", rows, cols, int(sizeof(R)), threads);
   }
