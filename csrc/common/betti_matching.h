@@ -32,7 +32,7 @@ inline constexpr int kMaxDims = 3;
 struct Problem {
   int64_t items;              // independent images: batch times channels
   int64_t depth, rows, cols;  // 2D: depth = 1; 1D: cols = 1, too
-  int dims;                   // of the images: 1, 2 or 3, which only the CPU takes
+  int dims;                   // of the images: 1, 2 or 3
   uint32_t want;              // bit d: homology dimension d, of those below dims
   bool superlevel;
   const void* input;  // [items][depth][rows][cols]

@@ -1,5 +1,6 @@
-// Betti matching of 1D and 2D images: barcodes, matching, loss and gradient, without one read by
-// the host. Cells, order and loss: common/betti_matching.h.
+// Betti matching of 1D and 2D images, and of volumes in their first and last homology dimension:
+// barcodes, matching, loss and gradient, without one read by the host. Cells, order and loss:
+// common/betti_matching.h. Dimension 1 of volumes: betti_matching_residue.cu.
 //
 // Order. Every voxel gets a rank, 32 bits in the order of the values: the key of a float itself;
 // doubles are sorted once per group of items and numbered. The key of an edge is (larger rank, edge
@@ -8,7 +9,8 @@
 //
 // Runs. Six graphs per item: the vertices and edges of the input I, the target T and M = min(I, T)
 // for dimension 0; for dimension 1 their squares plus one outside, joined by the same edges, all in
-// reverse order. Everything below happens for all runs of all items in the same launches.
+// reverse order (3D: for dimension 2 their cubes plus one outside, joined by the squares).
+// Everything below happens for all runs of all items in the same launches.
 //
 // 1. Boruvka rounds (betti_matching_tree.cu). Every element, a vertex at first, takes the lowest
 //    edge that leaves it (atomicMin); elements joined by such edges become one node. A round at
@@ -28,8 +30,8 @@
 //    thread, one warp or one block, by its length. The trees of M are read in three orders of age
 //    at once (I, T, M), those of squares in two: these are the image pairs of the matching.
 // 4. Matching by look-up, loss by a sum in fixed order, gradient: a voxel gathers from the at most
-//    13 cells that can lie at it. No atomics add floats, so there is one path, deterministic
-//    always.
+//    9 cells (3D: 27) that can lie at it. No atomics add floats, so there is one path,
+//    deterministic always.
 //
 // Memory traffic, G = 6 n vertices of an item: 1. about 150 bytes a vertex (first edges 24, roots
 // and jumps 40, list of edges 80 over all rounds), 2. 20 + 32 bytes for each of 7 sort passes, 3.
