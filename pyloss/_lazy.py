@@ -27,6 +27,7 @@ PACKAGES = (
     "nn",
     "optim",
     "optim.lr_scheduler",
+    "regularizers",
     "visualize",
 )
 

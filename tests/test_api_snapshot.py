@@ -37,6 +37,7 @@ MODULES = (
     "pyloss.optim",
     "pyloss.optim.lr_scheduler",
     "pyloss.adversarial",
+    "pyloss.regularizers",
     "pyloss.analysis",
     "pyloss.analysis.comp_sum",
     "pyloss.distributed",

@@ -18,6 +18,7 @@ import pyloss.integrations.transformers
 import pyloss.ops
 import pyloss.optim
 import pyloss.reference
+import pyloss.regularizers
 import pyloss.testing
 import pyloss.visualize
 from pyloss.analysis import comp_sum
