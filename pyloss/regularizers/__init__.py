@@ -2,4 +2,10 @@
 
 from pyloss import _lazy
 
-__getattr__, __dir__, __all__ = _lazy.exports(__name__, {})
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "equivariance": ("EquivarianceRegularizer",),
+        "symmetry": ("SymmetryType",),
+    },
+)

@@ -1,1 +1,7 @@
-__all__: list[str] = []
+from pyloss.regularizers.equivariance import EquivarianceRegularizer
+from pyloss.regularizers.symmetry import SymmetryType
+
+__all__ = [
+    "EquivarianceRegularizer",
+    "SymmetryType",
+]
