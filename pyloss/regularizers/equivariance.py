@@ -29,10 +29,10 @@ class EquivarianceRegularizer(nn.Module):
         \sum_j \lambda_j R_j, \qquad
         R_j = \frac12 \sum_{layers} \|W - P_j W\|_F^2 + \|b - P_j b\|^2
 
-    :math:`P_j` is the orthogonal projector on the maps that commute with group j. Added to a loss it
-    asks for a symmetry and does not force it; which of several the data have,
-    :meth:`observe_` and :meth:`retune_` find out during the training. Works block by block: a layer
-    costs as much as a product of its weight with a matrix of a few columns, however wide it is.
+    :math:`P_j` is the orthogonal projector on the maps that commute with group j. Added to a loss
+    it asks for a symmetry and does not force it; which of several the data have,
+    :meth:`observe_` and :meth:`retune_` find out during the training. Works block by block: a
+    layer costs as much as a product of its weight with a few columns, however wide it is.
 
     Args:
         layers: ``(layer, rep_in, rep_out)`` each: ``nn.Linear``, or what has such a ``weight`` and

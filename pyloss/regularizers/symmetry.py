@@ -1,5 +1,5 @@
-"""Groups by their generators, what they do to scalars, vectors and tensors, and the linear maps that
-commute with them."""
+"""Groups by their generators, what they do to scalars, vectors and tensors, and the linear maps
+that commute with them."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class SymmetryType:
         return self  # nothing in it changes
 
     def violations(self, kind_in: Kind, kind_out: Kind) -> Tensor:
-        """Orthonormal directions of W, ``(d_out * d_in, k)``, along which no equivariant map points:
-        row-major W is equivariant where all k products with them are 0. Computed once."""
+        """Orthonormal directions of W, ``(d_out * d_in, k)``, along which no equivariant map
+        points: row-major W is equivariant where its k products with them are 0. Found once."""
         found = self._spans.get((kind_in, kind_out))
         if found is None:
             found = self._spans[kind_in, kind_out] = self._violations(kind_in, kind_out)
@@ -163,8 +163,8 @@ class SymmetryType:
         )
 
     def projector(self, rep_in: Rep, rep_out: Rep) -> Tensor:
-        """The orthogonal projector on those maps, of the row-major entries of W, in float64: a dense
-        square matrix, for small representations. The regulariser works with its blocks."""
+        """The orthogonal projector on those maps, of the row-major entries of W, in float64: a
+        dense square matrix, for small representations. The regulariser works with its blocks."""
         rep_in, rep_out = checked_rep("rep_in", rep_in), checked_rep("rep_out", rep_out)
         rows, columns = size_of(rep_out, self.dim), size_of(rep_in, self.dim)
         dense = torch.eye(rows * columns, dtype=torch.float64)
@@ -318,7 +318,7 @@ def _direct_sum(g: Tensor, rep: tuple[tuple[int, Kind], ...]) -> Tensor:
 def _matrix(name: str, given) -> Tensor:
     try:
         m = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must hold matrices of numbers, got {given!r}") from error
     if m.dim() != 2 or m.shape[0] != m.shape[1] or not len(m):
         raise ValueError(f"{name} must hold square matrices, got the shape {list(m.shape)}")
