@@ -25,6 +25,7 @@ PACKAGES = (
     "functional",
     "metrics",
     "nn",
+    "nn.lie",
     "optim",
     "optim.lr_scheduler",
     "regularizers",

@@ -33,6 +33,7 @@ UPDATE = "python tests/test_api_snapshot.py --write"
 MODULES = (
     "pyloss.functional",
     "pyloss.nn",
+    "pyloss.nn.lie",
     "pyloss.metrics",
     "pyloss.optim",
     "pyloss.optim.lr_scheduler",

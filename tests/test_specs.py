@@ -9,8 +9,10 @@ import pyloss
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.nn.lie
 import pyloss.optim
 import pyloss.optim.lr_scheduler
+import pyloss.regularizers
 
 pytest.register_assert_rewrite("specs._checks")
 
@@ -117,7 +119,7 @@ WITHOUT_SPEC = {
 
 def public_callables() -> dict[str, object]:
     modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
-    modules += (pyloss.optim, pyloss.optim.lr_scheduler)
+    modules += (pyloss.nn.lie, pyloss.optim, pyloss.optim.lr_scheduler, pyloss.regularizers)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 

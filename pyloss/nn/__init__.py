@@ -78,4 +78,5 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),
     },
+    submodules=("lie",),
 )
