@@ -12,11 +12,14 @@ mode, vmap and compiled graphs come with them. A third derivative would be wrong
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-_TERMS = 16  # of the logarithm's series, where eigenvalues are within a tenth of each other
-_NEAR = 0.1
+_TERMS = 12  # of the logarithm's series, where eigenvalues are so near each other
+_NEAR = 0.05
 
 
 def root_and_log(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,26 +46,28 @@ def _log2(a: Tensor, b: Tensor) -> Tensor:
     return 2 * atanhc(d * d) / (a + b)
 
 
+def series(x: Tensor, coefficients: Iterable[float]) -> Tensor:
+    """Of powers of x, by Horner: derivatives of x ** 0 and x ** 1 at 0 are NaN."""
+    total = torch.zeros_like(x)
+    for c in reversed(tuple(coefficients)):
+        total = c + total * x
+    return total
+
+
 def atanhc(q: Tensor) -> Tensor:
     """atanh(r) / r of q = r^2 in [0, 1); with all derivatives at 0."""
-    near = q < 0.05
+    near = q < 0.01
     r = torch.where(near, 0.5, q).sqrt()
-    x = torch.where(near, q, 0)
-    series = torch.zeros_like(x)
-    for k in range(12, -1, -1):
-        series = 1 / (2 * k + 1) + series * x
-    return torch.where(near, series, torch.atanh(r) / r)
+    small = series(torch.where(near, q, 0), [1 / (2 * k + 1) for k in range(8)])
+    return torch.where(near, small, torch.atanh(r) / r)
 
 
 def sinhc(q: Tensor) -> Tensor:
     """sinh(r) / r of q = r^2, likewise."""
-    near = q < 1.0
+    near = q < 0.25
     r = torch.where(near, 1, q).sqrt()
-    x = torch.where(near, q, 0)
-    series = torch.zeros_like(x)
-    for k in range(10, -1, -1):
-        series = 1 + series * x / ((2 * k + 2) * (2 * k + 3))
-    return torch.where(near, series, torch.sinh(r) / r)
+    small = series(torch.where(near, q, 0), [1 / math.factorial(2 * k + 1) for k in range(7)])
+    return torch.where(near, small, torch.sinh(r) / r)
 
 
 def _log3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -234,8 +234,8 @@ class GroupConv2d(_LieConv2d):
 
     Attributes:
         g, g_inverse, g_weight: samples of the output, as buffers.
-        h, h_weight: those of the input, which must be the ``g`` and ``g_weight`` of the layer before:
-            they are in new layers, and after :func:`resample_`.
+        h, h_weight: those of the input, which must be the ``g`` and ``g_weight`` of the layer
+            before: they are in new layers, and after :func:`resample_`.
 
     Shape:
         - x: ``(B, in_channels, samples, H, W)``

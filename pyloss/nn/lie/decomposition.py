@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.nn.lie._algebra import Algebra
-from pyloss.nn.lie._spectral import atanhc, root_and_log, sinhc
+from pyloss.nn.lie._spectral import atanhc, root_and_log, series, sinhc
 
 
 class Polar(NamedTuple):
@@ -270,10 +270,8 @@ def _quaternion(r: Tensor) -> tuple[Tensor, Tensor]:
 
 def _angle_over_sine(w: Tensor, q: Tensor) -> Tensor:
     """2 atan(r / w) / r of q = r^2, w >= 0; with all derivatives at q = 0."""
-    near = q < 0.05 * w * w
+    near = q < 0.01 * w * w
     x = torch.where(near, q / torch.where(near, w * w, 1), 0)
-    series = torch.zeros_like(x)
-    for k in range(12, -1, -1):
-        series = (-1) ** k / (2 * k + 1) + series * x
+    small = 2 * series(x, [(-1) ** k / (2 * k + 1) for k in range(8)])
     r = torch.where(near, 1, q).sqrt()
-    return torch.where(near, 2 * series / torch.where(near, w, 1), 2 * torch.atan2(r, w) / r)
+    return torch.where(near, small / torch.where(near, w, 1), 2 * torch.atan2(r, w) / r)

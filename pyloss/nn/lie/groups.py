@@ -294,14 +294,25 @@ def warp(images: Tensor, g: Tensor, translation: Tensor | None = None) -> Tensor
     batch = len(images)
     if g.shape not in ((2, 2), (batch, 2, 2)):
         raise ValueError(f"g must be (2, 2) or ({batch}, 2, 2), got {list(g.shape)}")
-    inverse = torch.linalg.inv(wide(g)).expand(batch, 2, 2)
-    shift = inverse.new_zeros(batch, 2)
-    if translation is not None:
-        checks.check_floating("translation", translation)
-        if translation.shape not in ((2,), (batch, 2)):
-            got = list(translation.shape)
-            raise ValueError(f"translation must be (2,) or ({batch}, 2), got {got}")
-        shift = -(inverse * translation.to(inverse).expand(batch, 2).unsqueeze(1)).sum(-1)
-    places = torch.cat([inverse, shift.unsqueeze(-1)], -1).to(wide(images).dtype)
-    grid = F.affine_grid(places, list(images.shape), align_corners=False)
-    return F.grid_sample(wide(images), grid, align_corners=False).to(images.dtype)
+    with checks.without_autocast(images):
+        inverse = torch.linalg.inv(wide(g)).expand(batch, 2, 2)
+        points = _middles(images, inverse.dtype)
+        if translation is not None:
+            checks.check_floating("translation", translation)
+            if translation.shape not in ((2,), (batch, 2)):
+                got = list(translation.shape)
+                raise ValueError(f"translation must be (2,) or ({batch}, 2), got {got}")
+            points = points - translation.to(inverse).expand(batch, 2)[:, None, None]
+        points = (inverse[:, None, None] * points.unsqueeze(-2)).sum(-1)
+        if not images.numel():
+            return images + 0 * points.sum()
+        return F.grid_sample(wide(images), points.to(wide(images)), align_corners=False).to(images)
+
+
+def _middles(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of all pixels, (1, H, W, 2)."""
+    lines = [
+        torch.arange(1 - n, n, 2, dtype=dtype, device=images.device) / n for n in images.shape[-2:]
+    ]
+    vertical, horizontal = torch.meshgrid(*lines, indexing="ij")
+    return torch.stack([horizontal, vertical], -1).unsqueeze(0)
