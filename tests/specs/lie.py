@@ -145,6 +145,8 @@ CONVOLUTIONS = {
     "GL": lie.GroupConv2d(GL, 2, 1, 3, **SMALL),
     "SO": lie.GroupConv2d(lie.SO(rotations="grid"), 2, 1, 2, **SMALL),
 }
+# Other samples in than out: the Jacobian belongs to those of the input.
+CONVOLUTIONS["GL"].set_inputs_(GL.sample(2, torch.Generator().manual_seed(7)))
 
 
 def call(layer, x, first, last, bias):
