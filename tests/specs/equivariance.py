@@ -111,6 +111,7 @@ SPECS = (
             "by layer": lambda: layers(reduction="none"),
             "mean": lambda: layers(reduction="mean"),
         },
+        derivative_samples=("sum",),
         reference=penalty_reference,
         gradients=("weight", "bias", "last"),
         result="wide",
