@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from pyloss.functional import equivariance_error
 from pyloss.regularizers import EquivarianceRegularizer, SymmetryType
 
 F64 = torch.float64
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SCALAR, VECTOR, TENSOR = [(1, "scalar")], [(1, "vector")], [(1, "tensor2")]
 HIDDEN = [(2, "scalar"), (3, "vector"), (1, "tensor2")]
 G = SymmetryType
@@ -253,3 +257,14 @@ def test_sample_draws_elements_of_the_group():
     torch.testing.assert_close(one @ one.mT, torch.eye(3, dtype=F64).expand(20, 3, 3))
     torch.testing.assert_close(two, torch.stack([torch.kron(g, g) for g in one]))
     assert {-1, 1} == {round(d) for d in torch.linalg.det(one).tolist()}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(5))
+def test_the_axis_that_is_different_keeps_the_largest_strength(seed: int):
+    """The example at full length."""
+    example = runpy.run_path(str(EXAMPLES / "mixed_symmetries.py"))
+    options = dict(axis="z", samples=100, channels=16, steps=1200, retune_at=700, warmup=50,
+                   power=4.0, strength=1.0, rate=5e-3, batch=50, every=1200)  # fmt: skip
+    x, y, z = example["run"]("retuned", seed, argparse.Namespace(**options))["strength"]
+    assert z == 1 and max(x, y) < 0.5
