@@ -25,8 +25,10 @@ PACKAGES = (
     "functional",
     "metrics",
     "nn",
+    "nn.lie",
     "optim",
     "optim.lr_scheduler",
+    "regularizers",
     "visualize",
 )
 

@@ -33,10 +33,12 @@ UPDATE = "python tests/test_api_snapshot.py --write"
 MODULES = (
     "pyloss.functional",
     "pyloss.nn",
+    "pyloss.nn.lie",
     "pyloss.metrics",
     "pyloss.optim",
     "pyloss.optim.lr_scheduler",
     "pyloss.adversarial",
+    "pyloss.regularizers",
     "pyloss.analysis",
     "pyloss.analysis.comp_sum",
     "pyloss.distributed",

@@ -40,6 +40,8 @@ EXPERIMENTS = {
     "perceptron": (False, "drawn, n = 100"),
     "label_noise": (True, "ALDR, lam0 = 10"),
     "segment_volumes": (False, "soft Dice + 0.2 Betti matching"),
+    "affine_digits": (True, "GL"),
+    "mixed_symmetries": (False, "retuned"),
 }
 
 

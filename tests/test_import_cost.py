@@ -124,6 +124,7 @@ def families() -> list[str]:
         "nn",
         "optim",
         "reference",
+        "regularizers",
         "visualize",
     ):
         module = importlib.import_module(f"pyloss.{package}")

@@ -16,9 +16,11 @@ import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.nn.lie
 import pyloss.ops
 import pyloss.optim
 import pyloss.optim.lr_scheduler
+import pyloss.regularizers
 import pyloss.testing
 
 MODULES = [
@@ -30,9 +32,11 @@ MODULES = [
     pyloss.functional,
     pyloss.metrics,
     pyloss.nn,
+    pyloss.nn.lie,
     pyloss.ops,
     pyloss.optim,
     pyloss.optim.lr_scheduler,
+    pyloss.regularizers,
     pyloss.testing,
 ]
 

@@ -9,8 +9,10 @@ import pyloss
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.nn.lie
 import pyloss.optim
 import pyloss.optim.lr_scheduler
+import pyloss.regularizers
 
 pytest.register_assert_rewrite("specs._checks")
 
@@ -81,6 +83,13 @@ WITHOUT_SPEC = {
     "DCDMResult": "the result of dcdm_solve",
     "DPOMetrics": "a result of dpo_loss",
     "GRPOMetrics": "a result of grpo_loss",
+    "GL": "groups: tests/test_lie.py, tests/messages/lie.py",
+    "SL": "likewise",
+    "SO": "likewise",
+    "GroupSample": "the result of their sample",
+    "Polar": "the result of polar",
+    "SymmetryType": "a group: tests/test_equivariance.py",
+    "resample_": "draws samples: tests/test_lie.py",
     "GatedFlops": "the result of gated_flops",
     "GradCache": "calls encoders: tests/test_grad_cache.py",
     "LionKLyapunov": "the result of lion_k_lyapunov",
@@ -117,7 +126,7 @@ WITHOUT_SPEC = {
 
 def public_callables() -> dict[str, object]:
     modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
-    modules += (pyloss.optim, pyloss.optim.lr_scheduler)
+    modules += (pyloss.nn.lie, pyloss.optim, pyloss.optim.lr_scheduler, pyloss.regularizers)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 

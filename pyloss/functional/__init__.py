@@ -50,6 +50,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "gating": ("mask_prediction_loss", "mass_topk_mask"),
         "dro": ("kl_dro_loss",),
         "ensemble": ("ens_loss", "ens_loss_derivatives"),
+        "equivariance": ("equivariance_error",),
         "groco": ("groco_from_scores", "groco_loss"),
         "ldr": ("aldr_loss", "ldr_loss"),
         "linear": ("fused_linear_cross_entropy", "token_logprobs"),

@@ -44,6 +44,7 @@ from pyloss.functional.ensemble import (
     ens_loss,
     ens_loss_derivatives,
 )
+from pyloss.functional.equivariance import equivariance_error
 from pyloss.functional.frames import Frames, laplacian_sort_frame, pca_frames
 from pyloss.functional.gating import mask_prediction_loss, mass_topk_mask
 from pyloss.functional.groco import (
@@ -198,6 +199,7 @@ __all__ = [
     "dpo_loss",
     "ens_loss",
     "ens_loss_derivatives",
+    "equivariance_error",
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",

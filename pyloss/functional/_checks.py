@@ -18,6 +18,7 @@ from torch import Tensor
 from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._launch import without_autocast as without_autocast
 from pyloss.ops._transforms import functorch_active
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -79,4 +79,5 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),
     },
+    submodules=("lie",),
 )

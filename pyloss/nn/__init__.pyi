@@ -1,3 +1,4 @@
+from pyloss.nn import lie as lie
 from pyloss.nn.attention import TensorAttention
 from pyloss.nn.classification import (
     CompSumLoss,

@@ -18,6 +18,7 @@ import pyloss.integrations.transformers
 import pyloss.ops
 import pyloss.optim
 import pyloss.reference
+import pyloss.regularizers
 import pyloss.testing
 import pyloss.visualize
 from pyloss.analysis import comp_sum
@@ -48,6 +49,7 @@ from pyloss.functional import (
     dpo_loss,
     ens_loss,
     ens_loss_derivatives,
+    equivariance_error,
     groco_from_scores,
     group_advantages,
     grpo_loss,
@@ -117,7 +119,7 @@ from pyloss.metrics import (
     tolerance,
     uniformity,
 )
-from pyloss.nn import DynamicGate, GatedConv, GatedFlops, gated_flops
+from pyloss.nn import DynamicGate, GatedConv, GatedFlops, gated_flops, lie
 from pyloss.optim import SSO
 from pyloss.optim.lr_scheduler import (
     GradNormRecorder,
@@ -496,6 +498,28 @@ def gates(model: nn.Module) -> None:
     layer = GatedConv(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), gate=DynamicGate(3, 8, embedding=12))
     assert_type(layer.mask_loss(), Tensor)
     assert_type(gated_flops(model, x, masks="predicted"), GatedFlops)
+
+
+def symmetries(layer: nn.Linear) -> None:
+    types = pyloss.regularizers.SymmetryType.O(3), pyloss.regularizers.SymmetryType("swap", [x])
+    rep = [(1, "scalar"), (2, (1, 0))]
+    penalty = pyloss.regularizers.EquivarianceRegularizer(
+        [(layer, rep, rep)], types, strength=[1.0, 0.5], reduction="mean"
+    )
+    assert_type(penalty.per_type(), Tensor)
+    assert_type(penalty.retune_(2), Tensor)
+    rho = (types[0] * types[1]).sample(rep, rep, n=4)
+    assert_type(equivariance_error(layer, x, rho[0], rho[1]), Tensor)
+
+
+def lie_layers(images: Tensor) -> None:
+    group = lie.GL(2, variance=0.2, weighting="haar")
+    assert_type(group.sample(5), lie.GroupSample)
+    assert_type(lie.polar(lie.xi(lie.SL(2).xi_inv(x))), lie.Polar)
+    lie.xi_inv(lie.warp(images, x, translation=x))
+    lift = lie.LiftConv2d(group, 1, 8, 5, samples=4, padding="same", mask="bump")
+    layers = nn.Sequential(lift, lie.GroupConv2d(lie.SO(2, rotations="grid"), 8, 8, 5))
+    assert_type(lie.resample_(layers, share=False), nn.Module)
 
 
 def optimisers(model: nn.Module) -> None:

@@ -1,0 +1,11 @@
+"""Penalties that are added to a loss: what a network should be, but is not forced to be."""
+
+from pyloss import _lazy
+
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "equivariance": ("EquivarianceRegularizer",),
+        "symmetry": ("SymmetryType",),
+    },
+)
