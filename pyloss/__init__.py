@@ -86,6 +86,7 @@ __getattr__, __dir__, _names = _lazy.exports(
         "ops",
         "optim",
         "reference",
+        "segment",
         "testing",
         "visualize",
     ),

@@ -7,6 +7,7 @@ from pyloss import nn as nn
 from pyloss import ops as ops
 from pyloss import optim as optim
 from pyloss import reference as reference
+from pyloss import segment as segment
 from pyloss import testing as testing
 from pyloss import visualize as visualize
 from pyloss.backends import backend, show_config

@@ -46,6 +46,7 @@ MODULES = (
     "pyloss.ops",
     "pyloss.testing",
     "pyloss.reference",
+    "pyloss.segment",
     "pyloss",
 )
 

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # First matching prefix wins. Values: what a module may import besides the standard library, its own
 # package and PLUMBING. "pyloss" alone means the names of pyloss/__init__.py. The reasons, and the
 # packages that are still to come: docs/decisions/0001-packages.md.
-PLUMBING = {"pyloss._lazy", "pyloss._ragged"}  # for every package that may import torch
+PLUMBING = {"pyloss._lazy", "pyloss.segment"}  # for every package that may import torch
 PYTHON_LAYERS = {
     "pyloss._lazy": set(),
-    "pyloss._ragged": {"torch"},
+    "pyloss.segment": {"torch"},
     "pyloss.reference": {"torch"},
     "pyloss.kernels": {"torch", "triton"},
     "pyloss.ops": {"torch", "pyloss._C", "pyloss.kernels", "pyloss.reference", "pyloss.backends"},
@@ -174,9 +174,9 @@ def test_python_layers() -> None:
         ("pyloss.nn.x", "from pyloss.ops import row_softmax"),
         ("pyloss.kernels.x", "import pyloss"),
         ("pyloss.demo.x", "import pyloss.ops"),
-        ("pyloss._ragged", "import pyloss.functional"),
+        ("pyloss.segment", "import pyloss.functional"),
         ("pyloss._lazy", "import torch"),
-        ("pyloss.kernels.x", "from pyloss import _ragged"),
+        ("pyloss.kernels.x", "from pyloss import segment"),
         ("pyloss.x", '_lazy.exports(__name__, {"research": ("x",)})'),
         ("pyloss.optim.x", "from pyloss import _C"),
         ("pyloss.optim.lr_scheduler", "from pyloss.nn import CrossEntropyLoss"),

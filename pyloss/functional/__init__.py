@@ -91,6 +91,15 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         ),
         "relaxed_sort": ("neural_sort", "soft_sort_matrix"),
         "row_stats": ("RowSoftmaxStats", "row_softmax_stats"),
+        "segment": (
+            "SegmentMoments",
+            "SegmentSoftmaxStats",
+            "segment_moments",
+            "segment_reduce",
+            "segment_softmax",
+            "segment_softmax_stats",
+            "segment_tree_reduce",
+        ),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
         "sets": (
             "chamfer_set_loss",

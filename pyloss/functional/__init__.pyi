@@ -109,6 +109,15 @@ from pyloss.functional.row_stats import (
     RowSoftmaxStats,
     row_softmax_stats,
 )
+from pyloss.functional.segment import (
+    SegmentMoments,
+    SegmentSoftmaxStats,
+    segment_moments,
+    segment_reduce,
+    segment_softmax,
+    segment_softmax_stats,
+    segment_tree_reduce,
+)
 from pyloss.functional.segmentation import (
     dice_cross_entropy_loss,
     soft_dice_loss,
@@ -161,6 +170,8 @@ __all__ = [
     "PersistencePairs",
     "RowSoftmaxStats",
     "RowStats",
+    "SegmentMoments",
+    "SegmentSoftmaxStats",
     "SogCLRStats",
     "TensorAttentionCost",
     "aldr_loss",
@@ -230,6 +241,11 @@ __all__ = [
     "prototypes",
     "representative_indices",
     "row_softmax_stats",
+    "segment_moments",
+    "segment_reduce",
+    "segment_softmax",
+    "segment_softmax_stats",
+    "segment_tree_reduce",
     "sequence_logprobs",
     "siglip_loss",
     "simple_contrastive",

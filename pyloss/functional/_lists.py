@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyloss import _ragged
+from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._sorting_rows import check_ordered
 from pyloss.ops._launch import accumulator_dtype
@@ -41,8 +41,8 @@ class Lists:
                     f"scores must be (P,) with offsets, one list behind the other, got "
                     f"{list(scores.shape)}"
                 )
-            _ragged.check_offsets(offsets, scores.shape[0])
-            both, mask = _ragged.to_padded(torch.stack([s, y], 1), offsets)
+            segment.check_offsets(offsets, scores.shape[0])
+            both, mask = segment.to_padded(torch.stack([s, y], 1), offsets)
             s, y = both.unbind(-1)
         elif mask is not None:
             checks.check_mask(mask, scores)

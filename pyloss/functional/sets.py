@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyloss import _ragged
+from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._sorting_rows import check_ordered
 from pyloss.ops._launch import accumulator_dtype
@@ -80,8 +80,8 @@ def _padded(name: str, t: Tensor, mask, offsets) -> tuple[Tensor, Tensor]:
                 f"{name} must hold one set behind the other with {name}_offsets, (P, ...), got "
                 f"{list(t.shape)}"
             )
-        _ragged.check_offsets(offsets, t.shape[0], f"{name}_offsets")
-        return _ragged.to_padded(t, offsets)
+        segment.check_offsets(offsets, t.shape[0], f"{name}_offsets")
+        return segment.to_padded(t, offsets)
     if t.dim() != 3:
         raise ValueError(f"{name} must hold sets, (B, n, ...), got {list(t.shape)}")
     if mask is None:

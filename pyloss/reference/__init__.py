@@ -8,6 +8,12 @@ from pyloss.reference.margin_shift import margin_shift
 from pyloss.reference.permutahedron import permutahedron_projection
 from pyloss.reference.row_moments import row_moments
 from pyloss.reference.row_softmax import row_softmax
+from pyloss.reference.segment import (
+    segment_moments,
+    segment_reduce,
+    segment_softmax,
+    segment_softmax_stats,
+)
 from pyloss.reference.similarity_softmax import similarity_softmax
 from pyloss.reference.similarity_topk import similarity_topk
 from pyloss.reference.sorting_network import (
@@ -28,6 +34,10 @@ __all__ = [
     "permutahedron_projection",
     "row_moments",
     "row_softmax",
+    "segment_moments",
+    "segment_reduce",
+    "segment_softmax",
+    "segment_softmax_stats",
     "similarity_softmax",
     "similarity_topk",
     "sorting_network_apply",

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyloss import _ragged as ragged
+from pyloss import segment as ragged
 
 LENGTHS = {
     "mixed": [3, 0, 1, 4, 2],
@@ -45,7 +45,7 @@ def test_offsets_lengths_and_ids(lengths, dtype):
     ids = ragged.segment_ids(offsets, total)
     assert ids.tolist() == [s for s, length in enumerate(lengths) for _ in range(length)]
     assert torch.equal(
-        ragged.offsets_from_segment_ids(ids.to(dtype), len(lengths)), make_offsets(lengths)
+        ragged.offsets_from_index(ids.to(dtype), len(lengths)), make_offsets(lengths)
     )
 
 
@@ -91,7 +91,7 @@ def test_strided_arguments():
         ragged.unpad(padded.transpose(0, 1).contiguous().transpose(0, 1), offsets, 10), values
     )
     ids = torch.stack([ragged.segment_ids(offsets, 10)] * 2, 1)[:, 0]
-    assert torch.equal(ragged.offsets_from_segment_ids(ids, 5), offsets)
+    assert torch.equal(ragged.offsets_from_index(ids, 5), offsets)
 
 
 def test_a_mask_with_holes():
@@ -156,7 +156,7 @@ def everything(values, offsets):
         ids,
         ragged.unpad(padded, offsets, values.shape[0]),
         ragged.offsets_from_lengths(lengths),
-        ragged.offsets_from_segment_ids(ids, offsets.shape[0] - 1),
+        ragged.offsets_from_index(ids, offsets.shape[0] - 1),
     )
 
 
@@ -249,11 +249,11 @@ def test_other_bad_arguments():
         ragged.offsets_from_lengths(torch.tensor([2, -1]))
     with pytest.raises(RuntimeError, match="lengths must be int32 or int64"):
         ragged.offsets_from_lengths(torch.tensor([2.0]))
-    with pytest.raises(ValueError, match="ids must not decrease"):
-        ragged.offsets_from_segment_ids(torch.tensor([0, 2, 1]), 3)
+    with pytest.raises(ValueError, match="index must not decrease.*argsort"):
+        ragged.offsets_from_index(torch.tensor([0, 2, 1]), 3)
     for ids in ([0, 3], [-1, 0]):
-        with pytest.raises(ValueError, match="less than the number of segments, 3"):
-            ragged.offsets_from_segment_ids(torch.tensor(ids), 3)
+        with pytest.raises(ValueError, match="index.*less than the number of segments, 3"):
+            ragged.offsets_from_index(torch.tensor(ids), 3)
     with pytest.raises(ValueError, match="longer than length, 2"):
         ragged.to_padded(torch.randn(4), offsets, 2)
     with pytest.raises(ValueError, match="longer than the rows, 2"):
