@@ -11,6 +11,7 @@ import torch
 
 import pyloss
 import pyloss.adversarial
+import pyloss.aggregate
 import pyloss.analysis.comp_sum
 import pyloss.distributed
 import pyloss.functional
@@ -19,11 +20,13 @@ import pyloss.nn
 import pyloss.ops
 import pyloss.optim
 import pyloss.optim.lr_scheduler
+import pyloss.regularizers
 import pyloss.testing
 
 MODULES = [
     pyloss,
     pyloss.adversarial,
+    pyloss.aggregate,
     pyloss.analysis,
     pyloss.analysis.comp_sum,
     pyloss.distributed,
@@ -33,6 +36,7 @@ MODULES = [
     pyloss.ops,
     pyloss.optim,
     pyloss.optim.lr_scheduler,
+    pyloss.regularizers,
     pyloss.testing,
 ]
 

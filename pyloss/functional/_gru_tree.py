@@ -1,10 +1,7 @@
-"""A balanced binary tree over each segment, with a GRU cell at its nodes.
+"""The tree of _tree.py with a GRU cell at its nodes.
 
-The tree stands in one buffer: the node of level l over elements j 2^l, ..., of a segment lies in the
-row of the first of them, so that an odd last node is where the next level looks for it, and what
-is left in a segment's first row is its result. Every other row is the right child of one pair, of
-N - S pairs in all, and the products with the weights are taken of the rows of a level at once:
-both of a row, which serve (a, b) and (b, a).
+The products with the weights are taken of all rows of a level at once: both of a row, which serve
+(a, b) and (b, a).
 
 The backward goes the same way from the top. It finds what the forward kept of each level, children
 and gates, fewer than 2 N rows of 7 D numbers: without padding that is less than a GRU cell keeps,
@@ -13,63 +10,14 @@ and to compute the products again would be a quarter of all work.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from pyloss.functional._checks import can_look_at
+from pyloss.functional._tree import tree_of, with_spare_row
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
-
-
-class Tree(NamedTuple):
-    """Rows of the buffer, which has one more than there are elements: what does not count."""
-
-    roots: Tensor  # (S,); that spare row for an empty segment
-    levels: list[Tensor]  # (P, 2) each: left and right of every pair
-
-
-def tree_of(offsets: Tensor, total: int) -> Tree:
-    """The pairs of all levels, without waiting for a device: where their numbers cannot be looked
-    at, there are as many levels, and pairs in each, as there may be, and the rest are of the spare
-    row.
-
-    A segment with a pair at the level of nodes of `step` elements has more than `step` of them for
-    each pair, so that the bounds add up to less than 1.3 pairs an element.
-    """
-    known = can_look_at(offsets)
-    starts, lengths = offsets[:-1].long(), offsets.diff().long()
-    roots = torch.where(lengths > 0, starts, total)
-    longest = total
-    if known:
-        longest = int(lengths.max()) if lengths.numel() else 0
-    levels, step = [], 1
-    while step < longest:
-        if known:
-            more = lengths > step
-            starts, lengths = starts[more], lengths[more]
-        pairs = (lengths + (step - 1)).div(step, rounding_mode="floor") >> 1
-        ends = pairs.cumsum(0)
-        count = int(ends[-1]) if known else total // (step + 1)
-        place = torch.arange(count, device=offsets.device)
-        segment = torch.searchsorted(ends, place, right=True)
-        if not known:
-            segment = segment.clamp(max=lengths.shape[0] - 1)
-        left = (starts - (ends - pairs) * (2 * step))[segment] + place * (2 * step)
-        rows = torch.stack([left, left + step], 1)
-        if not known:
-            rows = torch.where((place < ends[-1]).unsqueeze(1), rows, total)
-        levels.append(rows)
-        step *= 2
-    return Tree(roots, levels)
-
 
 # --------------------------------------------------------------------------------------------------
 # Of operations that have derivatives and transforms of every kind
-
-
-def _buffer(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros((1, x.shape[1]))])
 
 
 def _cell(children: Tensor, weight: Tensor, bias: Tensor, symmetric: bool) -> Tensor:
@@ -86,7 +34,7 @@ def _cell(children: Tensor, weight: Tensor, bias: Tensor, symmetric: bool) -> Te
 
 
 def _composed(x, weight, bias, symmetric, roots, *levels) -> Tensor:
-    buffer = _buffer(x)
+    buffer = with_spare_row(x)
     for rows in levels:
         children = buffer.index_select(0, rows.flatten()).view(-1, 2, x.shape[1])
         buffer = buffer.index_copy(0, rows[:, 0], _cell(children, weight, bias, symmetric))
@@ -140,7 +88,7 @@ def _cell_backward(
 class _GruTree(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, keep, symmetric, roots, *levels):
-        d, buffer = x.shape[1], _buffer(x)
+        d, buffer = x.shape[1], with_spare_row(x)
         # One piece of memory for all levels: fresh pages cost as much as the products.
         sizes = [len(rows) for rows in levels]
         size = sum(sizes) if keep else max(sizes, default=0)

@@ -1,11 +1,11 @@
-"""Learnable commutative monoids: an operator of two elements, applied in a tree over each segment."""
+"""Learnable commutative monoids: an operator of two elements, in a tree over each segment."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyloss import _ragged
+from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._gru_tree import gru_tree
 from pyloss.ops._launch import accumulator_dtype, without_autocast
@@ -54,9 +54,8 @@ def segment_gru_reduce(
         >>> import torch, pyloss
         >>> cell = torch.nn.GRUCell(8, 8)
         >>> offsets = torch.tensor([0, 3, 3, 5])
-        >>> pyloss.functional.segment_gru_reduce(
-        ...     torch.randn(5, 8), offsets, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
-        ... ).shape
+        >>> weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        >>> pyloss.functional.segment_gru_reduce(torch.randn(5, 8), offsets, *weights).shape
         torch.Size([3, 8])
 
     Reference:
@@ -66,7 +65,7 @@ def segment_gru_reduce(
     checks.check_supported("segment_gru_reduce", x)
     if x.dim() != 2:
         raise ValueError(f"x must be (N, D), got {list(x.shape)}")
-    _ragged.check_offsets(offsets, x.shape[0])
+    segment.check_offsets(offsets, x.shape[0])
     checks.check_device("offsets", offsets, x, "x")
     checks.checked_flag("symmetric", symmetric)
     d = x.shape[1]
@@ -97,3 +96,12 @@ def fill_empty(found: Tensor, offsets: Tensor, identity: Tensor | None) -> Tenso
     """Results (S, D) with the identity (D,), or 0, for empty segments."""
     some = (offsets.diff() > 0).unsqueeze(1)
     return torch.where(some, found, 0.0 if identity is None else identity.to(found.dtype))
+
+
+def shuffled(offsets: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
+    """The elements (total,) in random order within their segments."""
+    order = torch.empty(total, dtype=torch.float64, device=offsets.device)
+    order = (
+        order.uniform_() if generator is None else order.uniform_(generator=generator)
+    ).argsort()
+    return order[segment.segment_ids(offsets, total)[order].argsort(stable=True)]

@@ -1,3 +1,5 @@
+from pyloss.nn.aggregate import AggregateLoss
+from pyloss.nn.aggregation import LCMAggregation
 from pyloss.nn.attention import TensorAttention
 from pyloss.nn.classification import (
     CompSumLoss,
@@ -93,6 +95,7 @@ from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
     "ALDRLoss",
+    "AggregateLoss",
     "ApproxNDCGLoss",
     "ArcFaceLoss",
     "BettiMatchingLoss",
@@ -122,6 +125,7 @@ __all__ = [
     "ISogCLRLoss",
     "InfoNCELoss",
     "KLDROLoss",
+    "LCMAggregation",
     "LDRLoss",
     "LabelRelaxationLoss",
     "LagrangianPINN",

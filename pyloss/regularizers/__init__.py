@@ -2,4 +2,9 @@
 
 from pyloss import _lazy
 
-__getattr__, __dir__, __all__ = _lazy.exports(__name__, {})
+__getattr__, __dir__, __all__ = _lazy.exports(
+    __name__,
+    {
+        "monoids": ("associativity_loss", "commutativity_loss", "identity_loss"),
+    },
+)

@@ -1,1 +1,7 @@
-__all__: list[str] = []
+from pyloss.regularizers.monoids import (
+    associativity_loss,
+    commutativity_loss,
+    identity_loss,
+)
+
+__all__ = ["associativity_loss", "commutativity_loss", "identity_loss"]

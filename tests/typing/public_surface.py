@@ -12,6 +12,7 @@ from typing_extensions import assert_type
 
 import pyloss
 import pyloss.adversarial
+import pyloss.aggregate
 import pyloss.analysis
 import pyloss.distributed
 import pyloss.integrations.transformers
