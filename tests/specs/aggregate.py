@@ -100,7 +100,7 @@ def fit_reference(x, bag_response, bag_index, rho):
 def fit_sample(rho=0.4, several=False) -> Sample:
     x = make_logits((6, 2), F64, scale=1.0)
     y = make_logits((3, 2) if several else (3,), F64, scale=1.0, seed=1)
-    return Sample(dict(x=x, bag_response=y, bag_index=INDEX), dict(rho=rho))
+    return Sample(dict(x=x, bag_response=y), dict(bag_index=INDEX, rho=rho))
 
 
 S = sample().inputs
@@ -110,11 +110,11 @@ SPECS = (
         module=pyloss.nn.AggregateLoss,
         reference=reference,
         samples={
+            "bags of two": lambda: other_way(bag_size=2),
             "plain": sample,
             "ce, by size": lambda: sample(rest=(3,), loss="ce", bag_weight="size", rho=0.2),
             "bce": lambda: sample(rest=(2,), loss="bce", reduction="none", bag_weight="size"),
             "function": lambda: sample(loss=absolute, reduction="sum", rho=0.3),
-            "bags of two": lambda: other_way(bag_size=2),
             "offsets": lambda: other_way(offsets=torch.tensor([0, 1, 4, 6], dtype=torch.int32)),
             "bag level": lambda: sample(loss="bce", rho=0.0),
         },
@@ -132,11 +132,27 @@ SPECS = (
                 dict(bag_response=torch.zeros(3, 2)),
             ),
             Bad(ValueError, r"pred must be \(n, C\) with loss='ce'", dict(loss="ce")),
-            Bad(ValueError, "give one of bag_index, bag_size and offsets", dict(bag_index=None)),
-            Bad(RuntimeError, "bag_index must be int32 or int64", dict(bag_index=S["pred"])),
-            Bad(ValueError, "a bag for each of 6 instances, got 5", dict(bag_index=INDEX[:5])),
-            Bad(ValueError, "less than the number of bags, 3", dict(bag_index=INDEX + 1)),
-            Bad(ValueError, "every bag must have an instance", dict(bag_index=INDEX.clamp(max=1))),
+            Bad(ValueError, "give one of bag_index, bag_size and offsets", dict(bag_size=None)),
+            Bad(
+                RuntimeError,
+                "bag_index must be int32 or int64",
+                dict(bag_size=None, bag_index=S["pred"]),
+            ),
+            Bad(
+                ValueError,
+                "a bag for each of 6 instances, got 5",
+                dict(bag_size=None, bag_index=INDEX[:5]),
+            ),
+            Bad(
+                ValueError,
+                "less than the number of bags, 3",
+                dict(bag_size=None, bag_index=INDEX + 1),
+            ),
+            Bad(
+                ValueError,
+                "every bag must have an instance",
+                dict(bag_size=None, bag_index=INDEX.clamp(max=1)),
+            ),
             Bad(ValueError, r"rho must be in \[0, 1\], got 1.5", dict(rho=1.5)),
             Bad(ValueError, "rho must be finite and >= 0", dict(rho=-0.1)),
             Bad(ValueError, "loss must be one of mse, ce, bce, or a function", dict(loss="l1")),
