@@ -16,6 +16,8 @@ from torch import Tensor
 from pyloss.functional._tree import tree_of, with_spare_row
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 
+_CACHE = 1 << 20  # bytes of a block's products, for each thread
+
 # --------------------------------------------------------------------------------------------------
 # Of operations that have derivatives and transforms of every kind
 
@@ -85,18 +87,26 @@ def _cell_backward(
     return direct
 
 
+def _blocks(levels: tuple[Tensor, ...] | list[Tensor], d: int) -> list[Tensor]:
+    """The pairs in the order of the tree, on a CPU in parts whose products stay in its cache."""
+    if not levels or levels[0].device.type != "cpu":
+        return list(levels)
+    size = max(32, _CACHE * torch.get_num_threads() // (2 * 6 * d * 4))
+    return [part for rows in levels for part in rows.split(size)]
+
+
 class _GruTree(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, keep, symmetric, roots, *levels):
-        d, buffer = x.shape[1], with_spare_row(x)
-        # One piece of memory for all levels: fresh pages cost as much as the products.
-        sizes = [len(rows) for rows in levels]
+        d, buffer, blocks = x.shape[1], with_spare_row(x), _blocks(levels, x.shape[1])
+        # One piece of memory for all: fresh pages cost as much as the products.
+        sizes = [len(rows) for rows in blocks]
         size = sum(sizes) if keep else max(sizes, default=0)
         children, products = x.new_empty((size, 2, d)), x.new_empty((size, 2, 6 * d))
         at, orders = 0, (0, 1) if symmetric else (0,)
-        for rows in levels:
+        for rows in blocks:
             own, gates = children[at : at + len(rows)], products[at : at + len(rows)]
-            torch.index_select(buffer, 0, rows.flatten(), out=own.view(-1, d))
+            torch.index_select(buffer, 0, rows.view(-1), out=own.view(-1, d))
             torch.addmm(bias, own.view(-1, d), weight.mT, out=gates.view(-1, 6 * d))
             buffer.index_copy_(0, rows[:, 0], _cell_in_place(own, gates, orders))
             at += len(rows) if keep else 0
@@ -117,13 +127,17 @@ class _GruTree(torch.autograd.Function):
                 wanted = [t for t, yes in zip(inputs, needed) if yes]
                 found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
             return *(next(found) if yes else None for yes in needed), *nothing
-        d, orders = x.shape[1], (0, 1) if ctx.symmetric else (0,)
+        d, orders, blocks = (
+            x.shape[1],
+            (0, 1) if ctx.symmetric else (0,),
+            _blocks(levels, x.shape[1]),
+        )
         of_buffer = x.new_zeros((x.shape[0] + 1, d)).index_copy_(0, roots, g)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        most = max((len(rows) for rows in levels), default=0)
+        most = max((len(rows) for rows in blocks), default=0)
         fill = torch.empty_like if ctx.symmetric else torch.zeros_like  # the other order has none
         memory, at = fill(gates[:most]), len(gates)
-        for rows in reversed(levels):
+        for rows in reversed(blocks):
             at, end = at - len(rows), at
             own, products = children[at:end], memory[: len(rows)]
             upstream = of_buffer.index_select(0, rows[:, 0])
@@ -133,7 +147,7 @@ class _GruTree(torch.autograd.Function):
             flat = products.view(-1, 6 * d)
             of_weight.addmm_(flat.mT, own.view(-1, d))
             of_bias += flat.sum(0)
-            of_buffer.index_copy_(0, rows.flatten(), direct.addmm_(flat, weight))
+            of_buffer.index_copy_(0, rows.view(-1), direct.addmm_(flat, weight))
         return of_buffer[:-1], of_weight, of_bias, *nothing
 
 
