@@ -3,12 +3,14 @@
 The products with the weights are taken of all rows of a level at once: both of a row, which serve
 (a, b) and (b, a).
 
-The backward goes the same way from the top. It finds what the forward kept of each level, children
-and gates, fewer than 2 N rows of 7 D numbers: without padding that is less than a GRU cell keeps,
-and to compute the products again would be a quarter of all work.
+The backward goes the same way from the top. It finds what the forward kept of each level, operands
+and gates, fewer than 2 N rows of 8 D numbers: less than a GRU cell keeps, and to compute the
+products again would be a quarter of all work.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from pyloss.functional._tree import tree_of, with_spare_row
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 
-_CACHE = 1 << 20  # bytes of a block's products, for each thread
+_CACHE = 2 << 20  # bytes of a block's products, for each thread
 
 # --------------------------------------------------------------------------------------------------
 # Of operations that have derivatives and transforms of every kind
@@ -44,110 +46,112 @@ def _composed(x, weight, bias, symmetric, roots, *levels) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# In place, with the backward written out
+# In place, with the backward written out. (a, b) and (b, a) are two rows, each with its products.
 
 
-def _sides(products: Tensor, i: int):
-    """Of products (P, 2, 6 D), what order i of a pair has: from its input and from its state."""
-    d = products.shape[2] // 6
-    return products[:, i, : 3 * d].split(d, 1), products[:, 1 - i, 3 * d :].split(d, 1)
-
-
-def _cell_in_place(children: Tensor, products: Tensor, orders: tuple[int, ...]) -> Tensor:
-    """The results (P, D); r, z and n replace the products of the input."""
-    total = None
-    for i in orders:
-        (r, z, n), (of_r, of_z, of_n) = _sides(products, i)
-        r.add_(of_r).sigmoid_()
-        z.add_(of_z).sigmoid_()
-        n.addcmul_(r, of_n).tanh_()
-        found = torch.lerp(n, children[:, 1 - i], z)
-        total = found if total is None else total.add_(found)
-    return total if len(orders) == 1 else total.div_(2)
+def _cell_in_place(u: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    """(R, D) of the products u, v (R, 3 D); r, z and n replace u."""
+    d = state.shape[1]
+    rz, n = u[:, : 2 * d], u[:, 2 * d :]
+    rz.add_(v[:, : 2 * d]).sigmoid_()
+    n.addcmul_(rz[:, :d], v[:, 2 * d :]).tanh_()
+    return torch.lerp(n, state, rz[:, d:])
 
 
 def _cell_backward(
-    g: Tensor, children: Tensor, gates: Tensor, orders: tuple[int, ...], products: Tensor
+    g: Tensor, u: Tensor, v: Tensor, state: Tensor, of_u: Tensor, of_v: Tensor
 ) -> Tensor:
-    """Gradients of the products, into `products`, and of the children as states."""
-    direct = torch.zeros_like(children) if len(orders) == 1 else torch.empty_like(children)
-    for i in orders:
-        (r, z, n), (_, _, of_n) = _sides(gates, i)
-        (to_r, to_z, to_n), (from_r, from_z, from_n) = _sides(products, i)
-        torch.mul(g, z, out=direct[:, 1 - i])
-        slope = torch.sub(g, direct[:, 1 - i])
-        torch.addcmul(slope, slope * n, n, value=-1, out=to_n)
-        torch.mul(to_n, r, out=from_n)
-        torch.mul(from_n, of_n, out=slope)
-        torch.addcmul(slope, slope, r, value=-1, out=to_r)
-        torch.sub(children[:, 1 - i], n, out=slope).mul_(direct[:, 1 - i])
-        torch.addcmul(slope, slope, z, value=-1, out=to_z)
-        from_r.copy_(to_r)
-        from_z.copy_(to_z)
+    """Gradients of the products, into of_u and of_v, and of the state beside them."""
+    d, aten = state.shape[1], torch.ops.aten
+    r, z, n = u.split(d, 1)
+    to_r, to_z, to_n = of_u.split(d, 1)
+    direct = g * z
+    aten.tanh_backward.grad_input(g - direct, n, grad_input=to_n)
+    torch.mul(to_n, r, out=of_v[:, 2 * d :])
+    torch.mul(to_n, v[:, 2 * d :], out=to_r)
+    torch.sub(state, n, out=to_z).mul_(g)
+    both, gates = of_v[:, : 2 * d], u[:, : 2 * d]
+    aten.sigmoid_backward.grad_input(of_u[:, : 2 * d], gates, grad_input=both)
+    of_u[:, : 2 * d].copy_(both)
     return direct
 
 
-def _blocks(levels: tuple[Tensor, ...] | list[Tensor], d: int) -> list[Tensor]:
+def _blocks(levels: Sequence[Tensor], d: int) -> Iterator[Tensor]:
     """The pairs in the order of the tree, on a CPU in parts whose products stay in its cache."""
-    if not levels or levels[0].device.type != "cpu":
-        return list(levels)
     size = max(32, _CACHE * torch.get_num_threads() // (2 * 6 * d * 4))
-    return [part for rows in levels for part in rows.split(size)]
+    for rows in levels:
+        yield from rows.split(size) if rows.device.type == "cpu" else (rows,)
+
+
+def _operands(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Inputs and states: rows of the buffer, (R,) each."""
+    if symmetric:
+        return rows.reshape(-1), rows.flip(1).view(-1)
+    return rows[:, 0], rows[:, 1]
 
 
 class _GruTree(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, keep, symmetric, roots, *levels):
-        d, buffer, blocks = x.shape[1], with_spare_row(x), _blocks(levels, x.shape[1])
+        d, buffer, blocks = x.shape[1], with_spare_row(x), list(_blocks(levels, x.shape[1]))
         # One piece of memory for all: fresh pages cost as much as the products.
-        sizes = [len(rows) for rows in blocks]
+        sizes = [len(rows) * (2 if symmetric else 1) for rows in blocks]
         size = sum(sizes) if keep else max(sizes, default=0)
-        children, products = x.new_empty((size, 2, d)), x.new_empty((size, 2, 6 * d))
-        at, orders = 0, (0, 1) if symmetric else (0,)
-        for rows in blocks:
-            own, gates = children[at : at + len(rows)], products[at : at + len(rows)]
-            torch.index_select(buffer, 0, rows.view(-1), out=own.view(-1, d))
-            torch.addmm(bias, own.view(-1, d), weight.mT, out=gates.view(-1, 6 * d))
-            buffer.index_copy_(0, rows[:, 0], _cell_in_place(own, gates, orders))
-            at += len(rows) if keep else 0
+        kept = tuple(x.new_empty((size, width)) for width in (d, d, 3 * d, 3 * d))
+        at = 0
+        for rows, count in zip(blocks, sizes):
+            a, b, u, v = (t[at : at + count] for t in kept)
+            for index, operand in zip(_operands(rows, symmetric), (a, b)):
+                torch.index_select(buffer, 0, index, out=operand)
+            torch.addmm(bias[: 3 * d], a, weight[: 3 * d].mT, out=u)
+            torch.addmm(bias[3 * d :], b, weight[3 * d :].mT, out=v)
+            found = _cell_in_place(u, v, b)
+            found = (found[::2] + found[1::2]).div_(2) if symmetric else found
+            buffer.index_copy_(0, rows[:, 0], found)
+            at += count if keep else 0
         if keep:
-            ctx.save_for_backward(x, weight, bias, children, products, roots, *levels)
+            ctx.save_for_backward(x, weight, bias, *kept, roots, *levels)
             ctx.symmetric = symmetric
         return buffer.index_select(0, roots)
 
     @staticmethod
     def backward(ctx, g):
-        x, weight, bias, children, gates, roots, *levels = ctx.saved_tensors
+        x, weight, bias, *kept, roots = ctx.saved_tensors[:8]
+        levels, symmetric = ctx.saved_tensors[8:], ctx.symmetric
         nothing = (None,) * (3 + len(levels))
         if torch.is_grad_enabled() or is_batched(g):  # create_graph, is_grads_batched
             needed = ctx.needs_input_grad[:3]
             with torch.enable_grad():
                 inputs = [t.view_as(t) for t in (x, weight, bias)]
-                out = _composed(*inputs, ctx.symmetric, roots, *levels)
+                out = _composed(*inputs, symmetric, roots, *levels)
                 wanted = [t for t, yes in zip(inputs, needed) if yes]
                 found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
             return *(next(found) if yes else None for yes in needed), *nothing
-        d, orders, blocks = (
-            x.shape[1],
-            (0, 1) if ctx.symmetric else (0,),
-            _blocks(levels, x.shape[1]),
-        )
+        d, blocks, at = x.shape[1], list(_blocks(levels, x.shape[1])), len(kept[0])
         of_buffer = x.new_zeros((x.shape[0] + 1, d)).index_copy_(0, roots, g)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        most = max((len(rows) for rows in blocks), default=0)
-        fill = torch.empty_like if ctx.symmetric else torch.zeros_like  # the other order has none
-        memory, at = fill(gates[:most]), len(gates)
+        most = max((len(rows) for rows in blocks), default=0) * (2 if symmetric else 1)
+        products = x.new_empty((2, most, 3 * d))
         for rows in reversed(blocks):
-            at, end = at - len(rows), at
-            own, products = children[at:end], memory[: len(rows)]
-            upstream = of_buffer.index_select(0, rows[:, 0])
-            if ctx.symmetric:
-                upstream.div_(2)
-            direct = _cell_backward(upstream, own, gates[at:end], orders, products).view(-1, d)
-            flat = products.view(-1, 6 * d)
-            of_weight.addmm_(flat.mT, own.view(-1, d))
-            of_bias += flat.sum(0)
-            of_buffer.index_copy_(0, rows.view(-1), direct.addmm_(flat, weight))
+            if symmetric:
+                left = rows[:, :1].expand(-1, 2).reshape(-1)
+                upstream = of_buffer.index_select(0, left).div_(2)
+            else:
+                upstream = of_buffer.index_select(0, rows[:, 0])
+            at, end = at - len(upstream), at
+            a, b, u, v = (t[at:end] for t in kept)
+            of_u, of_v = products[:, : len(upstream)]
+            of_b = _cell_backward(upstream, u, v, b, of_u, of_v).addmm_(of_v, weight[3 * d :])
+            of_a = of_u @ weight[: 3 * d]
+            of_weight[: 3 * d].addmm_(of_u.mT, a)
+            of_weight[3 * d :].addmm_(of_v.mT, b)
+            of_bias[: 3 * d] += of_u.sum(0)
+            of_bias[3 * d :] += of_v.sum(0)
+            if symmetric:
+                of_a.view(-1, 2, d).add_(of_b.view(-1, 2, d).flip(1))
+                of_buffer.index_copy_(0, rows.reshape(-1), of_a)
+            else:
+                of_buffer.index_copy_(0, rows[:, 0], of_a).index_copy_(0, rows[:, 1], of_b)
         return of_buffer[:-1], of_weight, of_bias, *nothing
 
 
