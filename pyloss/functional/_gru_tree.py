@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyloss.functional._tree import tree_of, with_spare_row
+from pyloss.ops._launch import without_autocast
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 
 _CACHE = 2 << 20  # bytes of a block's products, for each thread
@@ -116,43 +117,51 @@ class _GruTree(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x, weight, bias, *kept, roots = ctx.saved_tensors[:8]
-        levels, symmetric = ctx.saved_tensors[8:], ctx.symmetric
-        nothing = (None,) * (3 + len(levels))
-        if torch.is_grad_enabled() or is_batched(g):  # create_graph, is_grads_batched
-            needed = ctx.needs_input_grad[:3]
-            with torch.enable_grad():
-                inputs = [t.view_as(t) for t in (x, weight, bias)]
-                out = _composed(*inputs, symmetric, roots, *levels)
-                wanted = [t for t, yes in zip(inputs, needed) if yes]
-                found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
-            return *(next(found) if yes else None for yes in needed), *nothing
-        d, blocks, at = x.shape[1], list(_blocks(levels, x.shape[1])), len(kept[0])
-        of_buffer = x.new_zeros((x.shape[0] + 1, d)).index_copy_(0, roots, g)
-        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        most = max((len(rows) for rows in blocks), default=0) * (2 if symmetric else 1)
-        products = x.new_empty((2, most, 3 * d))
-        for rows in reversed(blocks):
-            if symmetric:
-                left = rows[:, :1].expand(-1, 2).reshape(-1)
-                upstream = of_buffer.index_select(0, left).div_(2)
+        saved, symmetric, needed = ctx.saved_tensors, ctx.symmetric, ctx.needs_input_grad[:3]
+        with without_autocast(g):  # the backward may be called inside it
+            if torch.is_grad_enabled() or is_batched(g):  # create_graph, is_grads_batched
+                found = _composed_gradients(g, needed, symmetric, *saved[:3], *saved[7:])
             else:
-                upstream = of_buffer.index_select(0, rows[:, 0])
-            at, end = at - len(upstream), at
-            a, b, u, v = (t[at:end] for t in kept)
-            of_u, of_v = products[:, : len(upstream)]
-            of_b = _cell_backward(upstream, u, v, b, of_u, of_v).addmm_(of_v, weight[3 * d :])
-            of_a = of_u @ weight[: 3 * d]
-            of_weight[: 3 * d].addmm_(of_u.mT, a)
-            of_weight[3 * d :].addmm_(of_v.mT, b)
-            of_bias[: 3 * d] += of_u.sum(0)
-            of_bias[3 * d :] += of_v.sum(0)
-            if symmetric:
-                of_a.view(-1, 2, d).add_(of_b.view(-1, 2, d).flip(1))
-                of_buffer.index_copy_(0, rows.reshape(-1), of_a)
-            else:
-                of_buffer.index_copy_(0, rows[:, 0], of_a).index_copy_(0, rows[:, 1], of_b)
-        return of_buffer[:-1], of_weight, of_bias, *nothing
+                found = _gradients(g, symmetric, *saved[:3], saved[3:7], *saved[7:])
+        return *found, *(None,) * (len(saved) - 5)
+
+
+def _composed_gradients(g, needed, symmetric, x, weight, bias, roots, *levels):
+    with torch.enable_grad():
+        inputs = [t.view_as(t) for t in (x, weight, bias)]
+        out = _composed(*inputs, symmetric, roots, *levels)
+        wanted = [t for t, yes in zip(inputs, needed) if yes]
+        found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
+    return [next(found) if yes else None for yes in needed]
+
+
+def _gradients(g, symmetric, x, weight, bias, kept, roots, *levels):
+    d, blocks, at = x.shape[1], list(_blocks(levels, x.shape[1])), len(kept[0])
+    of_buffer = x.new_zeros((x.shape[0] + 1, d)).index_copy_(0, roots, g)
+    of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    most = max((len(rows) for rows in blocks), default=0) * (2 if symmetric else 1)
+    products = x.new_empty((2, most, 3 * d))
+    for rows in reversed(blocks):
+        if symmetric:
+            left = rows[:, :1].expand(-1, 2).reshape(-1)
+            upstream = of_buffer.index_select(0, left).div_(2)
+        else:
+            upstream = of_buffer.index_select(0, rows[:, 0])
+        at, end = at - len(upstream), at
+        a, b, u, v = (t[at:end] for t in kept)
+        of_u, of_v = products[:, : len(upstream)]
+        of_b = _cell_backward(upstream, u, v, b, of_u, of_v).addmm_(of_v, weight[3 * d :])
+        of_a = of_u @ weight[: 3 * d]
+        of_weight[: 3 * d].addmm_(of_u.mT, a)
+        of_weight[3 * d :].addmm_(of_v.mT, b)
+        of_bias[: 3 * d] += of_u.sum(0)
+        of_bias[3 * d :] += of_v.sum(0)
+        if symmetric:
+            of_a.view(-1, 2, d).add_(of_b.view(-1, 2, d).flip(1))
+            of_buffer.index_copy_(0, rows.reshape(-1), of_a)
+        else:
+            of_buffer.index_copy_(0, rows[:, 0], of_a).index_copy_(0, rows[:, 1], of_b)
+    return of_buffer[:-1], of_weight, of_bias
 
 
 def gru_tree(x: Tensor, weight: Tensor, bias: Tensor, symmetric: bool, offsets: Tensor) -> Tensor:
