@@ -56,6 +56,11 @@ def permutahedron_bwd(
     problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, threads: int, /
 ) -> None: ...
 
+# Of segment; the record: pyloss/ops/segment/records.py.
+def segment_fold(problem: tuple[object, ...], kind: int, out: int, threads: int, /) -> None: ...
+def segment_map(problem: tuple[object, ...], kind: int, out: int, threads: int, /) -> None: ...
+def segment_scratch_numbers(rows: int, width: int, /) -> int: ...
+
 # Of row_moments; the records: pyloss/ops/row_moments/records.py.
 def row_moments_fwd(problem: tuple[object, ...], moments: int, threads: int, /) -> None: ...
 def row_moments_bwd(
@@ -331,6 +336,18 @@ def cuda_permutahedron_fwd(
 ) -> None: ...
 def cuda_permutahedron_bwd(
     problem: tuple[object, ...], g: int, x: int, packed: int, dx: int, device: int, stream: int, /
+) -> None: ...
+def cuda_segment_fold(
+    problem: tuple[object, ...],
+    kind: int,
+    out: int,
+    scratch: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_segment_map(
+    problem: tuple[object, ...], kind: int, out: int, device: int, stream: int, /
 ) -> None: ...
 def cuda_row_moments_fwd(
     problem: tuple[object, ...], moments: int, device: int, stream: int, /

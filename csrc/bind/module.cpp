@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyloss::register_permutahedron(m);
   pyloss::register_row_moments(m);
   pyloss::register_row_softmax(m);
+  pyloss::register_segment(m);
   pyloss::register_similarity_softmax(m);
   pyloss::register_similarity_topk(m);
   pyloss::register_sorting_network(m);

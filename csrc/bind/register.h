@@ -14,6 +14,7 @@ void register_margin_shift(pybind11::module_& m);
 void register_permutahedron(pybind11::module_& m);
 void register_row_moments(pybind11::module_& m);
 void register_row_softmax(pybind11::module_& m);
+void register_segment(pybind11::module_& m);
 void register_similarity_softmax(pybind11::module_& m);
 void register_similarity_topk(pybind11::module_& m);
 void register_sorting_network(pybind11::module_& m);

@@ -1,12 +1,16 @@
-"""Calls of the kernels: buffers, records, results."""
+"""Calls of the kernels: buffers, records, results. What a device has of its own comes as `launch`,
+which takes (x, problem, kind, address of the result)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.segment import kinds
+from pyloss.ops.segment.records import problem
 
 
 def empty_fold(x: Tensor, offsets: Tensor, kind: int) -> Tensor:
@@ -18,3 +22,23 @@ def empty_fold(x: Tensor, offsets: Tensor, kind: int) -> Tensor:
 
 def empty_map(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def fold(
+    launch, x: Tensor, other: Tensor | None, offsets: Tensor, given: Sequence[Tensor], kind: int
+) -> Tensor:
+    out = empty_fold(x, offsets, kind)
+    record, alive = problem(x, other, offsets, given)
+    launch(x, record, kind, out.data_ptr())
+    del alive
+    return out
+
+
+def map_(
+    launch, x: Tensor, other: Tensor | None, offsets: Tensor, given: Sequence[Tensor], kind: int
+) -> Tensor:
+    out = empty_map(x)
+    record, alive = problem(x, other, offsets, given)
+    launch(x, record, kind, out.data_ptr())
+    del alive
+    return out
