@@ -20,6 +20,7 @@ from bench import _core, _targets, plot, run  # noqa: E402
 from bench import bench_aldr as aldr  # noqa: E402
 from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_gemm as gemm  # noqa: E402
+from bench import bench_lcm as lcm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_lion_k as lion_k  # noqa: E402
 from bench import bench_margin_shift as margin_shift  # noqa: E402
@@ -202,6 +203,7 @@ def test_derived_columns_of_the_linear_op():
         linear,
         attention,
         betti,
+        lcm,
         lion_k,
         margin_shift,
         permutahedron,
