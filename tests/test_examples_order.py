@@ -38,6 +38,8 @@ EXPERIMENTS = {
     "comp_sum_bounds": (True, "tau 1.5"),
     "perceptron": (False, "drawn, n = 100"),
     "label_noise": (True, "ALDR, lam0 = 10"),
+    "second_minimum": (False, "monoid, gru, penalty"),
+    "private_aggregates": (False, "rho 1, bags of 4"),
 }
 
 
