@@ -47,7 +47,8 @@ def test_tree(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU and a compiled graph do: rows that count nowhere change nothing."""
+    """What a GPU and a compiled graph do: rows that count nowhere change nothing. The length of the
+    longest segment saves levels."""
     offsets, layer = offsets_from_lengths(LENGTHS), made(5, 5, project=False)
     x = random(int(offsets[-1]), 5).requires_grad_()
 
@@ -58,6 +59,12 @@ def test_without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = found()
     monkeypatch.setattr(_tree, "can_look_at", lambda offsets: False)
     torch.testing.assert_close(found(), expected, rtol=1e-12, atol=1e-12)
+    assert len(_tree.tree_of(offsets, len(x), 64).levels) == 6
+    weights = (
+        getattr(layer.gru_cell, f"{k}_{p}") for k in ("weight", "bias") for p in ("ih", "hh")
+    )
+    told = segment_gru_reduce(x, offsets, *weights, max_length=64)
+    torch.testing.assert_close(told, expected[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -4,7 +4,7 @@ The products with the weights are taken of all rows of a level at once: both of 
 (a, b) and (b, a).
 
 The backward goes the same way from the top. It finds what the forward kept of each level, operands
-and gates, fewer than 2 N rows of 8 D numbers: less than a GRU cell keeps, and to compute the
+and gates, fewer than 2 N rows of 6 D numbers: less than a GRU cell keeps, and to compute the
 products again would be a quarter of all work.
 """
 
@@ -50,30 +50,29 @@ def _composed(x, weight, bias, symmetric, roots, *levels) -> Tensor:
 # In place, with the backward written out. (a, b) and (b, a) are two rows, each with its products.
 
 
-def _cell_in_place(u: Tensor, v: Tensor, state: Tensor) -> Tensor:
-    """(R, D) of the products u, v (R, 3 D); r, z and n replace u."""
+def _cell_in_place(gates: Tensor, inner: Tensor, state: Tensor) -> Tensor:
+    """(R, D) of all that is linear: gates (R, 3 D), which become r, z and n, and `inner` (R, D),
+    that r multiplies."""
     d = state.shape[1]
-    rz, n = u[:, : 2 * d], u[:, 2 * d :]
-    rz.add_(v[:, : 2 * d]).sigmoid_()
-    n.addcmul_(rz[:, :d], v[:, 2 * d :]).tanh_()
-    return torch.lerp(n, state, rz[:, d:])
+    gates[:, : 2 * d].sigmoid_()
+    n = gates[:, 2 * d :].addcmul_(gates[:, :d], inner).tanh_()
+    return torch.lerp(n, state, gates[:, d : 2 * d])
 
 
 def _cell_backward(
-    g: Tensor, u: Tensor, v: Tensor, state: Tensor, of_u: Tensor, of_v: Tensor
+    g: Tensor, gates: Tensor, inner: Tensor, state: Tensor, of_gates: Tensor, of_inner: Tensor
 ) -> Tensor:
-    """Gradients of the products, into of_u and of_v, and of the state beside them."""
+    """Gradients of what is linear, into the last two, and of the state beside them."""
     d, aten = state.shape[1], torch.ops.aten
-    r, z, n = u.split(d, 1)
-    to_r, to_z, to_n = of_u.split(d, 1)
+    r, z, n = gates.split(d, 1)
+    to_r, to_z, to_n = of_gates.split(d, 1)
     direct = g * z
     aten.tanh_backward.grad_input(g - direct, n, grad_input=to_n)
-    torch.mul(to_n, r, out=of_v[:, 2 * d :])
-    torch.mul(to_n, v[:, 2 * d :], out=to_r)
+    torch.mul(to_n, r, out=of_inner)
+    torch.mul(to_n, inner, out=to_r)
     torch.sub(state, n, out=to_z).mul_(g)
-    both, gates = of_v[:, : 2 * d], u[:, : 2 * d]
-    aten.sigmoid_backward.grad_input(of_u[:, : 2 * d], gates, grad_input=both)
-    of_u[:, : 2 * d].copy_(both)
+    both = of_gates[:, : 2 * d]
+    aten.sigmoid_backward.grad_input(both, gates[:, : 2 * d], grad_input=both)
     return direct
 
 
@@ -98,15 +97,17 @@ class _GruTree(torch.autograd.Function):
         # One piece of memory for all: fresh pages cost as much as the products.
         sizes = [len(rows) * (2 if symmetric else 1) for rows in blocks]
         size = sum(sizes) if keep else max(sizes, default=0)
-        kept = tuple(x.new_empty((size, width)) for width in (d, d, 3 * d, 3 * d))
+        kept = tuple(x.new_empty((size, width)) for width in (d, d, 3 * d, d))
+        added = bias[: 3 * d] + torch.cat([bias[3 * d : 5 * d], bias.new_zeros(d)])
         at = 0
         for rows, count in zip(blocks, sizes):
-            a, b, u, v = (t[at : at + count] for t in kept)
+            a, b, gates, inner = (t[at : at + count] for t in kept)
             for index, operand in zip(_operands(rows, symmetric), (a, b)):
                 torch.index_select(buffer, 0, index, out=operand)
-            torch.addmm(bias[: 3 * d], a, weight[: 3 * d].mT, out=u)
-            torch.addmm(bias[3 * d :], b, weight[3 * d :].mT, out=v)
-            found = _cell_in_place(u, v, b)
+            torch.addmm(added, a, weight[: 3 * d].mT, out=gates)
+            gates[:, : 2 * d].addmm_(b, weight[3 * d : 5 * d].mT)
+            torch.addmm(bias[5 * d :], b, weight[5 * d :].mT, out=inner)
+            found = _cell_in_place(gates, inner, b)
             found = (found[::2] + found[1::2]).div_(2) if symmetric else found
             buffer.index_copy_(0, rows[:, 0], found)
             at += count if keep else 0
@@ -140,7 +141,7 @@ def _gradients(g, symmetric, x, weight, bias, kept, roots, *levels):
     of_buffer = x.new_zeros((x.shape[0] + 1, d)).index_copy_(0, roots, g)
     of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     most = max((len(rows) for rows in blocks), default=0) * (2 if symmetric else 1)
-    products = x.new_empty((2, most, 3 * d))
+    products = x.new_empty((most, 3 * d)), x.new_empty((most, d))
     for rows in reversed(blocks):
         if symmetric:
             left = rows[:, :1].expand(-1, 2).reshape(-1)
@@ -148,28 +149,40 @@ def _gradients(g, symmetric, x, weight, bias, kept, roots, *levels):
         else:
             upstream = of_buffer.index_select(0, rows[:, 0])
         at, end = at - len(upstream), at
-        a, b, u, v = (t[at:end] for t in kept)
-        of_u, of_v = products[:, : len(upstream)]
-        of_b = _cell_backward(upstream, u, v, b, of_u, of_v).addmm_(of_v, weight[3 * d :])
-        of_a = of_u @ weight[: 3 * d]
-        of_weight[: 3 * d].addmm_(of_u.mT, a)
-        of_weight[3 * d :].addmm_(of_v.mT, b)
-        of_bias[: 3 * d] += of_u.sum(0)
-        of_bias[3 * d :] += of_v.sum(0)
+        a, b, gates, inner = (t[at:end] for t in kept)
+        of_gates, of_inner = (t[: len(upstream)] for t in products)
+        of_b = _cell_backward(upstream, gates, inner, b, of_gates, of_inner)
+        # What r and z take of the input and of the state has one gradient.
+        both = of_gates[:, : 2 * d]
+        of_b.addmm_(both, weight[3 * d : 5 * d]).addmm_(of_inner, weight[5 * d :])
+        of_a = of_gates @ weight[: 3 * d]
+        of_weight[: 3 * d].addmm_(of_gates.mT, a)
+        of_weight[3 * d : 5 * d].addmm_(both.mT, b)
+        of_weight[5 * d :].addmm_(of_inner.mT, b)
+        of_bias[: 3 * d] += of_gates.sum(0)
+        of_bias[5 * d :] += of_inner.sum(0)
         if symmetric:
             of_a.view(-1, 2, d).add_(of_b.view(-1, 2, d).flip(1))
             of_buffer.index_copy_(0, rows.reshape(-1), of_a)
         else:
             of_buffer.index_copy_(0, rows[:, 0], of_a).index_copy_(0, rows[:, 1], of_b)
+    of_bias[3 * d : 5 * d] = of_bias[: 2 * d]
     return of_buffer[:-1], of_weight, of_bias
 
 
-def gru_tree(x: Tensor, weight: Tensor, bias: Tensor, symmetric: bool, offsets: Tensor) -> Tensor:
+def gru_tree(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    symmetric: bool,
+    offsets: Tensor,
+    max_length: int | None = None,
+) -> Tensor:
     """(S, D): the result of each segment, that of an empty one of no meaning.
 
     weight (6 D, D) and bias (6 D,) hold those of the input before those of the hidden state.
     """
-    tree = tree_of(offsets, x.shape[0])
+    tree = tree_of(offsets, x.shape[0], max_length)
     if torch.compiler.is_compiling() or functorch_active() or forward_ad_active():
         return _composed(x, weight, bias, symmetric, tree.roots, *tree.levels)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))

@@ -22,10 +22,10 @@ class Tree(NamedTuple):
     levels: list[Tensor]  # (P, 2) each: left and right of every pair
 
 
-def tree_of(offsets: Tensor, total: int) -> Tree:
+def tree_of(offsets: Tensor, total: int, max_length: int | None = None) -> Tree:
     """The pairs of all levels, without waiting for a device: where their numbers cannot be looked
-    at, there are as many levels, and pairs in each, as there may be, and the rest are of the spare
-    row.
+    at, there are as many levels, and pairs in each, as there may be (with no segment longer than
+    `max_length`), and the rest are of the spare row.
 
     A segment with a pair at the level of nodes of `step` elements has more than `step` of them for
     each pair, so that the bounds add up to less than 1.3 pairs an element.
@@ -33,7 +33,7 @@ def tree_of(offsets: Tensor, total: int) -> Tree:
     known = can_look_at(offsets)
     starts, lengths = offsets[:-1].long(), offsets.diff().long()
     roots = torch.where(lengths > 0, starts, total)
-    longest = total
+    longest = total if max_length is None else min(max_length, total)
     if known:
         longest = int(lengths.max()) if lengths.numel() else 0
     levels, step = [], 1

@@ -21,6 +21,7 @@ def segment_gru_reduce(
     *,
     identity: Tensor | None = None,
     symmetric: bool = True,
+    max_length: int | None = None,
 ) -> Tensor:
     r"""Each segment reduced by a GRU cell in a balanced binary tree.
 
@@ -39,12 +40,14 @@ def segment_gru_reduce(
         b_ih, b_hh: ``(3 D,)``; None: 0.
         identity: ``(D,)``, what an empty segment gives; None: 0.
         symmetric: False: GRU(a, b) alone, a before b in the segment.
+        max_length: that no segment exceeds. Saves levels on a GPU and in compiled graphs, where no
+            length is read: None stands there for N.
 
     Returns:
         ``(S, D)``, of the dtype of ``x``, float32 for half types under autocast; products too are
         then of float32. Differentiable in all floating arguments, as often as you like. Where the
-        offsets cannot be looked at (on a GPU, in compiled graphs) there are ceil(log2 N) levels,
-        with up to 0.3 N pairs that count nowhere, and nothing waits for the device.
+        offsets cannot be looked at (on a GPU, in compiled graphs) there are ceil(log2 max_length)
+        levels, with up to 0.3 N pairs that count nowhere, and nothing waits for the device.
 
     Raises:
         TypeError, RuntimeError, ValueError: tensors of a wrong dtype, device or shape; offsets
@@ -68,6 +71,9 @@ def segment_gru_reduce(
     segment.check_offsets(offsets, x.shape[0])
     checks.check_device("offsets", offsets, x, "x")
     checks.checked_flag("symmetric", symmetric)
+    if max_length is not None:
+        max_length = checks.checked_count("max_length", max_length)
+        segment.check_longest(offsets, max_length)
     d = x.shape[1]
     for name, t, shape in (
         ("w_ih", w_ih, (3 * d, d)),
@@ -88,7 +94,7 @@ def segment_gru_reduce(
     with without_autocast(x):
         weight = torch.cat([w_ih.to(work), w_hh.to(work)])
         bias = torch.cat([zeros if b is None else b.to(work) for b in (b_ih, b_hh)])
-        found = gru_tree(x.to(work), weight, bias, symmetric, offsets)
+        found = gru_tree(x.to(work), weight, bias, symmetric, offsets, max_length)
     return fill_empty(found, offsets, identity).to(dtype)
 
 

@@ -43,7 +43,7 @@ def gru(a, h, w_ih, w_hh, b_ih, b_hh):
 
 
 def gru_reference(
-    x, offsets, w_ih, w_hh, b_ih=None, b_hh=None, *, identity=None, symmetric=True
+    x, offsets, w_ih, w_hh, b_ih=None, b_hh=None, *, identity=None, symmetric=True, max_length=None
 ):  # fmt: skip
     zeros = x.new_zeros(3 * x.shape[1])
     w = (w_ih, w_hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh)
@@ -241,7 +241,7 @@ SPECS = (
         reference=gru_reference,
         samples={
             "plain": gru_sample,
-            "one order, int32": lambda: gru_sample(OFFSETS.int(), symmetric=False),
+            "one order, int32": lambda: gru_sample(OFFSETS.int(), symmetric=False, max_length=5),
             "bare": lambda: gru_sample(torch.tensor([0, 0, 1, 5]), bias=False, identity=False),
         },
         gradients=("x", "w_ih", "w_hh", "b_ih", "b_hh", "identity"),
@@ -268,6 +268,7 @@ SPECS = (
             ),
             Bad(ValueError, r"b_hh must have the shape \[6\]", dict(b_hh=S["b_hh"][:2])),
             Bad(ValueError, r"identity must have the shape \[2\]", dict(identity=S["b_hh"])),
+            Bad(ValueError, "longer than max_length, 4", dict(max_length=4)),
             Bad(TypeError, "symmetric must be a bool", dict(symmetric=1)),
         ),
     ),
