@@ -14,6 +14,7 @@ from torch import Tensor
 from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._bags import bags_of
+from pyloss.functional.aggregate import check_options
 from pyloss.functional.segment import segment_reduce
 
 __all__ = [
@@ -70,7 +71,7 @@ def interpolated_least_squares(
         raise ValueError(f"x must be (n, d), got {list(x.shape)}")
     if bag_response.dim() not in (1, 2):
         raise ValueError(f"bag_response must be (m,) or (m, r), got {list(bag_response.shape)}")
-    _check_rho(rho)
+    check_options(rho=rho)
     m = bag_response.shape[0]
     bags = bags_of(x, bag_index, bag_size, offsets, count=m)
     rows, y = bags.rows(x.double()), bag_response.double()
@@ -197,7 +198,7 @@ def aggregate_risk(
     n, d, k = (checks.checked_count(name, t, 1) for name, t in (("n", n), ("d", d), ("k", k)))
     if n % k:
         raise ValueError(f"k must divide n, {n}, got {k}")
-    _check_rho(rho)
+    check_options(rho=rho)
     checks.check_range("s2", s2, 0.0)
     checks.check_range("signal", signal, 0.0)
     if (epsilon is None) != (bound is None):
@@ -309,12 +310,6 @@ def optimal_bag_size(
     )
     best = int(risks.argmin())
     return OptimalBagSize(int(sizes[best]), risks[best], torch.tensor(list(sizes)), risks)
-
-
-def _check_rho(rho: float) -> None:
-    checks.check_range("rho", rho, 0.0)
-    if not rho <= 1:
-        raise ValueError(f"rho must be in [0, 1], got {rho}")
 
 
 def _check_privacy(epsilon: float, bound: float) -> None:
