@@ -196,6 +196,32 @@ def row_moments_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list
     }
 
 
+def segment_calls(module: Any, buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
+    b = {name: address(buffer) for name, buffer in buffers.items()}
+    bounds = (ctypes.c_int64 * (OUTER + 1))(0, 5, 5, CLASSES)
+    ctypes.memmove(buffers["offsets"].address, bounds, ctypes.sizeof(bounds))
+    given = ("loss", "norm", "weight", "stats", "extras")
+
+    def problem(place: Field, offsets: Field) -> list[Any]:
+        return record(
+            *(module, "segment", "Problem"),
+            **dict(sizes=[size(CLASSES), size(INNER), size(OUTER)], dtype=code(0, 1, 2, 3)),
+            **dict(x=place, x_stride=stride(INNER), other=place, other_stride=stride(INNER)),
+            **dict(offsets=offsets, offsets_dtype=code(4), given=[b[name] for name in given]),
+        )
+
+    call, none = problem(b["x"], b["offsets"]), address(None)
+    fold, back = Field(list(range(12)), [-1, 12, *HUGE]), Field(list(range(9)), [-1, 9, *HUGE])
+    nowhere = problem(none, none)
+    return {
+        "segment_fold": [call, fold, b["grad"], THREADS],
+        "segment_map": [call, back, b["grad"], THREADS],
+        "segment_scratch_numbers": [size(CLASSES), size(INNER)],
+        "cuda_segment_fold": [nowhere, fold, *[none] * 4],
+        "cuda_segment_map": [nowhere, back, *[none] * 3],
+    }
+
+
 def linear_cross_entropy_calls(buffers: dict[str, Buffer]) -> dict[str, list[Any]]:
     total, x = address(buffers["stats"]), address(buffers["x"])
     maybe = {name: Field([0, buffer.address], NOWHERE) for name, buffer in buffers.items()}
@@ -630,6 +656,7 @@ def main() -> None:
     names += " grad_loss cotangents cotangents2 v grad_rows factor states"
     buffers = {name: Buffer() for name in names.split()}
     buffers["scratch"] = Buffer(SCRATCH)
+    buffers["offsets"] = Buffer()
     templates = {
         **row_softmax_calls(module, buffers),
         **linear_cross_entropy_calls(buffers),
@@ -641,6 +668,7 @@ def main() -> None:
         **permutahedron_calls(module, buffers),
         **margin_shift_calls(module, buffers),
         **row_moments_calls(module, buffers),
+        **segment_calls(module, buffers),
         **similarity_counts_calls(module, buffers),
         **tensor_attention_calls(module, buffers),
         **similarity_softmax_calls(module, buffers),

@@ -56,6 +56,8 @@ def problems():
     scores = torch.randn(3, 12)
     a, b = torch.rand(2, 1, 6, 7), (torch.rand(2, 1, 6, 7) > 0.5).float()
 
+    cuts, long = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 10, 300])
+
     def of(function, *inputs):
         return lambda: with_gradients(function, *inputs)
 
@@ -83,6 +85,9 @@ def problems():
         "ranks": of(pyloss.soft_rank, scores),
         "permutation": of(lambda s: pyloss.soft_permutation(s)[1], scores),
         "margin shift": of(lambda x: F.margin_shift(x, x.flip(1), labels), rows),
+        "segments": of(lambda x: F.segment_reduce(x, cuts, "max"), rows),
+        "segments, long": of(lambda x: tuple(F.segment_moments(x, long)[1:]), torch.randn(300, 65)),
+        "segments, softmax": of(lambda x: F.segment_softmax(x, cuts), rows),
         "permutahedron": of(lambda s: F.permutahedron_rank(s), scores),
         "betti": of(lambda x: pyloss.betti_matching_loss(x, b, reduction="none"), a),
         "optimizer": lambda: steps_of_lion_k(hidden, weight),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyloss import _C
-from pyloss.ops import betti_matching, lion_k, row_softmax, sorting_network
+from pyloss.ops import betti_matching, lion_k, row_softmax, segment, sorting_network
 from pyloss.ops.sorting_network import records
 
 SCRATCH, DEVICE, STREAM = 1000, 3, 7
@@ -80,6 +80,20 @@ class Kernels:
         options = problem.options._replace(lr=rate, step=int(number))
         _C.lion_k_step(problem._replace(options=options), 1)
 
+    segment_scratch_numbers = _C.segment_scratch_numbers
+
+    @staticmethod
+    def cuda_segment_fold(problem, kind, out, scratch, device, stream):
+        rows, width, _ = problem.sizes
+        assert (device, stream) == (DEVICE, STREAM)
+        assert bool(scratch) == bool(_C.segment_scratch_numbers(rows, width))
+        _C.segment_fold(problem, kind, out, 1)
+
+    @staticmethod
+    def cuda_segment_map(problem, kind, out, device, stream):
+        assert (device, stream) == (DEVICE, STREAM)
+        _C.segment_map(problem, kind, out, 1)
+
     @staticmethod
     def cuda_scale_inplace(data, dtype, n, factor, device, stream):
         assert (device, stream) == (DEVICE, STREAM)
@@ -89,7 +103,7 @@ class Kernels:
 @pytest.fixture(autouse=True)
 def device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
-    for op in (sorting_network, betti_matching, row_softmax, lion_k):
+    for op in (sorting_network, betti_matching, row_softmax, lion_k, segment):
         monkeypatch.setattr(op.cuda, "_C", Kernels)
         monkeypatch.setattr(op.cuda, "queue", lambda x: (DEVICE, STREAM))
 
@@ -120,6 +134,16 @@ def test_lion_k(dtype: torch.dtype) -> None:
         found.append([*x, *m])
     for a, b in zip(*found):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [9, 5000])
+def test_segment(rows: int) -> None:
+    x, offsets = torch.randn(rows, 1), torch.tensor([0, 4, 5, rows], dtype=torch.int32)
+    for kind in (segment.kinds.MOMENTS, segment.kinds.LOGSUMEXP):
+        check(segment, "fold", x, None, offsets, [], kind)
+    g = torch.randn(2, 3).t()[:, :1]
+    check(segment, "map_", x, x.bfloat16().float(), offsets, [g], segment.kinds.FROM_NORMALIZED)
+    check(segment, "map_", x[:1].expand(rows, 1), None, offsets, [g], segment.kinds.SPREAD)
 
 
 # The last one stands for Batcher's network or the bitonic one.

@@ -54,6 +54,12 @@ KERNELS: dict[str, Callable[[], torch.Tensor]] = {
         *torch.randn(2, 2, 6), torch.arange(2)
     ),
     "permutahedron_fwd": lambda: pyloss.soft_rank(torch.randn(2, 6), method="permutahedron"),
+    "segment_fold": lambda: pyloss.functional.segment_reduce(
+        torch.randn(6), torch.tensor([0, 2, 6])
+    ),
+    "segment_map": lambda: pyloss.functional.segment_softmax(
+        torch.randn(6), torch.tensor([0, 2, 6])
+    ),
     "sorting_network_permutation": lambda: pyloss.DiffSortNet("bitonic", 6)(torch.randn(2, 6))[1],
     "tensor_attention_fwd": attention,
     "tensor_attention_bwd": attention_gradient,

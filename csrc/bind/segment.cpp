@@ -83,11 +83,13 @@ void register_segment(py::module_& m) {
     without_gil(cpu::segment_map, p, f, checked_pointer("out", out, p.rows * p.width),
                 checked_threads(threads));
   });
+  // For the parts of long segments on a GPU; 0: none can be long.
   m.def("segment_scratch_numbers", [](int64_t rows, int64_t width) {
+    checked_count("x", {rows, width});
     segment::Problem p{};
     p.rows = rows;
     p.width = width;
-    checked_count("x", {rows, width});
+    if (rows <= segment::part_rows(width)) return int64_t(0);
     return checked_count("scratch", {segment::windows(p), 2 * segment::kPartNumbers, width});
   });
 
@@ -96,9 +98,10 @@ void register_segment(py::module_& m) {
                                 int64_t device, int64_t stream) {
     const auto f = kind_of<segment::Fold>(kind);
     const auto p = decode(problem, f);
-    const int64_t n = p.segments * p.width;
-    on_device(device, cuda::segment_fold, p, f, checked_pointer("out", out, n),
-              checked_pointer("scratch", scratch, n), optional_pointer("stream", stream));
+    const bool has_parts = p.rows > segment::part_rows(p.width);
+    on_device(device, cuda::segment_fold, p, f, checked_pointer("out", out, p.segments * p.width),
+              checked_pointer("scratch", scratch, has_parts ? p.width : 0),
+              optional_pointer("stream", stream));
   });
   m.def("cuda_segment_map",
         [](py::handle problem, int64_t kind, int64_t out, int64_t device, int64_t stream) {

@@ -96,6 +96,29 @@ struct Rows {
   }
 };
 
+struct Lengths {
+  int64_t shortest, longest;
+};
+template <class I>
+PYLOSS_INLINE Lengths lengths_of(const I* o, int64_t segments, int64_t rows) {
+  bool outside = false;
+  for (int64_t s = 0; s < segments; ++s) outside |= (o[s] < 0) | (o[s] > rows);
+  if (outside) return {-1, 0};
+  I shortest = 0, longest = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    const I n = o[s + 1] - o[s];
+    shortest = n < shortest ? n : shortest;
+    longest = n > longest ? n : longest;
+  }
+  return {int64_t(shortest), int64_t(longest)};
+}
+PYLOSS_MULTIVERSION Lengths lengths(const int64_t* o, int64_t segments, int64_t rows) {
+  return lengths_of(o, segments, rows);
+}
+PYLOSS_MULTIVERSION Lengths lengths(const int32_t* o, int64_t segments, int64_t rows) {
+  return lengths_of(o, segments, rows);
+}
+
 // Returns the rows of the longest segment.
 template <class I>
 int64_t checked_offsets(const Problem& p) {
@@ -104,12 +127,9 @@ int64_t checked_offsets(const Problem& p) {
     throw std::invalid_argument("offsets must start at 0 and end at the number of values, " +
                                 std::to_string(p.rows));
   }
-  bool decreases = false;
-  for (int64_t s = 0; s < p.segments; ++s) decreases |= o[s + 1] < o[s];
-  if (decreases) throw std::invalid_argument("offsets must not decrease");
-  I longest = 0;
-  for (int64_t s = 0; s < p.segments; ++s) longest = std::max<I>(longest, o[s + 1] - o[s]);
-  return int64_t(longest);
+  const Lengths found = lengths(o, p.segments, p.rows);
+  if (found.shortest < 0) throw std::invalid_argument("offsets must not decrease");
+  return found.longest;
 }
 int64_t checked_offsets(const Problem& p) {
   return p.offsets_dtype == DType::kI64 ? checked_offsets<int64_t>(p) : checked_offsets<int32_t>(p);

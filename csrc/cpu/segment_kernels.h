@@ -99,13 +99,7 @@ template <Pass P, class R>
 PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, const R* y_end, R at) {
   constexpr int kLanes = Vec<R>::kLanes;
   const V<R> m = all_lanes(at), rest = all_lanes(neutral<P>(at));
-  Sums<V<R>> s[4];
-  for (auto& each : s) each = nothing_yet<P, R>();
-  const auto whole = [&](int64_t i, int k) {
-    const V<R> other = P == Pass::kInner ? load(y + i) : m;
-    add<P, R>(s[k], load(x + i), other, m);
-  };
-  const auto part = [&](int64_t i, int k) {
+  const auto part = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
     const int64_t left = n > i ? n - i : 0;
     const auto there = first_lanes<R>(left);
     const bool safe = x + i + kLanes <= end;
@@ -115,21 +109,34 @@ PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, cons
       other = other_safe ? load(y + i) : load_some(y + i, left);
       other = there ? other : V<R>{};
     }
-    add<P, R>(s[k], there ? v : rest, other, m);
+    add<P, R>(s, there ? v : rest, other, m);
   };
+  Sums<V<R>> s0 = nothing_yet<P, R>(), s1 = s0;
   if (n <= 2 * kLanes) {  // most segments, without a branch on their length
-    part(0, 0);
-    part(kLanes, 1);
-    const auto all = join_lanes<P, R>(joined<P, R>(s[0], s[1]));
-    return {all.a[0], all.b[0]};
+    part(s0, 0);
+    part(s1, kLanes);
+  } else {
+    const auto whole = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
+      V<R> other = m;
+      if constexpr (P == Pass::kInner) other = load(y + i);
+      add<P, R>(s, load(x + i), other, m);
+    };
+    Sums<V<R>> s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      whole(s0, i);
+      whole(s1, i + kLanes);
+      whole(s2, i + 2 * kLanes);
+      whole(s3, i + 3 * kLanes);
+    }
+    if (i < n) part(s0, i);
+    if (i + kLanes < n) part(s1, i + kLanes);
+    if (i + 2 * kLanes < n) part(s2, i + 2 * kLanes);
+    if (i + 3 * kLanes < n) part(s3, i + 3 * kLanes);
+    s0 = joined<P, R>(s0, s2);
+    s1 = joined<P, R>(s1, s3);
   }
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) whole(i + k * kLanes, k);
-  }
-  for (int k = 0; k < 4 && i < n; ++k, i += kLanes) part(i, k);
-  const auto all =
-      join_lanes<P, R>(joined<P, R>(joined<P, R>(s[0], s[1]), joined<P, R>(s[2], s[3])));
+  const auto all = join_lanes<P, R>(joined<P, R>(s0, s1));
   return {all.a[0], all.b[0]};
 }
 
@@ -139,22 +146,30 @@ PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, cons
 template <Pass P, class R>
 PYLOSS_INLINE Sums<V<R>> columns(const R* x, int64_t x_stride, const R* y, int64_t y_stride,
                                  int64_t n, int64_t lanes, int64_t safe, V<R> m) {
-  Sums<V<R>> s[4];
-  for (auto& each : s) each = nothing_yet<P, R>();
-  const auto whole = [&](int64_t i, int k) {
-    const V<R> other = P == Pass::kInner ? load(y + i * y_stride) : m;
-    add<P, R>(s[k], load(x + i * x_stride), other, m);
+  const auto row = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
+    const bool whole = i < safe;
+    V<R> other = m;
+    if constexpr (P == Pass::kInner) {
+      other = whole ? load(y + i * y_stride) : load_some(y + i * y_stride, lanes);
+    }
+    add<P, R>(s, whole ? load(x + i * x_stride) : load_some(x + i * x_stride, lanes), other, m);
   };
+  Sums<V<R>> s0 = nothing_yet<P, R>(), s1 = s0, s2 = s0, s3 = s0;
+  const int64_t fours = std::min(safe, n) & ~int64_t(3);
   int64_t i = 0;
-  for (; i + 4 <= safe; i += 4) {
-    for (int k = 0; k < 4; ++k) whole(i + k, k);
+  for (; i < fours; i += 4) {
+    row(s0, i);
+    row(s1, i + 1);
+    row(s2, i + 2);
+    row(s3, i + 3);
   }
-  for (; i < safe; ++i) whole(i, int(i & 3));
-  for (; i < n; ++i) {
-    const V<R> other = P == Pass::kInner ? load_some(y + i * y_stride, lanes) : m;
-    add<P, R>(s[i & 3], load_some(x + i * x_stride, lanes), other, m);
+  for (; i < n; i += 4) {
+    row(s0, i);
+    if (i + 1 < n) row(s1, i + 1);
+    if (i + 2 < n) row(s2, i + 2);
+    if (i + 3 < n) row(s3, i + 3);
   }
-  return joined<P, R>(joined<P, R>(s[0], s[1]), joined<P, R>(s[2], s[3]));
+  return joined<P, R>(joined<P, R>(s0, s2), joined<P, R>(s1, s3));
 }
 
 // Of n rows from `begin`, how many a vector at column c of each may be loaded from.

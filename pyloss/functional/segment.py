@@ -16,6 +16,7 @@ from torch import Tensor
 from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.ops import segment as ops
+from pyloss.ops._launch import accumulator_dtype
 from pyloss.ops.segment import kinds
 
 REDUCES = ("sum", "mean", "min", "max", "prod", "logsumexp")
@@ -190,8 +191,8 @@ def segment_softmax(x: Tensor, offsets: Tensor) -> Tensor:
         Vinyals, Bengio, Kudlur. Order Matters: Sequence to Sequence for Sets. arXiv 1511.06391.
     """
     _check("segment_softmax", x, offsets)
-    dtype = checks.result_dtype(x.dtype, x)
-    return ops.softmax(_rows(x).to(dtype), offsets).reshape(x.shape)
+    found = ops.softmax(_rows(x).to(accumulator_dtype(x.dtype)), offsets)
+    return found.reshape(x.shape).to(checks.result_dtype(x.dtype, x))
 
 
 def segment_tree_reduce(
@@ -274,7 +275,8 @@ def _tree(
             raise ValueError(f"op must return a tensor of shape {list(a.shape)}, got {got}")
         x = torch.cat([y, x.index_select(0, carry)]) if carry.shape[0] else y
     if x.shape[0] == 0:
-        return x.new_zeros((offsets.shape[0] - 1, *x.shape[1:]))  # all empty
+        # All are empty; the sum keeps x in the graph.
+        return x.sum(0, dtype=x.dtype).expand(offsets.shape[0] - 1, *x.shape[1:])
     return x.index_select(0, top)
 
 

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from pyloss.ops._registry import define_op
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
-from pyloss.ops.segment import cpu, kinds, reference
+from pyloss.ops.segment import cpu, cuda, kinds, reference
 from pyloss.ops.segment.calls import empty_fold, empty_map
 
 define_op(
     "segment_fold(Tensor x, Tensor? other, Tensor offsets, Tensor[] given, int kind) -> Tensor",
     fake=lambda x, other, offsets, given, kind: empty_fold(x, offsets, kind),
-    impls={"cpu": cpu.fold, "reference": reference.fold},
+    impls={"cpu": cpu.fold, "cuda": cuda.fold, "reference": reference.fold},
 )
 define_op(
     "segment_map(Tensor x, Tensor? other, Tensor offsets, Tensor[] given, int kind) -> Tensor",
     fake=lambda x, other, offsets, given, kind: empty_map(x),
-    impls={"cpu": cpu.map_, "reference": reference.map_},
+    impls={"cpu": cpu.map_, "cuda": cuda.map_, "reference": reference.map_},
 )
 
 _ops = torch.ops.pyloss

@@ -23,6 +23,7 @@ PROBLEMS = {
     "permutahedron": 40,
     "row_moments": 60,
     "row_softmax": 120,
+    "segment": 40,
     "sorting_network": 70,
 }
 LIMIT_S = 600

@@ -8,6 +8,7 @@
 #include "cuda/permutahedron.h"
 #include "cuda/row_moments.h"
 #include "cuda/row_softmax.h"
+#include "cuda/segment.h"
 #include "cuda/sorting_network.h"
 #include "cuda_runtime.h"
 
@@ -93,6 +94,29 @@ void row_moments_ops(std::vector<Op>* ops, int64_t classes, int64_t inner) {
   ops->push_back({name + " backward", [=](void* s) {
                     (void)x, (void)labels, (void)moments, (void)out;
                     cuda::row_moments_backward(p, b, s);
+                  }});
+}
+
+// 65 columns: a segment of 70 rows is a long one.
+void segment_ops(std::vector<Op>* ops, int64_t width) {
+  constexpr int64_t kRows = 90;
+  const auto memory = [](int64_t n) { return std::make_shared<Memory>(n * 8); };
+  auto x = memory(kRows * width), out = memory(kRows * width), numbers = memory(2 * width);
+  auto offsets = std::make_shared<std::vector<int64_t>>(std::vector<int64_t>{0, 20, kRows});
+  segment::Problem p{};
+  p.rows = kRows, p.width = width, p.segments = 2;
+  p.dtype = DType::kF32, p.offsets_dtype = DType::kI64;
+  p.x = x->at(), p.x_stride = width, p.offsets = offsets->data();
+  for (const void*& g : p.given) g = numbers->at();
+  auto scratch = memory(segment::windows(p) * 2 * segment::kPartNumbers * width);
+  const std::string name = "segment " + std::to_string(width);
+  ops->push_back({name + " fold", [=](void* s) {
+                    (void)x, (void)offsets, (void)numbers;
+                    cuda::segment_fold(p, segment::Fold::kMoments, out->at(), scratch->at(), s);
+                  }});
+  ops->push_back({name + " map", [=](void* s) {
+                    (void)x, (void)offsets, (void)numbers;
+                    cuda::segment_map(p, segment::Map::kExp, out->at(), s);
                   }});
 }
 
@@ -297,6 +321,8 @@ int main() {
   row_softmax(&ops, 4, 300, Reduction::kNone, DType::kF32);
   row_moments_ops(&ops, 40, 1);
   row_moments_ops(&ops, 5, 40);
+  segment_ops(&ops, 3);
+  segment_ops(&ops, 65);
   aldr_ops(&ops, 40, false);
   aldr_ops(&ops, 5000, true);
   margin_shifts(&ops, 40, {0, 1, 40});
