@@ -120,6 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.batch, args.width, args.seeds, args.test_sets = 2, 4, 8, 2, 10
+        args.lengths = [2, 3, 4]
     torch.set_num_threads(args.threads)
 
     ways = [(name, 0.0) for name in ("sum", "max", "recurrent", "gru", "pullback")]

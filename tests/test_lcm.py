@@ -163,27 +163,32 @@ def test_shuffled() -> None:
 
 
 def test_the_penalty_makes_order_matter_less() -> None:
-    """100 steps on the second-smallest of 8 numbers: the spread over permutations."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(32, 8, generator=generator)
-    y, offsets = x.sort(1).values[:, 1], 8 * torch.arange(33)
-    orders = torch.rand(12, 8, generator=generator).argsort(1)
+    """100 steps on the second smallest of 8 numbers: the spread over permutations. The operator
+    begins far from associative, or there would be little to see after so few steps."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(12, 8, generator=generator)
+    y, offsets = x.sort(1).values[:, 1], 8 * torch.arange(13)
+    orders = torch.rand(8, 8, generator=generator).argsort(1)
 
     def spread(strength: float) -> tuple[float, float]:
         with torch.random.fork_rng():
-            torch.manual_seed(1)
+            torch.manual_seed(4)
             layer, head = LCMAggregation(1, 8), nn.Linear(8, 1)
+        with torch.no_grad():
+            for p in layer.gru_cell.parameters():
+                p *= 3
         draws = torch.Generator().manual_seed(2)
         optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-2)
         for _ in range(100):
             loss = nn.functional.mse_loss(head(layer(x.view(-1, 1), offsets=offsets))[:, 0], y)
+            penalty = 0.0
             if strength:
                 elements = layer.elements(x.view(-1, 1))
-                loss = loss + strength * associativity_loss(
-                    layer.combine, elements, offsets, samples=64, generator=draws
+                penalty = strength * associativity_loss(
+                    layer.combine, elements, offsets, samples=32, generator=draws
                 )
             optimiser.zero_grad()
-            loss.backward()
+            (loss + penalty).backward()
             optimiser.step()
         with torch.no_grad():
             found = [head(layer(x[:, o].reshape(-1, 1), offsets=offsets)) for o in orders]
@@ -191,7 +196,7 @@ def test_the_penalty_makes_order_matter_less() -> None:
 
     plain, plain_loss = spread(0.0)
     taught, taught_loss = spread(1.0)
-    assert taught < 0.8 * plain, (plain, taught)
+    assert taught < 0.5 * plain, (plain, taught)
     assert taught_loss < plain_loss + 0.01
 
 

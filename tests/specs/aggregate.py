@@ -118,7 +118,7 @@ SPECS = (
             "offsets": lambda: other_way(offsets=torch.tensor([0, 1, 4, 6], dtype=torch.int32)),
             "bag level": lambda: sample(loss="bce", rho=0.0),
         },
-        derivative_samples=("plain", "ce, by size", "bce"),
+        derivative_samples=("bags of two", "ce, by size"),
         gradients=("pred", "bag_response"),
         tolerances={F32: (1e-4, 1e-6)},
         empty={"no bags": Empty(lambda: sample(INDEX[:0]), math.nan)},

@@ -199,7 +199,6 @@ def drawn(kind, count):
         function=penalty, name=kind.__name__, covers=(kind,), reference=reference, samples={
             "plain": sample,
             "each": lambda: sample(torch.tensor([0, 2, 8], dtype=torch.int32), reduction="none"),
-            "sum": lambda: sample(reduction="sum"),
         },
         gradients=("x", "w"), result="wide", rounded=False, dtypes=(F64, F32), autocast={},
         empty={
@@ -245,6 +244,7 @@ SPECS = (
             "bare": lambda: gru_sample(torch.tensor([0, 0, 1, 5]), bias=False, identity=False),
         },
         gradients=("x", "w_ih", "w_hh", "b_ih", "b_hh", "identity"),
+        derivative_samples=("plain", "one order, int32"),
         tolerances={F32: (1e-4, 1e-5)},
         empty={
             "no segments": Empty(lambda: gru_sample(OFFSETS[:1]), 0.0, (0, 2)),
@@ -284,7 +284,9 @@ SPECS = (
             "pullback": lambda: lcm_sample(op="pullback"),
             "logsumexp": lambda: lcm_sample(op="logsumexp"),
         },
-        derivative_samples=("mlp", "pullback"),
+        # Those of the tree are segment_gru_reduce's and segment_tree_reduce's.
+        derivative_samples=("pullback",),
+        compile_samples=("pullback",),
         gradients=("x", *_LCM_WEIGHTS),
         dtypes=(F64, F32),
         autocast={},
@@ -303,7 +305,6 @@ SPECS = (
         samples={
             "mean": identity_sample,
             "each": lambda: identity_sample(reduction="none"),
-            "sum": lambda: identity_sample(reduction="sum"),
         },
         gradients=("e", "x", "w"),
         result="wide",
