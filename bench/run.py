@@ -47,6 +47,7 @@ OPS = {
     "margin_shift": "bench.bench_margin_shift",
     "permutahedron": "bench.bench_permutahedron",
     "row_moments": "bench.bench_row_moments",
+    "segment": "bench.bench_segment",
     "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",
     "sorting_network": "bench.bench_sorting_network",

@@ -28,6 +28,8 @@ from pyloss.functional import (
     DPOMetrics,
     GRPOMetrics,
     RowSoftmaxStats,
+    SegmentMoments,
+    SegmentSoftmaxStats,
     SogCLRStats,
     TensorAttentionCost,
     aggregate_loss,
@@ -83,6 +85,11 @@ from pyloss.functional import (
     representative_indices,
     row_softmax_stats,
     segment_gru_reduce,
+    segment_moments,
+    segment_reduce,
+    segment_softmax,
+    segment_softmax_stats,
+    segment_tree_reduce,
     sequence_logprobs,
     simple_contrastive,
     sinkhorn_set_loss,
@@ -120,6 +127,18 @@ from pyloss.optim.lr_scheduler import (
     LinearDecay,
     RefinedSchedule,
     refine_schedule,
+)
+from pyloss.segment import (
+    TreeLevel,
+    check_offsets,
+    from_padded,
+    lengths_from_offsets,
+    offsets_from_index,
+    offsets_from_lengths,
+    segment_ids,
+    to_padded,
+    tree_levels,
+    unpad,
 )
 from pyloss.testing import Tolerance, make_logits, tolerance_for
 
@@ -395,6 +414,23 @@ def contrastive() -> None:
             pyloss.nn.SigLIPLoss(10.0, -10.0),
         ]
     )
+
+
+def segments() -> None:
+    offsets = offsets_from_index(torch.tensor([0, 0, 1, 1]), 2)
+    assert_type(offsets, Tensor)
+    assert_type(segment_reduce(x, offsets, "logsumexp"), Tensor)
+    assert_type(segment_softmax(x, offsets), Tensor)
+    assert_type(segment_moments(x, offsets, covariance=True), SegmentMoments)
+    assert_type(segment_softmax_stats(x, offsets), SegmentSoftmaxStats)
+    assert_type(segment_tree_reduce(x, offsets, torch.add, identity=0.0, max_length=2), Tensor)
+    check_offsets(offsets, 4)
+    padded, mask = to_padded(x, offsets)
+    assert_type(from_padded(padded, mask), tuple[Tensor, Tensor])
+    assert_type(unpad(padded, offsets_from_lengths(lengths_from_offsets(offsets)), 4), Tensor)
+    assert_type(segment_ids(offsets, 4), Tensor)
+    levels, top = tree_levels(offsets, 4)
+    assert_type(levels, list[TreeLevel])
 
 
 def sets() -> None:
