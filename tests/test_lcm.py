@@ -238,4 +238,5 @@ def test_in_message_passing() -> None:
     torch.testing.assert_close(layer(x, edges), plain(x, edges))
     with pytest.raises(ValueError, match="index must not decrease"):
         layer(x, edges.flip(1))
+    assert "op='sum', project=False" in repr(layer.aggr_module)
     layer.aggr_module.reset_parameters()

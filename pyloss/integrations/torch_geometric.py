@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.nn.aggr import Aggregation
 
 from pyloss.nn import LCMAggregation as _LCMAggregation
@@ -37,6 +37,8 @@ class LCMAggregation(_LCMAggregation, Aggregation):
     Reference:
         Ong, Veličković. Learnable Commutative Monoids for Graph Neural Networks. arXiv 2212.08541.
     """
+
+    __repr__ = nn.Module.__repr__  # Aggregation's has no options
 
     def forward(
         self,

@@ -63,14 +63,13 @@ class LCMAggregation(nn.Module):
     associative depends on that order: :func:`pyloss.regularizers.associativity_loss` of
     :meth:`combine` teaches it not to.
 
-    ============== ================================================ ============ ===========
-    ``op``         :math:`a \circ b`                                commutative  associative
-    ============== ================================================ ============ ===========
-    ``"gru"``      (GRU(a, b) + GRU(b, a)) / 2                      exactly      learned
-    ``"mlp"``      a + b + m(a, b) + m(b, a)                        exactly      learned
-    ``"pullback"`` phi^-1(phi(a) + phi(b)), phi a flow of couplings exactly      to rounding
-    ``"sum"``, ``"max"``, ``"logsumexp"``, ``"prod"``               exactly      to rounding
-    =============================================================== ============ ===========
+    - ``"gru"``: (GRU(a, b) + GRU(b, a)) / 2
+    - ``"mlp"``: a + b + m(a, b) + m(b, a)
+    - ``"pullback"``: phi^-1(phi(a) + phi(b)), phi four additive couplings
+    - ``"sum"``, ``"max"``, ``"logsumexp"``, ``"prod"``
+
+    All are commutative, exactly. The first two have to learn to be associative, the others are, to
+    rounding.
 
     The call is that of the aggregations of torch_geometric; for its layers there is
     :class:`pyloss.integrations.torch_geometric.LCMAggregation`. The weights of ``"gru"`` have the
@@ -78,7 +77,7 @@ class LCMAggregation(nn.Module):
 
     Args:
         in_channels, out_channels: features of an element, and of a set.
-        op: see the table; ``"pullback"`` needs two ``out_channels``.
+        op: see above; ``"pullback"`` needs two ``out_channels``.
         project: the layer relu(W x + c) before; without it both channels must be the same.
         identity: what an empty set gives: ``"learnable"``, a parameter (``"pullback"`` has its own,
             phi^-1(0)), or ``"zero"``. See :func:`pyloss.regularizers.identity_loss`.
