@@ -1,4 +1,4 @@
-"""The second smallest number of a set, by the sum of what its elements become under an aggregator.
+"""The second smallest number of a set: what an aggregator can learn of it.
 
 The experiment of Learnable Commutative Monoids (2212.08541), shorter: sets of 2 to 8 numbers in
 training, and of 16 and 32 in the test. The same encoder and head around each aggregator: sum and
