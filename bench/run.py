@@ -43,6 +43,7 @@ OPS = {
     "grad_norm_recorder": "bench.bench_grad_norm_recorder",
     "linear_cross_entropy": "bench.bench_linear_cross_entropy",
     "linear_distillation": "bench.bench_linear_distillation",
+    "lcm": "bench.bench_lcm",
     "lion_k": "bench.bench_lion_k",
     "row_stats": "bench.bench_row_stats",
     "margin_shift": "bench.bench_margin_shift",

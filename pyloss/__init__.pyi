@@ -1,3 +1,4 @@
+from pyloss import aggregate as aggregate
 from pyloss import demo as demo
 from pyloss import distributed as distributed
 from pyloss import functional as functional
@@ -7,6 +8,7 @@ from pyloss import nn as nn
 from pyloss import ops as ops
 from pyloss import optim as optim
 from pyloss import reference as reference
+from pyloss import regularizers as regularizers
 from pyloss import segment as segment
 from pyloss import testing as testing
 from pyloss import visualize as visualize

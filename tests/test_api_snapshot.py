@@ -39,6 +39,7 @@ MODULES = (
     "pyloss.optim.lr_scheduler",
     "pyloss.adversarial",
     "pyloss.regularizers",
+    "pyloss.aggregate",
     "pyloss.analysis",
     "pyloss.analysis.comp_sum",
     "pyloss.distributed",

@@ -22,6 +22,7 @@ from bench import bench_betti_matching as betti  # noqa: E402
 from bench import bench_betti_matching_3d as betti_3d  # noqa: E402
 from bench import bench_frame_pca as frame_pca  # noqa: E402
 from bench import bench_gemm as gemm  # noqa: E402
+from bench import bench_lcm as lcm  # noqa: E402
 from bench import bench_linear_cross_entropy as linear  # noqa: E402
 from bench import bench_lion_k as lion_k  # noqa: E402
 from bench import bench_margin_shift as margin_shift  # noqa: E402
@@ -207,6 +208,7 @@ def test_derived_columns_of_the_linear_op():
         attention,
         betti,
         betti_3d,
+        lcm,
         lion_k,
         margin_shift,
         permutahedron,

@@ -42,6 +42,8 @@ EXPERIMENTS = {
     "segment_volumes": (False, "soft Dice + 0.2 Betti matching"),
     "affine_digits": (True, "GL"),
     "mixed_symmetries": (False, "retuned"),
+    "second_minimum": (False, "monoid, gru, penalty"),
+    "private_aggregates": (False, "rho 1, bags of 4"),
 }
 
 

@@ -22,8 +22,11 @@ PYTHON_LAYERS = {
     "pyloss.kernels": {"torch", "triton"},
     "pyloss.ops": {"torch", "pyloss._C", "pyloss.kernels", "pyloss.reference", "pyloss.backends"},
     "pyloss.functional": {"torch", "scipy", "pyloss.ops"},  # scipy: an extra, where it is used
+    "pyloss.aggregate": {"torch", "pyloss.functional"},
     "pyloss.distributed": {"torch", "pyloss.ops", "pyloss.functional"},
-    "pyloss.integrations": {"torch", "transformers", "pyloss", "pyloss.functional"},
+    "pyloss.integrations": {
+        *{"torch", "transformers", "torch_geometric", "pyloss", "pyloss.functional", "pyloss.nn"},
+    },
     "pyloss.metrics": {"torch", "pyloss.functional"},
     "pyloss.nn": {"torch", "pyloss.functional"},
     "pyloss.optim": {"torch", "pyloss.ops", "pyloss.functional"},
@@ -57,6 +60,7 @@ PYTHON_LAYERS = {
         "pyloss.optim",
         "pyloss.demo",  # its model
         "pyloss.reference",
+        "pyloss.regularizers",
         "pyloss.testing",
         "pyloss.backends",
         "pyloss._C",  # how it was built, for the result files
@@ -74,6 +78,7 @@ PYTHON_LAYERS = {
         "torchattacks",
         "pytorch_metric_learning",
         "lightly",
+        "torch_geometric",
         "lion_pytorch",
         "skimage",
         "numpy",

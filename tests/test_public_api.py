@@ -11,6 +11,7 @@ import torch
 
 import pyloss
 import pyloss.adversarial
+import pyloss.aggregate
 import pyloss.analysis.comp_sum
 import pyloss.distributed
 import pyloss.functional
@@ -26,6 +27,7 @@ import pyloss.testing
 MODULES = [
     pyloss,
     pyloss.adversarial,
+    pyloss.aggregate,
     pyloss.analysis,
     pyloss.analysis.comp_sum,
     pyloss.distributed,

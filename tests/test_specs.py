@@ -95,6 +95,7 @@ WITHOUT_SPEC = {
     "LionKLyapunov": "the result of lion_k_lyapunov",
     "LyapunovMonitor": "records of a run: tests/test_lion_k_theory.py",
     "OPISCurves": "the result of opis",
+    "OptimalBagSize": "the result of optimal_bag_size",
     "PersistencePairs": "the result of persistence_pairs",
     "RankingAccuracy": "the result of ranking_accuracy",
     "RowSoftmaxStats": "the result of row_softmax_stats",
@@ -115,8 +116,11 @@ WITHOUT_SPEC = {
     "tensor_attention_cost": "counts of operations: tests/test_tensor_attention_api.py",
     "tensor_attention_error": "a dict of bounds: tests/test_tensor_attention_lowrank_api.py",
     # numbers by an epoch, and data that are drawn
+    "aggregate_risk": "of Python numbers, by simulation: tests/test_aggregate.py",
     "balanced_loss_weight": "a Python number: tests/test_dataset_distillation.py",
     "clip_schedule": "a Python number: tests/test_dataset_distillation.py",
+    "dp_aggregate": "draws noise: tests/test_aggregate.py",
+    "optimal_bag_size": "of Python numbers, by simulation: tests/test_aggregate.py",
     "lanczos_ritz_dataset": "draws a data set: tests/test_dcdm.py",
     # settings
     "backend": "a context manager: test_backends_agree and its like of every op",
@@ -126,7 +130,8 @@ WITHOUT_SPEC = {
 
 def public_callables() -> dict[str, object]:
     modules = (pyloss, pyloss.functional, pyloss.nn, pyloss.metrics)
-    modules += (pyloss.nn.lie, pyloss.optim, pyloss.optim.lr_scheduler, pyloss.regularizers)
+    modules += (pyloss.nn.lie, pyloss.optim, pyloss.optim.lr_scheduler)
+    modules += (pyloss.aggregate, pyloss.regularizers)
     named = {name: getattr(m, name) for m in modules for name in m.__all__}
     return {name: value for name, value in named.items() if callable(value)}
 

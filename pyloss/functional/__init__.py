@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "adversarial": ("margin_shift", "smooth_adversarial_comp_sum"),
+        "aggregate": ("aggregate_loss",),
+        "aggregation": ("segment_gru_reduce",),
         "attention": (
             "TensorAttentionCost",
             "tensor_attention",

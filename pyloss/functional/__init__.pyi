@@ -1,4 +1,6 @@
 from pyloss.functional.adversarial import margin_shift, smooth_adversarial_comp_sum
+from pyloss.functional.aggregate import aggregate_loss
+from pyloss.functional.aggregation import segment_gru_reduce
 from pyloss.functional.attention import (
     TensorAttentionCost,
     tensor_attention,
@@ -177,6 +179,7 @@ __all__ = [
     "SegmentSoftmaxStats",
     "SogCLRStats",
     "TensorAttentionCost",
+    "aggregate_loss",
     "aldr_loss",
     "approx_ndcg_loss",
     "arcface_loss",
@@ -247,6 +250,7 @@ __all__ = [
     "prototypes",
     "representative_indices",
     "row_softmax_stats",
+    "segment_gru_reduce",
     "segment_moments",
     "segment_reduce",
     "segment_softmax",

@@ -5,6 +5,8 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "aggregate": ("AggregateLoss",),
+        "aggregation": ("LCMAggregation",),
         "attention": ("TensorAttention",),
         "classification": (
             "CompSumLoss",

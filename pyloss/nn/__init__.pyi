@@ -1,4 +1,6 @@
 from pyloss.nn import lie as lie
+from pyloss.nn.aggregate import AggregateLoss
+from pyloss.nn.aggregation import LCMAggregation
 from pyloss.nn.attention import TensorAttention
 from pyloss.nn.classification import (
     CompSumLoss,
@@ -95,6 +97,7 @@ from pyloss.nn.topology import BettiMatchingLoss
 
 __all__ = [
     "ALDRLoss",
+    "AggregateLoss",
     "ApproxNDCGLoss",
     "ArcFaceLoss",
     "BettiMatchingLoss",
@@ -125,6 +128,7 @@ __all__ = [
     "ISogCLRLoss",
     "InfoNCELoss",
     "KLDROLoss",
+    "LCMAggregation",
     "LDRLoss",
     "LabelRelaxationLoss",
     "LagrangianPINN",

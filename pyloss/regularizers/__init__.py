@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     {
         "equivariance": ("EquivarianceRegularizer",),
         "symmetry": ("SymmetryType",),
+        "monoids": ("associativity_loss", "commutativity_loss", "identity_loss"),
     },
 )

@@ -1,7 +1,15 @@
 from pyloss.regularizers.equivariance import EquivarianceRegularizer
+from pyloss.regularizers.monoids import (
+    associativity_loss,
+    commutativity_loss,
+    identity_loss,
+)
 from pyloss.regularizers.symmetry import SymmetryType
 
 __all__ = [
     "EquivarianceRegularizer",
     "SymmetryType",
+    "associativity_loss",
+    "commutativity_loss",
+    "identity_loss",
 ]

@@ -12,6 +12,7 @@ from typing_extensions import assert_type
 
 import pyloss
 import pyloss.adversarial
+import pyloss.aggregate
 import pyloss.analysis
 import pyloss.distributed
 import pyloss.integrations.transformers
@@ -32,6 +33,7 @@ from pyloss.functional import (
     SegmentSoftmaxStats,
     SogCLRStats,
     TensorAttentionCost,
+    aggregate_loss,
     approx_ndcg_loss,
     arcface_loss,
     balanced_loss_weight,
@@ -84,6 +86,7 @@ from pyloss.functional import (
     prototypes,
     representative_indices,
     row_softmax_stats,
+    segment_gru_reduce,
     segment_moments,
     segment_reduce,
     segment_softmax,
@@ -212,6 +215,25 @@ def adversarial(model: nn.Module) -> None:
     pyloss.adversarial.DoublyRobustATLoss(0.5, implicit=True)(model, x, y)
     assert_type(margin_shift(x, x, y, squared=True), Tensor)
     assert_type(smooth_adversarial_comp_sum(x, x, y, 0.5, 1.0, 3.0), Tensor)
+
+
+def aggregation(index: Tensor) -> None:
+    layer = pyloss.nn.LCMAggregation(10, 7, op="mlp", identity="zero", shuffle=True)
+    assert_type(layer.combine(x, x), Tensor)
+    layer(layer.elements(x), index, dim_size=4)
+    cell = nn.GRUCell(10, 10)
+    found = segment_gru_reduce(x, index, cell.weight_ih, cell.weight_hh, symmetric=False)
+    assert_type(found, Tensor)
+    pyloss.regularizers.associativity_loss(layer.combine, x, index, samples=8)
+    pyloss.regularizers.commutativity_loss(torch.add, x, index, reduction="none")
+    assert_type(pyloss.regularizers.identity_loss(layer.combine, x[0], x), Tensor)
+    pyloss.nn.AggregateLoss(rho=0.2, loss=lambda f, y: (f - y).abs())(x[:, 0], x[:2, 0], bag_size=2)
+    aggregate_loss(x, x, index, loss="ce", bag_weight="size")
+    pyloss.aggregate.interpolated_least_squares(x, x[:2, 0], bag_size=2, rho=0.5)
+    pyloss.aggregate.dp_aggregate(x[:, 0], index, 1.0, 2.0, torch.Generator())
+    assert_type(pyloss.aggregate.aggregate_risk(60, 5, 2, 0.5, 0.1, bound=1.0, epsilon=1), Tensor)
+    best = pyloss.aggregate.optimal_bag_size(60, 5, 0.5, 0.1, sizes=[1, 2])
+    assert_type(best, pyloss.aggregate.OptimalBagSize)
 
 
 def bounds() -> None:
