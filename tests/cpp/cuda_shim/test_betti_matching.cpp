@@ -5,6 +5,7 @@
 // Arguments: number of problems, seed, and optionally the only problem to run, or --few: without
 // the large ones.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 
@@ -280,8 +281,9 @@ Outputs run(Case& c, int number, bool nan) {
 void expect(const Case& c, const char* what, int64_t item, double got, double want,
             double tolerance) {
   ++checked;
-  if (std::isnan(want) ? std::isnan(got)
-                       : std::fabs(got - want) <= tolerance * (1 + std::fabs(want))) {
+  if (std::isnan(want)
+          ? std::isnan(got)
+          : got == want || std::fabs(got - want) <= tolerance * (1 + std::fabs(want))) {
     return;
   }
   if (++failed <= 20) {
@@ -326,11 +328,14 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan, bool sick) {
     if (c.pairs) return;
     // Values and derivatives by the formulas of the loss.
     const auto at = [&](int64_t k, int64_t voxel) { return value[k][size_t(voxel)]; };
+    const auto slope = [&](size_t k, int64_t voxel, double weight, double by) {
+      if (weight != 0) grad[k][size_t(voxel)] += weight * by;  // not 0 times an infinite one
+    };
     const auto match = [&](int64_t d, int64_t va, int64_t vb) {
-      const double x = at(0, va) - at(1, vb), w = o.dim_weight[d];
+      const double a = at(0, va), b = at(1, vb), x = a == b ? 0 : a - b;
       loss[size_t(d) * 3] += 2 * x * x;
-      grad[0][size_t(va)] += w * o.matched_weight * 4 * x;
-      grad[1][size_t(vb)] -= w * o.matched_weight * 4 * x;
+      slope(0, va, o.dim_weight[d] * o.matched_weight, 4 * x);
+      slope(1, vb, o.dim_weight[d] * o.matched_weight, -4 * x);
     };
     for (const definition::Row& row : ref.rows[0]) {
       match(row[0], row[1], row[3]);
@@ -352,8 +357,8 @@ void check_item(Case& c, const Outputs& r, size_t item, bool nan, bool sick) {
         const double scale =
             o.dim_weight[row[0]] * (k == 0 ? o.unmatched_weight : c.l.target_weight);
         loss[size_t(row[0]) * 3 + (k == 0 ? 1 : 2)] += term;
-        grad[k][size_t(row[1])] += scale * db;
-        grad[k][size_t(row[2])] += scale * de;
+        slope(size_t(k), row[1], scale, db);
+        slope(size_t(k), row[2], scale, de);
       }
     }
   } else {
@@ -463,6 +468,41 @@ void check_ties(Random& rnd, bool few) {
       }
     }
     check(c, 1);
+  }
+}
+
+// Infinities have their place in the order, equal ones differ by 0, and what has no weight has no
+// gradient.
+void check_infinities(Random& rnd, bool few) {
+  for (int k = 0; k < (few ? 2 : 8); ++k) {
+    Case c = plain_case(4, 3 + k % 2, 4);
+    if (k % 2 == 1) {
+      c.p.dims = 3;
+      c.p.depth = 3;
+      c.p.want = 5;
+    }
+    c.p.superlevel = k / 2 % 2 == 1;
+    c.p.input_dtype = k / 4 == 0 ? DType::kF32 : DType::kF64;
+    c.p.target_dtype = rnd.pick({DType::kF32, DType::kF16, DType::kBF16});
+    c.l.options.essential = true;
+    c.l.options.matched_weight = rnd.pick({1.0, 0.0});
+    c.l.options.unmatched_weight = rnd.pick({1.0, 0.0});
+    c.text = describe(c, "infinities");
+    fill_images(rnd, c);
+    const int64_t n = voxels(c.p);
+    for (int m = 0; m < 2; ++m) {
+      const DType t = m == 0 ? c.p.input_dtype : c.p.target_dtype;
+      for (size_t i = 0; i < c.image[m].size(); ++i) {
+        const double finite = round_to(t, double(rnd.below(4)) / 4);
+        // Items of both signs, of one, and of nothing else.
+        const int64_t item = int64_t(i) / n, kind = rnd.below(item == 3 ? 2 : 5);
+        const bool negative = item == 0 || item == 3 ? kind == 1 : item == 2;
+        const double infinite = negative ? -HUGE_VAL : HUGE_VAL;
+        c.image[m][i] = kind < 2 ? infinite : finite;
+        put(c.bytes[m].data(), t, i, c.image[m][i]);
+      }
+    }
+    check(c, 2);
   }
 }
 
@@ -589,6 +629,7 @@ int main(int argc, char** argv) {
     Random rnd{std::mt19937_64(seed)};
     check_nan(rnd);
     check_ties(rnd, few);
+    check_infinities(rnd, few);
     if (!few) check_large(rnd);
     check_chain(rnd);
     check_sort(rnd);
