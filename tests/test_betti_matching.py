@@ -103,6 +103,21 @@ def test_zeros_infinities_and_subnormals():
     assert pyloss.persistence_pairs(a).index.tolist() == [[0, 0, 2, 1]]
 
 
+@pytest.mark.parametrize("filtration", ["sublevel", "superlevel"])
+@pytest.mark.parametrize("construction", ["V", "T"])
+def test_bars_of_infinities_are_those_of_large_numbers(construction, filtration):
+    generator = torch.Generator().manual_seed(0)
+    options = dict(construction=construction, filtration=filtration, essential=True)
+    for spatial in (1, 2, 3):
+        x = torch.randint(-2, 3, (8, *(4,) * spatial), generator=generator).float()
+        x[0], x[1] = 2, -2  # nothing else
+        infinite = torch.where(x.abs() == 2, x * torch.inf, x)
+        found, exact = (pyloss.persistence_pairs(t, spatial, **options) for t in (infinite, x))
+        assert torch.equal(found.index, exact.index) and len(exact.index) > 8
+    with pytest.raises(ValueError, match="NaN"):
+        pyloss.persistence_pairs(torch.tensor([[torch.inf, -torch.inf, torch.nan]]), 1, **options)
+
+
 def loss_by_all_ways(x, y, **options):
     """(value, gradient) of the fused op, by the target's gradient, functorch, twice, of rows."""
 

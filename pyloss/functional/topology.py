@@ -116,6 +116,9 @@ def _t_construction(images, superlevel, dims, essential):
     """
     spatial = images.dim() - 1
     f = images if superlevel else -images  # the sublevel filtration of the negated image
+    if bool((f == -math.inf).any()):  # the frame enters before it: places among the values instead
+        places = f.unique(return_inverse=True)[1]
+        f = torch.where(f.isnan(), math.nan, places.double())
     padded = F.pad(f, [1] * (2 * spatial), value=-math.inf)
     dual = [spatial - 1 - d for d in dims]
     rows = op.persistence_pairs(padded, False, dual, False)[:, :4]
