@@ -262,7 +262,10 @@ def checked_weight(weight, dims, spatial: int) -> list[float]:
     """One number per dimension of the image, 0 for those not wanted."""
     found = [0.0] * spatial
     check_sequence("weight", weight, "numbers")
-    weight = [1.0] * len(dims) if weight is None else [float(w) for w in weight]
+    weight = [1.0] * len(dims) if weight is None else list(weight)
+    if any(isinstance(w, str) for w in weight):
+        raise TypeError(f"weight must be a sequence of numbers or None, got {weight}")
+    weight = [float(w) for w in weight]
     if len(weight) != len(dims):
         raise ValueError(f"weight must have one entry per entry of dims {dims}, got {weight}")
     for d, w in zip(dims, weight):

@@ -215,6 +215,14 @@ def check_options(
     check_sequence("weight", weight, "numbers")
 
 
+def check_dims(dims, weight, spatial_dims) -> None:
+    """Refuses what fits images of no number of dimensions, or not of `spatial_dims`."""
+    most = 3 if spatial_dims is None else spatial_dims
+    if dims is None and spatial_dims is None and weight is not None:
+        dims = range(min(max(len(weight), 1), most))
+    checked_weight(weight, checked_dims(dims, most), most)
+
+
 def betti_matching_loss(
     input: Tensor,
     target: Tensor | BettiTarget,

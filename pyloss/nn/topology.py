@@ -62,6 +62,7 @@ class BettiMatchingLoss(LossModule):
         check_range("alpha", alpha, 0.0)
         for name in ("dims", "weight"):
             options[name] = None if options[name] is None else tuple(options[name])
+        F.check_dims(*(options[name] for name in ("dims", "weight", "spatial_dims")))
         super().__init__(**options)
         self.base_loss = base_loss
         self.alpha = alpha
