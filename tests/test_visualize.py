@@ -197,6 +197,16 @@ def test_barcode_of_values():
         visualize.draw_barcode(values[:, 0])
 
 
+def test_bars_born_at_infinity_begin_at_the_edge():
+    values = torch.tensor([[-math.inf, 1.0], [-math.inf, math.inf], [2.0, 3.0], [math.inf] * 2])
+    axis = visualize.draw_barcode(values)
+    axis.figure.canvas.draw()
+    low, high = axis.get_xlim()
+    assert {bar[:2] for bar in drawn_bars(axis)} >= {(low, 1.0), (2.0, 3.0)}
+    (arrow,) = axis.texts
+    assert (arrow.xyann[0], arrow.xy[0]) == (low, high)
+
+
 # --- import ----------------------------------------------------------------------------------
 
 WITHOUT = """

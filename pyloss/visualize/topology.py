@@ -44,7 +44,8 @@ def draw_barcode(
         min_persistence: only bars longer than this.
 
     Returns:
-        The axes. A bar that never dies ends in an arrow at the edge.
+        The axes. A bar that never dies ends in an arrow at the edge, and one that is born at an
+        infinite value begins at the edge.
 
     Raises:
         ImportError: without matplotlib.
@@ -89,15 +90,15 @@ def draw_barcode(
 
     if ax is None:
         ax = pyplot.subplots(layout="constrained")[1]
-    for height, (dim, birth, death) in enumerate(bars):
+    for height, (dim, *pair) in enumerate(bars):
         color = _DIM_COLORS[dim]
-        if math.isfinite(death):
-            ax.plot([birth, death], [height, height], color=color, linewidth=1.5)
+        start, end = (min(max(x, low - margin), high + margin) for x in pair)
+        if math.isfinite(pair[1]) or start == end:
+            ax.plot([start, end], [height, height], color=color, linewidth=1.5)
         else:
-            edge = high + margin if death > 0 else low - margin
             style = dict(arrowstyle="->", color=color, linewidth=1.5)
-            ax.annotate("", (edge, height), (birth, height), arrowprops=style)
-        ax.scatter(birth, height, s=16, color=color, marker=_BIRTH_MARKERS[dim], zorder=3)
+            ax.annotate("", (end, height), (start, height), arrowprops=style)
+        ax.scatter(start, height, s=16, color=color, marker=_BIRTH_MARKERS[dim], zorder=3)
     ax.set(xlim=(low - margin, high + margin), ylim=(-1, max(len(bars), 1)), yticks=[])
     ax.set(xlabel=_axis_of_values(getattr(pairs, "filtration", None)), ylabel="bars")
     shown = sorted({bar[0] for bar in bars})
