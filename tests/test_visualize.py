@@ -401,6 +401,23 @@ def test_a_volume_is_seen_along_an_axis(axis):
     assert not visualize.draw_matching(image, target, matching, dim=2, axis=axis)[0].lines
 
 
+def test_loops_of_a_volume_are_asked_for_once(monkeypatch):
+    """All of a side and kind: each call is a reduction of the volume."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 5, 5, 5, generator=generator)
+    matching = pyloss.betti_matching(x[None], y[None], spatial_dims=3)
+    calls, cycles = [], matching.representative_cycles
+    monkeypatch.setattr(
+        matching, "representative_cycles", lambda *a, **o: calls.append(o) or cycles(*a, **o)
+    )
+    (picture,) = visualize.draw_matching(
+        x, y, matching, [pyplot.axes()] * 2, dim=1, kind="unmatched"
+    )[:1]
+    assert len(matching.coordinates("unmatched_input", 0, 1)) > 3 and len(calls) == 2
+    expected = {tuple(v[1:]) for c in cycles(0, "input", 1, "unmatched") for v in c.tolist()}
+    assert shaded(picture) == expected
+
+
 def test_messages_of_draw_barcode():
     pairs = pyloss.persistence_pairs(torch.rand(2, 4, 4), 2)
     with pytest.raises(TypeError, match="dims must be a sequence of integers or None, got 1"):

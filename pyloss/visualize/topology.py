@@ -162,7 +162,8 @@ def draw_matching(
         dim: only this dimension.
         kind: ``"both" | "matched" | "unmatched"``.
         item: item of the batch that ``matching`` is of.
-        cycles: shade the cycles. They cost time: about a pass over the image for each feature.
+        cycles: shade the cycles. They cost time: about a pass over the image for each feature; for
+            the loops of a volume one reduction, as the matching does.
         min_persistence: only features with ``|b - d|`` above this, a matched one on either side.
         cmap: colour map of the images.
         legend: explain the marks, below the first image.
@@ -224,6 +225,7 @@ def draw_matching(
                 if kind not in ("both", group):
                     continue
                 rows = _rows(matching, group, which, item, d)
+                all_cycles = None
                 for k, row in enumerate(rows.tolist()):
                     # The target's voxels of a matched feature are the second pair.
                     pairs = [(0, row[:2]), (1, row[2:])] if len(row) == 4 else [(number, row)]
@@ -234,9 +236,12 @@ def draw_matching(
                         color = _MATCHED_COLORS[drawn[group] % len(_MATCHED_COLORS)]
                     drawn[group] += 1
                     if cycles:
-                        (cycle,) = matching.representative_cycles(
-                            item, which=which, dim=d, kind=group, index=k
-                        )
+                        asked = dict(which=which, dim=d, kind=group)
+                        if 0 < d < image.dim() - 1:  # loops, all of one reduction
+                            all_cycles = all_cycles or matching.representative_cycles(item, **asked)
+                            cycle = all_cycles[k]
+                        else:
+                            (cycle,) = matching.representative_cycles(item, **asked, index=k)
                         _paint(shade, view.places(cycle.tolist()), color)
                     for voxel, marker in zip(dict(pairs)[number], (_BIRTH_MARKERS[d], "X")):
                         _mark(canvas, view.places([voxel]), marker, color)
