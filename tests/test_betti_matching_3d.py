@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import pyloss
+from pyloss.functional._images import FILTRATIONS
 from pyloss.reference import betti_matching as reference
 
 # --------------------------------------------------------------------------------------------------
@@ -33,6 +34,31 @@ def test_many_random_volumes():
     rng = random.Random(3)
     for _ in range(10_000):
         check_pair(*random_volumes(rng, 4))
+
+
+def check_cavities(rng: random.Random, count: int) -> None:
+    """Random volumes so small hardly ever have one."""
+    total = torch.zeros(3, dtype=torch.int64)
+    for levels in range(count):
+        x, y = (image(rng, (1, 4, 5, 4), n) for n in (levels % 4, rng.choice([0, 1, 3])))
+        for v in (x, y):
+            inner = v[:, 1:-1, 1:-1, 1:-1]
+            inner += (image(rng, inner.shape, 0) < 0.4).to(v.dtype)
+        superlevel = rng.random() < 0.5
+        x, y = (-v if superlevel else v for v in (x, y))
+        check_pair(x, y, superlevel)
+        found = pyloss.betti_matching(x, y, 3, filtration=FILTRATIONS[superlevel], dims=[2])
+        total += found.counts[0, 2]
+    assert (total > 0).all()
+
+
+def test_cavities():
+    check_cavities(random.Random(9), 8)
+
+
+@pytest.mark.exhaustive
+def test_many_cavities():
+    check_cavities(random.Random(10), 300)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 1, 1), (1, 4, 3), (3, 4, 1), (2, 9, 2)])
