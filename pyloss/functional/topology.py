@@ -295,8 +295,8 @@ def betti_matching_loss(
     Raises:
         TypeError: an argument is no tensor.
         ValueError: shapes that do not fit, an unknown option, a negative weight, a spatial size of
-            0, softmax of one channel, ``ignore_index`` with a one-hot target, NaN (on CUDA in one
-            and two dimensions loss and gradient of that item are NaN).
+            0, softmax of one channel, ``ignore_index`` with a one-hot target, NaN (on CUDA loss and
+            gradient of that item are NaN, but for small volumes and dimension 1 of volumes).
         IndexError: a class index out of range (CPU). On CUDA, where raising would need a
             synchronisation, it makes the target NaN.
 
