@@ -41,14 +41,21 @@ NOT_TRACED = {
 
 
 @functools.cache
-def compiled() -> dict[str, str]:
-    return json.loads(run(HERE / "first_use_worker.py"))
+def compiled(*options: str) -> dict[str, str]:
+    return json.loads(run(HERE / "first_use_worker.py", *options))
 
 
 @needs_fork
-@pytest.mark.parametrize("case", first_use_worker.CASES)
+@pytest.mark.parametrize("case", sorted(first_use_worker.QUICK))
 def test_first_use_inside_a_compiled_function(case: str):
     assert not compiled()[case]
+
+
+@needs_fork
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", first_use_worker.CASES)
+def test_first_use_of_every_name(case: str):
+    assert not compiled("--all")[case]
 
 
 def test_every_headline_name_is_compiled():
