@@ -73,4 +73,6 @@ ROWS = (
             aggregate.aggregate_risk, 10, 2, 5, 0.5, 1.0, epsilon=1.0),
     refused(ValueError, "sizes must hold at least one number",
             aggregate.optimal_bag_size, 10, 2, 0.5, 1.0, sizes=[]),
+    refused(TypeError, "d must be an integer, got float",
+            aggregate.optimal_bag_size, 10, 2.0, 0.5, 1.0),
 )  # fmt: skip
