@@ -90,6 +90,13 @@ def test_groups(group):
     assert eval(repr(group), vars(lie) | {n: getattr(lie, n) for n in lie.__all__}) == group
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_small_and_large_matrices_in_float32(size: float):
+    a = size * positive(50, 3).float()[:20]
+    found = lie.xi(lie.xi_inv(a))
+    torch.testing.assert_close(found / size, a / size, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_third_derivative_is_right_or_nan(n: int):
     """In closed form there are all, at the identity too; of eigenvalues there are two."""

@@ -27,6 +27,8 @@ def root_and_log(a: Tensor) -> tuple[Tensor, Tensor]:
     """(A A^T)^(1/2) and log (A A^T) of regular A (..., n, n)."""
     u, sigma, _ = torch.linalg.svd(a.detach())
     u, sigma = u.detach(), sigma.detach()
+    scale = sigma[..., :1]  # of small A the divided differences are larger than float32 has
+    sigma, a = sigma / scale, a / scale.unsqueeze(-1)
     e = u.mT @ (a @ a.mT) @ u
     e = e - e.detach()
     x, y, z = sigma[..., :, None, None], sigma[..., None, :, None], sigma[..., None, None, :]
@@ -39,7 +41,8 @@ def root_and_log(a: Tensor) -> tuple[Tensor, Tensor]:
 
     root = of(sigma, 1 / (x + y), -1 / ((x + y) * (y + z) * (x + z)))
     x, y, z = x * x, y * y, z * z
-    return root, of(2 * sigma.log(), _log2(x, y), _log3(x, y, z))
+    value = 2 * (sigma.log() + scale.log())
+    return root * scale.unsqueeze(-1), of(value, _log2(x, y), _log3(x, y, z))
 
 
 def _log2(a: Tensor, b: Tensor) -> Tensor:
