@@ -50,7 +50,8 @@ def interpolated_least_squares(
         rho: in [0, 1].
 
     Returns:
-        ``(d,)`` or ``(d, r)``, of the dtype of ``x``; computed in float64.
+        ``(d,)`` or ``(d, r)``, of the dtype of ``x``; computed in float64. NaN if x has NaN or
+        infinity.
 
     Raises:
         TypeError, RuntimeError, ValueError: as for the loss.
@@ -82,7 +83,9 @@ def interpolated_least_squares(
     of_rows = (rho / (max(m, 1) * bags.sizes.double())).sqrt()[own].unsqueeze(1)
     left = torch.cat([of_bags * segment_reduce(rows, bags.offsets, "mean"), of_rows * rows])
     right = torch.cat([of_bags * y, of_rows * y[own]])
-    theta = torch.linalg.pinv(left) @ right
+    there = left.isfinite().all()  # LAPACK refuses NaN
+    theta = torch.linalg.pinv(torch.where(there, left, 0.0)) @ right
+    theta = torch.where(there, theta, math.nan)
     return (theta.squeeze(1) if bag_response.dim() == 1 else theta).to(x.dtype)
 
 
@@ -296,7 +299,7 @@ def optimal_bag_size(
     Reference:
         Javanmard et al. Learning from Aggregate responses. arXiv 2401.11081.
     """
-    n = checks.checked_count("n", n, 1)
+    n, d = checks.checked_count("n", n, 1), checks.checked_count("d", d, 1)
     if sizes is None:
         divisors = [k for k in range(1, n + 1) if n % k == 0]
         sizes = [k for k in divisors if n // k > d + 1] or divisors

@@ -133,6 +133,17 @@ def test_zero_where_the_layer_is_equivariant_and_nowhere_else():
     assert penalty.per_type().max() < 1e-24 and max(errors()) < 1e-12
 
 
+def test_the_error_has_no_unit():
+    """Squares of its norms would be infinite, or 0."""
+    rho = G.SO(3).sample(VECTOR, n=4, generator=torch.Generator().manual_seed(0))[0]
+    x, scale = torch.randn(5, 3), torch.tensor([1.0, 2.0, 3.0])
+    expected = equivariance_error(lambda v: v * scale, x, rho, rho)
+    for size in (1e-30, 1e30):
+        found = equivariance_error(lambda v: v * scale, x * size, rho, rho)
+        torch.testing.assert_close(found, expected)
+    assert equivariance_error(lambda v: v[:, :0], x, rho, rho[:, :0, :0]) == 0
+
+
 def test_its_gradient_leads_to_the_projection():
     one = layer()
     penalty = EquivarianceRegularizer([(one, HIDDEN, HIDDEN)], [G.O(3)])
@@ -161,6 +172,17 @@ def test_retune_on_fixed_numbers():
     assert found is penalty.strength and penalty.recorded.isinf().all()
     penalty.recorded.copy_(torch.tensor([0.0, 0.0, 0.5]))
     torch.testing.assert_close(penalty.retune_(1.0), torch.tensor([0, 0.3, 0]).double())
+
+
+def test_a_layer_may_have_no_bias():
+    one = nn.Module()
+    one.weight = nn.Parameter(torch.randn(3, 3))
+    other = nn.Linear(3, 3, bias=False)
+    other.weight = one.weight
+    found, expected = (
+        EquivarianceRegularizer([(m, VECTOR, VECTOR)], [G.O(3)]) for m in (one, other)
+    )
+    assert torch.equal(found(), expected())
 
 
 def test_observe_keeps_a_vector_in_which_something_is_smallest():

@@ -90,6 +90,33 @@ def test_groups(group):
     assert eval(repr(group), vars(lie) | {n: getattr(lie, n) for n in lie.__all__}) == group
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_small_and_large_matrices_in_float32(size: float):
+    a = size * positive(50, 3).float()[:20]
+    found = lie.xi(lie.xi_inv(a))
+    torch.testing.assert_close(found / size, a / size, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_third_derivative_is_right_or_nan(n: int):
+    """In closed form there are all, at the identity too; of eigenvalues there are two."""
+    a = torch.stack([torch.eye(n, dtype=F64), positive(20, n)[0]]).requires_grad_()
+
+    def second(a):
+        """Along the ones, twice."""
+        found = torch.cat([*(t.flatten(1) for t in lie.polar(a)), lie.xi_inv(a)], 1).sin().sum()
+        for _ in range(2):
+            (g,) = torch.autograd.grad(found, a, create_graph=True)
+            found = g.sum()
+        return g
+
+    if n < 3:
+        assert torch.autograd.gradcheck(second, (a,))
+    else:
+        assert second(a).isfinite().all()
+        assert torch.autograd.grad(second(a).sum(), a)[0].isnan().all()
+
+
 def test_half_types_are_computed_in_float32():
     a = positive(20, 2).bfloat16()
     for f in (lambda x: lie.polar(x).P, lie.xi_inv, lambda x: lie.xi(x.flatten(1) / 2)):

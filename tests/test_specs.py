@@ -30,7 +30,12 @@ def one_thread(keep_num_threads) -> None:
 @pytest.mark.parametrize(
     ("spec", "check"),
     [
-        pytest.param(spec, name, id=f"{spec.name}-{name}")
+        pytest.param(
+            spec,
+            name,
+            id=f"{spec.name}-{name}",
+            marks=[pytest.mark.exhaustive] if name in spec.exhaustive else [],
+        )
         for spec in SPECS.values()
         for name, (applies, _) in CHECKS.items()
         if applies(spec)
@@ -48,6 +53,11 @@ def test_value_on_a_gpu(spec):
 
 # --------------------------------------------------------------------------------------------------
 # The tester itself
+
+
+def test_checks_left_to_the_exhaustive_run_exist():
+    for spec in SPECS.values():
+        assert all(name in CHECKS and CHECKS[name][0](spec) for name in spec.exhaustive), spec.name
 
 
 @pytest.mark.parametrize("check", CHECKS)

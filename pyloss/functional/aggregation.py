@@ -68,6 +68,8 @@ def segment_gru_reduce(
     checks.check_supported("segment_gru_reduce", x)
     if x.dim() != 2:
         raise ValueError(f"x must be (N, D), got {list(x.shape)}")
+    if not x.shape[1]:
+        raise ValueError(f"x must have a feature, got {list(x.shape)}")
     segment.check_offsets(offsets, x.shape[0])
     checks.check_device("offsets", offsets, x, "x")
     checks.checked_flag("symmetric", symmetric)

@@ -73,9 +73,17 @@ def equivariance_error(
         rho = rho_out.to(second.device, wide)
         second = torch.einsum("nij,bj->nbi", rho, second.to(wide))
         first = first.to(wide).view(second.shape)
+        # Squares of large numbers are infinite, of small ones 0: the ratio is of no unit.
+        size = torch.maximum(_size(first), _size(second))
+        size = torch.where(size > 0, size, 1.0)
+        first, second = first / size, second / size
         off, norm = _norm(first - second), _norm(first) + _norm(second)
         each = torch.where(norm == 0, 0.0, off / torch.where(norm == 0, 1.0, norm))
     return each if reduction == "none" else reduced(each.flatten(), reduction)
+
+
+def _size(x: Tensor) -> Tensor:
+    return x.detach().abs().sum(-1, keepdim=True)
 
 
 def _norm(x: Tensor) -> Tensor:

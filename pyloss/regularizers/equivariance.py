@@ -132,7 +132,8 @@ class EquivarianceRegularizer(nn.Module):
                 )
             sides.append(rep)
         rep_in, rep_out = sides
-        bias = _BIAS if self.include_bias and layer.bias is not None else ()
+        biased = self.include_bias and getattr(layer, "bias", None) is not None
+        bias = _BIAS if biased else ()
         return layer, self._blocks(rep_in, rep_out), self._blocks(bias, rep_out)
 
     def _blocks(self, rep_in, rep_out):

@@ -9,7 +9,7 @@ import torch
 
 from messages._table import accepted, refused
 from pyloss import aggregate, regularizers
-from pyloss.functional import aggregate_loss
+from pyloss.functional import aggregate_loss, segment_gru_reduce
 from pyloss.nn import AggregateLoss, LCMAggregation
 
 X, INDEX, PTR = torch.randn(5, 3), torch.tensor([0, 0, 1, 3, 3]), torch.tensor([0, 2, 3, 3, 5])
@@ -51,6 +51,8 @@ ROWS = (
             regularizers.commutativity_loss, torch.add, X, PTR, generator=0),
     refused(ValueError, "e must have the shape [3], got [5, 3]",
             regularizers.identity_loss, torch.add, X, X),
+    refused(ValueError, "x must have a feature, got [2, 0]",
+            segment_gru_reduce, X[:2, :0], torch.tensor([0, 2]), X[:0, :0], X[:0, :0]),
     # Bags
     refused(ValueError, "bag_size must divide the number of instances, 6, got 4",
             aggregate_loss, PRED, Y, bag_size=4),
@@ -73,4 +75,6 @@ ROWS = (
             aggregate.aggregate_risk, 10, 2, 5, 0.5, 1.0, epsilon=1.0),
     refused(ValueError, "sizes must hold at least one number",
             aggregate.optimal_bag_size, 10, 2, 0.5, 1.0, sizes=[]),
+    refused(TypeError, "d must be an integer, got float",
+            aggregate.optimal_bag_size, 10, 2.0, 0.5, 1.0),
 )  # fmt: skip

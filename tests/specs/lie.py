@@ -251,6 +251,7 @@ SPECS = (
     ),
     Spec(
         function=lie.xi,
+        exhaustive=("compiled",),
         samples={
             "plane": coordinates,
             "zero": lambda: Sample(dict(coords=torch.zeros(1, 4, dtype=F64))),
@@ -315,6 +316,7 @@ SPECS = (
         function=convolve,
         name="GroupConv2d",
         covers=(lie.GroupConv2d,),
+        exhaustive=("compiled",),
         samples={"GL": convolved, "SO": lambda: convolved("SO")},
         derivative_samples=("GL",),
         reference=convolve_reference,

@@ -7,7 +7,8 @@ with eigenvectors U and eigenvalues w of S as constants, and E = U^T S U - diag(
 
 has the value, the first and the second derivative of f(S); the divided differences f[a, b] and
 f[a, b, c] have forms without cancellation. E is 0 in value, and all are plain operations: forward
-mode, vmap and compiled graphs come with them. A third derivative would be wrong.
+mode, vmap and compiled graphs come with them. A third derivative would need a further term: added
+|E|^2.5 is 0 up to the second, and makes it NaN.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def root_and_log(a: Tensor) -> tuple[Tensor, Tensor]:
     """(A A^T)^(1/2) and log (A A^T) of regular A (..., n, n)."""
     u, sigma, _ = torch.linalg.svd(a.detach())
     u, sigma = u.detach(), sigma.detach()
+    scale = sigma[..., :1]  # of small A the divided differences are larger than float32 has
+    sigma, a = sigma / scale, a / scale.unsqueeze(-1)
     e = u.mT @ (a @ a.mT) @ u
     e = e - e.detach()
     x, y, z = sigma[..., :, None, None], sigma[..., None, :, None], sigma[..., None, None, :]
@@ -33,11 +36,13 @@ def root_and_log(a: Tensor) -> tuple[Tensor, Tensor]:
     def of(value: Tensor, first: Tensor, second: Tensor) -> Tensor:
         inner = torch.diag_embed(value) + first.squeeze(-1) * e
         inner = inner + torch.einsum("...ikj,...ik,...kj->...ij", second, e, e)
+        inner = inner + e.abs().pow(2.5)  # no third derivative rather than a wrong one
         return u @ inner @ u.mT
 
     root = of(sigma, 1 / (x + y), -1 / ((x + y) * (y + z) * (x + z)))
     x, y, z = x * x, y * y, z * z
-    return root, of(2 * sigma.log(), _log2(x, y), _log3(x, y, z))
+    value = 2 * (sigma.log() + scale.log())
+    return root * scale.unsqueeze(-1), of(value, _log2(x, y), _log3(x, y, z))
 
 
 def _log2(a: Tensor, b: Tensor) -> Tensor:

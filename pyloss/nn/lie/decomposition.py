@@ -35,7 +35,7 @@ def polar(a: Tensor) -> Polar:
     r"""The polar decomposition :math:`A = P R`, :math:`P = (A A^\top)^{1/2}`.
 
     In closed form for n = 2, by eigenvalues above; smooth everywhere, also where P is a multiple of
-    the identity (two derivatives for n > 2).
+    the identity. For n > 2 there are two derivatives, and the third is NaN.
 
     Args:
         a: matrices ``(..., n, n)`` of positive determinant, floating.
@@ -67,7 +67,7 @@ def xi_inv(a: Tensor) -> Tensor:
     r"""Coordinates of matrices of positive determinant: those of :math:`\log P + \log R`.
 
     Every such matrix has them, while many have no real logarithm. They are inner products with the
-    orthonormal basis of :func:`xi`, zero at the identity.
+    orthonormal basis of :func:`xi`, zero at the identity. Derivatives: see :func:`polar`.
 
     Args:
         a: matrices ``(..., n, n)`` of positive determinant, n at most 3, floating.
@@ -184,6 +184,8 @@ def parts(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _parts_n(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if a.shape[-1] == 1:
+        return a, torch.ones_like(a), a.log()
     p, twice = root_and_log(a)
     return p, torch.linalg.solve(p, a), twice / 2
 

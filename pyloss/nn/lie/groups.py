@@ -157,7 +157,7 @@ class _Group:
 class GL(_Group):
     r"""Matrices of positive determinant.
 
-    .. math:: A = S^{1/2} R, \qquad X = \log S \sim N(0, 	ext{variance}), \quad R \in SO(n)
+    .. math:: A = S^{1/2} R, \qquad X = \log S \sim N(0, \text{variance}), \quad R \in SO(n)
 
     Args:
         n: of n x n matrices.
