@@ -25,23 +25,25 @@ def image(rng: random.Random, shape: tuple[int, ...], levels: int, dtype=torch.f
     return x.to(dtype)
 
 
+def _images(rng: random.Random, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """An input, at times beyond the values of its target as logits are, and a target."""
+    dtype = rng.choice([torch.float32, torch.float64])
+    x = image(rng, (1, *shape), rng.choice([0, 0, 2, 3, 4, 5]), dtype)
+    y = image(rng, (1, *shape), rng.choice([0, 1, 2, 2, 3, 5]), dtype)
+    return (2 * x - 0.5 if rng.random() < 0.25 else x), y
+
+
 def random_pair(rng: random.Random) -> tuple[Tensor, Tensor, bool]:
     """(input, target, superlevel) with ties, two values, length-1 axes in the usual mix."""
     spatial = rng.choice([1, 2, 2, 2])
     shape = (rng.randint(1, 24),) if spatial == 1 else (rng.randint(1, 9), rng.randint(1, 9))
-    dtype = rng.choice([torch.float32, torch.float64])
-    x = image(rng, (1, *shape), rng.choice([0, 0, 2, 3, 4, 5]), dtype)
-    y = image(rng, (1, *shape), rng.choice([0, 1, 2, 2, 3, 5]), dtype)
-    return x, y, rng.random() < 0.5
+    return *_images(rng, shape), rng.random() < 0.5
 
 
 def random_volumes(rng: random.Random, most: int = 3) -> tuple[Tensor, Tensor, bool]:
     """The same in three dimensions, of axes up to `most`."""
     shape = tuple(rng.choice([1, *range(2, most + 1), *range(2, most + 1)]) for _ in range(3))
-    dtype = rng.choice([torch.float32, torch.float64])
-    x = image(rng, (1, *shape), rng.choice([0, 0, 2, 3, 4, 5]), dtype)
-    y = image(rng, (1, *shape), rng.choice([0, 1, 2, 2, 3, 5]), dtype)
-    return x, y, rng.random() < 0.5
+    return *_images(rng, shape), rng.random() < 0.5
 
 
 def check_pair(x: Tensor, y: Tensor, superlevel: bool) -> None:

@@ -537,10 +537,11 @@ def test_reference_backend():
 
 
 def test_threads(keep_num_threads):
-    """Bit for bit, for one image (runs in parallel) and for several (items in parallel)."""
-    for batch in (1, 3):
-        x = torch.cat([fields(96, seed)[0] for seed in range(batch)]).requires_grad_()
-        y = torch.cat([fields(96, seed)[1] for seed in range(batch)])
+    """Bit for bit, for one image (runs in parallel, from 128^2 voxels on) and for several (items
+    in parallel)."""
+    for batch, n in ((1, 130), (3, 96)):
+        x = torch.cat([fields(n, seed)[0] for seed in range(batch)]).requires_grad_()
+        y = torch.cat([fields(n, seed)[1] for seed in range(batch)])
         found = []
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)

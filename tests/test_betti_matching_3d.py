@@ -134,7 +134,7 @@ def test_cripser():
 
 
 def test_threads(keep_num_threads):
-    """Bit for bit: the runs of one volume in parallel, with chunks of columns, and items."""
+    """Bit for bit: the runs of one volume in parallel, and items."""
     for batch in (1, 3):
         x = torch.cat([fields(26, seed, 3)[0] for seed in range(batch)]).requires_grad_()
         y = torch.cat([fields(26, seed, 3)[1] for seed in range(batch)])

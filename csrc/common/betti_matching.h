@@ -1,4 +1,4 @@
-// Cubical persistence and Betti matching in 1D and 2D: what CPU and CUDA share.
+// Cubical persistence and Betti matching in 1D, 2D and 3D: what CPU and CUDA share.
 //
 // Image: rows x cols voxels, flat index p = row * cols + col; a signal of n values is n x 1. Cells:
 //
@@ -6,10 +6,19 @@
 //     edge     2 p + axis         voxels p and p + cols (axis 0) or p + 1 (axis 1)
 //     square   p                  voxels p, p + 1, p + cols, p + cols + 1
 //
+// Volume: depth slices of these, p = (slice * rows + row) * cols + col. Cells at their lowest
+// corner p:
+//
+//     vertex   p
+//     edge     3 p + axis
+//     square   3 p + axis         the one across which it lies
+//     cube     p
+//
 // A cell's value is the largest of its voxels (sublevel filtration; superlevel negates the image).
 // Cells of one dimension are ordered by (value, id): a total order, so that every correct algorithm
-// finds the same pairs. Bars: dim 0 (vertex, edge), dim 1 (edge, square), without those of length
-// 0.
+// finds the same pairs. The voxel that carries the value is, of several, the one of the largest
+// index, but for a cube of the smallest. Bars: dim 0 (vertex, edge), dim 1 (edge, square), dim 2
+// (square, cube), without those of length 0.
 //
 // Loss of one item and dimension, values b, d taken from the image at the voxels of the cells:
 //     matched              2 ((b - b')^2 + (d - d')^2)
@@ -27,6 +36,7 @@ namespace pyloss {
 namespace betti {
 
 inline constexpr int kMaxDims = 3;
+inline constexpr uint32_t kNone = 0xffffffffu;  // no cell
 
 // Batches of images, contiguous, in host memory or on a device.
 struct Problem {
@@ -74,51 +84,6 @@ PYLOSS_HD inline uint64_t order_key(double x) {
 template <class R>
 PYLOSS_HD inline typename KeyOf<R>::type filtration_key(R x, bool superlevel) {
   return order_key(superlevel ? -x : x);
-}
-
-// --------------------------------------------------------------------------------------------------
-// Cells
-
-inline constexpr uint32_t kNone = 0xffffffffu;
-
-struct Grid {
-  uint32_t rows, cols;
-
-  PYLOSS_HD uint32_t voxels() const { return rows * cols; }
-  PYLOSS_HD uint32_t edges() const { return rows * cols * 2; }  // ids, not all of them cells
-  PYLOSS_HD bool is_edge(uint32_t e) const {
-    const uint32_t p = e >> 1;
-    return (e & 1) ? p % cols + 1 < cols : p / cols + 1 < rows;
-  }
-  PYLOSS_HD uint32_t second_end(uint32_t e) const { return (e >> 1) + ((e & 1) ? 1 : cols); }
-  // The squares on the two sides of an edge; kNone where the image ends.
-  PYLOSS_HD void sides(uint32_t e, uint32_t& before, uint32_t& after) const {
-    const uint32_t p = e >> 1, row = p / cols, col = p % cols;
-    if (e & 1) {
-      before = row > 0 ? p - cols : kNone;
-      after = row + 1 < rows ? p : kNone;
-    } else {
-      before = col > 0 ? p - 1 : kNone;
-      after = col + 1 < cols ? p : kNone;
-    }
-  }
-  PYLOSS_HD bool is_square(uint32_t p) const { return p / cols + 1 < rows && p % cols + 1 < cols; }
-};
-
-// The voxel that carries a cell's value, among equals the one with the largest index. `key` is
-// anything with operator[] that orders voxels by value.
-template <class Keys>
-PYLOSS_HD inline uint32_t edge_voxel(const Grid& g, const Keys& key, uint32_t e) {
-  const uint32_t p = e >> 1, q = g.second_end(e);
-  return key[p] > key[q] ? p : q;
-}
-template <class Keys>
-PYLOSS_HD inline uint32_t square_voxel(const Grid& g, const Keys& key, uint32_t p) {
-  uint32_t best = p;
-  if (key[p + 1] >= key[best]) best = p + 1;
-  if (key[p + g.cols] >= key[best]) best = p + g.cols;
-  if (key[p + g.cols + 1] >= key[best]) best = p + g.cols + 1;
-  return best;
 }
 
 // --------------------------------------------------------------------------------------------------

@@ -19,12 +19,51 @@
 
 namespace {
 
-using pyloss::betti::Grid;
 using pyloss::betti::kNone;
 using Image = std::vector<double>;
 using Rows = std::vector<std::array<int64_t, 12>>;
 
 std::mt19937 generator(1);
+
+struct Grid {
+  uint32_t rows, cols;
+
+  uint32_t voxels() const { return rows * cols; }
+  uint32_t edges() const { return rows * cols * 2; }  // ids, not all of them cells
+  bool is_edge(uint32_t e) const {
+    const uint32_t p = e >> 1;
+    return (e & 1) ? p % cols + 1 < cols : p / cols + 1 < rows;
+  }
+  uint32_t second_end(uint32_t e) const { return (e >> 1) + ((e & 1) ? 1 : cols); }
+  // The squares on the two sides of an edge; kNone where the image ends.
+  void sides(uint32_t e, uint32_t& before, uint32_t& after) const {
+    const uint32_t p = e >> 1, row = p / cols, col = p % cols;
+    if (e & 1) {
+      before = row > 0 ? p - cols : kNone;
+      after = row + 1 < rows ? p : kNone;
+    } else {
+      before = col > 0 ? p - 1 : kNone;
+      after = col + 1 < cols ? p : kNone;
+    }
+  }
+  bool is_square(uint32_t p) const { return p / cols + 1 < rows && p % cols + 1 < cols; }
+};
+
+// The voxel that carries a cell's value, among equals the one with the largest index. `key` is
+// anything with operator[] that orders voxels by value.
+template <class Keys>
+uint32_t edge_voxel(const Grid& g, const Keys& key, uint32_t e) {
+  const uint32_t p = e >> 1, q = g.second_end(e);
+  return key[p] > key[q] ? p : q;
+}
+template <class Keys>
+uint32_t square_voxel(const Grid& g, const Keys& key, uint32_t p) {
+  uint32_t best = p;
+  if (key[p + 1] >= key[best]) best = p + 1;
+  if (key[p + g.cols] >= key[best]) best = p + g.cols;
+  if (key[p + g.cols + 1] >= key[best]) best = p + g.cols + 1;
+  return best;
+}
 
 // (value, number) of a cell; the outside of the squares is above all.
 using Age = std::pair<double, int64_t>;
