@@ -166,6 +166,16 @@ def test_the_covariance_has_the_moments_on_its_diagonal() -> None:
     torch.testing.assert_close(full.moment, expected)
 
 
+def test_no_columns() -> None:
+    offsets = torch.tensor([0, 2, 5])
+    for name, function in FUNCTIONS.items():
+        for rest in ((0,), (0, 2)):
+            found = step(function, torch.zeros(5, *rest), offsets)
+            rows = 5 if name == "softmax" else 2
+            assert all(t.shape == (rows, *rest) for t in found[:-1]), name
+            assert found[-1].shape == (5, *rest)
+
+
 def test_opcheck() -> None:
     ops = torch.ops.pyloss
     x, offsets = draw([3, 4], (2,))
