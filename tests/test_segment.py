@@ -176,6 +176,18 @@ def test_no_columns() -> None:
             assert found[-1].shape == (5, *rest)
 
 
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_a_sum_may_be_changed_in_place(reduce) -> None:
+    """As torch.sum's: its gradient needs neither values nor sums."""
+    x, offsets = draw([2, 3])
+    expected = step(FUNCTIONS[reduce], x, offsets)[-1]
+    leaf = x.clone().requires_grad_()
+    y = segment_reduce(leaf, offsets, reduce)
+    weights = torch.linspace(0.5, 1.5, 2, dtype=F64)
+    (y.mul_(2) * weights / 2).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected)
+
+
 def test_opcheck() -> None:
     ops = torch.ops.pyloss
     x, offsets = draw([3, 4], (2,))
