@@ -249,6 +249,15 @@ def test_the_tree_without_reading_a_length(max_length, monkeypatch) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("lengths", [[2, 2], [2, 3]], ids=str)
+def test_a_tree_keeps_the_dtype(lengths) -> None:
+    """Under autocast, whether a row is carried or not."""
+    x, offsets = draw(lengths, (2,), F32)
+    w = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=BF16):
+        assert segment_tree_reduce(x, offsets, lambda a, b: (a + b) @ w).dtype == F32
+
+
 def test_the_identity_has_a_gradient() -> None:
     x, offsets = draw(TREE_LENGTHS, (2,))
     e = torch.zeros(2, dtype=F64, requires_grad=True)

@@ -292,6 +292,7 @@ def _tree(
         if not isinstance(y, Tensor) or y.shape != a.shape:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"op must return a tensor of shape {list(a.shape)}, got {got}")
+        y = y.to(x.dtype)  # autocast's would stay where no row is carried, and only there
         x = torch.cat([y, x.index_select(0, carry)]) if carry.shape[0] else y
     if x.shape[0] == 0:
         # All are empty; the sum keeps x in the graph.
