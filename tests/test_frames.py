@@ -352,6 +352,13 @@ def test_orders_do_not_depend_on_the_numbering(name: str) -> None:
         assert canonical(new[edges.long()], renamed) == want
 
 
+def test_an_entry_between_two_decimals_is_rounded_one_way() -> None:
+    """sqrt(1/64) = 0.125 of each node of a ring: whatever the last bits are, all are equal."""
+    ring = torch.stack([torch.arange(64), (torch.arange(64) + 1) % 64])
+    drawn = laplacian_sort_frame(ring, 64, max_frames=1000, generator=generator())
+    assert len(drawn[:, 0].unique()) == 64
+
+
 def test_orders_that_are_too_many_are_drawn() -> None:
     ring = torch.stack([torch.arange(7), (torch.arange(7) + 1) % 7])
     ring = torch.cat([ring, torch.tensor([[0], [7]])], 1)  # 0 has a tail
