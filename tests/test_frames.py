@@ -207,6 +207,23 @@ def test_padding_may_hold_anything() -> None:
     assert dx.isfinite().all() and dx[:, :POINTS].any() and not dx[:, POINTS:].any()
 
 
+def test_padding_may_hold_anything_around_a_backbone() -> None:
+    """Which masks it: the gradient of the axes comes from all points."""
+    full, w = torch.cat([cloud(), cloud()], 1), torch.ones(1, 2 * POINTS, dtype=F64)
+    w[:, POINTS:] = 0
+    full[:, POINTS:] = torch.nan
+
+    def backbone(p, mask, vectors):
+        return (torch.where(mask.unsqueeze(2), p, 0.0).sin() * vectors.cos()).sum((1, 2))
+
+    f, found = FrameAverage(backbone, "SE"), []
+    for x, given in ((full, w), (cloud(), w[:, :POINTS])):
+        x = x.clone().requires_grad_()
+        y = f(x, given > 0, vectors=x.roll(1, 2), weight=given)
+        found.append((y.detach(), torch.autograd.grad(y, x)[0][:, :POINTS]))
+    torch.testing.assert_close(*found)
+
+
 def test_nan_stays_in_its_cloud() -> None:
     for d in (3, 4):
         x = cloud(d).repeat(3, 1, 1)

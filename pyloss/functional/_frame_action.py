@@ -114,6 +114,12 @@ class Fold:
         return self._of_clouds if y.shape[0] == sizes[0] else self._of_points
 
 
+def without_padding(x: Tensor, weight: Tensor) -> Tensor:
+    """0 for what is not finite at weight 0, as the axes count it: a basis gets its gradient from
+    all points, and the 0 that a backbone's mask gives would be NaN at a NaN."""
+    return torch.where((weight == 0).unsqueeze(-1) & ~x.isfinite(), 0.0, x)
+
+
 def _unrounded(x: Tensor) -> contextlib.AbstractContextManager:
     """For products of frames; entering a context is a good part of a small call."""
     return without_autocast(x) if checks.autocast_on(x) else contextlib.nullcontext()
