@@ -148,6 +148,21 @@ def test_infinite_and_nan() -> None:
         assert segment_reduce(x, offsets, r).isnan().tolist()[3]
 
 
+def test_moments_of_infinite_values() -> None:
+    """The mean is infinite, as that of segment_reduce, also of a long segment; short ones go
+    through the lanes together or alone."""
+    x, offsets = draw([2, 3, 9000, *[2] * 20, 1], dtype=F32)
+    x[[1, 3, 5000, 9011]] = math.inf
+    x[[6000, 9013]] = torch.tensor([math.inf, -math.inf])
+    for values in (x, x[:, None].expand(-1, 3)):
+        found = step(FUNCTIONS["moments"], values, offsets)
+        with pyloss.backend("reference"):
+            expected = step(FUNCTIONS["moments"], values.double(), offsets)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert torch.equal(found[0].isinf(), segment_reduce(values, offsets, "mean").isinf())
+
+
 def test_the_moments_are_centred() -> None:
     """Where sums of squares have no digits left; parts of a long segment among them."""
     x = 1e4 + torch.randn(10000, generator=torch.Generator().manual_seed(0), dtype=F64)
