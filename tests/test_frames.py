@@ -246,6 +246,16 @@ def test_half_types_and_autocast() -> None:
     torch.testing.assert_close(inside, x, rtol=0, atol=1e-5)  # no product was rounded
 
 
+def test_as_many_clouds_as_dimensions_in_a_compiled_graph() -> None:
+    """Which dynamic shapes take for one size."""
+    net = network(3, 4, 3, dtype=F32)
+    f = FrameAverage(lambda p, e: net(p) * e[:, None, None], "SE", out_type="position")
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="eager")
+    for count in (3, 5):
+        x, e = cloud().float().expand(count, -1, -1).contiguous(), torch.arange(1.0, count + 1)
+        torch.testing.assert_close(compiled(x, e), f(x, e), rtol=1e-4, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------
 # Equal eigenvalues
 
