@@ -70,7 +70,7 @@ class Pairs(nn.Module):
 
 
 def error(model: nn.Module, data: tuple[Tensor, ...], moved: bool) -> float:
-    """Mean squared error of a coordinate, and of the same bodies elsewhere and turned."""
+    """Mean squared error of a coordinate; `moved`: with the bodies elsewhere."""
     x, v, charge, end = data
     if moved:
         generator = torch.Generator().manual_seed(9)

@@ -207,6 +207,23 @@ def test_padding_may_hold_anything() -> None:
     assert dx.isfinite().all() and dx[:, :POINTS].any() and not dx[:, POINTS:].any()
 
 
+def test_padding_may_hold_anything_around_a_backbone() -> None:
+    """Which masks it: the gradient of the axes comes from all points."""
+    full, w = torch.cat([cloud(), cloud()], 1), torch.ones(1, 2 * POINTS, dtype=F64)
+    w[:, POINTS:] = 0
+    full[:, POINTS:] = torch.nan
+
+    def backbone(p, mask, vectors):
+        return (torch.where(mask.unsqueeze(2), p, 0.0).sin() * vectors.cos()).sum((1, 2))
+
+    f, found = FrameAverage(backbone, "SE"), []
+    for x, given in ((full, w), (cloud(), w[:, :POINTS])):
+        x = x.clone().requires_grad_()
+        y = f(x, given > 0, vectors=x.roll(1, 2), weight=given)
+        found.append((y.detach(), torch.autograd.grad(y, x)[0][:, :POINTS]))
+    torch.testing.assert_close(*found)
+
+
 def test_nan_stays_in_its_cloud() -> None:
     for d in (3, 4):
         x = cloud(d).repeat(3, 1, 1)
@@ -227,6 +244,16 @@ def test_half_types_and_autocast() -> None:
         torch.testing.assert_close(f(x), f(x).float(), rtol=0, atol=0)
         inside = FrameAverage(lambda p: p, "SE", out_type="position")(x)
     torch.testing.assert_close(inside, x, rtol=0, atol=1e-5)  # no product was rounded
+
+
+def test_as_many_clouds_as_dimensions_in_a_compiled_graph() -> None:
+    """Which dynamic shapes take for one size."""
+    net = network(3, 4, 3, dtype=F32)
+    f = FrameAverage(lambda p, e: net(p) * e[:, None, None], "SE", out_type="position")
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="eager")
+    for count in (3, 5):
+        x, e = cloud().float().expand(count, -1, -1).contiguous(), torch.arange(1.0, count + 1)
+        torch.testing.assert_close(compiled(x, e), f(x, e), rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,6 +377,13 @@ def test_orders_do_not_depend_on_the_numbering(name: str) -> None:
         renamed = torch.empty_like(features)
         renamed[new] = features
         assert canonical(new[edges.long()], renamed) == want
+
+
+def test_an_entry_between_two_decimals_is_rounded_one_way() -> None:
+    """sqrt(1/64) = 0.125 of each node of a ring: whatever the last bits are, all are equal."""
+    ring = torch.stack([torch.arange(64), (torch.arange(64) + 1) % 64])
+    drawn = laplacian_sort_frame(ring, 64, max_frames=1000, generator=generator())
+    assert len(drawn[:, 0].unique()) == 64
 
 
 def test_orders_that_are_too_many_are_drawn() -> None:

@@ -148,6 +148,21 @@ def test_infinite_and_nan() -> None:
         assert segment_reduce(x, offsets, r).isnan().tolist()[3]
 
 
+def test_moments_of_infinite_values() -> None:
+    """The mean is infinite, as that of segment_reduce, also of a long segment; short ones go
+    through the lanes together or alone."""
+    x, offsets = draw([2, 3, 9000, *[2] * 20, 1], dtype=F32)
+    x[[1, 3, 5000, 9011]] = math.inf
+    x[[6000, 9013]] = torch.tensor([math.inf, -math.inf])
+    for values in (x, x[:, None].expand(-1, 3)):
+        found = step(FUNCTIONS["moments"], values, offsets)
+        with pyloss.backend("reference"):
+            expected = step(FUNCTIONS["moments"], values.double(), offsets)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert torch.equal(found[0].isinf(), segment_reduce(values, offsets, "mean").isinf())
+
+
 def test_the_moments_are_centred() -> None:
     """Where sums of squares have no digits left; parts of a long segment among them."""
     x = 1e4 + torch.randn(10000, generator=torch.Generator().manual_seed(0), dtype=F64)
@@ -164,6 +179,28 @@ def test_the_covariance_has_the_moments_on_its_diagonal() -> None:
     torch.testing.assert_close(full.moment.diagonal(dim1=1, dim2=2), diagonal.moment)
     expected = torch.stack([t.t().cov(correction=0) for t in x.split([5, 9, 200])])
     torch.testing.assert_close(full.moment, expected)
+
+
+def test_no_columns() -> None:
+    offsets = torch.tensor([0, 2, 5])
+    for name, function in FUNCTIONS.items():
+        for rest in ((0,), (0, 2)):
+            found = step(function, torch.zeros(5, *rest), offsets)
+            rows = 5 if name == "softmax" else 2
+            assert all(t.shape == (rows, *rest) for t in found[:-1]), name
+            assert found[-1].shape == (5, *rest)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_a_sum_may_be_changed_in_place(reduce) -> None:
+    """As torch.sum's: its gradient needs neither values nor sums."""
+    x, offsets = draw([2, 3])
+    expected = step(FUNCTIONS[reduce], x, offsets)[-1]
+    leaf = x.clone().requires_grad_()
+    y = segment_reduce(leaf, offsets, reduce)
+    weights = torch.linspace(0.5, 1.5, 2, dtype=F64)
+    (y.mul_(2) * weights / 2).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_opcheck() -> None:
@@ -225,6 +262,15 @@ def test_the_tree_without_reading_a_length(max_length, monkeypatch) -> None:
         assert len(levels) == math.ceil(math.log2(max_length))
     found = segment_tree_reduce(x, offsets, op, identity=0.0, max_length=max_length)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], [2, 3]], ids=str)
+def test_a_tree_keeps_the_dtype(lengths) -> None:
+    """Under autocast, whether a row is carried or not."""
+    x, offsets = draw(lengths, (2,), F32)
+    w = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=BF16):
+        assert segment_tree_reduce(x, offsets, lambda a, b: (a + b) @ w).dtype == F32
 
 
 def test_the_identity_has_a_gradient() -> None:

@@ -212,6 +212,8 @@ PYLOSS_HD inline Part<R> merge(Pass pass, const Part<R>& s, const Part<R>& t) {
     }
     case Pass::kSquares: {
       const R d = t.m - s.m, share = t.n / n;
+      const bool infinite = s.m - s.m != 0 || t.m - t.m != 0;
+      if (infinite) return {n, s.m + t.m, {0, s.sums.b + t.sums.b + d * d}};
       return {n, s.m + d * share, {0, s.sums.b + t.sums.b + d * d * s.n * share}};
     }
     default:
@@ -219,10 +221,11 @@ PYLOSS_HD inline Part<R> merge(Pass pass, const Part<R>& s, const Part<R>& t) {
   }
 }
 
-// The mean that a sum of differences corrects, so that parts need no such sum.
+// The mean that a sum of differences corrects, so that parts need no such sum. An infinite mean
+// stays: differences to it say nothing.
 template <class R>
 PYLOSS_HD inline Part<R> settled(Pass pass, const Part<R>& p) {
-  if (pass != Pass::kSquares || p.n == 0) return p;
+  if (pass != Pass::kSquares || p.n == 0 || p.m - p.m != 0) return p;
   const R lost = p.sums.a / p.n;
   return {p.n, p.m + lost, {0, p.sums.b - p.sums.a * lost}};
 }

@@ -3,6 +3,7 @@
 #include "cpu/row_blocks.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <type_traits>
 
@@ -479,6 +480,7 @@ void exp_row(const void* x, int64_t n, float m, float scale, Entry entry, DType 
 
 void store_block(const float* v, int64_t n, DType t, void* dst, bool stream) {
   alignas(64) uint16_t half[kBlock];
+  assert(n <= kBlock);
   const void* src = v;
   if (t == DType::kBF16) {
     to_bf16(v, n, reinterpret_cast<BF16*>(half));

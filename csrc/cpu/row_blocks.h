@@ -117,7 +117,7 @@ void scale_row(const float* e, int64_t n, float scale, Entry entry, DType t, voi
 void exp_row(const void* x, int64_t n, float m, float scale, Entry entry, DType t, void* dst,
              bool stream);
 
-// Stores n values as type t; `stream` bypasses the cache.
+// Stores n <= kBlock values as type t; `stream` bypasses the cache.
 void store_block(const float* v, int64_t n, DType t, void* dst, bool stream);
 void store_block(const double* v, int64_t n, DType t, void* dst, bool stream);
 

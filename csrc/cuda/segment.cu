@@ -39,13 +39,13 @@ struct Team {
   __host__ __device__ int lanes() const { return columns * rows; }
 };
 
-// Rows of a segment; nothing of one whose offsets are no range of rows.
+// Rows of a segment; nothing of one whose offsets are no range of rows, or that is not there.
 struct Range {
   int64_t begin, n;
   bool good;
 };
 __device__ __forceinline__ Range range_of(const Problem& p, int64_t s) {
-  const int64_t begin = p.offset(s), end = p.offset(s + 1);
+  const int64_t begin = p.offset(s), end = s < p.segments ? p.offset(s + 1) : begin;
   const bool good = begin >= 0 && begin <= end && end <= p.rows && p.offset(0) == 0 &&
                     p.offset(p.segments) == p.rows;
   return {good ? begin : 0, good ? end - begin : 0, good};

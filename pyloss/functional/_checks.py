@@ -153,6 +153,11 @@ def checked_flag(name: str, value) -> bool:
     raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
+def check_generator(generator) -> None:
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+
+
 def check_flag(name: str, value) -> None:
     """A bool, numpy's too; or 0 or 1."""
     if isinstance(value, bool) or getattr(value, "dtype", None) in _BOOLS:

@@ -4,6 +4,7 @@ one batch, frame by frame."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Fold:
             return given
         count, points = self._clouds.count, self._clouds.points.shape[0]
         ragged = self._clouds.offsets is not None
-        if given.shape[0] not in ((count, points) if ragged else (count,)):
+        if not _one_of(given.shape[0], (count, points) if ragged else (count,)):
             what = f"the {count} clouds" + (f" or the {points} points" if ragged else "")
             raise ValueError(
                 f"{name} must have {what} in its first dimension, or none; got shape "
@@ -100,7 +101,7 @@ class Fold:
         d = self._clouds.points.shape[1]
         ragged = self._clouds.offsets is not None
         sizes = [self.frames * n for n in ((count, points) if ragged else (count,))]
-        if y.dim() == 0 or y.shape[0] not in sizes:
+        if y.dim() == 0 or not _one_of(y.shape[0], sizes):
             raise ValueError(
                 f"the backbone must return {' or '.join(map(str, sizes))} entries in the first "
                 f"dimension, for {self.frames} frames; got shape {list(y.shape)}"
@@ -112,6 +113,17 @@ class Fold:
                 f"out_type={out_type!r}, got shape {list(y.shape)}"
             )
         return self._of_clouds if y.shape[0] == sizes[0] else self._of_points
+
+
+def without_padding(x: Tensor, weight: Tensor) -> Tensor:
+    """0 for what is not finite at weight 0, as the axes count it: a basis gets its gradient from
+    all points, and the 0 that a backbone's mask gives would be NaN at a NaN."""
+    return torch.where((weight == 0).unsqueeze(-1) & ~x.isfinite(), 0.0, x)
+
+
+def _one_of(size: int, sizes: Iterable[int]) -> bool:
+    """`size in sizes`, which Dynamo takes for False where it knows one of them as a symbol."""
+    return any(size == n for n in sizes)
 
 
 def _unrounded(x: Tensor) -> contextlib.AbstractContextManager:

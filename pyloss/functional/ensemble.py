@@ -26,8 +26,7 @@ def check_options(*, bc_lambda=0.0, tail=True, reduction="mean", generator=None)
             raise ValueError(f"bc_lambda must be finite, got {bc_lambda}")
     checks.checked_flag("tail", tail)
     checks.check_reduction(reduction)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    checks.check_generator(generator)
 
 
 def ens_loss_derivatives(

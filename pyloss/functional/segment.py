@@ -70,6 +70,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
+def _like(found: Tensor, x: Tensor) -> Tensor:
+    """(S, *) of results (S, W)."""
+    return found.reshape(found.shape[0], *x.shape[1:])
+
+
 def segment_reduce(x: Tensor, offsets: Tensor, reduce: str = "sum") -> Tensor:
     r"""Sum, mean, minimum, maximum, product or log-sum-exp of each segment.
 
@@ -100,7 +105,7 @@ def segment_reduce(x: Tensor, offsets: Tensor, reduce: str = "sum") -> Tensor:
     if reduce not in REDUCES:
         raise ValueError(f"reduce must be one of {', '.join(REDUCES)}, got {reduce!r}")
     found = ops.fold(_rows(x), offsets, kinds.REDUCES[reduce])[0]
-    return found.reshape(-1, *x.shape[1:]).to(checks.result_dtype(x.dtype, x))
+    return _like(found, x).to(checks.result_dtype(x.dtype, x))
 
 
 def segment_moments(x: Tensor, offsets: Tensor, *, covariance: bool = False) -> SegmentMoments:
@@ -142,8 +147,8 @@ def segment_moments(x: Tensor, offsets: Tensor, *, covariance: bool = False) -> 
     count = offsets.diff().long()
     if covariance:
         return SegmentMoments(count, *ops.covariance(x, offsets))
-    mean, moment = ops.fold(_rows(x), offsets, kinds.MOMENTS).reshape(2, -1, *x.shape[1:]).unbind()
-    return SegmentMoments(count, mean, moment)
+    found = ops.fold(_rows(x), offsets, kinds.MOMENTS)
+    return SegmentMoments(count, *(_like(t, x) for t in found.unbind()))
 
 
 def segment_softmax_stats(x: Tensor, offsets: Tensor) -> SegmentSoftmaxStats:
@@ -175,7 +180,7 @@ def segment_softmax_stats(x: Tensor, offsets: Tensor) -> SegmentSoftmaxStats:
     rows = _rows(x)
     most, sumexp = ops.fold(rows, offsets, kinds.SOFTMAX).unbind()
     found = (most, sumexp, ops.argmax(rows, offsets, most))
-    return SegmentSoftmaxStats(*(t.reshape(-1, *x.shape[1:]) for t in found))
+    return SegmentSoftmaxStats(*(_like(t, x) for t in found))
 
 
 def segment_softmax(x: Tensor, offsets: Tensor) -> Tensor:
@@ -287,6 +292,7 @@ def _tree(
         if not isinstance(y, Tensor) or y.shape != a.shape:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"op must return a tensor of shape {list(a.shape)}, got {got}")
+        y = y.to(x.dtype)  # autocast's would stay where no row is carried, and only there
         x = torch.cat([y, x.index_select(0, carry)]) if carry.shape[0] else y
     if x.shape[0] == 0:
         # All are empty; the sum keeps x in the graph.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyloss.functional import _checks as checks
-from pyloss.functional._frame_action import OUT_TYPES, fold
+from pyloss.functional._frame_action import OUT_TYPES, fold, without_padding
 from pyloss.functional._frames import (
     MAX_DIM,
     axes_of,
@@ -62,7 +62,8 @@ class FrameAverage(OptionsModule):
         - extra: tensors with B entries, ragged B or P, in their first dimension, which are repeated
           for each frame; anything else is handed on as it is
         - vectors: ``(B, *, d)`` or ``(P, *, d)``: velocities, forces; turned, not moved
-        - offsets: ``(B + 1)``; weight: ``(B, N)`` or ``(P)``, for the frames alone
+        - offsets: ``(B + 1)``; weight: ``(B, N)`` or ``(P)``, for the frames alone; at weight 0 a
+          point that is not finite, or its vector in ``vectors`` of the shape of x, counts as 0
         - output: ``(B, *)``, ragged also ``(P, *)``, in the dtype of the backbone's
 
     Raises:
@@ -148,6 +149,10 @@ class FrameAverage(OptionsModule):
             detach=self.detach_frame,
         )
         folded = fold(clouds, axes, group, self.stochastic and self.training)
+        if weight is not None:
+            if vectors is not None and vectors.shape == x.shape:
+                vectors = without_padding(vectors, weight)
+            x = without_padding(x, weight)
         more: dict[str, Tensor] = {}
         if vectors is not None:
             more["vectors"] = folded.into(vectors, moves=False)

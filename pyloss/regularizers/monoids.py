@@ -186,8 +186,7 @@ def _sampled_nodes(
     segment.check_offsets(offsets, x.shape[0])
     checks.check_device("offsets", offsets, x, "x")
     samples = checks.checked_count("samples", samples, 1)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    checks.check_generator(generator)
     shape = (samples, 2 + least)
     # float64: float32 does not reach all of more than 2^24 elements.
     u = torch.empty(shape, dtype=torch.float64, device=x.device)

@@ -33,8 +33,8 @@ define_op(
 _ops = torch.ops.pyloss
 
 
-def _backward(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor, kind: int) -> Tensor:
-    """The gradient of a fold by the kernels; g and `out` (results, S, W)."""
+def _backward(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor | None, kind: int) -> Tensor:
+    """The gradient of a fold by the kernels; g and `out` (results, S, W), which sums lack."""
     rows = [t.contiguous() for t in g]
     if kind in (kinds.SUM, kinds.MEAN):
         how = kinds.SPREAD if kind == kinds.SUM else kinds.SPREAD_MEAN
@@ -60,8 +60,10 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, offsets, kind):
         out = _ops.segment_fold(x, None, offsets, [], kind)
-        linear = kind in (kinds.SUM, kinds.MEAN)  # whose gradient needs no value: nothing is kept
-        ctx.save_for_backward(x.new_empty(()).expand_as(x) if linear else x, offsets, out)
+        if kind in (kinds.SUM, kinds.MEAN):  # the gradient needs no value: nothing is kept
+            ctx.save_for_backward(x.new_empty(()).expand_as(x), offsets, None)
+        else:
+            ctx.save_for_backward(x, offsets, out)
         ctx.kind = kind
         return out
 
@@ -71,7 +73,8 @@ class _Fold(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(g):  # create_graph, is_grads_batched
             return reference.composed_gradient(g, x, offsets, ctx.kind), None, None
         # detach: the result is one of this very node.
-        return _backward(g, x, offsets, out.detach(), ctx.kind), None, None
+        out = None if out is None else out.detach()
+        return _backward(g, x, offsets, out, ctx.kind), None, None
 
 
 class _Softmax(torch.autograd.Function):

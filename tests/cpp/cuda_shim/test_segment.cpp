@@ -150,7 +150,7 @@ void check(std::mt19937_64& rnd, bool is_long) {
     // A maximum that is there, of the first row.
     for (size_t i = 0; i < each; ++i) {
       const int64_t begin = offsets[i / size_t(p.width)];
-      given[0][i] = begin < p.rows ? R(x_at(begin, int64_t(i) % p.width)) : R(0);
+      given[0][i] = begin >= 0 && begin < p.rows ? R(x_at(begin, int64_t(i) % p.width)) : R(0);
     }
     for (int i = 0; i < kMostGiven; ++i) p.given[i] = given[size_t(i)].data();
     std::vector<char> first;
@@ -243,11 +243,30 @@ void check(std::mt19937_64& rnd, bool is_long) {
   }
 }
 
+// Values but no segment: NaN, and no offset behind the only one is read.
+void check_no_segments() {
+  const std::vector<int64_t> offsets{0};
+  const std::vector<float> x(5, 1.0f);
+  Problem p{};
+  p.rows = 5;
+  p.width = 1;
+  p.dtype = DType::kF32;
+  p.offsets_dtype = DType::kI64;
+  p.x = x.data();
+  p.x_stride = 1;
+  p.offsets = offsets.data();
+  std::vector<float> out(5);
+  shim::start_run(0);
+  cuda::segment_map(p, Map::kSpread, out.data(), nullptr);
+  for (const float v : out) require(std::isnan(v), "a value of no segment");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 100;
   std::mt19937_64 rnd(argc > 2 ? uint64_t(std::atoll(argv[2])) : 0);
+  check_no_segments();
   for (int64_t i = 0; i < cases; ++i) {
     const bool is_long = i % 5 == 0;
     switch (i % 4) {
