@@ -22,9 +22,24 @@ def betti_loss(
     threads: int,
     /,
 ) -> None: ...
+def betti_loss_of_residue(
+    problem: tuple[object, ...],
+    options: tuple[object, ...],
+    residue: tuple[object, ...],
+    loss: int,
+    grad: int,
+    threads: int,
+    /,
+) -> None: ...
 def betti_matching(
     problem: tuple[object, ...], threads: int, /
 ) -> tuple[bytearray, bytearray, bytearray]: ...
+def betti_matching_of_residue(
+    problem: tuple[object, ...], residue: tuple[object, ...], threads: int, /
+) -> tuple[bytearray, bytearray, bytearray]: ...
+def persistence_pairs_of_residue(
+    problem: tuple[object, ...], residue: tuple[object, ...], threads: int, /
+) -> bytearray: ...
 def betti_loops(problem: tuple[object, ...], squares: int, count: int, /) -> bytearray: ...
 def persistence_pairs(
     problem: tuple[object, ...], essential: bool, threads: int, /
@@ -296,6 +311,47 @@ def tensor_attention_lowrank_bwd(
 
 # Present when built_with_cuda.
 def cuda_betti_matching_scratch_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
+def cuda_betti_group(problem: tuple[object, ...], device: int, /) -> int: ...
+def cuda_betti_prefix_bytes(problem: tuple[object, ...], device: int, /) -> int: ...
+def cuda_betti_columns(
+    problem: tuple[object, ...],
+    counts: int,
+    scratch: int,
+    scratch_bytes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_betti_column_keys(
+    problem: tuple[object, ...],
+    count: int,
+    names: int,
+    keys: int,
+    scratch: int,
+    scratch_bytes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_betti_pairs(
+    problem: tuple[object, ...],
+    essential: bool,
+    counts: int,
+    scratch: int,
+    scratch_bytes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_betti_rows(
+    problem: tuple[object, ...],
+    rows: tuple[object, ...],
+    scratch: int,
+    scratch_bytes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def cuda_betti_loss(
     problem: tuple[object, ...],
     options: tuple[object, ...],

@@ -239,7 +239,12 @@ def test_api_reference_lists_every_public_name() -> None:
     text = "".join(p.read_text() for p in (DOCS / "api").glob("*.md"))
     listed = re.findall(r"^::: (\S+)$", text, re.M)
     assert len(listed) == len(set(listed))
-    objects = {id(resolve(name)) for name in listed}
+    objects = set()
+    for name in listed:
+        try:
+            objects.add(id(resolve(name)))
+        except ModuleNotFoundError as error:  # of an extra that is not installed
+            assert not (error.name or "pyloss").startswith("pyloss"), name
     snapshot = (ROOT / "tests" / "api_snapshot.txt").read_text()
     for module in re.findall(r"^\[(\S+)\]$", snapshot, re.M):
         try:

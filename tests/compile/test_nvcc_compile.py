@@ -41,6 +41,8 @@ LIMITS = (
     (r"sorting_tiny", 128),  # one warp a block; shared memory allows 7 an SM
     (r"sorting_tile", 128),  # a block of 512 threads
     (r"permutahedron_fwd", 96),  # sums in double; a thread per row never fills the registers
+    (r"segment_(fold|parts)_kernel.*Ed", 102),  # double, as above; blocks of 128 threads
+    (r"segment_(fold|parts)_kernel", 80),  # 6 blocks of 128 threads
     (r"", 64),
 )
 # Static shared memory in bytes; of sorting_tile what plan_tiles leaves for it (kStaticBytes).
@@ -131,7 +133,7 @@ def test_vector_loads_and_stores_are_128_bits_wide(tmp_path: Path) -> None:
 def _is_double(name: str, kernel: str) -> bool:
     """Whether it is the instance for float64: for gradient checks, beyond every table."""
     arguments = name.split(kernel, 1)[1]
-    return re.match(r"I(d|[A-Z]\w*?ELi\d+Ed)", arguments) is not None
+    return re.match(r"I(d|[A-Z]\w*?E(Li)?\d+Ed)", arguments) is not None
 
 
 def test_table_of_predictions_has_every_kernel() -> None:

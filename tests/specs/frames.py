@@ -194,6 +194,8 @@ SPECS = (
         reference=orders_reference,
         result=torch.int64,
         autocast={},
+        empty={"no nodes": Empty(lambda: Sample(dict(edge_index=TRIANGLE[:, :0]),
+                                                dict(num_nodes=0)), 0.0, (1, 0))},
         compile="data",
         dtypes=(F32,),
         threads=False,
