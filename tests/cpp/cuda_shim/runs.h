@@ -3,12 +3,17 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "common/dtype.h"
 #include "shim.h"
 
 namespace shim {
+
+using pyloss::BF16;
+using pyloss::F16;
 
 inline constexpr int kRuns = 4;
 
@@ -39,6 +44,26 @@ inline bool same_bytes(const void* first, const void* later, size_t count, int r
     if (a[i] != b[i] && !(a[i] == poison_of(0) && b[i] == poison_of(run))) return false;
   }
   return true;
+}
+
+// check(T{}, number of the problem) for so many problems, of one dtype after the other.
+template <class Check>
+void dtypes_in_turn(int64_t problems, const Check& check) {
+  for (int64_t i = 0; i < problems; ++i) {
+    switch (i % 4) {
+      case 0:
+        check(float{}, i);
+        break;
+      case 1:
+        check(double{}, i);
+        break;
+      case 2:
+        check(BF16{}, i);
+        break;
+      default:
+        check(F16{}, i);
+    }
+  }
 }
 
 }  // namespace shim

@@ -176,21 +176,7 @@ void check(std::mt19937_64& rnd, int64_t number_of_problem) {
 int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 100;
   std::mt19937_64 rnd(argc > 2 ? uint64_t(std::atoll(argv[2])) : 0);
-  for (int64_t i = 0; i < cases; ++i) {
-    switch (i % 4) {
-      case 0:
-        check<float>(rnd, i / 4);
-        break;
-      case 1:
-        check<BF16>(rnd, i / 4);
-        break;
-      case 2:
-        check<double>(rnd, i / 4);
-        break;
-      default:
-        check<F16>(rnd, i / 4);
-    }
-  }
+  shim::dtypes_in_turn(cases, [&](auto number, int64_t i) { check<decltype(number)>(rnd, i / 4); });
   std::printf("%lld problems, %lld checks, %lld failed\n", (long long)cases, (long long)checked,
               (long long)failed);
   return failed != 0 || checked == 0;

@@ -158,22 +158,8 @@ void check(std::mt19937_64& rnd, bool is_long) {
 int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 100;
   std::mt19937_64 rnd(argc > 2 ? uint64_t(std::atoll(argv[2])) : 0);
-  for (int64_t i = 0; i < cases; ++i) {
-    const bool is_long = i % 20 >= 18;
-    switch (i % 4) {
-      case 0:
-        check<float>(rnd, is_long);
-        break;
-      case 1:
-        check<double>(rnd, is_long);
-        break;
-      case 2:
-        check<BF16>(rnd, is_long);
-        break;
-      default:
-        check<F16>(rnd, is_long);
-    }
-  }
+  shim::dtypes_in_turn(cases,
+                       [&](auto number, int64_t i) { check<decltype(number)>(rnd, i % 20 >= 18); });
   std::printf("%lld checks, %lld failed\n", (long long)checked, (long long)failed);
   return failed == 0 && checked > 0 ? 0 : 1;
 }
