@@ -228,7 +228,7 @@ def _other_cases(device: str, quick: bool) -> Iterator[Timed]:
 
 
 def _later_cases(device: str, quick: bool) -> Iterator[Timed]:
-    """Row losses that are not plain cross entropy, at one vocabulary, and an optimiser's step."""
+    """Row losses that are not plain cross entropy, at one vocabulary, and ops of other families."""
     import pyloss
 
     n, classes = (4, 60) if quick else (2048, 32000)
@@ -256,6 +256,27 @@ def _later_cases(device: str, quick: bool) -> Iterator[Timed]:
         return pyloss.optim.LionK(parameters, lr=1e-4).step
 
     yield Timed("lion_k step 10^8", step, bytes=20.0 * tensors * length)
+
+    values, width = (30, 4) if quick else (10**6, 64)
+
+    def segments() -> Any:
+        ends = torch.arange(0, values + 1, 10, device=device)
+        x = torch.randn(values, width, device=device)
+        return _step(lambda t: pyloss.functional.segment_reduce(t, ends, "sum"), x, backward=True)
+
+    yield Timed("segment sum fwd+bwd 10^6x64", segments, bytes=8.8 * values * width)
+
+    clouds = 3 if quick else 65536
+
+    def frames() -> Any:
+        x = torch.randn(clouds, 64, 3, device=device)
+
+        def axes(t: Tensor) -> Tensor:
+            return pyloss.functional.pca_frames(t).R
+
+        return _step(axes, x, backward=True)
+
+    yield Timed("frames fwd+bwd 65536x64x3", frames, bytes=12.0 * clouds * 192)
 
 
 def cases(device: str, quick: bool) -> Iterator[Timed]:

@@ -205,6 +205,10 @@ def _later_seconds() -> dict[str, float]:
         "spherical z fwd+bwd 2048x32000": passes(2, 10) + passes(4, 6) + 4 * LAUNCH,
         "margin shift fwd+bwd 2048x32000": passes(4, 14) + passes(8, 12) + 4 * LAUNCH,
         "lion_k step 10^8": 20 * 1e8 / COPY + 4 * LAUNCH,
+        # A tenth for the sums; a gradient that is all ones is written by torch before.
+        "segment sum fwd+bwd 10^6x64": 9.2 * 64e6 / COPY + 3 * LAUNCH,
+        # The points twice forward, from L2 the second time; 8 frames of 36 bytes, their gradient.
+        "frames fwd+bwd 65536x64x3": 65536 * (12 * 192 + 4 * 8 * 36) / COPY + 20 * LAUNCH,
     }
 
 
