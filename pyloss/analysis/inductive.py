@@ -1,4 +1,4 @@
-r"""Inductive bias: how rare a hypothesis is that fits the training set and generalises (2406.15941).
+r"""Inductive bias: how rare it is to generalise, of what fits the training set (arXiv 2406.15941).
 
 .. math:: I(\epsilon) = -\log P_{h \sim p_h}\big(L_{test}(h) \le \epsilon\big)
 
@@ -31,8 +31,10 @@ METHODS = ("ncx2", "empirical")
 GP_METHODS = ("saddlepoint", "ncx2")
 _CHUNK = 1 << 21  # numbers in an array at once
 _FEWEST = 8  # losses that a distribution of three parameters is fitted to
-_NEAR = 5e-3  # the saddlepoint formula is 0 / 0 at the mean: a series this close
-_DEBYE_FROM = 16.0  # order from which the expansion of the Bessel function is used
+_NEAR = 2e-7  # the saddlepoint formula is 0 / 0 at the mean: a series where its last term is less
+_GAIN = 1e-11  # of the mean log-likelihood: no more steps
+_TERMS = 1 << 20  # of the sum of a distribution function; for more the saddlepoint is as exact
+_DEBYE_FROM = 12.0  # order from which the expansion of the Bessel function is used
 
 
 class InductiveBias(NamedTuple):
@@ -123,23 +125,35 @@ def inductive_bias(
 def fit_ncx2(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(df, nc, scale) of the greatest likelihood of positive float64 numbers, 0-d each.
 
-    Over the logarithms of df and of its ratio to nc, by Newton's method with a damping that grows
-    until the likelihood does; from the moments. The data are divided by their mean.
+    By Newton's method over their logarithms, from the moments, with a damping that grows until the
+    likelihood does. A boundary, df = 0 or nc = 0, is far out. Numbers that differ by less than a
+    part in 10^4 are taken as normal: of the three parameters two count then.
     """
     mean = x.mean()
     x = x / mean
+    # With mean 1, variance = 2 (df + 2 nc) / (df + nc)^2: here df = nc.
+    start = 3 / (4 * x.var())
+    if bool(start > 1e8):
+        return start, start, mean / (2 * start)
     log_x = x.log()
+    nodes, weights = _mean_rule(log_x)
+    mean_log = log_x.mean()
 
     def loss(at: Tensor) -> Tensor:
-        # at: logarithms of df, of nc, and of the scale times df + nc
-        df, nc, rate = at[0].exp(), at[1].exp(), (-at[2]).exp()
-        total = rate * (df + nc)
-        return -_ncx2_logpdf(x * total, log_x + total.log(), df, nc).mean() - total.log()
+        """Of the logarithms of df, of nc, and of the mean of the distribution."""
+        df, nc = at[0].exp(), at[1].exp()
+        log_rate = (df + nc).log() - at[2]  # of 1 / scale; the mean of x is 1
+        order, log_nc = df / 2 - 1, at[1]
+        log_i = weights @ _log_bessel(order, (nodes + log_rate + log_nc) / 2)
+        return (
+            (log_rate.exp() + nc) / 2
+            - order / 2 * (mean_log + log_rate - log_nc)
+            - log_i
+            - log_rate
+            + math.log(2)
+        )
 
-    variance = x.var()
-    # With mean 1, variance = 2 (df + 2 nc) / (df + nc)^2: here df = nc.
-    start = (3 / (2 * variance) / 2).log()
-    at = torch.stack([start, start, torch.zeros_like(start)])
+    at = torch.stack([start.log(), start.log(), torch.zeros_like(start)])
     value, damping = loss(at), 1e-3
     for _ in range(100):
         point = at.detach().requires_grad_()
@@ -159,30 +173,37 @@ def fit_ncx2(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             damping = max(damping * 10, 1e-6)
         else:
             break
-        gain, value, moved = value - trial_value, trial_value, (trial - at).abs().max()
-        at, damping = trial, damping / 10
-        if bool(gain <= 1e-14 * value.abs().clamp(min=1)) and bool(moved < 1e-2):
+        gain, value, at = value - trial_value, trial_value, trial
+        if bool(gain <= _GAIN) and damping < 1:
             break
+        damping /= 10
     df, nc = at[0].exp(), at[1].exp()
     return df, nc, mean * at[2].exp() / (df + nc)
 
 
-# --------------------------------------------------------------------------------------------------
-# The noncentral chi-square distribution
-
-
-def _ncx2_logpdf(x: Tensor, log_x: Tensor, df: Tensor, nc: Tensor) -> Tensor:
-    r"""log of the density, differentiable.
-
-    .. math:: \tfrac12 e^{-(x + c) / 2} (x / c)^{\nu / 2} I_\nu(\sqrt{c x}), \quad \nu = df / 2 - 1
-    """
-    order = df / 2 - 1
-    log_z = (log_x + nc.log()) / 2
-    return -(x + nc) / 2 + order * (log_x - nc.log()) / 2 - math.log(2) + _log_bessel(order, log_z)
+def _mean_rule(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(points, weights) whose weighted sum of g is the mean of g over t: of its interpolant at
+    Chebyshev's points, for a function that is smooth as far as pi from the real axis."""
+    low, high = t.min(), t.max()
+    middle, half = (low + high) / 2, (high - low) / 2
+    size = 32 + int(26 / math.asinh(math.pi / float(half)))
+    u = (t - middle) / half
+    before, now, moments = torch.ones_like(u), u, [torch.ones_like(middle), u.mean()]
+    for _ in range(size - 2):
+        before, now = now, 2 * u * now - before
+        moments.append(now.mean())
+    index = torch.arange(size, dtype=t.dtype, device=t.device)
+    angle = (index + 0.5) * math.pi / size
+    twice = 2 * torch.stack(moments)
+    twice[0] = 1
+    return middle + half * angle.cos(), torch.outer(angle, index).cos() @ twice / size
 
 
 def _log_bessel(order: Tensor, log_z: Tensor) -> Tensor:
-    """log I_order(z), order > -1, by Debye's expansion at a large order and the recurrence down."""
+    """log I_order(z), order > -1, by Debye's expansion at a large order and the recurrence down.
+
+    The density of x is exp(-(x + nc) / 2) (x / nc)^(order / 2) I_order(sqrt(nc x)) / 2.
+    """
     above = max(0, math.ceil(_DEBYE_FROM - float(order.detach())))
     log_i = _debye(order + above, log_z)
     if above == 0:
@@ -208,6 +229,16 @@ def _debye(order: Tensor, log_z: Tensor) -> Tensor:
         + (30375 + p2 * (-369603 + p2 * (765765 - 425425 * p2))) / (414720 * root**3)
         + (4465125 + p2 * (-94121676 + p2 * (349922430 + p2 * (-446185740 + 185910725 * p2))))
         / (39813120 * root**4)
+        + (
+            1519035525
+            + p2
+            * (
+                -49286948607
+                + p2
+                * (284499769554 + p2 * (-614135872350 + p2 * (566098157625 - 188699385875 * p2)))
+            )
+        )
+        / (6688604160 * root**5)
     )
     return (
         root
@@ -215,6 +246,10 @@ def _debye(order: Tensor, log_z: Tensor) -> Tensor:
         - (2 * math.pi * root).log() / 2
         + (series.log())
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# The noncentral chi-square distribution
 
 
 def ncx2_logcdf(
@@ -271,7 +306,12 @@ def ncx2_logcdf(
     # e_i has its largest terms at y - a, its product with the inner sum there or at the root below.
     some = torch.where(inside, y, 1.0).amax() if y.numel() else y.new_ones(())
     peak = torch.maximum((some - a).clamp(min=0), (-a + (a * a + 4 * h * some).sqrt()) / 2)
-    last = int(peak.nan_to_num() + 12 * (peak.nan_to_num() + 1).sqrt() + 60)
+    peak = float(peak.nan_to_num())
+    if peak > _TERMS:
+        one = torch.ones_like(nc).reshape(1)
+        found = _saddlepoint(torch.where(inside, 2 * y, 1.0), one, nc * one, df * one)
+        return _with_ends(y, found, inside).reshape(x.shape)
+    last = int(peak + 12 * math.sqrt(peak + 1) + 60)
     i = torch.arange(last + 1, dtype=torch.float64, device=x.device)
     inner = torch.logcumsumexp(torch.xlogy(i, h) - h - torch.lgamma(i + 1), 0)
     inner = inner - torch.lgamma(a + i + 1)
@@ -279,8 +319,13 @@ def ncx2_logcdf(
         torch.logsumexp((a + i) * part.log().unsqueeze(1) - part.unsqueeze(1) + inner, 1)
         for part in torch.where(inside, y, 1.0).split(max(1, _CHUNK // (last + 1)))
     ]
-    known = torch.where(y <= 0, -math.inf, torch.where(y.isnan() | (a + h).isnan(), math.nan, 0.0))
-    return torch.where(inside, torch.cat(found).clamp(max=0), known).reshape(x.shape)
+    return _with_ends(y + 0 * (a + h), torch.cat(found).clamp(max=0), inside).reshape(x.shape)
+
+
+def _with_ends(x: Tensor, found: Tensor, inside: Tensor) -> Tensor:
+    """log of a distribution function on (0, inf): what was found inside, and what is so outside."""
+    ends = torch.where(x <= 0, -math.inf, torch.where(x > 0, 0.0, x))
+    return torch.where(inside, found, ends)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,20 +395,19 @@ def chi2_mixture_logcdf(
         )
     inside = (excess > 0) & excess.isfinite()
     parts = torch.where(inside, excess, 1.0).split(max(1, _CHUNK // a.numel()))
-    found = torch.cat([_saddlepoint(part, a, squared) for part in parts])
-    ends = torch.where(excess <= 0, -math.inf, torch.where(excess > 0, 0.0, excess))
-    return torch.where(inside, found, ends).reshape(x.shape)
+    found = torch.cat([_saddlepoint(part, a, squared, torch.ones_like(a)) for part in parts])
+    return _with_ends(excess, found, inside).reshape(x.shape)
 
 
-def _saddlepoint(x: Tensor, a: Tensor, squared: Tensor) -> Tensor:
-    """Of x > 0, ``(T,)``, with a_j and a_j b_j^2; the offset is 0.
+def _saddlepoint(x: Tensor, a: Tensor, squared: Tensor, count: Tensor) -> Tensor:
+    """Of x > 0, ``(T,)``, with a_j, a_j times the sum of b_j^2 and how often there is each a_j.
 
     The unknown is rho = -log(1 - 2 s max a), which is 0 at the mean; K' is close to a power of its
     exponential.
     """
     most = a.max()
     ratio = a / most
-    mean = a.sum() + squared.sum()
+    mean = count @ a + squared.sum()
 
     def shrunk(rho: Tensor) -> tuple[Tensor, Tensor]:
         """s, and 1 / (1 - 2 s a_j)."""
@@ -372,38 +416,38 @@ def _saddlepoint(x: Tensor, a: Tensor, squared: Tensor) -> Tensor:
 
     def function(rho: Tensor) -> tuple[Tensor, Tensor]:
         s, r = shrunk(rho)
-        first = r @ a + r.square() @ squared
-        second = 2 * (r.square() @ (a * a)) + 4 * (r**3 @ (a * squared))
+        first = r @ (count * a) + r.square() @ squared
+        second = 2 * (r.square() @ (count * a * a)) + 4 * (r**3 @ (a * squared))
         return (first / x).log(), second * (-rho).exp() / (2 * most) / first
 
     # K' - mean / (1 - 2 s max a)^2 has one sign on each side of the mean; 2 s K' is at most
     # d + sum b^2 / 4 in the lower tail, and K' >= max a / (1 - 2 s max a).
     middle = (x / mean).log() / 2
-    most_s = (a.numel() / 2 + (squared / a).sum() / 8) / x
+    most_s = (count.sum() / 2 + (squared / a).sum() / 8) / x
     far = torch.where(x < mean, -torch.log1p(2 * most * most_s), (x / most).log())
     rho = increasing_root(
         function, torch.minimum(middle, far) - 1e-9, torch.maximum(middle, far) + 1e-9
     )
     s, r = shrunk(rho)
-    k1 = r.log().sum(1) / 2 + s * (r @ squared)
+    k = r.log() @ count / 2 + s * (r @ squared)
     cumulants = [
         2.0 ** (m - 1)
-        * (math.factorial(m - 1) * (r**m @ a**m) + math.factorial(m) * (r ** (m + 1) @ (a ** (m - 1) * squared)))
+        * math.factorial(m - 1)
+        * (r**m @ (count * a**m) + m * (r ** (m + 1) @ (a ** (m - 1) * squared)))
         for m in range(2, 7)
-    ]  # fmt: skip
+    ]
     variance = cumulants[0]
     v = s * variance.sqrt()
-    w = torch.sign(s) * (2 * (s * x - k1)).clamp(min=0).sqrt()
+    w = torch.sign(s) * (2 * (s * x - k)).clamp(min=0).sqrt()
     # Near the mean w^2 = v^2 (1 + v e), with the cumulants at s.
     r3, r4, r5, r6 = (c / variance ** (m / 2) for m, c in enumerate(cumulants[1:], 3))
     e = -r3 / 3 + v * (r4 / 12 + v * (-r5 / 60 + v * r6 / 360))
-    near = v.abs() < _NEAR
+    near = (v**3 * r6).abs() / 120 < _NEAR * r3
     ve = torch.where(near, v * e, 0.0)
     series = e * torch.where(ve == 0, -0.5, torch.expm1(-torch.log1p(ve) / 2) / ve)
     w = torch.where(near, v * (1 + ve).sqrt(), w)
-    between = torch.where(
-        near, series, 1 / torch.where(w == 0, 1.0, w) - 1 / torch.where(v == 0, 1.0, v)
-    )
+    apart = 1 / torch.where(near, 1.0, w) - 1 / torch.where(near, 1.0, v)
+    between = torch.where(near, series, apart)
     # phi(w) (R(|w|) +- between), with Mills' ratio R: the lower tail, or what the upper one leaves.
     mills = math.sqrt(math.pi / 2) * torch.special.erfcx(w.abs() / math.sqrt(2))
     log_phi = -w * w / 2 - math.log(2 * math.pi) / 2
@@ -483,11 +527,12 @@ def gp_inductive_bias(
         none = weights.new_tensor(math.nan)
         return InductiveBias(-chi2_mixture_logcdf(target, weights, shift, offset), none, none, none)
     chunk = max(1, _CHUNK // max(1, weights.numel()))
-    losses = [
-        (torch.randn(min(chunk, samples - start), weights.numel(), dtype=torch.float64,
-                     device=weights.device, generator=generator) + shift).square() @ weights + offset
-        for start in range(0, samples, chunk)
-    ]  # fmt: skip
+    losses = []
+    for start in range(0, samples, chunk):
+        rows = min(chunk, samples - start)
+        z = torch.randn(rows, weights.numel(), generator=generator, dtype=torch.float64,
+                        device=weights.device)  # fmt: skip
+        losses.append((z + shift).square() @ weights + offset)
     return inductive_bias(torch.cat(losses), target)
 
 
