@@ -6,5 +6,20 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "comp_sum": ("CompSumAnalysis", "h_consistency_bound", "minimizability_gap"),
+        "inductive": (
+            "InductiveBias",
+            "chi2_mixture_logcdf",
+            "gp_inductive_bias",
+            "inductive_bias",
+            "ncx2_logcdf",
+        ),
+        "random_features": (
+            "KernelEigensystem",
+            "RFRisk",
+            "kernel_eigensystem",
+            "optimal_ridge",
+            "powerlaw_fit_ratio",
+            "rf_risk",
+        ),
     },
 )
