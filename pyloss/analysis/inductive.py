@@ -32,7 +32,8 @@ GP_METHODS = ("saddlepoint", "ncx2")
 _CHUNK = 1 << 21  # numbers in an array at once
 _FEWEST = 8  # losses that a distribution of three parameters is fitted to
 _NEAR = 2e-7  # the saddlepoint formula is 0 / 0 at the mean: a series where its last term is less
-_GAIN = 1e-10  # of the mean log-likelihood: no more steps
+_NEAR_STEP, _FAR_STEP = 1e-4, 3e-3  # in a fit: of the logarithms, for gradient and Hessian
+_GAIN = 1e-11  # of the mean log-likelihood: no more steps
 _TERMS = 1 << 20  # of the sum of a distribution function; for more the saddlepoint is as exact
 _DEBYE_FROM = 12.0  # order from which the expansion of the Bessel function is used
 
@@ -125,60 +126,65 @@ def inductive_bias(
 def _fit_ncx2(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(df, nc, scale) of the greatest likelihood of positive float64 numbers, 0-d each.
 
-    By Newton's method over their logarithms, from the moments, with a damping that grows until the
-    likelihood does. A boundary, df = 0 or nc = 0, is far out. Numbers that differ by less than a
-    part in 10^4 are taken as normal: of the three parameters two count then.
+    By Newton's method over their logarithms, from the moments, the best of several dampings in each
+    step. A boundary, df = 0 or nc = 0, is far out. Numbers that differ by less than a part in 10^3
+    are taken as normal: of the three parameters two count then.
     """
     mean = x.mean()
     x = x / mean
     # With mean 1, variance = 2 (df + 2 nc) / (df + nc)^2: here df = nc.
     start = 3 / (2 * x.var())
-    if bool(start > 1e8):
+    if bool(start > 1e6):
         return start, start, mean / (2 * start)
     log_x = x.log()
     nodes, weights = _mean_rule(log_x)
     mean_log = log_x.mean()
 
     def loss(at: Tensor) -> Tensor:
-        """Of the logarithms of df, of nc, and of the mean of the distribution."""
-        df, nc = at[0].exp(), at[1].exp()
-        log_rate = (df + nc).log() - at[2]  # of 1 / scale; the mean of x is 1
-        order, log_nc = df / 2 - 1, at[1]
-        log_i = weights @ _log_bessel(order, (nodes + log_rate + log_nc) / 2)
-        return (
-            (log_rate.exp() + nc) / 2
-            - order / 2 * (mean_log + log_rate - log_nc)
-            - log_i
-            - log_rate
-            + math.log(2)
-        )
+        """At rows of the logarithms of df, of nc, and of the mean of the distribution."""
+        log_df, log_nc, log_mean = at.unbind(1)
+        df, nc = log_df.exp(), log_nc.exp()
+        log_rate = (df + nc).log() - log_mean  # of 1 / scale; the mean of x is 1
+        order = df / 2 - 1
+        log_z = (nodes + (log_rate + log_nc).unsqueeze(1)) / 2
+        log_i = _log_bessel(order.unsqueeze(1), log_z) @ weights
+        power = order / 2 * (mean_log + log_rate - log_nc)
+        return (log_rate.exp() + nc) / 2 - power - log_i - log_rate + math.log(2)
 
     at = torch.stack([start.log(), start.log(), torch.zeros_like(start)])
-    value, damping = loss(at), 1e-3
+    dampings = 10.0 ** torch.arange(-13, 5, dtype=x.dtype, device=x.device).unsqueeze(1)
+    offsets = torch.tensor([-1.0, 0.0, 1.0], dtype=x.dtype, device=x.device)
+    cube = torch.cartesian_prod(offsets, offsets, offsets)
+    around = torch.cat([_NEAR_STEP * cube, _FAR_STEP * cube])
+    value = loss(at.unsqueeze(0))[0]
     for _ in range(100):
-        point = at.detach().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(loss(point), point, create_graph=True)
-            curve = torch.stack(
-                [torch.autograd.grad(part, point, retain_graph=True)[0] for part in slope]
-            )
-        slope, (bends, axes) = slope.detach(), torch.linalg.eigh((curve + curve.T) / 2)
-        while damping < 1e12:
-            step = axes @ ((axes.T @ slope) / (bends.abs() + damping * bends.abs().max()))
-            trial = at - step.clamp(-2, 2)
-            trial[:2] = trial[:2].clamp(-25, 25)
-            trial_value = loss(trial)
-            if bool(trial_value <= value):
-                break
-            damping = max(damping * 10, 1e-6)
-        else:
+        slope, curve = _derivatives(*loss(at + around).reshape(2, 3, 3, 3))
+        bends, axes = torch.linalg.eigh(curve)
+        bends = bends.abs()
+        steps = (slope @ axes) / (bends + dampings * bends.max()) @ axes.T
+        trials = at - steps.clamp(-2, 2)
+        trials[:, :2] = trials[:, :2].clamp(-25, 25)
+        values = loss(trials).nan_to_num(nan=math.inf)
+        best = values.argmin()
+        gain = value - values[best]
+        if not bool(gain > 0):
             break
-        gain, value, at = value - trial_value, trial_value, trial
-        if bool(gain <= _GAIN) and damping < 1:
+        at, value = trials[best], values[best]
+        if bool(gain <= _GAIN):
             break
-        damping /= 10
     df, nc = at[0].exp(), at[1].exp()
     return df, nc, mean * at[2].exp() / (df + nc)
+
+
+def _derivatives(near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian, of the values in cubes of three small and of three larger steps."""
+    slope = torch.stack([t[2] - t[0] for t in (near[:, 1, 1], near[1, :, 1], near[1, 1, :])])
+    lines = (far[:, 1, 1], far[1, :, 1], far[1, 1, :])
+    planes = {(0, 1): far[:, :, 1], (0, 2): far[:, 1, :], (1, 2): far[1, :, :]}
+    curve = torch.diag(torch.stack([t[2] - 2 * t[1] + t[0] for t in lines]))
+    for (i, j), t in planes.items():
+        curve[i, j] = curve[j, i] = (t[2, 2] - t[2, 0] - t[0, 2] + t[0, 0]) / 4
+    return slope / (2 * _NEAR_STEP), curve / _FAR_STEP**2
 
 
 def _mean_rule(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +210,7 @@ def _log_bessel(order: Tensor, log_z: Tensor) -> Tensor:
 
     The density of x is exp(-(x + nc) / 2) (x / nc)^(order / 2) I_order(sqrt(nc x)) / 2.
     """
-    above = max(0, math.ceil(_DEBYE_FROM - float(order.detach())))
+    above = max(0, math.ceil(_DEBYE_FROM - float(order.min())))
     log_i = _debye(order + above, log_z)
     if above == 0:
         return log_i
