@@ -36,6 +36,8 @@ EXPERIMENTS = {
     "z_loss": (True, "100 classes, SphericalLinear, Z-loss, a, b"),
     "adversarial_digits": (True, "doubly robust"),
     "comp_sum_bounds": (True, "tau 1.5"),
+    "random_features": (False, "64 features"),
+    "inductive_bias": (False, "sine"),
     "nbody_frames": (False, "FrameAverage, stochastic"),
     "perceptron": (False, "drawn, n = 100"),
     "label_noise": (True, "ALDR, lam0 = 10"),

@@ -249,6 +249,24 @@ def bounds() -> None:
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
 
 
+def regression_theory() -> None:
+    system = pyloss.analysis.kernel_eigensystem(x @ x.T, x)
+    assert_type(system, pyloss.analysis.KernelEigensystem)
+    ridge = pyloss.analysis.optimal_ridge(
+        system.eigvals, system.coeffs_sq, 5, x[0].exp(), noise=0.1
+    )
+    risk = pyloss.analysis.rf_risk(system.eigvals, system.coeffs_sq, n=5, k=x[0].exp(), ridge=ridge)
+    assert_type(risk, pyloss.analysis.RFRisk)
+    pyloss.visualize.draw_rf_risk(risk, [1.0, 2.0], ["one"], xlabel="features")
+    assert_type(pyloss.analysis.powerlaw_fit_ratio(1.5, 2.2, x[0].exp()), Tensor)
+    bias = pyloss.analysis.inductive_bias(x[0].exp(), 0.1, method="empirical")
+    assert_type(bias, pyloss.analysis.InductiveBias)
+    pyloss.analysis.gp_inductive_bias(x, x, x, x, torch.cdist, 0.1, samples=100, jitter=1e-6)
+    assert_type(pyloss.analysis.chi2_mixture_logcdf(x, x[0].exp(), 0.5, offset=0.1), Tensor)
+    assert_type(pyloss.analysis.ncx2_logcdf(0.1, 3, 2.0, scale=0.5), Tensor)
+    pyloss.visualize.draw_inductive_bias(x[0].exp(), {"one": bias})
+
+
 def statistics() -> None:
     stats = row_softmax_stats(x, y, scale=torch.ones(4), margin=0.1, mask=x > 0)
     assert_type(stats, RowSoftmaxStats)
