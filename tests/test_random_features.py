@@ -107,16 +107,16 @@ def test_isotropic_closed_form() -> None:
 @pytest.mark.parametrize(
     ("n", "k", "ridge", "differentiable"),
     [
-        (5.0, math.inf, 0.01, ("n", "ridge")),
-        (5.0, 9.0, 0.01, ("n", "k", "ridge")),
-        (5.0, 9.0, 0.0, ("n", "k")),
-        (9.0, 5.0, 0.0, ("n", "k")),
-        (7.0, 7.0, 0.1, ("ridge",)),
+        (3.0, math.inf, 0.01, ("n", "ridge")),
+        (3.0, 6.0, 0.01, ("n", "k", "ridge")),
+        (3.0, 6.0, 0.0, ("n", "k")),
+        (6.0, 3.0, 0.0, ("n", "k")),
+        (4.0, 4.0, 0.1, ("ridge",)),
         (20.0, 15.0, 0.0, ("n", "k")),  # gamma is 0
     ],
 )
 def test_derivatives(n, k, ridge, differentiable) -> None:
-    lam, coeffs = power(8, 1.5, 1.8)
+    lam, coeffs = power(5, 1.5, 1.8)
     args = dict(n=n, k=k, ridge=ridge, noise=0.1)
     tensors = [lam.requires_grad_(), coeffs.requires_grad_()]
     names = [*differentiable, "noise"]
@@ -141,7 +141,7 @@ def test_an_infinite_risk_leaves_the_gradients_of_others_alone() -> None:
     lam, coeffs = power(8, 1.5, 1.8)
     lam.requires_grad_()
     test = rf_risk(lam, coeffs, torch.tensor([4, 4, 8]), torch.tensor([4.0, 6.0, math.inf])).test
-    assert test.isinf().tolist() == [True, False, False] or test[0].isinf()
+    assert test.isinf().tolist() == [True, False, False]
     (gradient,) = torch.autograd.grad(test[1], lam)
     (alone,) = torch.autograd.grad(rf_risk(lam, coeffs, 4, 6).test, lam)
     torch.testing.assert_close(gradient, alone)

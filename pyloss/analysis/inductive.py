@@ -43,7 +43,7 @@ class InductiveBias(NamedTuple):
     find: float64. :func:`pyloss.visualize.draw_inductive_bias` draws it.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> found = pyloss.analysis.inductive_bias(torch.rand(500) + 0.5, 0.3)
         >>> bits = found.nats / torch.tensor(2.0).log()
     """
@@ -86,7 +86,7 @@ def inductive_bias(
         TypeError, ValueError: losses that do not fit, an unknown method.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> losses = torch.linspace(-2, 2, 100).exp()
         >>> pyloss.analysis.inductive_bias(losses, torch.tensor([1.0, 0.1])).nats
         tensor([0.8484, 2.8343], dtype=torch.float64)
@@ -286,7 +286,7 @@ def ncx2_logcdf(
         TypeError, ValueError: no numbers, numbers out of range.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> pyloss.analysis.ncx2_logcdf(torch.tensor([1e-9, 1.0, 20.0]), df=10, nc=5)
         tensor([-114.3696,  -10.9645,   -0.2210], dtype=torch.float64)
 
@@ -369,7 +369,7 @@ def chi2_mixture_logcdf(
         TypeError, ValueError: tensors that do not fit, negative weights.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> pyloss.analysis.chi2_mixture_logcdf(torch.tensor([0.1, 5.0, 20.0]), torch.ones(10))
         tensor([-19.7989,  -2.2177,  -0.0297], dtype=torch.float64)
 
@@ -508,7 +508,7 @@ def gp_inductive_bias(
             positive definite.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> def rbf(a, b):
         ...     return torch.exp(-torch.cdist(a, b).square() / 2)
         >>> x, x_test = torch.linspace(0, 6, 7)[:, None], torch.linspace(0.3, 5.7, 20)[:, None]

@@ -34,7 +34,7 @@ class RFRisk(NamedTuple):
     noise. :func:`pyloss.visualize.draw_rf_risk` draws it.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> i = torch.arange(1, 1001)
         >>> pyloss.analysis.rf_risk(i**-1.5, i**-1.8, n=64, k=torch.inf, ridge=1e-3).test
         tensor(0.0939, dtype=torch.float64)
@@ -52,7 +52,7 @@ class KernelEigensystem(NamedTuple):
     """What :func:`pyloss.analysis.kernel_eigensystem` finds: float64, by falling eigenvalue.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> found = pyloss.analysis.kernel_eigensystem(torch.eye(4), torch.ones(4))
         >>> found.eigvals
         tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
@@ -112,7 +112,7 @@ def rf_risk(
             that do not broadcast, tensors on several devices.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> i = torch.arange(1, 1001)
         >>> k = torch.tensor([32, 64, 128, torch.inf])
         >>> pyloss.analysis.rf_risk(i**-1.5, i**-1.8, n=64, k=k, ridge=1e-3).test
@@ -262,7 +262,7 @@ def optimal_ridge(
         As :func:`pyloss.analysis.rf_risk`.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> i = torch.arange(1, 1001)
         >>> k = torch.tensor([32, 64, 128, torch.inf])
         >>> ridge = pyloss.analysis.optimal_ridge(i**-1.5, i**-1.8, n=64, k=k, noise=0.1)
@@ -357,7 +357,7 @@ def powerlaw_fit_ratio(
         TypeError, ValueError: no numbers, numbers out of range.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> pyloss.analysis.powerlaw_fit_ratio(1.5, 2.2, torch.tensor([0.0, 0.5, 2.0]))
         tensor([0.0000, 0.0000, 0.0398], dtype=torch.float64)
 
@@ -408,7 +408,7 @@ def kernel_eigensystem(K: Tensor, y: Tensor) -> KernelEigensystem:
             symmetric or has negative eigenvalues.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis
         >>> x = torch.randn(300, 5)
         >>> kernel = torch.exp(-torch.cdist(x, x).square() / 2)
         >>> found = pyloss.analysis.kernel_eigensystem(kernel, x[:, 0])

@@ -30,7 +30,7 @@ def draw_inductive_bias(
         ImportError: without matplotlib. TypeError: no mapping. ValueError: shapes that do not fit.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis, pyloss.visualize
         >>> losses, target = torch.rand(500).exp() - 0.9, torch.logspace(-3, 0, 30)
         >>> found = {method: pyloss.analysis.inductive_bias(losses, target, method=method)
         ...          for method in ("empirical", "ncx2")}

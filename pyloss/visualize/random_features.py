@@ -38,7 +38,7 @@ def draw_rf_risk(
             labels that do not fit.
 
     Example:
-        >>> import torch, pyloss
+        >>> import torch, pyloss.analysis, pyloss.visualize
         >>> i, k = torch.arange(1, 501), torch.logspace(0.5, 3, 30)
         >>> ridge = torch.tensor([[1e-4], [1e-1]])
         >>> risk = pyloss.analysis.rf_risk(i**-1.5, i**-1.8, n=64, k=k, ridge=ridge)
