@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.analysis._numbers import as_numbers
 from pyloss.analysis._root import increasing_root
 from pyloss.functional import _checks as checks
 
@@ -593,8 +594,5 @@ def _checked_data(x, y, x_test, y_test) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return x, x_test, y, y_test
 
 
-def _numbers(name: str, value, device) -> Tensor:
-    if not isinstance(value, Tensor):
-        checks.check_number(name, value)
-        return torch.tensor(float(value), dtype=torch.float64, device=device)
-    return value.detach().to(device, torch.float64)
+def _numbers(name: str, value, device: torch.device | None) -> Tensor:
+    return as_numbers(name, value, device).detach()

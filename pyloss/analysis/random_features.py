@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.analysis._numbers import as_numbers
 from pyloss.analysis._root import increasing_root
 from pyloss.functional import _checks as checks
 
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 20  # settings times eigenvalues at once: 8 MiB each array
-_GRID, _GOLDEN = 48, 40  # points of the search for a ridge, and steps between the best two of them
+_GRID, _GOLDEN = 40, 30  # points of the search for a ridge, and steps between the best two of them
 
 
 class RFRisk(NamedTuple):
@@ -89,9 +90,9 @@ def rf_risk(
         E_{train} = \Big(\frac{n - z}{n}\Big)^2 E_{test}
 
     Differentiable, also twice, in everything but a choice of cases: the root is found without a
-    graph and its derivatives come from the equation. Takes arrays of max(M, 2^20) numbers, about
-    ten at a time, 80 MB for a million eigenvalues; with a gradient some thirty of all settings
-    times M.
+    graph and its derivatives come from the equation. Takes about ten arrays of max(M, 2^20)
+    numbers at a time, some 100 MB for a million eigenvalues, whatever the number of settings; with
+    a gradient more than thirty of the settings times M.
 
     Args:
         eigvals: :math:`\lambda_i \ge 0`, ``(M,)``, in any order.
@@ -167,7 +168,8 @@ def _risk(lam: Tensor, coeffs: Tensor, n: Tensor, k: Tensor, ridge: Tensor, nois
     empty = scale == 0
     scale = torch.where(empty, 1.0, scale)
     p, g = lam / scale, torch.where(empty, 1.0, gamma.unsqueeze(1) / scale)
-    y, q = (p * g).sum(1), (p * p).sum(1)
+    pg = p * g
+    y, q = pg.sum(1), (p * p).sum(1)
     t = _smaller(delta / torch.where(gamma > 0, gamma, 1.0), lack, k)[0]
     t = torch.where(short, free + (g * (lam > 0)).sum(1), t)
     a = t + (n - k).clamp(min=0)
@@ -175,7 +177,7 @@ def _risk(lam: Tensor, coeffs: Tensor, n: Tensor, k: Tensor, ridge: Tensor, nois
     both = b + y / k
     both = torch.where(both == 0, 1.0, both)
     rho = y / k / both
-    above = (g * g) @ coeffs + rho * ((p * g) @ coeffs) + noise
+    above = (g * g) @ coeffs + rho * (pg @ coeffs) + noise
     below = a + y * b / both
     safe = torch.where(below == 0, 1.0, below)
     worst = torch.where((above == 0) & (n != k), 0.0, math.inf)
@@ -286,10 +288,11 @@ def _best_ridge(lam: Tensor, coeffs: Tensor, n: Tensor, k: Tensor, noise: Tensor
         gamma = u.exp()
         scale = lam + gamma.unsqueeze(1)
         p, g = lam / scale, gamma.unsqueeze(1) / scale
-        z, y = p.sum(1), (p * g).sum(1)
+        pg = p * g
+        z, y = p.sum(1), pg.sum(1)
         a, b = (n - z).clamp(min=0), (1 - z / k).clamp(min=0)
         rho = y / k / (b + y / k)
-        above = (g * g) @ coeffs + rho * ((p * g) @ coeffs) + noise
+        above = (g * g) @ coeffs + rho * (pg @ coeffs) + noise
         return n * above / (a + y * (1 - rho)), gamma * b * a
 
     positive = lam[lam > 0]
@@ -365,7 +368,7 @@ def powerlaw_fit_ratio(
         Simon, Karkada, Ghosh, Belkin. More is Better in Modern Machine Learning. arXiv 2311.14646.
     """
     device = next((t.device for t in (alpha, beta, s_rel) if isinstance(t, Tensor)), None)
-    values = [_numbers(name, value, device).detach()
+    values = [as_numbers(name, value, device).detach()
               for name, value in (("alpha", alpha), ("beta", beta), ("s_rel", s_rel))]  # fmt: skip
     a, b, s = torch.broadcast_tensors(*values)
     _check("alpha", a, a <= 1, "> 1")
@@ -467,7 +470,7 @@ def _spectrum(eigvals, coeffs_sq) -> tuple[Tensor, Tensor]:
 
 def _settings(lam: Tensor, n, k, ridge, noise) -> tuple[Tensor, ...]:
     n, k, ridge, noise = (
-        _numbers(name, value, lam.device)
+        as_numbers(name, value, lam.device)
         for name, value in (("n", n), ("k", k), ("ridge", ridge), ("noise", noise))
     )
     _check("n", n, (n <= 0) | n.isinf(), "finite and > 0")
@@ -475,19 +478,6 @@ def _settings(lam: Tensor, n, k, ridge, noise) -> tuple[Tensor, ...]:
     _check("ridge", ridge, ridge < 0, ">= 0")
     _check("noise", noise, (noise < 0) | noise.isinf(), "finite and >= 0")
     return torch.broadcast_tensors(n, k, ridge, noise)
-
-
-def _numbers(name: str, value, device) -> Tensor:
-    """float64, with the graph of a tensor."""
-    if not isinstance(value, Tensor):
-        checks.check_number(name, value)
-        return torch.tensor(float(value), dtype=torch.float64, device=device)
-    if value.dim() and value.device != device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} is on {value.device} and "
-            f"others on {device}"
-        )
-    return value.to(device, torch.float64)
 
 
 def _check(name: str, t: Tensor, bad: Tensor, must: str) -> None:

@@ -44,6 +44,8 @@ ROWS = (
             rf_risk, LAM, COEFFS, 5, ridge=torch.tensor([1.0, -0.5])),
     refused(ValueError, "noise must be finite and >= 0, got inf",
             optimal_ridge, LAM, COEFFS, 5, noise=math.inf),
+    refused(RuntimeError, "on the same device, but ridge is on meta and others on cpu",
+            rf_risk, LAM, COEFFS, 5, ridge=torch.ones(2, device="meta")),
     refused(TypeError, "ridge must be a number, got str", rf_risk, LAM, COEFFS, 5, ridge="small"),
     accepted(risk_of, n=(np.int64(5), 5.0), k=(torch.tensor(7), 7), ridge=(np.float32(0.5), 0.5)),
     refused(ValueError, "alpha must be > 1, got 1", powerlaw_fit_ratio, 1.0, 1.5, 0.1),
