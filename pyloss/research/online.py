@@ -339,9 +339,7 @@ class OptimisticOMD(Optimizer):
 
     def _step(self, group: dict[str, Any]) -> None:
         params, exp_concave = group["params"], group["geometry"] == "exp_concave"
-        wide = torch.promote_types(
-            params[0].dtype, torch.float64 if exp_concave else torch.float32
-        )
+        wide = torch.promote_types(params[0].dtype, torch.float64 if exp_concave else torch.float32)
         grad = torch.cat([_dense_gradient(p).reshape(-1) for p in params]).to(wide)
         # What belongs to the whole group is kept with its first parameter.
         state = self.state[params[0]]
@@ -385,9 +383,7 @@ def _moved(group: dict[str, Any], state: dict[str, Any], direction: Tensor) -> T
         )
     offset = group["delta"]
     if offset is None:
-        offset = (
-            4 * group["G"] ** 2 if group["L"] is None else 10 * (group["D"] * group["L"]) ** 2
-        )
+        offset = 4 * group["G"] ** 2 if group["L"] is None else 10 * (group["D"] * group["L"]) ** 2
     rate = group["D"] * (state["variation"] + offset + 4 * group["G"] ** 2).rsqrt()
     return _projected(group, state["xhat"] - rate * direction)
 
