@@ -22,6 +22,7 @@ __all__ = [
 
 ALGORITHMS = ("log_barrier", "hedge_mr", "hedge")
 F64 = torch.float64
+_NEWTON = 12  # steps to a multiplier; of 1000 actions and costs of any size six are enough
 
 
 def log_barrier_ftrl(cost: Tensor, eta: float) -> Tensor:
@@ -75,9 +76,6 @@ def log_barrier_ftrl(cost: Tensor, eta: float) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-_NEWTON = 12
-
-
 def magnitude_reduced_estimator(w: Tensor, L: float | Tensor, w_samples: Tensor, H: int) -> Tensor:
     r"""An unbiased estimate of Q that is never as negative as the usual one, :math:`w L`.
 
@@ -120,13 +118,10 @@ def magnitude_reduced_estimator(w: Tensor, L: float | Tensor, w_samples: Tensor,
         )
     if not isinstance(L, Tensor) or checks.can_look_at(L):
         values = torch.as_tensor(L)
-        if bool(((values < 0) | (values > H)).any()):
-            raise ValueError(f"L must be in [0, H] = [0, {H}], got {_first_outside(values, H)}")
+        outside = values[(values < 0) | (values > H)]
+        if outside.numel():
+            raise ValueError(f"L must be in [0, H] = [0, {H}], got {float(outside[0])}")
     return w * L - H * w.clamp(max=0) + H * w_samples.clamp(max=0).mean(-1)
-
-
-def _first_outside(values: Tensor, high: float) -> float:
-    return float(values[(values < 0) | (values > high)].flatten()[0])
 
 
 class LinearQMDP:
@@ -172,9 +167,10 @@ class LinearQMDP:
         if self.d > self.S * self.A:
             raise ValueError(f"d must be at most S * A = {self.S * self.A}, got {self.d}")
         checks.check_generator(generator)
-        # Peaked mixtures, so that what is done matters; almost surely they span all dimensions.
-        self.features = _on_simplex((self.S, self.A, self.d), 0.3, generator)
-        self.mixtures = _on_simplex((self.d, self.S), 0.3, generator)
+        # Peaked features, so that what is done matters; almost surely they span all dimensions.
+        # Even mixtures, so that all states are seen.
+        self.features = _on_simplex((self.S, self.A, self.d), 0.2, generator)
+        self.mixtures = _on_simplex((self.d, self.S), 1.0, generator)
         self.transitions = self.features @ self.mixtures
         self.initial = _on_simplex((self.S,), 1.0, generator)
 
@@ -281,9 +277,7 @@ class LinearQMDP:
             )
 
 
-def _on_simplex(
-    shape: tuple[int, ...], power: float, generator: torch.Generator | None
-) -> Tensor:
+def _on_simplex(shape: tuple[int, ...], power: float, generator: torch.Generator | None) -> Tensor:
     """Weights of sum 1; of smaller powers of the exponential draws, more even ones."""
     draws = torch.rand(shape, generator=generator, dtype=F64).clamp(min=1e-12).log().neg()
     draws = draws ** (1 / power)
@@ -332,14 +326,14 @@ class AdversarialLinearMDP:
     Args:
         mdp: what is played on.
         algorithm: of the table.
-        eta: > 0, the learning rate; default: ``4 / sqrt(K)`` of the log barrier, ``1 / sqrt(K)``
-            of Hedge.
+        eta: > 0, the learning rate; default: ``32 / sqrt(K)`` of the log barrier, ``8 / sqrt(K)``
+            of Hedge. The powers of K are the paper's, the factors were found by trying.
         beta: >= 0, of the bonus; default ``0.05 / sqrt(K)``.
         gamma: > 0; default ``1 / sqrt(K)``.
         rollouts: M >= 1, and as many again for the magnitude-reduced estimate; None, the default:
             the expectations of the tables, a simulator that is asked without end.
-        switches: the adversary has two sets of losses, and changes them so many times, after parts
-            of equal length.
+        switches: the adversary has two tables of losses, theta of 0 and 1, and goes from one to
+            the other so many times, after parts of equal length.
         generator: draws the losses and the episodes.
 
     Raises:
@@ -386,10 +380,10 @@ class AdversarialLinearMDP:
         self.generator = generator
 
     def losses(self, K: int, runs: int = 1) -> Tensor:
-        """What the adversary does: theta in [0, 1], ``(runs, K, H, d)``, float64."""
+        """Draws what the adversary does: theta of 0 and 1, ``(runs, K, H, d)``, float64."""
         K, runs = checks.checked_count("K", K, 1), checks.checked_count("runs", runs, 1)
         shape = (runs, 2, self.mdp.H, self.mdp.d)
-        tables = torch.rand(shape, generator=self.generator, dtype=F64)
+        tables = torch.randint(2, shape, generator=self.generator).to(F64)
         which = torch.arange(K) * (self.switches + 1) // K % 2
         return tables[:, which]
 
@@ -413,7 +407,7 @@ class AdversarialLinearMDP:
         mdp, root = self.mdp, math.sqrt(K)
         theta = self.losses(K, runs) if theta is None else _checked_theta(theta, mdp, K, runs)
         barrier = self.algorithm == "log_barrier"
-        eta = (4 / root if barrier else 1 / root) if self.eta is None else self.eta
+        eta = (32 if barrier else 8) / root if self.eta is None else self.eta
         beta = 0.05 / root if self.beta is None else self.beta
         gamma = 1 / root if self.gamma is None else self.gamma
         losses = mdp.losses(theta).flatten(-2)  # (runs, K, H, S A)
@@ -479,6 +473,7 @@ def _checked_theta(theta: Tensor, mdp: LinearQMDP, K: int, runs: int) -> Tensor:
     shape = (runs, K, mdp.H, mdp.d)
     if theta.shape != shape:
         raise ValueError(f"theta must be {list(shape)}, got {list(theta.shape)}")
-    if not bool(((theta >= 0) & (theta <= 1)).all()):
-        raise ValueError(f"theta must be in [0, 1], got {_first_outside(theta, 1.0)}")
+    outside = theta[~((theta >= 0) & (theta <= 1))]
+    if outside.numel():
+        raise ValueError(f"theta must be in [0, 1], got {float(outside[0])}")
     return theta.double()
