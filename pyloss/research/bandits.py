@@ -52,7 +52,7 @@ def inverse_gap_weighting(pred: Tensor, gamma: float | Tensor, kind: str = "squa
         >>> inverse_gap_weighting(torch.tensor([0.1, 0.3, 0.5]), gamma=10.0)
         tensor([0.6571, 0.2000, 0.1429])
         >>> inverse_gap_weighting(torch.tensor([0.1, 0.3, 0.5]), gamma=10.0, kind="fast")
-        tensor([0.9324, 0.0435, 0.0233])
+        tensor([0.9333, 0.0435, 0.0233])
 
     Reference:
         Deb, Ban, Zuo, He, Banerjee. Contextual Bandits with Online Neural Regression.
@@ -228,8 +228,9 @@ class NeuralBandit(nn.Module):
             The loss of regression before the step, 0-d.
 
         Raises:
-            TypeError: a context that is no floating tensor. ValueError: shapes that do not fit; a
-                loss (on the CPU) outside [0, 1].
+            TypeError: a context that is no floating tensor, arms that are no integers. ValueError:
+                shapes that do not fit; a loss outside [0, 1]. IndexError: an arm that is not there.
+                (Numbers are looked at on the CPU.)
         """
         _check_contexts(context)
         arm = torch.as_tensor(arm, device=context.device)
@@ -239,11 +240,16 @@ class NeuralBandit(nn.Module):
                 f"arm and loss must have the shape {list(context.shape[:-2])}, got "
                 f"{list(arm.shape)} and {list(y.shape)}"
             )
+        if arm.dtype not in checks.INTEGERS:
+            raise TypeError(f"arm must hold integers, got {arm.dtype}")
         if checks.can_look_at(y):
             outside = y[(y < 0) | (y > 1)]
             if outside.numel():
                 raise ValueError(f"loss must be in [0, 1], got {float(outside[0])}")
-        index = arm[..., None, None].expand(*arm.shape, 1, context.shape[-1])
+            unknown = arm[(arm < 0) | (arm >= context.shape[-2])]
+            if unknown.numel():
+                raise IndexError(f"arm must be in [0, {context.shape[-2]}), got {int(unknown[0])}")
+        index = arm.long()[..., None, None].expand(*arm.shape, 1, context.shape[-1])
         pulled = context.gather(-2, index)
         params = _trained(self.net)
         with torch.enable_grad():
@@ -261,7 +267,9 @@ class NeuralBandit(nn.Module):
             residual = shifted - y
             value = residual.square().mean() / 2
         # The perturbations are linear in the parameters: one gradient of the network serves all.
-        grads = torch.autograd.grad(scores, params, residual.mean(-1) / max(1, y.numel()))
+        weights = residual.mean(-1) / max(1, y.numel())
+        with torch.enable_grad():
+            grads = torch.autograd.grad((scores * weights).sum(), params)
         self._descend(params, _flat(grads), residual.reshape(-1, shifted.shape[-1]).mean(0))
         self.rounds += 1
         return value
