@@ -290,7 +290,15 @@ def _drawn(p: Tensor, at: Tensor) -> Tensor:
 
 
 class MDPRun(NamedTuple):
-    """What :meth:`AdversarialLinearMDP.run` finds: float64, a row for each run."""
+    """What :meth:`AdversarialLinearMDP.run` finds: float64, a row for each run.
+
+    Example:
+        >>> import torch
+        >>> from pyloss.research.mdp import AdversarialLinearMDP, LinearQMDP
+        >>> found = AdversarialLinearMDP(LinearQMDP(2, 2, 2, 3)).run(4)
+        >>> found.policy.shape  # the last one, of one run
+        torch.Size([1, 2, 2, 2])
+    """
 
     regret: Tensor  #: (runs, K): after each episode, to the best policy of hindsight up to there
     loss: Tensor  #: (runs, K): expected, of the policy that was played

@@ -1,4 +1,4 @@
-"""Optimistic online mirror descent between chance and adversary (Chen, Tu, Zhao, Zhang,
+"""Optimistic online mirror descent between chance and adversary (Chen, Zhang, Tu, Zhao, Zhang,
 arXiv 2302.04552), the projections that it needs, and regret."""
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ class OptimisticOMD(Optimizer):
     ``euclidean``       norm(x)^2 / 2 eta_t, eta_t = D / sqrt(delta  O(sqrt(sigma^2) +
                         + 4 G^2 + sum of norm(g_s - g_{s-1})^2)      sqrt(Sigma^2))
     ``strongly_convex`` the same with eta_t = 2 / (mu t)             O((sigma_max^2 +
-                                                                     Sigma_max^2) log T / mu)
+                                                                     Sigma_max^2) / mu
+                                                                     log(sigma^2 + Sigma^2))
     ``exp_concave``     norm_H(x)^2 / 2, H_t = (1 + b G^2 / 2) I     O(d / alpha log(sigma^2 +
                         + b / 2 sum of g_s g_s^T,                    Sigma^2))
                         b = min(1 / 4GD, alpha) / 2
@@ -267,7 +268,7 @@ class OptimisticOMD(Optimizer):
         tensor([0.6000, 0.8000])
 
     Reference:
-        Chen, Tu, Zhao, Zhang. Optimistic Online Mirror Descent for Bridging Stochastic and
+        Chen, Zhang, Tu, Zhao, Zhang. Optimistic Online Mirror Descent for Bridging Stochastic and
         Adversarial Online Convex Optimization. arXiv 2302.04552.
     """
 
