@@ -44,6 +44,9 @@ EXPERIMENTS = {
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),
     "private_aggregates": (False, "rho 1, bags of 4"),
+    "optimistic_omd": (False, "OOMD, noise 1"),
+    "adversarial_mdp": (False, "Hedge, reduced"),
+    "neural_bandit": (False, "small losses, NeuFastCB"),
 }
 
 
