@@ -72,7 +72,7 @@ def main() -> None:
     add("--quick", action="store_true", help="seconds, for a test")
     args = parser.parse_args()
     if args.quick:
-        args.rounds, args.seeds = 24, 2
+        args.rounds, args.seeds = 16, 2
     torch.set_num_threads(args.threads)
 
     quarter = args.rounds // 4

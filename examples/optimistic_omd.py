@@ -94,7 +94,7 @@ def main() -> None:
     add("--quick", action="store_true", help="seconds, for a test")
     args = parser.parse_args()
     if args.quick:
-        args.rounds, args.noise, args.laps, args.seeds = 64, [1.0], [1.0], 2
+        args.rounds, args.noise, args.laps, args.seeds = 32, [1.0], [1.0], 2
     torch.set_num_threads(args.threads)
     marks = torch.tensor([args.rounds // 16, args.rounds // 4, args.rounds])
 

@@ -164,7 +164,7 @@ def growing(t: int) -> float:
 
 
 def test_a_bandit_learns() -> None:
-    assert regret("fast", growing, 150, 0)[-1] < 0.6 * regret("square", 0.0, 150, 0)[-1]
+    assert regret("fast", growing, 120, 0)[-1] < 0.6 * regret("square", 0.0, 120, 0)[-1]
 
 
 @pytest.mark.exhaustive

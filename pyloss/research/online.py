@@ -377,6 +377,7 @@ def _moved(group: dict[str, Any], state: dict[str, Any], direction: Tensor) -> T
             state["metric"],
             lambda x: _projected(group, x),
             smallest=_smallest(group),
+            steps=300,
         )
     if group["geometry"] == "strongly_convex":
         return _projected(
