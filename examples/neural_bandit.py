@@ -72,7 +72,7 @@ def main() -> None:
     add("--quick", action="store_true", help="seconds, for a test")
     args = parser.parse_args()
     if args.quick:
-        args.rounds, args.seeds = 16, 2
+        args.rounds, args.seeds = 24, 2
     torch.set_num_threads(args.threads)
 
     quarter = args.rounds // 4
@@ -86,7 +86,7 @@ def main() -> None:
                 [regret(name, losses, args.rounds, seed) for seed in range(args.seeds)]
             )
             curves[name] = found[:, at].tolist()
-            growth = found[:, -1] / found[:, quarter - 1]
+            growth = found[:, -1] / found[:, quarter - 1].clamp(min=0.01)  # few rounds may lose 0
             rows.append([f"{losses} losses, {name}", spread(found[:, quarter - 1].tolist()),
                          spread(found[:, -1].tolist()), spread(growth.tolist(), 2)])  # fmt: skip
         title = f"losses of {low:g} to {high:g}"
