@@ -32,8 +32,8 @@ def minimised(sizes, lam_w, lam_h, depth=1, loss="mse", bias=False):
     free = [*weights, features, *([b] if bias else [])]
     for p in free:
         p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=F64)).requires_grad_()
-    optimizer = torch.optim.LBFGS(free, max_iter=500, history_size=30, tolerance_grad=1e-10,
-                                  tolerance_change=1e-13, line_search_fn="strong_wolfe")  # fmt: skip
+    stop = dict(max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-13)
+    optimizer = torch.optim.LBFGS(free, **stop, history_size=30, line_search_fn="strong_wolfe")
 
     def value():
         return ufm_loss(weights, features, y, lam_w, lam_h, loss, b if bias else None)

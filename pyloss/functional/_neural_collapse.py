@@ -18,13 +18,13 @@ _RCOND = 1e-10  # of the between-class covariance: its rank is that of the class
 
 def checked_decay(name: str, value, depth: int, positive: bool = False) -> tuple[float, ...]:
     """The weight decay of each of `depth` layers, of one number or as many."""
-    given = value.tolist() if isinstance(value, Tensor) else value
-    if isinstance(given, str):
-        raise TypeError(f"{name} must be a number or one for each layer, got {given!r}")
-    try:
-        each = list(given)
-    except TypeError:
-        each = [given] * depth
+    if isinstance(value, (int, float)):
+        each = [value] * depth
+    else:
+        try:
+            each = list(value.tolist() if isinstance(value, Tensor) else value)
+        except TypeError:
+            each = [value] * depth
     if len(each) != depth:
         raise ValueError(f"{name} must be a number or one for each of {depth} layers, got {each}")
     for x in each:
@@ -165,9 +165,9 @@ def norm_spread(x: Tensor, present: Tensor | None = None) -> Tensor:
 def angle_error(x: Tensor, target: str, present: Tensor | None = None) -> Tensor:
     """max over i != j of |cos(x_i, x_j) - c|, c = -1 / (K - 1) or 0; NaN without two rows."""
     if present is None:
-        present = torch.ones_like(x[:, 0], dtype=torch.bool)
-    unit = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    cosine = unit @ unit.T
+        present = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    cosine = x @ x.T / torch.outer(norm, norm)
     count = present.sum()
     goal = -1 / (count - 1).to(x.dtype) if target == "etf" else 0.0
     both = present.unsqueeze(1) & present

@@ -73,7 +73,6 @@ class NeuralCollapseMetrics:
         ignore_index: the label of samples that are left out.
         group: a process group: ``compute`` is of the samples of all its ranks, which must all call
             it. Each keeps its own.
-        dtype: of what is kept; float32 where a device has no float64.
 
     Shape:
         - features: ``(N, D)``, floating; labels: ``(N,)``, integers
@@ -110,7 +109,6 @@ class NeuralCollapseMetrics:
         scatter: bool = True,
         ignore_index: int = -100,
         group: Any = None,
-        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.num_classes = checks.checked_count("num_classes", num_classes, 1)
         self.num_features = checks.checked_count("num_features", num_features, 1)
@@ -118,9 +116,6 @@ class NeuralCollapseMetrics:
         self.scatter = checks.checked_flag("scatter", scatter)
         self.ignore_index = checks.checked_integer("ignore_index", ignore_index)
         self.group = group
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        self.dtype = dtype
         self.reset()
 
     def __repr__(self) -> str:
@@ -142,7 +137,7 @@ class NeuralCollapseMetrics:
         y, _ = collapse.checked_samples(features, labels, self.num_classes, self.ignore_index)
         self._check_width(features)
         with torch.no_grad(), checks.without_autocast(features):
-            stats = collapse.stats_of(features, y, self.num_classes, self.dtype)
+            stats = collapse.stats_of(features, y, self.num_classes, torch.float64)
             scatter = None
             if self.scatter:
                 off = collapse.residuals(features, y, stats)
@@ -239,13 +234,17 @@ class NeuralCollapseMetrics:
             return self._stats, self._scatter, self._compared
         own, scatter, compared = self._stats, self._scatter, self._compared
         if own is None:  # a rank that has had no samples
-            zero = torch.zeros(self.num_classes, self.num_features, dtype=self.dtype, device=device)
+            zero = torch.zeros(
+                self.num_classes, self.num_features, dtype=torch.float64, device=device
+            )
             own = ClassStats(zero[:, 0].clone(), zero, zero.clone())
             scatter = zero.new_zeros(2 * (self.num_features,))
         if self.scatter:
             stats, scatter = scatter_over_ranks(own, scatter, self.group)
         else:
             stats = over_ranks(own, self.group)
+        if not bool(stats.count.any()):
+            raise RuntimeError("NeuralCollapseMetrics.compute() before update() of any rank")
         compared = own.count.new_zeros(2) if compared is None else compared
         return stats, scatter if self.scatter else None, total_over_ranks(compared, self.group)
 
@@ -268,7 +267,7 @@ class NeuralCollapseMetrics:
         found = {name: tuple(t.shape) for name, t in state.items()}
         if found != shapes:
             raise ValueError(f"the state must have the shapes {shapes}, got {found}")
-        kept = {name: t.detach().clone().to(self.dtype) for name, t in state.items()}
+        kept = {name: t.detach().clone().to(torch.float64) for name, t in state.items()}
         self._scatter = kept.pop("scatter", None)
         self._stats = ClassStats(**kept)
 
