@@ -71,13 +71,11 @@ def trained(case: Case, seed: int, args, progress: Progress) -> Reached:
         nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, DIM)
     )
     shapes = [(DIM, DIM)] * (case.depth - 1) + [(classes, DIM)]
-    weights = [nn.Parameter(nn.init.orthogonal_(torch.empty(s))) for s in shapes]
+    weights = [nn.Parameter(torch.randn(s) / math.sqrt(DIM)) for s in shapes]
     optimizer = torch.optim.Adam([*net.parameters(), *weights], lr=args.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     found = case.minimum()
-    metrics = NeuralCollapseMetrics(
-        classes, DIM, (found.w_norm2, found.h_norm2, found.logits_diag)
-    )
+    metrics = NeuralCollapseMetrics(classes, DIM, (found.w_norm2, found.h_norm2, found.logits_diag))
     records = []
     for step in range(args.steps + 1):
         features = net(x)
@@ -96,6 +94,10 @@ def trained(case: Case, seed: int, args, progress: Progress) -> Reached:
         if step < args.steps:
             schedule.step()
     return Reached(records, loss.item(), float(product[-1].detach().norm()))
+
+
+def log10(record: NeuralCollapse, field: str) -> float:
+    return math.log10(max(float(getattr(record, field)), 1e-12))
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def main() -> None:
             trained(case, seed, args, Progress(f"{name}, seed {seed}", args.steps))
             for seed in range(args.seeds)
         ]
-    fields = ("nc1", "nc2_w", "nc2_h", "nc3")
+    fields = {"NC1": "nc1", "NC2 of W": "nc2_w", "NC2 of H": "nc2_h", "NC3": "nc3"}
     rows = []
     for name, reached in runs.items():
         found = CASES[name].minimum()
@@ -131,20 +133,20 @@ def main() -> None:
                 name,
                 spread([r.loss for r in reached], 5),
                 f"{float(found.value):.5f}",
-                *(spread([float(getattr(r.records[-1], f)) for r in reached], 4) for f in fields),
+                *(spread([log10(r.records[-1], f) for r in reached]) for f in fields.values()),
                 spread([r.length for r in reached], 3),
                 f"{float(found.w_norm2[-1].sqrt()):.3f}",
             ]
         )
-    head = ["classes", "loss", "minimum", "NC1", "NC2 of W", "NC2 of H", "NC3"]
-    print(table([*head, "|w| of the last", "at the minimum"], rows))
+    head = ["classes", "loss", "minimum", *(f"log10 {title}" for title in fields)]
+    print(table([*head, "|w| of the last", "minimum"], rows))
 
     steps = [float(args.every * i) for i in range(args.steps // args.every + 1)]
     panels = [
         Panel(title, "step", "log10", steps,
-              {name: [[math.log10(max(float(getattr(r, field)), 1e-8)) for r in run.records]
-                      for run in reached] for name, reached in runs.items()})
-        for field, title in zip(fields, ("NC1", "NC2, classifier", "NC2, means", "NC3"))
+              {name: [[log10(r, field) for r in run.records] for run in reached]
+               for name, reached in runs.items()})
+        for title, field in fields.items()
     ]  # fmt: skip
     print(draw(args.plot, panels))
 

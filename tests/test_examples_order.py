@@ -44,6 +44,8 @@ EXPERIMENTS = {
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),
     "private_aggregates": (False, "rho 1, bags of 4"),
+    "neural_collapse": (True, "one collapses, 1 layer"),
+    "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }
 
 
