@@ -38,7 +38,7 @@ class UFMSolution(NamedTuple):
     Example:
         >>> import pyloss
         >>> pyloss.analysis.ufm_minimizer([30, 20, 10, 4], 5e-3, 5e-4).sigma
-        tensor([5.3760, 4.3710, 3.0611, 1.8988], dtype=torch.float64)
+        tensor([5.3760, 4.3709, 3.0611, 1.8988], dtype=torch.float64)
     """
 
     #: Singular values of the product W_M .. W_1 H: of the classes, or, where classes mix (with a
@@ -163,7 +163,7 @@ def ufm_minimizer(
 
     Example:
         >>> import pyloss
-        >>> found = pyloss.analysis.ufm_minimizer([100, 100, 1], 2e-3, 1e-3, depth=2)
+        >>> found = pyloss.analysis.ufm_minimizer([100, 100, 1], 5e-3, 1e-3, depth=2)
         >>> found.collapsed
         tensor([False, False,  True])
 

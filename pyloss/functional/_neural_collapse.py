@@ -12,6 +12,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._class_stats import ClassStats, class_stats
 from pyloss.functional._row_checks import check_labels, check_rows
 from pyloss.ops._labels import equals, outside
+from pyloss.ops._launch import accumulator_dtype as accumulator_dtype
 
 _RCOND = 1e-10  # of the between-class covariance: its rank is that of the classes less one
 

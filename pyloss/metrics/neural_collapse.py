@@ -11,7 +11,6 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional import _neural_collapse as collapse
 from pyloss.functional._row_checks import check_rows
-from pyloss.ops._launch import accumulator_dtype
 
 _WIDE = torch.float64  # of all sums: the metrics go down to where float32 ends
 
@@ -70,7 +69,7 @@ def nc1(
             # Residuals along the means: N x K, and their products.
             along = collapse.residuals(features, y, stats) @ collapse.off_centre(stats).T
             found = collapse.nc1_pinv(stats, along.T @ along)
-    return found.to(accumulator_dtype(features.dtype))
+    return found.to(collapse.accumulator_dtype(features.dtype))
 
 
 @torch.no_grad()
@@ -115,7 +114,7 @@ def cdnv(
         found = collapse.cdnv_of(stats)
         if reduction == "mean":
             found = collapse.mean_of_pairs(found, stats.count > 0)
-    return found.to(accumulator_dtype(features.dtype))
+    return found.to(collapse.accumulator_dtype(features.dtype))
 
 
 @torch.no_grad()
@@ -152,7 +151,7 @@ def nc2(vectors: Tensor, target: str | Tensor = "etf", *, center: Tensor | None 
     target = collapse.checked_target("target", target, len(x), x)
     with checks.without_autocast(x):
         found = collapse.off_target(x @ x.T, target)
-    return found.to(accumulator_dtype(vectors.dtype))
+    return found.to(collapse.accumulator_dtype(vectors.dtype))
 
 
 @torch.no_grad()
@@ -196,7 +195,7 @@ def nc3(
     target = collapse.checked_target("target", target, len(x), x)
     with checks.without_autocast(x):
         found = collapse.off_target(w @ x.T, target)
-    return found.to(accumulator_dtype(weight.dtype))
+    return found.to(collapse.accumulator_dtype(weight.dtype))
 
 
 @torch.no_grad()
@@ -232,7 +231,7 @@ def nc4(logits: Tensor, features: Tensor, means: Tensor) -> Tensor:
     check_logits(logits, features, len(means))
     checks.check_device("means", means, features, "features")
     wrong = disagreements(logits, features, means.detach().to(_WIDE))
-    return (wrong / features.shape[0]).to(accumulator_dtype(features.dtype))
+    return (wrong / features.shape[0]).to(collapse.accumulator_dtype(features.dtype))
 
 
 def check_logits(logits, features: Tensor, classes: int) -> None:
@@ -279,7 +278,7 @@ def equinorm(vectors: Tensor, *, center: Tensor | None = None) -> Tensor:
         Papyan, Han, Donoho. arXiv 2008.08186.
     """
     found = collapse.norm_spread(_checked_vectors("vectors", vectors, center))
-    return found.to(accumulator_dtype(vectors.dtype))
+    return found.to(collapse.accumulator_dtype(vectors.dtype))
 
 
 @torch.no_grad()
@@ -312,7 +311,7 @@ def equiangle(vectors: Tensor, target: str = "etf", *, center: Tensor | None = N
     x = _checked_vectors("vectors", vectors, center)
     with checks.without_autocast(x):
         found = collapse.angle_error(x, target)
-    return found.to(accumulator_dtype(vectors.dtype))
+    return found.to(collapse.accumulator_dtype(vectors.dtype))
 
 
 def _checked_vectors(name: str, x, center) -> Tensor:

@@ -59,7 +59,7 @@ ROWS = (
     refused(ValueError, "lam_h must be finite and >= 0", perturbed_ufm, X, Y, 0.1, 1.0, -1.0),
     refused(ValueError, "max_iter must be >= 1, got 0", perturbed_ufm, X, Y, 0.1, 1, max_iter=0),
     refused(ValueError, "features must hold samples, each with a class",
-            perturbed_ufm, X, Y - 100, 0.1, 1.0, num_classes=2),
+            perturbed_ufm, X, 0 * Y - 100, 0.1, 1.0, num_classes=2),
     refused(ValueError, "features must hold samples, each with a class",
             central_path, X[:0], Y[:0], 0.1),
     refused(ValueError, "step_size must be finite and > 0", central_path, X, Y, 0.1, 3, 0.0),
