@@ -265,8 +265,7 @@ def central_path(
 
 def _variability(model: _Model, h: Tensor) -> tuple[Tensor, Tensor]:
     stats = collapse.stats_of(h, model.labels, model.y.shape[1], h.dtype)
-    along = collapse.residuals(h, model.labels, stats) @ collapse.off_centre(stats).T
-    return collapse.nc1_pinv(stats, along.T @ along), collapse.nc1_trace(stats)
+    return collapse.nc1_of(h, model.labels, stats), collapse.nc1_trace(stats)
 
 
 def _model(features, labels, lam_w, beta, lam_h, num_classes) -> _Model:

@@ -103,6 +103,12 @@ def nc1_pinv(stats: ClassStats, within: Tensor) -> Tensor:
     return torch.where(sound & kept.any(), total, math.nan)
 
 
+def nc1_of(features: Tensor, y: Tensor, stats: ClassStats) -> Tensor:
+    """Of all samples at once: their residuals along the means, N x K, in place of the scatter."""
+    along = residuals(features, y, stats) @ off_centre(stats).T
+    return nc1_pinv(stats, along.T @ along)
+
+
 def cdnv_of(stats: ClassStats) -> Tensor:
     """(K, K): (var_i + var_j) / (2 |mu_i - mu_j|^2); NaN on the diagonal and for classes without
     samples."""

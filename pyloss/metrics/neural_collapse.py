@@ -63,12 +63,8 @@ def nc1(
     y, classes = collapse.checked_samples(features, labels, num_classes, ignore_index)
     with checks.without_autocast(features):
         stats = collapse.stats_of(features, y, classes, _WIDE)
-        if kind == "trace":
-            found = collapse.nc1_trace(stats)
-        else:
-            # Residuals along the means: N x K, and their products.
-            along = collapse.residuals(features, y, stats) @ collapse.off_centre(stats).T
-            found = collapse.nc1_pinv(stats, along.T @ along)
+        trace = kind == "trace"
+        found = collapse.nc1_trace(stats) if trace else collapse.nc1_of(features, y, stats)
     return found.to(collapse.accumulator_dtype(features.dtype))
 
 

@@ -57,9 +57,9 @@ class NeuralCollapseMetrics:
               \delta = \mu_b - \mu_a
 
     for each class, in float64: large means cost no digits. What is measured is that of
-    :func:`pyloss.metrics.nc1`, :func:`~pyloss.metrics.cdnv`, :func:`~pyloss.metrics.nc2`,
-    :func:`~pyloss.metrics.nc3`, :func:`~pyloss.metrics.nc4`, :func:`~pyloss.metrics.equinorm`,
-    :func:`~pyloss.metrics.equiangle`. Class means are centred for the target ``"etf"``. Classes
+    :func:`pyloss.metrics.nc1`, :func:`pyloss.metrics.cdnv`, :func:`pyloss.metrics.nc2`,
+    :func:`pyloss.metrics.nc3`, :func:`pyloss.metrics.nc4`, :func:`pyloss.metrics.equinorm`,
+    :func:`pyloss.metrics.equiangle`. Class means are centred for the target ``"etf"``. Classes
     without samples count nowhere.
 
     Args:
