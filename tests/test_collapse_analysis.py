@@ -154,6 +154,13 @@ def test_one_layer_as_the_other_section_writes_it() -> None:
     torch.testing.assert_close(h**2, t * (lam_w / (n * lam_h)).sqrt())
 
 
+def test_many_layers_of_little_decay() -> None:
+    found = ufm_minimizer([9, 4], 1e-9, 1e-9, depth=60)  # lam_W^60 is below all numbers
+    assert ((found.w_norm2 > 1) & found.w_norm2.isfinite()).all()
+    one = ufm_minimizer([9, 4], 1e-9, 1e-9)
+    torch.testing.assert_close(one.logits_diag, found.logits_diag, rtol=1e-5, atol=0)
+
+
 def test_cross_entropy_collapses_where_the_decay_is_strong() -> None:
     for lam, expected in ((0.0624, False), (0.0626, True)):  # kappa K = 4 lam sqrt(n) = 1
         found = ufm_minimizer([16] * 4, lam, lam, loss="ce")

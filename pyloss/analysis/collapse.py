@@ -188,12 +188,13 @@ def _of_squares(n: Tensor, decay: tuple[float, ...], lam_h: float, bias: bool) -
         centred = centred - torch.outer(n, n) / total
         s2, u = (t.flip(-1) for t in torch.linalg.eigh(centred))
         s2 = torch.cat([s2[:-1].clamp(min=0), torch.zeros_like(s2[-1:])])  # along the ones
-    c = math.exp((math.log(lam_h) + sum(map(math.log, decay))) / (depth + 1))
+    log_decay = sum(map(math.log, decay))  # of many layers the product may be 0
+    c = math.exp((math.log(lam_h) + log_decay) / (depth + 1))
     t = _shrunk(total * c * s2 ** (-depth / (depth + 1)), depth)
     sigma = t * s2.sqrt()
     level = c * sigma ** (2 / (depth + 1))  # lam_W s_W^2 = lam_H s_H^2 of the balanced layers
     value = (s2 * (t - 1).square()).sum() / (2 * total) + (depth + 1) / 2 * level.sum()
-    w2 = level**depth / math.prod(decay)  # squared singular values of W_M .. W_1
+    w2 = torch.exp(depth * level.log() - log_decay)  # squared singular values of W_M .. W_1
     # The columns of Y that belong to a class, in the directions u: diag(s)^-1 u^T (Y's column).
     there = s2 > 0
     right = torch.where(there, s2, 1.0).rsqrt() * there * (u.T @ centred).T / n.unsqueeze(1)

@@ -226,7 +226,7 @@ def central_path(
         features, labels, lam_w, lam_h, num_classes: as for
             :func:`pyloss.analysis.perturbed_ufm`.
         steps: T - 1.
-        step_size: of the time t, > 0.
+        step_size: of the time t, > 0. Too long a step diverges, as gradient descent does.
         beta: >= 0; with 0, features are free to leave :math:`H_0`.
 
     Returns:
