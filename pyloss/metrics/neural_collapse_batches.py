@@ -156,7 +156,7 @@ class NeuralCollapseMetrics:
 
     def compare(self, logits: Tensor, features: Tensor) -> None:
         """Adds a batch to NC4: logits against the nearest of the means that the last ``compute``
-        had."""
+        had. All samples count, also those whose label ``update`` leaves out."""
         if self._found is None:
             raise RuntimeError("NeuralCollapseMetrics.compare() before compute()")
         check_rows("features", features)
