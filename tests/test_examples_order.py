@@ -47,6 +47,8 @@ EXPERIMENTS = {
     "optimistic_omd": (False, "OOMD, noise 1"),
     "adversarial_mdp": (False, "Hedge, reduced"),
     "neural_bandit": (False, "small losses, NeuFastCB"),
+    "neural_collapse": (True, "one collapses, 1 layer"),
+    "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }
 
 

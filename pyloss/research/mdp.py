@@ -430,7 +430,7 @@ class AdversarialLinearMDP:
         played = torch.stack(policies, 1)
         loss = mdp.value(played, theta)
         best = mdp.optimal_value(theta.cumsum(1))
-        return MDPRun(loss.cumsum(1) - best, loss, policy)
+        return MDPRun(loss.cumsum(1) - best, loss, policies[-1])
 
     def _visited(self, policy: Tensor) -> Tensor:
         """Weights of the pairs by fresh rollouts, or exact: ``(runs, H, S A)`` of sum 1."""
