@@ -134,8 +134,8 @@ def test_mixture_against_scikit_learn(covariance: str) -> None:
     ours = GaussianMixture(3, covariance, reg=1e-9, tol=1e-13, max_iter=3000,
                            generator=torch.Generator().manual_seed(2)).fit(x)  # fmt: skip
     theirs = mixture.GaussianMixture(
-        3, covariance_type=covariance, reg_covar=1e-9, tol=1e-13, max_iter=3000, means_init=ours.mean.numpy(),
-        weights_init=ours.weights.numpy(), random_state=0,
+        3, covariance_type=covariance, reg_covar=1e-9, tol=1e-13, max_iter=3000,
+        means_init=ours.mean.numpy(), weights_init=ours.weights.numpy(), random_state=0,
         precisions_init=(1 / ours.covariances if covariance == "diag"
                          else torch.linalg.inv(ours.covariances)).numpy(),
     ).fit(x.numpy())  # fmt: skip

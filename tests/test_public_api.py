@@ -22,6 +22,10 @@ import pyloss.ops
 import pyloss.optim
 import pyloss.optim.lr_scheduler
 import pyloss.regularizers
+import pyloss.research.continual
+import pyloss.research.curriculum
+import pyloss.research.federated
+import pyloss.research.pretrain
 import pyloss.testing
 
 MODULES = [
@@ -39,6 +43,10 @@ MODULES = [
     pyloss.optim,
     pyloss.optim.lr_scheduler,
     pyloss.regularizers,
+    pyloss.research.continual,
+    pyloss.research.curriculum,
+    pyloss.research.federated,
+    pyloss.research.pretrain,
     pyloss.testing,
 ]
 

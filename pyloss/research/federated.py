@@ -26,7 +26,17 @@ Schedule = Callable[[int, int], int]
 
 
 class FederatedRun(NamedTuple):
-    """What :func:`simulate` returns."""
+    """What :func:`simulate` returns.
+
+    Example:
+        >>> import torch
+        >>> from pyloss.research.federated import simulate
+        >>> samples = (torch.randn(40, 3), torch.arange(40) % 2)
+        >>> run = simulate(torch.nn.Linear(3, 2), [samples], samples, rounds=2, clients_per_round=1)
+        >>> run.selected
+        tensor([[0],
+                [0]])
+    """
 
     model: nn.Module  #: the global model after the last round
     accuracy: Tensor  #: (rounds,), float64: on the test samples after each round
