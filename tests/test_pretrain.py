@@ -151,6 +151,17 @@ def test_mixture_against_scikit_learn(covariance: str) -> None:
     torch.testing.assert_close(ours.log_prob(x), score, rtol=0, atol=1e-8)
 
 
+def test_the_best_of_several_fits() -> None:
+    x, _ = blobs(120, 4, 2.0)
+    ends = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        ends.append(GaussianMixture(6, generator=generator).fit(x).history[-1].item())
+    assert max(ends) - min(ends) > 0.01  # some of them are local maxima
+    best = GaussianMixture(6, n_init=6, generator=generator.manual_seed(0)).fit(x)
+    assert best.history[-1].item() == max(ends)
+
+
 def test_fewer_points_than_components() -> None:
     x = torch.tensor([[0.0, 0.0], [4.0, 4.0]], dtype=F64).repeat(5, 1)
     model = GaussianMixture(3, generator=torch.Generator().manual_seed(0)).fit(x)

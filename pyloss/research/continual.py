@@ -210,7 +210,8 @@ class AnalyticClassifier(nn.Module):
 
     Nothing is trained by gradients, no sample is kept, and nothing is forgotten: the weights are
     those of joint training on all that was seen. The backbone b is taken out of training for good:
-    its parameters need no gradient from here on, and it stays in evaluation mode.
+    its parameters need no gradient from here on, and it stays in evaluation mode. In float32 it may
+    round a sample by the size of the batch it is in: the equality then holds up to that.
 
     Args:
         backbone: a module whose output for N samples has N rows of F numbers, after flattening.

@@ -165,14 +165,16 @@ class GaussianMixture(_LatentModel):
         reg: >= 0, added to the variances in each step.
         max_iter: >= 1, steps at most.
         tol: >= 0; the steps end where one raises the objective by less.
+        n_init: >= 1, fits from other centres, the best of which is kept: a fit from a bad draw of
+            centres may end in a maximum that is only local.
         generator: for k-means++, on the device of the samples.
 
     Attributes:
         weights: :math:`\pi`, ``(k,)``.
         mean: ``(k, D)``.
         covariances: ``(k, D)``, variances, or ``(k, D, D)``. Buffers, float64.
-        history: the objective at the beginning and after each step, float64; of the last fit, and
-            not in the state_dict.
+        history: the objective at the beginning and after each step, float64; of the fit, not
+            in the state_dict.
         converged: whether the last step raised it by less than ``tol``.
 
     Raises:
@@ -206,6 +208,7 @@ class GaussianMixture(_LatentModel):
         reg: float = 1e-6,
         max_iter: int = 200,
         tol: float = 1e-6,
+        n_init: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
         k = checks.checked_count("k", k, 1)
@@ -214,7 +217,10 @@ class GaussianMixture(_LatentModel):
         max_iter = checks.checked_count("max_iter", max_iter, 1)
         checks.check_range("tol", tol, 0.0)
         checks.check_generator(generator)
-        super().__init__(k=k, covariance=covariance, reg=reg, max_iter=max_iter, tol=tol)
+        n_init = checks.checked_count("n_init", n_init, 1)
+        super().__init__(
+            k=k, covariance=covariance, reg=reg, max_iter=max_iter, tol=tol, n_init=n_init
+        )
         self.generator = generator
         shape = (k, 0) if covariance == "diag" else (k, 0, 0)
         self.register_buffer("weights", torch.zeros(k, dtype=torch.float64))
@@ -227,25 +233,37 @@ class GaussianMixture(_LatentModel):
     def fit(self, X: Tensor) -> GaussianMixture:
         """Samples ``(N, D)``, N >= k. Waits for the device in each step."""
         x = self._samples(X, self.k)
+        with checks.without_autocast(x):
+            state, self.history, self.converged = max(
+                (self._steps(x, self._started(x)) for _ in range(self.n_init)),
+                key=lambda run: float(run[1][-1]),
+            )
+        self.weights, self.mean, self.covariances = state
+        return self
+
+    def _started(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each sample belongs to the nearest seed."""
         centers = self._seeds(x)
         nearest = torch.cdist(x, centers).argmin(1)
-        with checks.without_autocast(x):
-            spread = (x - x.mean(0)).square().mean(0)
-            start = spread.expand(self.k, -1)
-            start = start if self.covariance == "diag" else torch.diag_embed(start)
-            old = (centers.new_full((self.k,), 1 / self.k), centers, start)
-            state = self._maximised(x, torch.nn.functional.one_hot(nearest, self.k).double(), old)
+        spread = (x - x.mean(0)).square().mean(0) + self.reg
+        start = spread.expand(self.k, -1)
+        start = start if self.covariance == "diag" else torch.diag_embed(start)
+        old = (centers.new_full((self.k,), 1 / self.k), centers, start)
+        return self._maximised(x, torch.nn.functional.one_hot(nearest, self.k).to(x), old)
+
+    def _steps(
+        self, x: Tensor, state: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], Tensor, bool]:
+        """Parameters, history, whether it converged."""
+        joint = self._log_joint(x, *state, reg=self.reg)
+        history = [torch.logsumexp(joint, 1).mean()]
+        converged = False
+        while len(history) <= self.max_iter and not converged:
+            state = self._maximised(x, joint.softmax(1), state)
             joint = self._log_joint(x, *state, reg=self.reg)
-            history = [torch.logsumexp(joint, 1).mean()]
-            converged = False
-            while len(history) <= self.max_iter and not converged:
-                state = self._maximised(x, joint.softmax(1), state)
-                joint = self._log_joint(x, *state, reg=self.reg)
-                history.append(torch.logsumexp(joint, 1).mean())
-                converged = bool(history[-1] - history[-2] < self.tol)
-        self.weights, self.mean, self.covariances = state
-        self.history, self.converged = torch.stack(history), converged
-        return self
+            history.append(torch.logsumexp(joint, 1).mean())
+            converged = bool(history[-1] - history[-2] < self.tol)
+        return state, torch.stack(history), converged
 
     def encode(self, X: Tensor) -> Tensor:
         """The probability of each component given x, ``(N, k)``, in the dtype of X."""
