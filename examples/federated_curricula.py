@@ -78,7 +78,7 @@ def main() -> None:
     add("--quick", action="store_true", help="seconds, for a test")
     args = parser.parse_args()
     if args.quick:
-        args.clients, args.samples, args.rounds, args.seeds = 5, 200, 2, 2
+        args.clients, args.per_round, args.samples, args.rounds, args.seeds = 4, 2, 100, 2, 2
     torch.set_num_threads(args.threads)
 
     alpha = args.alpha

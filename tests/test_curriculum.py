@@ -212,10 +212,11 @@ def test_random_numbers_are_those_of_the_generator() -> None:
 
 
 @pytest.mark.exhaustive
-def test_curriculum_is_not_behind_random() -> None:
-    """20 clients, Dirichlet(0.2), 30 rounds, mean of 3 seeds; nothing stronger is claimed."""
-    final: dict[str, list[float]] = {"curriculum": [], "anti": [], "random": []}
-    for seed in range(3):
+def test_curriculum_is_at_most_two_points_behind_random() -> None:
+    """20 clients, Dirichlet(0.2), 30 rounds, the last five of them, eight draws: it is 1.6 behind,
+    and nothing stronger is claimed of such a toy."""
+    final: dict[str, list[float]] = {"curriculum": [], "random": []}
+    for seed in range(8):
         x, y = mixture(6000, 8, seed)
         for order, values in final.items():
             generator = torch.Generator().manual_seed(seed)
@@ -226,7 +227,7 @@ def test_curriculum_is_not_behind_random() -> None:
                 clients_per_round=4, pacing=Pacing("linear", 0.8, 0.2, 30), order=order,
                 generator=generator,
             )  # fmt: skip
-            values.append(found.accuracy[-1].item())
-            assert found.accuracy[-1] > found.accuracy[0]
-    mean = {order: sum(values) / 3 for order, values in final.items()}
+            values.append(found.accuracy[-5:].mean().item())
+            assert values[-1] > found.accuracy[0]
+    mean = {order: sum(values) / 8 for order, values in final.items()}
     assert mean["curriculum"] >= mean["random"] - 0.02, mean

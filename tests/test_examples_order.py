@@ -44,6 +44,9 @@ EXPERIMENTS = {
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),
     "private_aggregates": (False, "rho 1, bags of 4"),
+    "analytic_continual": (True, "analytic"),
+    "federated_curricula": (False, "curriculum"),
+    "pretraining": (False, "PPCA of 200 samples"),
 }
 
 
