@@ -34,8 +34,8 @@ class RecursiveRidge(StateModule):
         gamma: > 0, weight of the penalty.
         bias: whether a feature that is always 1 is added; it is penalised as the others are.
         dtype: of the state, ``torch.float64`` or ``torch.float32``. The D x D buffer takes 512 MiB
-            for D = 8192 in float64; in float32 the equality to the joint solution holds to single
-            precision times the condition of the problem only.
+            for D = 8192 in float64; the equality to the joint
+            solution holds to the precision of the dtype times the condition of the problem.
 
     Shape:
         - input: ``(..., D)``, floating
@@ -166,24 +166,23 @@ class RecursiveRidge(StateModule):
         return target.scatter_(1, y.unsqueeze(1), 1.0)
 
     def _update(self, x: Tensor, target: Tensor, W: Tensor) -> None:
-        rows, features = x.shape
-        residual = target - x @ W
-        if rows <= features:
+        right = target - x @ W
+        small = x.shape[0] <= x.shape[1]
+        if small:
             half = x @ self.R
             factor = self._cholesky(half @ x.mT)
-            half = torch.linalg.solve_triangular(factor, half, upper=False)
-            right = torch.linalg.solve_triangular(factor, residual, upper=False)
-            W = W + half.mT @ right
-            R = self.R - half.mT @ half
         else:
             # With R = F F', the new one is F (I + F' X' X F)^-1 F'.
             root, info = torch.linalg.cholesky_ex(self.R)
             self._check(info == 0)
             seen = x @ root
+            half, right = root.mT, seen.mT @ right
             factor = self._cholesky(seen.mT @ seen)
-            half = torch.linalg.solve_triangular(factor, root.mT, upper=False)
-            R = half.mT @ half
-            W = W + R @ (x.mT @ residual)
+        half = torch.linalg.solve_triangular(factor, half, upper=False)
+        right = torch.linalg.solve_triangular(factor, right, upper=False)
+        W = W + half.mT @ right
+        R = half.mT @ half
+        R = self.R - R if small else R
         self._check(W.isfinite().all() & R.isfinite().all())
         self.R.copy_(R + R.mT).div_(2)
         self.W = W

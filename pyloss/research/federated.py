@@ -38,7 +38,7 @@ class FederatedRun(NamedTuple):
                 [0]])
     """
 
-    model: nn.Module  #: the global model after the last round
+    model: nn.Module  #: the global model after the last round, in evaluation mode
     accuracy: Tensor  #: (rounds,), float64: on the test samples after each round
     loss: Tensor  #: (rounds,), float64: mean cross entropy, likewise
     selected: Tensor  #: (rounds, K), int64: the clients of each round
@@ -168,7 +168,8 @@ def simulate(
 
     Args:
         model: takes inputs, gives logits. It is not changed.
-        clients: samples ``(input, labels)`` of each client; at least one each.
+        clients: samples ``(input, labels)`` of each client, at least one each, on the model's
+            device.
         test: samples that the global model is evaluated on after each round.
         rounds: >= 1.
         clients_per_round: K, at most the number of clients.
