@@ -47,6 +47,8 @@ EXPERIMENTS = {
     "analytic_continual": (True, "analytic"),
     "federated_curricula": (False, "curriculum"),
     "pretraining": (False, "PPCA of 200 samples"),
+    "neural_collapse": (True, "one collapses, 1 layer"),
+    "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }
 
 
