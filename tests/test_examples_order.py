@@ -47,6 +47,9 @@ EXPERIMENTS = {
     "optimistic_omd": (False, "OOMD, noise 1"),
     "adversarial_mdp": (False, "Hedge, reduced"),
     "neural_bandit": (False, "small losses, NeuFastCB"),
+    "analytic_continual": (True, "analytic"),
+    "federated_curricula": (False, "curriculum"),
+    "pretraining": (False, "PPCA of 200 samples"),
     "neural_collapse": (True, "one collapses, 1 layer"),
     "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }

@@ -23,8 +23,12 @@ import pyloss.optim
 import pyloss.optim.lr_scheduler
 import pyloss.regularizers
 import pyloss.research.bandits
+import pyloss.research.continual
+import pyloss.research.curriculum
+import pyloss.research.federated
 import pyloss.research.mdp
 import pyloss.research.online
+import pyloss.research.pretrain
 import pyloss.testing
 
 MODULES = [
@@ -45,6 +49,10 @@ MODULES = [
     pyloss.research.bandits,
     pyloss.research.mdp,
     pyloss.research.online,
+    pyloss.research.continual,
+    pyloss.research.curriculum,
+    pyloss.research.federated,
+    pyloss.research.pretrain,
     pyloss.testing,
 ]
 
