@@ -6,5 +6,15 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "comp_sum": ("CompSumAnalysis", "h_consistency_bound", "minimizability_gap"),
+        "critical": ("Criticality", "criticality", "optimal_aspect_ratio", "optimal_depth"),
+        "flow": ("KernelFlow", "kernel_flow"),
+        "invariance": (
+            "Intervention",
+            "InvarianceTest",
+            "LinearSEM",
+            "invariance_environments_needed",
+            "invariance_test",
+            "linear_sem",
+        ),
     },
 )

@@ -138,8 +138,8 @@ def optimal_depth(
 
     Example:
         >>> import pyloss
-        >>> pyloss.analysis.optimal_depth("relu", width=500), pyloss.analysis.optimal_depth("tanh", 500)
-        (17, 130)
+        >>> [pyloss.analysis.optimal_depth(name, width=500) for name in ("relu", "tanh")]
+        [17, 130]
 
     Reference:
         Roberts, Yaida, Hanin. The Principles of Deep Learning Theory. arXiv 2106.10165.

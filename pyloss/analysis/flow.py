@@ -57,7 +57,8 @@ def kernel_flow(
         T^{(l + 1)} &= \lambda_b + \lambda_W \langle s\, s' \rangle_{K^{(l)}} +
             C_W \langle \dot s\, \dot s' \rangle_{K^{(l)}} T^{(l)} \\
         V^{(1)} &= 0, &
-        V^{(l + 1)} &= \chi_\parallel^2 V^{(l)} + C_W^2 (\langle s^4 \rangle - \langle s^2 \rangle^2)
+        V^{(l + 1)} &= \chi_\parallel^2 V^{(l)} +
+            C_W^2 (\langle s^4 \rangle - \langle s^2 \rangle^2)
 
     K is the covariance of a layer's preactivations at two inputs. At width n they are not quite
     Gaussian: :math:`\mathbb{E}[z_i^2 z_j^2] - K^2 = V / n`, and their variance is K + G1 / n, to
