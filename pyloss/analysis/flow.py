@@ -110,7 +110,7 @@ def kernel_flow(
     x = x.detach().double()
     inner = x @ x.mT / x.shape[1]
     K, T = C_b + C_W * inner, rates[0][0] + rates[0][1] * inner
-    V, G1 = torch.zeros_like(K[0]), torch.zeros_like(K[0])
+    V = G1 = x.new_zeros(len(x))
     layers = [(K, T, V, G1)]
     for rate_b, rate_W in rates[1:]:
         at = _critical.brackets(a, K.diagonal())

@@ -162,9 +162,9 @@ def brackets(a: Activation, K: Tensor) -> Brackets:
 
     def mean(f: Tensor) -> Tensor:
         each = w * f
-        found, left = each.sum(1), (each.abs() * far).sum(1)
+        size = each.abs()
         # A function that grows so fast has its mean beyond the nodes.
-        return torch.where(left > _FLAT * found.abs() + 1e-30, math.nan, found)
+        return torch.where((size * far).sum(1) > _FLAT * size.sum(1), math.nan, each.sum(1))
 
     return Brackets(
         square=mean(square),
