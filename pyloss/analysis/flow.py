@@ -23,8 +23,8 @@ class KernelFlow(NamedTuple):
     Example:
         >>> import torch, pyloss
         >>> found = pyloss.analysis.kernel_flow("relu", torch.ones(1, 3), depth=3)
-        >>> found.K.flatten(), found.V.flatten()
-        (tensor([2., 2., 2.], dtype=torch.float64), tensor([ 0., 20., 40.], dtype=torch.float64))
+        >>> [t.flatten().round(decimals=6).tolist() for t in (found.K, found.V)]
+        [[2.0, 2.0, 2.0], [0.0, 20.0, 40.0]]
     """
 
     K: Tensor  #: kernel of each layer, ``(L, B, B)``, at infinite width

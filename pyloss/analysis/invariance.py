@@ -262,6 +262,10 @@ def _environments(B, omega, y, interventions) -> tuple[Tensor, Tensor]:
     given = list(interventions)
     rows, noise = rows.repeat(len(given), 1, 1), noise.repeat(len(given), 1, 1)
     for e, changes in enumerate(given):
+        if not isinstance(changes, Sequence):
+            raise TypeError(
+                f"interventions must hold one environment each, got {type(changes).__name__} at {e}"
+            )
         for change in (changes,) if isinstance(changes, Intervention) else changes:
             if not isinstance(change, Intervention):
                 raise TypeError(

@@ -15,7 +15,7 @@ from pyloss.functional import _critical
 
 __all__ = ["critical_"]
 
-Target = TypeVar("Target", Tensor, nn.Module)
+Target = TypeVar("Target", bound=Tensor | nn.Module)
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)

@@ -57,21 +57,21 @@ def draw_kernel_flow(
     left, right = axes
     for number, (name, each) in enumerate(flows.items()):
         color = _COLORS[number % len(_COLORS)]
-        K, V = each.K[:, 0, 0].cpu(), each.V[:, 0].cpu()
+        K, V = each.K[:, 0, 0].cpu().numpy(), each.V[:, 0].cpu().numpy()
         layers = range(1, len(K) + 1)
-        off = (V / width).sqrt()
-        low = (K - off).clamp(min=0.05 * K)  # a logarithmic axis has no 0
+        off = (V / width) ** 0.5
+        low = (K - off).clip(min=0.05 * K)  # a logarithmic axis has no 0
         left.plot(layers, K, color=color, linewidth=1.4, label=name or None)
         left.fill_between(layers, low, K + off, color=color, alpha=0.15, linewidth=0)
         over = [layer / width for layer in layers]
-        right.plot(over, V / (width * K.square()), color=color, linewidth=1.4, label=name or None)
+        right.plot(over, V / (width * K**2), color=color, linewidth=1.4, label=name or None)
         if measured is not None and name in measured:
             runs = measured[name].cpu()
-            mean, spread = runs.mean(0), runs.std(0)
-            down = spread.minimum(0.95 * mean)
+            mean, spread = runs.mean(0).numpy(), runs.std(0).numpy()
+            down = spread.clip(max=0.95 * mean)
             left.errorbar(layers, mean, yerr=[down, spread], fmt=".", color=color, markersize=4,
                           linewidth=0.6)  # fmt: skip
-            right.plot(over, (spread / mean).square(), ".", color=color, markersize=4)
+            right.plot(over, (spread / mean) ** 2, ".", color=color, markersize=4)
     left.set(xlabel="layer", title="second moment of preactivations", yscale="log")
     right.set(xlabel="depth / width", title="relative variance between networks")
     for ax in axes:

@@ -40,7 +40,7 @@ def draw_invariance(test: Any, *, eps: float | None = None, ax: Any = None) -> A
     pyplot = _pyplot()
     if ax is None:
         ax = pyplot.subplots(figsize=(4.8, 3.4), layout="constrained")[1]
-    gap, stderr = test.gap.cpu(), test.stderr.cpu()
+    gap, stderr = test.gap.cpu().numpy(), test.stderr.cpu().numpy()
     ax.errorbar(range(len(gap)), gap, yerr=2 * stderr, fmt="o", color=_GAP_COLOR, markersize=4,
                 linewidth=1, label="gap")  # fmt: skip
     ax.axhline(float(test.eps_hat), color=_LARGEST_COLOR, linestyle=":", label="largest")

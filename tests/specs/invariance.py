@@ -54,7 +54,7 @@ SPECS = (
         vmap=("features", "target", "head"),
         empty={
             "no environments": Empty(lambda: sample(OFFSETS[:1]), math.nan),
-            "no rows": Empty(lambda: sample(torch.tensor([0, 0]), reduction="none"), math.nan, (1,)),
+            "no rows": Empty(lambda: sample(OFFSETS[[0, 0]], reduction="none"), math.nan, (1,)),
         },
         nan={"features": "all", "target": "all", "head": "all"},
         errors=(
