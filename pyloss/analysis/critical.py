@@ -82,8 +82,9 @@ def criticality(
     Reference:
         Roberts, Yaida, Hanin. The Principles of Deep Learning Theory. arXiv 2106.10165.
     """
-    point = _critical.critical_point(activation, dactivation, kinks)
-    point = _critical.with_residual(point, _critical.checked_residual(residual))
+    a = _critical.checked_activation(activation, dactivation, kinks)
+    g = _critical.checked_residual(residual)
+    point = _critical.with_residual(_critical.solve(a), g)
     return Criticality(point.kind, *(torch.tensor(v, dtype=torch.float64) for v in point[1:]))
 
 

@@ -256,8 +256,11 @@ def _environments(B, omega, y, interventions) -> tuple[Tensor, Tensor]:
     y = _coordinate("y", y, d)
     rows, noise = B.detach().double(), omega.detach().double()
     noise = torch.diag(noise) if noise.dim() == 1 else noise
-    least = torch.linalg.eigvalsh(noise)[0] if noise.isfinite().all() else 0.0
-    if least < -1e-9 or not torch.equal(noise, noise.mT) and noise.isfinite().all():
+    for name, t in (("B", rows), ("omega", noise)):
+        if not t.isfinite().all():
+            raise ValueError(f"{name} must be finite")
+    values = torch.linalg.eigvalsh(noise) if d else noise.new_zeros(1)
+    if values[0] < -1e-9 * values[-1].abs() or not torch.equal(noise, noise.mT):
         raise ValueError("omega must hold variances >= 0, or be a covariance")
     given = list(interventions)
     rows, noise = rows.repeat(len(given), 1, 1), noise.repeat(len(given), 1, 1)
@@ -282,6 +285,8 @@ def _environments(B, omega, y, interventions) -> tuple[Tensor, Tensor]:
                         f"row of an intervention must be ({d},), got {list(row.shape)} in "
                         f"environment {e}"
                     )
+                if not row.isfinite().all():
+                    raise ValueError(f"row of an intervention must be finite in environment {e}")
                 rows[e, site] = row.detach()
             if change.variance is not None:
                 checks.check_range("variance of an intervention", change.variance, 0.0)
@@ -411,15 +416,19 @@ def invariance_test(
 
 def _stderr(A: Tensor, inverse: Tensor, u: Tensor, spread: Tensor) -> Tensor:
     r"""Of |G_e| = u_e G_e, where a change of A and c moves G by
-    M (dA w - dc) - A^{+T} dA^T G, M = I - A A^+."""
+    M (dA w - dc) - A^{+T} dA^T G, M = I - A A^+.
+
+    What the samples of f do to e is [u_e, 0] - L_f v_e for e = f and - L_f v_e else.
+    """
     E, k = u.shape
-    blocks = inverse.view(k, E, k)  # A^+ (:, f, :)
-    through = torch.einsum("ei,eij->ej", u, A)  # u_e A_e
-    own = torch.eye(E, dtype=u.dtype, device=u.device).unsqueeze(2) * u.unsqueeze(1)
-    direct = own - torch.einsum("ei,ifj->efj", through, blocks)  # (E, E, k): M_ef^T u_e
-    turned = -torch.einsum("iej,ej->ei", blocks, u)
-    moves = torch.cat([direct, turned.unsqueeze(1).expand(E, E, k)], 2)
-    return torch.einsum("efi,fij,efj->e", moves, spread, moves).clamp(min=0).sqrt()
+    blocks = inverse.view(k, E, k).transpose(0, 1)  # A^+ (E, :, :)
+    v = torch.cat([(A @ u.unsqueeze(2)).squeeze(2), -(blocks @ u.unsqueeze(2)).squeeze(2)], 1)
+    L = torch.diag(torch.cat([u.new_zeros(k), -u.new_ones(k)])).repeat(E, 1, 1)
+    L[:, :k, :k] = blocks.mT
+    all_f = (L.mT @ spread @ L).sum(0)
+    own = torch.einsum("ei,eij,ej->e", u, spread[:, :k, :k], u)
+    both = torch.einsum("ei,eij,ej->e", u, spread[:, :k] @ L, v)
+    return (own - 2 * both + torch.einsum("ei,ij,ej->e", v, all_f, v)).clamp(min=0).sqrt()
 
 
 def _not_refused(

@@ -92,17 +92,28 @@ def checked_activation(
         return ACTIVATIONS[activation]
     if not callable(activation):
         raise TypeError(f"activation must be a name or callable, got {type(activation).__name__}")
-    for kink in kinks:
-        checks.check_number("kinks", kink)
+    kinks = _checked_kinks(kinks)
     name = getattr(activation, "__name__", type(activation).__name__)
     value = _same_shape(activation, "activation")
     if dactivation is None:
         slope = functools.partial(_derivative, value)
     else:
         slope = _same_shape(dactivation, "dactivation")
-    found = Activation(name, value, slope, tuple(float(k) for k in kinks))
+    found = Activation(name, value, slope, kinks)
     rays = _rays(found)
     return found if rays is None else found._replace(slopes=rays)
+
+
+def _checked_kinks(kinks: Sequence[float]) -> tuple[float, ...]:
+    try:
+        found = tuple(kinks)
+    except TypeError:
+        raise TypeError(f"kinks must be a list of numbers, got {type(kinks).__name__}") from None
+    for kink in found:
+        checks.check_number("kinks", kink)
+        if not math.isfinite(kink):
+            raise ValueError(f"kinks must be finite, got {kink}")
+    return tuple(float(kink) for kink in found)
 
 
 def _same_shape(f: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
@@ -181,14 +192,18 @@ def brackets(a: Activation, K: Tensor) -> Brackets:
 
 def solve(a: Activation) -> Point:
     """Raises ValueError where there is none."""
-    if a.slopes is not None:
-        return _of_rays(*a.slopes, a.name)
-    return _slope_at_zero(a) or _half_stable(a)
+    return _of_name(a.name) if ACTIVATIONS.get(a.name) is a else _solve(a)
 
 
 @functools.lru_cache
-def solve_named(name: str) -> Point:
-    return solve(ACTIVATIONS[name])
+def _of_name(name: str) -> Point:
+    return _solve(ACTIVATIONS[name])
+
+
+def _solve(a: Activation) -> Point:
+    if a.slopes is not None:
+        return _of_rays(*a.slopes, a.name)
+    return _slope_at_zero(a) or _half_stable(a)
 
 
 def _of_rays(below: float, above: float, name: str) -> Point:
@@ -238,12 +253,6 @@ def _half_stable(a: Activation) -> Point:
     raise ValueError(
         f"{a.name} has no critical point: no K in [{_LOW:g}, {_HIGH:g}] has both susceptibilities 1"
     )
-
-
-def critical_point(activation, dactivation=None, kinks: Sequence[float] = (0.0,)) -> Point:
-    """Of a name or a function, checked."""
-    a = checked_activation(activation, dactivation, kinks)
-    return solve_named(a.name) if isinstance(activation, str) else solve(a)
 
 
 def checked_residual(residual: float) -> float:

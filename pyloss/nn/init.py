@@ -109,7 +109,7 @@ def _point(activation: str | Callable[[Tensor], Tensor], leaky_slope: float) -> 
     if isinstance(activation, str):
         known = ("leaky_relu", *_critical.ACTIVATIONS)
         checks.check_one_of("activation", activation, known, then=", or a function; ")
-    return _critical.critical_point(activation)
+    return _critical.solve(_critical.checked_activation(activation))
 
 
 def _check_has_shape(name: str, layer: nn.Module) -> None:

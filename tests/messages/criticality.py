@@ -29,6 +29,9 @@ ROWS = (
             criticality, "tanh", torch.cos),
     refused(ValueError, "activation must return a tensor of the shape [25] that it gets, got []",
             kernel_flow, torch.sum, X, 3),
+    refused(TypeError, "kinks must be a list of numbers, got float",
+            criticality, torch.tanh, kinks=1.0),
+    refused(ValueError, "kinks must be finite, got nan", criticality, torch.tanh, kinks=[math.nan]),
     refused(TypeError, "kinks must be a number, got str", criticality, torch.tanh, kinks=("0",)),
     refused(ValueError, "sigmoid has no critical point: no K in [0.01, 100] has both "
             "susceptibilities 1", criticality, "sigmoid"),
