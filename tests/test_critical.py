@@ -222,14 +222,15 @@ def drawn_kernels(s, width: int, depth: int, runs: int, C_b: float, C_W: float, 
 
 def test_fifty_layers_of_relu_keep_their_second_moment() -> None:
     """Of 600 networks of width 500: each of them differs by 70 % from their mean."""
-    for C_W, low, high in ((2.0, 0.9, 1.1), (1.8, 0.0, 0.01), (2.2, 80.0, 140.0)):
-        K = drawn_kernels(torch.relu, 500, 50, 600, 0.0, C_W, 1.0).mean(0)
+    for C_W, low, high, runs in ((2.0, 0.9, 1.1, 600), (1.8, 0.0, 0.01, 60), (2.2, 50.0, 200, 60)):
+        K = drawn_kernels(torch.relu, 500, 50, runs, 0.0, C_W, 1.0).mean(0)
         assert low < K[-1] < high
         flow = kernel_flow("relu", torch.ones(1, 1, dtype=F64) / C_W**0.5, 50, C_b=0.0, C_W=C_W)
         assert float(flow.K[-1]) == pytest.approx((C_W / 2) ** 49, rel=1e-9)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.slow
 def test_fifty_layers_of_relu_by_critical_() -> None:
     x, found = torch.randn(8, 500, generator=seeded()), []
     x = x / x.square().mean(1, keepdim=True).sqrt()
@@ -265,15 +266,16 @@ def test_the_vertex_and_the_mean_of_drawn_networks(name, s) -> None:
     point = criticality(name)
     flow = kernel_flow(name, x, 5)
     K1, C_b, C_W = float(flow.K[0]), float(point.C_b), float(point.C_W)
-    K = drawn_kernels(s, 200, 5, 20_000, C_b, C_W, K1)
+    K = drawn_kernels(s, 200, 5, 10_000, C_b, C_W, K1)
     assert float(K[:, 4].var() * 200) == pytest.approx(float(flow.V[4]), rel=0.06)
-    K = drawn_kernels(s, 30, 5, 40_000, C_b, C_W, K1)
-    error = 5 * float(K[:, 4].std()) / 200
+    K = drawn_kernels(s, 30, 5, 30_000, C_b, C_W, K1)
+    error = 5 * float(K[:, 4].std()) / 30_000**0.5
     moved = float(flow.G1[4]) / 30
     assert float(K[:, 4].mean() - flow.K[4]) == pytest.approx(moved, abs=error + 0.15 * abs(moved))
 
 
 @pytest.mark.exhaustive
+@pytest.mark.slow
 def test_relu_of_width_200_leaves_the_leading_order_with_depth() -> None:
     """E K^2 grows by 1 + 5 / n a layer, which the vertex has to first order."""
     K = drawn_kernels(torch.relu, 200, 20, 100_000, 0.0, 2.0, 1.0)

@@ -68,7 +68,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_parents_are_invariant_and_a_child_is_not() -> None:
-    seen, unseen = covariances(50, 0), covariances(3000, 1)
+    seen, unseen = covariances(50, 0), covariances(1000, 1)
     w, gap = exact_gap(covariances(200, 2), PARENTS, y=Y)
     torch.testing.assert_close(w, B[Y, :2])
     assert gap.max() < 5e-15
@@ -86,10 +86,10 @@ def test_parents_are_invariant_and_a_child_is_not() -> None:
 
 def test_violations_fall_with_the_number_of_environments() -> None:
     """A head that was fixed before: on average one in E + 1 goes beyond the E seen."""
-    unseen = covariances(2000, 3)
+    unseen = covariances(1000, 3)
     gap = exact_gap(unseen, mixed(0.2), B[Y, :2], y=Y)[1]
     for E in (10, 50, 250):
-        pick = torch.randint(2000, (400, E), generator=generator())
+        pick = torch.randint(1000, (400, E), generator=generator())
         violated = (gap > gap[pick].amax(1, keepdim=True)).double().mean(1)
         assert float(violated.mean()) == pytest.approx(1 / (E + 1), rel=0.25)
         assert float((violated > math.log(20) / E).double().mean()) <= 0.07

@@ -52,6 +52,7 @@ SPECS = (
         result="wide",
         rounded=False,
         vmap=("features", "target", "head"),
+        exhaustive=("compiled",),  # segment_reduce, and products
         empty={
             "no environments": Empty(lambda: sample(OFFSETS[:1]), math.nan),
             "no rows": Empty(lambda: sample(OFFSETS[[0, 0]], reduction="none"), math.nan, (1,)),
