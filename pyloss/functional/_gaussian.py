@@ -1,4 +1,4 @@
-"""Means over Gaussian numbers and pairs of them, in float64, to the rounding.
+"""Means over Gaussian numbers and pairs of them, in float64 and by quadrature.
 
 Gauss-Legendre panels of the density rather than Gauss-Hermite nodes: a panel ends wherever the
 function has a kink, and panels that grow away from 0 follow a function at every scale of K.
