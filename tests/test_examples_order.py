@@ -46,6 +46,8 @@ EXPERIMENTS = {
     "critical_depth": (True, "tanh, C_W = 1.1"),
     "invariance_sem": (False, "penalty, irmv1"),
     "private_aggregates": (False, "rho 1, bags of 4"),
+    "neural_collapse": (True, "one collapses, 1 layer"),
+    "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }
 
 
