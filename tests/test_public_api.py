@@ -13,10 +13,12 @@ import pyloss
 import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis.comp_sum
+import pyloss.analysis.invariance
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.nn.init
 import pyloss.nn.lie
 import pyloss.ops
 import pyloss.optim
@@ -37,10 +39,12 @@ MODULES = [
     pyloss.aggregate,
     pyloss.analysis,
     pyloss.analysis.comp_sum,
+    pyloss.analysis.invariance,
     pyloss.distributed,
     pyloss.functional,
     pyloss.metrics,
     pyloss.nn,
+    pyloss.nn.init,
     pyloss.nn.lie,
     pyloss.ops,
     pyloss.optim,

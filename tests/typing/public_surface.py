@@ -22,7 +22,7 @@ import pyloss.reference
 import pyloss.regularizers
 import pyloss.testing
 import pyloss.visualize
-from pyloss.analysis import comp_sum
+from pyloss.analysis import comp_sum, invariance
 from pyloss.functional import (
     DCDMResult,
     DPOMetrics,
@@ -247,6 +247,32 @@ def bounds() -> None:
     scores = comp_sum.conditional_minimizer(x.softmax(1), 1.0)
     comp_sum.conditional_risk(scores, x.softmax(1), 1.0)
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
+
+
+def signals() -> None:
+    found = pyloss.analysis.criticality(torch.tanh, kinks=(), residual=0.5)
+    assert_type(found, pyloss.analysis.Criticality)
+    flow = pyloss.analysis.kernel_flow("relu", x, 3, C_W=found.C_W, lam_b=[1.0, 0.5, 0.3])
+    assert_type(flow, pyloss.analysis.KernelFlow)
+    pyloss.visualize.draw_kernel_flow({"relu": flow}, width=100)
+    assert_type(pyloss.analysis.optimal_aspect_ratio("relu", 10), Tensor)
+    assert_type(pyloss.analysis.optimal_depth("gelu", 500), int)
+    assert_type(pyloss.nn.init.critical_(torch.nn.Linear(3, 3), "silu"), torch.nn.Linear)
+    assert_type(pyloss.nn.init.critical_(x, "leaky_relu", leaky_slope=0.1), Tensor)
+
+
+def environments() -> None:
+    cases = [(), pyloss.analysis.Intervention(0, variance=2.0)]
+    data = pyloss.analysis.linear_sem(x, x[0], y=1, interventions=cases, n=[10, 20])
+    assert_type(data, pyloss.analysis.LinearSEM)
+    test = pyloss.analysis.invariance_test(data.x, data.y, data.offsets, eps=0.1)
+    assert_type(test, pyloss.analysis.InvarianceTest)
+    pyloss.visualize.draw_invariance(test, eps=0.1)
+    covariance = invariance.sem_covariance(x, x[0], y=1, interventions=cases)
+    w, gap = invariance.exact_gap(covariance, x, y=1)
+    assert_type(pyloss.analysis.invariance_environments_needed(0.1, 0.05, 6), int)
+    penalty = pyloss.regularizers.invariance_penalty(data.x, data.y, test.w, data.offsets)
+    assert_type(penalty, Tensor)
 
 
 def collapse() -> None:
