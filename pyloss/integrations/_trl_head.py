@@ -1,15 +1,16 @@
 """The fused output layer of TRL's trainers, computed by pyloss.
 
-TRL gives a model a forward that, called with `fused_lm_head=True`, hands hidden states and output
-layer to a function of its own, which returns log-probabilities of tokens. Here that forward gets a
-copy of itself with one global name changed: the one of this function. All the rest stays TRL's
-code: what the model is called with, which positions count, scale, soft capping and temperature.
+TRL gives a model a forward that, called with `fused_lm_head=True`, hands hidden states, output
+layer and the names of the wanted outputs to a function of its own, which returns log-probabilities
+of tokens. The names are a variable of that forward, one per model. In a patched model they are a
+`Request`, and a function that knows it stands in the place of TRL's, to which all other calls go
+on. So it does not matter what accelerate has put around the forward, and all else stays TRL's code:
+which positions count, scale, soft capping, temperature.
 """
 
 from __future__ import annotations
 
-import functools
-import types
+import sys
 from typing import Any
 
 import torch
@@ -18,15 +19,20 @@ from torch import Tensor, nn
 from pyloss.functional import fused_linear_cross_entropy
 
 _NAME = "_ChunkedLogProbFunction"  # in trl.trainer.utils
-_MARK = "_pyloss_original"
 _MEAN_ROWS = 1024  # of logits at a time
 
 
-class TokenLogProbs:
-    """Stands for TRL's function. `log_probs` is minus the loss of the options, if there are any."""
+class Request(tuple):
+    """The names of the outputs that a patched model wants."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+    options: dict[str, Any]
+
+
+class TokenLogProbs:
+    """Stands for TRL's function."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
 
     def apply(
         self,
@@ -41,7 +47,11 @@ class TokenLogProbs:
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), None for what is not in
-        `outputs`. There is no chunk of the classes."""
+        `outputs`. `log_probs` is minus the loss of the options, where they make another loss."""
+        if not isinstance(outputs, Request):
+            return self.own.apply(
+                hidden, weight, bias, labels, temperature, chunk_size, softcap, logit_scale, outputs
+            )
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
@@ -55,7 +65,7 @@ class TokenLogProbs:
 
         named = {"entropy": "entropy", "is_top1": "correct", "log_sum_sq_probs": "lse"}
         stats = [stat for name, stat in named.items() if name in outputs]
-        found = rows(temperature, stats, **self.options)
+        found = rows(temperature, stats, **outputs.options)
         loss, found = found if stats else (found, None)
         squares = mean = None
         with torch.no_grad():
@@ -90,27 +100,38 @@ def _mean_logits(
 
 def exchange(model: nn.Module, options: dict[str, Any]) -> None:
     """Let pyloss compute the fused output layer of a model; a second call changes the options."""
-    restore(model)
-    function = getattr(model.__dict__.get("forward"), "__func__", None)
-    if _NAME not in getattr(getattr(function, "__code__", None), "co_names", ()):
+    utils = sys.modules["trl.trainer.utils"]
+    cell = _outputs_of(model)
+    if cell is None or not hasattr(utils, _NAME):
         raise TypeError(
             f"this {type(model).__name__} has no fused output layer of TRL as pyloss knows it "
-            "(TRL 1.16); call patch_trainer after the trainer is made and before it trains"
+            "(TRL 1.16); call patch_trainer after the trainer is made"
         )
-    # Without Triton TRL computes all positions; pyloss everywhere only those that count.
-    names = {_NAME: TokenLogProbs(options), "_use_triton": lambda device: True}
-    copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__,
-        function.__defaults__, function.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(copy, function)  # `generate` looks at the signature
-    setattr(copy, _MARK, function)
-    model.forward = types.MethodType(copy, model)
+    if not isinstance(getattr(utils, _NAME), TokenLogProbs):  # for good: others do not notice
+        setattr(utils, _NAME, TokenLogProbs(getattr(utils, _NAME)))
+    request = Request(cell.cell_contents)
+    request.options = options
+    cell.cell_contents = request
+
+
+def is_exchanged(model: nn.Module) -> bool:
+    """Whether pyloss computes the fused output layer of a model."""
+    return isinstance(getattr(_outputs_of(model), "cell_contents", None), Request)
 
 
 def restore(model: nn.Module) -> None:
     """Undo `exchange`."""
-    function = getattr(model.__dict__.get("forward"), "__func__", None)
-    if (original := getattr(function, _MARK, None)) is not None:
-        model.forward = types.MethodType(original, model)
+    if is_exchanged(model):
+        cell = _outputs_of(model)
+        cell.cell_contents = tuple(cell.cell_contents)
+
+
+def _outputs_of(model: nn.Module) -> Any:
+    """The variable `outputs` of the model's fused forward; None without such a forward."""
+    function = model.__dict__.get("forward")
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if _NAME in getattr(code, "co_names", ()) and "outputs" in code.co_freevars:
+            return function.__closure__[code.co_freevars.index("outputs")]
+        function = getattr(function, "__wrapped__", None)
+    return None

@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from pyloss.functional import fused_linear_cross_entropy
 from pyloss.integrations._deferred_logits import Deferred, DeferredHead, causal_loss, masked_loss
+from pyloss.integrations._enable import Settings, use
 from pyloss.integrations._lookalike import change_class, lookalike
 from pyloss.integrations._output_layer import FORWARDS, bind_to, exchanged, head_of
 
 # Also registers attn_implementation="tensor_attention", where transformers is installed.
 from pyloss.integrations._tensor_attention_hf import convert, from_pretrained
 
-__all__ = ["convert", "from_pretrained", "patch_loss", "unpatch_loss"]
+__all__ = ["convert", "disable", "enable", "from_pretrained", "patch_loss", "unpatch_loss"]
 
 # Arguments of fused_linear_cross_entropy that are not the user's to choose, and why.
 _BY_THE_MODEL = "comes from the model"
@@ -71,7 +72,7 @@ _NO_LABELS = (
 )
 _TRL = (
     "they compute their loss with a fused output layer of their own, which leaves out the model's "
-    "loss; call unpatch_loss(model), or train with transformers.Trainer"
+    "loss; call unpatch_loss(model), and pyloss.integrations.trl.patch_trainer(trainer)"
 )
 _calls = threading.local()  # reached: whether the patched forward has run in this call
 
@@ -85,25 +86,28 @@ class _LossPatch(NamedTuple):
 
 
 def patch_loss(model: Any, **loss_options: Any) -> Any:
-    r"""Give a causal language model of transformers a training loss without stored logits.
+    r"""Give a language model of transformers a training loss without stored logits.
 
     .. math::
         \ell = \frac{1}{n} \sum_t \ell_\mathrm{fused}(\mathrm{transform}(W h_t + b),\; y_{t+1})
 
-    with the output layer W, b and the transform (soft capping, scale) of the model, and n the
-    number of labels that are not ``ignore_index``, or ``num_items_in_batch``. Without options the
-    loss and its gradients are those of transformers' own ``ForCausalLMLoss``. The model is changed
-    in place. The loss is used in training mode, when ``labels`` are given; the output then holds no
-    logits. In eval mode, without ``labels``, with ``logits_to_keep``, or with another
-    ``loss_function``, the original forward runs. Patching twice is patching once, with the options
-    of the second call. A model that trains without the patched loss says so once, by a warning.
+    with the output layer W, b and the transform (soft capping, scale, a bias) of the model, and n
+    the number of labels that are not ``ignore_index``, or ``num_items_in_batch``; for masked models
+    and most seq2seq models the label is that of the place itself, :math:`y_t`. Without options the
+    loss and its gradients are those of the model's own loss. The model is changed in place. The
+    loss is used in training mode, when ``labels`` are given; the output then holds no logits. In
+    eval mode, without ``labels``, with ``logits_to_keep``, or with another ``loss_function``, the
+    original forward runs. Patching twice is patching once, with the options of the second call. A
+    model that trains without the patched loss says so once, by a warning.
 
     Args:
-        model: a ``transformers`` model for causal language modelling, such as
-            ``LlamaForCausalLM``, before ``torch.compile`` or ``DistributedDataParallel`` wrap it;
-            before or after ``fully_shard``. Or a ``transformers.Trainer``, whose model is patched;
-            its ``label_smoothing_factor``, which else needs the logits, becomes the loss's
-            ``label_smoothing`` in training.
+        model: a ``transformers`` model with labels of tokens, such as ``LlamaForCausalLM``,
+            ``T5ForConditionalGeneration``, ``BertForMaskedLM``,
+            ``LlavaForConditionalGeneration``, or a model of PEFT around one, where the adapters of
+            the output layer are LoRA or ``modules_to_save``; before ``torch.compile`` or
+            ``DistributedDataParallel`` wrap it, before or after ``fully_shard``. Or a
+            ``transformers.Trainer``, whose model is patched; its ``label_smoothing_factor``, which
+            else needs the logits, becomes the loss's ``label_smoothing`` in training.
         loss_options: options of :func:`pyloss.fused_linear_cross_entropy`: ``z_loss``,
             ``label_smoothing``, ``tau``, ``truncate``, ``temperature``, ``weight``,
             ``ignore_index`` (for calls that name none), ``empty``, ``loss_dtype``, ``chunk``,
@@ -117,8 +121,9 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
             ``forward`` are of the kind described in docs/transformers.md; an unknown option. In the
             first training step: the model does something to its logits that is not known here. A
             trainer of TRL, which computes its loss without the model's.
-        ValueError: the model's loss function is not ``ForCausalLMLoss``; a trainer with a
-            ``compute_loss_func``, or with another ``label_smoothing_factor`` than the option.
+        ValueError: the model's loss function is another than ``ForCausalLMLoss`` and
+            ``ForMaskedLMLoss``; a trainer with a ``compute_loss_func``, or with another
+            ``label_smoothing_factor`` than the option.
         RuntimeError: in a training step: TRL's fused output layer stands before the patched loss.
 
     Example:
@@ -192,6 +197,61 @@ def unpatch_loss(model: Any) -> Any:
     if "_pyloss_original" in vars(type(model)):
         model.__class__ = type(model)._pyloss_original
     return whole
+
+
+def enable(*, strict: bool = False, **loss_options: Any) -> Settings:
+    r"""Let every ``Trainer`` train with :func:`patch_loss`, whether it is made before or after.
+
+    From now on ``Trainer.train`` patches the trainer, as ``patch_loss(trainer, **loss_options)``
+    does, when it begins, and takes the patch back when it ends; outside of it nothing is changed.
+    Trainers of TRL get :func:`pyloss.integrations.trl.patch_trainer`. A model or trainer that is
+    patched already keeps its options. Calling it again replaces the options.
+
+    Args:
+        strict: an error, instead of a warning, from ``train`` of a trainer whose model or loss
+            cannot be patched.
+        loss_options: those of :func:`patch_loss`.
+
+    Returns:
+        A context manager, for ``with enable():``, which brings back what was before. Without a
+        ``with`` it holds until :func:`disable`.
+
+    Raises:
+        TypeError: an unknown option, ``strict`` not a bool.
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> from pyloss.integrations.transformers import disable, enable
+        >>> enable(z_loss=1e-4)
+        enable(z_loss=0.0001, strict=False)
+        >>> with enable():
+        ...     pass  # trainer.train()
+        >>> disable()
+    """
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict must be a bool, got {type(strict).__name__}")
+    _check_options(loss_options)
+    settings = Settings(strict, loss_options)
+    use(settings)
+    return settings
+
+
+def disable() -> None:
+    """Undo `enable`: trainers train with their own loss again.
+
+    Returns:
+        None.
+
+    Example:
+        >>> from pyloss.integrations.transformers import disable
+        >>> disable()
+    """
+    use(None)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether patch_loss has been called on a model, or on the model in a model of PEFT."""
+    return _STATE in _base_of(model).__dict__
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import trl
 from torch import Tensor, nn
 
 from pyloss.functional import dpo_loss, grpo_loss
-from pyloss.integrations._trl_head import exchange, restore
+from pyloss.integrations._trl_head import exchange, is_exchanged, restore
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer", "patch_trainer", "unpatch_trainer"]
 
@@ -95,6 +95,11 @@ def unpatch_trainer(trainer: Any) -> Any:
     for model in _models_of(trainer):
         restore(model)
     return trainer
+
+
+def is_patched(trainer: Any) -> bool:
+    """Whether patch_trainer has been called on a trainer."""
+    return all(is_exchanged(model) for model in _models_of(trainer))
 
 
 class SFTTrainer(trl.SFTTrainer):
