@@ -48,7 +48,7 @@ class Head(NamedTuple):
                 f"the weight of the output layer is a DTensor ({weight.placements}) inside its own "
                 "forward. Under FSDP2 put the output layer into a call of fully_shard, and a layer "
                 "that shares its weight into the same one: fully_shard([embedding, lm_head]). "
-                "Tensor parallelism of the output layer is not supported by patch_loss"
+                "Tensor parallelism of the output layer is not supported here"
             )
         inputs, weights, biases = [hidden], [weight], [bias, extra]
         for a in self.adapters:

@@ -352,7 +352,7 @@ def _check_model(model: Any) -> str:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers.PreTrainedModel, got {name}; patch a model before "
-            "torch.compile, DistributedDataParallel or PEFT wrap it"
+            "torch.compile or DistributedDataParallel wrap it"
         )
     parameters = inspect.signature(type(model).forward).parameters
     losses = ("loss_function", "CrossEntropyLoss", "cross_entropy")
