@@ -43,6 +43,7 @@ MODULES = (
     "pyloss.analysis",
     "pyloss.analysis.comp_sum",
     "pyloss.distributed",
+    "pyloss.integrations.torchtitan",
     "pyloss.integrations.transformers",
     "pyloss.visualize",
     "pyloss.ops",

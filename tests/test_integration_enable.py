@@ -90,6 +90,19 @@ def test_mixed_precision_twice(tmp_path: Path, calls: list[dict[str, Any]]) -> N
     assert len(calls) == 12
 
 
+def test_seq2seq(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    from test_integration_transformers_models import built
+
+    trainers = [trainer_of(built("t5", torch.float32), tmp_path) for _ in range(2)]
+    trainers[0].train()
+    assert not calls
+    with enable(strict=True):
+        trainers[1].train()
+    assert len(calls) == 6
+    for a, b in zip(*(t.model.parameters() for t in trainers), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     trainer = trainer_of(make(), tmp_path)
     trainer.train_dataset.labels[:] = 10_000
