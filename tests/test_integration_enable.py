@@ -103,6 +103,21 @@ def test_seq2seq(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_peft(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        trainers.append(trainer_of(peft.get_peft_model(make(), config), tmp_path))
+    trainers[0].train()
+    with enable(strict=True):
+        trainers[1].train()
+    assert len(calls) == 6
+    for a, b in zip(*(t.model.parameters() for t in trainers), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     trainer = trainer_of(make(), tmp_path)
     trainer.train_dataset.labels[:] = 10_000

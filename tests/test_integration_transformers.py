@@ -625,6 +625,7 @@ def test_unknown_steps_on_the_logits(step: Callable, message: str) -> None:
         lambda z: torch.nn.functional.tanh(z / 2) * 3,
         lambda z: torch.tanh(z) / 0.5,
         lambda z: -1.5 * z,
+        lambda z: (torch.arange(VOCABULARY) / 50 + z)[:, :, :] / 2,
     ],
 )
 def test_known_steps_on_the_logits(step: Callable) -> None:

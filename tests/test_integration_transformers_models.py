@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from test_integration_transformers import (  # noqa: E402
     SMALL,
     VOCABULARY,
+    Shapes,
     assert_same_gradients,
     batch,
     gradients,
@@ -155,6 +157,31 @@ def test_a_bias_of_the_classes_may_learn() -> None:
     patched = patch_loss(copy.deepcopy(model))
     inputs = {k: v for k, v in batch().items() if k != "attention_mask"}
     assert_same(model.train(), patched.train(), inputs, 2e-6)
+
+
+@exhaustive
+@pytest.mark.parametrize("family", ["bart", "bert"])
+def test_compile(family: str) -> None:
+    """With a graph break, where torch's cross_entropy asks the stand-in for the logits."""
+    model = built(family, torch.float32)
+    patched = patch_loss(copy.deepcopy(model))
+    inputs = inputs_of(family, torch.float32)
+    torch._dynamo.reset()
+    want, got = model(**inputs), torch.compile(patched, backend="aot_eager")(**inputs)
+    assert got.logits is None
+    torch.testing.assert_close(got.loss, want.loss, atol=2e-6, rtol=2e-6)
+    assert_same_gradients(gradients(patched, got.loss), gradients(model, want.loss), 2e-5)
+    torch._dynamo.reset()
+
+
+def test_no_logits_are_stored() -> None:
+    sizes = {}
+    for name, m in (("own", built("t5")), ("patched", patch_loss(built("t5"), chunk=4))):
+        with Shapes() as shapes:
+            m(**inputs_of("t5")).loss.backward()
+        found = [math.prod(s) for s in shapes.seen if s and s[-1] == VOCABULARY]
+        sizes[name] = max(found, default=0)
+    assert sizes["own"] == 14 * VOCABULARY and sizes["patched"] <= 4 * VOCABULARY
 
 
 def test_bfloat16_seq2seq_has_a_loss_in_float32() -> None:
@@ -342,6 +369,25 @@ def test_peft_after_the_patch_and_two_adapters() -> None:
     want, got = (m(**batch()) for m in models)
     assert got.logits is None
     torch.testing.assert_close(got.loss, want.loss, atol=2e-6, rtol=2e-6)
+
+
+def test_half_model_with_an_adapter_in_float32() -> None:
+    """As PEFT makes them; not further from float64 than the model's own loss."""
+    half = adapted(target_modules=["lm_head"])
+    half.base_model.model.bfloat16()
+    for name, p in half.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    patched, exact = patch_loss(copy.deepcopy(half)), copy.deepcopy(half).double()
+    losses = [m(**batch()).loss for m in (exact, half, patched)]
+    off = [abs(loss.item() - losses[0].item()) for loss in losses[1:]]
+    assert off[1] <= 1.5 * off[0] + 2e-3
+    found = gradients(patched, losses[2])
+    wanted = gradients(exact, losses[0])
+    assert found.keys() == wanted.keys() and len(found) == 2
+    for name, g in found.items():
+        assert g.dtype == torch.float32
+        assert (g - wanted[name]).norm() < 0.03 * wanted[name].norm(), name
 
 
 def test_dropout_of_an_adapter() -> None:

@@ -132,8 +132,9 @@ class Deferred:
         if function is nn.functional.cross_entropy and args and isinstance(args[0], cls):
             return args[0]._cross_entropy(*args[1:], **(kwargs or {}))
         if len(args) == 2 and function in (Tensor.add, Tensor.__add__, torch.add) and not kwargs:
+            # Not a + b, of which torch.compile would make this call again.
             a, b = args
-            return a + b if isinstance(a, cls) else b + a
+            return a.__add__(b) if isinstance(a, cls) else b.__add__(a)
         one_argument = len(args) == 1 and isinstance(args[0], cls) and not kwargs
         if one_argument and function in (torch.tanh, torch.Tensor.tanh):
             return args[0].tanh()

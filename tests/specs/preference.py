@@ -417,7 +417,7 @@ SPECS = (
             Bad(ValueError, "'vespo' has no max_ratio", dict(max_ratio=3.0, loss_type="vespo")),
             Bad(ValueError, "'sapo' has no max_ratio", dict(max_ratio=3.0, loss_type="sapo")),
             Bad(ValueError, "kl_clip must be finite and > 0", dict(kl_clip=0.0)),
-            Bad(TypeError, "kl_correction must be True or False", dict(kl_correction=1)),
+            Bad(TypeError, "kl_correction must be a bool", dict(kl_correction="yes")),
             Bad(ValueError, "needs max_length", dict(loss_type="dr_grpo")),
             Bad(ValueError, "max_length must be positive",
                 dict(loss_type="dr_grpo", max_length=0)),
