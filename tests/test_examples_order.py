@@ -44,6 +44,11 @@ EXPERIMENTS = {
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),
     "private_aggregates": (False, "rho 1, bags of 4"),
+    "optimistic_omd": (False, "OOMD, noise 1"),
+    "adversarial_mdp": (False, "Hedge, reduced"),
+    "neural_bandit": (False, "small losses, NeuFastCB"),
+    "neural_collapse": (True, "one collapses, 1 layer"),
+    "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }
 
 

@@ -22,6 +22,9 @@ import pyloss.ops
 import pyloss.optim
 import pyloss.optim.lr_scheduler
 import pyloss.regularizers
+import pyloss.research.bandits
+import pyloss.research.mdp
+import pyloss.research.online
 import pyloss.testing
 
 MODULES = [
@@ -39,6 +42,9 @@ MODULES = [
     pyloss.optim,
     pyloss.optim.lr_scheduler,
     pyloss.regularizers,
+    pyloss.research.bandits,
+    pyloss.research.mdp,
+    pyloss.research.online,
     pyloss.testing,
 ]
 

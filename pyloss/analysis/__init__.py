@@ -5,6 +5,15 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "collapse": (
+            "LinearUFMOptimum",
+            "UFMSolution",
+            "gof",
+            "linear_ufm_optimum",
+            "simplex_etf",
+            "ufm_minimizer",
+        ),
         "comp_sum": ("CompSumAnalysis", "h_consistency_bound", "minimizability_gap"),
+        "perturbed_collapse": ("CentralPath", "PerturbedUFM", "central_path", "perturbed_ufm"),
     },
 )

@@ -5,6 +5,7 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "collapse": ("draw_central_path", "draw_collapse"),
         "comp_sum": ("draw_comp_sum",),
         "embeddings": ("draw_opis",),
         "optim": ("draw_lyapunov",),

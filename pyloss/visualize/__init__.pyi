@@ -1,3 +1,4 @@
+from pyloss.visualize.collapse import draw_central_path, draw_collapse
 from pyloss.visualize.comp_sum import draw_comp_sum
 from pyloss.visualize.embeddings import draw_opis
 from pyloss.visualize.optim import draw_lyapunov
@@ -5,6 +6,8 @@ from pyloss.visualize.topology import draw_barcode, draw_matching
 
 __all__ = [
     "draw_barcode",
+    "draw_central_path",
+    "draw_collapse",
     "draw_comp_sum",
     "draw_lyapunov",
     "draw_matching",

@@ -250,6 +250,35 @@ def bounds() -> None:
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
 
 
+def collapse() -> None:
+    metrics = pyloss.metrics.NeuralCollapseMetrics(4, 10, "of", scatter=False)
+    metrics.update(x, y)
+    found = metrics.compute(x)
+    assert_type(found, pyloss.metrics.NeuralCollapse)
+    metrics.compare(x[:, :4], x)
+    metrics.load_state_dict(metrics.state_dict())
+    pyloss.visualize.draw_collapse([found], steps=[0])
+    assert_type(pyloss.metrics.nc1(x, y, 4, kind="trace"), Tensor)
+    pyloss.metrics.cdnv(x, y, reduction="none", ignore_index=-1)
+    pyloss.metrics.nc2(x, "of", center=x[0])
+    pyloss.metrics.nc3(x, x, target=x[0, :4])
+    pyloss.metrics.nc4(x[:, :4], x, x)
+    pyloss.metrics.equinorm(x)
+    pyloss.metrics.equiangle(x, "etf")
+    pyloss.functional.ufm_loss([x, x], x, y, [0.1, 0.2], 0.1, loss="ce", bias=x[0])
+    best = pyloss.analysis.ufm_minimizer([3, 2], 0.1, 0.1, depth=2, loss="mse", bias=True)
+    assert_type(best, pyloss.analysis.UFMSolution)
+    lengths = pyloss.analysis.linear_ufm_optimum([3, 2], [0.1, 0.2], 0.1, layers=2)
+    assert_type(lengths, pyloss.analysis.LinearUFMOptimum)
+    assert_type(pyloss.analysis.gof(lengths.w_norm, 8), Tensor)
+    pyloss.analysis.simplex_etf(4, dim=8)
+    tied = pyloss.analysis.perturbed_ufm(x, y, 0.1, 0.1, num_classes=4, tol=1e-6)
+    assert_type(tied, pyloss.analysis.PerturbedUFM)
+    path = pyloss.analysis.central_path(x, y, 0.1, steps=3, beta=0.1)
+    assert_type(path, pyloss.analysis.CentralPath)
+    pyloss.visualize.draw_central_path(path)
+
+
 def statistics() -> None:
     stats = row_softmax_stats(x, y, scale=torch.ones(4), margin=0.1, mask=x > 0)
     assert_type(stats, RowSoftmaxStats)
