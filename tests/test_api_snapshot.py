@@ -45,6 +45,7 @@ MODULES = (
     "pyloss.analysis.comp_sum",
     "pyloss.analysis.invariance",
     "pyloss.distributed",
+    "pyloss.integrations.torchtitan",
     "pyloss.integrations.transformers",
     "pyloss.visualize",
     "pyloss.ops",

@@ -27,7 +27,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # What an import in a block needs. transformers' Trainer imports accelerate when it is made.
 EXTRAS = {"transformers": ("transformers", "accelerate"), "matplotlib": ("matplotlib",),
-          "torch_geometric": ("torch_geometric",)}  # fmt: skip
+          "torch_geometric": ("torch_geometric",), "trl": ("trl", "datasets"),
+          "peft": ("peft",), "lightning": ("lightning",)}  # fmt: skip
 # Blocks that are scripts for torchrun: a process of their own, alone in its group.
 SCRIPT = "init_process_group"
 # Pages whose script another test runs in two processes every time.

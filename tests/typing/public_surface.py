@@ -15,6 +15,7 @@ import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis
 import pyloss.distributed
+import pyloss.integrations.torchtitan
 import pyloss.integrations.transformers
 import pyloss.ops
 import pyloss.optim
@@ -678,6 +679,10 @@ def transformers(model: nn.Module) -> None:
     module.unpatch_loss(module.patch_loss(model, z_loss=1e-4))
     module.convert(model, layers=slice(0, 2), window=None)
     module.from_pretrained("folder")
+    with module.enable(strict=True, z_loss=1e-4):
+        module.disable()
+    loss = pyloss.integrations.torchtitan.ChunkedLMHeadLoss(metrics=("accuracy",), z_loss=1e-4)
+    loss.set_lm_head(model)
 
 
 def tools() -> None:
