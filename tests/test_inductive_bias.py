@@ -264,6 +264,15 @@ def test_gp_with_outputs_and_points_that_are_known() -> None:
     assert known[0].isinf() and known[1] == 0
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_gp_with_nan(at) -> None:
+    data = list(problem())
+    data[at][0, 0] = math.nan
+    for method in ("saddlepoint", "ncx2"):
+        found = gp_inductive_bias(*data, rbf, torch.ones(2), method=method, samples=8)
+        assert found.nats.isnan().all()
+
+
 def test_gp_draws_are_of_the_generator() -> None:
     def nats(seed):
         generator = torch.Generator().manual_seed(seed)

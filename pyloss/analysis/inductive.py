@@ -554,6 +554,9 @@ def _posterior_loss(x, y, x_test, y_test, kernel, jitter: float) -> tuple[Tensor
                 f"kernel must give {list(shape)} for that many inputs, got {list(found.shape)}"
             )
     inner, cross, outer = (k.detach().double() for k in (inner, cross, outer))
+    if any(bool(k.isnan().any()) for k in (inner, cross, outer)):  # LAPACK would raise
+        unknown = y.new_full((1,), math.nan)
+        return unknown, unknown, unknown[0]
     inner = inner + jitter * inner.diagonal().mean() * torch.eye(n, dtype=y.dtype, device=y.device)
     root, failed = torch.linalg.cholesky_ex(inner)
     if bool(failed):
