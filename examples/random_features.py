@@ -138,12 +138,12 @@ def main() -> None:
     each = torch.tensor([[1e-4], [1e-2]]).expand(2, len(k))
     each = torch.cat([each.double(), optimal_ridge(*task, n, k, noise=noise).unsqueeze(0)])
     risk = rf_risk(*task, n, k, ridge=each, noise=noise)
-    samples = torch.logspace(0.5, 3, 12 if args.quick else 40).unsqueeze(1)
+    samples = torch.logspace(0.5, 3, 6 if args.quick else 40).unsqueeze(1)
     features = torch.tensor([16, 64, 256, math.inf])
     tuned = optimal_ridge(*task, samples, features, noise=noise)
     tuned = rf_risk(*task, samples, features, ridge=tuned, noise=noise).test
-    relative = torch.linspace(0, 2, 5 if args.quick else 21, dtype=F64)
-    ratios = fitting_ratio(2.0, 3.0, 300 if args.quick else 10000, relative)
+    relative = torch.linspace(0, 2, 3 if args.quick else 21, dtype=F64)
+    ratios = fitting_ratio(2.0, 3.0, 100 if args.quick else 10000, relative)
     print(plot(args.plot, k, risk, simulated, counts, samples.flatten(), tuned, relative, ratios))
 
 
