@@ -13,6 +13,9 @@ import pyloss
 import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis.comp_sum
+import pyloss.analysis.lazy
+import pyloss.analysis.learning_rate
+import pyloss.analysis.spectrum
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
@@ -30,6 +33,9 @@ MODULES = [
     pyloss.aggregate,
     pyloss.analysis,
     pyloss.analysis.comp_sum,
+    pyloss.analysis.lazy,
+    pyloss.analysis.learning_rate,
+    pyloss.analysis.spectrum,
     pyloss.distributed,
     pyloss.functional,
     pyloss.metrics,

@@ -6,5 +6,25 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "comp_sum": ("CompSumAnalysis", "h_consistency_bound", "minimizability_gap"),
+        "lazy": ("LazyScale", "empirical_ntk", "kernel_alignment", "scaled_mse"),
+        "learning_rate": (
+            "HessianNoise",
+            "batch_extremal_eigenvalue",
+            "effective_batch_size",
+            "full_batch_eigenvalue",
+            "hessian_noise",
+            "max_learning_rate",
+            "scale_lr",
+        ),
+        "spectrum": (
+            "HessianOperator",
+            "SpectralDensity",
+            "TopEigenvalues",
+            "Tridiagonal",
+            "hvp",
+            "lanczos",
+            "slq_density",
+            "top_eigenvalues",
+        ),
     },
 )

@@ -7,7 +7,9 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     {
         "comp_sum": ("draw_comp_sum",),
         "embeddings": ("draw_opis",),
+        "lazy": ("draw_alignment",),
         "optim": ("draw_lyapunov",),
+        "spectrum": ("draw_spectrum",),
         "topology": ("draw_barcode", "draw_matching"),
     },
 )
