@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.quick:
-        args.dim, args.samples, args.held, args.width = 10, 30, 50, 20
+        args.dim, args.samples, args.held, args.width, args.rate = 10, 30, 50, 20, 2.0
         args.steps, args.seeds = 30, 2
     torch.set_num_threads(args.threads)
 
