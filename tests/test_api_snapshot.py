@@ -33,6 +33,7 @@ UPDATE = "python tests/test_api_snapshot.py --write"
 MODULES = (
     "pyloss.functional",
     "pyloss.nn",
+    "pyloss.nn.init",
     "pyloss.nn.lie",
     "pyloss.metrics",
     "pyloss.optim",
@@ -45,7 +46,9 @@ MODULES = (
     "pyloss.analysis.lazy",
     "pyloss.analysis.learning_rate",
     "pyloss.analysis.spectrum",
+    "pyloss.analysis.invariance",
     "pyloss.distributed",
+    "pyloss.integrations.torchtitan",
     "pyloss.integrations.transformers",
     "pyloss.visualize",
     "pyloss.ops",

@@ -1,7 +1,30 @@
+from pyloss.analysis.collapse import (
+    LinearUFMOptimum,
+    UFMSolution,
+    gof,
+    linear_ufm_optimum,
+    simplex_etf,
+    ufm_minimizer,
+)
 from pyloss.analysis.comp_sum import (
     CompSumAnalysis,
     h_consistency_bound,
     minimizability_gap,
+)
+from pyloss.analysis.critical import (
+    Criticality,
+    criticality,
+    optimal_aspect_ratio,
+    optimal_depth,
+)
+from pyloss.analysis.flow import KernelFlow, kernel_flow
+from pyloss.analysis.invariance import (
+    Intervention,
+    InvarianceTest,
+    LinearSEM,
+    invariance_environments_needed,
+    invariance_test,
+    linear_sem,
 )
 from pyloss.analysis.lazy import LazyScale, empirical_ntk, kernel_alignment, scaled_mse
 from pyloss.analysis.learning_rate import (
@@ -12,6 +35,12 @@ from pyloss.analysis.learning_rate import (
     hessian_noise,
     max_learning_rate,
     scale_lr,
+)
+from pyloss.analysis.perturbed_collapse import (
+    CentralPath,
+    PerturbedUFM,
+    central_path,
+    perturbed_ufm,
 )
 from pyloss.analysis.spectrum import (
     HessianOperator,
@@ -25,26 +54,48 @@ from pyloss.analysis.spectrum import (
 )
 
 __all__ = [
+    "CentralPath",
     "CompSumAnalysis",
+    "Criticality",
     "HessianNoise",
     "HessianOperator",
+    "Intervention",
+    "InvarianceTest",
+    "KernelFlow",
     "LazyScale",
+    "LinearSEM",
+    "LinearUFMOptimum",
+    "PerturbedUFM",
     "SpectralDensity",
     "TopEigenvalues",
     "Tridiagonal",
+    "UFMSolution",
     "batch_extremal_eigenvalue",
+    "central_path",
+    "criticality",
     "effective_batch_size",
     "empirical_ntk",
     "full_batch_eigenvalue",
+    "gof",
     "h_consistency_bound",
     "hessian_noise",
     "hvp",
+    "invariance_environments_needed",
+    "invariance_test",
     "kernel_alignment",
+    "kernel_flow",
     "lanczos",
+    "linear_sem",
+    "linear_ufm_optimum",
     "max_learning_rate",
     "minimizability_gap",
+    "optimal_aspect_ratio",
+    "optimal_depth",
+    "perturbed_ufm",
     "scale_lr",
     "scaled_mse",
+    "simplex_etf",
     "slq_density",
     "top_eigenvalues",
+    "ufm_minimizer",
 ]

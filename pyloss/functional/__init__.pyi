@@ -79,6 +79,7 @@ from pyloss.functional.metric_learning_margins import (
     arcface_loss,
     cosface_loss,
 )
+from pyloss.functional.neural_collapse import ufm_loss
 from pyloss.functional.normalized import normalized_logistic_loss
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
@@ -287,4 +288,5 @@ __all__ = [
     "topk_cross_entropy",
     "trajectory_matching_loss",
     "triplet_margin_loss",
+    "ufm_loss",
 ]
