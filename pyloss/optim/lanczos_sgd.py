@@ -41,8 +41,8 @@ class LanczosSGD(Optimizer):
               \sqrt{\lambda'^2 - 4 P \sigma^2 / b'}\Big)
 
     A measurement costs ``steps`` products with the Hessian, two to three gradients each, and holds
-    the graph of a gradient and as many vectors as steps; by default a fifth of a step's time,
-    spread over all.
+    the graph of a gradient and as many vectors as steps; by default ten products in a hundred
+    steps.
 
     Args:
         params: parameters or groups, as for every optimizer. The curvature is that in all together.
