@@ -31,6 +31,16 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "invariance_test",
             "linear_sem",
         ),
+        "lazy": ("LazyScale", "empirical_ntk", "kernel_alignment", "scaled_mse"),
+        "learning_rate": (
+            "HessianNoise",
+            "batch_extremal_eigenvalue",
+            "effective_batch_size",
+            "full_batch_eigenvalue",
+            "hessian_noise",
+            "max_learning_rate",
+            "scale_lr",
+        ),
         "perturbed_collapse": ("CentralPath", "PerturbedUFM", "central_path", "perturbed_ufm"),
         "random_features": (
             "KernelEigensystem",
@@ -39,6 +49,16 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "optimal_ridge",
             "powerlaw_fit_ratio",
             "rf_risk",
+        ),
+        "spectrum": (
+            "HessianOperator",
+            "SpectralDensity",
+            "TopEigenvalues",
+            "Tridiagonal",
+            "hvp",
+            "lanczos",
+            "slq_density",
+            "top_eigenvalues",
         ),
     },
 )
