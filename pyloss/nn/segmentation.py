@@ -9,6 +9,7 @@ from typing_extensions import Unpack  # torch has imported it
 from pyloss.functional import segmentation as F
 from pyloss.functional._checks import check_reduction, check_tensor
 from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions, options_of
+from pyloss.functional._regions import check_options, checked_weights
 from pyloss.nn._module import WeightedLoss
 
 
@@ -42,9 +43,9 @@ class SoftDiceLoss(WeightedLoss):
     def __init__(self, **options: Unpack[DiceOptions]) -> None:
         weight = options.pop("weight")
         check_reduction(options["reduction"])
-        F.check_options(**options)
+        check_options(**options)
         if weight is not None and not isinstance(weight, Tensor):
-            weight = torch.tensor(F.checked_weights(weight), dtype=torch.float32)
+            weight = torch.tensor(checked_weights(weight), dtype=torch.float32)
         super().__init__(weight, **options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class DiceCELoss(WeightedLoss):
     @options_of(F.dice_cross_entropy_loss, positional=None)
     def __init__(self, **options: Unpack[DiceCrossEntropyOptions]) -> None:
         weight = options.pop("weight")
-        F.check_options(**options)
+        check_options(**options)
         names = ("reduction", "lambda_dice", "lambda_ce", "label_smoothing")
         F.check_sum_options(**{name: options[name] for name in names})
         if weight is not None:
