@@ -31,8 +31,9 @@ class Target(NamedTuple):
 
 
 def check_options(
-    *, sigmoid, softmax, other_act, smooth_nr, smooth_dr, ignore_index, empty, validate, **others
-) -> None:
+    *, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, ignore_index, empty, validate,
+    **others,
+) -> None:  # fmt: skip
     """The options of a region loss as far as they can be judged without tensors."""
     if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
         raise ValueError("at most one of sigmoid, softmax and other_act may be set")
@@ -40,6 +41,11 @@ def check_options(
         raise TypeError(f"other_act must be callable, got {type(other_act).__name__}")
     for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
         check_range(name, value, 0.0)
+    check_target_options(reduction, ignore_index, empty, validate)
+
+
+def check_target_options(reduction, ignore_index, empty, validate) -> None:
+    checks.check_reduction(reduction)
     if ignore_index is not None:
         checks.checked_integer("ignore_index", ignore_index)
     checks.check_empty(empty)
@@ -79,6 +85,23 @@ def read_target(input, target, *, include_background, to_onehot_y, ignore_index)
     if ignored is not None:
         values = values.masked_fill(ignored, 0)
     return Target(values, ignored, poison, first, labels, is_index)
+
+
+def read_regions(
+    input, target, *, include_background, to_onehot_y, sigmoid, softmax, other_act, ignore_index,
+    validate, **others,
+) -> tuple[Target, Tensor]:  # fmt: skip
+    """Target and probabilities, by the options of a loss."""
+    read = read_target(
+        input,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        ignore_index=ignore_index,
+    )
+    return read, probabilities(
+        input, read, sigmoid=sigmoid, softmax=softmax, other_act=other_act, validate=validate
+    )
 
 
 def probabilities(input, target: Target, *, sigmoid, softmax, other_act, validate) -> Tensor:

@@ -16,8 +16,7 @@ from pyloss.functional._regions import (
     checked_weight,
     finished,
     overlaps,
-    probabilities,
-    read_target,
+    read_regions,
     split_target,
 )
 from pyloss.functional._rows import row_loss
@@ -297,22 +296,23 @@ def _dice(
     validate,
 ) -> Tensor:
     """The Dice loss in the dtype of the sums."""
-    checks.check_reduction(reduction)
     check_options(
-        sigmoid=sigmoid, softmax=softmax, other_act=other_act, smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr, ignore_index=ignore_index, empty=empty, validate=validate,
+        sigmoid=sigmoid, softmax=softmax, other_act=other_act, reduction=reduction,
+        smooth_nr=smooth_nr, smooth_dr=smooth_dr, ignore_index=ignore_index, empty=empty,
+        validate=validate,
     )  # fmt: skip
-    read = read_target(
+    read, p = read_regions(
         input,
         target,
         include_background=include_background,
         to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
         ignore_index=ignore_index,
+        validate=validate,
     )
     weight = checked_weight(weight, read.values.shape[1], input)
-    p = probabilities(
-        input, read, sigmoid=sigmoid, softmax=softmax, other_act=other_act, validate=validate
-    )
     value = dice_of(
         *overlaps(p, read.values, batch=batch, squared=squared_pred, soft_label=soft_label),
         jaccard,

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # torch has imported it
 
 from pyloss.functional import segmentation as F
-from pyloss.functional._checks import check_reduction, check_tensor
+from pyloss.functional._checks import check_tensor
 from pyloss.functional._options import DiceCrossEntropyOptions, DiceOptions, options_of
 from pyloss.functional._regions import check_options, checked_weights
 from pyloss.nn._module import WeightedLoss
@@ -42,7 +42,6 @@ class SoftDiceLoss(WeightedLoss):
     @options_of(F.soft_dice_loss, positional=None)
     def __init__(self, **options: Unpack[DiceOptions]) -> None:
         weight = options.pop("weight")
-        check_reduction(options["reduction"])
         check_options(**options)
         if weight is not None and not isinstance(weight, Tensor):
             weight = torch.tensor(checked_weights(weight), dtype=torch.float32)
