@@ -119,14 +119,22 @@ def probabilities(input, target: Target, *, sigmoid, softmax, other_act, validat
 def overlaps(p, t, *, batch, squared=False, soft_label=False) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the voxels, with `batch` over the items too: of p t, of p and of t."""
     dims = [*([0] if batch else []), *range(2, p.dim())]
+    hard = t.dtype == torch.bool
+    if hard:
+        t = as_bytes(t)
     total_p = sum_over(p.square() if squared else p, dims, p.dtype)
-    # The squares of a bool are itself, and so is what a byte would overflow in.
-    total_t = sum_over(t.to(p.dtype).square() if squared and t.dtype != torch.bool else t, dims,
+    # The squares of a mask are itself; another byte would overflow in its own.
+    total_t = sum_over(t.to(p.dtype).square() if squared and not hard else t, dims,
                        p.dtype)  # fmt: skip
     if soft_label and not squared:
         apart = sum_over((p - t.to(p.dtype)).abs(), dims, p.dtype)
         return 0.5 * (total_p + total_t - apart), total_p, total_t
     return sum_over(p * t, dims, p.dtype), total_p, total_t
+
+
+def as_bytes(mask: Tensor) -> Tensor:
+    """A bool mask, as what torch multiplies, adds and converts several times faster."""
+    return mask.view(torch.uint8)
 
 
 def finished(value, input, target: Target, *, batch, reduction, empty, weight=None) -> Tensor:

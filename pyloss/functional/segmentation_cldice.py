@@ -37,7 +37,8 @@ def soft_skeleton(input: Tensor, iter_: int = 3) -> Tensor:
         iter_: steps after the first; half the width of the widest tube is enough.
 
     Returns:
-        The skeleton, of the shape of ``input`` and of its dtype; float32 for half types under autocast.
+        The skeleton, of the shape of ``input`` and of its dtype; float32 for half types under
+        autocast.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type or shape, ``iter_`` negative.

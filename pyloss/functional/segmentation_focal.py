@@ -25,7 +25,6 @@ from pyloss.functional._regions import (
     read_regions,
     read_target,
 )
-from pyloss.functional._rows import row_loss
 from pyloss.functional.segmentation import dice_of, soft_dice_loss
 from pyloss.functional.segmentation_overlap import (
     check_weight_type,
@@ -48,7 +47,7 @@ def sigmoid_focal_loss(
         \ell = \alpha_t\,(1 - p_t)^\gamma\,(-\log p_t), \qquad
         p_t = p\,t + (1 - p)(1 - t),\quad \alpha_t = \alpha\,t + (1 - \alpha)(1 - t)
 
-    with p = sigmoid(x). The backward keeps input and target, and nothing else of their size.
+    with p = sigmoid(x). Beside input and target the backward keeps one tensor of their size.
 
     Args:
         input: logits of any shape; float32, bfloat16, float16 or float64.
@@ -118,7 +117,7 @@ def segmentation_focal_loss(
         \mathrm{softmax}:\ \ell_{c} = \alpha_c\,t_c\,(1 - p_c)^\gamma\,(-\log p_c)
 
     Each channel by its own sigmoid (:func:`sigmoid_focal_loss`), or all by their softmax, which for
-    class indices is :func:`pyloss.focal_loss`.
+    class indices is :func:`pyloss.focal_loss` over C' times as many terms.
 
     Args:
         input: logits ``(N, C, *)``.
@@ -350,7 +349,7 @@ def focal_of(input, read: Target, *, gamma, alpha, weight, use_softmax, reductio
     if use_softmax and isinstance(alpha, float):
         alpha = _foreground(alpha, classes, read, input)
     if use_softmax and read.is_index and reduction != "none":
-        each, weight = _of_rows(input, read, gamma, alpha, weight), None
+        each, weight = _of_labels(input, read, gamma, alpha, weight), None
     else:
         logits = input[:, read.first :]
         factors = _along(alpha, input) if isinstance(alpha, Tensor) else alpha
@@ -361,41 +360,38 @@ def focal_of(input, read: Target, *, gamma, alpha, weight, use_softmax, reductio
     return _reduced(each, read, weight, classes, reduction, empty)
 
 
-def _of_rows(input, read: Target, gamma, alpha, weight) -> Tensor:
-    """(N, 1, *), weights included: the softmax of class indices has a kernel."""
+def _of_labels(input, read: Target, gamma, alpha, weight) -> Tensor:
+    """(N, 1, *), weights included: of a softmax of class indices only the label's term is not 0."""
+    classes = read.values.shape[1]
+    labels = read.labels.long() - read.first
+    background = (labels < 0).unsqueeze(1) if read.first else None
+    # What is ignored is set to 0 later, and what is out of range to NaN.
+    labels = labels.clamp(0, classes - 1).unsqueeze(1)
+    logits = input[:, read.first :]
+    logp = torch.log_softmax(logits, 1, dtype=accumulator_dtype(input.dtype)).gather(1, labels)
+    each = _modulated(logp, gamma)
     factor = alpha
     if weight is not None:
-        weight = weight.to(accumulator_dtype(input.dtype))
+        weight = weight.to(logp.dtype)
         factor = weight if alpha is None else alpha * weight
-    if factor is not None and factor.dim() == 0:
-        factor = factor.expand(read.values.shape[1])
-    labels = read.labels.long() - read.first
-    left_out = labels < 0 if read.first else None
-    if read.ignored is not None:
-        ignored = read.ignored.squeeze(1)
-        left_out = ignored if left_out is None else left_out | ignored
-    if left_out is not None:
-        labels = labels.masked_fill(left_out, -100)
-    rows = row_loss(
-        input[:, read.first :],
-        labels,
-        weight=factor,
-        gamma=gamma,
-        reduction="none",
-        loss_dtype=accumulator_dtype(input.dtype),
-    )
-    return rows.unsqueeze(1)
+    if factor is not None:
+        each = each * (factor[labels] if factor.dim() else factor)
+    return each if background is None else each.masked_fill(background, 0)
 
 
 def _of_softmax(logits, t, gamma, factors) -> Tensor:
     logp = torch.log_softmax(logits, 1, dtype=accumulator_dtype(logits.dtype))
-    each = -logp
-    if gamma != 0:
-        # 1 - p without cancellation, and with a finite slope where it is 0.
-        miss = (-torch.expm1(logp)).clamp(min=torch.finfo(logp.dtype).tiny)
-        each = each * miss.pow(gamma)
+    each = _modulated(logp, gamma)
     each = torch.where(t, each, 0.0) if t.dtype == torch.bool else each * t
     return each if factors is None else each * factors
+
+
+def _modulated(logp, gamma) -> Tensor:
+    if gamma == 0:
+        return -logp
+    # 1 - p without cancellation, and with a finite slope where it is 0.
+    miss = (-torch.expm1(logp)).clamp(min=torch.finfo(logp.dtype).tiny)
+    return -logp * miss.pow(gamma)
 
 
 def _reduced(each, read: Target, weight, classes, reduction, empty) -> Tensor:

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "embeddings_batches": ("Alignment", "OPIS", "Tolerance", "Uniformity"),
         "embeddings_opis": ("OPISCurves", "opis"),
         "ranking": ("mrr", "ndcg", "precision_at_k"),
+        "segmentation": ("cl_dice",),
         "sorting": ("RankingAccuracy", "ranking_accuracy"),
         "topology": (
             "BettiMatchingError",

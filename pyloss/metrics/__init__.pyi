@@ -11,6 +11,7 @@ from pyloss.metrics.ranking import (
     ndcg,
     precision_at_k,
 )
+from pyloss.metrics.segmentation import cl_dice
 from pyloss.metrics.sorting import RankingAccuracy, ranking_accuracy
 from pyloss.metrics.topology import (
     BettiMatchingError,
@@ -33,6 +34,7 @@ __all__ = [
     "betti_matching_error",
     "betti_number_error",
     "betti_numbers",
+    "cl_dice",
     "mrr",
     "ndcg",
     "opis",

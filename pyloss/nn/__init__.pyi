@@ -62,7 +62,14 @@ from pyloss.nn.relaxed_sort import (
 )
 from pyloss.nn.segmentation import (
     DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    SegmentationFocalLoss,
     SoftDiceLoss,
+    SoftDiceclDiceLoss,
+    SoftclDiceLoss,
+    TverskyLoss,
 )
 from pyloss.nn.sets import (
     ChamferSetLoss,
@@ -110,6 +117,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DCLLoss",
     "DiceCELoss",
+    "DiceFocalLoss",
     "DiffSortNet",
     "DiffTopkNet",
     "DynamicGate",
@@ -120,6 +128,8 @@ __all__ = [
     "GatedFlops",
     "GaussianNaiveBayes",
     "GeneralizedCrossEntropyLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
     "GradCache",
     "GroCoLoss",
     "HardInfoNCELoss",
@@ -152,11 +162,14 @@ __all__ = [
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
+    "SegmentationFocalLoss",
     "SigLIPLoss",
     "SimpleContrastiveLoss",
     "SinkhornSetLoss",
     "SoftDiceLoss",
+    "SoftDiceclDiceLoss",
     "SoftSort",
+    "SoftclDiceLoss",
     "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
@@ -170,5 +183,6 @@ __all__ = [
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
     "TripletMarginLoss",
+    "TverskyLoss",
     "gated_flops",
 ]
