@@ -103,7 +103,7 @@ class DiceFocalOptions(DiceOptions, total=False):
     gamma: float
     lambda_dice: float
     lambda_focal: float
-    alpha: float | Sequence[float] | Tensor | None
+    alpha: float | Sequence[float] | None
     use_softmax: bool
 
 
@@ -120,7 +120,7 @@ class GeneralizedDiceFocalOptions(GeneralizedDiceOptions, total=False):
     weight: float | Sequence[float] | Tensor | None
     lambda_gdl: float
     lambda_focal: float
-    alpha: float | Sequence[float] | Tensor | None
+    alpha: float | Sequence[float] | None
     use_softmax: bool
 
 
@@ -138,7 +138,7 @@ class SegmentationFocalOptions(TypedDict, total=False):
     include_background: bool
     to_onehot_y: bool | None
     gamma: float
-    alpha: float | Sequence[float] | Tensor | None
+    alpha: float | Sequence[float] | None
     weight: float | Sequence[float] | Tensor | None
     reduction: str
     use_softmax: bool

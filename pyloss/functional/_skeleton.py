@@ -23,9 +23,10 @@ from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batch
 
 def skeleton(x: Tensor, steps: int) -> Tensor:
     """Of (N, C, *) of floats, or of a bool mask, whose skeleton is bool."""
+    inside = torch.compiler.is_compiling() or functorch_active()
     if x.dtype == torch.bool:
-        return _of_mask(x, steps)
-    if torch.compiler.is_compiling() or functorch_active() or forward_ad_active():
+        return _by_autograd(x.float(), steps) > 0 if inside else _of_mask(x, steps)
+    if inside or forward_ad_active():
         return _by_autograd(x, steps)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Skeleton.apply(x, steps)

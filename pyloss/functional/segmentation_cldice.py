@@ -169,8 +169,8 @@ def dice_cldice_loss(
     """
     own = dict(iter_=iter_, smooth_nr=smooth_nr, smooth_dr=smooth_dr, smooth=smooth)
     check_skeleton_options(iter_, smooth)
-    check_share(alpha, options["reduction"])
     check_options(smooth_nr=smooth_nr, smooth_dr=smooth_dr, **options)
+    check_share(alpha, options["reduction"])
     checks.check_tensor("input", input)
     _check_axes(input)
     read, p = read_regions(input, target, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._binary_focal import binary_focal
 from pyloss.functional._checks import check_range
 from pyloss.functional._options import DiceOptions, GeneralizedDiceOptions, options_of
-from pyloss.functional._ranges import can_look, warn
+from pyloss.functional._ranges import warn
 from pyloss.functional._regions import (
     Target,
     check_options,
@@ -102,7 +102,7 @@ def segmentation_focal_loss(
     include_background: bool = True,
     to_onehot_y: bool | None = None,
     gamma: float = 2.0,
-    alpha: float | Sequence[float] | Tensor | None = None,
+    alpha: float | Sequence[float] | None = None,
     weight: float | Sequence[float] | Tensor | None = None,
     reduction: str = "mean",
     use_softmax: bool = False,
@@ -191,7 +191,7 @@ def dice_focal_loss(
     gamma: float = 2.0,
     lambda_dice: float = 1.0,
     lambda_focal: float = 1.0,
-    alpha: float | Sequence[float] | Tensor | None = None,
+    alpha: float | Sequence[float] | None = None,
     use_softmax: bool = False,
     **options: Unpack[DiceOptions],
 ) -> Tensor:
@@ -267,7 +267,7 @@ def generalized_dice_focal_loss(
     weight: float | Sequence[float] | Tensor | None = None,
     lambda_gdl: float = 1.0,
     lambda_focal: float = 1.0,
-    alpha: float | Sequence[float] | Tensor | None = None,
+    alpha: float | Sequence[float] | None = None,
     use_softmax: bool = False,
     **options: Unpack[GeneralizedDiceOptions],
 ) -> Tensor:
@@ -326,13 +326,18 @@ def check_unit(name: str, value) -> None:
 
 def check_focal(gamma, alpha) -> None:
     check_range("gamma", gamma, 0.0)
-    if alpha is None or isinstance(alpha, Tensor):
+    if alpha is None:
         return
-    if not isinstance(alpha, Sequence) or isinstance(alpha, str):
+    if not _is_several(alpha):
         check_unit("alpha", alpha)
         return
     for value in alpha:
         check_range("alpha", value, 0.0)
+
+
+def _is_several(alpha) -> bool:
+    """A list of numbers, numpy's too."""
+    return isinstance(alpha, Iterable) and not isinstance(alpha, str | Tensor)
 
 
 def check_factors(**factors) -> None:
@@ -420,22 +425,15 @@ def _reduced(each, read: Target, weight, classes, reduction, empty) -> Tensor:
 
 
 def _checked_alpha(alpha, classes, input) -> float | Tensor | None:
-    if alpha is None:
-        return None
-    given = isinstance(alpha, Tensor)
-    if not given:
-        if not isinstance(alpha, Sequence):
-            return float(alpha)
-        alpha = constants([float(v) for v in alpha], accumulator_dtype(input.dtype), input.device)
-    checks.check_device("alpha", alpha, input)
-    if tuple(alpha.shape) != (classes,):
+    if alpha is None or not _is_several(alpha):
+        return None if alpha is None else float(alpha)
+    values = [float(value) for value in alpha]
+    if len(values) != classes:
         raise ValueError(
             f"alpha must be one number or one for each of the {classes} classes that count, got "
-            f"shape {list(alpha.shape)}"
+            f"{len(values)}"
         )
-    if given and can_look(alpha) and (alpha < 0).any():
-        raise ValueError(f"alpha must be >= 0, got {alpha.min().item()}")
-    return alpha.to(accumulator_dtype(input.dtype))
+    return constants(values, accumulator_dtype(input.dtype), input.device)
 
 
 def _foreground(alpha: float, classes: int, read: Target, input) -> Tensor | None:

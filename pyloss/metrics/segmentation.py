@@ -36,8 +36,8 @@ def cl_dice(
         reduction: ``"mean"`` or ``"sum"`` over items and channels, ``"none"``.
 
     Returns:
-        float32, 0-d; ``(N, C')`` with ``reduction="none"``, C' channels count. In [0, 1], 1 is best:
-        also where both masks are empty; 0 where one is.
+        float32, 0-d; ``(N, C')`` with ``reduction="none"``, C' channels count. In [0, 1]; 1 is
+        best, and that of two empty masks; 0 where one is.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as

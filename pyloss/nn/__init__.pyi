@@ -66,9 +66,9 @@ from pyloss.nn.segmentation import (
     GeneralizedDiceFocalLoss,
     GeneralizedDiceLoss,
     SegmentationFocalLoss,
-    SoftDiceLoss,
-    SoftDiceclDiceLoss,
     SoftclDiceLoss,
+    SoftDiceclDiceLoss,
+    SoftDiceLoss,
     TverskyLoss,
 )
 from pyloss.nn.sets import (
