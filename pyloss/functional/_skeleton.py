@@ -39,8 +39,8 @@ def mask_skeleton(mask: Tensor) -> Tensor:
     while eroded.any():
         following = _erode(eroded)
         found |= eroded > _dilate(following)
-        if torch.equal(following, eroded):  # an axis is filled from end to end, and all others
-            break
+        if torch.equal(following, eroded):  # images filled from end to end: nothing erodes them
+            return found | eroded.bool()
         eroded = following
     return found
 

@@ -50,9 +50,9 @@ def soft_skeleton(input: Tensor, iter_: int = 3) -> Tensor:
         >>> bar[..., 1:4, 1:6] = 1
         >>> pyloss.functional.soft_skeleton(bar, 1)[0, 0].int()
         tensor([[0, 0, 0, 0, 0, 0, 0],
-                [0, 1, 0, 0, 0, 1, 0],
+                [0, 0, 0, 0, 0, 0, 0],
                 [0, 0, 1, 1, 1, 0, 0],
-                [0, 1, 0, 0, 0, 1, 0],
+                [0, 0, 0, 0, 0, 0, 0],
                 [0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)
 
     Reference:
