@@ -33,6 +33,7 @@ UPDATE = "python tests/test_api_snapshot.py --write"
 MODULES = (
     "pyloss.functional",
     "pyloss.nn",
+    "pyloss.nn.init",
     "pyloss.nn.lie",
     "pyloss.metrics",
     "pyloss.optim",
@@ -42,7 +43,9 @@ MODULES = (
     "pyloss.aggregate",
     "pyloss.analysis",
     "pyloss.analysis.comp_sum",
+    "pyloss.analysis.invariance",
     "pyloss.distributed",
+    "pyloss.integrations.torchtitan",
     "pyloss.integrations.transformers",
     "pyloss.visualize",
     "pyloss.ops",

@@ -44,7 +44,17 @@ EXPERIMENTS = {
     "affine_digits": (True, "GL"),
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),
+    "critical_depth": (True, "tanh, C_W = 1.1"),
+    "invariance_sem": (False, "penalty, irmv1"),
     "private_aggregates": (False, "rho 1, bags of 4"),
+    "optimistic_omd": (False, "OOMD, noise 1"),
+    "adversarial_mdp": (False, "Hedge, reduced"),
+    "neural_bandit": (False, "small losses, NeuFastCB"),
+    "analytic_continual": (True, "analytic"),
+    "federated_curricula": (False, "curriculum"),
+    "pretraining": (False, "PPCA of 200 samples"),
+    "neural_collapse": (True, "one collapses, 1 layer"),
+    "perturbed_collapse": (False, "unequal, beta = 0.01 "),
 }
 
 

@@ -21,6 +21,7 @@
 
 #include "common/multiversion.h"
 #include "cpu/parallel.h"
+#include "cpu/row_blocks.h"
 
 namespace pyloss::cpu {
 namespace {
@@ -81,13 +82,26 @@ struct Moments {
   double total, centre[D], products[kTriangle<D>];
 };
 
-template <class T, class R, int D>
-PYLOSS_INLINE void moments_of(const T* x, const R* weight, int64_t count, bool centred,
-                              Moments<D>* m) {
+// Half types are converted a block at a time: the loops, which are long, exist for R alone.
+template <class R, int D>
+PYLOSS_INLINE void moments_of(const void* x, DType dtype, const R* weight, int64_t count,
+                              bool centred, Moments<D>* m) {
   Lines<R, D> lines;
+  R converted[kPoints * D];
+  const auto load = [&](int64_t at) {
+    const int64_t n = std::min(kPoints, count - at);
+    const R* from = static_cast<const R*>(x) + at * D;
+    if constexpr (std::is_same_v<R, float>) {
+      if (dtype_size(dtype) == 2) {
+        load_values(static_cast<const uint16_t*>(x) + at * D, dtype, n * D, converted);
+        from = converted;
+      }
+    }
+    lines.load(from, weight ? weight + at : nullptr, n);
+  };
   double sum[D] = {}, total = 0;
   for (int64_t at = 0; at < count; at += kPoints) {
-    lines.load(x + at * D, weight ? weight + at : nullptr, std::min(kPoints, count - at));
+    load(at);
     R mass[kLanes] = {}, acc[D][kLanes] = {};
     for (int64_t i = 0; i < lines.n; i += kLanes) {
       for (int64_t l = 0; l < kLanes; ++l) mass[l] += lines.w[i + l];
@@ -103,9 +117,7 @@ PYLOSS_INLINE void moments_of(const T* x, const R* weight, int64_t count, bool c
   for (int k = 0; k < D; ++k) centre[k] = moved ? R(sum[k] / total) : R(0);
   double lost[D] = {}, products[kTriangle<D>] = {};
   for (int64_t at = 0; at < count; at += kPoints) {
-    if (count > kPoints) {
-      lines.load(x + at * D, weight ? weight + at : nullptr, std::min(kPoints, count - at));
-    }
+    if (count > kPoints) load(at);
     R first[D][kLanes] = {}, second[kTriangle<D>][kLanes] = {};
     for (int64_t i = 0; i < lines.n; i += kLanes) {
       R d[D][kLanes], wd[D][kLanes];
@@ -151,24 +163,31 @@ PYLOSS_INLINE void gradient_of(const T* x, const R* weight, int64_t count, const
   }
 }
 
-#define PYLOSS_FRAME_LOOPS(T, R, D)                                                          \
-  PYLOSS_MULTIVERSION void moments(const T* x, const R* weight, int64_t count, bool centred, \
-                                   Moments<D>* m) {                                          \
-    moments_of<T, R, D>(x, weight, count, centred, m);                                       \
-  }                                                                                          \
-  PYLOSS_MULTIVERSION void gradient(const T* x, const R* weight, int64_t count,              \
-                                    const Slope<R, D>& slope, T* dx, R* dw) {                \
-    gradient_of<T, R, D>(x, weight, count, slope, dx, dw);                                   \
+#define PYLOSS_FRAME_MOMENTS(R, D)                                                             \
+  PYLOSS_MULTIVERSION void moments(const void* x, DType dtype, const R* weight, int64_t count, \
+                                   bool centred, Moments<D>* m) {                              \
+    moments_of<R, D>(x, dtype, weight, count, centred, m);                                     \
   }
-PYLOSS_FRAME_LOOPS(float, float, 2)
-PYLOSS_FRAME_LOOPS(float, float, 3)
-PYLOSS_FRAME_LOOPS(BF16, float, 2)
-PYLOSS_FRAME_LOOPS(BF16, float, 3)
-PYLOSS_FRAME_LOOPS(F16, float, 2)
-PYLOSS_FRAME_LOOPS(F16, float, 3)
-PYLOSS_FRAME_LOOPS(double, double, 2)
-PYLOSS_FRAME_LOOPS(double, double, 3)
-#undef PYLOSS_FRAME_LOOPS
+PYLOSS_FRAME_MOMENTS(float, 2)
+PYLOSS_FRAME_MOMENTS(float, 3)
+PYLOSS_FRAME_MOMENTS(double, 2)
+PYLOSS_FRAME_MOMENTS(double, 3)
+#undef PYLOSS_FRAME_MOMENTS
+
+#define PYLOSS_FRAME_GRADIENT(T, R, D)                                          \
+  PYLOSS_MULTIVERSION void gradient(const T* x, const R* weight, int64_t count, \
+                                    const Slope<R, D>& slope, T* dx, R* dw) {   \
+    gradient_of<T, R, D>(x, weight, count, slope, dx, dw);                      \
+  }
+PYLOSS_FRAME_GRADIENT(float, float, 2)
+PYLOSS_FRAME_GRADIENT(float, float, 3)
+PYLOSS_FRAME_GRADIENT(BF16, float, 2)
+PYLOSS_FRAME_GRADIENT(BF16, float, 3)
+PYLOSS_FRAME_GRADIENT(F16, float, 2)
+PYLOSS_FRAME_GRADIENT(F16, float, 3)
+PYLOSS_FRAME_GRADIENT(double, double, 2)
+PYLOSS_FRAME_GRADIENT(double, double, 3)
+#undef PYLOSS_FRAME_GRADIENT
 
 PYLOSS_MULTIVERSION void solve(Axes<float, 2, kGroup>* axes) {
   axes->solve();
@@ -194,7 +213,7 @@ void forward_group(const Problem& p, RealOf<T>* frames, int64_t begin, int64_t e
     const int64_t first = bound_of(p, cloud), l = cloud - begin;
     const R* weight = static_cast<const R*>(p.weight);
     Moments<D> m;
-    moments(static_cast<const T*>(p.x) + first * D, weight ? weight + first : nullptr,
+    moments(static_cast<const T*>(p.x) + first * D, p.dtype, weight ? weight + first : nullptr,
             bound_of(p, cloud + 1) - first, p.centred, &m);
     for (int k = 0; k < kTriangle<D>; ++k) axes.c[k][l] = R(m.products[k]);
     R* row = frames + cloud * At::kWidth;

@@ -19,15 +19,16 @@ PYLOSS_INLINE V<double> exp_any(V<double> x) {
   return exp_of(x);
 }
 
-// As load_part of gemm_tile.h, for lanes that are many or none.
+// As load_part of gemm_tile.h, for lanes that are many or none. Rare, and long: not inlined, or
+// they are half of this file's code.
 template <class R>
-PYLOSS_INLINE V<R> load_some(const R* p, int64_t n) {
+__attribute__((noinline)) V<R> load_some(const R* p, int64_t n) {
   V<R> v{};
   for (int64_t i = 0; i < n && i < Vec<R>::kLanes; ++i) v[i] = p[i];
   return v;
 }
 template <class R>
-PYLOSS_INLINE void store_some(R* p, int64_t n, V<R> v) {
+__attribute__((noinline)) void store_some(R* p, int64_t n, V<R> v) {
   for (int64_t i = 0; i < n && i < Vec<R>::kLanes; ++i) p[i] = v[i];
 }
 
@@ -229,11 +230,18 @@ PYLOSS_INLINE int64_t safe_rows(const Problem& p, int64_t stride, int64_t begin,
   return stride == 0 ? n : std::min(n, end / stride - begin + 1);
 }
 
-// Rows [begin, begin + n) of segment s as a settled part, put(column, part) for each; or, where the
-// sums are the results, to `plain` [width].
-template <Pass P, class R, class Put>
-PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n, R* plain,
-                           const Put& put) {
+// Rows [begin, begin + n) of segment s: as a part to `parts` [width][kPartNumbers], or, without
+// those, the results of the whole segment to `out`.
+template <Pass P, class R>
+__attribute__((noinline)) void part_of(const Problem& p, Fold f, int64_t s, int64_t begin,
+                                       int64_t n, double* parts, R* out) {
+  const auto put = [&](int64_t c, const Part<R>& part) {
+    if (!parts) return finish(f, part, out + c, p.segments * p.width);
+    double* at = parts + c * kPartNumbers;
+    at[0] = double(part.m);
+    at[1] = double(part.sums.a);
+    at[2] = double(part.sums.b);
+  };
   constexpr Pass kFirst = P == Pass::kExp ? Pass::kMax : Pass::kSum;
   constexpr bool kTwice = P == Pass::kExp || P == Pass::kSquares;
   const int64_t xs = p.x_stride, ys = p.other_stride;
@@ -253,6 +261,7 @@ PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n
     return;
   }
   constexpr int64_t kLanes = Vec<R>::kLanes;
+  const bool is_plain = !parts && sums_are_results(f);
   for (int64_t c = 0; c < p.width; c += kLanes) {
     const int64_t lanes = std::min(kLanes, p.width - c);
     int64_t safe = safe_rows<R>(p, xs, begin, n, c);
@@ -266,8 +275,12 @@ PYLOSS_INLINE void part_of(const Problem& p, int64_t s, int64_t begin, int64_t n
     }
     const R* other = P == Pass::kInner ? y + c : y;
     const auto sums = columns<P, R>(x + c, xs, other, ys, n, lanes, safe, base);
-    if (plain && lanes == kLanes) {
-      store(plain + c, sums.a);
+    if (is_plain) {
+      if (lanes == kLanes) {
+        store(out + c, sums.a);
+      } else {
+        for (int64_t l = 0; l < lanes; ++l) out[c + l] = sums.a[l];
+      }
       continue;
     }
     for (int64_t l = 0; l < lanes; ++l) {
@@ -332,19 +345,13 @@ PYLOSS_INLINE bool fold_together(const Problem& p, Fold f, int64_t s, int64_t la
 // What the windows [begin, end) own: whole segments that begin there, and parts of long ones.
 template <Pass P, class R>
 void fold_windows(const Problem& p, Fold f, void* out, double* parts, int64_t begin, int64_t end) {
-  const int64_t size = part_rows(p.width), step = p.segments * p.width;
-  const bool is_line = p.width == 1 && p.x_stride == 1, is_plain = sums_are_results(f);
+  const int64_t size = part_rows(p.width);
+  const bool is_line = p.width == 1 && p.x_stride == 1;
   int64_t s = p.first_from(begin * size);
   for (int64_t w = begin; w < end; ++w) {
     const int64_t last = w + 1 == windows(p) ? p.rows + 1 : (w + 1) * size;
     const auto keep = [&](int64_t slot, int64_t segment, int64_t from, int64_t n) {
-      double* to = parts + slot * p.width * kPartNumbers;
-      part_of<P, R>(p, segment, from, n, nullptr, [&](int64_t c, const Part<R>& part) {
-        double* at = to + c * kPartNumbers;
-        at[0] = double(part.m);
-        at[1] = double(part.sums.a);
-        at[2] = double(part.sums.b);
-      });
+      part_of<P, R>(p, f, segment, from, n, parts + slot * p.width * kPartNumbers, nullptr);
     };
     if (s > 0) {  // a long segment from before
       const int64_t first = p.offset(s - 1), stop = p.offset(s);
@@ -368,9 +375,7 @@ void fold_windows(const Problem& p, Fold f, void* out, double* parts, int64_t be
         keep(2 * w + 1, s, from, size);
         continue;
       }
-      R* to = static_cast<R*>(out) + s * p.width;
-      part_of<P, R>(p, s, from, n, is_plain ? to : nullptr,
-                    [&](int64_t c, const Part<R>& part) { finish(f, part, to + c, step); });
+      part_of<P, R>(p, f, s, from, n, nullptr, static_cast<R*>(out) + s * p.width);
     }
   }
 }

@@ -5,6 +5,25 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "collapse": (
+            "LinearUFMOptimum",
+            "UFMSolution",
+            "gof",
+            "linear_ufm_optimum",
+            "simplex_etf",
+            "ufm_minimizer",
+        ),
         "comp_sum": ("CompSumAnalysis", "h_consistency_bound", "minimizability_gap"),
+        "critical": ("Criticality", "criticality", "optimal_aspect_ratio", "optimal_depth"),
+        "flow": ("KernelFlow", "kernel_flow"),
+        "invariance": (
+            "Intervention",
+            "InvarianceTest",
+            "LinearSEM",
+            "invariance_environments_needed",
+            "invariance_test",
+            "linear_sem",
+        ),
+        "perturbed_collapse": ("CentralPath", "PerturbedUFM", "central_path", "perturbed_ufm"),
     },
 )

@@ -70,6 +70,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "prototypes",
         ),
         "metric_learning_margins": ("arcface_loss", "cosface_loss"),
+        "neural_collapse": ("ufm_loss",),
         "normalized": ("normalized_logistic_loss",),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "physics": (

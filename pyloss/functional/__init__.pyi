@@ -79,6 +79,7 @@ from pyloss.functional.metric_learning_margins import (
     arcface_loss,
     cosface_loss,
 )
+from pyloss.functional.neural_collapse import ufm_loss
 from pyloss.functional.normalized import normalized_logistic_loss
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
@@ -311,4 +312,5 @@ __all__ = [
     "trajectory_matching_loss",
     "triplet_margin_loss",
     "tversky_loss",
+    "ufm_loss",
 ]

@@ -91,5 +91,5 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),
     },
-    submodules=("lie",),
+    submodules=("init", "lie"),
 )

@@ -1,3 +1,4 @@
+from pyloss.nn import init as init
 from pyloss.nn import lie as lie
 from pyloss.nn.aggregate import AggregateLoss
 from pyloss.nn.aggregation import LCMAggregation

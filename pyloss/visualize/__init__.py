@@ -5,8 +5,11 @@ from pyloss import _lazy
 __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
+        "collapse": ("draw_central_path", "draw_collapse"),
         "comp_sum": ("draw_comp_sum",),
+        "criticality": ("draw_kernel_flow",),
         "embeddings": ("draw_opis",),
+        "invariance": ("draw_invariance",),
         "optim": ("draw_lyapunov",),
         "topology": ("draw_barcode", "draw_matching"),
     },

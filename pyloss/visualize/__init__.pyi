@@ -1,11 +1,18 @@
+from pyloss.visualize.collapse import draw_central_path, draw_collapse
 from pyloss.visualize.comp_sum import draw_comp_sum
+from pyloss.visualize.criticality import draw_kernel_flow
 from pyloss.visualize.embeddings import draw_opis
+from pyloss.visualize.invariance import draw_invariance
 from pyloss.visualize.optim import draw_lyapunov
 from pyloss.visualize.topology import draw_barcode, draw_matching
 
 __all__ = [
     "draw_barcode",
+    "draw_central_path",
+    "draw_collapse",
     "draw_comp_sum",
+    "draw_invariance",
+    "draw_kernel_flow",
     "draw_lyapunov",
     "draw_matching",
     "draw_opis",

@@ -86,13 +86,28 @@ def launches(module: str, capability: int, more: bool) -> dict:
 
 @functools.cache
 def usual(module: str) -> dict:
-    """Those that `make test` compiles: for sm_90, and of launches that differ in nothing but which
-    sizes are multiples of 16, or 1, one."""
-    forms: dict[str, str] = {}
+    """Those that `make test` compiles: for sm_90, of each kernel the first launch and the one whose
+    constants differ most from it. Not two that differ in nothing but which sizes are multiples of
+    16, or 1."""
+    by_kernel: dict[str, dict] = {}
     found = launches(module, 90, False)
+    forms: dict[str, str] = {}
     for key, (_, launch) in found.items():
         forms.setdefault(launch.form, key)
-    return {key: found[key] for key in forms.values()}
+    for key in forms.values():
+        launch = found[key][1]
+        by_kernel.setdefault(launch.name, {})[key] = launch.constexprs
+    keys = []
+    for constants in by_kernel.values():
+        (first, plain), *others = constants.items()
+        furthest = max(others, key=lambda one: differences(plain, one[1]), default=(first, plain))
+        keys += dict.fromkeys((first, furthest[0]))
+    return {key: found[key] for key in keys}
+
+
+def differences(a: dict, b: dict) -> int:
+    """Constants of two launches that are not the same; those of a NamedTuple count one by one."""
+    return sum(a.get(at) != b.get(at) for at in {*a, *b})
 
 
 def properties(launch, capability: int) -> set[str]:

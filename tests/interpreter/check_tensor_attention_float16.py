@@ -61,7 +61,7 @@ def expected_lse(p: Problem, leaves: list, options: dict) -> torch.Tensor:
         ("rows", 2**20, 1.0),
         pytest.param("rows", 2**22, 100.0, marks=pytest.mark.exhaustive),  # 15 s
         ("pairs", 2**20, 1.0),
-        ("pairs", 2**22, 100.0),
+        pytest.param("pairs", 2**22, 100.0, marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.usefixtures("wide_tiles")

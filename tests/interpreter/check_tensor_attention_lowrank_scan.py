@@ -172,7 +172,7 @@ def test_the_op_runs_them(causal, windows):
 
 
 @pytest.mark.parametrize(
-    "at_once", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 4))]
+    "at_once", [pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2, 4)]
 )
 def test_groups_of_heads(monkeypatch, at_once):
     """Whatever fits the scratch at once: one key head, those of a batch, several batches."""

@@ -135,7 +135,7 @@ class Spec:
     nan: Mapping[str, str | Callable[[Tensor, Tensor], bool]] = field(default_factory=dict)
     large: Callable[[], Sample] | None = None  # enough work for two threads; default: the first
     threads: bool = True  # False: sums whose order torch takes from the number of threads
-    # Checks for --exhaustive alone: what they compile is compiled by other Specs, and for long
+    # Checks for --exhaustive alone: they take seconds, and other Specs do nearly the same
     exhaustive: tuple[str, ...] = ()
     errors: tuple[Bad, ...] = ()
 

@@ -452,6 +452,7 @@ SPECS = (
         sinkhorn_set_loss, sinkhorn, pyloss.nn.SinkhornSetLoss,
         samples=pair_samples(sharp=dict(epsilon=0.5, iterations=7)),
         vmap=("input", "target"),
+        compile_samples=("sharp",),
         errors=(
             *PAIR_ERRORS,
             Bad(ValueError, "epsilon must be finite and > 0", dict(epsilon=0.0)),
@@ -464,6 +465,7 @@ SPECS = (
         name="order_search_loss",
         covers=(order_search_loss,),
         reference=search_reference,
+        exhaustive=("compiled",),
         samples={
             "exhaustive": model,
             "greedy": lambda: model(mode="greedy", reduction="none"),
@@ -544,6 +546,7 @@ SPECS = (
         _DECODER_WEIGHTS,
         empty={"no sets": Empty(lambda: of_inputs(decoder_sample(), slice(0)), 0.0, (0, 4, 4))},
         nan={"memory": "any", "state": "any"},
+        exhaustive=("second_derivative",),
         gradients=("memory", "state", *_DECODER_WEIGHTS),
         tensors=finite,
         errors=(
@@ -563,6 +566,7 @@ SPECS = (
         _WRITE_WEIGHTS,
         empty={"no sets": Empty(lambda: of_inputs(write_sample(), slice(0)), 0.0, (0, 4, 4))},
         nan={"x": "any"},
+        exhaustive=("compiled", "second_derivative", "strides"),
         gradients=("x", *_WRITE_WEIGHTS),
         tensors=finite,
     ),

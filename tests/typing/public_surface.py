@@ -15,6 +15,7 @@ import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis
 import pyloss.distributed
+import pyloss.integrations.torchtitan
 import pyloss.integrations.transformers
 import pyloss.ops
 import pyloss.optim
@@ -22,7 +23,7 @@ import pyloss.reference
 import pyloss.regularizers
 import pyloss.testing
 import pyloss.visualize
-from pyloss.analysis import comp_sum
+from pyloss.analysis import comp_sum, invariance
 from pyloss.functional import (
     DCDMResult,
     DPOMetrics,
@@ -257,6 +258,61 @@ def bounds() -> None:
     scores = comp_sum.conditional_minimizer(x.softmax(1), 1.0)
     comp_sum.conditional_risk(scores, x.softmax(1), 1.0)
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
+
+
+def signals() -> None:
+    found = pyloss.analysis.criticality(torch.tanh, kinks=(), residual=0.5)
+    assert_type(found, pyloss.analysis.Criticality)
+    flow = pyloss.analysis.kernel_flow("relu", x, 3, C_W=found.C_W, lam_b=[1.0, 0.5, 0.3])
+    assert_type(flow, pyloss.analysis.KernelFlow)
+    pyloss.visualize.draw_kernel_flow({"relu": flow}, width=100)
+    assert_type(pyloss.analysis.optimal_aspect_ratio("relu", 10), Tensor)
+    assert_type(pyloss.analysis.optimal_depth("gelu", 500), int)
+    assert_type(pyloss.nn.init.critical_(torch.nn.Linear(3, 3), "silu"), torch.nn.Linear)
+    assert_type(pyloss.nn.init.critical_(x, "leaky_relu", leaky_slope=0.1), Tensor)
+
+
+def environments() -> None:
+    cases = [(), pyloss.analysis.Intervention(0, variance=2.0)]
+    data = pyloss.analysis.linear_sem(x, x[0], y=1, interventions=cases, n=[10, 20])
+    assert_type(data, pyloss.analysis.LinearSEM)
+    test = pyloss.analysis.invariance_test(data.x, data.y, data.offsets, eps=0.1)
+    assert_type(test, pyloss.analysis.InvarianceTest)
+    pyloss.visualize.draw_invariance(test, eps=0.1)
+    covariance = invariance.sem_covariance(x, x[0], y=1, interventions=cases)
+    w, gap = invariance.exact_gap(covariance, x, y=1)
+    assert_type(pyloss.analysis.invariance_environments_needed(0.1, 0.05, 6), int)
+    penalty = pyloss.regularizers.invariance_penalty(data.x, data.y, test.w, data.offsets)
+    assert_type(penalty, Tensor)
+
+
+def collapse() -> None:
+    metrics = pyloss.metrics.NeuralCollapseMetrics(4, 10, "of", scatter=False)
+    metrics.update(x, y)
+    found = metrics.compute(x)
+    assert_type(found, pyloss.metrics.NeuralCollapse)
+    metrics.compare(x[:, :4], x)
+    metrics.load_state_dict(metrics.state_dict())
+    pyloss.visualize.draw_collapse([found], steps=[0])
+    assert_type(pyloss.metrics.nc1(x, y, 4, kind="trace"), Tensor)
+    pyloss.metrics.cdnv(x, y, reduction="none", ignore_index=-1)
+    pyloss.metrics.nc2(x, "of", center=x[0])
+    pyloss.metrics.nc3(x, x, target=x[0, :4])
+    pyloss.metrics.nc4(x[:, :4], x, x)
+    pyloss.metrics.equinorm(x)
+    pyloss.metrics.equiangle(x, "etf")
+    pyloss.functional.ufm_loss([x, x], x, y, [0.1, 0.2], 0.1, loss="ce", bias=x[0])
+    best = pyloss.analysis.ufm_minimizer([3, 2], 0.1, 0.1, depth=2, loss="mse", bias=True)
+    assert_type(best, pyloss.analysis.UFMSolution)
+    lengths = pyloss.analysis.linear_ufm_optimum([3, 2], [0.1, 0.2], 0.1, layers=2)
+    assert_type(lengths, pyloss.analysis.LinearUFMOptimum)
+    assert_type(pyloss.analysis.gof(lengths.w_norm, 8), Tensor)
+    pyloss.analysis.simplex_etf(4, dim=8)
+    tied = pyloss.analysis.perturbed_ufm(x, y, 0.1, 0.1, num_classes=4, tol=1e-6)
+    assert_type(tied, pyloss.analysis.PerturbedUFM)
+    path = pyloss.analysis.central_path(x, y, 0.1, steps=3, beta=0.1)
+    assert_type(path, pyloss.analysis.CentralPath)
+    pyloss.visualize.draw_central_path(path)
 
 
 def statistics() -> None:
@@ -647,6 +703,10 @@ def transformers(model: nn.Module) -> None:
     module.unpatch_loss(module.patch_loss(model, z_loss=1e-4))
     module.convert(model, layers=slice(0, 2), window=None)
     module.from_pretrained("folder")
+    with module.enable(strict=True, z_loss=1e-4):
+        module.disable()
+    loss = pyloss.integrations.torchtitan.ChunkedLMHeadLoss(metrics=("accuracy",), z_loss=1e-4)
+    loss.set_lm_head(model)
 
 
 def tools() -> None:
