@@ -44,6 +44,8 @@ EXPERIMENTS = {
     "affine_digits": (True, "GL"),
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),
+    "batch_learning_rate": (True, "B = 256"),
+    "grokking": (False, "alpha 4"),
     "critical_depth": (True, "tanh, C_W = 1.1"),
     "invariance_sem": (False, "penalty, irmv1"),
     "private_aggregates": (False, "rho 1, bags of 4"),

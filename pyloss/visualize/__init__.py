@@ -10,7 +10,9 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "criticality": ("draw_kernel_flow",),
         "embeddings": ("draw_opis",),
         "invariance": ("draw_invariance",),
+        "lazy": ("draw_alignment",),
         "optim": ("draw_lyapunov",),
+        "spectrum": ("draw_spectrum",),
         "topology": ("draw_barcode", "draw_matching"),
     },
 )

@@ -260,6 +260,34 @@ def bounds() -> None:
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
 
 
+def spectra(model: nn.Module) -> None:
+    hessian = pyloss.analysis.hvp(lambda b: model(b).sum(), model, [x], weights=[1.0])
+    assert_type(hessian, pyloss.analysis.HessianOperator)
+    assert_type(hessian(x[0]), Tensor)
+    recursion = pyloss.analysis.lanczos(hessian, 3, 2, v0=x[0])
+    assert_type(recursion, pyloss.analysis.Tridiagonal)
+    assert_type(pyloss.analysis.top_eigenvalues(hessian, 2), pyloss.analysis.TopEigenvalues)
+    found = pyloss.analysis.slq_density(hessian, probes=2, progress=True)
+    assert_type(found, pyloss.analysis.SpectralDensity)
+    assert_type(found.of(torch.exp), Tensor)
+    pyloss.visualize.draw_spectrum({"a": found}, edges={"a": 1.0})
+    pyloss.analysis.batch_extremal_eigenvalue(1.0, 9, x, 0.1, population=8)
+    fitted = pyloss.analysis.hessian_noise(5.0, 8, 4.0)
+    assert_type(fitted, pyloss.analysis.HessianNoise)
+    lam, noise = fitted
+    pyloss.analysis.full_batch_eigenvalue(lam, 8, noise)
+    pyloss.analysis.max_learning_rate(lam, 8, noise, optimizer="momentum", momentum=0.5)
+    pyloss.analysis.scale_lr(0.1, 8, pyloss.analysis.effective_batch_size(8).item(), "sqrt")
+    optimizer = pyloss.optim.LanczosSGD(model.parameters(), damping=0.1, every=10)
+    assert_type(optimizer.step(lambda: x.sum()), Tensor)
+    assert_type(optimizer.rate(), float)
+    lazy = pyloss.analysis.LazyScale(model, 2.0)
+    pyloss.analysis.scaled_mse(lazy(x), x, 2.0, reduction="sum").backward()
+    kernel = pyloss.analysis.empirical_ntk(lazy, x, chunk=4, outputs="trace")
+    assert_type(pyloss.analysis.kernel_alignment(kernel, kernel), Tensor)
+    pyloss.visualize.draw_alignment([1], [1.0], [1.0], [0.5])
+
+
 def signals() -> None:
     found = pyloss.analysis.criticality(torch.tanh, kinks=(), residual=0.5)
     assert_type(found, pyloss.analysis.Criticality)
