@@ -42,6 +42,7 @@ EXPERIMENTS = {
     "perceptron": (False, "drawn, n = 100"),
     "label_noise": (True, "ALDR, lam0 = 10"),
     "segment_volumes": (False, "soft Dice + 0.2 Betti matching"),
+    "monai_training": (False, "Dice + clDice"),
     "affine_digits": (True, "GL"),
     "mixed_symmetries": (False, "retuned"),
     "second_minimum": (False, "monoid, gru, penalty"),

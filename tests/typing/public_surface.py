@@ -42,17 +42,22 @@ from pyloss.functional import (
     causal_weights,
     chamfer_set_loss,
     class_balanced_weight,
+    cldice_loss,
     clip_schedule,
     conjugate_direction_loss,
     contrastive_pair_loss,
     cosface_loss,
     dcdm_solve,
     dcl,
+    dice_cldice_loss,
     dice_cross_entropy_loss,
+    dice_focal_loss,
     dpo_loss,
     ens_loss,
     ens_loss_derivatives,
     equivariance_error,
+    generalized_dice_focal_loss,
+    generalized_dice_loss,
     groco_from_scores,
     group_advantages,
     grpo_loss,
@@ -93,17 +98,21 @@ from pyloss.functional import (
     segment_softmax,
     segment_softmax_stats,
     segment_tree_reduce,
+    segmentation_focal_loss,
     sequence_logprobs,
+    sigmoid_focal_loss,
     simple_contrastive,
     sinkhorn_set_loss,
     smooth_adversarial_comp_sum,
     soft_dice_loss,
+    soft_skeleton,
     soft_sort_matrix,
     sogclr_loss,
     target_surrogate_loss,
     tcm_loss,
     trajectory_matching_loss,
     triplet_margin_loss,
+    tversky_loss,
 )
 from pyloss.metrics import (
     OPIS,
@@ -114,6 +123,7 @@ from pyloss.metrics import (
     RankingAccuracy,
     Uniformity,
     alignment,
+    cl_dice,
     mrr,
     ndcg,
     opis,
@@ -412,6 +422,20 @@ def segmentation() -> None:
     assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0], validate=False), Tensor)
     assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
     nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(empty="zero")])
+    assert_type(generalized_dice_loss(p, mask, sigmoid=True, w_type="simple"), Tensor)
+    assert_type(tversky_loss(p, mask, sigmoid=True, alpha=0.3, beta=0.7), Tensor)
+    assert_type(sigmoid_focal_loss(p, mask, 0.25, 2.0, "sum"), Tensor)
+    assert_type(segmentation_focal_loss(p, mask, alpha=[0.25]), Tensor)
+    assert_type(dice_focal_loss(p, mask, sigmoid=True, lambda_focal=0.5), Tensor)
+    assert_type(generalized_dice_focal_loss(p, mask, sigmoid=True, lambda_gdl=0.5), Tensor)
+    assert_type(soft_skeleton(p, 2), Tensor)
+    assert_type(cldice_loss(p, mask, sigmoid=True, iter_=2), Tensor)
+    assert_type(dice_cldice_loss(p, mask, sigmoid=True, alpha=0.3), Tensor)
+    assert_type(cl_dice(p, mask), Tensor)
+    nn.ModuleList([pyloss.nn.GeneralizedDiceLoss(w_type="simple"), pyloss.nn.TverskyLoss(gamma=2)])
+    nn.ModuleList([pyloss.nn.SegmentationFocalLoss(alpha=0.5), pyloss.nn.DiceFocalLoss(gamma=1.0)])
+    nn.ModuleList([pyloss.nn.SoftclDiceLoss(iter_=2), pyloss.nn.SoftDiceclDiceLoss(alpha=0.3)])
+    nn.ModuleList([pyloss.nn.GeneralizedDiceFocalLoss(lambda_gdl=0.3)])
 
 
 def topology() -> None:
