@@ -61,6 +61,18 @@ def test_projections_are_the_nearest_points() -> None:
         assert project(torch.randn(3, 4).bfloat16()).dtype == torch.bfloat16
 
 
+def test_ball_far_out_and_at_the_centre() -> None:
+    far = torch.tensor([[1e30, 1e30], [3e38, 0.0], [0.0, -1e-30]], requires_grad=True)
+    root = math.sqrt(0.5)
+    expected = torch.tensor([[root, root], [1.0, 0.0], [0.0, -1e-30]])
+    torch.testing.assert_close(project_ball(far), expected)
+    x = torch.tensor([[0.0, 0.0], [0.3, 0.4], [3.0, 4.0]], dtype=F64, requires_grad=True)
+    (grad,) = torch.autograd.grad(project_ball(x).sum(), x)
+    # Inside each point is its own projection; outside only what lies along the sphere is kept.
+    along = (1 - torch.tensor([3.0, 4.0], dtype=F64) * 7 / 25) / 5
+    torch.testing.assert_close(grad, torch.stack([torch.ones(2), torch.ones(2), along]).to(F64))
+
+
 def in_ball(point: Tensor, metric: Tensor) -> Tensor:
     """By the multiplier of the constraint norm(x) <= 1, found by bisection."""
     values, vectors = torch.linalg.eigh(metric)
@@ -191,6 +203,18 @@ def test_domains_and_nan() -> None:
     assert torch.equal(after(lambda x: x.clamp(-2, 2)), torch.tensor([-2.0, 2.0, 2.0, -2.0]))
     for projection in ("ball", "box", "simplex"):
         assert after(projection, grad=math.nan).isnan().all()
+
+
+def test_groups_and_parameters_of_no_entries() -> None:
+    x, empty = torch.ones(2, requires_grad=True), torch.zeros(0, requires_grad=True)
+    optimizer = OptimisticOMD([{"params": [x]}, {"params": []}], D=2.0, G=1.0)
+    optimizer.add_param_group({"params": [empty]})
+    x.grad, empty.grad = torch.ones(2), torch.zeros(0)
+    optimizer.step()
+    assert x.norm() <= 1 and len(optimizer.param_groups) == 3
+    with pytest.raises(TypeError, match="parameters must be floating"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64)]})
+    assert len(optimizer.param_groups) == 3
 
 
 # --- regret -------------------------------------------------------------------------------------
