@@ -319,7 +319,7 @@ class OptimisticOMD(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # as torch types it
         """Takes the gradients of this round, and writes the point of the next one.
 
         Args:
@@ -444,15 +444,16 @@ def _dense_gradient(p: Tensor) -> Tensor:
 def _check_options(options: dict[str, Any]) -> None:
     geometry, projection = options["geometry"], options["projection"]
     checks.check_one_of("geometry", geometry, GEOMETRIES)
-    for name in ("D", "G", "mu", "alpha", "L", "delta"):
+    for name in ("D", "G"):
+        checks.check_range(name, options[name], 0.0, open_low=True)
+    for name, owner in _FOR.items():
         value = options[name]
-        if value is None and name not in ("D", "G"):
-            if _NEEDS.get(geometry) == name:
-                raise ValueError(f"geometry={geometry!r} needs {name}")
-            continue
-        checks.check_range(name, value, 0.0, open_low=name not in ("L", "delta"))
-        if _FOR.get(name, geometry) != geometry:
-            raise ValueError(f"{name} is for geometry={_FOR[name]!r}, got {geometry!r}")
+        if value is not None:
+            checks.check_range(name, value, 0.0, open_low=name not in ("L", "delta"))
+            if owner != geometry:
+                raise ValueError(f"{name} is for geometry={owner!r}, got {geometry!r}")
+        elif _NEEDS.get(geometry) == name:
+            raise ValueError(f"geometry={geometry!r} needs {name}")
     if projection is not None and not callable(projection):
         checks.check_one_of("projection", projection, PROJECTIONS)
 
@@ -484,6 +485,8 @@ def static_regret(losses: Tensor, fixed: Tensor) -> Tensor:
         tensor([1.0000, 0.5000])
     """
     _check_losses(losses, fixed, "fixed", (1, 2))
+    if fixed.dim() == 2:
+        checks.check_along("fixed", fixed, 1)
     best = fixed.cumsum(0)
     return losses.cumsum(0) - (best if fixed.dim() == 1 else best.amin(1))
 
