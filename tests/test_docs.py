@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import pkgutil
 import importlib.util
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
