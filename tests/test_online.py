@@ -160,6 +160,18 @@ def test_steps_are_those_of_the_formulas(geometry: str) -> None:
     assert inside < len(grads) and torch.equal(other, torch.ones(3))  # which had no gradient
 
 
+@pytest.mark.parametrize(
+    ("options", "delta"), [({}, 4.0), (dict(L=0.5), 10.0), (dict(L=0.5, delta=1.0), 1.0)]
+)
+def test_delta(options: dict, delta: float) -> None:
+    """Without L 4 G^2, else 10 D^2 L^2; here G = 1 and D = 2."""
+    x, grad = torch.zeros(2, dtype=F64, requires_grad=True), torch.tensor([0.3, 0.4]).double()
+    x.grad = grad
+    OptimisticOMD([x], D=2.0, G=1.0, **options).step()
+    rate = 2 / math.sqrt(delta + 4) + 2 / math.sqrt(delta + 4 + 0.25)
+    torch.testing.assert_close(x.detach(), -rate * grad)  # which is inside
+
+
 @pytest.mark.parametrize("geometry", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_dict_goes_on_alike(geometry: str, dtype: torch.dtype) -> None:
