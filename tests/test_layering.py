@@ -72,6 +72,7 @@ PYTHON_LAYERS = {
         "cripser",
         "gudhi",
         "topolosses",
+        "monai",
         "betti_matching",
         "diffsort",
         "difftopk",

@@ -14,6 +14,9 @@ import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis.comp_sum
 import pyloss.analysis.invariance
+import pyloss.analysis.lazy
+import pyloss.analysis.learning_rate
+import pyloss.analysis.spectrum
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
@@ -40,6 +43,9 @@ MODULES = [
     pyloss.aggregate,
     pyloss.analysis,
     pyloss.analysis.comp_sum,
+    pyloss.analysis.lazy,
+    pyloss.analysis.learning_rate,
+    pyloss.analysis.spectrum,
     pyloss.analysis.invariance,
     pyloss.distributed,
     pyloss.functional,

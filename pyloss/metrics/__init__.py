@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "neural_collapse": ("cdnv", "equiangle", "equinorm", "nc1", "nc2", "nc3", "nc4"),
         "neural_collapse_batches": ("NeuralCollapse", "NeuralCollapseMetrics"),
         "ranking": ("mrr", "ndcg", "precision_at_k"),
+        "segmentation": ("cl_dice",),
         "sorting": ("RankingAccuracy", "ranking_accuracy"),
         "topology": (
             "BettiMatchingError",

@@ -21,6 +21,7 @@ from pyloss.metrics.ranking import (
     ndcg,
     precision_at_k,
 )
+from pyloss.metrics.segmentation import cl_dice
 from pyloss.metrics.sorting import RankingAccuracy, ranking_accuracy
 from pyloss.metrics.topology import (
     BettiMatchingError,
@@ -46,6 +47,7 @@ __all__ = [
     "betti_number_error",
     "betti_numbers",
     "cdnv",
+    "cl_dice",
     "equiangle",
     "equinorm",
     "mrr",

@@ -63,7 +63,14 @@ from pyloss.nn.relaxed_sort import (
 )
 from pyloss.nn.segmentation import (
     DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    SegmentationFocalLoss,
+    SoftclDiceLoss,
+    SoftDiceclDiceLoss,
     SoftDiceLoss,
+    TverskyLoss,
 )
 from pyloss.nn.sets import (
     ChamferSetLoss,
@@ -111,6 +118,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DCLLoss",
     "DiceCELoss",
+    "DiceFocalLoss",
     "DiffSortNet",
     "DiffTopkNet",
     "DynamicGate",
@@ -121,6 +129,8 @@ __all__ = [
     "GatedFlops",
     "GaussianNaiveBayes",
     "GeneralizedCrossEntropyLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
     "GradCache",
     "GroCoLoss",
     "HardInfoNCELoss",
@@ -153,11 +163,14 @@ __all__ = [
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
+    "SegmentationFocalLoss",
     "SigLIPLoss",
     "SimpleContrastiveLoss",
     "SinkhornSetLoss",
     "SoftDiceLoss",
+    "SoftDiceclDiceLoss",
     "SoftSort",
+    "SoftclDiceLoss",
     "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
@@ -171,5 +184,6 @@ __all__ = [
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
     "TripletMarginLoss",
+    "TverskyLoss",
     "gated_flops",
 ]

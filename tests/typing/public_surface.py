@@ -42,17 +42,22 @@ from pyloss.functional import (
     causal_weights,
     chamfer_set_loss,
     class_balanced_weight,
+    cldice_loss,
     clip_schedule,
     conjugate_direction_loss,
     contrastive_pair_loss,
     cosface_loss,
     dcdm_solve,
     dcl,
+    dice_cldice_loss,
     dice_cross_entropy_loss,
+    dice_focal_loss,
     dpo_loss,
     ens_loss,
     ens_loss_derivatives,
     equivariance_error,
+    generalized_dice_focal_loss,
+    generalized_dice_loss,
     groco_from_scores,
     group_advantages,
     grpo_loss,
@@ -93,17 +98,21 @@ from pyloss.functional import (
     segment_softmax,
     segment_softmax_stats,
     segment_tree_reduce,
+    segmentation_focal_loss,
     sequence_logprobs,
+    sigmoid_focal_loss,
     simple_contrastive,
     sinkhorn_set_loss,
     smooth_adversarial_comp_sum,
     soft_dice_loss,
+    soft_skeleton,
     soft_sort_matrix,
     sogclr_loss,
     target_surrogate_loss,
     tcm_loss,
     trajectory_matching_loss,
     triplet_margin_loss,
+    tversky_loss,
 )
 from pyloss.metrics import (
     OPIS,
@@ -114,6 +123,7 @@ from pyloss.metrics import (
     RankingAccuracy,
     Uniformity,
     alignment,
+    cl_dice,
     mrr,
     ndcg,
     opis,
@@ -250,6 +260,52 @@ def bounds() -> None:
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
 
 
+def regression_theory() -> None:
+    system = pyloss.analysis.kernel_eigensystem(x @ x.T, x)
+    assert_type(system, pyloss.analysis.KernelEigensystem)
+    ridge = pyloss.analysis.optimal_ridge(
+        system.eigvals, system.coeffs_sq, 5, x[0].exp(), noise=0.1
+    )
+    risk = pyloss.analysis.rf_risk(system.eigvals, system.coeffs_sq, n=5, k=x[0].exp(), ridge=ridge)
+    assert_type(risk, pyloss.analysis.RFRisk)
+    pyloss.visualize.draw_rf_risk(risk, [1.0, 2.0], ["one"], xlabel="features")
+    assert_type(pyloss.analysis.powerlaw_fit_ratio(1.5, 2.2, x[0].exp()), Tensor)
+    bias = pyloss.analysis.inductive_bias(x[0].exp(), 0.1, method="empirical")
+    assert_type(bias, pyloss.analysis.InductiveBias)
+    pyloss.analysis.gp_inductive_bias(x, x, x, x, torch.cdist, 0.1, samples=100, jitter=1e-6)
+    assert_type(pyloss.analysis.chi2_mixture_logcdf(x, x[0].exp(), 0.5, offset=0.1), Tensor)
+    assert_type(pyloss.analysis.ncx2_logcdf(0.1, 3, 2.0, scale=0.5), Tensor)
+    pyloss.visualize.draw_inductive_bias(x[0].exp(), {"one": bias})
+
+
+def spectra(model: nn.Module) -> None:
+    hessian = pyloss.analysis.hvp(lambda b: model(b).sum(), model, [x], weights=[1.0])
+    assert_type(hessian, pyloss.analysis.HessianOperator)
+    assert_type(hessian(x[0]), Tensor)
+    recursion = pyloss.analysis.lanczos(hessian, 3, 2, v0=x[0])
+    assert_type(recursion, pyloss.analysis.Tridiagonal)
+    assert_type(pyloss.analysis.top_eigenvalues(hessian, 2), pyloss.analysis.TopEigenvalues)
+    found = pyloss.analysis.slq_density(hessian, probes=2, progress=True)
+    assert_type(found, pyloss.analysis.SpectralDensity)
+    assert_type(found.of(torch.exp), Tensor)
+    pyloss.visualize.draw_spectrum({"a": found}, edges={"a": 1.0})
+    pyloss.analysis.batch_extremal_eigenvalue(1.0, 9, x, 0.1, population=8)
+    fitted = pyloss.analysis.hessian_noise(5.0, 8, 4.0)
+    assert_type(fitted, pyloss.analysis.HessianNoise)
+    lam, noise = fitted
+    pyloss.analysis.full_batch_eigenvalue(lam, 8, noise)
+    pyloss.analysis.max_learning_rate(lam, 8, noise, optimizer="momentum", momentum=0.5)
+    pyloss.analysis.scale_lr(0.1, 8, pyloss.analysis.effective_batch_size(8).item(), "sqrt")
+    optimizer = pyloss.optim.LanczosSGD(model.parameters(), damping=0.1, every=10)
+    assert_type(optimizer.step(lambda: x.sum()), Tensor)
+    assert_type(optimizer.rate(), float)
+    lazy = pyloss.analysis.LazyScale(model, 2.0)
+    pyloss.analysis.scaled_mse(lazy(x), x, 2.0, reduction="sum").backward()
+    kernel = pyloss.analysis.empirical_ntk(lazy, x, chunk=4, outputs="trace")
+    assert_type(pyloss.analysis.kernel_alignment(kernel, kernel), Tensor)
+    pyloss.visualize.draw_alignment([1], [1.0], [1.0], [0.5])
+
+
 def signals() -> None:
     found = pyloss.analysis.criticality(torch.tanh, kinks=(), residual=0.5)
     assert_type(found, pyloss.analysis.Criticality)
@@ -366,6 +422,20 @@ def segmentation() -> None:
     assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0], validate=False), Tensor)
     assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
     nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(empty="zero")])
+    assert_type(generalized_dice_loss(p, mask, sigmoid=True, w_type="simple"), Tensor)
+    assert_type(tversky_loss(p, mask, sigmoid=True, alpha=0.3, beta=0.7), Tensor)
+    assert_type(sigmoid_focal_loss(p, mask, 0.25, 2.0, "sum"), Tensor)
+    assert_type(segmentation_focal_loss(p, mask, alpha=[0.25]), Tensor)
+    assert_type(dice_focal_loss(p, mask, sigmoid=True, lambda_focal=0.5), Tensor)
+    assert_type(generalized_dice_focal_loss(p, mask, sigmoid=True, lambda_gdl=0.5), Tensor)
+    assert_type(soft_skeleton(p, 2), Tensor)
+    assert_type(cldice_loss(p, mask, sigmoid=True, iter_=2), Tensor)
+    assert_type(dice_cldice_loss(p, mask, sigmoid=True, alpha=0.3), Tensor)
+    assert_type(cl_dice(p, mask), Tensor)
+    nn.ModuleList([pyloss.nn.GeneralizedDiceLoss(w_type="simple"), pyloss.nn.TverskyLoss(gamma=2)])
+    nn.ModuleList([pyloss.nn.SegmentationFocalLoss(alpha=0.5), pyloss.nn.DiceFocalLoss(gamma=1.0)])
+    nn.ModuleList([pyloss.nn.SoftclDiceLoss(iter_=2), pyloss.nn.SoftDiceclDiceLoss(alpha=0.3)])
+    nn.ModuleList([pyloss.nn.GeneralizedDiceFocalLoss(lambda_gdl=0.3)])
 
 
 def topology() -> None:
