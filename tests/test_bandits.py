@@ -56,6 +56,19 @@ def test_limits_of_gamma_and_ties(kind: str) -> None:
     assert p[0].isnan().all() and not p[1].isnan().any()
 
 
+def test_values_at_the_ends_of_the_range() -> None:
+    endless = torch.tensor([math.inf, 0.2, 0.3])
+    for kind in KINDS:
+        assert inverse_gap_weighting(endless, 0.0, kind).tolist() == pytest.approx([1 / 3] * 3)
+        assert inverse_gap_weighting(endless, 5.0, kind)[0] == 0
+        with pytest.raises(ValueError, match="gamma must be >= 0, got -1.0"):
+            inverse_gap_weighting(torch.rand(2, 3), torch.tensor([2.0, -1.0]), kind)
+    huge = torch.tensor([2e38, 3e38, 3e38])  # 3 times the least is beyond float32
+    torch.testing.assert_close(
+        inverse_gap_weighting(huge, 1.0, "fast"), torch.tensor([3 / 7, 2 / 7, 2 / 7])
+    )
+
+
 def test_a_least_loss_of_zero_is_pulled_always_by_fast() -> None:
     pred = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
     for gamma in (0.0, 5.0, math.inf):
@@ -102,6 +115,26 @@ def test_update_is_a_gradient_step_on_the_perturbed_loss(kind: str, S: int) -> N
         found = nn.utils.parameters_to_vector(bandit.net.parameters()).detach()
         torch.testing.assert_close(found, expected)
     assert 0 < clipped and bandit.rounds == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_and_parameters_out_of_use(kind: str) -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.other = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    bandit = NeuralBandit(Partly(), kind, 1.0, lr=0.5)
+    start = nn.utils.parameters_to_vector(bandit.net.parameters()).detach()
+    none = torch.zeros(0, 4, 3)
+    assert bandit.update(none, torch.zeros(0, dtype=torch.int64), torch.zeros(0)) == 0
+    assert torch.equal(nn.utils.parameters_to_vector(bandit.net.parameters()), start)
+    bandit.update(torch.ones(4, 3), 0, 1.0)
+    moved = nn.utils.parameters_to_vector(bandit.net.parameters()) - start
+    assert moved[:4].all() and moved[4:].isfinite().all()
 
 
 def test_state_dict_and_generator_go_on_alike() -> None:

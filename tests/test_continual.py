@@ -129,6 +129,11 @@ def test_what_goes_wrong_leaves_the_state() -> None:
         with pytest.raises(ValueError, match="X must be finite"):
             ridge.fit_batch(x_nan, y[:rows])
     assert all(torch.equal(value, before[name]) for name, value in ridge.state_dict().items())
+    beyond = RecursiveRidge(20, gamma=1e-12)  # all but the weights can be held
+    for rows in (10, 100):
+        with pytest.raises(RuntimeError, match="raise gamma"):
+            beyond.fit_batch(1e-5 * x[:rows], torch.full((rows, 1), 1e308, dtype=F64))
+    assert beyond.num_classes == 0 and torch.equal(beyond.R, RecursiveRidge(20, 1e-12).R)
     assert ridge(x_nan)[0].isnan().all() and ridge(x_nan)[1:].isfinite().all()
 
 
@@ -156,6 +161,7 @@ def test_classifier_is_joint_training_on_frozen_features() -> None:
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-9)
     assert (model(x).argmax(1) == y).sum() == (expected.argmax(1) == y).sum()
     assert torch.equal(same.expansion, model.expansion)
+    assert model.expansion.square().mean() * 8 == pytest.approx(1, abs=0.3)
     same.load_state_dict(model.state_dict())
     assert same.num_classes == 5 and torch.equal(same(x), model(x))
     assert AnalyticClassifier(nn.Flatten(), 12, 9).fit_batch(x.float(), y)(x.float()).dtype == (

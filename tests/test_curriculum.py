@@ -129,11 +129,15 @@ def test_one_client_with_all_its_data_is_sgd() -> None:
     model, clients, test = federation(1, 60)
     x, y = clients[0]
     before = copy.deepcopy(model.state_dict())
-    found = run(model, clients, test, clients_per_round=1, rounds=1, batch_size=60, lr=0.1)
+    with torch.no_grad():  # which is the caller's, not that of the clients
+        found = run(model, clients, test, clients_per_round=1, rounds=1, batch_size=60,
+                    local_epochs=3, lr=0.1)  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
     torch.testing.assert_close(found.model.weight, model.weight)
     logits = model(test[0])
     assert found.accuracy.tolist() == [(logits.argmax(1) == test[1]).double().mean().item()]

@@ -52,7 +52,10 @@ def test_log_barrier_is_on_the_simplex_and_optimal(actions: int) -> None:
 def test_log_barrier_derivatives_and_nan() -> None:
     cost = torch.randn(3, 5, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda c: log_barrier_ftrl(c, 0.7), cost)
-    assert torch.autograd.gradgradcheck(lambda c: log_barrier_ftrl(c, 0.7), cost)
+    # Of a root that is one step short, second derivatives are off by a thousandth.
+    assert torch.autograd.gradgradcheck(
+        lambda c: log_barrier_ftrl(c, 0.7), cost, atol=1e-7, rtol=1e-5
+    )
     with torch.no_grad():
         cost[0, 0], cost[1, 0] = math.nan, math.inf
     p = log_barrier_ftrl(cost, 0.7)
@@ -167,6 +170,37 @@ def test_learner(algorithm: str) -> None:
     torch.testing.assert_close(found.regret, found.loss.cumsum(1) - counted)
     assert found.policy.shape == (2, H, S, A)
     assert learner.losses(16)[0, :, 0, 0].diff().count_nonzero() in (0, 7)
+
+
+@pytest.mark.parametrize("algorithm", module.ALGORITHMS)
+def test_first_update_is_that_of_the_formulas(algorithm: str) -> None:
+    mdp, theta = small(), torch.rand(1, 2, H, D, dtype=F64)
+    eta, beta, gamma = 0.7, 0.3, 0.2
+    generator = torch.Generator().manual_seed(5)
+    learner = AdversarialLinearMDP(
+        mdp, algorithm, eta=eta, beta=beta, gamma=gamma, generator=generator
+    )
+    found = learner.run(2, theta=theta).policy[0]
+
+    uniform = torch.full((H, S, A), 1 / A, dtype=F64)
+    (visited,) = mdp.rollouts(uniform, 1, generator.manual_seed(5)).tolist()
+    weight, phi = mdp.occupancy(uniform).flatten(1), mdp.features.flatten(0, 1)
+    lost = [float(row[pair]) for row, pair in zip(mdp.losses(theta[0, 0]).flatten(1), visited)]
+    cost, bonus = torch.zeros(H, S, A, dtype=F64), torch.zeros(S, A, dtype=F64)
+    for h in reversed(range(H)):
+        sigma = gamma * torch.eye(D, dtype=F64) + phi.T @ torch.diag(weight[h]) @ phi
+        products = phi @ torch.linalg.inv(sigma) @ phi.T
+        w = products[:, visited[h]]
+        q = w * sum(lost[h:])
+        if algorithm == "hedge_mr":
+            q = q - H * w.clamp(max=0) + H * products.clamp(max=0) @ weight[h]
+        spread = products.diagonal().view(S, A)
+        dilated = (1 + 1 / H) * mdp.transitions @ bonus.mean(1)
+        bonus = beta * (spread + spread.mean(1, keepdim=True)) + dilated
+        cost[h] = q.view(S, A) - bonus
+    barrier = algorithm == "log_barrier"
+    expected = log_barrier_ftrl(cost, eta) if barrier else (-eta * cost).softmax(-1)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.exhaustive

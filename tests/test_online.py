@@ -61,6 +61,18 @@ def test_projections_are_the_nearest_points() -> None:
         assert project(torch.randn(3, 4).bfloat16()).dtype == torch.bfloat16
 
 
+def test_ball_far_out_and_at_the_centre() -> None:
+    far = torch.tensor([[1e30, 1e30], [3e38, 0.0], [0.0, -1e-30]], requires_grad=True)
+    root = math.sqrt(0.5)
+    expected = torch.tensor([[root, root], [1.0, 0.0], [0.0, -1e-30]])
+    torch.testing.assert_close(project_ball(far), expected)
+    x = torch.tensor([[0.0, 0.0], [0.3, 0.4], [3.0, 4.0]], dtype=F64, requires_grad=True)
+    (grad,) = torch.autograd.grad(project_ball(x).sum(), x)
+    # Inside each point is its own projection; outside only what lies along the sphere is kept.
+    along = (1 - torch.tensor([3.0, 4.0], dtype=F64) * 7 / 25) / 5
+    torch.testing.assert_close(grad, torch.stack([torch.ones(2), torch.ones(2), along]).to(F64))
+
+
 def in_ball(point: Tensor, metric: Tensor) -> Tensor:
     """By the multiplier of the constraint norm(x) <= 1, found by bisection."""
     values, vectors = torch.linalg.eigh(metric)
@@ -148,6 +160,18 @@ def test_steps_are_those_of_the_formulas(geometry: str) -> None:
     assert inside < len(grads) and torch.equal(other, torch.ones(3))  # which had no gradient
 
 
+@pytest.mark.parametrize(
+    ("options", "delta"), [({}, 4.0), (dict(L=0.5), 10.0), (dict(L=0.5, delta=1.0), 1.0)]
+)
+def test_delta(options: dict, delta: float) -> None:
+    """Without L 4 G^2, else 10 D^2 L^2; here G = 1 and D = 2."""
+    x, grad = torch.zeros(2, dtype=F64, requires_grad=True), torch.tensor([0.3, 0.4]).double()
+    x.grad = grad
+    OptimisticOMD([x], D=2.0, G=1.0, **options).step()
+    rate = 2 / math.sqrt(delta + 4) + 2 / math.sqrt(delta + 4 + 0.25)
+    torch.testing.assert_close(x.detach(), -rate * grad)  # which is inside
+
+
 @pytest.mark.parametrize("geometry", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_dict_goes_on_alike(geometry: str, dtype: torch.dtype) -> None:
@@ -191,6 +215,18 @@ def test_domains_and_nan() -> None:
     assert torch.equal(after(lambda x: x.clamp(-2, 2)), torch.tensor([-2.0, 2.0, 2.0, -2.0]))
     for projection in ("ball", "box", "simplex"):
         assert after(projection, grad=math.nan).isnan().all()
+
+
+def test_groups_and_parameters_of_no_entries() -> None:
+    x, empty = torch.ones(2, requires_grad=True), torch.zeros(0, requires_grad=True)
+    optimizer = OptimisticOMD([{"params": [x]}, {"params": []}], D=2.0, G=1.0)
+    optimizer.add_param_group({"params": [empty]})
+    x.grad, empty.grad = torch.ones(2), torch.zeros(0)
+    optimizer.step()
+    assert x.norm() <= 1 and len(optimizer.param_groups) == 3
+    with pytest.raises(TypeError, match="parameters must be floating"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64)]})
+    assert len(optimizer.param_groups) == 3
 
 
 # --- regret -------------------------------------------------------------------------------------

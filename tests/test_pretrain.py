@@ -202,6 +202,8 @@ def test_state_and_dtypes(make) -> None:
         model.fit(nan.repeat(9, 1))
     with pytest.raises(ValueError, match="X must have 4 features"):
         model.encode(x[:, :3])
+    compiled = torch.compile(model.log_prob, backend="eager", fullgraph=True)  # nothing waits
+    assert torch.equal(compiled(x), model.log_prob(x))
     x.requires_grad_()
     torch.autograd.gradcheck(model.log_prob, x[:3])
     torch.autograd.gradcheck(model.encode, x[:3])
@@ -230,6 +232,15 @@ def test_least_squares() -> None:
     few = LeastSquaresHead().fit(z[:3], y[:3])  # the smallest weights that fit
     torch.testing.assert_close(few(z[:3]), y[:3])
     assert few.weight.norm() < w.norm()
+
+
+def test_heads_refuse_codes_of_another_kind() -> None:
+    z = torch.rand(6, 3)
+    for head in (LeastSquaresHead().fit(z, z), ComponentHead().fit(z, torch.arange(6) % 2)):
+        with pytest.raises(ValueError, match="z must have 3 columns, as it had in fit, got .6, 2."):
+            head(z[:, :2])
+    with pytest.raises(ValueError, match="z must be finite"):
+        ComponentHead().fit(z / 0, torch.arange(6) % 2)
 
 
 def test_components_name_classes() -> None:

@@ -33,6 +33,7 @@ import pyloss.research.curriculum
 import pyloss.research.federated
 import pyloss.research.mdp
 import pyloss.research.online
+import pyloss.research.perceptron
 import pyloss.research.pretrain
 import pyloss.testing
 
@@ -59,6 +60,7 @@ MODULES = [
     pyloss.research.bandits,
     pyloss.research.mdp,
     pyloss.research.online,
+    pyloss.research.perceptron,
     pyloss.research.continual,
     pyloss.research.curriculum,
     pyloss.research.federated,

@@ -17,13 +17,15 @@ class StateModule(AveragesModule):
         """Whether a buffer of the name may have this shape."""
         return True
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args: Any, **options: Any
+    ) -> None:
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dim() == buffer.dim():
+            if buffer is not None and isinstance(given, Tensor) and given.dim() == buffer.dim():
                 if given.shape != buffer.shape and self._takes(name, tuple(given.shape)):
                     self._buffers[name] = buffer.new_zeros(given.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     @staticmethod
     def _rounded(found: Tensor, input: Tensor) -> Tensor:

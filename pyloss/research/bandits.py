@@ -35,8 +35,8 @@ def inverse_gap_weighting(pred: Tensor, gamma: float | Tensor, kind: str = "squa
     Args:
         pred: predicted losses, ``(*, K)``, floating, K > 0; of ``fast`` >= 0. Of equal ones the
             first is b.
-        gamma: >= 0, or inf: b alone, but of ``square`` shared with what equals it; 0 is uniform. A
-            tensor broadcasts to ``(*)``.
+        gamma: >= 0, or inf: b alone, but shared with what equals it; 0 is uniform. A tensor
+            broadcasts to ``(*)``.
         kind: ``"square"`` or ``"fast"``.
 
     Returns:
@@ -44,7 +44,8 @@ def inverse_gap_weighting(pred: Tensor, gamma: float | Tensor, kind: str = "squa
 
     Raises:
         TypeError: pred that is no floating tensor, a gamma of the wrong type. ValueError: gamma or
-            kind out of range, pred without arms or (on the CPU) negative for ``fast``.
+            kind out of range, pred without arms or negative for ``fast``. (Values of tensors are
+            looked at on the CPU.)
 
     Example:
         >>> import torch
@@ -70,15 +71,12 @@ def inverse_gap_weighting(pred: Tensor, gamma: float | Tensor, kind: str = "squa
         gamma = gamma.unsqueeze(-1)
     least, at = y.min(-1, keepdim=True)
     gap = y - least
-    weighted = torch.where(gap == 0, gap, gamma * gap)  # inf times 0 is 0 here
-    arms = y.shape[-1]
-    if kind == "square":
-        p = 1 / (arms + weighted)
-    else:
-        none = least == 0
-        p = torch.where(none, torch.zeros_like(y), least) / torch.where(
-            none, torch.ones_like(y), arms * least + weighted
-        )
+    if kind == "fast":  # in units of the least loss: K times it may overflow
+        gap = gap / torch.where(least == 0, 1.0, least)
+    weighted = torch.where((gap == 0) | (gamma == 0), 0.0, gamma * gap)  # 0 times inf is 0 here
+    p = 1 / (y.shape[-1] + weighted)
+    if kind == "fast":
+        p = torch.where(least == 0, 0.0, p)
     p = p.scatter(-1, at, 0.0)
     p = p.scatter(-1, at, 1 - p.sum(-1, keepdim=True))
     return torch.where(least.isnan(), least, p).to(pred.dtype)
@@ -260,19 +258,23 @@ class NeuralBandit(nn.Module):
         if self.kind == "fast":
             residual = shifted.sigmoid() - y
             entropy = torch.special.entr(y) + torch.special.entr(1 - y)
-            value = (
-                F.binary_cross_entropy_with_logits(shifted, y.expand_as(shifted)) - entropy.mean()
+            each = (
+                F.binary_cross_entropy_with_logits(shifted, y.expand_as(shifted), reduction="none")
+                - entropy
             )
         else:
             residual = shifted - y
-            value = residual.square().mean() / 2
+            each = residual.square() / 2
+        seen = max(1, y.numel())  # nothing seen is nothing learned
         # The perturbations are linear in the parameters: one gradient of the network serves all.
-        weights = residual.mean(-1) / max(1, y.numel())
+        weights = residual.mean(-1) / seen
         with torch.enable_grad():
-            grads = torch.autograd.grad((scores * weights).sum(), params)
-        self._descend(params, _flat(grads), residual.reshape(-1, shifted.shape[-1]).mean(0))
+            grads = torch.autograd.grad(
+                (scores * weights).sum(), params, allow_unused=True, materialize_grads=True
+            )
+        self._descend(params, _flat(grads), residual.reshape(-1, shifted.shape[-1]).sum(0) / seen)
         self.rounds += 1
-        return value
+        return each.mean(-1).sum() / seen
 
     def extra_repr(self) -> str:
         radius = "" if self.radius is None else f", radius={self.radius}"
@@ -327,6 +329,8 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 def _check_gamma(gamma: Any) -> None:
     if isinstance(gamma, Tensor):
+        if checks.can_look_at(gamma) and bool((gamma < 0).any()):
+            raise ValueError(f"gamma must be >= 0, got {float(gamma[gamma < 0][0])}")
         return
     checks.check_number("gamma", gamma)
     if not gamma >= 0:

@@ -67,6 +67,9 @@ class RecursiveRidge(StateModule):
         Learning. arXiv 2403.15706.
     """
 
+    in_features: int
+    gamma: float
+    bias: bool
     R: Tensor
     W: Tensor
 

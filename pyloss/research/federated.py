@@ -248,7 +248,7 @@ def simulate(
         """Of its samples, under the models that `score` names."""
         x, y = clients[client]
         models = [server] if "G" in score or score == "L" and client not in last else []
-        if score == "E":
+        if expert is not None:
             models.append(expert)
         found = [_each_loss(m, x, y) for m in models]
         if "L" in score and client in last:
@@ -300,6 +300,7 @@ def _each_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return difficulty_scores(model, _batches(x, y))
 
 
+@torch.enable_grad()
 def _train(model: nn.Module, samples: Samples, ranks: Tensor, at: int, options: _Options) -> None:
     x, y = samples
     sampler = CurriculumSampler(
@@ -331,7 +332,7 @@ def _averaged(
         if not before.is_floating_point():
             found[name] = each[0]
             continue
-        mean = sum(t.double() * (size / total) for t, size in zip(each, sizes))
+        mean = torch.stack([t.double() * (size / total) for t, size in zip(each, sizes)]).sum(0)
         found[name] = torch.lerp(mean, before.double(), momentum).to(before.dtype)
     return found
 

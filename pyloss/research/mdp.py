@@ -185,7 +185,7 @@ class LinearQMDP:
             ``(*, H, S, A)``, float64.
 
         Raises:
-            ValueError: shapes that do not fit.
+            TypeError: what is no tensor. ValueError: shapes that do not fit.
         """
         return self._backwards(theta, lambda h, q: (policy[..., h, :, :] * q).sum(-1), policy)
 
@@ -233,6 +233,7 @@ class LinearQMDP:
             int64 ``(*, count, H)``: the pair visited in each step, as ``state * A + action``.
         """
         self._check_policy(policy)
+        count = checks.checked_count("count", count)
         batch = policy.shape[:-3]
         flat = policy.double().reshape(-1, self.H, self.S, self.A)
         runs = torch.arange(len(flat))[:, None]
@@ -259,6 +260,7 @@ class LinearQMDP:
     ) -> Tensor:
         if policy is not None:
             self._check_policy(policy)
+        checks.check_tensor("theta", theta)
         if theta.shape[-2:] != (self.H, self.d):
             raise ValueError(f"theta must be (*, {self.H}, {self.d}), got {list(theta.shape)}")
         losses, found = self.losses(theta), []

@@ -63,10 +63,16 @@ def project_ball(x: Tensor, radius: float = 1.0, center: Tensor | None = None) -
     """
     _check_points("x", x)
     checks.check_range("radius", radius, 0.0, open_low=True)
-    if center is None:
-        return x * (radius / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).clamp(max=1)
-    checks.check_floating("center", center)
-    return center + project_ball(x - center, radius)
+    if center is not None:
+        checks.check_floating("center", center)
+        return center + project_ball(x - center, radius)
+    # Large entries are divided first: their squares would overflow.
+    size = x.detach().abs().amax(-1, keepdim=True).clamp(min=1)
+    scaled = x / size
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    # Where nothing is moved there is nothing to differentiate either, least of all 1 / norm.
+    outside = ~(norm * size <= radius)  # NaN is outside
+    return torch.where(outside, scaled * (radius / torch.where(outside, norm, 1.0)), x)
 
 
 def project_box(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -156,8 +162,8 @@ def metric_projection(
         ``(D,)``.
 
     Raises:
-        TypeError: tensors that are not floating, a projection that cannot be called. ValueError:
-            shapes that do not fit, an option out of range.
+        TypeError: tensors that are not floating or of two dtypes, a projection that cannot be
+            called. ValueError: shapes that do not fit, an option out of range.
 
     Example:
         >>> import torch
@@ -168,11 +174,13 @@ def metric_projection(
     """
     checks.check_floating("point", point)
     checks.check_floating("metric", metric)
-    if point.dim() != 1 or metric.shape != (len(point), len(point)):
+    if point.dim() != 1 or metric.shape != (*point.shape, *point.shape):
         raise ValueError(
             "point and metric must be (D,) and (D, D), got "
             f"{list(point.shape)} and {list(metric.shape)}"
         )
+    if metric.dtype != point.dtype:
+        raise TypeError(f"metric must have the dtype of point, {point.dtype}, got {metric.dtype}")
     if not callable(projection):
         raise TypeError(f"projection must be a function, got {type(projection).__name__}")
     checks.checked_count("steps", steps, 1)
@@ -296,10 +304,11 @@ class OptimisticOMD(Optimizer):
         if isinstance(param_group, dict):
             _check_options(self.defaults | param_group)
         super().add_param_group(param_group)
-        first, *others = self.param_groups[-1]["params"]
+        params = self.param_groups[-1]["params"]
         try:
-            checks.check_floating("parameters", first)
-            for p in others:
+            for p in params:
+                checks.check_floating("parameters", p)
+                first = params[0]
                 if (p.dtype, p.device) != (first.dtype, first.device):
                     raise ValueError(
                         "parameters of a group must share dtype and device, got "
@@ -310,7 +319,7 @@ class OptimisticOMD(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # as torch types it
         """Takes the gradients of this round, and writes the point of the next one.
 
         Args:
@@ -324,7 +333,7 @@ class OptimisticOMD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if any(p.grad is not None for p in group["params"]):
+            if any(p.grad is not None and p.numel() for p in group["params"]):
                 self._step(group)
         return loss
 
@@ -435,15 +444,16 @@ def _dense_gradient(p: Tensor) -> Tensor:
 def _check_options(options: dict[str, Any]) -> None:
     geometry, projection = options["geometry"], options["projection"]
     checks.check_one_of("geometry", geometry, GEOMETRIES)
-    for name in ("D", "G", "mu", "alpha", "L", "delta"):
+    for name in ("D", "G"):
+        checks.check_range(name, options[name], 0.0, open_low=True)
+    for name, owner in _FOR.items():
         value = options[name]
-        if value is None and name not in ("D", "G"):
-            if _NEEDS.get(geometry) == name:
-                raise ValueError(f"geometry={geometry!r} needs {name}")
-            continue
-        checks.check_range(name, value, 0.0, open_low=name not in ("L", "delta"))
-        if _FOR.get(name, geometry) != geometry:
-            raise ValueError(f"{name} is for geometry={_FOR[name]!r}, got {geometry!r}")
+        if value is not None:
+            checks.check_range(name, value, 0.0, open_low=name not in ("L", "delta"))
+            if owner != geometry:
+                raise ValueError(f"{name} is for geometry={owner!r}, got {geometry!r}")
+        elif _NEEDS.get(geometry) == name:
+            raise ValueError(f"geometry={geometry!r} needs {name}")
     if projection is not None and not callable(projection):
         checks.check_one_of("projection", projection, PROJECTIONS)
 
@@ -475,6 +485,8 @@ def static_regret(losses: Tensor, fixed: Tensor) -> Tensor:
         tensor([1.0000, 0.5000])
     """
     _check_losses(losses, fixed, "fixed", (1, 2))
+    if fixed.dim() == 2:
+        checks.check_along("fixed", fixed, 1)
     best = fixed.cumsum(0)
     return losses.cumsum(0) - (best if fixed.dim() == 1 else best.amin(1))
 

@@ -9,13 +9,23 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 
+__all__ = ["Perceptron", "batch_perceptron", "normalized_batch_perceptron"]
+
 
 class Perceptron(NamedTuple):
-    """A linear classifier, and how it was found."""
+    """A linear classifier, and how it was found.
 
-    theta: Tensor  # (D,)
-    iterations: int  # updates
-    separates: bool  # whether all margins are > 0
+    Example:
+        >>> import torch
+        >>> from pyloss.research.perceptron import batch_perceptron
+        >>> theta, iterations, separates = batch_perceptron(torch.tensor([[2.0, 0.0]]))
+        >>> theta, separates
+        (tensor([1., 0.]), True)
+    """
+
+    theta: Tensor  #: (D,)
+    iterations: int  #: of the points that were tried, the first one included
+    separates: bool  #: whether all margins are > 0
 
 
 def batch_perceptron(z: Tensor, max_iter: int = 100_000) -> Perceptron:

@@ -89,6 +89,7 @@ class PPCA(_LatentModel):
         Ge, Tang, Fan, Jin. On the Provable Advantage of Unsupervised Pretraining. arXiv 2303.01566.
     """
 
+    n_components: int
     components: Tensor
     noise: Tensor
 
@@ -197,6 +198,12 @@ class GaussianMixture(_LatentModel):
         Arthur, Vassilvitskii. k-means++: The Advantages of Careful Seeding. SODA 2007.
     """
 
+    k: int
+    covariance: str
+    reg: float
+    max_iter: int
+    tol: float
+    n_init: int
     weights: Tensor
     covariances: Tensor
 
@@ -259,10 +266,14 @@ class GaussianMixture(_LatentModel):
         history = [torch.logsumexp(joint, 1).mean()]
         converged = False
         while len(history) <= self.max_iter and not converged:
+            if history[-1].isnan():
+                raise RuntimeError(_SINGULAR)
             state = self._maximised(x, joint.softmax(1), state)
             joint = self._log_joint(x, *state, reg=self.reg)
             history.append(torch.logsumexp(joint, 1).mean())
             converged = bool(history[-1] - history[-2] < self.tol)
+        if history[-1].isnan():
+            raise RuntimeError(_SINGULAR)
         return state, torch.stack(history), converged
 
     def encode(self, X: Tensor) -> Tensor:
@@ -318,19 +329,17 @@ class GaussianMixture(_LatentModel):
     def _log_joint(
         self, x: Tensor, weights: Tensor, mean: Tensor, covariances: Tensor, reg: float = 0.0
     ) -> Tensor:
-        """log of the weighted densities, (N, k), less reg / 2 tr Sigma^-1."""
+        """log of the weighted densities, (N, k), less reg / 2 tr Sigma^-1; NaN of a component
+        whose covariance is singular."""
         found = []
         for c in range(self.k):
             off = x - mean[c]
             if self.covariance == "diag":
-                if not covariances[c].gt(0).all():
-                    raise RuntimeError(_SINGULAR)
                 distance = (off.square() / covariances[c]).sum(1)
                 log_det, trace = covariances[c].log().sum(), covariances[c].reciprocal().sum()
             else:
                 factor, info = torch.linalg.cholesky_ex(covariances[c])
-                if info != 0:
-                    raise RuntimeError(_SINGULAR)
+                factor = torch.where(info == 0, factor, torch.nan)
                 inverse = torch.linalg.solve_triangular(
                     factor, torch.eye(x.shape[1], dtype=x.dtype, device=x.device), upper=False
                 )
@@ -391,15 +400,15 @@ class LeastSquaresHead:
             penalty = math.sqrt(self.gamma) * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
             rows = torch.cat([rows, penalty])
             target = torch.cat([target, target.new_zeros(z.shape[1], *y.shape[1:])])
-        self.weight = torch.linalg.pinv(rows) @ target
-        self.bias = level - middle @ self.weight
+        weight = torch.linalg.pinv(rows) @ target
+        self.weight, self.bias = weight, level - middle @ weight
         return self
 
     def __call__(self, z: Tensor) -> Tensor:
         """Predictions, ``(N,)`` or ``(N, K)``, in the dtype of z."""
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             raise RuntimeError("there is no fit yet: call fit first")
-        check_rows("z", z)
+        _check_codes(z, len(self.weight))
         return (z.double() @ self.weight + self.bias).to(z.dtype)
 
 
@@ -412,8 +421,9 @@ class ComponentHead:
     A component that no labelled sample belongs to says nothing.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: shapes that do not fit. IndexError: a
-            negative label. RuntimeError: predictions before :meth:`fit`.
+        TypeError: an argument of the wrong type. ValueError: shapes that do not fit, numbers that
+            are not finite. IndexError: a negative label. RuntimeError: predictions before
+            :meth:`fit`.
 
     Example:
         >>> import torch
@@ -437,6 +447,8 @@ class ComponentHead:
         checks.check_device("y", y, z, "z")
         if int(y.min()) < 0:
             raise IndexError(f"y must be >= 0, got {int(y.min())}")
+        if not z.isfinite().all():
+            raise ValueError("z must be finite")
         votes = z.double().mT @ torch.nn.functional.one_hot(y.long()).double()
         total = votes.sum(1, keepdim=True)
         self.table = torch.where(total > 0, votes / total, 0.0)
@@ -446,8 +458,14 @@ class ComponentHead:
         """Labels, ``(N,)``, int64."""
         if self.table is None:
             raise RuntimeError("there is no fit yet: call fit first")
-        check_rows("z", z)
+        _check_codes(z, len(self.table))
         return (z.double() @ self.table).argmax(1)
+
+
+def _check_codes(z: Tensor, features: int) -> None:
+    check_rows("z", z)
+    if z.shape[1] != features:
+        raise ValueError(f"z must have {features} columns, as it had in fit, got {list(z.shape)}")
 
 
 class Pretrained(NamedTuple):

@@ -718,7 +718,7 @@ def dataset_distillation(net: nn.Module) -> None:
 def frames() -> None:
     assert_type(pyloss.functional.pca_frames(x, group="E", weight=x), Frames)
     assert_type(pyloss.functional.laplacian_sort_frame(y, 3), Tensor)
-    assert_type(pyloss.nn.FrameAverage(nn.Flatten(), "SE", out_type="position")(x), Tensor)
+    assert_type(pyloss.nn.FrameAverage(nn.Flatten(), "SE", out_type="position").forward(x), Tensor)
     pyloss.reference.frame_pca(x)
 
 
