@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import pyloss
 from pyloss.analysis import criticality, kernel_flow, optimal_aspect_ratio, optimal_depth
@@ -52,20 +53,21 @@ def inputs(rows: int, features: int = 10, seed: int = 0) -> Tensor:
         ("gelu", ("half_stable", 0.1729223908, 1.9830582575, 3.5615528128, NU_GELU)),
         (F.gelu, ("half_stable", 0.1729223908, 1.9830582575, 3.5615528128, NU_GELU)),
         ("silu", ("half_stable", 0.5551431707, 1.9880046783, 14.3201736180, NU_SILU)),
-        (nn.SiLU(), ("half_stable", 0.5551431707, 1.9880046783, 14.3201736180, NU_SILU)),
+        (
+            nn.SiLU(inplace=True),
+            ("half_stable", 0.5551431707, 1.9880046783, 14.3201736180, NU_SILU),
+        ),
     ],
     ids=str,
 )
 def test_table(activation, expected) -> None:
-    kinds = {} if isinstance(activation, str) else dict(kinks=())
-    for options in ({}, kinds):
-        found = criticality(activation, **options)
-        assert found.kind == expected[0]
-        numbers = torch.stack(found[1:])
-        assert numbers.dtype == F64
-        torch.testing.assert_close(
-            numbers, torch.tensor(expected[1:], dtype=F64), rtol=0, atol=1e-7, equal_nan=True
-        )
+    found = criticality(activation)
+    assert found.kind == expected[0]
+    numbers = torch.stack(found[1:])
+    assert numbers.dtype == F64
+    torch.testing.assert_close(
+        numbers, torch.tensor(expected[1:], dtype=F64), rtol=0, atol=1e-7, equal_nan=True
+    )
     assert float(criticality("gelu").K_star) == pytest.approx((3 + math.sqrt(17)) / 2, abs=1e-10)
 
 
@@ -85,7 +87,16 @@ def test_half_stable_points_are_what_they_say(activation) -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    ["sigmoid", "softplus", torch.sigmoid, nn.Softplus(), torch.sinh, torch.square, nn.SELU()],
+    [
+        "sigmoid",
+        "softplus",
+        torch.sigmoid,
+        nn.ReLU6(inplace=True),
+        torch.sinh,
+        torch.square,
+        torch.ones_like,
+        nn.SELU(),
+    ],
     ids=str,
 )
 def test_no_critical_point(activation) -> None:
@@ -183,6 +194,18 @@ def test_equal_opposite_and_zero_inputs(activation) -> None:
         torch.testing.assert_close(flow.K[:, 0, 2], -flow.K[:, 0, 0], rtol=1e-9, atol=0)
 
 
+def test_modes_of_torch_change_nothing() -> None:
+    x, variances = inputs(2), dict(C_b=0.0, C_W=1.0)
+    expected = kernel_flow(torch.tanh, x, 3, **variances)
+    with torch.inference_mode():  # where no slope is recorded
+        torch.testing.assert_close(kernel_flow(torch.tanh, x, 3, **variances), expected)
+    _gaussian.legendre.cache_clear()
+    with torch.device("meta"):  # as a large network is built
+        for activation in (torch.tanh, F.silu, "relu"):
+            assert critical_(nn.Linear(3, 4), activation).weight.is_meta
+    torch.testing.assert_close(kernel_flow(torch.tanh, x, 3, **variances), expected)
+
+
 def test_inputs_of_every_kind() -> None:
     x = inputs(3)
     flow = kernel_flow("tanh", x, 3)
@@ -203,6 +226,9 @@ def test_inputs_of_every_kind() -> None:
     assert nothing.K.shape == (3, 0, 0) and nothing.V.shape == (3, 0)
     # No critical point, so that the variances must be given; no mean either.
     assert kernel_flow("sigmoid", inputs(2), 3, C_b=0.0, C_W=1.0).K.isfinite().all()
+    # K^2 is below all numbers.
+    small = kernel_flow("relu", torch.tensor([[1e-85]], dtype=F64), 4)
+    assert small.K.all() and small.G1.isfinite().all()
     exploded = kernel_flow(torch.sinh, 20 * inputs(1), 3, C_b=0.0, C_W=torch.tensor(1.0))
     assert exploded.K[-1].isnan().all()
 
@@ -391,6 +417,13 @@ def test_shared_parametrized_and_lazy_weights() -> None:
     assert float(normed.weight.detach().var() * 100) == pytest.approx(2, rel=0.1)
     with pytest.raises(ValueError, match="weight of the layer '0' has no shape yet"):
         critical_(nn.Sequential(nn.LazyLinear(3)))
+    # A hook makes the weight anew at each call. Nothing is drawn before the error.
+    pruned = prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.5)
+    net = nn.Sequential(nn.Linear(3, 3), pruned)
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match="weight of the layer '1' is made of 'weight_orig'"):
+        critical_(net)
+    assert torch.equal(net[0].weight, before)
 
 
 # --------------------------------------------------------------------------------------------------
