@@ -129,6 +129,12 @@ def test_samples_have_the_covariance() -> None:
     found = linear_sem(torch.zeros(2, 2), noise, y=-1, interventions=[()], n=20_000,
                        generator=generator())  # fmt: skip
     assert float((found.x[:, 0] * found.y).mean()) == pytest.approx(0.8, abs=0.03)
+    # ... also as float32 multiplies it out, not quite symmetric
+    root = torch.tensor([[1.0, 0.3], [0.7, 0.9]])
+    product = root @ torch.tensor([[0.1, 0.0], [0.0, 0.3]]) @ root.mT
+    product[0, 1] *= 1 + 2**-22
+    (found,) = sem_covariance(torch.zeros(2, 2), product, y=1, interventions=[()])
+    torch.testing.assert_close(found, product.double())
     # ... to which an intervention puts an end.
     cut = sem_covariance(torch.zeros(2, 2), noise, y=1, interventions=[Intervention(0, None, 2.0)])
     assert cut[0].tolist() == [[2.0, 0.0], [0.0, 1.0]]
@@ -206,6 +212,8 @@ def test_dependent_features_and_exact_data() -> None:
     torch.testing.assert_close(half.w, plain.w, rtol=0.05, atol=0.02)
     one = invariance_test(x[:500], data.y[:500], offsets[:2])
     assert one.gap < 1e-12 and bool(one.holds)
+    over = invariance_test(1e100 * data.x, data.y, offsets)  # an effect, whose squares overflow
+    assert over.stderr.isnan().all() and not bool(over.holds)
     x[3, 0] = math.nan
     nan = invariance_test(x, data.y, offsets)
     assert nan.w.isnan().all() and nan.eps_hat.isnan() and not bool(nan.holds)
