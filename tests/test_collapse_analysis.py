@@ -248,8 +248,11 @@ def test_features_collapse_as_they_are_set_free() -> None:
     torch.testing.assert_close(order[0].features, h0, rtol=0, atol=0.01)
 
 
-def test_perturbed_model_of_nan() -> None:
+def test_perturbed_model_of_nothing_and_of_nan() -> None:
     h0, y = problem(0)
+    found = perturbed_ufm(0 * h0, y, 0.05, 1.0)
+    assert found.converged and found.change == 0 and not found.weight.any()
+    assert found.value == 0.5
     h0[0, 0] = math.nan
     found = perturbed_ufm(h0, y, 0.05, 1.0)
     assert found.features.isnan().all() and not found.converged

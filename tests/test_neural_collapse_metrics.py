@@ -127,6 +127,13 @@ def test_state(scatter) -> None:
     assert "NeuralCollapseMetrics(4, 6, target='etf', scatter=" in repr(metric)
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_frames_of_any_scale(scale) -> None:
+    """Products of vectors are numbers, squares of these are none."""
+    x, _ = data(4)
+    assert metrics.nc2(scale * x) == pytest.approx(float(metrics.nc2(x)))
+
+
 # --------------------------------------------------------------------------------------------------
 # At the minima
 
