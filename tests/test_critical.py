@@ -115,7 +115,7 @@ def test_residual_connections() -> None:
     # The flow of such layers: at once for relu and at the fixed point of gelu, at last for tanh.
     x = inputs(1)
     start = torch.full((1, 1), math.sqrt(3.5615528128), dtype=F64)  # K of the first layer with 1, 0
-    for name, x0, depth, rtol in (("relu", x, 30, 1e-9), ("tanh", x, 150, 0.04)):
+    for name, x0, depth, rtol in (("relu", x, 30, 1e-9), ("tanh", x, 100, 0.04)):
         flow = kernel_flow(name, x0, depth, residual=g)
         growth = flow.V[-1, 0] / flow.K[-1, 0, 0] ** 2 / (depth - 1)
         nu = float(criticality(name, residual=g).nu)
@@ -274,13 +274,14 @@ def test_fifty_layers_of_relu_by_critical_() -> None:
 def test_the_vertex_by_depth() -> None:
     x = inputs(1)
     for name, depth, expected, rtol in (
-        ("relu", 20, 5.0, 1e-12), ("linear", 20, 2.0, 1e-12), ("tanh", 20, 0.63, 0.03),
-        ("tanh", 150, 2 / 3, 0.02), ("sin", 150, 2 / 3, 0.02),
+        ("relu", 20, 5.0, 1e-12), ("linear", 20, 2.0, 1e-12), ("tanh", 150, 2 / 3, 0.02),
+        ("sin", 60, 2 / 3, 0.01),
     ):  # fmt: skip
         flow = kernel_flow(name, x, depth)
-        growth = flow.V[-1, 0] / flow.K[-1, 0, 0] ** 2 / (depth - 1)
-        assert float(growth) == pytest.approx(expected, rel=rtol), name
-        if (name, depth) == ("tanh", 150):
+        growth = flow.V[1:, 0] / flow.K[1:, 0, 0] ** 2 / torch.arange(1, depth)
+        assert float(growth[-1]) == pytest.approx(expected, rel=rtol), name
+        if name == "tanh":
+            assert float(growth[18]) == pytest.approx(0.63, rel=0.01)  # at layer 20
             assert float(flow.K[-1]) == pytest.approx(1 / 300, rel=0.05)
 
 

@@ -86,9 +86,9 @@ def kernel_flow(
 
     Example:
         >>> import torch, pyloss
-        >>> found = pyloss.analysis.kernel_flow("tanh", torch.randn(4, 20), depth=50)
+        >>> found = pyloss.analysis.kernel_flow("tanh", torch.randn(2, 20), depth=50)
         >>> found.K.shape, bool(found.K[-1].diagonal().max() < 0.02)
-        (torch.Size([50, 4, 4]), True)
+        (torch.Size([50, 2, 2]), True)
 
     Reference:
         Roberts, Yaida, Hanin. The Principles of Deep Learning Theory. arXiv 2106.10165.

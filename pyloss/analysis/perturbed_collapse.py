@@ -240,7 +240,7 @@ def central_path(
         >>> import torch, pyloss
         >>> torch.manual_seed(0)
         <...>
-        >>> path = pyloss.analysis.central_path(torch.randn(60, 10), torch.arange(60) % 4, 0.05)
+        >>> path = pyloss.analysis.central_path(torch.randn(60, 10), torch.arange(60) % 4, 0.05, 50)
         >>> bool((path.nc1.diff() < 0).all())
         True
 

@@ -18,7 +18,7 @@ from pyloss.functional import _gaussian
 SCALE_INVARIANT, ZERO, HALF_STABLE = "scale_invariant", "zero", "half_stable"
 
 _LOW, _HIGH, _STARTS = 0.01, 100.0, 241  # of K, where half-stable points are looked for
-_HALVINGS = 80
+_HALVINGS = 50  # of an interval of 4 %: below its rounding
 _FAR = 10.0  # standard deviations, beyond which there must be next to nothing
 _FLAT = 1e-9  # of a function that is 0 but for rounding, beside its parts
 # Where activations are tried, whatever the device of new tensors (`with torch.device("meta")`).

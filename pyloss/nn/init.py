@@ -60,7 +60,7 @@ def critical_(
     Example:
         >>> import torch, pyloss
         >>> net = torch.nn.Sequential(
-        ...     *(m for _ in range(50) for m in (torch.nn.Linear(300, 300), torch.nn.ReLU()))
+        ...     *(m for _ in range(20) for m in (torch.nn.Linear(300, 300), torch.nn.ReLU()))
         ... )
         >>> net = pyloss.nn.init.critical_(net, "relu")
         >>> 0.1 < net(torch.randn(50, 300)).square().mean().item() < 3
