@@ -96,6 +96,7 @@ def test_half_stable_points_are_what_they_say(activation) -> None:
         torch.square,
         torch.ones_like,
         nn.SELU(),
+        lambda z: torch.cos(z) - 2,  # C_b would be negative
     ],
     ids=str,
 )
@@ -120,6 +121,10 @@ def test_residual_connections() -> None:
         growth = flow.V[-1, 0] / flow.K[-1, 0, 0] ** 2 / (depth - 1)
         nu = float(criticality(name, residual=g).nu)
         assert float(growth) == pytest.approx(nu, rel=rtol)
+    # What skips a layer hands g^2 of the tangent kernel on: of linear layers all of it stays.
+    flow = kernel_flow("linear", inputs(2), 9, residual=g, lam_b=0.0)
+    torch.testing.assert_close(flow.K[-1], flow.K[0])
+    torch.testing.assert_close(flow.ntk[-1], flow.ntk[0] + 8 * flow.K[0])
     K = (3.5615528128088 - gelu.C_b) / gelu.C_W
     flow = kernel_flow("gelu", start * (K / 3.5615528128) ** 0.5, 10, residual=g)
     assert flow.K[:, 0, 0].tolist() == pytest.approx([3.5615528128] * 10, rel=1e-8)
@@ -389,8 +394,9 @@ def test_layers_are_drawn_and_all_else_is_left() -> None:
 
 
 def test_transposed_convolution_counts_its_stride() -> None:
-    """Two taps in each direction of 4 meet an output."""
-    layer = critical_(nn.ConvTranspose2d(32, 16, 4, 2, bias=False), "linear", generator=seeded())
+    """Two taps in each direction of 4 meet an output, of the channels of its group."""
+    layer = nn.ConvTranspose2d(32, 16, 4, 2, groups=2, bias=False)
+    critical_(layer, "linear", generator=seeded())
     x = torch.randn(4, 32, 10, 10, generator=seeded(1))
     with torch.no_grad():
         inside = layer(x)[..., 4:-4, 4:-4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -178,6 +179,55 @@ def test_level_of_the_test_and_its_standard_errors(runs: int) -> None:
     torch.testing.assert_close(spread, expected, rtol=0.05 + 3 / math.sqrt(2 * runs), atol=0)
 
 
+def small_sample(columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+    data = linear_sem(B, OMEGA, y=Y, interventions=drawn_environments(4, 6), n=[30, 50, 40, 20],
+                      generator=generator())  # fmt: skip
+    return data.x[:, columns], data.y, data.offsets
+
+
+def test_standard_errors_are_those_of_the_delta_method() -> None:
+    """By the derivatives of the gaps in the weight of each row, which torch takes."""
+    x, y, offsets = small_sample(CAUSES)
+    sizes = offsets.diff()
+    weight = torch.ones(len(y), dtype=F64, requires_grad=True)
+    A, c = [], []
+    for phi, target, each in zip(*(t.split(sizes.tolist()) for t in (x, y, weight))):
+        A.append((phi.mT * each) @ phi / each.sum())
+        c.append((phi.mT * each) @ target / each.sum())
+    w = torch.linalg.pinv(torch.cat(A)) @ torch.cat(c)
+    found = invariance_test(x, y, offsets)
+    for e, stderr in enumerate(found.stderr):
+        gap = (A[e] @ w - c[e]).norm()
+        assert float(gap) == pytest.approx(float(found.gap[e]))
+        (moved,) = torch.autograd.grad(gap, weight, retain_graph=True)
+        squares = torch.stack([m.square().sum() for m in moved.split(sizes.tolist())])
+        expected = (squares * sizes / (sizes - 1)).sum().sqrt()
+        assert float(stderr) == pytest.approx(float(expected))
+
+
+def test_levels_are_where_the_formulas_put_them() -> None:
+    x, y, offsets = small_sample(CAUSES)
+    found, sizes = invariance_test(x, y, offsets), offsets.diff().tolist()
+    a, b = [], []
+    for phi, target in zip(x.split(sizes), y.split(sizes)):
+        spread = (phi * (phi @ found.w - target).unsqueeze(1)).T.cov() / len(phi)
+        white = torch.linalg.inv(torch.linalg.cholesky(spread))
+        a.append(white @ phi.mT @ phi / len(phi))
+        b.append(white @ phi.mT @ target / len(phi))
+    a, b = torch.cat(a), torch.cat(b)
+    statistic = (a @ torch.linalg.lstsq(a, b.unsqueeze(1)).solution[:, 0] - b).square().sum()
+    freedom = torch.tensor(4 * 2 - 2, dtype=F64)
+    chance = float(torch.special.gammaincc(freedom / 2, statistic / 2))
+    for level, expected in ((chance * (1 - 1e-9), True), (chance * (1 + 1e-9), False)):
+        assert bool(invariance_test(x, y, offsets, level=level).holds) == expected
+    # Four environments share the level.
+    x, y, offsets = small_sample(EFFECT)
+    found = invariance_test(x, y, offsets)
+    eps = float((found.gap - NormalDist().inv_cdf(1 - 0.2 / 4) * found.stderr).max())
+    for share, expected in ((1 + 1e-9, True), (1 - 1e-9, False)):
+        assert bool(invariance_test(x, y, offsets, eps=eps * share, level=0.2).holds) == expected
+
+
 def test_approximate_invariance() -> None:
     environments = drawn_environments(4, 6)
     exact = float(
@@ -213,6 +263,9 @@ def test_dependent_features_and_exact_data() -> None:
     y = x @ w
     y[400 * 5 :] += x[400 * 5 :, 0]
     assert not bool(invariance_test(x, y, offsets).holds)
+    # ... or the same rows throughout each of two environments, which nothing spreads
+    y = torch.tensor([1.0, 2.0]).repeat_interleave(5)
+    assert not bool(invariance_test(torch.ones(10, 1), y, torch.tensor([0, 5, 10])).holds)
     zero = invariance_test(0 * x, data.y, offsets)
     assert not zero.w.any() and bool(zero.holds) and not zero.stderr.any()
     half = invariance_test(x.bfloat16(), data.y.bfloat16(), offsets.int())
