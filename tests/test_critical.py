@@ -179,6 +179,8 @@ def test_kinks_elsewhere() -> None:
     expected = (w * hard(z) * (above(-1.0) - above(1.0) - 1)).sum()
     given = kernel_flow(hard, x, 2, C_b=0.0, C_W=1.0, kinks=(-1.0, 1.0)).K[1, 0, 1]
     rough = kernel_flow(hard, x, 2, C_b=0.0, C_W=1.0).K[1, 0, 1]
+    nothing = kernel_flow(hard, 0 * x, 2, C_b=0.0, C_W=1.0, kinks=(-1.0, 1.0))
+    assert not nothing.K.any() and nothing.ntk.isfinite().all()  # where kinks are infinitely far
     assert float(given) == pytest.approx(float(expected), abs=1e-5)
     assert float(rough) == pytest.approx(float(expected), abs=5e-3)
 
