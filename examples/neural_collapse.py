@@ -115,7 +115,7 @@ def main() -> None:
     add("--quick", action="store_true", help="seconds, for a test")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.every, args.seeds = 20, 10, 2
+        args.steps, args.every, args.seeds = 4, 2, 2
     torch.set_num_threads(args.threads)
 
     runs: dict[str, list[Reached]] = {}

@@ -240,6 +240,17 @@ def test_perturbed_minimum_is_stationary(beta, lam_h) -> None:
     assert found.value <= objective(w, plain, h0, y, **options)
 
 
+def test_extrapolation_ends_where_plain_turns_do() -> None:
+    (h0, y), eye = problem(0), torch.eye(10, dtype=F64)
+    h, onehot = h0, torch.nn.functional.one_hot(y).double()
+    for _ in range(400):
+        w = torch.linalg.solve(h.T @ h + 15 * 0.05 * eye, h.T @ onehot).T
+        h = (onehot @ w + 0.1 * h0) @ torch.linalg.inv(w.T @ w + 0.1 * eye)
+    found = perturbed_ufm(h0, y, 0.05, 0.1)  # which would end higher, did it not step back
+    plain = float(objective(w, h, h0, y, 0.05, 0.1, 0.0))
+    assert float(found.value) == pytest.approx(plain, rel=1e-4) and found.iterations < 200
+
+
 def test_features_collapse_as_they_are_set_free() -> None:
     h0, y = problem(1)
     order = [perturbed_ufm(h0, y, 0.05, beta) for beta in (1e3, 1.0, 1e-2, 1e-4)]
@@ -248,8 +259,11 @@ def test_features_collapse_as_they_are_set_free() -> None:
     torch.testing.assert_close(order[0].features, h0, rtol=0, atol=0.01)
 
 
-def test_perturbed_model_of_nan() -> None:
+def test_perturbed_model_of_nothing_and_of_nan() -> None:
     h0, y = problem(0)
+    found = perturbed_ufm(0 * h0, y, 0.05, 1.0)
+    assert found.converged and found.change == 0 and not found.weight.any()
+    assert found.value == 0.5
     h0[0, 0] = math.nan
     found = perturbed_ufm(h0, y, 0.05, 1.0)
     assert found.features.isnan().all() and not found.converged

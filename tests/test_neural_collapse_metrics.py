@@ -117,6 +117,8 @@ def test_state(scatter) -> None:
     metric.update(x[:40], y[:40])
     state = pickle.loads(pickle.dumps(metric.state_dict()))
     other.load_state_dict(state)
+    for t in state.values():
+        t.zero_()  # it is the caller's
     for m in (metric, other, pickle.loads(pickle.dumps(metric))):
         m.update(x[40:], y[40:])
         found = m.compute()
@@ -125,6 +127,19 @@ def test_state(scatter) -> None:
     with pytest.raises(ValueError, match="the state must have the shapes"):
         NeuralCollapseMetrics(5, 6, scatter=scatter).load_state_dict(state)
     assert "NeuralCollapseMetrics(4, 6, target='etf', scatter=" in repr(metric)
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_frames_of_any_scale(scale) -> None:
+    """Products of vectors are numbers, squares of these are none."""
+    x, _ = data(4)
+    assert metrics.nc2(scale * x) == pytest.approx(float(metrics.nc2(x)))
+
+
+def test_the_nearest_mean_far_from_zero() -> None:
+    x, y = data()
+    far = metrics.nc4(x[:, :4], x + 1e8, x[:4] + 1e8)
+    assert far == metrics.nc4(x[:, :4], x, x[:4])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -86,9 +86,9 @@ def kernel_flow(
 
     Example:
         >>> import torch, pyloss
-        >>> found = pyloss.analysis.kernel_flow("tanh", torch.randn(4, 20), depth=50)
+        >>> found = pyloss.analysis.kernel_flow("tanh", torch.randn(2, 20), depth=50)
         >>> found.K.shape, bool(found.K[-1].diagonal().max() < 0.02)
-        (torch.Size([50, 4, 4]), True)
+        (torch.Size([50, 2, 2]), True)
 
     Reference:
         Roberts, Yaida, Hanin. The Principles of Deep Learning Theory. arXiv 2106.10165.
@@ -116,14 +116,14 @@ def kernel_flow(
         at = _critical.brackets(a, K.diagonal())
         signal, slope = _pair_means(a, K, at)
         if order:
-            # At K = 0 nothing fluctuates yet.
-            live = K.diagonal() != 0
-            keeps = g**2 + C_W * torch.where(live, at.grows, 0.0)
-            bends = C_W * torch.where(live, at.bends, 0.0)
+            # At K = 0 nothing fluctuates yet, nor where K^2 is below all numbers.
+            variance = K.diagonal()
+            keeps = g**2 + C_W * torch.where(variance != 0, at.grows, 0.0)
+            bends = C_W * torch.where(variance.square() != 0, at.bends, 0.0)
             G1 = keeps * G1 + bends * V / 2
             new = C_W**2 * (at.fourth - at.square.square())
             if g:  # W s(z) moves with the z that is handed on
-                new = new + 4 * g**2 * (keeps - g**2) * K.diagonal().square()
+                new = new + 4 * g**2 * (keeps - g**2) * variance.square()
             V = keeps.square() * V + new
         T = rate_b + rate_W * signal + (C_W * slope + g**2) * T
         K = C_b + C_W * signal + g**2 * K

@@ -141,7 +141,7 @@ def linear_sem(
     rows, covariances = _environments(B, omega, y, interventions)
     checks.check_generator(generator)
     count = len(rows)
-    given = [n] * count if checks.as_integer(n) is not None else n
+    given = [n] * count if checks.as_integer(n) is not None else _listed("n", n, "integers")
     lengths = [checks.checked_count("n", m) for m in given]
     if len(lengths) != count:
         raise ValueError(f"n must be one number or {count}, one an environment, got {len(lengths)}")
@@ -259,10 +259,12 @@ def _environments(B, omega, y, interventions) -> tuple[Tensor, Tensor]:
     for name, t in (("B", rows), ("omega", noise)):
         if not t.isfinite().all():
             raise ValueError(f"{name} must be finite")
-    values = torch.linalg.eigvalsh(noise) if d else noise.new_zeros(1)
-    if values[0] < -1e-9 * values[-1].abs() or not torch.equal(noise, noise.mT):
+    # A covariance that was multiplied out is rounded: not quite symmetric, nor quite >= 0.
+    off = 16 * d * torch.finfo(omega.dtype).eps * noise.abs().max()
+    skew, noise = noise - noise.mT, (noise + noise.mT) / 2
+    if skew.abs().max() > off or torch.linalg.eigvalsh(noise)[0] < -off:
         raise ValueError("omega must hold variances >= 0, or be a covariance")
-    given = list(interventions)
+    given = _listed("interventions", interventions, "environments")
     rows, noise = rows.repeat(len(given), 1, 1), noise.repeat(len(given), 1, 1)
     for e, changes in enumerate(given):
         if not isinstance(changes, Sequence):
@@ -293,6 +295,13 @@ def _environments(B, omega, y, interventions) -> tuple[Tensor, Tensor]:
                 noise[e, site] = noise[e, :, site] = 0.0
                 noise[e, site, site] = change.variance
     return rows, noise
+
+
+def _listed(name: str, value, what: str) -> list:
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of {what}, got {type(value).__name__}") from None
 
 
 def _mixing(rows: Tensor) -> Tensor:
@@ -353,7 +362,7 @@ def invariance_test(
     Returns:
         :class:`pyloss.analysis.InvarianceTest`: ``w``, ``gap``, ``eps_hat``, ``stderr``,
         ``holds``. The standard errors are those of the delta method, that w is an estimate
-        counted in. NaN, and not ``holds``, with NaN in the data.
+        counted in. NaN, and not ``holds``, with NaN in the data; also where squares overflow.
 
     Raises:
         TypeError, RuntimeError, ValueError: tensors of a wrong type, dtype or shape, offsets that
@@ -411,6 +420,7 @@ def invariance_test(
         holds = (gap - float(quantile) * stderr <= eps + rounding).all()
     else:
         holds = (gap <= rounding).all() | _not_refused(A, c, G, spread[:, :k, :k], level, rounding)
+    holds = holds & stderr.isfinite().all()  # numbers whose squares overflow say nothing
     return InvarianceTest(w, gap, gap.amax(), stderr, holds)
 
 

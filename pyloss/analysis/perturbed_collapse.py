@@ -162,7 +162,8 @@ def _by_turns(model: _Model, gram: Tensor, tol: float, max_iter: int) -> tuple[T
             continue
         least = value
         off = turned - weight
-        change = float(off.norm() / turned.norm())
+        size = turned.norm()
+        change = float(off.norm() / torch.where(size == 0, 1.0, size))  # 0 stays 0
         if not change > tol:
             return turned, iteration, change
         history.append((turned, off))
@@ -239,7 +240,7 @@ def central_path(
         >>> import torch, pyloss
         >>> torch.manual_seed(0)
         <...>
-        >>> path = pyloss.analysis.central_path(torch.randn(60, 10), torch.arange(60) % 4, 0.05)
+        >>> path = pyloss.analysis.central_path(torch.randn(60, 10), torch.arange(60) % 4, 0.05, 50)
         >>> bool((path.nc1.diff() < 0).all())
         True
 

@@ -18,9 +18,11 @@ from pyloss.functional import _gaussian
 SCALE_INVARIANT, ZERO, HALF_STABLE = "scale_invariant", "zero", "half_stable"
 
 _LOW, _HIGH, _STARTS = 0.01, 100.0, 241  # of K, where half-stable points are looked for
-_HALVINGS = 80
+_HALVINGS = 50  # of an interval of 4 %: below its rounding
 _FAR = 10.0  # standard deviations, beyond which there must be next to nothing
 _FLAT = 1e-9  # of a function that is 0 but for rounding, beside its parts
+# Where activations are tried, whatever the device of new tensors (`with torch.device("meta")`).
+_HERE = dict(dtype=torch.float64, device="cpu")
 
 
 class Activation(NamedTuple):
@@ -118,7 +120,7 @@ def _checked_kinks(kinks: Sequence[float]) -> tuple[float, ...]:
 
 def _same_shape(f: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
     def checked(z: Tensor) -> Tensor:
-        y = f(z)
+        y = f(z.clone())  # or nn.SiLU(inplace=True) changes the nodes
         if not isinstance(y, Tensor) or y.shape != z.shape:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
@@ -130,8 +132,9 @@ def _same_shape(f: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], 
 
 
 def _derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
+    # In inference mode nothing is recorded, and the slope would be 0.
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.clone().detach().requires_grad_()
         y = f(z)
         if not y.requires_grad:
             return torch.zeros_like(z)
@@ -140,7 +143,7 @@ def _derivative(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 def _rays(a: Activation) -> tuple[float, float] | None:
     """The two slopes of a function that is homogeneous, s(t z) = t s(z) for t > 0."""
-    z = torch.logspace(-3, 3, 25, dtype=torch.float64)
+    z = torch.logspace(-3, 3, 25, **_HERE)
     with torch.no_grad():
         below, above = a.value(-z) / -z, a.value(z) / z
     for slope in (below, above):
@@ -215,13 +218,13 @@ def _of_rays(below: float, above: float, name: str) -> Point:
 
 def _slope_at_zero(a: Activation) -> Point | None:
     """K* = 0: s is 0 and has a derivative there, and K falls to it."""
-    near = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64)
+    near = torch.tensor([-1e-9, 0.0, 1e-9], **_HERE)
     with torch.no_grad():
         value, slope = a.value(near), a.slope(near)
     s1 = float(slope[1])
     if value[1] != 0 or s1 == 0 or bool(((slope - s1).abs() > 1e-6 * abs(s1)).any()):
         return None
-    K = torch.tensor([1e-4, 1e-2, 1e-1], dtype=torch.float64)
+    K = torch.tensor([1e-4, 1e-2, 1e-1], **_HERE)
     kept = brackets(a, K).square / (s1**2 * K)
     if not (bool((kept < 1 + 1e-12).all()) and float(kept[2]) < 1 - 1e-12):
         return None
@@ -229,13 +232,14 @@ def _slope_at_zero(a: Activation) -> Point | None:
 
 
 def _excess(a: Activation, K: Tensor) -> Tensor:
-    """d<s^2>/dK over <s'^2>, less 1: both susceptibilities are 1 together where it is 0."""
+    """d<s^2>/dK over <s'^2>, less 1: both susceptibilities are 1 together where it is 0. NaN of a
+    function that is flat."""
     b = brackets(a, K)
-    return b.grows / b.slope_square - 1
+    return torch.where(b.slope_square > 0, b.grows / b.slope_square - 1, math.nan)
 
 
 def _half_stable(a: Activation) -> Point:
-    K = torch.logspace(math.log10(_LOW), math.log10(_HIGH), _STARTS, dtype=torch.float64)
+    K = torch.logspace(math.log10(_LOW), math.log10(_HIGH), _STARTS, **_HERE)
     e = _excess(a, K)
     clear = (e[:-1].abs() > _FLAT) & (e[1:].abs() > _FLAT)
     for i in ((e[:-1] * e[1:] < 0) & clear).nonzero().flatten().tolist():

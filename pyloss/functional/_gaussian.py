@@ -25,7 +25,7 @@ _PAIRS = 128  # of one step: 30 MB
 @functools.lru_cache
 def legendre(count: int) -> tuple[Tensor, Tensor]:
     """Nodes in [0, 1] and weights that add up to 1, by Golub and Welsch."""
-    k = torch.arange(1, count, dtype=torch.float64)
+    k = torch.arange(1, count, dtype=torch.float64, device="cpu")  # as is kept
     beside = k / torch.sqrt(4 * k.square() - 1)
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     return (nodes + 1) / 2, vectors[0].square()

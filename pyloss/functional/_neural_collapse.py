@@ -155,6 +155,7 @@ def off_target(gram: Tensor, target: str | Tensor, present: Tensor | None = None
     else:
         goal = torch.diag(ones) - (both / ones.sum() if target == "etf" else 0.0)
     gram = torch.where(both > 0, gram, 0.0)
+    gram = gram / gram.abs().amax()  # or its squares may overflow where it does not
     return torch.linalg.matrix_norm(
         gram / torch.linalg.matrix_norm(gram) - goal / torch.linalg.matrix_norm(goal)
     )

@@ -59,7 +59,7 @@ def ufm_loss(
         Dang et al. Neural Collapse in Deep Linear Networks: From Balanced to Imbalanced Data.
         arXiv 2301.00437.
     """
-    layers = (weights,) if isinstance(weights, Tensor) else tuple(weights)
+    layers = _layers(weights)
     classes = _check(layers, features, target, bias)
     decay = checked_decay("lam_w", lam_w, len(layers))
     checks.check_range("lam_h", lam_h, 0.0)
@@ -81,6 +81,17 @@ def ufm_loss(
     return (fit + penalty).to(checks.result_dtype(features.dtype, features))
 
 
+def _layers(weights) -> tuple:
+    if isinstance(weights, Tensor):
+        return (weights,)
+    try:
+        return tuple(weights)
+    except TypeError:
+        raise TypeError(
+            f"weights must be a Tensor or several, got {type(weights).__name__}"
+        ) from None
+
+
 def _check(layers: tuple, features, target, bias) -> int:
     """The number of classes."""
     check_rows("features", features)
@@ -100,5 +111,5 @@ def _check(layers: tuple, features, target, bias) -> int:
             raise ValueError(f"bias must have the shape {[width]}, got {list(bias.shape)}")
         checks.check_device("bias", bias, features, "features")
     if checks.can_look_at(target):
-        checks.check_index_values(target, width, -1 - width)
+        checks.check_index_values(target, width, 0)  # no label is left out
     return width

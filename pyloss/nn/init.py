@@ -53,13 +53,14 @@ def critical_(
 
     Raises:
         ValueError: an activation without a critical point, such as ``"sigmoid"``; an option out
-            of range; a weight of fewer than two dimensions; a lazy layer that has seen no input.
+            of range; a weight of fewer than two dimensions; a lazy layer that has seen no input;
+            one whose weight a hook makes (``nn.utils.weight_norm``, ``nn.utils.prune``).
         TypeError: neither a floating tensor nor a module.
 
     Example:
         >>> import torch, pyloss
         >>> net = torch.nn.Sequential(
-        ...     *(m for _ in range(50) for m in (torch.nn.Linear(300, 300), torch.nn.ReLU()))
+        ...     *(m for _ in range(20) for m in (torch.nn.Linear(300, 300), torch.nn.ReLU()))
         ... )
         >>> net = pyloss.nn.init.critical_(net, "relu")
         >>> 0.1 < net(torch.randn(50, 300)).square().mean().item() < 3
@@ -77,14 +78,15 @@ def critical_(
     point = _point(activation, float(leaky_slope))
     point = _critical.with_residual(point, residual)
     if isinstance(module_or_tensor, nn.Module):
+        layers = {n: m for n, m in module_or_tensor.named_modules() if isinstance(m, _LAYERS)}
+        for name, layer in layers.items():  # before any is drawn
+            _check_own(name, layer)
         seen: set[int] = set()
-        for name, layer in module_or_tensor.named_modules():
-            if isinstance(layer, _LAYERS):
-                _check_has_shape(name, layer)
-                # Layers that share a weight draw it once; a parametrized one is made at each look.
-                if parametrize.is_parametrized(layer, "weight") or id(layer.weight) not in seen:
-                    seen.add(id(layer.weight))
-                    _draw_layer(layer, point, generator)
+        for layer in layers.values():
+            # Layers that share a weight draw it once; a parametrized one is made at each look.
+            if parametrize.is_parametrized(layer, "weight") or id(layer.weight) not in seen:
+                seen.add(id(layer.weight))
+                _draw_layer(layer, point, generator)
         return module_or_tensor
     if not isinstance(module_or_tensor, Tensor):
         raise TypeError(
@@ -112,8 +114,14 @@ def _point(activation: str | Callable[[Tensor], Tensor], leaky_slope: float) -> 
     return _critical.solve(_critical.checked_activation(activation))
 
 
-def _check_has_shape(name: str, layer: nn.Module) -> None:
+def _check_own(name: str, layer: nn.Module) -> None:
     for own in ("weight", "bias"):
+        made = layer._parameters.keys() & {f"{own}_g", f"{own}_orig"}
+        if made:  # what is drawn would be gone at the next call
+            raise ValueError(
+                f"{own} of the layer {name!r} is made of {made.pop()!r} at each call: take the "
+                "hook away, or use torch.nn.utils.parametrizations"
+            )
         if isinstance(getattr(layer, own), nn.parameter.UninitializedTensorMixin):
             raise ValueError(
                 f"{own} of the layer {name!r} has no shape yet: call the module once before"

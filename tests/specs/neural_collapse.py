@@ -221,6 +221,8 @@ SPECS = (
         compile_samples=("deep",),
         errors=(
             Bad(TypeError, "weights must be a Tensor, got float", dict(weights=[1.0])),
+            Bad(TypeError, "weights must be a Tensor or several, got NoneType",
+                dict(weights=None)),
             Bad(ValueError, "weights must hold at least one layer, got none", dict(weights=[])),
             Bad(ValueError, r"weights must be \(out, 4\) there, got \[3, 5\]",
                 dict(weights=rows(3, 5))),
@@ -229,6 +231,7 @@ SPECS = (
             Bad(TypeError, "features must be floating", dict(features=X.long())),
             Bad(ValueError, r"target must have the shape \[5\], got \[8\]", dict(target=LABELS)),
             Bad(IndexError, "Target 3 is out of bounds", dict(target=torch.full((5,), 3))),
+            Bad(IndexError, "Target -4 is out of bounds", dict(target=torch.full((5,), -4))),
             Bad(ValueError, r"bias must have the shape \[3\], got \[8\]", dict(bias=X[:, 0])),
             Bad(ValueError, "lam_w must be finite and >= 0, got -1", dict(lam_w=-1)),
             Bad(ValueError, r"lam_w must be a number or one for each of 1 layers, got \[1, 2\]",
