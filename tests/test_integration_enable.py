@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 from test_integration_transformers import Tokens, make, trainer_of  # noqa: E402
 
 import pyloss.integrations._deferred_logits as deferred  # noqa: E402
-from pyloss.integrations.transformers import disable, enable, patch_loss  # noqa: E402
+from pyloss.integrations.transformers import disable, enable, patch_loss, unpatch_loss  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -143,6 +143,66 @@ def test_what_cannot_be_patched(tmp_path: Path, calls: list[dict[str, Any]]) -> 
     with enable(strict=True), pytest.raises((TypeError, ValueError), match="LlamaForSeq"):
         trainer.train()
     assert not calls
+
+
+class Clamped(transformers.LlamaForCausalLM):
+    """Does something to its logits that patch_loss cannot follow, which shows in the first step."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state).clamp(-1, 1)
+        loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_what_cannot_be_followed(tmp_path: Path) -> None:
+    config = make().config
+    models = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        trainer = trainer_of(Clamped(config), tmp_path)
+        models.append(trainer.model)
+        if own:
+            trainer.train()
+            continue
+        with enable(strict=True), pytest.raises(TypeError, match=r"uses \.clamp"):
+            trainer.train()
+        with enable(), pytest.warns(UserWarning, match="with its own loss.*clamp") as found:
+            trainer.train()
+        assert sum("own loss" in str(w.message) for w in found) == 1
+        assert type(trainer.model) is Clamped and not trainer.model._forward_hooks
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_compute_loss_of_the_instance(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    trainer = trainer_of(make(), tmp_path, label_smoothing_factor=0.1)
+    seen, original = [], trainer.compute_loss
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        seen.append(trainer.label_smoother)
+        return original(*args, **kwargs)
+
+    trainer.compute_loss = mine
+    with enable(strict=True):
+        trainer.train()
+    assert seen == 6 * [None] and len(calls) == 6 and trainer.compute_loss is mine
+    unpatch_loss(patch_loss(patch_loss(trainer)))
+    assert trainer.compute_loss is mine
+
+
+def test_a_model_that_gets_wrapped(tmp_path: Path) -> None:
+    """As by FSDP: the trainer has a wrapper as its model from then on."""
+
+    class Wraps(transformers.TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            trainer.model = torch.nn.Sequential(trainer.model)
+
+    model = make()
+    trainer = trainer_of(model, tmp_path)
+    trainer.add_callback(Wraps())
+    with enable(strict=True):
+        trainer.train()
+    assert type(model) is transformers.LlamaForCausalLM and not model._forward_hooks
 
 
 @pytest.mark.exhaustive

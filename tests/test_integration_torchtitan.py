@@ -82,6 +82,15 @@ def test_nothing_to_learn_from_and_half_types() -> None:
     assert abs(half.item() - loss_of(head)(hidden, labels, 17)[0].item()) < 0.02
 
 
+@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0)])
+def test_a_step_without_labels(count: object) -> None:
+    head, hidden, labels = case()
+    loss_fn = loss_of(head, metrics=("accuracy", "entropy"))
+    loss, metrics = loss_fn(hidden, torch.full_like(labels, -100), count)
+    assert loss == 0 and not torch.autograd.grad(loss, hidden)[0].any()
+    assert metrics["accuracy/mean"] == 0 and metrics["entropy/mean"] == 0
+
+
 def test_the_output_layer_stays_the_models() -> None:
     head, hidden, labels = case()
     loss_fn = loss_of(head)
@@ -104,6 +113,8 @@ def test_errors() -> None:
         loss_of(nn.Embedding(2, 2))
     with pytest.raises(TypeError, match="loss_options has 'reduction'; there are.*z_loss"):
         ChunkedLMHeadLoss(reduction="mean")
+    with pytest.raises(TypeError, match="loss_options has 'empty'"):
+        ChunkedLMHeadLoss(empty="mean")
     with pytest.raises(ValueError, match="metrics must be of accuracy.*'recall'"):
         ChunkedLMHeadLoss(metrics=("recall",))
     loss_fn = loss_of(head)

@@ -68,34 +68,48 @@ def _patched(trainer: Any, settings: Settings | None) -> Iterator[None]:
     undo = None
     if settings is not None:
         try:
-            undo = _patch(trainer, settings.options)
+            undo = _patch(trainer, settings)
         except (TypeError, ValueError) as error:
             if settings.strict:
                 raise
-            warnings.warn(
-                f"this {type(trainer).__name__} trains with its own loss, though "
-                f"pyloss.integrations.transformers.enable() was called: {error}",
-                stacklevel=4,
-            )
+            warn_of_own_loss(trainer, error)
     try:
         yield
     finally:
         if undo is not None:
-            undo(trainer)
+            undo()
 
 
-def _patch(trainer: Any, options: dict[str, Any]) -> Callable | None:
+def warn_of_own_loss(trainer: Any, error: Exception) -> None:
+    """Warn that a trainer, or a model, trains as without `enable`."""
+    warnings.warn(
+        f"this {type(trainer).__name__} trains with its own loss, though "
+        f"pyloss.integrations.transformers.enable() was called: {error}",
+        stacklevel=5,
+    )
+
+
+def _patch(trainer: Any, settings: Settings) -> Callable[[], None] | None:
     """Patch a trainer that is not patched; returns what undoes it."""
+    model = trainer.model  # FSDP puts a wrapper in its place
     if any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__):
         from pyloss.integrations import trl
 
         if trl.is_patched(trainer):
             return None
-        trl.patch_trainer(trainer, **options)
-        return trl.unpatch_trainer
+        models = trl.models_of(trainer)
+        trl.patch_trainer(trainer, **settings.options)
+        return lambda: trl.restore_all(models)
     from pyloss.integrations import transformers
 
-    if transformers.is_patched(trainer.model):
+    if transformers.is_patched(model):
         return None
-    transformers.patch_loss(trainer, **options)
-    return transformers.unpatch_loss
+    transformers.patch_loss(trainer, **settings.options)
+    if not settings.strict:
+        transformers.tolerate(model)
+
+    def undo() -> None:
+        transformers.unpatch_loss(trainer)
+        transformers.unpatch_loss(model)
+
+    return undo

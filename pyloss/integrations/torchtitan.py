@@ -20,7 +20,7 @@ __all__ = ["ChunkedLMHeadLoss"]
 # What is given by the arguments of forward, or must stay as it is.
 _RESERVED = (
     "input", "linear_weight", "linear_bias", "target", "reduction", "num_items", "shift",
-    "return_stats", "token_weight", "group", "options",
+    "return_stats", "token_weight", "group", "options", "empty",
 )  # fmt: skip
 _METRICS = {"accuracy": "correct", "entropy": "entropy", "z_loss": "z_loss"}
 
@@ -128,9 +128,13 @@ class ChunkedLMHeadLoss(nn.Module):
         if pred.dtype != torch.float64:
             options.setdefault("loss_dtype", torch.float32)
         if items is None:
-            options["reduction"] = "sum"
+            options["reduction"], count = "sum", 1
         else:
+            if not isinstance(items, Tensor) and items == 0:  # as the tensor 0
+                items = torch.zeros((), device=pred.device)
             options["num_items"] = items
+            # A step without labels: 0 / 0 is 0 for the metrics, as for the loss.
+            count = torch.where(items == 0, 1, items) if isinstance(items, Tensor) else items
 
         def loss(hidden: Tensor) -> Any:
             hidden, weight, bias = head.product(hidden, None)
@@ -148,7 +152,7 @@ class ChunkedLMHeadLoss(nn.Module):
         for name in self.metrics:
             per_token = getattr(stats, _METRICS[name]).detach()
             total = torch.where(counted, per_token, 0).sum()
-            metrics[f"{name}/mean"] = total.to(value.dtype) / (1 if items is None else items)
+            metrics[f"{name}/mean"] = total.to(value.dtype) / count
         return value, metrics
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from pyloss.functional import fused_linear_cross_entropy
 from pyloss.integrations._deferred_logits import Deferred, DeferredHead, causal_loss, masked_loss
-from pyloss.integrations._enable import Settings, use
+from pyloss.integrations._enable import Settings, use, warn_of_own_loss
 from pyloss.integrations._lookalike import change_class, lookalike
 from pyloss.integrations._output_layer import FORWARDS, bind_to, exchanged, head_of
 
@@ -83,6 +82,7 @@ class _LossPatch(NamedTuple):
     head: str  # path of the output layer
     options: dict[str, Any]
     loss: str | None  # name of the loss function that this stands in for; None: cross_entropy
+    lenient: bool = False  # the model's own loss, after a warning, where it cannot be followed
 
 
 def patch_loss(model: Any, **loss_options: Any) -> Any:
@@ -177,7 +177,7 @@ def unpatch_loss(model: Any) -> Any:
         True
     """
     if _is_trainer(model):
-        model.__dict__.pop("compute_loss", None)
+        _restore_compute_loss(model)
         unpatch_loss(model.model)
         return model
     if not isinstance(model, nn.Module):
@@ -209,7 +209,7 @@ def enable(*, strict: bool = False, **loss_options: Any) -> Settings:
 
     Args:
         strict: an error, instead of a warning, from ``train`` of a trainer whose model or loss
-            cannot be patched.
+            cannot be patched, also where this shows in the first step.
         loss_options: those of :func:`patch_loss`.
 
     Returns:
@@ -254,6 +254,12 @@ def is_patched(model: Any) -> bool:
     return _STATE in _base_of(model).__dict__
 
 
+def tolerate(model: Any) -> None:
+    """Let a patched model that turns out not to be followed train with its own loss."""
+    state = _base_of(model).__dict__
+    state[_STATE] = state[_STATE]._replace(lenient=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # Trainers, and models that train without the patched loss
 
@@ -285,18 +291,29 @@ def _patch_trainer(trainer: Any, options: dict[str, Any]) -> Any:
                 f"label_smoothing_factor={factor}"
             )
     patch_loss(trainer.model, **options)
-    trainer.__dict__.pop("compute_loss", None)
-    trainer.compute_loss = types.MethodType(_compute_loss, trainer)
+    _restore_compute_loss(trainer)
+    own = trainer.__dict__.get("compute_loss")  # a user may have set one on the instance
+    trainer.compute_loss = functools.partial(_compute_loss, trainer, own)
     return trainer
 
 
-def _compute_loss(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def _restore_compute_loss(trainer: Any) -> None:
+    """Undo what _patch_trainer does to compute_loss."""
+    ours = trainer.__dict__.get("compute_loss")
+    if getattr(ours, "func", None) is _compute_loss:
+        del trainer.compute_loss
+        if (own := ours.args[1]) is not None:
+            trainer.compute_loss = own
+
+
+def _compute_loss(trainer: Any, own: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Trainer.compute_loss which, in training, leaves the label smoothing to the model."""
+    compute_loss = own or functools.partial(type(trainer).compute_loss, trainer)
     smoother = trainer.label_smoother
     if model.training:
         trainer.label_smoother = None
     try:
-        return type(trainer).compute_loss(trainer, model, *args, **kwargs)
+        return compute_loss(model, *args, **kwargs)
     finally:
         trainer.label_smoother = smoother
 
@@ -442,6 +459,17 @@ def _patched_class(cls: type) -> type:
         keep = given("logits_to_keep")
         if isinstance(keep, Tensor) or keep or _has_another_loss(self, patch.loss):
             return cls.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or not patch.lenient:
+            return followed(self, patch, args, kwargs)
+        try:
+            return followed(self, patch, args, kwargs)
+        except TypeError as error:
+            output = cls.forward(self, *args, **kwargs)  # an error of the model's own comes again
+            if self.__dict__.pop(_STATE, None) is not None:
+                warn_of_own_loss(self, error)
+            return output
+
+    def followed(self, patch, args, kwargs):
         with _deferred(self, patch) as view:
             output = cls.forward(view, *args, **kwargs)
         return _without_logits(output)

@@ -67,7 +67,7 @@ def patch_trainer(trainer: Any, **loss_options: Any) -> Any:
     Reference:
         Wijmans et al. Cut Your Losses in Large-Vocabulary Language Models. arXiv 2411.09009.
     """
-    models = _models_of(trainer)
+    models = models_of(trainer)
     _check_options(trainer, loss_options)
     for model in models:
         exchange(model, loss_options)
@@ -92,14 +92,19 @@ def unpatch_trainer(trainer: Any) -> Any:
         Traceback (most recent call last):
         TypeError: trainer must be a trainer of TRL with a fused output layer, got str
     """
-    for model in _models_of(trainer):
-        restore(model)
+    restore_all(models_of(trainer))
     return trainer
+
+
+def restore_all(models: list[nn.Module]) -> None:
+    """Give models TRL's own output layer again."""
+    for model in models:
+        restore(model)
 
 
 def is_patched(trainer: Any) -> bool:
     """Whether patch_trainer has been called on a trainer."""
-    return all(is_exchanged(model) for model in _models_of(trainer))
+    return all(is_exchanged(model) for model in models_of(trainer))
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -352,7 +357,8 @@ def _auxiliary(trainer: Any, loss: Tensor | None) -> Tensor | float:
 # Checks
 
 
-def _models_of(trainer: Any) -> list[nn.Module]:
+def models_of(trainer: Any) -> list[nn.Module]:
+    """The models of a trainer that have a fused output layer."""
     ours = any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__)
     if not ours or not isinstance(getattr(trainer, "model", None), nn.Module):
         raise TypeError(
