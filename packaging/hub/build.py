@@ -6,9 +6,9 @@
 OUT becomes a kernel repository: build.toml, csrc/ and torch-ext/ for `kernel-builder`, which makes
 the builds for all systems, CUDA among them; and build/<variant>/, which `kernels` loads.
 
-There is no second version of anything: the C++ and Python sources are those of pyloss. Copies differ
-in their imports, which are relative here; in the namespace of their ops, which is this build's; and
-in the header that the bindings see in pybind11's place (torch-ext/python_abi3.h).
+There is no second version of anything: the C++ and Python sources are those of pyloss. Copies
+differ in their imports, which are relative here; in the namespace of their ops, which is this
+build's; and in the header that the bindings see in pybind11's place (torch-ext/python_abi3.h).
 
 CXX names the compiler; ccache serves where it is installed.
 """
@@ -44,8 +44,7 @@ BINDINGS = ("about", "gemm", "linear_cross_entropy", "row_softmax")
 # Defines what a header of another name declares, so that no include leads there.
 ALSO = ("cpu/row_hvp.cpp",)
 
-# As CMakeLists.txt has them; -fno-gnu-unique and -fvisibility, because a process may hold several
-# builds, and pyloss.
+# As CMakeLists.txt has them. Hidden symbols, because a process may hold several builds, and pyloss.
 FLAGS = (
     "-O3",
     "-ffp-contract=fast",
@@ -129,7 +128,7 @@ def imported(module: str, path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            assert not any(a.name.startswith("pyloss") for a in node.names), f"{path}: import pyloss"
+            assert not any(a.name.startswith("pyloss") for a in node.names), path
         if not isinstance(node, ast.ImportFrom):
             continue
         base = node.module or ""
@@ -271,7 +270,7 @@ def as_toml(tables: dict[str, dict]) -> str:
 
 
 def fingerprint(out: Path) -> str:
-    """Seven digits that stand for the sources: two builds share a namespace only if they are one."""
+    """Seven digits that stand for the sources: only equal ones share a namespace."""
     total = hashlib.sha256()
     for path in sorted(p for top in ("csrc", "torch-ext") for p in (out / top).rglob("*.*")):
         total.update(path.relative_to(out).as_posix().encode() + b"\0" + path.read_bytes())
@@ -335,7 +334,9 @@ def compile_module(out: Path, module: str, target: Path) -> None:
         list(pool.map(run, [command for command, _ in jobs]))
     # Every symbol is looked up when the module is imported: one that is missing shows there.
     mac = platform.system() == "Darwin"
-    link = ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared", "-Wl,-z,now"]
+    link = (
+        ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared", "-Wl,-z,now,-Bsymbolic"]
+    )
     link += ["-pthread", *([] if mac else ["-ldl"])]
     run([*compiler, *(result for _, result in jobs), *link, "-o", str(target)])
     shutil.rmtree(objects)
