@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import pyloss
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "packaging" / "conda" / "recipe.yaml"
 # Packages that conda has under another name.
@@ -56,5 +58,8 @@ def test_requirements(recipe: dict, project: dict) -> None:
 
 def test_rattler_build_renders_it() -> None:
     rattler_build = pytest.importorskip("rattler_build")
+    variants = {"python": ["3.12"], "c_stdlib": ["sysroot"], "c_stdlib_version": ["2.28"]}
     found = rattler_build.Stage0Recipe.from_file(str(RECIPE))
-    assert found.render(rattler_build.VariantConfig({"python": ["3.12.* *_cpython"]}))
+    (one,) = found.render(rattler_build.VariantConfig(variants))
+    assert one.recipe.package.version == pyloss.__version__
+    assert "pytorch >=2.6" in one.recipe.requirements.run

@@ -6,8 +6,10 @@ Whoever has the library `kernels` installed runs its loader too.
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -307,9 +309,12 @@ def test_the_module_needs_no_torch_and_no_version_of_python(built: Path) -> None
 @pytest.mark.slow
 def test_cuda_bindings_compile(sources: Path, tmp_path: Path) -> None:
     """With the header that stands for pybind11. The kernels are those that pyloss compiles."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    headers = Path(nvcc).resolve().parents[1] / "include"
-    if shutil.which("c++") is None or not (headers / "cuda_runtime.h").is_file():
+    roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        roots.append(str(Path(nvcc).resolve().parents[1]))
+    found = [Path(root) / "include" for root in roots if root]
+    headers = next((folder for folder in found if (folder / "cuda_runtime.h").is_file()), None)
+    if shutil.which("c++") is None or headers is None:
         pytest.skip("no compiler, or no headers of CUDA")
     folders = [*(sources / name for name in builder.INCLUDES), headers]
     folders.append(Path(sysconfig.get_paths()["include"]))
@@ -321,14 +326,47 @@ def test_cuda_bindings_compile(sources: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
 
 
+# Away from the checkout, whose folder kernels/ has the library's name.
+BY_THE_LIBRARY = """
+import pathlib, sys
+import kernels, torch
+import pyloss
+
+folder = pathlib.Path(sys.argv[1])
+package = kernels.get_local_kernel(folder.parents[1])
+x, y = torch.randn(7, 11), torch.randint(11, (7,))
+assert torch.equal(package.fused_cross_entropy(x, y), pyloss.fused_cross_entropy(x, y))
+(entry,) = (k for k in kernels.get_loaded_kernels() if k.module is package)
+assert entry.metadata.id == package.__name__
+digest = entry.metadata.digest
+digest.validate(type(digest).hash_variant(digest.algorithm, folder))
+
+loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+expected = loss(x, y)
+kernels.replace_kernel_forward_from_hub(torch.nn.CrossEntropyLoss, "CrossEntropyLoss")
+mapping = {
+    "CrossEntropyLoss": {
+        "cpu": kernels.LocalLayerRepository(
+            repo_path=folder.parents[1], layer_name="CrossEntropyLoss"
+        )
+    }
+}
+with kernels.use_kernel_mapping(mapping):
+    mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
+    loss = kernels.kernelize(loss, mode=mode, device="cpu", use_fallback=False)
+assert torch.equal(loss(x, y), pyloss.fused_cross_entropy(x, y, label_smoothing=0.1))
+torch.testing.assert_close(loss(x, y), expected)
+"""
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_the_library_kernels_loads_it(built: Path) -> None:
-    kernels = pytest.importorskip("kernels")
-    package = kernels.get_local_kernel(built.parents[1])
-    x, y = torch.randn(7, 11), torch.randint(11, (7,))
-    assert torch.equal(package.fused_cross_entropy(x, y), pyloss.fused_cross_entropy(x, y))
-    (entry,) = (k for k in kernels.get_loaded_kernels() if k.module is package)
-    metadata = entry.metadata
-    assert metadata.id == package.__name__
-    metadata.digest.validate(type(metadata.digest).hash_variant(metadata.digest.algorithm, built))
+def test_the_library_kernels_loads_it(built: Path, tmp_path: Path) -> None:
+    """By its own rules: the variant, the digest of the files, and the layer in a model's place."""
+    try:
+        importlib.metadata.distribution("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs the library kernels")
+    command = [sys.executable, "-c", BY_THE_LIBRARY, str(built)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
