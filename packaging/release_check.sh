@@ -12,15 +12,20 @@ out=${1:?usage: packaging/release_check.sh OUT}
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 export PYLOSS_CMAKE_ARGS=${PYLOSS_CMAKE_ARGS:--DPYLOSS_CUDA=OFF}
+if [ -e "$out" ] && [ ! -f "$out/.release-check" ]; then
+  echo "$out is there, and is not of an earlier run" >&2
+  exit 2
+fi
 rm -rf "$out"
 mkdir -p "$out/index/pyloss"
+touch "$out/.release-check"
 out=$(cd "$out" && pwd)
 
 say() { printf '\n== %s\n' "$*"; }
 
 say "source archive, and a wheel from it"
-# The wheel is built from the unpacked archive, in a folder of its own: compiled before, in another,
-# by ccache's rules for paths.
+# The wheel is built from the unpacked archive, in a new folder under OUT; without its path in them
+# ccache knows the objects of a build elsewhere.
 export TMPDIR=$out CCACHE_NOHASHDIR=1 CCACHE_BASEDIR=$out
 (cd "$out" && "$python" -m build --no-isolation --outdir "$out/dist" "$root") > "$out/build.log" 2>&1 \
   || { tail -n 40 "$out/build.log"; exit 1; }
