@@ -128,7 +128,7 @@ bench: $(BUILT)
 lint: $(DEPS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc packaging tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m basedpyright --pythonpath $(PY)
 
@@ -136,7 +136,7 @@ lint: $(DEPS)
 format: $(DEPS)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc packaging tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format -i
 
 ## the documentation as a site in site/

@@ -201,15 +201,8 @@ def adapted(module: str, path: Path) -> str:
 
     def from_package(match: re.Match) -> str:
         indent, names = match.groups()
-        lines = []
-        for name in names.split(", "):
-            native = name == "_C"
-            lines.append(
-                f"{indent}from {root}_native import native as _C\n"
-                if native
-                else f"{indent}from {root} import {name}\n"
-            )
-        return "".join(lines)
+        lines = [f"{indent}from {root} import {name}\n" for name in names.split(", ")]
+        return "".join(lines).replace(f"{root} import _C", f"{root}_native import native as _C")
 
     text = re.sub(r"^( *)from pyloss import (.+)\n", from_package, text, flags=re.M)
     return re.sub(r"^( *)from pyloss\.", rf"\1from {root}", text, flags=re.M)
