@@ -1,4 +1,4 @@
-"""The conda recipe agrees with pyproject.toml; where rattler-build is installed, it reads the recipe."""
+"""The conda recipe agrees with pyproject.toml; rattler-build, where installed, renders it."""
 
 from __future__ import annotations
 
