@@ -20,7 +20,7 @@ BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .PHONY: build demo test test-all gpu-proof races ctest sanitize other-archs pytest peers bench lint format \
-  docs clean help
+  docs release-check clean help
 .DEFAULT_GOAL := build
 
 ## the environment in .venv and an editable install (what `make` alone does)
@@ -128,7 +128,7 @@ bench: $(BUILT)
 lint: $(DEPS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc packaging tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m basedpyright --pythonpath $(PY)
 
@@ -136,13 +136,19 @@ lint: $(DEPS)
 format: $(DEPS)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc packaging tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format -i
 
 ## the documentation as a site in site/
 docs: $(DEPS)
 	$(PY) -m pip install --disable-pip-version-check -r requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# The wheel is for this Python and this machine; the ones to publish: .github/workflows/wheels.yml.
+## archive, wheel, twine check, and an install from a local index: in build/release
+release-check: $(DEPS)
+	$(PY) -m pip install --disable-pip-version-check -q twine
+	$(TOOLS) PYTHON=$(abspath $(PY)) PYLOSS_CMAKE_ARGS=-DPYLOSS_CUDA=OFF packaging/release_check.sh build/release
 
 ## removes what was built, but not .venv
 clean:

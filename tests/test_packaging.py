@@ -98,7 +98,7 @@ def source_archive(tmp_path: Path) -> Path:
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(tmp_path)
-    for folder in ("csrc", "pyloss", "kernels", "tests", "bench"):
+    for folder in ("csrc", "pyloss", "kernels", "packaging", "tests", "bench"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".typed"}:
                 assert str(path.relative_to(ROOT)) in names, path

@@ -248,7 +248,7 @@ class Reader {
   }
   [[noreturn]] void bad_type(Field f, const char* wanted, pybind11::handle value) const {
     throw pybind11::type_error(field_names<Record>()[f] + ": needs " + wanted + ", got " +
-                               Py_TYPE(value.ptr())->tp_name);
+                               pybind11::detail::obj_class_name(value.ptr()));
   }
 
   PyObject* record_;

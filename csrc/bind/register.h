@@ -5,6 +5,7 @@
 
 namespace pyloss {
 
+void register_about(pybind11::module_& m);
 void register_aldr(pybind11::module_& m);
 void register_betti_matching(pybind11::module_& m);
 void register_frame_pca(pybind11::module_& m);
