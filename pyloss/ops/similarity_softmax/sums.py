@@ -55,6 +55,7 @@ define_op(
         "triton": triton.sums_forward,
         "reference": otherwise(reference.sums_forward, by_tiles.sums_forward),
     },
+    plain=reference.sums_forward,
 )
 define_op(
     f"similarity_sums_bwd({_SUMS}, int want, Tensor? g, Tensor? g_below) -> Tensor[]",
@@ -64,6 +65,7 @@ define_op(
         "triton": triton.sums_backward,
         "reference": otherwise(reference.sums_backward, by_tiles.sums_backward),
     },
+    plain=reference.sums_backward,
 )
 count_by("similarity_sums_fwd", lambda *args, out_shape=None: flops(*args[:2]))
 count_by("similarity_sums_bwd", lambda *args, out_shape=None: flops(*args[:2], args[12]))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyloss import backends
 from pyloss.ops._launch import without_autocast
-from pyloss.ops._registry import lib, register_fake
+from pyloss.ops._registry import lib, plain_forms, register_fake
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles, cpu
 from pyloss.ops.similarity_topk.anchors import SHORTEST, anchor_scores
@@ -62,6 +62,7 @@ lib.define(
 )
 lib.impl("similarity_topk", _forward, "CompositeExplicitAutograd")
 register_fake("similarity_topk", _fake)
+plain_forms["similarity_topk"] = _formulas
 
 
 class _SimilarityTopk(torch.autograd.Function):

@@ -13,6 +13,8 @@ Paper: Alman, Song, arXiv 2310.04064.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ define_op(
     f"tensor_attention_lowrank_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "triton": triton.forward, "reference": reference.forward},
+    plain=functools.partial(reference.forward, checked=False),
 )
 define_op(
     f"tensor_attention_lowrank_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor y, "
