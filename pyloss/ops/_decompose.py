@@ -1,8 +1,8 @@
 """Ops of pyloss in a graph as the torch operations of their references.
 
-What is no forward of a kernel is left to torch: shapes, constants and gradients of the surrounding
-graph stay as they are. A reference may write into tensors that it has made, a decomposition may
-not; so it is traced by itself first, into a graph without.
+A reference may write into tensors that it has made, and may hold constants; a decomposition may do
+neither. So it is traced by itself first, into a graph that writes nowhere, and its constants are
+made by operations.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _form(name: str) -> Callable:
 
 def _traced(form: Callable, *args):
     """form(*args) under the tracer that has met the op, by operations that change nothing."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
     from torch._subclasses.functional_tensor import dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
     leaves, spec = pytree.tree_flatten(args)
     places = [
@@ -69,7 +69,7 @@ def _traced(form: Callable, *args):
 
 
 class _WithoutConstants(torch.fx.Interpreter):
-    """Makes a graph's constant tensors by operations: torch keeps none that a decomposition adds."""
+    """Makes a graph's constants by operations: torch keeps none that a decomposition adds."""
 
     def get_attr(self, target, args, kwargs):
         value = super().get_attr(target, args, kwargs)
