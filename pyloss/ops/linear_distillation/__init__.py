@@ -101,7 +101,7 @@ def _flops(student, weight, bias, teacher, *rest, out_shape=None) -> int:
 count_by("linear_distillation", _flops)
 
 
-class _Distillation(torch.autograd.Function):
+class _LinearDistillation(torch.autograd.Function):
     """Sum of the rows over `divisor`, or the rows themselves when that is None."""
 
     @staticmethod
@@ -197,6 +197,6 @@ def linear_distillation(
         options, numbers = split(options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
         call = (tuple(options), tuple(codes), numbers)
-        return _Distillation.apply(*distinct((*tensors, divisor)), call)
+        return _LinearDistillation.apply(*distinct((*tensors, divisor)), call)
     (rows,) = torch.ops.pyloss.linear_distillation(*tensors, None, options, codes, VALUE, numbers)
     return rows if divisor is None else rows.sum() / divisor

@@ -73,7 +73,7 @@ count_by("similarity_sums_bwd", lambda *args, out_shape=None: flops(*args[:2], a
 _ops = torch.ops.pyloss
 
 
-class _Sums(torch.autograd.Function):
+class _SimilaritySums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         found = tuple(_ops.similarity_sums_fwd(*args))
@@ -111,7 +111,7 @@ def _sums(args: tuple, bias, numbers, kind: int) -> tuple:
         return reference.sums(Pairs(*args), bias, numbers, kind)
     sources = (*(args[at] for at in SOURCES), bias)
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources):
-        return _Sums.apply(*distinct((*args, bias)), numbers, kind)
+        return _SimilaritySums.apply(*distinct((*args, bias)), numbers, kind)
     return tuple(_ops.similarity_sums_fwd(*args, bias, numbers, kind))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops._flops import count_by
 from pyloss.ops._gemm import product
 from pyloss.ops._launch import without_autocast
 from pyloss.ops._reference import gradients
@@ -103,6 +104,15 @@ def _plain(queries, keys, scale, k, first):
 
 plain_forms["similarity_hardest"] = _plain
 plain_forms["similarity_hardest_bwd"] = "it starts from what the forward has kept of each row"
+
+
+def _product_flops(q, k) -> int:
+    return 2 * q[0] * q[1] * k[0]
+
+
+count_by("similarity_hardest", lambda q, k, *rest, out_shape=None: _product_flops(q, k))
+# The products again, and those of both gradients.
+count_by("similarity_hardest_bwd", lambda *args, out_shape=None: 3 * _product_flops(*args[2:4]))
 
 
 def _fake(queries, keys, scale, k, first):

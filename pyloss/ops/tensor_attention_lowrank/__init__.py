@@ -80,7 +80,7 @@ count_by("tensor_attention_lowrank_bwd", _backward_flops)
 _ops = torch.ops.pyloss
 
 
-class _LowRank(torch.autograd.Function):
+class _TensorAttentionLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, order, coefficients, centre, causal, windows, q_offset, q, *others):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
@@ -128,5 +128,5 @@ def tensor_attention_lowrank(
         return reference.found(q, keys, values, key_masks, settings)[:2]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *keys, *values)):
         tensors = distinct((q, *keys, *values, *key_masks))
-        return _LowRank.apply(len(keys), *settings, *tensors)
+        return _TensorAttentionLowRank.apply(len(keys), *settings, *tensors)
     return _ops.tensor_attention_lowrank_fwd(q, keys, values, key_masks, *settings)[:2]
