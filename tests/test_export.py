@@ -3,13 +3,14 @@ profiler calls the ops."""
 
 from __future__ import annotations
 
-import ast
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from specs import SPECS
@@ -56,11 +57,10 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 
 
 def several(x, y, w):
-    """A row softmax, products, constants of a network, pairs, attention."""
+    """Rows, the constants of a network, sizes that depend on the batch."""
     return (
         pyloss.comp_sum_loss(x, y, 1.5),
-        pyloss.fused_linear_cross_entropy(x, w, y, reduction="none"),
-        pyloss.soft_rank(w[:, :4]),
+        pyloss.soft_sort(w[:, :3]),
         pyloss.tensor_attention(*x.reshape(1, 1, -1, 6).expand(5, -1, -1, -1, -1).unbind()),
     )
 
@@ -192,7 +192,7 @@ LOSSES = {
     "permutahedron rank": (permutahedron_rank, (X,)),
     "attention": (pyloss.tensor_attention, torch.randn(5, 1, 2, 4, 8).unbind()),
     "causal attention": (
-        lambda *q: pyloss.tensor_attention(*q, causal=True),
+        lambda *q: pyloss.tensor_attention(*q, is_causal=True),
         torch.randn(5, 1, 2, 4, 8).unbind(),
     ),
     "low rank": (
@@ -265,16 +265,10 @@ def onnx_model(program: ExportedProgram, inputs):
 
 
 def results(model, inputs) -> list[torch.Tensor]:
-    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator(model)
-    names = [i.name for i in model.graph.input]
-    given = {name: t.numpy() for name, t in zip(names, inputs)}
-    return [torch.from_numpy(a).reshape(a.shape) for a in map(_array, evaluator.run(None, given))]
-
-
-def _array(value):
-    import numpy
-
-    return numpy.array(value)
+    """Of onnxruntime: onnx's own evaluator takes no negative axis in GatherElements."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(model.SerializeToString())
+    given = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs)}
+    return [torch.from_numpy(a) for a in map(numpy.array, session.run(None, given))]
 
 
 @pytest.mark.exhaustive
@@ -315,12 +309,7 @@ def test_names_in_a_profile() -> None:
 
 
 def test_nodes_of_autograd_have_names_of_their_own() -> None:
-    names = [
-        node.name
-        for path in (ROOT / "pyloss").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-        and any(ast.unparse(base) == "torch.autograd.Function" for base in node.bases)
-    ]
+    pattern = re.compile(r"^class (\w+)\(torch\.autograd\.Function\):", re.M)
+    names = [n for p in (ROOT / "pyloss").rglob("*.py") for n in pattern.findall(p.read_text())]
     assert len(names) > 30
     assert [name for name, count in Counter(names).items() if count > 1] == []

@@ -62,10 +62,18 @@ def _traced(form: Callable, *args):
         return form(*pytree.tree_unflatten(filled, spec))
 
     given = [leaves[at] for at in places]
-    with disable_proxy_modes_tracing():
+    with disable_proxy_modes_tracing(), _autograd():
         graph = make_fx(dispatch_functionalize(of_tensors))(*given)
     graph.graph.eliminate_dead_code()
     return _WithoutConstants(graph).run(*given)
+
+
+def _autograd():
+    """Autograd on again: a tracer meets an op below it, and the form of a backward needs it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 class _WithoutConstants(torch.fx.Interpreter):
