@@ -114,7 +114,7 @@ def _pyloss() -> dict[str, Any]:
 def describe() -> dict[str, Any]:
     """Everything about the machine that a reader of the numbers has to know."""
     peers = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
-    peers += ("gudhi", "cripser", "topolosses", "diffsort", "difftopk", "torchsort")
+    peers += ("gudhi", "cripser", "topolosses", "monai", "diffsort", "difftopk", "torchsort")
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     return {
         "revision": git_revision(),

@@ -50,6 +50,7 @@ OPS = {
     "permutahedron": "bench.bench_permutahedron",
     "row_moments": "bench.bench_row_moments",
     "segment": "bench.bench_segment",
+    "segmentation": "bench.bench_segmentation",
     "similarity_softmax": "bench.bench_similarity_softmax",
     "similarity_topk": "bench.bench_similarity_topk",
     "sorting_network": "bench.bench_sorting_network",

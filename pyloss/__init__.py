@@ -80,7 +80,9 @@ __getattr__, __dir__, _names = _lazy.exports(
         ),
     },
     submodules=(
+        "adversarial",
         "aggregate",
+        "analysis",
         "demo",
         "distributed",
         "integrations",

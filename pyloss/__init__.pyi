@@ -1,4 +1,6 @@
+from pyloss import adversarial as adversarial
 from pyloss import aggregate as aggregate
+from pyloss import analysis as analysis
 from pyloss import demo as demo
 from pyloss import distributed as distributed
 from pyloss import functional as functional

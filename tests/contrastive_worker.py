@@ -389,6 +389,25 @@ def naive_bayes() -> None:
         close(found, expected)
 
 
+def neural_collapse(scatter: bool) -> None:
+    x, y = 100 + draw(sum(sizes()), 3, seed=9), torch.arange(sum(sizes())) % 2
+    logits, weight = draw(sum(sizes()), 3, seed=10), draw(3, 3, seed=11)
+    twin = pyloss.metrics.NeuralCollapseMetrics(3, 3, scatter=scatter)
+    own = pyloss.metrics.NeuralCollapseMetrics(3, 3, scatter=scatter, group=dist.group.WORLD)
+    raises(RuntimeError, "before update() of any rank", own.compute)
+    for step in (1, 2):
+        twin.update(step * x, y)
+        if x[mine()].numel():  # a rank may have none at all
+            own.update(step * x[mine()], y[mine()])
+        close(own.compute(weight)._replace(nc4=None), twin.compute(weight)._replace(nc4=None))
+    twin.compare(logits, x)
+    if x[mine()].numel():
+        own.compare(logits[mine()], x[mine()])
+    found = own.compute(weight)
+    close(found, twin.compute(weight))
+    assert 0 < found.nc4 < 1 and found.nc1.isnan() == (not scatter)
+
+
 def cases() -> dict[str, Callable]:
     found = {
         "gather": gather_with_gradient,
@@ -402,6 +421,8 @@ def cases() -> dict[str, Callable]:
         "ring on the reference": ring_on_the_reference,
         "second derivatives": second_derivatives,
         "naive Bayes": naive_bayes,
+        "neural collapse": partial(neural_collapse, True),
+        "neural collapse, no scatter": partial(neural_collapse, False),
         "robust": partial(robust_over_samples, 1.0),
         "robust, average": partial(robust_over_samples, 0.4),
         "cached gradients": cached_gradients_of_the_joined_batch,

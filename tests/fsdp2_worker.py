@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from pyloss.integrations.torchtitan import ChunkedLMHeadLoss
 from pyloss.integrations.transformers import patch_loss, unpatch_loss
 from pyloss.optim.lr_scheduler import GradNormRecorder
 
@@ -175,6 +177,44 @@ def weight_left_sharded() -> None:
         raise AssertionError("no error")
 
 
+class Skipping(torch.nn.Module):
+    """A decoder in the manner of TorchTitan's, whose forward leaves the output layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 16)
+        self.layer = torch.nn.Linear(16, 16)
+        self.lm_head = torch.nn.Linear(16, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.embedding(tokens)).tanh()
+
+
+def loss_with_the_head_inside() -> None:
+    torch.manual_seed(0)
+    ranks, model = dist.get_world_size(), Skipping()
+    plain = copy.deepcopy(model)
+    fully_shard(model.lm_head)
+    fully_shard(model)
+    tokens = [torch.randint(VOCABULARY, (2, 5 + r)) for r in range(ranks)]
+    count = sum(t.numel() for t in tokens)
+    losses = ChunkedLMHeadLoss(metrics=("entropy",)), ChunkedLMHeadLoss(metrics=("entropy",))
+    for loss_fn, m in zip(losses, (model, plain)):
+        loss_fn.set_lm_head(m.lm_head)
+    mine = tokens[dist.get_rank()]
+    loss, metrics = losses[0](model(mine), mine, count)
+    loss.backward()
+    found = torch.stack([loss.detach(), metrics["entropy/mean"]])
+    dist.all_reduce(found)
+    wanted = [losses[1](plain(t), t, count) for t in tokens]
+    want = sum(loss for loss, _ in wanted)
+    want.backward()
+    entropy = sum(m["entropy/mean"] for _, m in wanted)
+    torch.testing.assert_close(found, torch.stack([want.detach(), entropy]))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ranks * p.grad.full_tensor(), q.grad)  # FSDP2 averages
+
+
 CASES = {
     "head in a group of its own": lambda: case(llama, shard_head_alone),
     "patched after sharding": lambda: case(llama, shard_head_alone, patch_first=False),
@@ -188,6 +228,7 @@ CASES = {
     # torch 2.11 lets it pass
     **({"tied in two groups": separate_embedding} if TORCH >= (2, 13) else {}),
     "weight left sharded": weight_left_sharded,
+    "loss with the head inside": loss_with_the_head_inside,
 }
 
 

@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 import unittest.mock
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,3 +85,34 @@ def multiplications(function: Callable[[], object]) -> int:
             a, b = event.input_shapes[:2] if "add" not in event.name else event.input_shapes[1:3]
             total += a[0] * a[1] * b[1]
     return total
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes that tensors made within have held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
+                 if isinstance(t, torch.Tensor)}  # fmt: skip
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves(found):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key not in given and key not in self.known:
+                    self._hold(t, key, storage.nbytes())
+        return found
+
+    def _hold(self, t: torch.Tensor, key: int, size: int) -> None:
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(t.untyped_storage(), self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size

@@ -30,6 +30,7 @@ from bench import bench_permutahedron as permutahedron  # noqa: E402
 from bench import bench_row_moments as row_moments  # noqa: E402
 from bench import bench_row_softmax as row_softmax  # noqa: E402
 from bench import bench_segment as segment  # noqa: E402
+from bench import bench_segmentation as segmentation  # noqa: E402
 from bench import bench_similarity_softmax as similarity_softmax  # noqa: E402
 from bench import bench_similarity_topk as similarity_topk  # noqa: E402
 from bench import bench_sorting_network as sorting_network  # noqa: E402
@@ -214,6 +215,7 @@ def test_derived_columns_of_the_linear_op():
         permutahedron,
         row_moments,
         segment,
+        segmentation,
         spherical,
         similarity_softmax,
         similarity_topk,

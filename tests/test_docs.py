@@ -27,7 +27,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # What an import in a block needs. transformers' Trainer imports accelerate when it is made.
 EXTRAS = {"transformers": ("transformers", "accelerate"), "matplotlib": ("matplotlib",),
-          "torch_geometric": ("torch_geometric",)}  # fmt: skip
+          "torch_geometric": ("torch_geometric",), "trl": ("trl", "datasets"),
+          "peft": ("peft",), "lightning": ("lightning",)}  # fmt: skip
 # Blocks that are scripts for torchrun: a process of their own, alone in its group.
 SCRIPT = "init_process_group"
 # Pages whose script another test runs in two processes every time.
@@ -230,7 +231,7 @@ def test_lists_name_nothing_twice(name: str) -> None:
         rows = re.findall(r": (\S+\.md)$", text, re.MULTILINE)
     else:  # rows of tables by their first cell, items of lists, other lines of text
         rows = [re.sub(r"^(\|[^|]+\|).*", r"\1", line) for line in text.splitlines()]
-        rows = [row for row in rows if len(row) > 30 or row.startswith("| `")]
+        rows = [row for row in rows if len(row) > 30 or row.startswith(("| `", "| ["))]
     assert rows
     assert not sorted({row for row in rows if rows.count(row) > 1})
 

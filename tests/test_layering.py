@@ -25,7 +25,8 @@ PYTHON_LAYERS = {
     "pyloss.aggregate": {"torch", "pyloss.functional"},
     "pyloss.distributed": {"torch", "pyloss.ops", "pyloss.functional"},
     "pyloss.integrations": {
-        *{"torch", "transformers", "torch_geometric", "pyloss", "pyloss.functional", "pyloss.nn"},
+        *{"torch", "transformers", "torch_geometric", "trl", "pyloss"},
+        *{"pyloss.functional", "pyloss.nn"},
     },
     "pyloss.metrics": {"torch", "pyloss.functional"},
     "pyloss.nn": {"torch", "pyloss.functional"},
@@ -71,6 +72,7 @@ PYTHON_LAYERS = {
         "cripser",
         "gudhi",
         "topolosses",
+        "monai",
         "betti_matching",
         "diffsort",
         "difftopk",

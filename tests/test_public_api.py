@@ -13,15 +13,27 @@ import pyloss
 import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis.comp_sum
+import pyloss.analysis.invariance
+import pyloss.analysis.lazy
+import pyloss.analysis.learning_rate
+import pyloss.analysis.spectrum
 import pyloss.distributed
 import pyloss.functional
 import pyloss.metrics
 import pyloss.nn
+import pyloss.nn.init
 import pyloss.nn.lie
 import pyloss.ops
 import pyloss.optim
 import pyloss.optim.lr_scheduler
 import pyloss.regularizers
+import pyloss.research.bandits
+import pyloss.research.continual
+import pyloss.research.curriculum
+import pyloss.research.federated
+import pyloss.research.mdp
+import pyloss.research.online
+import pyloss.research.pretrain
 import pyloss.testing
 
 MODULES = [
@@ -30,15 +42,27 @@ MODULES = [
     pyloss.aggregate,
     pyloss.analysis,
     pyloss.analysis.comp_sum,
+    pyloss.analysis.lazy,
+    pyloss.analysis.learning_rate,
+    pyloss.analysis.spectrum,
+    pyloss.analysis.invariance,
     pyloss.distributed,
     pyloss.functional,
     pyloss.metrics,
     pyloss.nn,
+    pyloss.nn.init,
     pyloss.nn.lie,
     pyloss.ops,
     pyloss.optim,
     pyloss.optim.lr_scheduler,
     pyloss.regularizers,
+    pyloss.research.bandits,
+    pyloss.research.mdp,
+    pyloss.research.online,
+    pyloss.research.continual,
+    pyloss.research.curriculum,
+    pyloss.research.federated,
+    pyloss.research.pretrain,
     pyloss.testing,
 ]
 

@@ -105,6 +105,7 @@ WITHOUT_SPEC = {
     "GradCache": "calls encoders: tests/test_grad_cache.py",
     "LionKLyapunov": "the result of lion_k_lyapunov",
     "LyapunovMonitor": "records of a run: tests/test_lion_k_theory.py",
+    "NeuralCollapse": "the result of NeuralCollapseMetrics",
     "OPISCurves": "the result of opis",
     "OptimalBagSize": "the result of optimal_bag_size",
     "PersistencePairs": "the result of persistence_pairs",
@@ -118,6 +119,7 @@ WITHOUT_SPEC = {
     # means over batches
     "BettiMatchingError": "accumulates betti_matching_error: tests/test_betti_matching.py",
     "Alignment": "accumulates alignment: tests/test_embedding_metrics.py",
+    "NeuralCollapseMetrics": "NC1 to NC4 of batches: tests/test_neural_collapse_metrics.py",
     "OPIS": "accumulates opis: tests/test_embedding_metrics.py",
     "Tolerance": "accumulates tolerance: tests/test_embedding_metrics.py",
     "Uniformity": "accumulates uniformity: tests/test_embedding_metrics.py",

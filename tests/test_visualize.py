@@ -425,3 +425,23 @@ def test_messages_of_draw_barcode():
     for item in (2, -1):
         with pytest.raises(IndexError, match=rf"item must be in 0\.\.1, got {item}"):
             visualize.draw_barcode(pairs, item=item)
+
+
+def test_collapse():
+    """A panel a metric, without what is NaN; records and steps must fit."""
+    metrics = pyloss.metrics.NeuralCollapseMetrics(3, 5)
+    metrics.update(torch.randn(30, 5), torch.arange(30) % 3)
+    records = [metrics.compute(), metrics.compute()]
+    axes = visualize.draw_collapse(records, [0, 10])
+    assert [len(axis.lines) for axis in axes] == [3, 1, 0] and axes[2].get_title() == "NC3"
+    assert list(axes[0].lines[0].get_xdata()) == [0, 10]
+    with pytest.raises(ValueError, match="steps must be 2 numbers, got 1"):
+        visualize.draw_collapse(records, [0])
+    for bad, error in (([], ValueError), ([1.0], TypeError)):
+        with pytest.raises(error, match="records must"):
+            visualize.draw_collapse(bad)
+    path = pyloss.analysis.central_path(torch.randn(12, 5), torch.arange(12) % 3, 0.1, steps=4)
+    left, right = visualize.draw_central_path(path)
+    assert len(left.lines) == 2 and list(right.lines[0].get_ydata()) == path.value.tolist()
+    with pytest.raises(TypeError, match="path must be a CentralPath, got NeuralCollapse"):
+        visualize.draw_central_path(records[0])

@@ -1,7 +1,118 @@
-from pyloss.analysis.comp_sum import (
-    CompSumAnalysis,
-    h_consistency_bound,
-    minimizability_gap,
+from pyloss.analysis.collapse import (
+    LinearUFMOptimum,
+    UFMSolution,
+    gof,
+    linear_ufm_optimum,
+    simplex_etf,
+    ufm_minimizer,
+)
+from pyloss.analysis.comp_sum import CompSumAnalysis, h_consistency_bound, minimizability_gap
+from pyloss.analysis.critical import Criticality, criticality, optimal_aspect_ratio, optimal_depth
+from pyloss.analysis.flow import KernelFlow, kernel_flow
+from pyloss.analysis.inductive import (
+    InductiveBias,
+    chi2_mixture_logcdf,
+    gp_inductive_bias,
+    inductive_bias,
+    ncx2_logcdf,
+)
+from pyloss.analysis.invariance import (
+    Intervention,
+    InvarianceTest,
+    LinearSEM,
+    invariance_environments_needed,
+    invariance_test,
+    linear_sem,
+)
+from pyloss.analysis.lazy import LazyScale, empirical_ntk, kernel_alignment, scaled_mse
+from pyloss.analysis.learning_rate import (
+    HessianNoise,
+    batch_extremal_eigenvalue,
+    effective_batch_size,
+    full_batch_eigenvalue,
+    hessian_noise,
+    max_learning_rate,
+    scale_lr,
+)
+from pyloss.analysis.perturbed_collapse import (
+    CentralPath,
+    PerturbedUFM,
+    central_path,
+    perturbed_ufm,
+)
+from pyloss.analysis.random_features import (
+    KernelEigensystem,
+    RFRisk,
+    kernel_eigensystem,
+    optimal_ridge,
+    powerlaw_fit_ratio,
+    rf_risk,
+)
+from pyloss.analysis.spectrum import (
+    HessianOperator,
+    SpectralDensity,
+    TopEigenvalues,
+    Tridiagonal,
+    hvp,
+    lanczos,
+    slq_density,
+    top_eigenvalues,
 )
 
-__all__ = ["CompSumAnalysis", "h_consistency_bound", "minimizability_gap"]
+__all__ = [
+    "CentralPath",
+    "CompSumAnalysis",
+    "Criticality",
+    "HessianNoise",
+    "HessianOperator",
+    "InductiveBias",
+    "Intervention",
+    "InvarianceTest",
+    "KernelEigensystem",
+    "KernelFlow",
+    "LazyScale",
+    "LinearSEM",
+    "LinearUFMOptimum",
+    "PerturbedUFM",
+    "RFRisk",
+    "SpectralDensity",
+    "TopEigenvalues",
+    "Tridiagonal",
+    "UFMSolution",
+    "batch_extremal_eigenvalue",
+    "central_path",
+    "chi2_mixture_logcdf",
+    "criticality",
+    "effective_batch_size",
+    "empirical_ntk",
+    "full_batch_eigenvalue",
+    "gof",
+    "gp_inductive_bias",
+    "h_consistency_bound",
+    "hessian_noise",
+    "hvp",
+    "inductive_bias",
+    "invariance_environments_needed",
+    "invariance_test",
+    "kernel_alignment",
+    "kernel_eigensystem",
+    "kernel_flow",
+    "lanczos",
+    "linear_sem",
+    "linear_ufm_optimum",
+    "max_learning_rate",
+    "minimizability_gap",
+    "ncx2_logcdf",
+    "optimal_aspect_ratio",
+    "optimal_depth",
+    "optimal_ridge",
+    "perturbed_ufm",
+    "powerlaw_fit_ratio",
+    "rf_risk",
+    "scale_lr",
+    "scaled_mse",
+    "simplex_etf",
+    "slq_density",
+    "top_eigenvalues",
+    "ufm_minimizer",
+]

@@ -22,6 +22,7 @@ class Panel(NamedTuple):
     ylabel: str
     x: Sequence[float]
     lines: Mapping[str, Sequence[Sequence[float]] | float]
+    log: bool = False  # both axes
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> str:
@@ -49,6 +50,8 @@ def draw(path: Path, panels: Sequence[Panel]) -> str:
             high = [m + d for m, d in zip(mean, off, strict=True)]
             axes.fill_between(panel.x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.log:
+            axes.set(xscale="log", yscale="log")
         axes.grid(alpha=0.2)
         axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

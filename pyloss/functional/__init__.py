@@ -70,6 +70,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "prototypes",
         ),
         "metric_learning_margins": ("arcface_loss", "cosface_loss"),
+        "neural_collapse": ("ufm_loss",),
         "normalized": ("normalized_logistic_loss",),
         "permutahedron": ("permutahedron_rank", "permutahedron_sort"),
         "physics": (
@@ -105,6 +106,14 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "segment_tree_reduce",
         ),
         "segmentation": ("dice_cross_entropy_loss", "soft_dice_loss"),
+        "segmentation_cldice": ("cldice_loss", "dice_cldice_loss", "soft_skeleton"),
+        "segmentation_focal": (
+            "dice_focal_loss",
+            "generalized_dice_focal_loss",
+            "segmentation_focal_loss",
+            "sigmoid_focal_loss",
+        ),
+        "segmentation_overlap": ("generalized_dice_loss", "tversky_loss"),
         "sets": (
             "chamfer_set_loss",
             "hungarian_set_loss",

@@ -79,6 +79,7 @@ from pyloss.functional.metric_learning_margins import (
     arcface_loss,
     cosface_loss,
 )
+from pyloss.functional.neural_collapse import ufm_loss
 from pyloss.functional.normalized import normalized_logistic_loss
 from pyloss.functional.permutahedron import (
     permutahedron_rank,
@@ -125,6 +126,21 @@ from pyloss.functional.segment import (
 from pyloss.functional.segmentation import (
     dice_cross_entropy_loss,
     soft_dice_loss,
+)
+from pyloss.functional.segmentation_cldice import (
+    cldice_loss,
+    dice_cldice_loss,
+    soft_skeleton,
+)
+from pyloss.functional.segmentation_focal import (
+    dice_focal_loss,
+    generalized_dice_focal_loss,
+    segmentation_focal_loss,
+    sigmoid_focal_loss,
+)
+from pyloss.functional.segmentation_overlap import (
+    generalized_dice_loss,
+    tversky_loss,
 )
 from pyloss.functional.sets import (
     chamfer_set_loss,
@@ -190,6 +206,7 @@ __all__ = [
     "causal_weights",
     "chamfer_set_loss",
     "class_balanced_weight",
+    "cldice_loss",
     "clip_loss",
     "clip_schedule",
     "comp_sum_loss",
@@ -198,7 +215,9 @@ __all__ = [
     "cosface_loss",
     "dcdm_solve",
     "dcl",
+    "dice_cldice_loss",
     "dice_cross_entropy_loss",
+    "dice_focal_loss",
     "dpo_loss",
     "ens_loss",
     "ens_loss_derivatives",
@@ -206,6 +225,8 @@ __all__ = [
     "focal_loss",
     "fused_cross_entropy",
     "fused_linear_cross_entropy",
+    "generalized_dice_focal_loss",
+    "generalized_dice_loss",
     "groco_from_scores",
     "groco_loss",
     "group_advantages",
@@ -256,8 +277,10 @@ __all__ = [
     "segment_softmax",
     "segment_softmax_stats",
     "segment_tree_reduce",
+    "segmentation_focal_loss",
     "sequence_logprobs",
     "siglip_loss",
+    "sigmoid_focal_loss",
     "simple_contrastive",
     "sinkhorn_set_loss",
     "smooth_adversarial_comp_sum",
@@ -266,6 +289,7 @@ __all__ = [
     "soft_permutation",
     "soft_permute",
     "soft_rank",
+    "soft_skeleton",
     "soft_sort",
     "soft_sort_matrix",
     "soft_topk",
@@ -287,4 +311,6 @@ __all__ = [
     "topk_cross_entropy",
     "trajectory_matching_loss",
     "triplet_margin_loss",
+    "tversky_loss",
+    "ufm_loss",
 ]

@@ -154,6 +154,13 @@ def of_all(x: Tensor, group) -> list[Tensor]:
 
 
 @eager
+def total(x: Tensor, group) -> Tensor:
+    """The sum of what the ranks have, without a gradient."""
+    check_group()
+    return summed_over(x, group)
+
+
+@eager
 def last_dimension(name: str, group, *tensors: Tensor) -> list[Tensor]:
     """What all ranks have along the last dimension, of tensors that are alike in it."""
     layout = layout_of(name, tensors[0], group)

@@ -1,8 +1,6 @@
-"""Count, mean and sum of squares of the samples of each class, which merge in any order."""
+"""Inputs of Gaussian naive Bayes, and its distances."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,43 +11,6 @@ from pyloss.ops._labels import outside
 from pyloss.ops._launch import without_autocast as without_autocast
 
 _BLOCK = 2**22  # numbers of distances that are made at a time
-
-
-class ClassStats(NamedTuple):
-    count: Tensor  # (C,)
-    mean: Tensor  # (C, D), 0 of no samples
-    ssd: Tensor  # (C, D): sum of squared distances from the mean
-
-
-def class_stats(x: Tensor, y: Tensor, classes: int, dtype: torch.dtype) -> ClassStats:
-    """Of one batch, by two passes over it."""
-    x = x.detach().to(dtype)
-    count = torch.zeros(classes, dtype=dtype, device=x.device)
-    count = count.index_add(0, y, torch.ones_like(y, dtype=dtype))
-    zero = torch.zeros(classes, x.shape[1], dtype=dtype, device=x.device)
-    mean = zero.index_add(0, y, x) / count.clamp(min=1).unsqueeze(1)
-    return ClassStats(count, mean, zero.index_add(0, y, (x - mean[y]).square()))
-
-
-def merged(a: ClassStats, b: ClassStats) -> ClassStats:
-    """Of the samples of both (Chan, Golub, LeVeque)."""
-    count = a.count + b.count
-    share = (b.count / count.clamp(min=1)).unsqueeze(1)
-    off = b.mean - a.mean
-    return ClassStats(
-        count, a.mean + off * share, a.ssd + b.ssd + off.square() * share * a.count.unsqueeze(1)
-    )
-
-
-def over_ranks(own: ClassStats, group) -> ClassStats:
-    """Of the samples of all ranks, merged in their order: the same on each."""
-    from pyloss.functional import _contrastive_group as of_group  # with its first use
-
-    every = [ClassStats(*parts) for parts in zip(*(of_group.of_all(t, group) for t in own))]
-    found = every[0]
-    for other in every[1:]:
-        found = merged(found, other)
-    return found
 
 
 def check_batch(x, y, features: int, classes: int) -> Tensor:

@@ -58,25 +58,35 @@ class NetworkOptions(TypedDict, total=False):
     art_lambda: float
 
 
-class DiceOptions(TypedDict, total=False):
-    """Of a region loss; see :func:`pyloss.functional.soft_dice_loss`."""
+class RegionOptions(TypedDict, total=False):
+    """Of every region loss; see :func:`pyloss.functional.soft_dice_loss`."""
 
     include_background: bool
     to_onehot_y: bool | None
     sigmoid: bool
     softmax: bool
     other_act: Callable[[Tensor], Tensor] | None
-    squared_pred: bool
-    jaccard: bool
     reduction: str
     smooth_nr: float
     smooth_dr: float
-    batch: bool
-    weight: float | Sequence[float] | Tensor | None
-    soft_label: bool
     ignore_index: int | None
     empty: str
     validate: bool | None
+
+
+class OverlapOptions(RegionOptions, total=False):
+    """Of those that are made of sums over the voxels."""
+
+    batch: bool
+    soft_label: bool
+
+
+class DiceOptions(OverlapOptions, total=False):
+    """Of Dice; see :func:`pyloss.functional.soft_dice_loss`."""
+
+    squared_pred: bool
+    jaccard: bool
+    weight: float | Sequence[float] | Tensor | None
 
 
 class DiceCrossEntropyOptions(DiceOptions, total=False):
@@ -85,6 +95,69 @@ class DiceCrossEntropyOptions(DiceOptions, total=False):
     lambda_dice: float
     lambda_ce: float
     label_smoothing: float
+
+
+class DiceFocalOptions(DiceOptions, total=False):
+    """Of its sum with the focal loss; see :func:`pyloss.functional.dice_focal_loss`."""
+
+    gamma: float
+    lambda_dice: float
+    lambda_focal: float
+    alpha: float | Sequence[float] | None
+    use_softmax: bool
+
+
+class GeneralizedDiceOptions(OverlapOptions, total=False):
+    """See :func:`pyloss.functional.generalized_dice_loss`."""
+
+    w_type: str
+
+
+class GeneralizedDiceFocalOptions(GeneralizedDiceOptions, total=False):
+    """See :func:`pyloss.functional.generalized_dice_focal_loss`."""
+
+    gamma: float
+    weight: float | Sequence[float] | Tensor | None
+    lambda_gdl: float
+    lambda_focal: float
+    alpha: float | Sequence[float] | None
+    use_softmax: bool
+
+
+class TverskyOptions(OverlapOptions, total=False):
+    """See :func:`pyloss.functional.tversky_loss`."""
+
+    alpha: float
+    beta: float
+    gamma: float
+
+
+class SegmentationFocalOptions(TypedDict, total=False):
+    """See :func:`pyloss.functional.segmentation_focal_loss`."""
+
+    include_background: bool
+    to_onehot_y: bool | None
+    gamma: float
+    alpha: float | Sequence[float] | None
+    weight: float | Sequence[float] | Tensor | None
+    reduction: str
+    use_softmax: bool
+    ignore_index: int | None
+    empty: str
+    validate: bool | None
+
+
+class ClDiceOptions(RegionOptions, total=False):
+    """See :func:`pyloss.functional.cldice_loss`."""
+
+    iter_: int
+    smooth: float
+
+
+class DiceClDiceOptions(ClDiceOptions, total=False):
+    """See :func:`pyloss.functional.dice_cldice_loss`."""
+
+    alpha: float
 
 
 class SortingLossOptions(NetworkOptions, total=False):

@@ -21,8 +21,8 @@ _GRPO_LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "ve
 _UNCLIPPED = ("sapo", "vespo")
 _LEVELS = ("token", "sequence")
 _SAPO_TEMPERATURES = 1.0, 1.05  # of advantages > 0 and of the others
-# Exponent and decay, of advantages >= 0 and of the others. From exp(20) on the weight is 0.
-_VESPO_WEIGHTS, _VESPO_LARGEST = ((2.0, 3.0), (3.0, 2.0)), 20.0
+_VESPO_WEIGHTS = (2.0, 3.0), (3.0, 2.0)  # exponent and decay, of advantages >= 0 and of the others
+_LARGEST_LOG_RATIO = 20.0  # of exponentials that no clip bounds; VESPO's weight is 0 from there on
 
 
 class DPOMetrics(NamedTuple):
@@ -350,6 +350,7 @@ def grpo_loss(
     return_metrics: bool = False,
     max_ratio: float | None = None,
     kl_clip: float | None = None,
+    kl_correction: bool = False,
 ) -> Tensor | tuple[Tensor, GRPOMetrics]:
     r"""Clipped policy-gradient loss of GRPO and its relatives, with KL and entropy terms.
 
@@ -411,6 +412,9 @@ def grpo_loss(
             ``delta``); > 1 + ``clip_high``. For the clipped losses. None: none.
         kl_clip: bound of :math:`|d_t|` in the KL estimate, > 0; a token beyond it has the bound's
             value and gradient 0 from this term. None: none.
+        kl_correction: multiply the KL estimate of each token by its ratio (TRL's
+            ``use_bias_correction_kl``), which makes the mean right although the tokens were sampled
+            under the old policy. A ratio above e^20 counts as e^20 here.
 
     Returns:
         The loss, float32 (float64 for float64 ``logprobs``); with ``return_metrics`` the pair
@@ -433,6 +437,7 @@ def grpo_loss(
         GRPO: Shao et al. arXiv 2402.03300. DAPO: Yu et al. arXiv 2503.14476. Dr. GRPO: Liu et al.
         arXiv 2503.20783. Sequence level: Zheng et al. GSPO. arXiv 2507.18071. CISPO: MiniMax-M1.
         arXiv 2506.13585. SAPO: arXiv 2511.20347. LUSPO: arXiv 2602.05261. VESPO: arXiv 2602.10693.
+        Correction of the KL estimate: DeepSeek-V3.2. arXiv 2512.02556.
     """
     check_floating("logprobs", logprobs)
     if logprobs.dim() != 2:
@@ -451,6 +456,7 @@ def grpo_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     checks.check_flag("return_metrics", return_metrics)
+    checks.check_flag("kl_correction", kl_correction)
     clip_high = clip_low if clip_high is None else clip_high
     check_range("clip_low", clip_low, 0.0)
     check_range("clip_high", clip_high, 0.0)
@@ -495,7 +501,7 @@ def grpo_loss(
     if loss_type == "cispo":
         policy = -advantages * log_ratio.detach().clamp(max=top).exp() * logps
     elif loss_type == "vespo":
-        log_w = log_ratio.detach().sum(1, keepdim=True).clamp(max=_VESPO_LARGEST)
+        log_w = log_ratio.detach().sum(1, keepdim=True).clamp(max=_LARGEST_LOG_RATIO)
         (k_high, decay_high), (k_low, decay_low) = _VESPO_WEIGHTS
         k = torch.full_like(advantages, k_low).masked_fill(positive, k_high)
         decay = torch.full_like(advantages, decay_low).masked_fill(positive, decay_high)
@@ -516,6 +522,8 @@ def grpo_loss(
         if kl_clip is not None:
             d = d.clamp(-kl_clip, kl_clip)
         kl = torch.expm1(d) - d
+        if kl_correction:
+            kl = kl * log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
         if kl_coef:
             loss = loss + kl_coef * kl
     if entropy is not None:

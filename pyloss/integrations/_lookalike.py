@@ -6,6 +6,7 @@ replicas of DataParallel) then run their own forward and not that of the origina
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ def change_class(module: Any, made: type, caller: str) -> None:
     slots = [slot for slot in ("forward", "_old_forward") if slot in module.__dict__]
     original = made._pyloss_original.forward
     bound = [s for s in slots if getattr(module.__dict__[s], "__func__", None) is original]
-    if slots and not bound:
+    if slots and not bound and not any(_leads_to(module.__dict__[s], made.forward) for s in slots):
         raise TypeError(
             f"the forward of this {type(module).__name__} has been replaced by "
             f"{module.__dict__[slots[0]]!r}; call {caller} before what replaced it"
@@ -51,6 +52,12 @@ def change_class(module: Any, made: type, caller: str) -> None:
     module.__class__ = made
     for slot in bound:
         module.__dict__[slot] = types.MethodType(made.forward, module)
+
+
+def _leads_to(forward: Any, made: Callable) -> bool:
+    """Whether wrappers, as those of accelerate's mixed precision, are around a forward made here,
+    of a lookalike that the module has been before."""
+    return inspect.unwrap(forward, stop=lambda function: function is made) is made
 
 
 def _new(subclass_of: Callable[[type], type], cls: type) -> Any:

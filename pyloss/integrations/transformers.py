@@ -2,11 +2,12 @@
 
 How `patch_loss` works. The model gets a subclass of its own class with another `forward`. In a
 training step with labels that runs the model's original `forward` with two things exchanged: the
-output layer returns a `_Deferred`, which stands for the logits and notes what the model does to
-them (soft capping, scaling); and the loss function, when it is handed the `_Deferred`, computes the
-loss from the hidden states. So the model's own code decides which options reach the loss, what the
-output holds and what is added to the loss (router losses), and a step on the logits that pyloss
-does not know is an error, never a wrong number.
+output layer returns a `Deferred`, which stands for the logits and notes what the model does to
+them (soft capping, scaling, a bias); and the loss function, when it is handed the `Deferred`,
+computes the loss from the hidden states. Models without a loss function call torch's cross_entropy,
+which asks the `Deferred` by itself. So the model's own code decides which options reach the loss,
+what the output holds and what is added to the loss (router losses), and a step on the logits that
+pyloss does not know is an error, never a wrong number.
 
 The loss itself runs inside a call of the output layer with another `forward`, so that the layer's
 hooks run: under FSDP2 they gather its weight before and free it after, and again in the backward.
@@ -20,11 +21,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,12 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from pyloss.functional import fused_linear_cross_entropy
+from pyloss.integrations._deferred_logits import Deferred, DeferredHead, causal_loss, masked_loss
+from pyloss.integrations._enable import Settings, use
 from pyloss.integrations._lookalike import change_class, lookalike
+from pyloss.integrations._output_layer import FORWARDS, bind_to, exchanged, head_of
 
 # Also registers attn_implementation="tensor_attention", where transformers is installed.
 from pyloss.integrations._tensor_attention_hf import convert, from_pretrained
 
-__all__ = ["convert", "from_pretrained", "patch_loss", "unpatch_loss"]
+__all__ = ["convert", "disable", "enable", "from_pretrained", "patch_loss", "unpatch_loss"]
 
 # Arguments of fused_linear_cross_entropy that are not the user's to choose, and why.
 _BY_THE_MODEL = "comes from the model"
@@ -58,10 +61,9 @@ _RESERVED = {
     "options": "is there for torch's signature only",
 }
 
+_LOSSES = {"ForCausalLMLoss": causal_loss, "ForMaskedLMLoss": masked_loss}
 _STATE = "_pyloss_loss"
 _LOSS = "_loss_function"  # where transformers keeps a model's loss
-_FORWARDS = ("forward", "_old_forward")
-_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ABSENT = object()
 _WARNED = "_pyloss_warned"
 _NO_LABELS = (
@@ -70,7 +72,7 @@ _NO_LABELS = (
 )
 _TRL = (
     "they compute their loss with a fused output layer of their own, which leaves out the model's "
-    "loss; call unpatch_loss(model), or train with transformers.Trainer"
+    "loss; call unpatch_loss(model), and pyloss.integrations.trl.patch_trainer(trainer)"
 )
 _calls = threading.local()  # reached: whether the patched forward has run in this call
 
@@ -80,28 +82,32 @@ class _LossPatch(NamedTuple):
 
     head: str  # path of the output layer
     options: dict[str, Any]
+    loss: str | None  # name of the loss function that this stands in for; None: cross_entropy
 
 
 def patch_loss(model: Any, **loss_options: Any) -> Any:
-    r"""Give a causal language model of transformers a training loss without stored logits.
+    r"""Give a language model of transformers a training loss without stored logits.
 
     .. math::
         \ell = \frac{1}{n} \sum_t \ell_\mathrm{fused}(\mathrm{transform}(W h_t + b),\; y_{t+1})
 
-    with the output layer W, b and the transform (soft capping, scale) of the model, and n the
-    number of labels that are not ``ignore_index``, or ``num_items_in_batch``. Without options the
-    loss and its gradients are those of transformers' own ``ForCausalLMLoss``. The model is changed
-    in place. The loss is used in training mode, when ``labels`` are given; the output then holds no
-    logits. In eval mode, without ``labels``, with ``logits_to_keep``, or with another
-    ``loss_function``, the original forward runs. Patching twice is patching once, with the options
-    of the second call. A model that trains without the patched loss says so once, by a warning.
+    with the output layer W, b and the transform (soft capping, scale, a bias) of the model, and n
+    the number of labels that are not ``ignore_index``, or ``num_items_in_batch``; for masked models
+    and most seq2seq models the label is that of the place itself, :math:`y_t`. Without options the
+    loss and its gradients are those of the model's own loss. The model is changed in place. The
+    loss is used in training mode, when ``labels`` are given; the output then holds no logits. In
+    eval mode, without ``labels``, with ``logits_to_keep``, or with another ``loss_function``, the
+    original forward runs. Patching twice is patching once, with the options of the second call. A
+    model that trains without the patched loss says so once, by a warning.
 
     Args:
-        model: a ``transformers`` model for causal language modelling, such as
-            ``LlamaForCausalLM``, before ``torch.compile`` or ``DistributedDataParallel`` wrap it;
-            before or after ``fully_shard``. Or a ``transformers.Trainer``, whose model is patched;
-            its ``label_smoothing_factor``, which else needs the logits, becomes the loss's
-            ``label_smoothing`` in training.
+        model: a ``transformers`` model with labels of tokens, such as ``LlamaForCausalLM``,
+            ``T5ForConditionalGeneration``, ``BertForMaskedLM``,
+            ``LlavaForConditionalGeneration``, or a model of PEFT around one, where the adapters of
+            the output layer are LoRA or ``modules_to_save``; before ``torch.compile`` or
+            ``DistributedDataParallel`` wrap it, before or after ``fully_shard``. Or a
+            ``transformers.Trainer``, whose model is patched; its ``label_smoothing_factor``, which
+            else needs the logits, becomes the loss's ``label_smoothing`` in training.
         loss_options: options of :func:`pyloss.fused_linear_cross_entropy`: ``z_loss``,
             ``label_smoothing``, ``tau``, ``truncate``, ``temperature``, ``weight``,
             ``ignore_index`` (for calls that name none), ``empty``, ``loss_dtype``, ``chunk``,
@@ -115,8 +121,9 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
             ``forward`` are of the kind described in docs/transformers.md; an unknown option. In the
             first training step: the model does something to its logits that is not known here. A
             trainer of TRL, which computes its loss without the model's.
-        ValueError: the model's loss function is not ``ForCausalLMLoss``; a trainer with a
-            ``compute_loss_func``, or with another ``label_smoothing_factor`` than the option.
+        ValueError: the model's loss function is another than ``ForCausalLMLoss`` and
+            ``ForMaskedLMLoss``; a trainer with a ``compute_loss_func``, or with another
+            ``label_smoothing_factor`` than the option.
         RuntimeError: in a training step: TRL's fused output layer stands before the patched loss.
 
     Example:
@@ -138,14 +145,15 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
     if _is_trainer(model):
         return _patch_trainer(model, loss_options)
     _check_options(loss_options)
-    head = _check_model(model)
+    whole, model = model, _base_of(model)
+    state = _LossPatch(_check_model(model), loss_options, _loss_of(model))
     if not hasattr(type(model), "_pyloss_original"):
         change_class(model, _patched_class(type(model)), "patch_loss")
-    model.__dict__[_STATE] = _LossPatch(head, loss_options)
+    model.__dict__[_STATE] = state
     if _call_begins not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_call_begins, with_kwargs=True)
         model.register_forward_hook(_call_ends)
-    return model
+    return whole
 
 
 def unpatch_loss(model: Any) -> Any:
@@ -170,10 +178,11 @@ def unpatch_loss(model: Any) -> Any:
     """
     if _is_trainer(model):
         model.__dict__.pop("compute_loss", None)
-        unpatch_loss(_model_of(model))
+        unpatch_loss(model.model)
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    whole, model = model, _base_of(model)
     for name in (_STATE, _WARNED):
         model.__dict__.pop(name, None)
     for hooks, function, names in (
@@ -187,7 +196,62 @@ def unpatch_loss(model: Any) -> Any:
     # patched forward is the original one.
     if "_pyloss_original" in vars(type(model)):
         model.__class__ = type(model)._pyloss_original
-    return model
+    return whole
+
+
+def enable(*, strict: bool = False, **loss_options: Any) -> Settings:
+    r"""Let every ``Trainer`` train with :func:`patch_loss`, whether it is made before or after.
+
+    From now on ``Trainer.train`` patches the trainer, as ``patch_loss(trainer, **loss_options)``
+    does, when it begins, and takes the patch back when it ends; outside of it nothing is changed.
+    Trainers of TRL get :func:`pyloss.integrations.trl.patch_trainer`. A model or trainer that is
+    patched already keeps its options. Calling it again replaces the options.
+
+    Args:
+        strict: an error, instead of a warning, from ``train`` of a trainer whose model or loss
+            cannot be patched.
+        loss_options: those of :func:`patch_loss`.
+
+    Returns:
+        A context manager, for ``with enable():``, which brings back what was before. Without a
+        ``with`` it holds until :func:`disable`.
+
+    Raises:
+        TypeError: an unknown option, ``strict`` not a bool.
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> from pyloss.integrations.transformers import disable, enable
+        >>> enable(z_loss=1e-4)
+        enable(z_loss=0.0001, strict=False)
+        >>> with enable():
+        ...     pass  # trainer.train()
+        >>> disable()
+    """
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict must be a bool, got {type(strict).__name__}")
+    _check_options(loss_options)
+    settings = Settings(strict, loss_options)
+    use(settings)
+    return settings
+
+
+def disable() -> None:
+    """Undo `enable`: trainers train with their own loss again.
+
+    Returns:
+        None.
+
+    Example:
+        >>> from pyloss.integrations.transformers import disable
+        >>> disable()
+    """
+    use(None)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether patch_loss has been called on a model, or on the model in a model of PEFT."""
+    return _STATE in _base_of(model).__dict__
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,9 +263,9 @@ def _is_trainer(model: Any) -> bool:
     return ("transformers.trainer", "Trainer") in names
 
 
-def _model_of(trainer: Any) -> Any:
-    model = trainer.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+def _base_of(model: Any) -> Any:
+    """The transformers model in a model of PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _patch_trainer(trainer: Any, options: dict[str, Any]) -> Any:
@@ -220,7 +284,7 @@ def _patch_trainer(trainer: Any, options: dict[str, Any]) -> Any:
                 f"label_smoothing={options['label_smoothing']}, but this {name} has "
                 f"label_smoothing_factor={factor}"
             )
-    patch_loss(_model_of(trainer), **options)
+    patch_loss(trainer.model, **options)
     trainer.__dict__.pop("compute_loss", None)
     trainer.compute_loss = types.MethodType(_compute_loss, trainer)
     return trainer
@@ -288,29 +352,21 @@ def _check_model(model: Any) -> str:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers.PreTrainedModel, got {name}; patch a model before "
-            "torch.compile, DistributedDataParallel or PEFT wrap it"
+            "torch.compile or DistributedDataParallel wrap it"
         )
     parameters = inspect.signature(type(model).forward).parameters
-    if "labels" not in parameters or not _forward_names(type(model), "loss_function"):
+    losses = ("loss_function", "CrossEntropyLoss", "cross_entropy")
+    if "labels" not in parameters or not any(_forward_names(type(model), x) for x in losses):
         raise TypeError(
-            f"patch_loss needs a causal language model whose forward takes labels and calls "
-            f"self.loss_function; {name}.forward does not"
-        )
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    if model.loss_function is not ForCausalLMLoss:
-        found = getattr(model.loss_function, "__name__", model.loss_function)
-        raise ValueError(
-            f"patch_loss stands in for transformers' ForCausalLMLoss, but {name} has the loss "
-            f"function {found}"
+            f"patch_loss needs a language model whose forward takes labels and calls "
+            f"self.loss_function or torch's cross entropy; {name}.forward does not"
         )
     head = model.get_output_embeddings()
-    # Subclasses with the same forward are fine: that is what fully_shard makes.
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"patch_loss needs an output layer (get_output_embeddings(), usually lm_head) of type "
-            f"torch.nn.Linear; {name} has {_full_name(head)}"
-        )
+    head_of(
+        head,
+        "patch_loss needs an output layer (get_output_embeddings(), usually lm_head) of type "
+        f"torch.nn.Linear; {name} has",
+    )
     path = next((path for path, module in model.named_modules() if module is head), None)
     if path is None:
         raise TypeError(
@@ -318,13 +374,6 @@ def _check_model(model: Any) -> str:
             "the model's submodules"
         )
     return path
-
-
-def _full_name(module: nn.Module) -> str:
-    """With its package, since adapters and quantised layers are called Linear too."""
-    cls = type(module)
-    ours = cls.__module__.startswith("torch.nn.")
-    return cls.__qualname__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _forward_names(cls: type, name: str) -> bool:
@@ -339,28 +388,30 @@ def _forward_names(cls: type, name: str) -> bool:
     return False
 
 
-def _has_another_loss(model: Any) -> bool:
+def _loss_of(model: Any) -> str | None:
+    """The name of the model's loss function; None for a model that calls cross_entropy itself."""
+    if not _forward_names(type(model), "loss_function"):
+        return None
+    from transformers.loss import loss_utils
+
+    for name in _LOSSES:
+        if model.loss_function is getattr(loss_utils, name):
+            return name
+    found = getattr(model.loss_function, "__name__", model.loss_function)
+    raise ValueError(
+        f"patch_loss stands in for transformers' {' and '.join(_LOSSES)}, but "
+        f"{type(model).__name__} has the loss function {found}"
+    )
+
+
+def _has_another_loss(model: Any, name: str | None) -> bool:
     """Whether the user has set model.loss_function since the patch."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     # Not model.loss_function itself, which may log, and torch.compile cannot trace that.
-    return model.__dict__.get(_LOSS, ForCausalLMLoss) is not ForCausalLMLoss
+    if name is None or _LOSS not in model.__dict__:
+        return False
+    from transformers.loss import loss_utils
 
-
-def _linear_of(head: nn.Module) -> nn.Linear:
-    """The output layer below the wrappers that it may have got since the patch."""
-    inner = head
-    while name := next((name for name in _WRAPPED if name in inner._modules), None):
-        inner = inner._modules[name]
-    # accelerate's hooks (offloading) are a forward of their own, which calls _old_forward.
-    forward = inner.__dict__.get("_old_forward" if hasattr(inner, "_hf_hook") else "forward")
-    function = type(inner).forward if forward is None else getattr(forward, "__func__", forward)
-    if function is not nn.Linear.forward:
-        raise TypeError(
-            f"patch_loss needs an output layer with the forward of torch.nn.Linear, but since the "
-            f"patch it has become {_full_name(head)} with another one"
-        )
-    return inner
+    return model.__dict__[_LOSS] is not getattr(loss_utils, name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,7 +440,7 @@ def _patched_class(cls: type) -> type:
                 _warn(self, _NO_LABELS)
             return cls.forward(self, *args, **kwargs)
         keep = given("logits_to_keep")
-        if isinstance(keep, Tensor) or keep or _has_another_loss(self):
+        if isinstance(keep, Tensor) or keep or _has_another_loss(self, patch.loss):
             return cls.forward(self, *args, **kwargs)
         with _deferred(self, patch) as view:
             output = cls.forward(view, *args, **kwargs)
@@ -401,20 +452,25 @@ def _patched_class(cls: type) -> type:
 @contextmanager
 def _deferred(model: Any, patch: _LossPatch) -> Iterator[Any]:
     """A view of the model with a deferred output layer and the loss function for it."""
-    head = model.get_submodule(patch.head)
-    linear = _linear_of(head)
-    loss = functools.partial(_deferred_loss, head, linear, patch.options)
+    layer = model.get_submodule(patch.head)
+    head = head_of(
+        layer,
+        "patch_loss needs an output layer with the forward of torch.nn.Linear, but since the patch "
+        "it has become",
+    )
+    stand_in = DeferredHead(head, patch.options)
+    loss = _LOSSES.get(patch.loss, causal_loss)
     if torch.compiler.is_compiling():
         parent, _, name = patch.head.rpartition(".")
         modules = model.get_submodule(parent)._modules
-        with _set(modules, name, _DeferredHead(linear)), _set(model.__dict__, _LOSS, loss):
+        with exchanged(modules, name, stand_in), exchanged(model.__dict__, _LOSS, loss):
             yield model
         return
-    view, before = _view(model, patch.head.split("."), _DeferredHead(linear)), dict(model.__dict__)
+    view, before = _view(model, patch.head.split("."), stand_in), dict(model.__dict__)
     view.__dict__[_LOSS] = loss
     yield view
     for name, value in view.__dict__.items():  # what a forward keeps on its model
-        if name not in (_LOSS, "_modules", *_FORWARDS) and value is not before.get(name, _ABSENT):
+        if name not in (_LOSS, "_modules", *FORWARDS) and value is not before.get(name, _ABSENT):
             model.__dict__[name] = value
 
 
@@ -429,265 +485,16 @@ def _view(module: nn.Module, path: list[str], end: nn.Module) -> Any:
     view.__dict__.update(module.__dict__)
     inner = _view(module._modules[path[0]], path[1:], end)
     view.__dict__["_modules"] = {**module._modules, path[0]: inner}
-    _bind_to(view, module)
+    bind_to(view, module)
     return view
-
-
-def _bind_to(view: nn.Module, module: nn.Module) -> None:
-    """Forwards that accelerate keeps on the module itself must not lead back to it."""
-    for slot in _FORWARDS:
-        bound = view.__dict__.get(slot)
-        if getattr(bound, "__self__", None) is module:
-            view.__dict__[slot] = types.MethodType(bound.__func__, view)
-        elif isinstance(bound, functools.partial) and bound.args and bound.args[0] is module:
-            rest = bound.args[1:]
-            view.__dict__[slot] = functools.partial(bound.func, view, *rest, **bound.keywords)
-
-
-@contextmanager
-def _set(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """A dictionary with another entry, as long as it takes."""
-    present, before = name in entries, entries.get(name)
-    entries[name] = value
-    try:
-        yield
-    finally:
-        if present:
-            entries[name] = before
-        else:
-            del entries[name]
 
 
 def _without_logits(output: Any) -> Any:
     """The output with None for the logits; in a tuple the other entries keep their places."""
     if isinstance(output, tuple):
-        return tuple(None if isinstance(entry, _Deferred) else entry for entry in output)
-    entries = {k: v for k, v in output.items() if not isinstance(v, _Deferred)}
+        return tuple(None if isinstance(entry, Deferred) else entry for entry in output)
+    entries = {k: v for k, v in output.items() if not isinstance(v, Deferred)}
+    for name, value in entries.items():  # the output of a language model in a model of images
+        if hasattr(value, "to_tuple"):
+            entries[name] = _without_logits(value)
     return type(output)(**entries)
-
-
-# --------------------------------------------------------------------------------------------------
-# Logits that are not there
-
-
-class _DeferredHead(nn.Module):
-    """Takes the output layer's place during a forward."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.__dict__["linear"] = linear  # not as a submodule
-
-    def __getattr__(self, name: str) -> Any:  # some models look at the weight's dtype
-        return getattr(self.__dict__["linear"], name)
-
-    def forward(self, hidden: Tensor) -> _Deferred:
-        return _Deferred(hidden)
-
-
-class _Deferred:
-    """Stands for `outer * tanh(inner * logits)`, or `inner * logits` without a tanh, of the hidden
-    states; grows with the model's own steps on its logits."""
-
-    def __init__(self, hidden: Tensor, inner: float = 1.0, outer: float | None = None) -> None:
-        self.hidden, self.inner, self.outer = hidden, inner, outer
-
-    def transform(self) -> tuple[float | None, float]:
-        """(softcap, logit_scale), for softcap * tanh(logit_scale * logits / softcap)."""
-        if self.outer is None:
-            return None, self.inner
-        scale = self.inner * self.outer
-        # x / cap, then tanh, then * cap: no scale, though 1 / cap * cap is not always 1.
-        return self.outer, 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else scale
-
-    def _times(self, factor: float) -> _Deferred:
-        if self.outer is None:
-            return _Deferred(self.hidden, self.inner * factor)
-        return _Deferred(self.hidden, self.inner, self.outer * factor)
-
-    def __mul__(self, factor: Any) -> _Deferred:
-        return self._times(_number(factor, "multiplies its logits by"))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: Any) -> _Deferred:
-        return self._times(1.0 / _number(divisor, "divides its logits by"))
-
-    def tanh(self) -> _Deferred:
-        if self.outer is not None:
-            raise _unknown("applies tanh to its logits twice")
-        return _Deferred(self.hidden, self.inner, 1.0)
-
-    # The loss works in float32 and has its own layout: these change nothing.
-    def float(self) -> _Deferred:
-        return self
-
-    def contiguous(self) -> _Deferred:
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> _Deferred:
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable, classes: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> _Deferred:
-        one_argument = len(args) == 1 and isinstance(args[0], cls) and not kwargs
-        if one_argument and function in (torch.tanh, torch.Tensor.tanh):
-            return args[0].tanh()
-        name = getattr(function, "__name__", str(function))
-        raise _unknown(f"calls {name} on its logits")
-
-    def __getitem__(self, index: Any) -> Any:
-        raise _unknown("takes a part of its logits")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _unknown(f"uses .{name} of its logits")
-
-
-def _number(value: Any, does: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _unknown(f"{does} a {type(value).__name__}")
-    return value
-
-
-def _unknown(what: str) -> TypeError:
-    return TypeError(
-        f"patch_loss cannot follow this model: it {what}. Known are a number as factor or divisor "
-        "and soft capping by tanh; unpatch_loss(model) brings the original loss back"
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# The loss
-
-
-def _deferred_loss(
-    head: nn.Module,
-    linear: nn.Linear,
-    options: dict[str, Any],
-    logits: Any,
-    labels: Tensor,
-    vocab_size: int | None = None,
-    num_items_in_batch: float | Tensor | None = None,
-    ignore_index: int | None = None,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """ForCausalLMLoss of a _Deferred: the same arguments after the first three."""
-    if not isinstance(logits, _Deferred):
-        raise TypeError(
-            "patch_loss cannot follow this model: its loss is not computed from the output of "
-            f"get_output_embeddings(), but from a {type(logits).__name__}"
-        )
-    if vocab_size is not None and vocab_size != linear.out_features:
-        raise ValueError(
-            f"the model's vocab_size is {vocab_size}, but its output layer has "
-            f"{linear.out_features} classes"
-        )
-    options = dict(options)
-    ignore = options.pop("ignore_index", None) if ignore_index is None else ignore_index
-    options["ignore_index"] = -100 if ignore is None else ignore
-    options["softcap"], options["logit_scale"] = logits.transform()
-    if isinstance(options.get("weight"), Tensor):
-        options["weight"] = options["weight"].to(logits.hidden.device)
-    if logits.hidden.dtype != torch.float64:  # as ForCausalLMLoss, which converts the logits
-        options.setdefault("loss_dtype", torch.float32)
-    divisor = _set_denominator(options, num_items_in_batch)
-
-    def loss(hidden: Tensor) -> Tensor:
-        weight, bias = linear.weight, linear.bias
-        if hasattr(weight, "placements"):
-            raise RuntimeError(
-                f"the weight of the output layer is a DTensor ({weight.placements}) inside its own "
-                "forward. Under FSDP2 put the output layer into a call of fully_shard, and a layer "
-                "that shares its weight into the same one: fully_shard([embedding, lm_head]). "
-                "Tensor parallelism of the output layer is not supported by patch_loss"
-            )
-        if shift_labels is not None:
-            target, hidden, shift = shift_labels.reshape(-1), hidden.flatten(0, -2), 0
-        elif labels.shape[-1] > 1:
-            target, shift = labels, 1
-        else:  # nothing follows a single token
-            target, shift = torch.full_like(labels, options["ignore_index"]), 0
-        target = target.to(hidden.device)
-        return fused_linear_cross_entropy(hidden, weight, target, bias, shift=shift, **options)
-
-    value = _called_with(head, linear, loss, logits.hidden)  # all hooks and other wrappers run
-    return value if divisor is None else _divided(value, divisor)
-
-
-def _set_denominator(options: dict[str, Any], num_items: Any) -> Any:
-    """Put num_items_in_batch into the options. Returns what is left to divide the loss by.
-
-    0 labels are left to _divided: behind the loss, where their factor 1 / 0 meets no gradient.
-    """
-    if num_items is None:
-        options["reduction"] = "mean"
-        return None
-    if isinstance(num_items, Tensor):
-        single = num_items.dim() == 0
-    else:
-        single = num_items > 0
-    if not single:
-        # One entry per device, under DataParallel; or a batch without labels, 0 / 0.
-        options["reduction"] = "sum"
-        return torch.as_tensor(num_items, dtype=torch.float32)
-    options["reduction"], options["num_items"] = "mean", num_items
-    if not isinstance(num_items, Tensor):
-        return None
-    options["num_items"] = torch.where(num_items == 0, 1, num_items)
-    return torch.where(num_items == 0, 0.0, 1.0)  # the rest of the division
-
-
-def _divided(value: Tensor, divisor: Tensor) -> Tensor:
-    """value / divisor; by 0 the value is torch's, NaN, and the gradient 0, which it also is there:
-    that of each row is 0, and nothing is multiplied by the infinite factor."""
-    divisor = divisor.to(value.device)
-    none = divisor == 0
-    return torch.where(none, value.detach() / divisor, value / torch.where(none, 1, divisor))
-
-
-def _called_with(head: nn.Module, linear: nn.Linear, function: Callable, hidden: Tensor) -> Tensor:
-    """What the output layer returns when function is the forward of the Linear in it."""
-    slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-    # Without its checkpoint_wrapper, which would call it again in the backward: nothing is lost,
-    # since there are no logits to save the memory of.
-    if torch.compiler.is_compiling():
-        inner = head._modules.get("_fsdp_wrapped_module", head)
-        layer = inner._modules.get("_checkpoint_wrapped_module")
-        with _set(linear.__dict__, slot, function):
-            if layer is None:
-                return head(hidden)
-            with _set(inner.__dict__, "forward", layer):
-                return head(hidden)
-    reached = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        reached.append(True)
-        return function(hidden)
-
-    value = _layer_view(head, slot, forward)(hidden)
-    if not reached:
-        raise TypeError(
-            f"patch_loss needs an output layer with the forward of torch.nn.Linear, but hooks of "
-            f"this {_full_name(head)} call another one"
-        )
-    return value
-
-
-def _layer_view(layer: nn.Module, slot: str, function: Callable) -> nn.Module:
-    """A view of the output layer, wrappers included, with function as the Linear's forward."""
-    name = next((name for name in _WRAPPED if name in layer._modules), None)
-    view = object.__new__(type(layer))
-    view.__dict__.update(layer.__dict__)
-    _bind_to(view, layer)
-    if name is None:
-        view.__dict__[slot] = function
-        return view
-    inner = _layer_view(layer._modules[name], slot, function)
-    view.__dict__["_modules"] = {**layer._modules, name: inner}
-    if name == "_checkpoint_wrapped_module":
-        view.__dict__["forward"] = inner
-    return view

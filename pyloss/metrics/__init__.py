@@ -8,7 +8,10 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "embeddings": ("alignment", "penalty_entropy", "tolerance", "uniformity"),
         "embeddings_batches": ("Alignment", "OPIS", "Tolerance", "Uniformity"),
         "embeddings_opis": ("OPISCurves", "opis"),
+        "neural_collapse": ("cdnv", "equiangle", "equinorm", "nc1", "nc2", "nc3", "nc4"),
+        "neural_collapse_batches": ("NeuralCollapse", "NeuralCollapseMetrics"),
         "ranking": ("mrr", "ndcg", "precision_at_k"),
+        "segmentation": ("cl_dice",),
         "sorting": ("RankingAccuracy", "ranking_accuracy"),
         "topology": (
             "BettiMatchingError",

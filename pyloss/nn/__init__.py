@@ -57,7 +57,17 @@ __getattr__, __dir__, __all__ = _lazy.exports(
             "NeuralNDCGLoss",
         ),
         "relaxed_sort": ("NeuralSort", "SoftSort"),
-        "segmentation": ("DiceCELoss", "SoftDiceLoss"),
+        "segmentation": (
+            "DiceCELoss",
+            "DiceFocalLoss",
+            "GeneralizedDiceFocalLoss",
+            "GeneralizedDiceLoss",
+            "SegmentationFocalLoss",
+            "SoftDiceLoss",
+            "SoftDiceclDiceLoss",
+            "SoftclDiceLoss",
+            "TverskyLoss",
+        ),
         "sets": (
             "ChamferSetLoss",
             "HungarianSetLoss",
@@ -81,5 +91,5 @@ __getattr__, __dir__, __all__ = _lazy.exports(
         "topk": ("TopKCrossEntropyLoss",),
         "topology": ("BettiMatchingLoss",),
     },
-    submodules=("lie",),
+    submodules=("init", "lie"),
 )

@@ -1,3 +1,4 @@
+from pyloss.nn import init as init
 from pyloss.nn import lie as lie
 from pyloss.nn.aggregate import AggregateLoss
 from pyloss.nn.aggregation import LCMAggregation
@@ -62,7 +63,14 @@ from pyloss.nn.relaxed_sort import (
 )
 from pyloss.nn.segmentation import (
     DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    SegmentationFocalLoss,
+    SoftclDiceLoss,
+    SoftDiceclDiceLoss,
     SoftDiceLoss,
+    TverskyLoss,
 )
 from pyloss.nn.sets import (
     ChamferSetLoss,
@@ -110,6 +118,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DCLLoss",
     "DiceCELoss",
+    "DiceFocalLoss",
     "DiffSortNet",
     "DiffTopkNet",
     "DynamicGate",
@@ -120,6 +129,8 @@ __all__ = [
     "GatedFlops",
     "GaussianNaiveBayes",
     "GeneralizedCrossEntropyLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
     "GradCache",
     "GroCoLoss",
     "HardInfoNCELoss",
@@ -152,11 +163,14 @@ __all__ = [
     "ProtoTripletLoss",
     "ReadProcess",
     "ReadProcessWrite",
+    "SegmentationFocalLoss",
     "SigLIPLoss",
     "SimpleContrastiveLoss",
     "SinkhornSetLoss",
     "SoftDiceLoss",
+    "SoftDiceclDiceLoss",
     "SoftSort",
+    "SoftclDiceLoss",
     "SogCLRLoss",
     "SortingCrossEntropyLoss",
     "SpearmanLoss",
@@ -170,5 +184,6 @@ __all__ = [
     "ThresholdConsistentMarginLoss",
     "TopKCrossEntropyLoss",
     "TripletMarginLoss",
+    "TverskyLoss",
     "gated_flops",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyloss.functional import _checks as checks
+from pyloss.functional import _class_stats as of_classes
 from pyloss.functional import _naive_bayes as F
 from pyloss.nn._module import AveragesModule
 
@@ -107,12 +108,12 @@ class GaussianNaiveBayes(AveragesModule):
         """Adds samples ``(N, D)`` of classes ``(N,)``; in which batches they come does not matter.
         With a ``group`` every rank must call it, with as many samples as it has."""
         y = F.check_batch(x, y, self.num_features, self.num_classes)
-        stats = F.class_stats(x, y, self.num_classes, self.mean.dtype)
+        stats = of_classes.class_stats(x, y, self.num_classes, self.mean.dtype)
         if self.group is not None:
-            stats = F.over_ranks(stats, self.group)
-        stats = F.ClassStats(*(t.to(self.count.device) for t in stats))
+            stats = of_classes.over_ranks(stats, self.group)
+        stats = of_classes.ClassStats(*(t.to(self.count.device) for t in stats))
         with torch.no_grad():
-            for buffer, value in zip(self._stats(), F.merged(self._stats(), stats)):
+            for buffer, value in zip(self._stats(), of_classes.merged(self._stats(), stats)):
                 buffer.copy_(value)
         return self
 
@@ -180,8 +181,8 @@ class GaussianNaiveBayes(AveragesModule):
                 found = bias.to(x) - 0.5 * distances
         return torch.where(self.count > 0, found, -math.inf)  # a constant, without a gradient
 
-    def _stats(self) -> F.ClassStats:
-        return F.ClassStats(self.count, self.mean, self.ssd)
+    def _stats(self) -> of_classes.ClassStats:
+        return of_classes.ClassStats(self.count, self.mean, self.ssd)
 
     def _center(self) -> Tensor:
         """(D,): the mean over all samples. Distances are measured from it, so that features with a

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = _lazy.exports(
     __name__,
     {
         "equivariance": ("EquivarianceRegularizer",),
+        "invariance": ("invariance_penalty",),
         "symmetry": ("SymmetryType",),
         "monoids": ("associativity_loss", "commutativity_loss", "identity_loss"),
     },

@@ -1,4 +1,5 @@
 from pyloss.regularizers.equivariance import EquivarianceRegularizer
+from pyloss.regularizers.invariance import invariance_penalty
 from pyloss.regularizers.monoids import (
     associativity_loss,
     commutativity_loss,
@@ -12,4 +13,5 @@ __all__ = [
     "associativity_loss",
     "commutativity_loss",
     "identity_loss",
+    "invariance_penalty",
 ]

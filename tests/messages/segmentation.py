@@ -1,4 +1,4 @@
-"""Region losses: Dice, and Dice with cross entropy."""
+"""Region losses: Dice and its family, focal losses, clDice."""
 
 from __future__ import annotations
 
@@ -7,8 +7,27 @@ import torch
 
 import pyloss
 from messages._table import accepted, refused
-from pyloss.functional import dice_cross_entropy_loss, soft_dice_loss
-from pyloss.nn import DiceCELoss, SoftDiceLoss
+from pyloss.functional import (
+    dice_cross_entropy_loss,
+    dice_focal_loss,
+    segmentation_focal_loss,
+    sigmoid_focal_loss,
+    soft_dice_loss,
+    soft_skeleton,
+    tversky_loss,
+)
+from pyloss.metrics import cl_dice
+from pyloss.nn import (
+    DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    SegmentationFocalLoss,
+    SoftclDiceLoss,
+    SoftDiceclDiceLoss,
+    SoftDiceLoss,
+    TverskyLoss,
+)
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(2, 3, 4, 5, generator=G), torch.randint(3, (2, 4, 5), generator=G)
@@ -60,4 +79,37 @@ ROWS = (
     accepted(dice_cross_entropy_loss, X, Y, softmax=(np.True_, True),
              lambda_dice=(np.float32(0.5), 0.5), lambda_ce=(np.int64(2), 2),
              label_smoothing=(np.float32(0.25), 0.25), ignore_index=(np.uint8(1), 1)),
+    # The family
+    refused(ValueError, "w_type must be one of square, simple, uniform, got 'cube'",
+            GeneralizedDiceLoss, w_type="cube"),
+    refused(ValueError, "beta must be finite and >= 0, got -1.0", TverskyLoss, beta=-1.0),
+    refused(ValueError, "gamma must be finite and > 0, got 0.0", TverskyLoss, gamma=0.0),
+    refused(ValueError, "alpha must be in [0, 1], got 25", SegmentationFocalLoss, alpha=25),
+    refused(ValueError, "alpha must be finite and >= 0, got -1.0",
+            DiceFocalLoss, alpha=[0.5, -1.0]),
+    refused(ValueError, "lambda_focal must be finite and >= 0, got -1.0",
+            DiceFocalLoss, lambda_focal=-1.0),
+    refused(ValueError, "lambda_gdl must be finite and >= 0, got -1.0",
+            GeneralizedDiceFocalLoss, lambda_gdl=-1.0),
+    refused(TypeError, "iter_ must be an integer, got float", SoftclDiceLoss, iter_=2.0),
+    refused(ValueError, "smooth must be finite and > 0, got 0.0", SoftclDiceLoss, smooth=0.0),
+    refused(ValueError, "alpha must be in [0, 1], got 2.0", SoftDiceclDiceLoss, alpha=2.0),
+    refused(ValueError, "reduction must be 'mean' or 'sum', got 'none'",
+            SoftDiceclDiceLoss, reduction="none"),
+    refused(ValueError, "input must have shape (N, C, H, W) or (N, C, D, H, W), got [3, 4, 5]",
+            soft_skeleton, X[0]),
+    refused(ValueError, "alpha must be one number or one for each of the 3 classes that count, "
+            "got 2", segmentation_focal_loss, X, Y, alpha=[0.5, 0.5]),
+    refused(ValueError, "softmax over one channel is 1 everywhere: set use_softmax=False",
+            segmentation_focal_loss, P, MASK, use_softmax=True),
+    refused(ValueError, BYTES, segmentation_focal_loss, P, MASK * 255),
+    refused(ValueError, "target must have the shape of input; got input [2, 3, 4, 5] and target "
+            "[2, 4, 5]", sigmoid_focal_loss, X, Y),
+    refused(TypeError, "threshold must be a number, got str", cl_dice, P, MASK, "half"),
+    accepted(segmentation_focal_loss, X, Y, gamma=(np.float32(0.5), 0.5),
+             alpha=(np.array([0.5, 0.25, 1.0]), [0.5, 0.25, 1.0]), use_softmax=(np.True_, True)),
+    accepted(tversky_loss, X, Y, softmax=(np.True_, True), alpha=(np.float32(0.25), 0.25),
+             beta=(np.int64(1), 1), gamma=(np.float64(2.0), 2.0)),
+    accepted(dice_focal_loss, X, Y, softmax=(np.True_, True), lambda_dice=(np.float32(0.5), 0.5)),
+    accepted(soft_skeleton, P, iter_=(np.int64(2), 2)),
 )  # fmt: skip

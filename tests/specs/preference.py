@@ -114,7 +114,7 @@ def grpo_reference(
     logprobs, old_logprobs, advantages, *, mask=None, clip_low=0.2, clip_high=None,
     ref_logprobs=None, kl_coef=0.0, entropy=None, entropy_coef=0.0, loss_type="grpo",
     max_length=None, num_items=None, importance_sampling_level="token", reduction="mean",
-    return_metrics=False, max_ratio=None, kl_clip=None,
+    return_metrics=False, max_ratio=None, kl_clip=None, kl_correction=False,
 ):  # fmt: skip
     """Token by token, with the minimum of the papers."""
     lp, (rows, steps) = logprobs, logprobs.shape
@@ -150,7 +150,7 @@ def grpo_reference(
             if ref_logprobs is not None:
                 d = ref_logprobs[b, t] - lp[b, t]
                 d = d if kl_clip is None else d.clamp(-kl_clip, kl_clip)
-                kls.append(d.exp() - d - 1)
+                kls.append((d.exp() - d - 1) * (ratio if kl_correction else 1))
                 loss[b][t] = loss[b][t] + kl_coef * kls[-1]
             if entropy is not None:
                 loss[b][t] = loss[b][t] - entropy_coef * entropy[b, t]
@@ -362,10 +362,12 @@ SPECS = (
         samples={
             "plain": tokens,
             "grpo": lambda: everything("grpo", return_metrics=True),
-            "dapo": lambda: everything("dapo", num_items=17),
+            "dapo": lambda: everything("dapo", num_items=17, kl_correction=True),
             "bnpo": lambda: everything("bnpo", per_token=True),
             "dr_grpo": lambda: everything("dr_grpo", importance_sampling_level="sequence"),
-            "sequence": lambda: everything("grpo", importance_sampling_level="sequence"),
+            "sequence": lambda: everything(
+                "grpo", importance_sampling_level="sequence", kl_correction=True
+            ),
             "sapo": lambda: everything("sapo", return_metrics=True, num_items=3),
             "vespo": lambda: everything("vespo", return_metrics=True, num_items=17),
             "vespo, each token": lambda: tokens(
@@ -415,6 +417,7 @@ SPECS = (
             Bad(ValueError, "'vespo' has no max_ratio", dict(max_ratio=3.0, loss_type="vespo")),
             Bad(ValueError, "'sapo' has no max_ratio", dict(max_ratio=3.0, loss_type="sapo")),
             Bad(ValueError, "kl_clip must be finite and > 0", dict(kl_clip=0.0)),
+            Bad(TypeError, "kl_correction must be a bool", dict(kl_correction="yes")),
             Bad(ValueError, "needs max_length", dict(loss_type="dr_grpo")),
             Bad(ValueError, "max_length must be positive",
                 dict(loss_type="dr_grpo", max_length=0)),

@@ -16,6 +16,7 @@ import pyloss.adversarial
 import pyloss.aggregate
 import pyloss.analysis
 import pyloss.distributed
+import pyloss.integrations.torchtitan
 import pyloss.integrations.transformers
 import pyloss.ops
 import pyloss.optim
@@ -23,7 +24,7 @@ import pyloss.reference
 import pyloss.regularizers
 import pyloss.testing
 import pyloss.visualize
-from pyloss.analysis import comp_sum
+from pyloss.analysis import comp_sum, invariance
 from pyloss.functional import (
     DCDMResult,
     DPOMetrics,
@@ -42,17 +43,22 @@ from pyloss.functional import (
     causal_weights,
     chamfer_set_loss,
     class_balanced_weight,
+    cldice_loss,
     clip_schedule,
     conjugate_direction_loss,
     contrastive_pair_loss,
     cosface_loss,
     dcdm_solve,
     dcl,
+    dice_cldice_loss,
     dice_cross_entropy_loss,
+    dice_focal_loss,
     dpo_loss,
     ens_loss,
     ens_loss_derivatives,
     equivariance_error,
+    generalized_dice_focal_loss,
+    generalized_dice_loss,
     groco_from_scores,
     group_advantages,
     grpo_loss,
@@ -93,17 +99,21 @@ from pyloss.functional import (
     segment_softmax,
     segment_softmax_stats,
     segment_tree_reduce,
+    segmentation_focal_loss,
     sequence_logprobs,
+    sigmoid_focal_loss,
     simple_contrastive,
     sinkhorn_set_loss,
     smooth_adversarial_comp_sum,
     soft_dice_loss,
+    soft_skeleton,
     soft_sort_matrix,
     sogclr_loss,
     target_surrogate_loss,
     tcm_loss,
     trajectory_matching_loss,
     triplet_margin_loss,
+    tversky_loss,
 )
 from pyloss.metrics import (
     OPIS,
@@ -114,6 +124,7 @@ from pyloss.metrics import (
     RankingAccuracy,
     Uniformity,
     alignment,
+    cl_dice,
     mrr,
     ndcg,
     opis,
@@ -250,6 +261,107 @@ def bounds() -> None:
     comp_sum.conditional_minimum(x.softmax(1), 2.0, score_bound=1.0)
 
 
+def regression_theory() -> None:
+    system = pyloss.analysis.kernel_eigensystem(x @ x.T, x)
+    assert_type(system, pyloss.analysis.KernelEigensystem)
+    ridge = pyloss.analysis.optimal_ridge(
+        system.eigvals, system.coeffs_sq, 5, x[0].exp(), noise=0.1
+    )
+    risk = pyloss.analysis.rf_risk(system.eigvals, system.coeffs_sq, n=5, k=x[0].exp(), ridge=ridge)
+    assert_type(risk, pyloss.analysis.RFRisk)
+    pyloss.visualize.draw_rf_risk(risk, [1.0, 2.0], ["one"], xlabel="features")
+    assert_type(pyloss.analysis.powerlaw_fit_ratio(1.5, 2.2, x[0].exp()), Tensor)
+    bias = pyloss.analysis.inductive_bias(x[0].exp(), 0.1, method="empirical")
+    assert_type(bias, pyloss.analysis.InductiveBias)
+    pyloss.analysis.gp_inductive_bias(x, x, x, x, torch.cdist, 0.1, samples=100, jitter=1e-6)
+    assert_type(pyloss.analysis.chi2_mixture_logcdf(x, x[0].exp(), 0.5, offset=0.1), Tensor)
+    assert_type(pyloss.analysis.ncx2_logcdf(0.1, 3, 2.0, scale=0.5), Tensor)
+    pyloss.visualize.draw_inductive_bias(x[0].exp(), {"one": bias})
+
+
+def spectra(model: nn.Module) -> None:
+    hessian = pyloss.analysis.hvp(lambda b: model(b).sum(), model, [x], weights=[1.0])
+    assert_type(hessian, pyloss.analysis.HessianOperator)
+    assert_type(hessian(x[0]), Tensor)
+    recursion = pyloss.analysis.lanczos(hessian, 3, 2, v0=x[0])
+    assert_type(recursion, pyloss.analysis.Tridiagonal)
+    assert_type(pyloss.analysis.top_eigenvalues(hessian, 2), pyloss.analysis.TopEigenvalues)
+    found = pyloss.analysis.slq_density(hessian, probes=2, progress=True)
+    assert_type(found, pyloss.analysis.SpectralDensity)
+    assert_type(found.of(torch.exp), Tensor)
+    pyloss.visualize.draw_spectrum({"a": found}, edges={"a": 1.0})
+    pyloss.analysis.batch_extremal_eigenvalue(1.0, 9, x, 0.1, population=8)
+    fitted = pyloss.analysis.hessian_noise(5.0, 8, 4.0)
+    assert_type(fitted, pyloss.analysis.HessianNoise)
+    lam, noise = fitted
+    pyloss.analysis.full_batch_eigenvalue(lam, 8, noise)
+    pyloss.analysis.max_learning_rate(lam, 8, noise, optimizer="momentum", momentum=0.5)
+    pyloss.analysis.scale_lr(0.1, 8, pyloss.analysis.effective_batch_size(8).item(), "sqrt")
+    optimizer = pyloss.optim.LanczosSGD(model.parameters(), damping=0.1, every=10)
+    assert_type(optimizer.step(lambda: x.sum()), Tensor)
+    assert_type(optimizer.rate(), float)
+    lazy = pyloss.analysis.LazyScale(model, 2.0)
+    pyloss.analysis.scaled_mse(lazy(x), x, 2.0, reduction="sum").backward()
+    kernel = pyloss.analysis.empirical_ntk(lazy, x, chunk=4, outputs="trace")
+    assert_type(pyloss.analysis.kernel_alignment(kernel, kernel), Tensor)
+    pyloss.visualize.draw_alignment([1], [1.0], [1.0], [0.5])
+
+
+def signals() -> None:
+    found = pyloss.analysis.criticality(torch.tanh, kinks=(), residual=0.5)
+    assert_type(found, pyloss.analysis.Criticality)
+    flow = pyloss.analysis.kernel_flow("relu", x, 3, C_W=found.C_W, lam_b=[1.0, 0.5, 0.3])
+    assert_type(flow, pyloss.analysis.KernelFlow)
+    pyloss.visualize.draw_kernel_flow({"relu": flow}, width=100)
+    assert_type(pyloss.analysis.optimal_aspect_ratio("relu", 10), Tensor)
+    assert_type(pyloss.analysis.optimal_depth("gelu", 500), int)
+    assert_type(pyloss.nn.init.critical_(torch.nn.Linear(3, 3), "silu"), torch.nn.Linear)
+    assert_type(pyloss.nn.init.critical_(x, "leaky_relu", leaky_slope=0.1), Tensor)
+
+
+def environments() -> None:
+    cases = [(), pyloss.analysis.Intervention(0, variance=2.0)]
+    data = pyloss.analysis.linear_sem(x, x[0], y=1, interventions=cases, n=[10, 20])
+    assert_type(data, pyloss.analysis.LinearSEM)
+    test = pyloss.analysis.invariance_test(data.x, data.y, data.offsets, eps=0.1)
+    assert_type(test, pyloss.analysis.InvarianceTest)
+    pyloss.visualize.draw_invariance(test, eps=0.1)
+    covariance = invariance.sem_covariance(x, x[0], y=1, interventions=cases)
+    w, gap = invariance.exact_gap(covariance, x, y=1)
+    assert_type(pyloss.analysis.invariance_environments_needed(0.1, 0.05, 6), int)
+    penalty = pyloss.regularizers.invariance_penalty(data.x, data.y, test.w, data.offsets)
+    assert_type(penalty, Tensor)
+
+
+def collapse() -> None:
+    metrics = pyloss.metrics.NeuralCollapseMetrics(4, 10, "of", scatter=False)
+    metrics.update(x, y)
+    found = metrics.compute(x)
+    assert_type(found, pyloss.metrics.NeuralCollapse)
+    metrics.compare(x[:, :4], x)
+    metrics.load_state_dict(metrics.state_dict())
+    pyloss.visualize.draw_collapse([found], steps=[0])
+    assert_type(pyloss.metrics.nc1(x, y, 4, kind="trace"), Tensor)
+    pyloss.metrics.cdnv(x, y, reduction="none", ignore_index=-1)
+    pyloss.metrics.nc2(x, "of", center=x[0])
+    pyloss.metrics.nc3(x, x, target=x[0, :4])
+    pyloss.metrics.nc4(x[:, :4], x, x)
+    pyloss.metrics.equinorm(x)
+    pyloss.metrics.equiangle(x, "etf")
+    pyloss.functional.ufm_loss([x, x], x, y, [0.1, 0.2], 0.1, loss="ce", bias=x[0])
+    best = pyloss.analysis.ufm_minimizer([3, 2], 0.1, 0.1, depth=2, loss="mse", bias=True)
+    assert_type(best, pyloss.analysis.UFMSolution)
+    lengths = pyloss.analysis.linear_ufm_optimum([3, 2], [0.1, 0.2], 0.1, layers=2)
+    assert_type(lengths, pyloss.analysis.LinearUFMOptimum)
+    assert_type(pyloss.analysis.gof(lengths.w_norm, 8), Tensor)
+    pyloss.analysis.simplex_etf(4, dim=8)
+    tied = pyloss.analysis.perturbed_ufm(x, y, 0.1, 0.1, num_classes=4, tol=1e-6)
+    assert_type(tied, pyloss.analysis.PerturbedUFM)
+    path = pyloss.analysis.central_path(x, y, 0.1, steps=3, beta=0.1)
+    assert_type(path, pyloss.analysis.CentralPath)
+    pyloss.visualize.draw_central_path(path)
+
+
 def statistics() -> None:
     stats = row_softmax_stats(x, y, scale=torch.ones(4), margin=0.1, mask=x > 0)
     assert_type(stats, RowSoftmaxStats)
@@ -311,6 +423,20 @@ def segmentation() -> None:
     assert_type(soft_dice_loss(p, mask, sigmoid=True, weight=[1.0], validate=False), Tensor)
     assert_type(dice_cross_entropy_loss(p, mask, sigmoid=True), Tensor)
     nn.ModuleList([pyloss.nn.SoftDiceLoss(softmax=True), pyloss.nn.DiceCELoss(empty="zero")])
+    assert_type(generalized_dice_loss(p, mask, sigmoid=True, w_type="simple"), Tensor)
+    assert_type(tversky_loss(p, mask, sigmoid=True, alpha=0.3, beta=0.7), Tensor)
+    assert_type(sigmoid_focal_loss(p, mask, 0.25, 2.0, "sum"), Tensor)
+    assert_type(segmentation_focal_loss(p, mask, alpha=[0.25]), Tensor)
+    assert_type(dice_focal_loss(p, mask, sigmoid=True, lambda_focal=0.5), Tensor)
+    assert_type(generalized_dice_focal_loss(p, mask, sigmoid=True, lambda_gdl=0.5), Tensor)
+    assert_type(soft_skeleton(p, 2), Tensor)
+    assert_type(cldice_loss(p, mask, sigmoid=True, iter_=2), Tensor)
+    assert_type(dice_cldice_loss(p, mask, sigmoid=True, alpha=0.3), Tensor)
+    assert_type(cl_dice(p, mask), Tensor)
+    nn.ModuleList([pyloss.nn.GeneralizedDiceLoss(w_type="simple"), pyloss.nn.TverskyLoss(gamma=2)])
+    nn.ModuleList([pyloss.nn.SegmentationFocalLoss(alpha=0.5), pyloss.nn.DiceFocalLoss(gamma=1.0)])
+    nn.ModuleList([pyloss.nn.SoftclDiceLoss(iter_=2), pyloss.nn.SoftDiceclDiceLoss(alpha=0.3)])
+    nn.ModuleList([pyloss.nn.GeneralizedDiceFocalLoss(lambda_gdl=0.3)])
 
 
 def topology() -> None:
@@ -624,6 +750,10 @@ def transformers(model: nn.Module) -> None:
     module.unpatch_loss(module.patch_loss(model, z_loss=1e-4))
     module.convert(model, layers=slice(0, 2), window=None)
     module.from_pretrained("folder")
+    with module.enable(strict=True, z_loss=1e-4):
+        module.disable()
+    loss = pyloss.integrations.torchtitan.ChunkedLMHeadLoss(metrics=("accuracy",), z_loss=1e-4)
+    loss.set_lm_head(model)
 
 
 def tools() -> None:
