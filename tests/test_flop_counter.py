@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyloss
 from pyloss.functional import linear_distillation_loss
-from pyloss.ops import _flops
+from pyloss.ops import _flops, _gemm, similarity_topk
 
 N, D, V, E = 12, 5, 7, 3
 ONE = 2 * N * D * V  # a product
@@ -91,6 +91,25 @@ def test_distillation() -> None:
     assert counted(lambda: loss(reduction="none")) == 2 * both + 2 * ONE
     with torch.no_grad():
         assert counted(lambda: linear_distillation_loss(h, w, *teacher)) == both
+
+
+def test_top_k_of_the_products() -> None:
+    queries, keys = torch.randn(N, D, requires_grad=True), torch.randn(V, D)
+    scale, one = torch.ones(()), 2 * N * D * V
+    assert counted(lambda: similarity_topk.similarity_topk(queries, keys, 3, -1)) == one
+
+    def hardest() -> None:
+        sum(
+            t.sum() for t in similarity_topk.similarity_hardest(queries, keys, scale, 3, -1)
+        ).backward()
+
+    assert counted(hardest) == 4 * one
+
+
+def test_products_outside_of_an_op() -> None:
+    a, b, out = torch.randn(N, D), torch.randn(D, V), torch.empty(N, V)
+    assert counted(lambda: _gemm.product(a, b, out)) == ONE
+    torch.testing.assert_close(out, a @ b)
 
 
 def test_modules() -> None:

@@ -59,7 +59,7 @@ def weight_rows(f: Factors, index: Tensor | slice) -> Tensor:
     return torch.addmm(f.offset, f.classes[index].double(), f.shared)
 
 
-class Sums(torch.autograd.Function):
+class SphericalLayerSums(torch.autograd.Function):
     """(3, m): o_t, sum o, sum o^2. The backward also tells `keep` what the step will need.
 
     Nothing of an ignored row reaches the results, a gradient or the step, NaN neither. `anchor`
@@ -86,11 +86,11 @@ class Sums(torch.autograd.Function):
             a, s, q = grads.unsqueeze(2)
             dx = (a * own + s * total + 2 * q * through).to(h.dtype)
             if torch.is_grad_enabled():  # create_graph
-                dx = _Once.apply(dx, h)
+                dx = _SphericalLayerOnce.apply(dx, h)
         return dx, None, None, None, None, None
 
 
-class _Once(torch.autograd.Function):
+class _SphericalLayerOnce(torch.autograd.Function):
     """A gradient that raises when it is differentiated. torch's once_differentiable lets one pass
     whose upstream is a constant, as if the second derivative were 0."""
 
@@ -112,7 +112,9 @@ def moments(
         checks.check_index_values(target, classes, ignore_index)
     ignored, nowhere = equals(target, ignore_index), outside(target, classes)
     anchor = f.total.new_zeros((), requires_grad=torch.is_grad_enabled())
-    sums = Sums.apply(h, torch.where(nowhere, 0, wide(target)), ignored, f, keep, anchor)
+    sums = SphericalLayerSums.apply(
+        h, torch.where(nowhere, 0, wide(target)), ignored, f, keep, anchor
+    )
     own = torch.where(nowhere & ~ignored, math.nan, sums[0])  # on a GPU nobody has looked
     return moments_of_sums(own, sums[1], sums[2], classes), ignored
 

@@ -27,6 +27,8 @@ def _checked(choice: str | None) -> str | None:
 
 _forced = _checked(os.environ.get("PYLOSS_GEMM") or None)
 _preferred = _C.prefers_own_gemm()
+# Private in torch. Inside an op it is 0: a mode has seen the op, and sees nothing below.
+_watched = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def by_torch() -> bool:
@@ -56,11 +58,13 @@ def _check(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
 def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False):
     """out = a b, plus the row `bias`, or with `add` plus what is there.
 
+    By torch where a mode watches its operations, such as a FlopCounterMode.
+
     Args:
         a, b: (M, K) and (K, N), of any strides; a bias is (N,) and dense.
         out: (M, N), its rows dense, of memory apart from a and b.
     """
-    if not is_own(out):
+    if not is_own(out) or _watched():
         if bias is not None:
             torch.addmm(bias, a, b, out=out)
         elif add:

@@ -16,12 +16,21 @@ from pyloss import backends
 
 lib = torch.library.Library("pyloss", "DEF")
 
+# Per op: itself in torch operations, for :func:`pyloss.ops.decompositions`; or why there is none.
+plain_forms: dict[str, Callable | str] = {}
+
 # torch asks inspect for the source line of a registration, which looks through all loaded modules
 # for the one of this file: half of the time of a first import of an op. Here is the answer.
 getattr(inspect, "modulesbyfile", {})[__file__] = __name__
 
 
-def define_op(schema: str, *, fake: Callable, impls: dict[str, Callable]) -> None:
+def define_op(
+    schema: str,
+    *,
+    fake: Callable,
+    impls: dict[str, Callable],
+    plain: Callable | str | None = None,
+) -> None:
     """Registers one op.
 
     Args:
@@ -29,8 +38,12 @@ def define_op(schema: str, *, fake: Callable, impls: dict[str, Callable]) -> Non
         fake: shapes and dtypes of the results, for compile and export.
         impls: implementation per backend name; ``"reference"`` must be among them, and serves every
             device that has no kernel.
+        plain: torch operations that a trace can follow, with no look at a number in a tensor; None:
+            the reference. A sentence, where there can be none: why.
     """
     name = schema.split("(")[0]
+    changes = "it changes its arguments" if "!)" in schema else None
+    plain_forms[name] = plain or changes or impls["reference"]
     lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
     def chooser(device_type: str) -> Callable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram, export
 from typing_extensions import assert_type
 
 import pyloss
@@ -758,6 +759,9 @@ def transformers(model: nn.Module) -> None:
 def tools() -> None:
     assert_type(pyloss.show_config(), str)
     pyloss.ops.load_all()
+    program = export(nn.ReLU(), (torch.zeros(2),))
+    assert_type(pyloss.ops.decompose(program), ExportedProgram)
+    program.run_decompositions(pyloss.ops.decompositions())
     with pyloss.backend("reference"):
         pass
     assert_type(make_logits((4, 10)), Tensor)

@@ -18,6 +18,7 @@ Paper: recomputation, Wijmans et al., arXiv 2411.09009; formulas, csrc/common/ro
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -82,6 +83,7 @@ define_op(
     f"int wants, int chunk, bool exact, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    plain=functools.partial(reference.forward, recorded=False),
 )
 define_op(
     f"linear_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_extras, {_TENSORS}, Tensor saved, "

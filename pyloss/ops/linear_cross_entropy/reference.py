@@ -80,7 +80,10 @@ def _record_for_tiles(saved, t: Tensors, options: Options, codes: Codes) -> None
     saved.copy_(torch.stack([row.m, rest, row.zy, row.ez])[: saved.shape[0]])
 
 
-def forward(*args):
+def forward(*args, recorded=True):
+    """Args:
+    recorded: with what a backward of the kernels reads; that of this file needs none of it.
+    """
     t = Tensors(*args[:8])
     options, codes, loss_dtype, wants, chunk, exact, *numbers = args[8:]
     options, codes = unpacked(options, codes, *numbers)
@@ -88,7 +91,8 @@ def forward(*args):
     loss, saved, extras, index = buffers
     with torch.no_grad():
         found = composed(t, options, codes, loss_dtype, wants)
-        _record(saved, found[1], t, options, codes, chunk)
+        if recorded:
+            _record(saved, found[1], t, options, codes, chunk)
     for out, value in zip((loss, extras, index), found):
         if out is not None:
             out.copy_(value)

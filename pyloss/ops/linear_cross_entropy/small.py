@@ -94,7 +94,7 @@ def _run(input, weight, bias, target, ignore_index, mean, needed):
     return loss, (dx, dw, db)
 
 
-class _Small(torch.autograd.Function):
+class _SmallLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, target, ignore_index, mean):
         needed = ctx.needs_input_grad[:3]
@@ -141,4 +141,4 @@ def small_linear_cross_entropy(
     """Mean or sum of the cross entropy; for arguments that are small."""
     if not torch.is_grad_enabled():
         return _run(input, weight, bias, target, ignore_index, mean, (False, False, False))[0]
-    return _Small.apply(input, weight, bias, target, ignore_index, mean)
+    return _SmallLinearCrossEntropy.apply(input, weight, bias, target, ignore_index, mean)

@@ -28,7 +28,7 @@ from pyloss import backends
 from pyloss.ops._changing import NUMBERS, split
 from pyloss.ops._empty import scale_
 from pyloss.ops._flops import count_by
-from pyloss.ops._registry import lib, register_fake
+from pyloss.ops._registry import lib, plain_forms, register_fake
 from pyloss.ops._transforms import (
     distinct,
     forward_ad_active,
@@ -88,6 +88,7 @@ lib.define(
 )
 lib.impl("linear_distillation", _forward, "CompositeExplicitAutograd")
 register_fake("linear_distillation", _pass_fake)
+plain_forms["linear_distillation"] = lambda *args: reference.forward(*args[:11])
 
 
 def _flops(student, weight, bias, teacher, *rest, out_shape=None) -> int:
@@ -100,7 +101,7 @@ def _flops(student, weight, bias, teacher, *rest, out_shape=None) -> int:
 count_by("linear_distillation", _flops)
 
 
-class _Distillation(torch.autograd.Function):
+class _LinearDistillation(torch.autograd.Function):
     """Sum of the rows over `divisor`, or the rows themselves when that is None."""
 
     @staticmethod
@@ -196,6 +197,6 @@ def linear_distillation(
         options, numbers = split(options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
         call = (tuple(options), tuple(codes), numbers)
-        return _Distillation.apply(*distinct((*tensors, divisor)), call)
+        return _LinearDistillation.apply(*distinct((*tensors, divisor)), call)
     (rows,) = torch.ops.pyloss.linear_distillation(*tensors, None, options, codes, VALUE, numbers)
     return rows if divisor is None else rows.sum() / divisor

@@ -11,6 +11,8 @@ Paper: arXiv 2304.07288.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ define_op(
     "-> (Tensor, Tensor)",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    plain=functools.partial(reference.forward, checked=False),
 )
 define_op(
     "margin_shift_bwd(Tensor g, Tensor shift, Tensor total, Tensor x, Tensor x_adv, Tensor target, "

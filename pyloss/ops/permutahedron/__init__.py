@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyloss.ops._registry import define_op, lib
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
-from pyloss.ops.permutahedron import cpu, cuda, reference
+from pyloss.ops.permutahedron import cpu, cuda, plain, reference
 
 define_op(
     "permutahedron_fwd(Tensor x, bool rank, bool kl, float strength, bool centred=False) "
@@ -25,6 +25,7 @@ define_op(
         x.new_empty(x.shape, dtype=torch.int32),
     ),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    plain=plain.forward,
 )
 define_op(
     "permutahedron_bwd(Tensor g, Tensor? x, Tensor packed, bool rank, bool kl, float strength) "

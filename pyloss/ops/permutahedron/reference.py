@@ -20,7 +20,7 @@ def _reference():
     return permutahedron
 
 
-def _packed(blocks) -> Tensor:
+def packed_blocks(blocks) -> Tensor:
     element = torch.where(blocks.nan, _ELEMENT, blocks.order)
     starts = blocks.starts | blocks.nan
     fixed = blocks.fixed & ~blocks.nan
@@ -40,7 +40,7 @@ def forward(
     options = dict(rank=rank, kl=kl, strength=strength)
     blocks = _reference().find_blocks(x, **options)
     y = _reference().from_blocks(x, blocks, **options, centred=centred)
-    return y.contiguous(), _packed(blocks)
+    return y.contiguous(), packed_blocks(blocks)
 
 
 def backward(

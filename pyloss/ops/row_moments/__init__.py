@@ -24,6 +24,7 @@ define_op(
     "row_moments_fwd(Tensor input, Tensor target, int ignore_index) -> Tensor",
     fake=lambda input, target, ignore_index: empty_moments(input),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    plain=reference.composed,
 )
 define_op(
     "row_moments_bwd(Tensor grad, Tensor input, Tensor target, Tensor moments, int ignore_index) "

@@ -7,6 +7,7 @@ C++ in records.py, what a forward saves in statistics.py. A loss is one case of 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -111,6 +112,7 @@ define_op(
     f"int wants, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls=_impls("forward"),
+    plain=functools.partial(reference.forward, recorded=False),
 )
 define_op(
     f"row_softmax_bwd(Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) -> Tensor",

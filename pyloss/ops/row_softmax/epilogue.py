@@ -95,7 +95,7 @@ def _ldr(o: Options, nll: Tensor) -> LossOfNll:
 LOSSES = {COMP_SUM: _comp_sum, FOCAL: _focal, POLY1: _poly1, RELAXED: _relaxed, LDR: _ldr}
 
 
-class _Differentiable(torch.autograd.Function):
+class _RowSoftmaxEpilogue(torch.autograd.Function):
     """The value alone, differentiable once."""
 
     @staticmethod
@@ -113,7 +113,7 @@ class _Differentiable(torch.autograd.Function):
 
 def differentiable_epilogue(o: Options, loss: int, nll: Tensor) -> Tensor:
     """The loss alone, with a gradient that keeps its accuracy where autograd's own would not."""
-    return _Differentiable.apply(nll, tuple(o), loss)
+    return _RowSoftmaxEpilogue.apply(nll, tuple(o), loss)
 
 
 def unless_zero(factor: Tensor | float, product: Tensor) -> Tensor:

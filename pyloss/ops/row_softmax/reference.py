@@ -116,8 +116,11 @@ def differentiable(loss, extras):
 
 def forward(
     input, target, target2, mix, weight, token_weight, options, codes, loss_dtype, wants,
-    numbers=None,
+    numbers=None, *, recorded=True,
 ):  # fmt: skip
+    """Args:
+    recorded: with what a backward of the kernels reads; that of this file needs none of it.
+    """
     tensors = (target, target2, mix, weight, token_weight)
     options, codes = unpacked(options, codes, numbers)
     loss, statistics, index = outputs(input, options, codes, loss_dtype, wants)
@@ -125,7 +128,8 @@ def forward(
     with torch.no_grad():
         found = composed(input, tensors, options, codes, None, wants)
         loss.copy_(found[0])
-        record(statistics, input, tensors, options, codes)
+        if recorded:
+            record(statistics, input, tensors, options, codes)
         if found[1] is not None:
             statistics.extras.copy_(found[1])
         if index is not None:

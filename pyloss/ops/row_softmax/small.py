@@ -65,7 +65,7 @@ def _run(input, target, ignore_index, mean, grad) -> Tensor:
     return loss
 
 
-class _Small(torch.autograd.Function):
+class _SmallRowSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, ignore_index, mean):
         ctx.early_grad = torch.empty_like(input)
@@ -95,5 +95,5 @@ def _by_the_op(ctx, grad_loss) -> Tensor:
 def small_row_softmax(input, target, ignore_index: int, mean: bool) -> Tensor:
     """Mean or sum of the cross entropy; for arguments that are small."""
     if input.requires_grad and torch.is_grad_enabled():
-        return _Small.apply(input, target, ignore_index, mean)
+        return _SmallRowSoftmax.apply(input, target, ignore_index, mean)
     return _run(input, target, ignore_index, mean, None)

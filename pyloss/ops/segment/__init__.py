@@ -56,7 +56,7 @@ def _backward(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor | None, kind: i
     return _ops.segment_map(x, None, offsets, rows, how)
 
 
-class _Fold(torch.autograd.Function):
+class _SegmentFold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, offsets, kind):
         out = _ops.segment_fold(x, None, offsets, [], kind)
@@ -77,7 +77,7 @@ class _Fold(torch.autograd.Function):
         return _backward(g, x, offsets, out, ctx.kind), None, None
 
 
-class _Softmax(torch.autograd.Function):
+class _SegmentSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, offsets):
         y = _softmax(x, offsets)
@@ -104,7 +104,7 @@ def fold(x: Tensor, offsets: Tensor, kind: int) -> Tensor:
     if functorch_active() or forward_ad_active():
         return reference.composed(x, offsets, kind)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Fold.apply(x, offsets, kind)
+        return _SegmentFold.apply(x, offsets, kind)
     return _ops.segment_fold(x, None, offsets, [], kind)
 
 
@@ -121,7 +121,7 @@ def softmax(x: Tensor, offsets: Tensor) -> Tensor:
     if functorch_active() or forward_ad_active():
         return reference.composed_softmax(x, offsets)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Softmax.apply(x, offsets)
+        return _SegmentSoftmax.apply(x, offsets)
     return _softmax(x, offsets)
 
 

@@ -67,6 +67,7 @@ define_op(
         "triton": triton.forward,
         "reference": otherwise(reference.forward, by_tiles.forward),
     },
+    plain=reference.forward,
 )
 define_op(
     f"similarity_softmax_bwd({SCHEMA}, int want, Tensor lse, Tensor? column_lse, {_OF_ROWS}) "
@@ -77,6 +78,7 @@ define_op(
         "triton": triton.backward,
         "reference": otherwise(reference.backward, by_tiles.backward),
     },
+    plain=reference.backward,
 )
 count_by("similarity_softmax_fwd", lambda *args, out_shape=None: flops(*args[:2]))
 count_by("similarity_softmax_bwd", lambda *args, out_shape=None: flops(*args[:2], args[9]))

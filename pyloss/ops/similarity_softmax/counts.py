@@ -75,6 +75,7 @@ define_op(
         "triton": _by_tiles,
         "reference": otherwise(_by_reference, _by_tiles),
     },
+    plain="which pairs are counted is found by looking at their distances",
 )
 # Each pair once.
 count_by("similarity_counts", lambda x, *rest, out_shape=None: x[0] * x[0] * x[1])

@@ -94,7 +94,7 @@ def _summed(x: Tensor, layout: Layout, group) -> Tensor:
     return total[: layout.counts[layout.rank]].to(x.dtype)
 
 
-class _Gather(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """A row gets the gradients of all ranks' losses."""
 
     @staticmethod
@@ -104,11 +104,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Sum.apply(grad, *ctx.where), None, None
+        return _SumOverProcesses.apply(grad, *ctx.where), None, None
 
 
-class _Sum(torch.autograd.Function):
-    """Adjoint of _Gather, and so its own derivative is _Gather."""
+class _SumOverProcesses(torch.autograd.Function):
+    """Adjoint of _GatherRows, and so its own derivative is _GatherRows."""
 
     @staticmethod
     def forward(ctx, x, layout, group):
@@ -117,12 +117,12 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Gather.apply(grad, *ctx.where), None, None
+        return _GatherRows.apply(grad, *ctx.where), None, None
 
 
 def gathered(x: Tensor, layout: Layout, group) -> Tensor:
     """(B_r, ...) of each rank r as (sum of B_r, ...); with its gradient where x has one."""
-    return _Gather.apply(x, layout, group)
+    return _GatherRows.apply(x, layout, group)
 
 
 def summed_over(x: Tensor, group) -> Tensor:

@@ -214,7 +214,7 @@ count_by("similarity_loss_bwd", lambda *args, out_shape=None: _flops(*args[:2], 
 _ops = torch.ops.pyloss
 
 
-class _Loss(torch.autograd.Function):
+class _SimilarityLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x1, x2, *options):
         loss, unit, stats = _ops.similarity_loss_fwd(x1, x2, *options)
@@ -277,7 +277,7 @@ def similarity_loss(
     if torch.is_grad_enabled() and any(
         args[at] is not None and args[at].requires_grad for at in (0, 1, 3, 5)
     ):
-        return _Loss.apply(*args)
+        return _SimilarityLoss.apply(*args)
     return _ops.similarity_loss_fwd(*args)[0]
 
 

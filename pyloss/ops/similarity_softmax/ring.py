@@ -137,7 +137,7 @@ def _gradients(sources, needed, moving: _Tensors, where, call) -> list[Tensor | 
     return [None if t is None else t.to(s.dtype) for t, s in zip(sums, sources)]
 
 
-class _Stats(torch.autograd.Function):
+class _RingStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         queries, keys, scale, scales, target, query_ids, key_ids, first, flags, *where = args
@@ -197,7 +197,7 @@ class _Stats(torch.autograd.Function):
         return of_queries, of_keys, None, of_scales, *(None,) * 7
 
 
-class _Sums(torch.autograd.Function):
+class _RingSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         queries, keys, scale, scales, target, query_ids, key_ids, first, flags, *rest = args
@@ -235,9 +235,9 @@ class _Sums(torch.autograd.Function):
 
 def ring_softmax(args: tuple, layout: Layout, group) -> Stats:
     """similarity_softmax of the op's arguments with this rank's keys, over those of all ranks."""
-    return Stats(*_Stats.apply(*args, layout, group))
+    return Stats(*_RingStats.apply(*args, layout, group))
 
 
 def ring_sums(args: tuple, bias: Tensor | None, numbers, layout: Layout, group) -> Tensor:
     """pair_sums likewise."""
-    return _Sums.apply(*args, bias, numbers, layout, group)
+    return _RingSums.apply(*args, bias, numbers, layout, group)

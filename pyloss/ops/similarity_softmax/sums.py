@@ -55,6 +55,7 @@ define_op(
         "triton": triton.sums_forward,
         "reference": otherwise(reference.sums_forward, by_tiles.sums_forward),
     },
+    plain=reference.sums_forward,
 )
 define_op(
     f"similarity_sums_bwd({_SUMS}, int want, Tensor? g, Tensor? g_below) -> Tensor[]",
@@ -64,6 +65,7 @@ define_op(
         "triton": triton.sums_backward,
         "reference": otherwise(reference.sums_backward, by_tiles.sums_backward),
     },
+    plain=reference.sums_backward,
 )
 count_by("similarity_sums_fwd", lambda *args, out_shape=None: flops(*args[:2]))
 count_by("similarity_sums_bwd", lambda *args, out_shape=None: flops(*args[:2], args[12]))
@@ -71,7 +73,7 @@ count_by("similarity_sums_bwd", lambda *args, out_shape=None: flops(*args[:2], a
 _ops = torch.ops.pyloss
 
 
-class _Sums(torch.autograd.Function):
+class _SimilaritySums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         found = tuple(_ops.similarity_sums_fwd(*args))
@@ -109,7 +111,7 @@ def _sums(args: tuple, bias, numbers, kind: int) -> tuple:
         return reference.sums(Pairs(*args), bias, numbers, kind)
     sources = (*(args[at] for at in SOURCES), bias)
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources):
-        return _Sums.apply(*distinct((*args, bias)), numbers, kind)
+        return _SimilaritySums.apply(*distinct((*args, bias)), numbers, kind)
     return tuple(_ops.similarity_sums_fwd(*args, bias, numbers, kind))
 
 

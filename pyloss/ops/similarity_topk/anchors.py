@@ -21,7 +21,7 @@ from pyloss.ops._transforms import is_batched
 SHORTEST = 1e-16  # squared length below which a row counts as of this length
 
 
-class _Scores(torch.autograd.Function):
+class _AnchorScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, compose, *views):
         ctx.k, ctx.compose = k, compose
@@ -63,4 +63,4 @@ def anchor_scores(
     views: list[Tensor], k: int, compose: Callable[[Sequence[Tensor]], Tensor]
 ) -> Tensor:
     """(2, B, k + 1) of two (B, D); compose(views): the same by differentiable operations."""
-    return _Scores.apply(k, compose, *views)
+    return _AnchorScores.apply(k, compose, *views)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops._flops import count_by
 from pyloss.ops._gemm import product
 from pyloss.ops._launch import without_autocast
 from pyloss.ops._reference import gradients
-from pyloss.ops._registry import lib, register_fake
+from pyloss.ops._registry import lib, plain_forms, register_fake
 from pyloss.ops._transforms import distinct, forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles
 
@@ -94,6 +95,24 @@ lib.define(
 )
 lib.impl("similarity_hardest", _forward, "CompositeExplicitAutograd")
 lib.impl("similarity_hardest_bwd", _backward, "CompositeExplicitAutograd")
+
+
+def _plain(queries, keys, scale, k, first):
+    lse, total = _formulas(queries, keys, scale, k, first)
+    return lse, total, torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int32)
+
+
+plain_forms["similarity_hardest"] = _plain
+plain_forms["similarity_hardest_bwd"] = "it starts from what the forward has kept of each row"
+
+
+def _product_flops(q, k) -> int:
+    return 2 * q[0] * q[1] * k[0]
+
+
+count_by("similarity_hardest", lambda q, k, *rest, out_shape=None: _product_flops(q, k))
+# The products again, and those of both gradients.
+count_by("similarity_hardest_bwd", lambda *args, out_shape=None: 3 * _product_flops(*args[2:4]))
 
 
 def _fake(queries, keys, scale, k, first):

@@ -137,7 +137,7 @@ def _by_reference(*cotangents) -> bool:
     return torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in cotangents)
 
 
-class _Sort(torch.autograd.Function):
+class _SortingNetworkSort(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, net, options):
         ctx.save_for_backward(x)
@@ -157,7 +157,7 @@ class _Sort(torch.autograd.Function):
         return _ops.sorting_network_sort_bwd(gy.contiguous(), x, *ctx.network), None, None
 
 
-class _Apply(torch.autograd.Function):
+class _SortingNetworkApply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, f, transpose, net, options):
         ctx.save_for_backward(x, f)
@@ -183,7 +183,7 @@ class _Apply(torch.autograd.Function):
         return gx if need_x else None, gf if need_f else None, None, None, None
 
 
-class _Permutation(torch.autograd.Function):
+class _SortingNetworkPermutation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, net, options):
         ctx.save_for_backward(x)
@@ -210,7 +210,7 @@ class _Permutation(torch.autograd.Function):
         return gx, None, None
 
 
-class _Loss(torch.autograd.Function):
+class _SortingNetworkLoss(torch.autograd.Function):
     """The forward finds the gradient too, and the backward multiplies it."""
 
     @staticmethod
@@ -255,7 +255,7 @@ def sort(x: Tensor, settings: Settings) -> Tensor:
     if _reference_needed(settings):
         return reference.formulas().sorting_network_sort(x, *settings)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Sort.apply(x, *_packed(settings))
+        return _SortingNetworkSort.apply(x, *_packed(settings))
     return _ops.sorting_network_sort(x, *_packed(settings))
 
 
@@ -264,7 +264,7 @@ def apply(x: Tensor, f: Tensor, transpose: bool, settings: Settings) -> Tensor:
     if _reference_needed(settings):
         return reference.formulas().sorting_network_apply(x, f, transpose, *settings)
     if torch.is_grad_enabled() and (x.requires_grad or f.requires_grad):
-        return _Apply.apply(x, f, transpose, *_packed(settings))
+        return _SortingNetworkApply.apply(x, f, transpose, *_packed(settings))
     return _ops.sorting_network_apply(x, f, transpose, *_packed(settings))
 
 
@@ -273,7 +273,7 @@ def permutation(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     if _reference_needed(settings):
         return reference.formulas().sorting_network_permutation(x, *settings)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Permutation.apply(x, *_packed(settings))
+        return _SortingNetworkPermutation.apply(x, *_packed(settings))
     return _ops.sorting_network_permutation(x, *_packed(settings))
 
 
@@ -297,5 +297,5 @@ def loss(
     if _reference_needed(settings):
         return reference.composed_loss(x, target, count, codes, *settings)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Loss.apply(x, target, count, codes, *_packed(settings))
+        return _SortingNetworkLoss.apply(x, target, count, codes, *_packed(settings))
     return _ops.sorting_network_loss(x, target, count, codes, *_packed(settings), False)[0]

@@ -50,11 +50,13 @@ def differentiable(
     """`found`, gradients of the sources or None, as functions of sources and cotangents."""
     needed = [g is not None for g in found]
     given = [g for g in found if g is not None]
-    linked = iter(_Differentiable.apply(part, list(blocks), needed, *given, *cotangents, *sources))
+    linked = iter(
+        _TensorAttentionGrad.apply(part, list(blocks), needed, *given, *cotangents, *sources)
+    )
     return [next(linked) if yes else None for yes in needed]
 
 
-class _Differentiable(torch.autograd.Function):
+class _TensorAttentionGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part, blocks, needed, *tensors):
         count = sum(needed)

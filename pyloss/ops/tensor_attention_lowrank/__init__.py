@@ -13,6 +13,8 @@ Paper: Alman, Song, arXiv 2310.04064.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ define_op(
     f"tensor_attention_lowrank_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "triton": triton.forward, "reference": reference.forward},
+    plain=functools.partial(reference.forward, checked=False),
 )
 define_op(
     f"tensor_attention_lowrank_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor y, "
@@ -77,7 +80,7 @@ count_by("tensor_attention_lowrank_bwd", _backward_flops)
 _ops = torch.ops.pyloss
 
 
-class _LowRank(torch.autograd.Function):
+class _TensorAttentionLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, order, coefficients, centre, causal, windows, q_offset, q, *others):
         keys, values, masks = others[:order], others[order : 2 * order], others[2 * order :]
@@ -125,5 +128,5 @@ def tensor_attention_lowrank(
         return reference.found(q, keys, values, key_masks, settings)[:2]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *keys, *values)):
         tensors = distinct((q, *keys, *values, *key_masks))
-        return _LowRank.apply(len(keys), *settings, *tensors)
+        return _TensorAttentionLowRank.apply(len(keys), *settings, *tensors)
     return _ops.tensor_attention_lowrank_fwd(q, keys, values, key_masks, *settings)[:2]
