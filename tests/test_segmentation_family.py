@@ -25,6 +25,7 @@ from pyloss.functional import (
     soft_skeleton,
     tversky_loss,
 )
+from pyloss.functional._ranges import bounds, outside
 from pyloss.functional._skeleton import mask_skeleton
 
 F64 = torch.float64
@@ -278,3 +279,23 @@ def test_tversky_with_its_defaults_is_dice():
     p = one_hot(y[:, 0], 3).double().requires_grad_()
     (grad,) = torch.autograd.grad(tversky_loss(p, y, gamma=0.75), p)
     assert not grad.any()
+
+
+# --- range -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64, torch.int16])
+@pytest.mark.parametrize("values", [[0, 1, 1], [1, -2, 3], [-3, -2, -1], [5]])
+def test_bounds_of_every_dtype_and_sign(values, dtype):
+    x = torch.tensor(values, dtype=dtype)
+    for seen in (x, x.repeat(3, 2).t()[::2]):
+        assert bounds(seen) == (min(values), max(values))
+
+
+def test_bounds_of_what_is_no_common_number():
+    inf, nan = math.inf, math.nan
+    assert bounds(torch.tensor([-0.0, 1e-45, inf])) == (0.0, inf)
+    assert bounds(torch.tensor([-inf, 1.0])) == (-inf, 1.0)
+    for value in (nan, -nan):
+        for other in (0.0, -5.0, 5.0):
+            assert not outside(bounds(torch.tensor([other, value])))

@@ -42,8 +42,13 @@ def bounds(x: Tensor) -> Bounds:
     """Smallest and largest value; waits for the device."""
     if x.numel() == 0 or x.dtype == torch.bool:
         return 0.0, 1.0
-    low, high = torch.aminmax(x.detach())
-    return float(low), float(high)
+    x = x.detach()
+    if x.dtype == torch.float32:
+        # The bits of numbers >= 0 are in their order, and integers are compared twice as fast.
+        low, high = torch.aminmax(x.view(torch.int32))
+        if low >= 0:
+            return float(low.view(x.dtype)), float(high.view(x.dtype))
+    return float(x.amin()), float(x.amax())  # on the CPU aminmax takes longer than the two
 
 
 def outside(found: Bounds) -> bool:

@@ -326,8 +326,12 @@ def _dice(
 
 def dice_of(inside, total_p, total_t, jaccard, smooth_nr, smooth_dr) -> Tensor:
     """Of the sums of :func:`overlaps`."""
-    outside = 2 * (total_p + total_t - inside) if jaccard else total_p + total_t
-    return 1 - (2 * inside + smooth_nr) / (outside + smooth_dr)
+    if jaccard:
+        outside = 2 * (total_p + total_t - inside) + smooth_dr
+    else:
+        outside = total_p + (total_t + smooth_dr)  # the sum in brackets seldom has a gradient
+    # 1 - 2 (I + nr / 2) / ..., whose factor costs no operation of its own.
+    return torch.rsub((inside + 0.5 * smooth_nr) / outside, 1, alpha=2)
 
 
 def _binary_cross_entropy(input, mask, pos_weight, reduction, ignore_index, empty):

@@ -162,8 +162,7 @@ def _rarity(volume: Tensor, w_type: str) -> Tensor:
     """Weights (N, C') or (C') of the volumes; an infinite one is the largest that is not."""
     if w_type == "uniform":
         return torch.ones_like(volume)
-    with torch.no_grad():
-        missing = torch.isinf(1 / (volume * volume if w_type == "square" else volume))
-    volume = volume.masked_fill(missing, 1)  # before the quotient: its slope would be NaN
-    weight = (1 / (volume * volume if w_type == "square" else volume)).masked_fill(missing, 0)
+    power = volume * volume if w_type == "square" else volume
+    missing = power.detach().reciprocal().isinf()
+    weight = power.masked_fill(missing, torch.inf).reciprocal()  # 0, with a slope that is not NaN
     return torch.where(missing, weight.amax(-1, keepdim=True), weight)
