@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.analysis._numbers import as_numbers
+from pyloss.analysis._numbers import as_constants
 from pyloss.analysis._root import increasing_root
 from pyloss.functional import _checks as checks
 
@@ -101,7 +101,7 @@ def inductive_bias(
     if losses.dim() != 1 or losses.numel() < _FEWEST:
         raise ValueError(f"losses must be (S,), S >= {_FEWEST}, got {list(losses.shape)}")
     losses = losses.detach().double()
-    target = _numbers("target", target, losses.device)
+    target = as_constants("target", target, losses.device)
     if bool((losses < 0).any()):
         raise ValueError(f"losses must be >= 0, got {float(losses.min()):g}")
     if bool(losses.isinf().any()):
@@ -295,9 +295,9 @@ def ncx2_logcdf(
         Johnson, Kotz, Balakrishnan. Continuous Univariate Distributions, volume 2, chapter 29.
     """
     device = x.device if isinstance(x, Tensor) else None
-    x = _numbers("x", x, device)
+    x = as_constants("x", x, device)
     df, nc, scale = (
-        checks.one_number(name, _numbers(name, value, x.device))
+        checks.one_number(name, as_constants(name, value, x.device))
         for name, value in (("df", df), ("nc", nc), ("scale", scale))
     )
     for name, value, bad, must in (
@@ -384,14 +384,14 @@ def chi2_mixture_logcdf(
     weights = weights.detach().double()
     if bool(((weights < 0) | weights.isinf()).any()):
         raise ValueError("weights must be finite and >= 0")
-    shift = _numbers("shift", shift, weights.device)
+    shift = as_constants("shift", shift, weights.device)
     if shift.dim() and shift.shape != weights.shape:
         raise ValueError(
             f"shift must be a number or of the shape of weights, {list(weights.shape)}, got "
             f"{list(shift.shape)}"
         )
-    offset = checks.one_number("offset", _numbers("offset", offset, weights.device))
-    x = _numbers("x", x, weights.device)
+    offset = checks.one_number("offset", as_constants("offset", offset, weights.device))
+    x = as_constants("x", x, weights.device)
     # a NaN among the weights is kept
     kept = weights != 0
     a, squared = weights[kept], (weights * shift.square()).expand_as(weights)[kept]
@@ -528,7 +528,7 @@ def gp_inductive_bias(
     samples = checks.checked_count("samples", samples, _FEWEST)
     checks.check_generator(generator)
     x, x_test, y, y_test = _checked_data(x, y, x_test, y_test)
-    target = _numbers("target", target, y.device)
+    target = as_constants("target", target, y.device)
     weights, shift, offset = _posterior_loss(x, y, x_test, y_test, kernel, jitter)
     if method == "saddlepoint":
         none = weights.new_tensor(math.nan)
@@ -595,7 +595,3 @@ def _checked_data(x, y, x_test, y_test) -> tuple[Tensor, Tensor, Tensor, Tensor]
     x, x_test = x.detach().double(), x_test.detach().double()
     y, y_test = (t.detach().double().reshape(len(t), -1) for t in (y, y_test))
     return x, x_test, y, y_test
-
-
-def _numbers(name: str, value, device: torch.device | None) -> Tensor:
-    return as_numbers(name, value, device).detach()

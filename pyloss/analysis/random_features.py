@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.analysis._numbers import as_numbers
+from pyloss.analysis._numbers import as_constants, as_numbers
 from pyloss.analysis._root import increasing_root
 from pyloss.functional import _checks as checks
 
@@ -368,7 +368,7 @@ def powerlaw_fit_ratio(
         Simon, Karkada, Ghosh, Belkin. More is Better in Modern Machine Learning. arXiv 2311.14646.
     """
     device = next((t.device for t in (alpha, beta, s_rel) if isinstance(t, Tensor)), None)
-    values = [as_numbers(name, value, device).detach()
+    values = [as_constants(name, value, device)
               for name, value in (("alpha", alpha), ("beta", beta), ("s_rel", s_rel))]  # fmt: skip
     a, b, s = torch.broadcast_tensors(*values)
     _check("alpha", a, a <= 1, "> 1")
