@@ -316,7 +316,8 @@ def scale_lr(
         population: N, likewise.
 
     Returns:
-        A number where ``lr`` is one, else a tensor of its dtype.
+        A number where all arguments are; a tensor of the dtype of ``lr`` if that is one, else
+        float64.
 
     Raises:
         TypeError, ValueError: no number, one out of range; options of ``"rmt"`` that are missing or
@@ -333,6 +334,8 @@ def scale_lr(
         Granziol, Zohren, Roberts. arXiv 2006.09092.
     """
     checks.check_one_of("rule", rule, RULES)
+    if isinstance(lr, Tensor):
+        checks.check_floating("lr", lr)
     given = _not_negative("lr", lr)
     for name, size in (("old_bs", old_bs), ("new_bs", new_bs)):
         checks.check_range(name, size, 0.0, open_low=True)
@@ -351,7 +354,7 @@ def scale_lr(
     found = given * ratio.to(given.device)
     if isinstance(lr, Tensor):
         return found.to(lr.dtype)
-    return found.item()
+    return found if found.dim() else found.item()
 
 
 def _not_negative(name: str, value) -> Tensor:

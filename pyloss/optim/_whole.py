@@ -16,8 +16,14 @@ class WholeOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; but what belongs to no parameter keeps its dtype beside narrower ones."""
-        super().load_state_dict(state_dict)
-        for saved in state_dict["state"].values():
+        seen: dict[str, Any] = {}
+        # After the hooks of the user, which may put another state_dict in its place.
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for saved in seen["state"].values():
             for name in self._wide:
                 if name in saved:
                     own = self._progress()

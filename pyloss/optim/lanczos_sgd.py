@@ -169,7 +169,9 @@ class LanczosSGD(WholeOptimizer):
                 self._measure(hessian, state)
             else:
                 laws.check_loss(loss)
-                grads = torch.autograd.grad(loss, params, materialize_grads=True)
+                grads = ()
+                if params:
+                    grads = torch.autograd.grad(loss, params, materialize_grads=True)
         for p, grad in zip(params, grads):
             if grad.layout != torch.strided:
                 raise RuntimeError(f"gradients must be dense, got one of layout {grad.layout}")
