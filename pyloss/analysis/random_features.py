@@ -298,7 +298,8 @@ def _best_ridge(lam: Tensor, coeffs: Tensor, n: Tensor, k: Tensor, noise: Tensor
     positive = lam[lam > 0]
     learnable = (lam * coeffs).sum()
     if positive.numel() == 0 or bool(learnable == 0):
-        return torch.where(coeffs.sum() + noise == 0, 0.0, math.inf)
+        nothing = torch.where(coeffs.sum() + noise == 0, 0.0, math.inf)
+        return torch.where((n + k + noise + learnable).isnan(), math.nan, nothing)
     least = torch.minimum(n, k)
     few = positive.numel() <= least
     low = torch.where(
