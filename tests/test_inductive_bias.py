@@ -61,6 +61,9 @@ def test_ncx2_of_very_many_degrees_is_continued_by_the_saddlepoint(monkeypatch) 
     )
     expected = torch.special.log_ndtr(torch.tensor([-3.0, 0.0, 2.0], dtype=F64))
     torch.testing.assert_close(normal, expected, rtol=1e-4, atol=0)
+    monkeypatch.undo()
+    beside = ncx2_logcdf(torch.tensor([1e8, 1.0]), 3.0, 2.0)  # which leaves others to the sum
+    assert beside[0] == 0 and beside[1] == ncx2_logcdf(1.0, 3.0, 2.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,8 +106,10 @@ def test_saddlepoint_of_weights_over_many_decades() -> None:
     mean = (weights * (1 + shift**2)).sum()
     found = chi2_mixture_logcdf(mean * torch.logspace(-12, 2, 60, dtype=F64), weights, shift)
     assert found.isfinite().all() and (found <= 0).all() and (found.diff() > 0).all()
-    scaled = chi2_mixture_logcdf(1e-30 * mean * 0.1, 1e-30 * weights, shift)
-    torch.testing.assert_close(scaled, chi2_mixture_logcdf(mean * 0.1, weights, shift))
+    plain = chi2_mixture_logcdf(mean * 0.1, weights, shift)
+    for unit in (1e-290, 1e300):  # with no room for squares
+        scaled = chi2_mixture_logcdf(unit * mean * 0.1, unit * weights, shift)
+        torch.testing.assert_close(scaled, plain)
 
 
 def test_saddlepoint_ends() -> None:

@@ -88,6 +88,16 @@ def test_the_speed_in_function_space_does_not_depend_on_the_scale() -> None:
     torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-6)
 
 
+def test_squares_beyond_half_precision() -> None:
+    pred, y = torch.tensor([300.0, 600.0]).half(), torch.zeros(2).half()
+    assert scaled_mse(pred, y, 100.0).item() == 22.5
+    assert scaled_mse(pred, y, 100.0, reduction="sum").item() == 45
+    assert scaled_mse(pred, y, 100.0, reduction="none").tolist() == [9, 36]
+    assert scaled_mse(pred, y, 1e200).item() == 0
+    with torch.autocast("cpu"):
+        assert scaled_mse(pred, y, 1.0).item() == 225_000
+
+
 # --------------------------------------------------------------------------------------------------
 # Tangent kernels
 
@@ -166,6 +176,12 @@ def test_alignment_with_constant_labels_is_nan(dtype: torch.dtype) -> None:
     y, K = torch.full((9,), 0.1, dtype=dtype), torch.randn(9, 9, dtype=dtype)
     assert kernel_alignment(torch.outer(y, y), K).isnan()
     assert kernel_alignment(K, 0 * K).isnan() and kernel_alignment(K * math.nan, K).isnan()
+    # The gradient of another kernel is its own.
+    both = torch.stack([K, K])
+    scale = torch.tensor([0.0, 1.0], dtype=dtype, requires_grad=True)
+    found = kernel_alignment(both * scale.view(2, 1, 1), torch.eye(9, dtype=dtype))
+    (slope,) = torch.autograd.grad(found[1], scale)
+    assert slope.abs().max() < 1e-5 and found[0].isnan()
 
 
 # --------------------------------------------------------------------------------------------------

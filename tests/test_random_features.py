@@ -151,6 +151,8 @@ def test_nan_stays_with_what_it_belongs_to() -> None:
     found = rf_risk(LAM, COEFFS, torch.tensor([8, math.nan]), ridge=0.1)
     assert found.test.isnan().tolist() == [False, True]
     assert rf_risk(LAM * math.nan, COEFFS, 8, ridge=0.1).test.isnan()
+    assert optimal_ridge(LAM * math.nan, COEFFS, 8).isnan()
+    assert optimal_ridge(0 * LAM, COEFFS, 8, noise=math.nan).isnan()
 
 
 def test_settings_in_parts(monkeypatch) -> None:

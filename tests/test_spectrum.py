@@ -104,6 +104,15 @@ def test_spectra_of_float32_are_those_of_float64() -> None:
     torch.testing.assert_close(found.values, VALUES[-5:].flip(0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_units_whose_squares_are_no_numbers(scale: float) -> None:
+    """In float32; also a first vector in them."""
+    values = torch.arange(1.0, 6.0)
+    found = lanczos(lambda v: scale * values * v, 5, 5, v0=scale * torch.ones(5))
+    T = found.alpha.diag() + found.beta.diag(1) + found.beta.diag(-1)
+    torch.testing.assert_close(torch.linalg.eigvalsh(T) / scale, values.double(), rtol=1e-5, atol=0)
+
+
 def test_nan_in_nan_out() -> None:
     alpha, beta, _ = lanczos(lambda v: v * math.nan, 20, 4)
     assert alpha.isnan().all() and beta.isnan().all()
@@ -183,7 +192,8 @@ def test_hvp_with_buffers_and_frozen_and_shared_parameters(dtype: torch.dtype) -
     torch.testing.assert_close(dense(hessian, 38, dtype), expected, **tolerance)
     # Of batches it is the mean, or one by the sizes.
     parts = [(x[:3], y[:3]), (x[3:], y[3:])]
-    of_parts = hvp(lambda b: F.cross_entropy(net(b[0]), b[1]), net, parts, weights=[3, 9])
+    sizes = torch.tensor([3, 9])
+    of_parts = hvp(lambda b: F.cross_entropy(net(b[0]), b[1]), net, parts, weights=sizes)
     torch.testing.assert_close(dense(of_parts, 38, dtype), expected, **tolerance)
     halves = hvp(lambda b: F.cross_entropy(net(b), y[:6]), net.parameters(), [x[:6], x[:6]])
     once = hvp(lambda: F.cross_entropy(net(x[:6]), y[:6]), dict(net.named_parameters()))
@@ -342,6 +352,8 @@ def test_rules_of_the_rate() -> None:
     assert scale_lr(0.1, 1, 2, **options) == pytest.approx(0.2, rel=0.02)
     assert scale_lr(0.1, 1e6, 2e6, **options) == pytest.approx(0.1, rel=0.01)
     assert scale_lr(0.1, 50, 100, population=100, **options) == pytest.approx(0.2)
+    several = scale_lr(0.1, 1, 2, "rmt", lam=torch.tensor([1.0, 1e9]), noise=1e6)
+    torch.testing.assert_close(several, torch.tensor([0.2, 0.1], dtype=F64), rtol=1e-5, atol=0)
     lr = scale_lr(torch.tensor([0.1, 0.2]), 32, 64)
     assert lr.dtype == torch.float32 and torch.equal(lr, torch.tensor([0.2, 0.4]))
 

@@ -13,9 +13,16 @@ def as_numbers(name: str, value, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         checks.check_number(name, value)
         return torch.tensor(float(value), dtype=torch.float64, device=device)
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
     if device is not None and value.dim() and value.device != device:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {name} is on {value.device} and "
             f"others on {device}"
         )
     return value.to(device, torch.float64)
+
+
+def as_constants(name: str, value, device: torch.device | None = None) -> Tensor:
+    """Likewise, without the graph."""
+    return as_numbers(name, value, device).detach()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.analysis._numbers import as_constants
 from pyloss.functional import _checks as checks
 
 __all__ = [
@@ -95,7 +96,7 @@ def t_function(b: float | Tensor, tau: float, classes: int = 2) -> Tensor:
     """
     _check_tau(tau)
     classes = _checked_classes(classes)
-    b = _numbers("b", b)
+    b = as_constants("b", b)
     if bool(((b < 0) | (b > 1)).any()):
         raise ValueError(f"b must be in [0, 1], got {float(b[(b < 0) | (b > 1)][0])}")
     return _t(b, tau, classes)
@@ -146,7 +147,7 @@ def gamma(t: float | Tensor, tau: float, classes: int = 2) -> Tensor:
     """
     _check_tau(tau)
     classes = _checked_classes(classes)
-    t = _numbers("t", t)
+    t = as_constants("t", t)
     if tau >= 2:
         return (t * ((tau - 1) * classes ** (tau - 1))).clamp(0, 1)
     low, high = torch.zeros_like(t), torch.ones_like(t)
@@ -185,7 +186,7 @@ def gamma_bound(t: float | Tensor, tau: float, classes: int = 2) -> Tensor:
     """
     _check_tau(tau)
     classes = _checked_classes(classes)
-    t = _numbers("t", t).clamp(min=0)
+    t = as_constants("t", t).clamp(min=0)
     if tau >= 2:
         return (tau - 1) * classes ** (tau - 1) * t
     factor = 2**tau * (2 - tau) if tau < 1 else 2 * classes ** (tau - 1)
@@ -439,7 +440,7 @@ def minimizability_gap(
         Mao, Mohri, Zhong. arXiv 2304.07288.
     """
     least = conditional_minimum(prob, tau, score_bound).mean()
-    return _numbers("best_risk", best_risk) - least
+    return as_constants("best_risk", best_risk) - least
 
 
 def analyze(
@@ -551,13 +552,6 @@ def _checked_prob(prob, name: str = "prob") -> Tensor:
             f"{name} must hold probabilities that add up to 1 along the last dimension"
         )
     return prob
-
-
-def _numbers(name: str, value) -> Tensor:
-    if not isinstance(value, Tensor):
-        checks.check_number(name, value)
-        return torch.tensor(float(value), dtype=torch.float64)
-    return value.detach().double()
 
 
 def _check_tau(tau) -> None:

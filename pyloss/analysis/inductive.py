@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.analysis._numbers import as_numbers
+from pyloss.analysis._numbers import as_constants
 from pyloss.analysis._root import increasing_root
 from pyloss.functional import _checks as checks
 
@@ -101,7 +101,7 @@ def inductive_bias(
     if losses.dim() != 1 or losses.numel() < _FEWEST:
         raise ValueError(f"losses must be (S,), S >= {_FEWEST}, got {list(losses.shape)}")
     losses = losses.detach().double()
-    target = _numbers("target", target, losses.device)
+    target = as_constants("target", target, losses.device)
     if bool((losses < 0).any()):
         raise ValueError(f"losses must be >= 0, got {float(losses.min()):g}")
     if bool(losses.isinf().any()):
@@ -295,9 +295,9 @@ def ncx2_logcdf(
         Johnson, Kotz, Balakrishnan. Continuous Univariate Distributions, volume 2, chapter 29.
     """
     device = x.device if isinstance(x, Tensor) else None
-    x = _numbers("x", x, device)
+    x = as_constants("x", x, device)
     df, nc, scale = (
-        checks.one_number(name, _numbers(name, value, x.device))
+        checks.one_number(name, as_constants(name, value, x.device))
         for name, value in (("df", df), ("nc", nc), ("scale", scale))
     )
     for name, value, bad, must in (
@@ -311,22 +311,28 @@ def ncx2_logcdf(
     y = (x / (2 * scale)).reshape(-1)
     inside = (y > 0) & y.isfinite() & ~(a + h).isnan()
     # e_i has its largest terms at y - a, its product with the inner sum there or at the root below.
-    some = torch.where(inside, y, 1.0).amax() if y.numel() else y.new_ones(())
+    some = torch.where(inside, y, 1.0)
     peak = torch.maximum((some - a).clamp(min=0), (-a + (a * a + 4 * h * some).sqrt()) / 2)
-    peak, size = float(peak.nan_to_num()), float(a.nan_to_num())
-    last = int(peak + 12 * math.sqrt(peak + size + 1) + 60)
-    if last > _TERMS:
+    last = (peak + 12 * (peak + a + 1).sqrt() + 60).nan_to_num(0.0)
+    many = last > _TERMS
+    found = torch.empty_like(y)
+    if bool(many.any()):
         one = torch.ones_like(nc).reshape(1)
-        found = _saddlepoint(torch.where(inside, 2 * y, 1.0), one, nc * one, df * one)
-        return _with_ends(y, found, inside).reshape(x.shape)
-    i = torch.arange(last + 1, dtype=torch.float64, device=x.device)
+        found[many] = _saddlepoint(2 * some[many], one, nc * one, df * one)
+    if not bool(many.all()):
+        found[~many] = _poisson_sum(some[~many], a, h, int(last[~many].max()))
+    return _with_ends(y + 0 * (a + h), found, inside).reshape(x.shape)
+
+
+def _poisson_sum(y: Tensor, a: Tensor, h: Tensor, last: int) -> Tensor:
+    i = torch.arange(last + 1, dtype=torch.float64, device=y.device)
     inner = torch.logcumsumexp(torch.xlogy(i, h) - h - torch.lgamma(i + 1), 0)
     inner = inner - torch.lgamma(a + i + 1)
     found = [
         torch.logsumexp((a + i) * part.log().unsqueeze(1) - part.unsqueeze(1) + inner, 1)
-        for part in torch.where(inside, y, 1.0).split(max(1, _CHUNK // (last + 1)))
+        for part in y.split(max(1, _CHUNK // (last + 1)))
     ]
-    return _with_ends(y + 0 * (a + h), torch.cat(found).clamp(max=0), inside).reshape(x.shape)
+    return torch.cat(found).clamp(max=0)
 
 
 def _with_ends(x: Tensor, found: Tensor, inside: Tensor) -> Tensor:
@@ -384,14 +390,14 @@ def chi2_mixture_logcdf(
     weights = weights.detach().double()
     if bool(((weights < 0) | weights.isinf()).any()):
         raise ValueError("weights must be finite and >= 0")
-    shift = _numbers("shift", shift, weights.device)
+    shift = as_constants("shift", shift, weights.device)
     if shift.dim() and shift.shape != weights.shape:
         raise ValueError(
             f"shift must be a number or of the shape of weights, {list(weights.shape)}, got "
             f"{list(shift.shape)}"
         )
-    offset = checks.one_number("offset", _numbers("offset", offset, weights.device))
-    x = _numbers("x", x, weights.device)
+    offset = checks.one_number("offset", as_constants("offset", offset, weights.device))
+    x = as_constants("x", x, weights.device)
     # a NaN among the weights is kept
     kept = weights != 0
     a, squared = weights[kept], (weights * shift.square()).expand_as(weights)[kept]
@@ -409,29 +415,28 @@ def chi2_mixture_logcdf(
 def _saddlepoint(x: Tensor, a: Tensor, squared: Tensor, count: Tensor) -> Tensor:
     """Of x > 0, ``(T,)``, with a_j, a_j times the sum of b_j^2 and how often there is each a_j.
 
-    The unknown is rho = -log(1 - 2 s max a), which is 0 at the mean; K' is close to a power of its
-    exponential.
+    The unknown is rho = -log(1 - 2 s), with max a as the unit, which is 0 at the mean; K' is close
+    to a power of its exponential.
     """
     most = a.max()
-    ratio = a / most
+    x, a, squared = x / most, a / most, squared / most
     mean = count @ a + squared.sum()
 
     def shrunk(rho: Tensor) -> tuple[Tensor, Tensor]:
         """s, and 1 / (1 - 2 s a_j)."""
-        s = -torch.expm1(-rho) / (2 * most)
-        return s, 1 / (1 + ratio * torch.expm1(-rho).unsqueeze(1))
+        return -torch.expm1(-rho) / 2, 1 / (1 + a * torch.expm1(-rho).unsqueeze(1))
 
     def function(rho: Tensor) -> tuple[Tensor, Tensor]:
         s, r = shrunk(rho)
         first = r @ (count * a) + r.square() @ squared
         second = 2 * (r.square() @ (count * a * a)) + 4 * (r**3 @ (a * squared))
-        return (first / x).log(), second * (-rho).exp() / (2 * most) / first
+        return (first / x).log(), second * (-rho).exp() / (2 * first)
 
-    # K' - mean / (1 - 2 s max a)^2 has one sign on each side of the mean; 2 s K' is at most
-    # d + sum b^2 / 4 in the lower tail, and K' >= max a / (1 - 2 s max a).
+    # K' - mean / (1 - 2 s)^2 has one sign on each side of the mean; 2 s K' is at most
+    # d + sum b^2 / 4 in the lower tail, and K' >= 1 / (1 - 2 s).
     middle = (x / mean).log() / 2
     most_s = (count.sum() / 2 + (squared / a).sum() / 8) / x
-    far = torch.where(x < mean, -torch.log1p(2 * most * most_s), (x / most).log())
+    far = torch.where(x < mean, -torch.log1p(2 * most_s), x.log())
     rho = increasing_root(
         function, torch.minimum(middle, far) - 1e-9, torch.maximum(middle, far) + 1e-9
     )
@@ -524,11 +529,13 @@ def gp_inductive_bias(
         2406.15941.
     """
     checks.check_one_of("method", method, GP_METHODS)
+    if not callable(kernel):
+        raise TypeError(f"kernel must be callable, got {type(kernel).__name__}")
     checks.check_range("jitter", jitter, 0.0)
     samples = checks.checked_count("samples", samples, _FEWEST)
     checks.check_generator(generator)
     x, x_test, y, y_test = _checked_data(x, y, x_test, y_test)
-    target = _numbers("target", target, y.device)
+    target = as_constants("target", target, y.device)
     weights, shift, offset = _posterior_loss(x, y, x_test, y_test, kernel, jitter)
     if method == "saddlepoint":
         none = weights.new_tensor(math.nan)
@@ -595,7 +602,3 @@ def _checked_data(x, y, x_test, y_test) -> tuple[Tensor, Tensor, Tensor, Tensor]
     x, x_test = x.detach().double(), x_test.detach().double()
     y, y_test = (t.detach().double().reshape(len(t), -1) for t in (y, y_test))
     return x, x_test, y, y_test
-
-
-def _numbers(name: str, value, device: torch.device | None) -> Tensor:
-    return as_numbers(name, value, device).detach()

@@ -121,7 +121,12 @@ def scaled_mse(pred: Tensor, y: Tensor, alpha: float, *, reduction: str = "mean"
         raise ValueError(f"y must have the shape of pred, {list(pred.shape)}, got {list(y.shape)}")
     checks.check_range("alpha", alpha, 0.0, open_low=True)
     checks.check_reduction(reduction)
-    return torch.nn.functional.mse_loss(pred, y, reduction=reduction) / alpha**2
+    wide = torch.promote_types(torch.promote_types(pred.dtype, y.dtype), torch.float32)
+    # Divided first: the square of a scaled output may be beyond the numbers, with that of alpha.
+    found = ((pred.to(wide) - y.to(wide)) / alpha).square()
+    if reduction != "none":
+        found = found.mean() if reduction == "mean" else found.sum()
+    return found.to(checks.result_dtype(torch.promote_types(pred.dtype, y.dtype), pred))
 
 
 def empirical_ntk(
@@ -293,5 +298,7 @@ def _centered(kernel: Tensor, centered: bool) -> Tensor:
     if centered:
         kernel = kernel - kernel.mean(-1, keepdim=True)
         kernel = kernel - kernel.mean(-2, keepdim=True)
-    norm = torch.linalg.matrix_norm(kernel, keepdim=True)
-    return torch.where(norm <= least * whole, torch.nan, kernel / norm)
+    norm = torch.linalg.matrix_norm(kernel.detach(), keepdim=True)
+    none = norm <= least * whole
+    kernel = torch.where(none, 1.0, kernel)  # its slope would reach the gradients of others
+    return torch.where(none, torch.nan, kernel / torch.linalg.matrix_norm(kernel, keepdim=True))

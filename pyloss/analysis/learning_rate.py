@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.analysis.comp_sum import _numbers
+from pyloss.analysis._numbers import as_constants
 from pyloss.functional import _checks as checks
 from pyloss.functional import _hessian as laws
 
@@ -119,7 +119,7 @@ def batch_extremal_eigenvalue(
     Reference:
         Granziol, Zohren, Roberts. arXiv 2006.09092.
     """
-    lam = _numbers("lam", lam)
+    lam = as_constants("lam", lam)
     noise = _positive("num_params", num_params) * _not_negative("sigma", sigma).square()
     return laws.spike(lam, noise, effective_batch_size(batch_size, population))
 
@@ -158,7 +158,7 @@ def full_batch_eigenvalue(
     """
     noise = _not_negative("noise", noise)
     batch = effective_batch_size(batch_size, population)
-    return laws.unspike(_numbers("lam_batch", lam_batch), noise, batch)
+    return laws.unspike(as_constants("lam_batch", lam_batch), noise, batch)
 
 
 def hessian_noise(
@@ -203,7 +203,7 @@ def hessian_noise(
     Reference:
         Granziol, Zohren, Roberts. arXiv 2006.09092.
     """
-    first, second = _numbers("lam_small", lam_small), _numbers("lam_large", lam_large)
+    first, second = as_constants("lam_small", lam_small), as_constants("lam_large", lam_large)
     b1 = effective_batch_size(small, population)
     everything = isinstance(large, float) and large == math.inf
     b2 = b1.new_tensor(math.inf) if everything else effective_batch_size(large, population)
@@ -316,7 +316,8 @@ def scale_lr(
         population: N, likewise.
 
     Returns:
-        A number where ``lr`` is one, else a tensor of its dtype.
+        A number where all arguments are; a tensor of the dtype of ``lr`` if that is one, else
+        float64.
 
     Raises:
         TypeError, ValueError: no number, one out of range; options of ``"rmt"`` that are missing or
@@ -333,6 +334,8 @@ def scale_lr(
         Granziol, Zohren, Roberts. arXiv 2006.09092.
     """
     checks.check_one_of("rule", rule, RULES)
+    if isinstance(lr, Tensor):
+        checks.check_floating("lr", lr)
     given = _not_negative("lr", lr)
     for name, size in (("old_bs", old_bs), ("new_bs", new_bs)):
         checks.check_range(name, size, 0.0, open_low=True)
@@ -351,18 +354,18 @@ def scale_lr(
     found = given * ratio.to(given.device)
     if isinstance(lr, Tensor):
         return found.to(lr.dtype)
-    return found.item()
+    return found if found.dim() else found.item()
 
 
 def _not_negative(name: str, value) -> Tensor:
-    found = _numbers(name, value)
+    found = as_constants(name, value)
     if bool((found < 0).any()):
         raise ValueError(f"{name} must be >= 0, got {float(found.amin()):g}")
     return found
 
 
 def _positive(name: str, value) -> Tensor:
-    found = _numbers(name, value)
+    found = as_constants(name, value)
     if bool((found <= 0).any()):
         raise ValueError(f"{name} must be > 0, got {float(found.amin()):g}")
     return found

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.analysis._numbers import as_numbers
+from pyloss.analysis._numbers import as_constants, as_numbers
 from pyloss.analysis._root import increasing_root
 from pyloss.functional import _checks as checks
 
@@ -298,7 +298,8 @@ def _best_ridge(lam: Tensor, coeffs: Tensor, n: Tensor, k: Tensor, noise: Tensor
     positive = lam[lam > 0]
     learnable = (lam * coeffs).sum()
     if positive.numel() == 0 or bool(learnable == 0):
-        return torch.where(coeffs.sum() + noise == 0, 0.0, math.inf)
+        nothing = torch.where(coeffs.sum() + noise == 0, 0.0, math.inf)
+        return torch.where((n + k + noise + learnable).isnan(), math.nan, nothing)
     least = torch.minimum(n, k)
     few = positive.numel() <= least
     low = torch.where(
@@ -368,7 +369,7 @@ def powerlaw_fit_ratio(
         Simon, Karkada, Ghosh, Belkin. More is Better in Modern Machine Learning. arXiv 2311.14646.
     """
     device = next((t.device for t in (alpha, beta, s_rel) if isinstance(t, Tensor)), None)
-    values = [as_numbers(name, value, device).detach()
+    values = [as_constants(name, value, device)
               for name, value in (("alpha", alpha), ("beta", beta), ("s_rel", s_rel))]  # fmt: skip
     a, b, s = torch.broadcast_tensors(*values)
     _check("alpha", a, a <= 1, "> 1")

@@ -392,7 +392,7 @@ def _density(
 def _recursion(matvec: Matvec, start: Tensor, steps: int) -> _lanczos.Recursion:
     def checked(v: Tensor) -> Tensor:
         found = matvec(v)
-        checks.check_tensor("what matvec returns", found)
+        checks.check_floating("what matvec returns", found)
         if found.shape != v.shape:
             raise ValueError(
                 f"matvec must return the shape {list(v.shape)}, got {list(found.shape)}"

@@ -51,11 +51,20 @@ class HessianOperator:
             if weights is not None:
                 raise ValueError("weights are for batches, got no batches")
             self.grads = _gradients(loss_fn(), self.params)
-        elif iter(batches) is batches:
+            return
+        try:
+            once = iter(batches) is batches
+        except TypeError:
+            raise TypeError(f"batches must be an iterable, got {type(batches).__name__}") from None
+        if once:
             raise TypeError(
                 "batches are gone through in every product: a list or a DataLoader, got "
                 f"{type(batches).__name__}"
             )
+        if weights is not None:
+            self.weights = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+            for at, weight in enumerate(self.weights):
+                checks.check_range(f"weights[{at}]", weight, 0.0)
 
     def __call__(self, v: Tensor) -> Tensor:
         checks.check_floating("v", v)
@@ -114,6 +123,10 @@ def trainable(params: Params) -> list[Tensor]:
         params = params.values()
     elif isinstance(params, Tensor):
         raise TypeError("params must be an iterable of Tensors or a Module, got a Tensor")
+    elif not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of Tensors or a Module, got {type(params).__name__}"
+        )
     found = {}
     for p in params:
         checks.check_tensor("a parameter", p)

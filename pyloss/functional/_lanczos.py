@@ -33,6 +33,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Re
     """
     steps = min(steps, start.numel())
     basis = start.new_empty(steps, start.numel())
+    start = start / start.abs().amax()  # its square is a number
     basis[0] = start / start.norm()
     numbers = start.new_empty(2, steps, dtype=torch.float64)
     # Less is rounding alone: its direction would be noise.
@@ -41,17 +42,17 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Re
     for step in range(steps):
         q, whole = basis[step], basis[: step + 1]
         w = matvec(q).to(start.dtype)
-        scale = max(scale, w.norm().item())
+        scale = max(scale, _length(w).item())
         along = q @ w
         w = w - along * q
         if step:
             w -= numbers[1, step - 1].to(w.dtype) * basis[step - 1]
-        before = w.norm()
+        before = _length(w)
         w -= (whole @ w) @ whole
-        size = w.norm()
+        size = _length(w)
         if not size.item() > _KEPT * before.item():
             w -= (whole @ w) @ whole  # once leaves what cancellation has brought in
-            size = w.norm()
+            size = _length(w)
         numbers[0, step], numbers[1, step] = along, size
         if size.item() <= least * scale:
             steps, numbers[1, step] = step + 1, 0.0
@@ -61,6 +62,14 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Re
     return Recursion(
         numbers[0, :steps], numbers[1, : steps - 1], basis[:steps], numbers[1, steps - 1]
     )
+
+
+def _length(v: Tensor) -> Tensor:
+    """The norm, where squares would be no numbers of the dtype, too: the Hessian of a loss in small
+    units."""
+    most = v.abs().amax()
+    most = torch.where(most.isfinite() & (most > 0), most, 1.0)
+    return most * (v / most).norm()
 
 
 def eigen(recursion: Recursion) -> tuple[Tensor, Tensor]:

@@ -7,19 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pyloss.functional import _checks as checks
 from pyloss.functional import _hessian as laws
 from pyloss.functional._lanczos import eigen, lanczos
+from pyloss.optim._whole import WholeOptimizer
 
 Closure = Callable[[], Tensor]
 
-_OPTIONS = ("every", "steps", "damping", "noise", "batch_size", "curvature_batch_size",
-            "population", "seed")  # fmt: skip
 
-
-class LanczosSGD(Optimizer):
+class LanczosSGD(WholeOptimizer):
     r"""SGD whose rate and damping come from a few steps of Lanczos, every so many steps.
 
     .. math::
@@ -90,6 +87,10 @@ class LanczosSGD(Optimizer):
         Granziol, Zohren, Roberts. Learning Rates as a Function of Batch Size: A Random Matrix
         Theory Approach to Neural Network Training. arXiv 2006.09092.
     """
+
+    _options = ("every", "steps", "damping", "noise", "batch_size", "curvature_batch_size",
+                "population", "seed")  # fmt: skip
+    _wide = ("curvature",)
 
     def __init__(
         self,
@@ -168,7 +169,9 @@ class LanczosSGD(Optimizer):
                 self._measure(hessian, state)
             else:
                 laws.check_loss(loss)
-                grads = torch.autograd.grad(loss, params, materialize_grads=True)
+                grads = ()
+                if params:
+                    grads = torch.autograd.grad(loss, params, materialize_grads=True)
         for p, grad in zip(params, grads):
             if grad.layout != torch.strided:
                 raise RuntimeError(f"gradients must be dense, got one of layout {grad.layout}")
@@ -182,23 +185,6 @@ class LanczosSGD(Optimizer):
         """The present rate of a group: what is subtracted is this times its buffer, or gradient.
         Waits for the device."""
         return float(self._rate(self.param_groups[group], self._progress().get("curvature")))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; but the curvature stays in float64 beside narrower parameters."""
-        super().load_state_dict(state_dict)
-        for saved in state_dict["state"].values():
-            if "curvature" in saved:
-                own = self._progress()
-                own["curvature"] = saved["curvature"].to(own["curvature"].device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: getattr(self, name) for name in _OPTIONS}
-
-    def _progress(self) -> dict[str, Any]:
-        """What belongs to no parameter, kept with the first one, as torch's LBFGS does."""
-        state = self.state[self.param_groups[0]["params"][0]]
-        state.setdefault("step", 0)
-        return state
 
     def _measure(self, hessian: laws.HessianOperator, state: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(self.seed + state["step"])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from pyloss.functional import _checks as checks
 from pyloss.functional.surrogate import check_options, surrogate_of
+from pyloss.optim._whole import WholeOptimizer
 from pyloss.optim.lr_scheduler.recorder import total_norm
 
 SCHEDULES = ("constant", "stochastic", "exponential", "adagrad")
@@ -22,12 +23,10 @@ INNER = ("sgd", "armijo")
 _DECREASE, _SHRINK, _FIRST_STEP, _TRIALS = 0.5, 0.9, 10.0, 100
 _SMALLEST_STEP = _SMALLEST_NORM = 1e-6
 
-_OPTIONS = ("inner", "inner_steps", "eta", "eta_schedule", "total_steps", "divergence")
-
 Closure = Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
-class SSO(Optimizer):
+class SSO(WholeOptimizer):
     r"""Surrogate optimisation in the space of the outputs: for losses that cost more than a model.
 
     A step asks the loss once, for its gradient g at the outputs :math:`z_t` of the batch, and then
@@ -79,6 +78,9 @@ class SSO(Optimizer):
     Reference:
         Lavington et al. Target-based Surrogates for Stochastic Optimization. arXiv 2302.02607.
     """
+
+    _options = ("inner", "inner_steps", "eta", "eta_schedule", "total_steps", "divergence")
+    _wide = ("grad_square",)
 
     def __init__(
         self,
@@ -161,27 +163,8 @@ class SSO(Optimizer):
         state["step"] += 1
         return loss.detach()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; but what AdaGrad sums stays in float32 beside parameters of half types."""
-        super().load_state_dict(state_dict)
-        for saved in state_dict["state"].values():
-            if "grad_square" in saved:
-                own = self._progress()
-                own["grad_square"] = saved["grad_square"].to(own["grad_square"].device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: getattr(self, name) for name in _OPTIONS}
-
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _progress(self) -> dict[str, Any]:
-        """The number of steps, and for AdaGrad the sum of squares; kept with the first parameter,
-        as torch's LBFGS keeps what belongs to no parameter."""
-        state = self.state[self.param_groups[0]["params"][0]]
-        if not state:
-            state["step"] = 0
-        return state
 
     def _eta(self, state: dict[str, Any], grad: Tensor) -> float | Tensor:
         step, schedule = state["step"], self.eta_schedule

@@ -58,6 +58,8 @@ ROWS = (
     refused(ValueError, "got an eigenvalue of -1", kernel_eigensystem, -torch.eye(4), Y),
     refused(ValueError, "y must be (3,) or (3, c), got [4]", kernel_eigensystem, torch.eye(3), Y),
     refused(ValueError, "losses must be (S,), S >= 8, got [7]", inductive_bias, LOSSES[:7], 0.1),
+    refused(TypeError, "kernel must be callable, got float",
+            gp_inductive_bias, X, Y, X, Y, 1.0, 0.1),
     refused(ValueError, "losses must be >= 0, got -2", inductive_bias, -LOSSES, 0.1),
     refused(ValueError, "losses must be finite", inductive_bias, LOSSES / 0, 0.1),
     refused(ValueError, "losses must be positive and differ for method='ncx2', got 1 to 1",
