@@ -105,7 +105,11 @@ def run_script(source: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if blocks_of(p)], ids=page_id)
+# The blocks of tutorials are the cells of notebooks, which tests/test_tutorials.py runs.
+WITH_BLOCKS = [p for p in PAGES if p.parent.name != "tutorials" and blocks_of(p)]
+
+
+@pytest.mark.parametrize("path", WITH_BLOCKS, ids=page_id)
 def test_python_blocks_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
