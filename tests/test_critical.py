@@ -25,6 +25,11 @@ F64 = torch.float64
 NU_GELU, NU_SILU = 4.9042262, 4.9231871  # at the fixed point; relu has 5
 
 
+def name_of(value: object) -> str:
+    """The id of a parameter: the text of a function has an address, other in each process."""
+    return getattr(value, "__name__", str(value))
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -58,7 +63,7 @@ def inputs(rows: int, features: int = 10, seed: int = 0) -> Tensor:
             ("half_stable", 0.5551431707, 1.9880046783, 14.3201736180, NU_SILU),
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_table(activation, expected) -> None:
     found = criticality(activation)
@@ -98,7 +103,7 @@ def test_half_stable_points_are_what_they_say(activation) -> None:
         nn.SELU(),
         lambda z: torch.cos(z) - 2,  # C_b would be negative
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_no_critical_point(activation) -> None:
     with pytest.raises(ValueError, match="has no critical point"):
@@ -185,7 +190,7 @@ def test_kinks_elsewhere() -> None:
     assert float(rough) == pytest.approx(float(expected), abs=5e-3)
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh", torch.tanh, "gelu"], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "tanh", torch.tanh, "gelu"], ids=name_of)
 def test_equal_opposite_and_zero_inputs(activation) -> None:
     x = inputs(1).repeat(4, 1)
     x[2] *= -1
