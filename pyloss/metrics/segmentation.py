@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def cl_dice(
 
     Returns:
         float32, 0-d; ``(N, C')`` with ``reduction="none"``, C' channels count. In [0, 1]; 1 is
-        best, and that of two empty masks; 0 where one is.
+        best, and that of two empty masks; 0 where one is; NaN where a mask holds NaN.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as
@@ -82,6 +84,9 @@ def cl_dice(
     value = torch.where((all_p == 0) | (all_t == 0), (all_p == all_t).float(), value)
     if read.poison is not None:
         value = value * read.poison
+    for mask in (input[:, read.first :], read.values):  # a comparison would take NaN for background
+        if mask.is_floating_point():
+            value = value.masked_fill(mask.isnan().flatten(2).any(2), math.nan)
     return value if reduction == "none" else getattr(value, reduction)()
 
 

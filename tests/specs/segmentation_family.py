@@ -540,6 +540,7 @@ SPECS = (
         autocast={},
         compile="(?i)data-dependent",
         empty={"both": Empty(lambda: Sample(dict(input=X[:, :1] * 0, target=Y)), 1.0)},
+        nan={"input": "any"},
         errors=(
             Bad(ValueError, r"\(N, C, H, W\)", dict(input=X[0])),
             Bad(ValueError, "median is not a valid value", dict(reduction="median")),
