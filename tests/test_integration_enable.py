@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,79 @@ def test_context_and_options(tmp_path: Path, calls: list[dict[str, Any]]) -> Non
         enable(z=1)
     with pytest.raises(TypeError, match="strict must be a bool"):
         enable(strict=1)
+
+
+def test_blocks_that_end_out_of_order(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    own = transformers.Trainer._inner_training_loop
+
+    def used() -> list[float]:
+        trainer_of(make(), tmp_path, max_steps=1).train()
+        found = [c["z_loss"] for c in calls]
+        calls.clear()
+        return found
+
+    first, second = enable(z_loss=0.5), enable(z_loss=0.25)
+    first.__enter__(), second.__enter__()
+    first.__exit__()
+    assert used() == 2 * [0.25]  # as long as its block lasts
+    enable(z_loss=0.125)
+    assert used() == 2 * [0.125]
+    second.__exit__()
+    assert not used() and transformers.Trainer._inner_training_loop is own
+    with enable(z_loss=0.5):
+        disable()
+        assert not used()
+    assert not used()
+    for _ in range(2000):  # no chain that a walk could not follow
+        enable(z_loss=0.5)
+    assert used() == 2 * [0.5]
+
+
+def test_blocks_of_two_threads(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    together = threading.Barrier(3, timeout=60)
+
+    def trains(strength: float) -> list[float]:
+        with enable(z_loss=strength):
+            together.wait()  # all blocks have begun
+            with lock:
+                trainer_of(make(), tmp_path, max_steps=1).train()
+                found = [c["z_loss"] for c in calls]
+                calls.clear()
+            together.wait()
+        return found
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(trains, strength) for strength in (0.5, 0.25)]
+        with enable(z_loss=0.125):
+            together.wait(), together.wait()
+        assert [job.result() for job in jobs] == [2 * [0.5], 2 * [0.25]]
+        with enable(z_loss=0.125):  # a thread without a block takes the latest
+            pool.submit(trainer_of(make(), tmp_path, max_steps=1).train).result()
+    assert [c["z_loss"] for c in calls] == 2 * [0.125]
+
+
+def test_a_wrapper_around_the_patch_stays(
+    calls: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+    with enable():
+        ours = transformers.Trainer._inner_training_loop
+
+        @functools.wraps(ours)
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            entered.append(True)
+            return ours(*args, **kwargs)
+
+        monkeypatch.setattr(transformers.Trainer, "_inner_training_loop", theirs)
+    trainer_of(make(), tmp_path, max_steps=1).train()
+    assert len(entered) == 1 and not calls
+    with enable():
+        assert transformers.Trainer._inner_training_loop is theirs
+        trainer_of(make(), tmp_path, max_steps=1).train()
+    assert len(entered) == 2 and len(calls) == 2
+    monkeypatch.undo()
+    transformers.Trainer._inner_training_loop = ours.__wrapped__
 
 
 def test_mixed_precision_twice(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
