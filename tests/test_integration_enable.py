@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import inspect
+import math
 import threading
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +195,53 @@ def test_peft(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     assert len(calls) == 6
     for a, b in zip(*(t.model.parameters() for t in trainers), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_torch_compile(
+    tmp_path: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By inductor. Not compiled is the yardstick: with torch_compile the label smoother of
+    transformers 5 does not shift the labels."""
+    for name in ("BACKEND", "MODE"):  # set by the arguments below; put back at the end
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no" if name == "BACKEND" else "default")
+    options = dict(label_smoothing_factor=0.1, max_steps=2)
+    own = trainer_of(make(), tmp_path, **options)
+    model = copy.deepcopy(own.model)
+    own.train()
+    state = importlib.import_module("accelerate.state").AcceleratorState
+    state._reset_state()  # one for all trainers
+    ours = trainer_of(model, tmp_path, torch_compile=True, **options)
+    torch._dynamo.reset()
+    with enable(strict=True):
+        ours.train()
+    torch._dynamo.reset()
+    state._reset_state()
+    for a, b in zip(own.state.log_history, ours.state.log_history, strict=True):
+        for key in a.keys() & {"loss", "grad_norm"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a, b)
+    for a, b in zip(*(t.model.parameters() for t in (own, ours)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert type(ours.model) is transformers.LlamaForCausalLM
+
+
+def test_liger_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """use_liger_kernel gives the model a forward of its own before the patch: one of the two."""
+
+    def apply(model: Any, config: Any) -> None:
+        own = type(model).forward
+        wrapper = functools.wraps(own)(lambda *args, **inputs: own(*args, **inputs))
+        del wrapper.__wrapped__  # another forward, and not one around the model's
+        wrapper.__signature__ = inspect.signature(own)
+        model.forward = types.MethodType(wrapper, model)
+
+    monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", apply)
+    trainer = trainer_of(make(), tmp_path, max_steps=1, use_liger_kernel=True)
+    with enable(), pytest.warns(UserWarning, match="own loss.*forward of this .* been replaced"):
+        trainer.train()
+    with enable(strict=True), pytest.raises(TypeError, match="has been replaced by"):
+        trainer.train()
+    assert type(trainer.model) is transformers.LlamaForCausalLM
 
 
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def _patch(trainer: Any, settings: Settings) -> Callable[[], None] | None:
             return None
         models = trl.models_of(trainer)
         trl.patch_trainer(trainer, **settings.options)
-        return lambda: trl.restore_all(models)
+        return lambda: trl.restore_all(trainer, models)
     from pyloss.integrations import transformers
 
     if transformers.is_patched(model):
