@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -319,7 +319,7 @@ def _train(model: nn.Module, samples: Samples, ranks: Tensor, at: int, options: 
             batches = list(torch.tensor(list(sampler)).split(options.batch_size))
         batch = batches.pop(0)
         optimizer.zero_grad()
-        fused_cross_entropy(model(x[batch]), y[batch]).backward()
+        cast(Tensor, fused_cross_entropy(model(x[batch]), y[batch])).backward()
         optimizer.step()
 
 
@@ -346,7 +346,7 @@ def _evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     for inputs, labels in _batches(x, y):
         logits = model(inputs)
         right += int((logits.argmax(1) == labels).sum())
-        loss += float(fused_cross_entropy(logits.double(), labels, reduction="sum"))
+        loss += float(cast(Tensor, fused_cross_entropy(logits.double(), labels, reduction="sum")))
     return right / len(y), loss / len(y)
 
 
