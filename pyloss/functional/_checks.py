@@ -19,6 +19,7 @@ from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import without_autocast as without_autocast
+from pyloss.ops._shards import take_dtensors
 from pyloss.ops._transforms import functorch_active
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,8 +81,12 @@ def can_look_at(t: Tensor) -> bool:
 
 
 def check_tensor(name: str, x) -> None:
+    if type(x) is Tensor:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if is_dtensor(x):
+        take_dtensors()
 
 
 def check_floating(name: str, x) -> None:

@@ -22,17 +22,21 @@ from pyloss.ops.frame_pca.calls import empty_frames, empty_gradients
 
 KERNEL_DIMS = (2, 3)
 
+_WHOLE = "clouds lie one after the other, and a split of the points would cut some"
+
 define_op(
     "frame_pca_fwd(Tensor x, Tensor? weight, Tensor? offsets, SymInt clouds, bool centred) "
     "-> Tensor",
     fake=lambda x, weight, offsets, clouds, centred: empty_frames(x, clouds),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards=_WHOLE,
 )
 define_op(
     "frame_pca_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? offsets, Tensor frames, "
     "bool centred, float tolerance) -> Tensor[]",
     fake=lambda grad, x, weight, *rest: empty_gradients(x, weight),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards=_WHOLE,
 )
 
 _ops = torch.ops.pyloss
