@@ -492,10 +492,13 @@ def dtensors() -> None:
         "distributed": vocab_parallel_linear_cross_entropy,
     }
     for name, call in calls.items():
-        for as_dtensor in (False, True):
+        for as_dtensor in (None, Replicate(), Shard(0)):
             w, b = placed(full_w), placed(full_b)
-            x = placed(h, Replicate()) if as_dtensor else h.clone().requires_grad_()
+            x = h.clone().requires_grad_() if as_dtensor is None else placed(h, as_dtensor)
+            COUNT.clear()
             loss = call(x, w, y, b, z_loss=0.1)
+            # An input that is no DTensor does not say that all ranks have the same rows.
+            assert COUNT == {"all_gather": 1 if as_dtensor else 2}, COUNT
             close(loss, want, torch.float64, name)
             loss.backward()
             for got, ref in zip((x, w, b), wide):
@@ -558,8 +561,9 @@ def dtensors() -> None:
     twice = distribute_tensor(full_w.clone(), both, [Shard(0), Shard(0)])
     raises(RuntimeError, "two dimensions", lambda: linear(h, twice, y))
     split_input = distribute_tensor(h.clone(), mesh, [Shard(0)])
-    raises(RuntimeError, "input must be placed", lambda: linear(split_input, shard_w, y))
-    raises(RuntimeError, "input must be placed", lambda: linear(split_input, full_w, y))
+    raises(RuntimeError, "target must be a DTensor", lambda: linear(split_input, full_w, y))
+    raises(RuntimeError, "input must be placed", lambda: linear(
+        split_input, full_w, y, group=dist.group.WORLD))  # fmt: skip
     whole = placed(full_w, Replicate())
     raises(
         RuntimeError, "split by Shard(0)", lambda: vocab_parallel_linear_cross_entropy(h, whole, y)
