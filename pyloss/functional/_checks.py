@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,6 +18,7 @@ from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
 from pyloss.ops._launch import without_autocast as without_autocast
+from pyloss.ops._shards import is_dtensor as is_dtensor
 from pyloss.ops._shards import take_dtensors
 from pyloss.ops._transforms import functorch_active
 
@@ -67,12 +67,6 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
 
 # --------------------------------------------------------------------------------------------------
 # Types and numbers
-
-
-def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def can_look_at(t: Tensor) -> bool:

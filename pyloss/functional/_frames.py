@@ -13,6 +13,7 @@ from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._ranges import can_look, warn
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._shards import beside
 from pyloss.ops._transforms import functorch_active
 from pyloss.ops.frame_pca import frame_pca
 
@@ -181,7 +182,7 @@ def signs_of(axes: Axes, group: str) -> Tensor:
     basis = axes.basis
     d = basis.shape[-1]
     free = d - 1 if group in ("SO", "SE") else d
-    table = _signs(free, basis.dtype, basis.device)
+    table = beside(_signs(free, basis.dtype, basis.device), basis)
     if free == d:
         return table.unsqueeze(1)
     last = handedness(basis.detach()) * table.prod(1).unsqueeze(1)

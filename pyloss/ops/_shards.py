@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch.library import Library
+from torch import Tensor
+from torch.library import Library
 
 # Per op: its rule, a function of the op's arguments that finds it, or the sentence.
 rules: dict[str, str | Callable[..., str]] = {}
@@ -37,6 +36,23 @@ def add(lib: Library, name: str, rule: str | Callable[..., str]) -> None:
     _waiting.append((lib, name))
     if "torch.distributed.tensor" in sys.modules:
         take_dtensors()
+
+
+def is_dtensor(t) -> bool:
+    """Whether t is a DTensor; nobody has one before the module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def beside(constant: Tensor, other: Tensor) -> Tensor:
+    """A constant as torch's operations take it together with another tensor: beside a DTensor one
+    that is the same everywhere."""
+    if type(other) is Tensor or not is_dtensor(other):
+        return constant
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = other.device_mesh
+    return DTensor.from_local(constant, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def take_dtensors() -> None:

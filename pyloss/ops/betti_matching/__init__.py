@@ -23,6 +23,7 @@ from pyloss.ops._empty import scaled
 from pyloss.ops._launch import constants
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op, lib
+from pyloss.ops._shards import beside
 from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
 from pyloss.ops.betti_matching.records import (
@@ -169,7 +170,7 @@ def _dense_terms(input: Tensor, target: Tensor, o: Options, target_weight: float
 def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Tensor:
     terms = (o.matched_weight, o.unmatched_weight, target_weight)
     found = [w * t for w in dim_weights(o)[:spatial] for t in terms]
-    return constants(found, like.dtype, like.device).view(-1, TERMS)
+    return beside(constants(found, like.dtype, like.device).view(-1, TERMS), like)
 
 
 def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:

@@ -87,5 +87,8 @@ def frame_pca(
         rows = _FramePca.apply(x, weight, offsets, clouds, centred, tolerance)
     else:
         rows = _ops.frame_pca_fwd(x, weight, offsets, clouds, centred)
-    axes, centre, value, total = rows.split([d * d, d, d, 1], 1)
-    return axes.unflatten(1, (d, d)), centre, value, total.squeeze(1)
+    # One by one: the gradient of split makes plain zeros for those that are not used, which do not go
+    # with DTensors.
+    ends = d * d, d * d + d, d * d + 2 * d
+    axes, centre, value = rows[:, : ends[0]], rows[:, ends[0] : ends[1]], rows[:, ends[1] : ends[2]]
+    return axes.unflatten(1, (d, d)), centre, value, rows[:, ends[2]]

@@ -21,6 +21,7 @@ from torch import Tensor
 from pyloss.ops._empty import scale_, scaled
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op
+from pyloss.ops._shards import is_dtensor
 from pyloss.ops._transforms import (
     forward_ad_active,
     functorch_active,
@@ -312,6 +313,9 @@ def loss(
         target: (b, n): of ``order="ranks"`` int32; else values of float64, float32, int64, int32.
         count: int32 (b, n) with ranks, None: one rank each.
     """
+    if reduction == "mean" and is_dtensor(x):  # the number of items is that of all processes
+        one_by_one = dict(order=order, kind=kind, reduction="sum")
+        return loss(x, target, count, settings, **one_by_one) / x.shape[0]
     codes = (ORDERS.index(order), KINDS.index(kind), REDUCTIONS.index(reduction))
     if _reference_needed(settings):
         return reference.composed_loss(x, target, count, codes, *settings)
