@@ -70,8 +70,11 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
 
 
 def can_look_at(t: Tensor) -> bool:
-    """Whether there are values to look at now, and without waiting for a device."""
-    return t.is_cpu and not (torch.compiler.is_compiling() or functorch_active())
+    """Whether there are values to look at now, and without waiting for a device; nor for another
+    process, which would wait for this one if it raised alone."""
+    if not t.is_cpu or torch.compiler.is_compiling() or functorch_active():
+        return False
+    return type(t) is Tensor or not is_dtensor(t)
 
 
 def check_tensor(name: str, x) -> None:

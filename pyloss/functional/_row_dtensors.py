@@ -167,9 +167,7 @@ def row_stats_of_dtensors(function, input: DTensor, tensors: dict, **options):
 
 def _whole_rows(input: DTensor, class_dim: int) -> DTensor:
     """With all classes of a row on each process that has it."""
-    kept = [
-        p if type(p) is Shard and p.dim != class_dim else Replicate() for p in input.placements
-    ]
+    kept = [p if type(p) is Shard and p.dim != class_dim else Replicate() for p in input.placements]
     return input.redistribute(placements=kept)
 
 

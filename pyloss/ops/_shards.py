@@ -55,6 +55,15 @@ def beside(constant: Tensor, other: Tensor) -> Tensor:
     return DTensor.from_local(constant, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a DTensor on each process; other tensors as they are."""
+    if type(t) is Tensor or not is_dtensor(t):
+        return t
+    from torch.distributed.tensor import Replicate
+
+    return t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
+
+
 def take_dtensors() -> None:
     """Tells torch what the ops do with DTensors, whose module is there."""
     if not _waiting:

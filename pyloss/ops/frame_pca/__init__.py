@@ -87,8 +87,8 @@ def frame_pca(
         rows = _FramePca.apply(x, weight, offsets, clouds, centred, tolerance)
     else:
         rows = _ops.frame_pca_fwd(x, weight, offsets, clouds, centred)
-    # One by one: the gradient of split makes plain zeros for those that are not used, which do not go
-    # with DTensors.
+    # One by one: the gradient of split makes plain zeros for those that are not used, and beside
+    # DTensors there must be none.
     ends = d * d, d * d + d, d * d + 2 * d
     axes, centre, value = rows[:, : ends[0]], rows[:, ends[0] : ends[1]], rows[:, ends[1] : ends[2]]
     return axes.unflatten(1, (d, d)), centre, value, rows[:, ends[2]]
