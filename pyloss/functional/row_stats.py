@@ -90,6 +90,13 @@ def row_softmax_stats(
     checks.check_floating("input", input)
     checks.check_supported("row_softmax_stats", input)
     checks.check_has_dimension("input", input)
+    if checks.is_dtensor(input):
+        from pyloss.functional._row_dtensors import row_stats_of_dtensors
+
+        return row_stats_of_dtensors(
+            row_softmax_stats, input, dict(target=target, scale=scale, margin=margin, mask=mask),
+            without_target=without_target, ignore_index=ignore_index,
+        )  # fmt: skip
     shape, classes = input.shape[:-1], input.shape[-1]
     if classes == 0:
         raise ValueError(f"input must have at least one class, got {list(input.shape)}")
