@@ -19,7 +19,7 @@ DEPS := $(VENV)/.deps.stamp
 BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-all gpu-proof races ctest sanitize other-archs pytest peers bench lint format \
+.PHONY: build demo test test-all test-matrix gpu-proof races ctest sanitize other-archs pytest peers bench lint format \
   docs release-check clean help
 .DEFAULT_GOAL := build
 
@@ -46,9 +46,27 @@ test: ctest pytest
 
 # As the nightly workflow runs it. Two threads in each Python process, where `make test` has one a
 # core.
-## all tests that need no GPU: test, sanitize, gpu-proof, and those marked exhaustive
-test-all: $(BUILT) ctest sanitize other-archs races
+## all tests that need no GPU: test, sanitize, gpu-proof, test-matrix, and those marked exhaustive
+test-all: $(BUILT) ctest sanitize other-archs races test-matrix
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
+
+# Those that build/torch has; more by name: make test-matrix TORCHES="2.6.0 2.8.0".
+TORCHES ?= $(notdir $(wildcard build/torch/*))
+## the tests on each torch of build/torch, or of TORCHES, with one wheel: docs/versions.md
+test-matrix: $(DEPS) $(TORCHES:%=build/torch/%/.deps.stamp)
+	$(if $(TORCHES),rm -rf build/versions && mkdir -p build/versions)
+	$(if $(TORCHES),$(TOOLS) TMPDIR="$(abspath build/versions)" PYLOSS_CMAKE_ARGS=-DPYLOSS_CUDA=OFF \
+	  $(PY) -m build --no-isolation --outdir build/versions/dist .)
+	$(if $(TORCHES),$(PY) tests/versions.py --jobs $(JOBS) --wheel build/versions/dist/*.whl \
+	  $(TORCHES:%=build/torch/%),@echo "skipped: no torch in build/torch")
+
+# torch and the Triton that it wants; with the pinned packages that tests need.
+build/torch/%/.deps.stamp: requirements-dev.txt
+	$(PYTHON) -m venv build/torch/$*
+	grep -vE '^(torch|triton|ruff|clang-format|basedpyright)[=>]' $< > build/torch/$*/requirements.txt
+	build/torch/$*/bin/python -m pip install --disable-pip-version-check torch==$* \
+	  -r build/torch/$*/requirements.txt
+	touch $@
 
 # Specs on the CUDA kernels as fibers. Not what a GPU does otherwise by intent: it reports bad labels
 # and NaN in the result.

@@ -156,7 +156,7 @@ def checked_flag(name: str, value) -> bool:
 
 
 def check_generator(generator) -> None:
-    if not isinstance(generator, torch.Generator | None):
+    if not isinstance(generator, (torch.Generator, type(None))):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._rows import checked_ignore_index
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import functorch_active
 from pyloss.ops.row_softmax.stats import Rows, row_stats
 
 
@@ -193,8 +194,7 @@ def _true_in_rows(mask: Tensor) -> Tensor:
     """mask.sum(-1), in bytes as far as they go: on a CPU a hundred times as fast."""
     pieces = mask.shape[-1] // 128
     head, tail = mask[..., : 128 * pieces], mask[..., 128 * pieces :]
-    bytes_of_head = (
-        head.to(torch.uint8) if torch.compiler.is_compiling() else head.view(torch.uint8)
-    )
-    sums = bytes_of_head.unflatten(-1, (pieces, 128)).sum(-1, dtype=torch.uint8)
+    copied = torch.compiler.is_compiling() or functorch_active()
+    head = head.to(torch.uint8) if copied else head.view(torch.uint8)
+    sums = head.unflatten(-1, (pieces, 128)).sum(-1, dtype=torch.uint8)
     return sums.sum(-1) + tail.sum(-1)
