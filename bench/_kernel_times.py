@@ -18,6 +18,7 @@ from bench._models import (
     COPY,
     FORWARD,
     L2,
+    L2_LATENCY,
     LATENCY,
     LAUNCH,
     MATRIX,
@@ -175,23 +176,36 @@ def _others() -> list[Work]:
     ]  # fmt: skip
 
 
-def tile_seconds(forward: float, backward: float) -> float:
-    """sorting_tile_kernel, (64, 1024) bitonic with its loss: layers one after the other.
+class TileStep(NamedTuple):
+    """A layer of sorting_tile_kernel between two barriers, 4 rows: counted in the machine code."""
 
-    Args:
-        forward, backward: cycles from one barrier to the next, of a layer.
-    """
-    tiles, layers = 64 * 1024 / 4, 55
-    return tiles / MULTIPROCESSORS * layers * (forward + backward) / CLOCK
+    every: float  # instructions of each of the 16 warps
+    active: float  # more, of those that have a comparator: a third, by the light cone
+    chain: float  # cycles from the barrier to the last store, memory apart
+    waits: float  # latencies of L2 that nothing of the layer hides
 
 
-# A barrier, a comparator and its places (60 cycles to the first load); its weight is there. Then
-# before: 4 rows of which each waits for the store of the one before; now: 4 loads under way.
-TILE_STEP = BARRIER + 60
-TILE_BEFORE = tile_seconds(
-    TILE_STEP + 4 * (SHARED_LATENCY + 12),
-    TILE_STEP + 4 * (SHARED_LATENCY + 16) + LATENCY * CLOCK / 4,
+# Bitonic, n = 1024, t in shared memory. Before: weights one layer ahead, dL/dalpha not, and rows of
+# which each waits for the store of the one before. Now: both two layers ahead, 4 loads under way.
+_ROW, _START = SHARED_LATENCY + 12, BARRIER + 60
+TILE_BEFORE = (
+    TileStep(100, 105, _START + 4 * _ROW, 1),
+    TileStep(100, 115, _START + 4 * _ROW, 1.15),
 )
+TILE_NOW = (
+    TileStep(55, 125, _START + _ROW + 12, 0.5),
+    TileStep(60, 130, _START + _ROW + 20, 0.5),
+)
+
+
+def tile_seconds(steps: tuple[TileStep, TileStep]) -> float:
+    """sorting_tile_kernel on (64, 1024), forward and reverse: layers one after the other."""
+    tiles, layers, warps = 64 * 1024 / 4, 55, 16
+    cycles = sum(
+        soft_max(warps * (k.every + k.active / 3) / 4, k.chain, k.waits * L2_LATENCY * CLOCK)
+        for k in steps
+    )
+    return tiles / MULTIPROCESSORS * layers * cycles / CLOCK
 
 
 def _sorting() -> list[Work]:
@@ -206,7 +220,7 @@ def _sorting() -> list[Work]:
             "sorting_values_backward_kernel", case, 1, 8 * comparators, 44 * comparators,
             alone=55 * (layer + LATENCY / 4),
         ),
-        Work("sorting_tile_kernel", case, 1, 16 * 4 * comparators, alone=TILE_BEFORE),
+        Work("sorting_tile_kernel", case, 1, 16 * 4 * comparators, alone=tile_seconds(TILE_NOW)),
         Work("sorting_mean_loss_kernel", case, 1, 8 * 64 * 4),
         Work("sorting_sum_groups_kernel", case, 1, 4 * 5 * comparators),
         Work("sorting_sum_items_kernel", shared, 1, 4 * 64 * 256 * 8, alone=64 / 4 * LATENCY),
