@@ -57,6 +57,7 @@ def errors(device: str) -> Iterator[tuple[str, float]]:
     """Name and error in units of the tolerance of every case; what raises counts as infinite."""
     for group in (
         _betti_errors,
+        _permutahedron_errors,
         _row_errors,
         _labelled_errors,
         _frame_errors,

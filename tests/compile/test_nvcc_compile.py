@@ -45,8 +45,8 @@ LIMITS = (
     (r"segment_(fold|parts)_kernel", 80),  # 6 blocks of 128 threads
     (r"", 64),
 )
-# Static shared memory in bytes; of sorting_tile what plan_tiles leaves for it (kStaticBytes), and the
-# KiB of the runtime.
+# Static shared memory in bytes; of sorting_tile what plan_tiles leaves for it (kStaticBytes),
+# and the KiB of the runtime.
 SHARED_LIMITS = ((r"sorting_tile", 4096 + 1024), (r"", 48 * 1024))
 
 
