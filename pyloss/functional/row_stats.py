@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ def row_softmax_stats(
     if classes == 0:
         raise ValueError(f"input must have at least one class, got {list(input.shape)}")
     ignore_index = checked_ignore_index(ignore_index)
-    acc, count = accumulator_dtype(input.dtype), shape.numel()
+    acc, count = accumulator_dtype(input.dtype), math.prod(shape)
     without_target = checks.checked_flag("without_target", without_target)
     if target is None:
         if margin is not None or without_target:
