@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 def test_against_one_process(world: int, tmp_path: Path) -> None:
     texts = check_ranks(tmp_path, world, str(ROOT / "tests" / "dtensor_worker.py"))
     assert all("all cases done" in text for text in texts)
-    assert len({text.count(": ok") for text in texts}) == 1 and texts[0].count(": ok") > 200
+    assert len({text.count(": ok") for text in texts}) == 1 and texts[0].count(": ok") > 70
 
 
 def test_every_op_says_what_a_mesh_may_split() -> None:

@@ -24,14 +24,28 @@ class _Argument(NamedTuple):
     written: bool
 
 
+# Older ones keep the number by which a Partial sum was divided last, and divide by it again.
+_OLDEST_TORCH = (2, 10)
+
+
 def take(lib: torch.library.Library, name: str) -> None:
     """Registers the rule of an op with torch."""
 
     def run(cls, op, types, args, kwargs):
+        if torch_version() < _OLDEST_TORCH:
+            raise NotImplementedError(
+                f"pyloss.{name} takes DTensors with PyTorch 2.10 or newer, whose sums of them can "
+                f"be trusted; this is {torch.__version__}"
+            )
         with torch.no_grad():  # autograd is above
             return _run(op, rules[name], args, kwargs or {})
 
     torch.library.register_torch_dispatch(f"pyloss::{name}", DTensor, run, lib=lib)
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _run(op, rule, args: tuple, kwargs: dict):
@@ -147,6 +161,8 @@ def _local(a: _Argument, mesh, along: list[str | None]) -> Tensor:
         if all(p.is_replicate() for p in wanted):
             return t
         t = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if t.requires_grad:
+        t = t.detach()  # torch 2.10 has no detach_ of DTensors, which autograd would call
     if list(t.placements) != wanted:
         if a.written:
             raise RuntimeError(f"{a.name} is written to, and cannot be so as {t.placements}")
