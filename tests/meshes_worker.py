@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +11,12 @@ import torch.distributed as dist
 from gloo import raises, run
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleavedZeroBubble,
+)
 from torch.distributed.tensor import (
     DTensor,
     Replicate,
@@ -154,6 +160,29 @@ def parallel_head(mesh, head: dict, sequence: bool, way: str) -> None:
     same_gradients(model, alone)
 
 
+def compiled_around(mesh, way: str) -> None:
+    """The loss stays outside of the graphs, the model is in them."""
+    model, alone = decoder(), decoder()
+    tensor_parallel(model, mesh, {}, sequence=False)
+    loss_of = losses_of(model)[way]
+    step = torch.compile(lambda x, y: loss_of(model(x), y) * 1, backend="aot_eager")
+    loss = step(*batch())
+    close(loss, whole(alone, *batch()))
+    loss.backward()
+    same_gradients(model, alone)
+
+
+def split_by_features(mesh) -> None:
+    """RowwiseParallel splits what the classes are summed over: no split of the classes."""
+    model = decoder()
+    parallelize_module(model, mesh, {"lm_head": RowwiseParallel()})
+    hidden, labels = model(batch()[0]), batch()[1]
+    mine = hidden.tensor_split(dist.get_world_size(), -1)[dist.get_rank()]
+    for way in ("module", "torchtitan"):
+        raises(RuntimeError, "linear_weight must be placed", lambda w=way: losses_of(model)[w](
+            mine, labels))  # fmt: skip
+
+
 def tensor_parallel_cases() -> dict[str, Callable]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = {}
@@ -167,6 +196,10 @@ def tensor_parallel_cases() -> dict[str, Callable]:
         found[f"TP, function, sequence {sequence}"] = partial(
             parallel_head, mesh, {}, sequence, "function"
         )
+    found["TP, features split"] = partial(split_by_features, mesh)
+    if dist.get_world_size() > 2:
+        for way in ("module", "torchtitan"):
+            found[f"TP compiled, {way}"] = partial(compiled_around, mesh, way)
     return found
 
 
@@ -446,13 +479,12 @@ def mixed_meshes() -> dict[str, Callable]:
 # Pipelines
 
 
-class First(nn.Module):
-    def __init__(self, model: Decoder) -> None:
+class Residual(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.embedding, self.layer = model.embedding, model.layer
+        self.layer = layer
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.layer(x).tanh()
 
 
@@ -467,13 +499,24 @@ class Last(nn.Module):
         return self.norm(x)
 
 
-def pipeline(schedule: type, way: str, mean_of_means: bool = False) -> None:
-    """Two stages; with four processes two pairs, and the last stage's output layer split."""
-    world = dist.get_world_size()
+def stages_of(model: Decoder, number: int) -> list[nn.Module]:
+    first = [model.embedding, Residual(model.layer)]
+    if number == 2:
+        return [nn.Sequential(*first), Last(model)]
+    return [*first, Residual(model.more), Last(model)]
+
+
+def pipeline(schedule: type, way: str, mean_of_means: bool = False, virtual: int = 1) -> None:
+    """Two ranks with `virtual` stages each; with four processes two pairs, and the last stage's
+    output layer split."""
+    world, number = dist.get_world_size(), 2 * virtual
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("pp", "tp"))
     model, alone = decoder(), decoder()
+    for m in (model, alone):
+        m.more = copy.deepcopy(m.layer)
     at = mesh.get_local_rank("pp")
-    stage_module = (First, Last)[at](model)
+    mine = list(range(at, number, 2))
+    parts, wanted = stages_of(model, number), stages_of(alone, number)
     if at and world > 2:
         parallelize_module(model.lm_head, mesh["tp"], ColwiseParallel())
     tokens, labels = batch()
@@ -482,22 +525,35 @@ def pipeline(schedule: type, way: str, mean_of_means: bool = False) -> None:
     count = int((labels != -100).sum())
     chunked = ChunkedLMHeadLoss()
     chunked.set_lm_head(model.lm_head)
-    ways = {
+    functions = {
         "module": lambda h, y: losses_of(model)["module"](h, y, num_items=count),
         "torchtitan": lambda h, y: chunked(h, y, count)[0],
         "mean": losses_of(model)["module"],
     }
-    stage = PipelineStage(stage_module, at, 2, torch.device("cpu"), group=mesh.get_group("pp"))
-    run_schedule = schedule(stage, BATCH, loss_fn=ways[way], scale_grads=mean_of_means)
-    found: list[Tensor] = []
-    run_schedule.step(
-        *([] if at else [tokens]), **(dict(target=labels, losses=found) if at else {})
+    group = mesh.get_group("pp")
+    stages = [PipelineStage(parts[i], i, number, torch.device("cpu"), group=group) for i in mine]
+    run_schedule = schedule(
+        stages if virtual > 1 else stages[0],
+        BATCH,
+        loss_fn=functions[way],
+        scale_grads=mean_of_means,
     )
-    want = whole(alone, tokens, labels)
+    found: list[Tensor] = []
+    if at:
+        run_schedule.step(target=labels, losses=found)
+    else:
+        run_schedule.step(tokens)
+    hidden = tokens
+    for part in wanted:
+        hidden = part(hidden)
+    logits = alone.lm_head(hidden).flatten(0, 1)
+    want = nn.functional.cross_entropy(logits, labels.flatten())
+    want.backward()
     if at:
         loss = torch.stack(found).sum() / (BATCH if mean_of_means else 1)
-        close(loss.detach(), want)
-    same_gradients(stage_module, (First, Last)[at](alone))
+        close(loss.detach(), want.detach())
+    for i in mine:
+        same_gradients(parts[i], wanted[i])
 
 
 def pipeline_cases() -> dict[str, Callable]:
@@ -508,6 +564,10 @@ def pipeline_cases() -> dict[str, Callable]:
         for way in ways(len(found)):
             found[f"{schedule.__name__}, {way}"] = partial(pipeline, schedule, way)
     found["GPipe, mean of means"] = partial(pipeline, ScheduleGPipe, "mean", mean_of_means=True)
+    if dist.get_world_size() > 2:  # gradients of inputs and of weights on their own
+        found["zero bubble"] = partial(
+            pipeline, ScheduleInterleavedZeroBubble, "torchtitan", virtual=2
+        )
     return found
 
 

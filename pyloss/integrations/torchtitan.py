@@ -138,14 +138,11 @@ class ChunkedLMHeadLoss(nn.Module):
 
         def loss(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             hidden, weight, bias = head.product(hidden, None)
-            target = labels.reshape(-1)
-            found = fused_linear_cross_entropy(
-                hidden.flatten(0, -2), weight, target, bias, **options
-            )
+            found = fused_linear_cross_entropy(hidden, weight, labels, bias, **options)
             if not self.metrics:
                 return found, {}
             value, stats = found
-            counted, metrics = target != self.ignore_index, {}
+            counted, metrics = labels != self.ignore_index, {}
             for name in self.metrics:
                 per_token = getattr(stats, _METRICS[name]).detach()
                 total = torch.where(counted, per_token, 0).sum()
