@@ -26,10 +26,12 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """For products whose operands must not be rounded. Meta tensors know no autocast."""
-    if x.is_meta:
+    """For products whose operands must not be rounded. Meta tensors know no autocast, and torch
+    refuses it to devices whose backend says nothing of it, to switch it off too."""
+    device = x.device.type
+    if x.is_meta or (device not in ("cpu", "cuda") and not torch.is_autocast_enabled(device)):
         return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(device, enabled=False)
 
 
 def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
