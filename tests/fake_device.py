@@ -13,14 +13,30 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "fakedev"
-_setup_privateuseone_for_python_backend(NAME)
+
+
+class _Module:
+    """What torch and its users ask of `torch.fakedev`."""
+
+    is_initialized = is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 1)
+    current_device = staticmethod(lambda: 0)
+    is_in_bad_fork = _is_in_bad_fork = staticmethod(lambda: False)
+    manual_seed_all = staticmethod(lambda seed: None)
+    get_rng_state = staticmethod(lambda device=0: torch.get_rng_state())
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 DEVICE = torch.device(NAME, 0)
 
 settings = {"float64": True}
 read_back: list[str] = []  # operations whose result is on the host
 # Between devices by their purpose.
 KERNEL = torch._C.DispatchKey.CompositeExplicitAutograd
-_outermost = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+_outermost = (
+    torch._C._dispatch_tls_local_include_set(),
+    torch._C._dispatch_tls_local_exclude_set(),
+)
 COPIES = ("aten::_to_copy", "aten::copy_")
 
 

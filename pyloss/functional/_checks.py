@@ -18,6 +18,8 @@ from torch import Tensor
 from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._launch import widened as widened
+from pyloss.ops._launch import widest as widest
 from pyloss.ops._launch import without_autocast as without_autocast
 from pyloss.ops._transforms import functorch_active
 
