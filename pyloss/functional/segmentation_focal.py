@@ -337,7 +337,7 @@ def check_focal(gamma, alpha) -> None:
 
 def _is_several(alpha) -> bool:
     """A list of numbers, numpy's too."""
-    return isinstance(alpha, Iterable) and not isinstance(alpha, str | Tensor)
+    return isinstance(alpha, Iterable) and not isinstance(alpha, (str, Tensor))
 
 
 def check_factors(**factors) -> None:
