@@ -60,8 +60,11 @@ def gradient_dot(
     if dz.dtype == other.dtype:
         return dot(tl.trans(dz) if TRANSPOSED else dz, other, acc, WIDE, PRECISION)
     else:
-        dz = tl.trans(dz) if TRANSPOSED else dz
-        return tl.dot(dz, other.to(tl.float32), acc, input_precision="ieee")
+        high, low, other = _parts(dz, other)
+        if TRANSPOSED:  # not before: tensor cores read only half types across
+            high, low = tl.trans(high), tl.trans(low)
+        acc = dot(low, other, acc, WIDE, "tf32")
+        return dot(high, other, acc, WIDE, "tf32")
 
 
 @triton.jit
