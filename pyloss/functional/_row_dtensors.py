@@ -99,15 +99,26 @@ class SplitRows:
         )
 
 
+# Of those options that are looked at here.
+_DEFAULTS = dict(
+    weight=None, ignore_index=-100, reduction="mean", token_weight=None, return_stats=(),
+    num_items=None, z_loss=0.0,
+)  # fmt: skip
+
+
 def row_loss_of_dtensors(input: DTensor, target, inplace: bool, options: dict):
     """As row_loss. The loss is placed like the rows, a sum or mean over split rows as Partial."""
     if inplace:
         raise ValueError(
             "inplace=True is not available for a DTensor, whose shards it would change"
         )
+    options = {**_DEFAULTS, **options}
     checks.check_reduction(options["reduction"])
     checks.check_has_dimension("input", input)
-    on = SplitRows(input, 0 if input.dim() == 1 else 1)
+    class_dim = 0 if input.dim() == 1 else 1
+    if options.get("ldr"):  # of which the vocab-parallel loss has no form
+        input = _whole_rows(input, class_dim)
+    on = SplitRows(input, class_dim)
     shape = tuple(input.shape[: on.class_dim]) + tuple(input.shape[on.class_dim + 1 :])
     if any(p.is_partial() for p in input.placements):
         whole = [Replicate() if p.is_partial() else p for p in input.placements]
@@ -136,6 +147,28 @@ def row_loss_of_dtensors(input: DTensor, target, inplace: bool, options: dict):
     loss, stats = found
     stats = RowStats(*(s if s is None else on.placed(s, shape) for s in stats))
     return on.placed(loss, None if scalar else shape), stats
+
+
+def row_stats_of_dtensors(function, input: DTensor, tensors: dict, **options):
+    """As row_softmax_stats, `function`; the statistics are placed like the rows."""
+    input = _whole_rows(input, input.dim() - 1)
+    kept = input.placements
+    on = SplitRows(input, input.dim() - 1)
+    shape = input.shape[:-1]
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and t.dim():
+            rows = input.shape if name == "mask" else shape
+            tensors[name] = on.local(name, t.expand(rows), kept if name == "mask" else on.of_rows)
+        else:
+            tensors[name] = on.local(name, t)
+    found = function(input.to_local(), **tensors, **options)
+    return type(found)(*(t if t is None else on.placed(t, tuple(shape)) for t in found))
+
+
+def _whole_rows(input: DTensor, class_dim: int) -> DTensor:
+    """With all classes of a row on each process that has it."""
+    kept = [p if type(p) is Shard and p.dim != class_dim else Replicate() for p in input.placements]
+    return input.redistribute(placements=kept)
 
 
 def _check_shapes(input, target, shape, options) -> None:
