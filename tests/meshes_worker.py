@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -160,11 +163,11 @@ def parallel_head(mesh, head: dict, sequence: bool, way: str) -> None:
     same_gradients(model, alone)
 
 
-def compiled_around(mesh, way: str) -> None:
+def compiled_around(mesh) -> None:
     """The loss stays outside of the graphs, the model is in them."""
     model, alone = decoder(), decoder()
     tensor_parallel(model, mesh, {}, sequence=False)
-    loss_of = losses_of(model)[way]
+    loss_of = losses_of(model)["torchtitan"]
     step = torch.compile(lambda x, y: loss_of(model(x), y) * 1, backend="aot_eager")
     loss = step(*batch())
     close(loss, whole(alone, *batch()))
@@ -197,9 +200,8 @@ def tensor_parallel_cases() -> dict[str, Callable]:
             parallel_head, mesh, {}, sequence, "function"
         )
     found["TP, features split"] = partial(split_by_features, mesh)
-    if dist.get_world_size() > 2:
-        for way in ("module", "torchtitan"):
-            found[f"TP compiled, {way}"] = partial(compiled_around, mesh, way)
+    if dist.get_world_size() == 3:
+        found["TP compiled"] = partial(compiled_around, mesh)
     return found
 
 
@@ -571,6 +573,31 @@ def pipeline_cases() -> dict[str, Callable]:
     return found
 
 
+# --------------------------------------------------------------------------------------------------
+# The documentation
+
+
+def scripts() -> dict[str, Callable]:
+    """The torchrun scripts of docs/meshes.md, in this process group."""
+    if dist.get_world_size() != 2:
+        return {}
+    page = (Path(__file__).resolve().parents[1] / "docs" / "meshes.md").read_text()
+
+    def execute(source: str) -> None:
+        with (
+            patch.object(dist, "init_process_group", lambda backend: None),
+            patch.object(dist, "destroy_process_group", lambda: None),
+        ):
+            exec(source, {"__name__": "__main__"})
+
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    return {
+        f"documentation {i}": partial(execute, block)
+        for i, block in enumerate(blocks)
+        if "init_process_group" in block
+    }
+
+
 def cases() -> dict[str, Callable]:
     return {
         **tensor_parallel_cases(),
@@ -578,6 +605,7 @@ def cases() -> dict[str, Callable]:
         **mixed_meshes(),
         **fsdp_cases(),
         **pipeline_cases(),
+        **scripts(),
     }
 
 

@@ -84,7 +84,8 @@ class ChunkedLMHeadLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
-        """Set the output layer: a Linear, also below ``fully_shard``, LoRA or checkpointing."""
+        """Set the output layer: a Linear, also below ``fully_shard``, ``parallelize_module``, LoRA
+        or checkpointing."""
         _head(lm_head)
         self.__dict__["lm_head"] = lm_head
 
