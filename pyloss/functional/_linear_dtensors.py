@@ -86,7 +86,8 @@ def _layer(on: SplitRows, name: str, t, along: int | None):
             f"{split.shown(t)}"
         )
     grads = [Partial() if p.is_shard() else own for p, own in zip(on.of_rows, t.placements)]
-    return t.to_local(grad_placements=grads)
+    # The step to where it is already adds the ranks' gradients up.
+    return t.redistribute(placements=t.placements).to_local(grad_placements=grads)
 
 
 def _set_divisor(hidden, target, token_weight, classes, shift, on: SplitRows, arguments) -> None:

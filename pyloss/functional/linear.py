@@ -63,7 +63,8 @@ def fused_linear_cross_entropy(
 
     Args:
         input: hidden states ``(D)`` or ``(..., D)``; float32, bfloat16, float16 or float64. Rows
-            whose target is ``ignore_index`` are never read.
+            whose target is ``ignore_index`` are never read. Of a ``DTensor`` whose rows are split
+            the loss is one, a sum or mean ``Partial``; docs/meshes.md.
         linear_weight: ``(V, D)``, dtype of ``input``. A K-dimensional ``(V, d1, ..., dk, D)``, as
             torch has it, runs unfused. A ``DTensor`` with ``Shard(0)`` selects the vocab-parallel
             loss of its mesh.

@@ -188,7 +188,7 @@ def _adapters(layer: Any, found: str) -> tuple[Adapter, ...]:
 # Calls with another forward
 
 
-def called_with(head: Head, function: Callable, hidden: Tensor) -> Tensor:
+def called_with(head: Head, function: Callable, hidden: Tensor) -> Any:
     """What the output layer returns when function is the forward of the Linear in it."""
     layer, linear = head.layer, head.linear
     slot, style = _slot_of(linear), _style_of(linear)
@@ -196,7 +196,7 @@ def called_with(head: Head, function: Callable, hidden: Tensor) -> Tensor:
     # since there are no logits to save the memory of.
     reached = []
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor) -> Any:
         reached.append(True)
         return function(hidden if style is None else style(hidden))
 

@@ -57,7 +57,7 @@ _RESERVED = {
     "reduction": _SCALAR,
     "return_stats": _SCALAR,
     "token_weight": "is one tensor per batch, which an option of the model cannot be",
-    "group": "is not supported: the output layer must hold all classes",
+    "group": "comes from the model: parallelize_module or a tp_plan splits its output layer",
     "options": "is there for torch's signature only",
 }
 
@@ -106,7 +106,8 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
             ``T5ForConditionalGeneration``, ``BertForMaskedLM``,
             ``LlavaForConditionalGeneration``, or a model of PEFT around one, where the adapters of
             the output layer are LoRA or ``modules_to_save``; before ``torch.compile`` or
-            ``DistributedDataParallel`` wrap it, before or after ``fully_shard``. Or a
+            ``DistributedDataParallel`` wrap it, before or after ``fully_shard`` and
+            ``parallelize_module``. Or a
             ``transformers.Trainer``, whose model is patched; its ``label_smoothing_factor``, which
             else needs the logits, becomes the loss's ``label_smoothing`` in training.
         loss_options: options of :func:`pyloss.fused_linear_cross_entropy`: ``z_loss``,

@@ -24,7 +24,8 @@ class LinearCrossEntropyLoss(OptionsModule):
     r"""Module of :func:`pyloss.fused_linear_cross_entropy`, with the linear layer in it.
 
     Stands in for ``torch.nn.LinearCrossEntropyLoss``: same arguments, same ``state_dict``. Where
-    the layer belongs to the model (a language-model head, tied embeddings), :meth:`borrow` it.
+    the layer belongs to the model (a language-model head, tied embeddings), :meth:`borrow` it; the
+    layer may be one of ``fully_shard`` or ``parallelize_module``, whose hooks run.
 
     .. math:: \ell = -w_y \log \mathrm{softmax}(W h + b)_y
 
