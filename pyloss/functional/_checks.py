@@ -17,6 +17,8 @@ from torch import Tensor
 from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._launch import widened as widened
+from pyloss.ops._launch import widest as widest
 from pyloss.ops._launch import without_autocast as without_autocast
 from pyloss.ops._shards import is_dtensor as is_dtensor
 from pyloss.ops._shards import take_dtensors
@@ -156,7 +158,7 @@ def checked_flag(name: str, value) -> bool:
 
 
 def check_generator(generator) -> None:
-    if not isinstance(generator, torch.Generator | None):
+    if not isinstance(generator, (torch.Generator, type(None))):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 

@@ -3,7 +3,6 @@ turn one basis into all of them, bases of equal eigenvalues."""
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -196,7 +195,9 @@ def signs_of(axes: Axes, group: str) -> Tensor:
 def _signs(free: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(2^free, free)``, the first row of ones; no copy to a device."""
     if device.type == "cpu":
-        return torch.tensor(list(itertools.product((1.0, -1.0), repeat=free)), dtype=dtype)
+        bits = range(free - 1, -1, -1)
+        signs = [[1.0 - 2.0 * ((at >> bit) & 1) for bit in bits] for at in range(2**free)]
+        return torch.tensor(signs, dtype=dtype)
     frame = torch.arange(2**free, device=device).unsqueeze(1)
     bit = torch.arange(free - 1, -1, -1, device=device)
     return 1 - 2 * ((frame >> bit) & 1).to(dtype)

@@ -216,7 +216,7 @@ def _checked_dims(dims, inputs: Tensor) -> tuple[int, ...]:
 
 
 def _input_gradient(inputs: Tensor, outputs) -> Tensor:
-    if callable(outputs) and not isinstance(outputs, Tensor):
+    if callable(outputs):  # a tensor is not
         value, pull = torch.func.vjp(outputs, inputs)
         checks.check_tensor("the result of outputs", value)
         return pull(torch.ones_like(value))[0]
@@ -441,7 +441,7 @@ def _k_means(x: Tensor, k: int, iterations: int, generator) -> Tensor:
     drawn = x.device if generator is None else generator.device
 
     def pick(weights: Tensor) -> Tensor:
-        found = torch.multinomial(weights.double().to(drawn), 1, generator=generator)
+        found = torch.multinomial(checks.widened(weights).to(drawn), 1, generator=generator)
         return x[found.to(x.device)]
 
     centres = pick(x.new_ones(x.shape[0]))

@@ -215,8 +215,9 @@ def enable(*, strict: bool = False, **loss_options: Any) -> Settings:
         loss_options: those of :func:`patch_loss`.
 
     Returns:
-        A context manager, for ``with enable():``, which brings back what was before. Without a
-        ``with`` it holds until :func:`disable`.
+        A context manager, for ``with enable():``, which brings back what was before. A trainer
+        takes the options of a block of its own thread, else the latest. Without a ``with`` they
+        hold until :func:`disable`.
 
     Raises:
         TypeError: an unknown option, ``strict`` not a bool.
