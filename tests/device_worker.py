@@ -10,15 +10,15 @@ import json
 import sys
 import warnings
 
-import torch
-
 import fake_device
-import pyloss
-from pyloss.ops import _launch
-from pyloss.testing import assert_matches_reference
+import torch
 from specs import SPECS
 from specs._checks import run
 from specs._spec import F32, F64, Spec
+
+import pyloss
+from pyloss.ops import _launch
+from pyloss.testing import assert_matches_reference
 
 
 def seeded_run(spec: Spec, sample) -> dict[str, torch.Tensor]:
