@@ -23,7 +23,7 @@ def inputs(seed: int) -> tuple[torch.Tensor, ...]:
 
 
 def formulas(x, y, z):
-    """The counter is imported while other threads register formulas. (Its mode is no thread's own.)"""
+    """The counter is imported while others register formulas. (Its mode is of all threads.)"""
     from torch.utils.flop_counter import flop_registry
 
     pyloss.fused_linear_cross_entropy(x, z[:4], y % 4)
