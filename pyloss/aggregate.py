@@ -80,7 +80,7 @@ def interpolated_least_squares(
     # The loss is a sum of squares of these rows: no product X^T X, which squares the condition.
     own = segment.segment_ids(bags.offsets, x.shape[0])
     of_bags = math.sqrt((1 - rho) / max(m, 1))
-    of_rows = (rho / (max(m, 1) * checks.widened(bags.sizes))).sqrt()[own].unsqueeze(1)
+    of_rows = (rho / (max(m, 1) * checks.widened(bags.sizes()))).sqrt()[own].unsqueeze(1)
     left = torch.cat([of_bags * segment_reduce(rows, bags.offsets, "mean"), of_rows * rows])
     right = torch.cat([of_bags * y, of_rows * y[own]])
     there = left.isfinite().all()  # LAPACK refuses NaN
@@ -146,7 +146,7 @@ def dp_aggregate(
     u = torch.empty_like(mean)
     u = (u.uniform_() if generator is None else u.uniform_(generator=generator)) - 0.5
     noise = -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.5 - 2**-54))
-    return (mean + noise * (2 * bound / epsilon) / bags.sizes).to(y.dtype)
+    return (mean + noise * (2 * bound / epsilon) / bags.sizes()).to(y.dtype)
 
 
 def aggregate_risk(

@@ -60,11 +60,8 @@ def gradient_dot(
     if dz.dtype == other.dtype:
         return dot(tl.trans(dz) if TRANSPOSED else dz, other, acc, WIDE, PRECISION)
     else:
-        high, low, other = _parts(dz, other)
-        if TRANSPOSED:  # not before: tensor cores read only half types across
-            high, low = tl.trans(high), tl.trans(low)
-        acc = dot(low, other, acc, WIDE, "tf32")
-        return dot(high, other, acc, WIDE, "tf32")
+        dz = tl.trans(dz) if TRANSPOSED else dz
+        return tl.dot(dz, other.to(tl.float32), acc, input_precision="ieee")
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def attacking(model: Callable, x: Tensor) -> Iterator[Callable]:
 def noise_like(x: Tensor, generator: torch.Generator | None) -> torch.Generator:
     """Where random numbers on the device of x come from: of `generator`, or of a copy of the
     global one on the CPU, which stays where it was."""
-    if not isinstance(generator, torch.Generator | None):
+    if not isinstance(generator, (torch.Generator, type(None))):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type == x.device.type:
         return generator

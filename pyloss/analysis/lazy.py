@@ -70,7 +70,7 @@ class LazyScale(nn.Module):
         self.center = checks.checked_flag("center", center)
         self.initial = None
         if center:
-            self.initial = copy.deepcopy(module).requires_grad_(False).eval()
+            self.initial = copy.deepcopy(module).requires_grad_(False)
 
     def train(self, mode: bool = True) -> LazyScale:
         """As every module; the copy stays as it is."""

@@ -188,7 +188,9 @@ def vocab_parallel_linear_cross_entropy(
         raise RuntimeError(
             f"weight_shard must be split by Shard(0), got a DTensor {weight_shard.placements}"
         )
-    tensors, group, classes = split.localize(tensors, group)
+    if is_dtensor(input):
+        tensors = (split.laid_out(input, weight_shard), *tensors[1:])
+    tensors, group, classes, rows_known = split.localize(tensors, group)
     input, weight_shard, target, bias_shard, token_weight, options["weight"] = tensors
     return split.linear_cross_entropy(
         input,
@@ -202,6 +204,7 @@ def vocab_parallel_linear_cross_entropy(
         shift=shift,
         num_classes=num_classes,
         dtensor_classes=classes,
+        rows_known=rows_known,
         first_class=first_class,
         smoothing_formula=smoothing_formula,
     )

@@ -19,7 +19,6 @@ class Bags(NamedTuple):
         """Instances (n, *), bag by bag."""
         return t if self.order is None else t.index_select(0, self.order)
 
-    @property
     def sizes(self) -> Tensor:
         return self.offsets.diff()
 

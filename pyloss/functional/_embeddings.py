@@ -44,7 +44,6 @@ class Labelled(NamedTuple):
     others: Tensor  # (M,), int64
     dtype: torch.dtype  # of the result
 
-    @property
     def first(self) -> int:
         """Of the anchors in y, as the op has it; -1: they are not in it."""
         return 0 if self.y is self.x else -1

@@ -3,7 +3,6 @@ turn one basis into all of them, bases of equal eigenvalues."""
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._ranges import can_look, warn
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._shards import beside, whole
 from pyloss.ops._transforms import functorch_active
 from pyloss.ops.frame_pca import frame_pca
 
@@ -43,6 +43,10 @@ def clouds_of(x: Tensor, weight: Tensor | None, offsets: Tensor | None) -> Cloud
     """Of checked arguments."""
     if offsets is not None:
         return Clouds(x, weight, offsets, offsets.shape[0] - 1)
+    x, weight = (
+        whole(x),
+        None if weight is None else whole(weight),
+    )  # rows do not say where one ends
     return Clouds(x.flatten(0, 1), None if weight is None else weight.flatten(), None, x.shape[0])
 
 
@@ -181,7 +185,7 @@ def signs_of(axes: Axes, group: str) -> Tensor:
     basis = axes.basis
     d = basis.shape[-1]
     free = d - 1 if group in ("SO", "SE") else d
-    table = _signs(free, basis.dtype, basis.device)
+    table = beside(_signs(free, basis.dtype, basis.device), basis)
     if free == d:
         return table.unsqueeze(1)
     last = handedness(basis.detach()) * table.prod(1).unsqueeze(1)
@@ -191,7 +195,9 @@ def signs_of(axes: Axes, group: str) -> Tensor:
 def _signs(free: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(2^free, free)``, the first row of ones; no copy to a device."""
     if device.type == "cpu":
-        return torch.tensor(list(itertools.product((1.0, -1.0), repeat=free)), dtype=dtype)
+        bits = range(free - 1, -1, -1)
+        signs = [[1.0 - 2.0 * ((at >> bit) & 1) for bit in bits] for at in range(2**free)]
+        return torch.tensor(signs, dtype=dtype)
     frame = torch.arange(2**free, device=device).unsqueeze(1)
     bit = torch.arange(free - 1, -1, -1, device=device)
     return 1 - 2 * ((frame >> bit) & 1).to(dtype)

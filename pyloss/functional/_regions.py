@@ -17,6 +17,7 @@ from pyloss.functional import _checks as checks
 from pyloss.functional._checks import check_range
 from pyloss.functional._ranges import bounds, can_look, outside, warn
 from pyloss.ops._launch import accumulator_dtype, constants
+from pyloss.ops._transforms import functorch_active
 
 
 class Target(NamedTuple):
@@ -134,7 +135,8 @@ def overlaps(p, t, *, batch, squared=False, soft_label=False) -> tuple[Tensor, T
 
 def as_bytes(mask: Tensor) -> Tensor:
     """A bool mask, as what torch multiplies, adds and converts several times faster."""
-    return mask.view(torch.uint8)
+    # A copy under vmap, which knows no view of another type before torch 2.13.
+    return mask.to(torch.uint8) if functorch_active() else mask.view(torch.uint8)
 
 
 def finished(value, input, target: Target, *, batch, reduction, empty, weight=None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyloss.functional import _checks as checks
 from pyloss.functional._sorting_rows import broadcast_steepness, check_dim, check_target, fold
+from pyloss.ops._transforms import functorch_active
 
 
 class Padding:
@@ -23,6 +24,11 @@ class Padding:
         checks.check_tensor("x", x)
         checks.check_has_dimension("x", x)
         check_dim(x, dim)
+        if hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting():  # torch 2.7
+            raise NotImplementedError(
+                "the numbers of mask or lengths are read, which a graph of torch.export cannot "
+                "hold: export without them, for rows of one length"
+            )
         rows, self.lead = fold(x, dim % x.dim())
         self.b, self.n = rows.shape
         self.order = None  # the elements that count first, and where they stood
@@ -37,7 +43,9 @@ class Padding:
             self.order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
         self.counts = counts
         rows_of: dict[int, list[int]] = {}
-        for row, count in enumerate(counts.tolist()):
+        # Under torch.func.grad a tensor has no list of its numbers before torch 2.10.
+        listed = [int(n) for n in counts] if functorch_active() else counts.tolist()
+        for row, count in enumerate(listed):
             rows_of.setdefault(count, []).append(row)
         self.groups = [
             (count, torch.tensor(rows, device=x.device)) for count, rows in sorted(rows_of.items())

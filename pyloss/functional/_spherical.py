@@ -22,11 +22,9 @@ class Moments(NamedTuple):
     var: Tensor  # the mean of (o_j - mean)^2
     classes: int
 
-    @property
     def sum(self) -> Tensor:
         return self.mean * self.classes
 
-    @property
     def square_sum(self) -> Tensor:
         return (self.var + self.mean.square()) * self.classes
 
@@ -50,24 +48,24 @@ def z_loss(m: Moments, a: float = 1.0, b: float = 0.0) -> Tensor:
 
 
 def one_hot_mse(m: Moments) -> Tensor:
-    return m.square_sum - 2.0 * m.target + 1.0
+    return m.square_sum() - 2.0 * m.target + 1.0
 
 
 def taylor_softmax(m: Moments) -> Tensor:
     own = 1.0 + m.target + 0.5 * m.target.square()
-    return torch.log(m.classes + m.sum + 0.5 * m.square_sum) - torch.log(own)
+    return torch.log(m.classes + m.sum() + 0.5 * m.square_sum()) - torch.log(own)
 
 
 def spherical_softmax(m: Moments, eps: float = 1e-3) -> Tensor:
     own = m.target.square() + eps
-    return torch.log(m.square_sum + m.classes * eps) - torch.log(own)
+    return torch.log(m.square_sum() + m.classes * eps) - torch.log(own)
 
 
 def of_sums(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Moments], Tensor]:
     """A user's function of (o_t, sum of o, sum of o^2)."""
 
     def loss(m: Moments) -> Tensor:
-        found = fn(m.target, m.sum, m.square_sum)
+        found = fn(m.target, m.sum(), m.square_sum())
         if not isinstance(found, Tensor) or found.shape != m.target.shape:
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(

@@ -106,7 +106,7 @@ def aggregate_loss(
     # One that does not count is not looked at: infinity times 0 is no loss.
     parts = [w * level() for w, level in zip((1 - rho, rho), levels) if w > 0]
     each = sum(parts[1:], parts[0])
-    weight = bags.sizes.to(work) if bag_weight == "size" else torch.ones_like(each)
+    weight = bags.sizes().to(work) if bag_weight == "size" else torch.ones_like(each)
     each = each * weight
     if reduction != "none":
         each = summed(each) / (summed(weight) if reduction == "mean" else 1)
@@ -122,7 +122,7 @@ def _mean(rows: Tensor, bags: Bags) -> Tensor:
 
 
 def _log_mean_exp(rows: Tensor, bags: Bags) -> Tensor:
-    sizes = bags.sizes.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+    sizes = bags.sizes().to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
     return segment_reduce(rows, bags.offsets, "logsumexp") - sizes.log()
 
 

@@ -216,7 +216,7 @@ def _checked_dims(dims, inputs: Tensor) -> tuple[int, ...]:
 
 
 def _input_gradient(inputs: Tensor, outputs) -> Tensor:
-    if callable(outputs) and not isinstance(outputs, Tensor):
+    if callable(outputs):  # a tensor is not
         value, pull = torch.func.vjp(outputs, inputs)
         checks.check_tensor("the result of outputs", value)
         return pull(torch.ones_like(value))[0]

@@ -97,7 +97,7 @@ def tcm_loss(
     given = labelled(embeddings, labels, ref_emb, ref_labels)
     with without_autocast(given.x):
         sums = margin_sums(
-            given.x, given.y, above=m_neg, below=m_pos, first=given.first,
+            given.x, given.y, above=m_neg, below=m_pos, first=given.first(),
             query_ids=given.labels, key_ids=given.others, same="positive",
         )  # fmt: skip
         positive = _reduced(sums.below, sums.below_count, "mean")

@@ -283,7 +283,7 @@ def lagrangian_residual_loss(
     for name, given in (("model", model), ("source", source), ("u0", u0)):
         if not callable(given) and (name == "model" or given is not None):
             raise TypeError(f"{name} must be callable, got {type(given).__name__}")
-    if not isinstance(velocity, Tensor) and not callable(velocity):
+    if not (callable(velocity) or isinstance(velocity, Tensor)):
         checks.check_number("velocity", velocity)
     checks.check_range("nu", nu, 0.0)
     of_x, of_u, of_start = _checked_weights(weights)

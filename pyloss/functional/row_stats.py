@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pyloss.functional import _checks as checks
 from pyloss.functional._rows import checked_ignore_index
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._transforms import functorch_active
 from pyloss.ops.row_softmax.stats import Rows, row_stats
 
 
@@ -90,11 +92,18 @@ def row_softmax_stats(
     checks.check_floating("input", input)
     checks.check_supported("row_softmax_stats", input)
     checks.check_has_dimension("input", input)
+    if checks.is_dtensor(input):
+        from pyloss.functional._row_dtensors import row_stats_of_dtensors
+
+        return row_stats_of_dtensors(
+            row_softmax_stats, input, dict(target=target, scale=scale, margin=margin, mask=mask),
+            without_target=without_target, ignore_index=ignore_index,
+        )  # fmt: skip
     shape, classes = input.shape[:-1], input.shape[-1]
     if classes == 0:
         raise ValueError(f"input must have at least one class, got {list(input.shape)}")
     ignore_index = checked_ignore_index(ignore_index)
-    acc, count = accumulator_dtype(input.dtype), shape.numel()
+    acc, count = accumulator_dtype(input.dtype), math.prod(shape)
     without_target = checks.checked_flag("without_target", without_target)
     if target is None:
         if margin is not None or without_target:
@@ -186,8 +195,7 @@ def _true_in_rows(mask: Tensor) -> Tensor:
     """mask.sum(-1), in bytes as far as they go: on a CPU a hundred times as fast."""
     pieces = mask.shape[-1] // 128
     head, tail = mask[..., : 128 * pieces], mask[..., 128 * pieces :]
-    bytes_of_head = (
-        head.to(torch.uint8) if torch.compiler.is_compiling() else head.view(torch.uint8)
-    )
-    sums = bytes_of_head.unflatten(-1, (pieces, 128)).sum(-1, dtype=torch.uint8)
+    copied = torch.compiler.is_compiling() or functorch_active()
+    head = head.to(torch.uint8) if copied else head.view(torch.uint8)
+    sums = head.unflatten(-1, (pieces, 128)).sum(-1, dtype=torch.uint8)
     return sums.sum(-1) + tail.sum(-1)

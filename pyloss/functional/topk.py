@@ -211,7 +211,7 @@ def _checked(input, target, m, k: int) -> bool:
     if not several:
         if target.dtype not in checks.INTEGERS:
             raise TypeError(f"target must hold classes or weights of classes, got {target.dtype}")
-        del expected[0 if input.dim() == 1 else 1]
+        expected.pop(0 if input.dim() == 1 else 1)
     if list(target.shape) != expected:
         raise ValueError(
             f"target must have the shape {expected} beside an input of {list(input.shape)}, got "

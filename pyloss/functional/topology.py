@@ -285,7 +285,8 @@ def betti_matching_loss(
 
     Warns where ``input`` has values outside [0, 1] beside a target within, as logits, or the target
     beside an input within, as masks of 0 and 255 do. On the CPU, outside of compiled graphs: a GPU
-    would have to be waited for; there :meth:`pyloss.BettiTarget.precompute` looks at the target.
+    would have to be waited for; there :meth:`pyloss.functional.BettiTarget.precompute` looks at
+    the target.
 
     Returns:
         0-d, or ``(N, C)`` with ``reduction="none"``; of the dtype of ``input``, or the wider one of

@@ -34,10 +34,11 @@ from pyloss.functional import fused_linear_cross_entropy
 from pyloss.integrations._deferred_logits import Deferred, DeferredHead, causal_loss, masked_loss
 from pyloss.integrations._enable import Settings, use, warn_of_own_loss
 from pyloss.integrations._lookalike import change_class, lookalike
-from pyloss.integrations._output_layer import FORWARDS, bind_to, exchanged, head_of
+from pyloss.integrations._output_layer import head_of
 
 # Also registers attn_implementation="tensor_attention", where transformers is installed.
 from pyloss.integrations._tensor_attention_hf import convert, from_pretrained
+from pyloss.nn._layer_call import FORWARDS, exchanged, view_of
 
 __all__ = ["convert", "disable", "enable", "from_pretrained", "patch_loss", "unpatch_loss"]
 
@@ -213,8 +214,9 @@ def enable(*, strict: bool = False, **loss_options: Any) -> Settings:
         loss_options: those of :func:`patch_loss`.
 
     Returns:
-        A context manager, for ``with enable():``, which brings back what was before. Without a
-        ``with`` it holds until :func:`disable`.
+        A context manager, for ``with enable():``, which brings back what was before. A trainer
+        takes the options of a block of its own thread, else the latest. Without a ``with`` they
+        hold until :func:`disable`.
 
     Raises:
         TypeError: an unknown option, ``strict`` not a bool.
@@ -509,11 +511,9 @@ def _view(module: nn.Module, path: list[str], end: nn.Module) -> Any:
     """
     if not path:
         return end
-    view = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
-    view.__dict__.update(module.__dict__)
+    view = view_of(module)
     inner = _view(module._modules[path[0]], path[1:], end)
     view.__dict__["_modules"] = {**module._modules, path[0]: inner}
-    bind_to(view, module)
     return view
 
 

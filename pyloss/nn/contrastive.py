@@ -24,37 +24,38 @@ from pyloss.nn._module import LossModule
 CALL = ("queue", "target", "ids", "key_ids", "queue_ids")  # what info_nce gets when called
 
 
-class _Learned:
-    """An option that is a number, or what its parameter stands for."""
+class _Learned(property):
+    """An option that is a number, or what its parameter stands for.
 
-    def __init__(self, parameter: str, to: Callable, back: Callable, check: Callable) -> None:
-        self.parameter, self.to, self.back, self.check = parameter, to, back, check
+    A property, and not a descriptor of its own kind: Dynamo of torch 2.6 looks into no other.
+    """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.kept = f"_{name}"
+    def __init__(self, name: str, parameter: str, to: Callable, back: Callable, check: Callable):
+        kept = f"_{name}"
 
-    def __get__(self, module: LossModule | None, owner: type):
-        if module is None:
-            return self
-        found = module._parameters.get(self.parameter)
-        return module.__dict__[self.kept] if found is None else self.back(found)
+        def get(module: LossModule):
+            found = module._parameters.get(parameter)
+            return module.__dict__[kept] if found is None else back(found)
 
-    def __set__(self, module: LossModule, value: float) -> None:
-        found = module._parameters.get(self.parameter)
-        if found is None:
-            module.__dict__[self.kept] = value
-        else:
-            self.check(self.kept[1:], value)
-            with torch.no_grad():
-                found.fill_(self.to(value))
+        def put(module: LossModule, value: float) -> None:
+            found = module._parameters.get(parameter)
+            if found is None:
+                module.__dict__[kept] = value
+            else:
+                check(name, value)
+                with torch.no_grad():
+                    found.fill_(to(value))
 
-    def learn(self, module: LossModule) -> None:
-        value = self.to(module.__dict__.pop(self.kept))
-        module.register_parameter(self.parameter, nn.Parameter(torch.tensor(float(value))))
+        def learn(module: LossModule) -> None:
+            value = to(module.__dict__.pop(kept))
+            module.register_parameter(parameter, nn.Parameter(torch.tensor(float(value))))
+
+        super().__init__(get, put)
+        self.learn = learn
 
 
-def _by_logarithm(parameter: str) -> _Learned:
-    return _Learned(parameter, math.log, torch.exp, F.check_positive)
+def _by_logarithm(name: str) -> _Learned:
+    return _Learned(name, f"log_{name}", math.log, torch.exp, F.check_positive)
 
 
 class _ContrastiveLoss(LossModule):
@@ -87,7 +88,7 @@ class _ContrastiveLoss(LossModule):
 
 class _TemperatureLoss(_ContrastiveLoss):
     _learned = ("temperature",)
-    temperature = _by_logarithm("log_temperature")
+    temperature = _by_logarithm("temperature")
 
 
 class InfoNCELoss(_TemperatureLoss):
@@ -229,7 +230,7 @@ class CLIPLoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.clip_loss)
     _learned = ("logit_scale",)
-    logit_scale = _by_logarithm("log_logit_scale")
+    logit_scale = _by_logarithm("logit_scale")
 
     @options_of(F.clip_loss, without=("logit_scale",))
     def __init__(
@@ -449,8 +450,8 @@ class SigLIPLoss(_ContrastiveLoss):
 
     _loss = staticmethod(F.siglip_loss)
     _learned = ("logit_scale", "logit_bias")
-    logit_scale = _by_logarithm("log_logit_scale")
-    logit_bias = _Learned("bias", float, lambda bias: bias, F.check_finite)
+    logit_scale = _by_logarithm("logit_scale")
+    logit_bias = _Learned("logit_bias", "bias", float, lambda bias: bias, F.check_finite)
 
     @options_of(F.siglip_loss, without=("logit_scale", "logit_bias"))
     def __init__(

@@ -109,7 +109,8 @@ def identity_loss(op: Operator, e: Tensor, x: Tensor, *, reduction: str = "mean"
 
     Args:
         op: of ``(N, D)`` and ``(N, D)`` to ``(N, D)``; its parameters get gradients.
-        e: ``(D,)``, floating, such as :attr:`pyloss.nn.LCMAggregation.identity`.
+        e: ``(D,)``, floating, such as ``identity`` of
+            :class:`pyloss.nn.LCMAggregation`.
         x: ``(N, D)``, floating.
         reduction: ``"mean"`` or ``"sum"`` over the rows of x, or ``"none"``.
 

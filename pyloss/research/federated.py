@@ -116,7 +116,8 @@ def _dirichlet(alpha: float, shape: tuple[int, int], generator: torch.Generator 
     """Rows that add up to 1. As logarithms, so that a small alpha underflows nowhere: a gamma
     variable is one of alpha + 1, times a uniform one to the power of 1 / alpha."""
     # What torch.distributions calls, which takes no generator.
-    gamma = torch._standard_gamma(torch.full(shape, alpha + 1.0, dtype=torch.float64), generator)
+    shapes = torch.full(shape, alpha + 1.0, dtype=torch.float64)
+    gamma = torch._standard_gamma(shapes, generator)  # pyright: ignore[reportPrivateImportUsage]
     uniform = torch.rand(shape, dtype=torch.float64, generator=generator)
     return torch.softmax(gamma.log() + torch.log1p(-uniform) / alpha, 1)
 

@@ -5,7 +5,6 @@ Nothing that it computes changes. A version of Triton that has a part in another
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,9 +16,6 @@ from triton.runtime import interpreter
 
 
 def pytest_configure() -> None:
-    # Whoever collects all of tests/ loads the conftest beside this file, too.
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = once_a_launch(interpreter._patch_lang)
     builder = interpreter.interpreter_builder

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from helpers import TORCH
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.forward_ad import dual_level, make_dual
@@ -423,7 +424,8 @@ def _compiled(spec: Spec) -> None:
             sample = spec.cast(spec.samples[name](), dtype)
             given, leaves = with_leaves(spec, sample)
             if spec.compile is not True:
-                with raises(Exception, spec.compile):
+                # Before 2.10 torch gave other reasons.
+                with raises(Exception, spec.compile if TORCH >= (2, 10) else ""):
                     twin(**given.arguments)
                 continue
             outputs = spec.tensors(twin(**given.arguments))

@@ -45,7 +45,8 @@ def of(kappa: str, group: str = "tensor", **args) -> dict:
 
 def lyapunov(f_value: Tensor, param: Tensor, momentum: Tensor, grad: Tensor, **options):
     options = {"betas": (0.9, 0.98), "lr": 0.01, "weight_decay": 0.2, **options}
-    return pyloss.optim.lion_k_lyapunov(f_value, [param], [momentum], [grad], **options)[:4]
+    found = pyloss.optim.lion_k_lyapunov(f_value, [param], [momentum], [grad], **options)
+    return tuple(found)[:4]
 
 
 def lyapunov_reference(f_value, param, momentum, grad, *, kappa="l1", kappa_args=None, **_):

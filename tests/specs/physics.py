@@ -83,15 +83,19 @@ def places(t=(3, 1), x=(4,), period=1.5, modes=2) -> Sample:
 # Lagrangian models: u = tanh(U f) V and x = X + s t tanh(P f) Q of features f, or polynomials
 
 
-def _net(first: Tensor, last: Tensor):
-    """A module of tensors that are no parameters of its own, so that they keep their gradients."""
-    net = torch.nn.Module()
-    net.forward = lambda f: torch.tanh(f @ first) @ last
-    return net
+class _Net(torch.nn.Module):
+    """Of tensors that are no parameters of its own, so that they keep their gradients."""
+
+    def __init__(self, first: Tensor, last: Tensor) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, f: Tensor) -> Tensor:
+        return torch.tanh(f @ self.first) @ self.last
 
 
 def network_loss(labels, times, u_first, u_last, x_first, x_last, period=None, **options):
-    model = pyloss.nn.LagrangianPINN(_net(u_first, u_last), _net(x_first, x_last), 1.5, period)
+    model = pyloss.nn.LagrangianPINN(_Net(u_first, u_last), _Net(x_first, x_last), 1.5, period)
     return lagrangian_residual_loss(model, labels, times, velocity=lambda u: 0.5 * u, **options)
 
 

@@ -40,7 +40,10 @@ _HEIGHT = stat_rows(_codes(-1), PLAIN)
 
 
 class Rows(NamedTuple):
-    """What the statistics are of. `scale` and `margin`: a number, or one for each row."""
+    """What the statistics are of. `scale` and `margin`: a number, or one for each row.
+
+    Named tuples of compiled code have no properties: Dynamo sees them from torch 2.13 on.
+    """
 
     x: Tensor  # [rows, classes]
     target: Tensor  # [rows]; that of `ignore_index` leaves a row out
@@ -50,23 +53,19 @@ class Rows(NamedTuple):
     ignore_index: int
     without_target: bool = False  # in the softmax
 
-    @property
     def has_margin(self) -> bool:
         return isinstance(self.margin, Tensor) or self.margin != 0
 
-    @property
     def as_they_are(self) -> bool:
         """Whether the kernels take these logits."""
-        others = self.has_margin or self.mask is not None or self.without_target
+        others = self.has_margin() or self.mask is not None or self.without_target
         return not (others or isinstance(self.scale, Tensor))
 
-    @property
     def codes(self) -> Codes:
         return _codes(self.ignore_index)
 
-    @property
     def options(self) -> Options | None:
-        one = isinstance(self.scale, Tensor) or not self.as_they_are or self.scale == 1
+        one = isinstance(self.scale, Tensor) or not self.as_they_are() or self.scale == 1
         return None if one else Options(logit_scale=float(self.scale))
 
     def shift(self) -> Tensor | float:
@@ -133,13 +132,13 @@ def composed(rows: Rows) -> Statistics:
     own = z.gather(1, column).squeeze(1)
     if rows.without_target:
         z = torch.where(hot, -torch.inf, z)
-    elif rows.has_margin:
+    elif rows.has_margin():
         shift = rows.shift()
         z = z - torch.where(hot, shift.unsqueeze(1) if isinstance(shift, Tensor) else shift, 0.0)
     void = (z == -torch.inf).all(1)
     z = torch.where(void.unsqueeze(1), 0.0, z)
     extras = op.row_softmax(
-        z, rows.target, None, None, None, None, None, rows.codes, acc, WANT_EXTRAS, False
+        z, rows.target, None, None, None, None, None, rows.codes(), acc, WANT_EXTRAS, False
     )[1]
     assert extras is not None
     lse, logprob, entropy = extras[0], extras[1], extras[2]
@@ -176,7 +175,7 @@ class _RowStats(torch.autograd.Function):
         parts, saved, scratch = [], [], _scratch(rows)
         for at in _blocks(rows):
             part = rows.block(at)
-            z, own = (part.x, None) if rows.as_they_are else _block_of(part, scratch)
+            z, own = (part.x, None) if rows.as_they_are() else _block_of(part, scratch)
             found, kept = _forward(part, z, own)
             parts.append(found)
             saved.append(kept)
@@ -208,7 +207,7 @@ def _rows(x, scale, target, margin, mask, numbers) -> Rows:
 
 def _blocks(rows: Rows) -> list[slice]:
     count, classes = rows.x.shape
-    if rows.as_they_are:
+    if rows.as_they_are():
         return [slice(0, count)]
     step = max(1, _BLOCK.get(rows.x.device.type, _OTHER_BLOCK) // classes)
     return [slice(at, min(at + step, count)) for at in range(0, count, step)]
@@ -216,7 +215,7 @@ def _blocks(rows: Rows) -> list[slice]:
 
 def _scratch(rows: Rows) -> Tensor:
     """For a block of z: one for all of them, as new memory costs more than what is done in it."""
-    if rows.as_they_are:
+    if rows.as_they_are():
         return rows.x
     at = _blocks(rows)[0]
     size = (at.stop, rows.x.shape[1])
@@ -235,7 +234,7 @@ def _block_of(part: Rows, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
             z.mul_(part.scale)
     if part.mask is not None:
         z.masked_fill_(~part.mask, -torch.inf)
-    if not (part.without_target or part.has_margin):
+    if not (part.without_target or part.has_margin()):
         return z, None
     column, counts = part.columns()
     if part.without_target:
@@ -251,14 +250,14 @@ def _forward(part: Rows, z: Tensor, own: Tensor | None) -> tuple[Statistics, Ten
     acc = accumulator_dtype(z.dtype)
     count = z.shape[0]
     nll, saved = _ops.row_softmax_fwd(
-        z, part.target, None, None, None, None, part.options, part.codes, acc, WANT_EXTRAS
+        z, part.target, None, None, None, None, part.options(), part.codes(), acc, WANT_EXTRAS
     )
     stats = RowStatistics(saved, count, _HEIGHT, True)
     lse, _, entropy, _ = stats.extras
     ignored = wide(part.target) == part.ignore_index
     void = (stats.m == -torch.inf) & ~ignored
     if own is None:  # in the kernel's row, where a margin has been taken from it
-        own = stats.zy + (part.shift() if part.has_margin else 0.0)
+        own = stats.zy + (part.shift() if part.has_margin() else 0.0)
     own = torch.where(ignored, 0.0, own)
     found = _finished(part, lse, entropy, own, nll, void, ignored)
     # The exponentials of such a row are then 0, and not NaN.
@@ -296,9 +295,9 @@ def _cotangents(rows: Rows, grads, saved) -> Cotangents:
 def _gradient(rows: Rows, grads, saved, need_scale: bool) -> tuple[Tensor, Tensor | None]:
     """With respect to the logits and the scale."""
     g, none = _cotangents(rows, grads, saved), (None,) * 4
-    if rows.as_they_are:
+    if rows.as_they_are():
         dx = _ops.row_softmax_bwd(
-            g.nll, g.extras, rows.x, rows.target, *none, saved[0], rows.options, rows.codes
+            g.nll, g.extras, rows.x, rows.target, *none, saved[0], rows.options(), rows.codes()
         )
         return dx, None
     dx = torch.empty_like(rows.x, memory_format=torch.contiguous_format)
@@ -308,7 +307,7 @@ def _gradient(rows: Rows, grads, saved, need_scale: bool) -> tuple[Tensor, Tenso
         part, (nll, extras, own) = rows.block(at), (g.nll[at], g.extras[:, at], g.own[at])
         z, _ = _block_of(part, scratch)
         _ops.row_softmax_bwd_(
-            nll.contiguous(), extras.contiguous(), z, part.target, *none, kept, None, part.codes
+            nll.contiguous(), extras.contiguous(), z, part.target, *none, kept, None, part.codes()
         )
         if part.without_target:
             _put_own(z, own, part)
@@ -339,7 +338,7 @@ def _clear_masked_label(dz: Tensor, part: Rows) -> None:
 def _scale_gradient(dz: Tensor, whole: Tensor, part: Rows) -> Tensor:
     """sum_j dz_j (x_j + c [j != y]), where `whole` is the sum of dz but for the label's own."""
     along = torch.where(dz == 0, 0.0, dz * part.x).sum(1)
-    if part.has_margin:
+    if part.has_margin():
         column, counts = part.columns()
         label = 0.0 if part.without_target else dz.gather(1, column).squeeze(1)
         along += torch.where(counts, part.margin * (whole - label), 0.0)

@@ -30,6 +30,7 @@ from pyloss.ops.similarity_softmax.call import (
     SCHEMA,
     SOURCES,
     WANTS,
+    WHOLE,
     Pairs,
     Stats,
     checked,
@@ -67,6 +68,7 @@ define_op(
         "triton": triton.forward,
         "reference": otherwise(reference.forward, by_tiles.forward),
     },
+    shards=WHOLE,
     plain=reference.forward,
 )
 define_op(
@@ -78,6 +80,7 @@ define_op(
         "triton": triton.backward,
         "reference": otherwise(reference.backward, by_tiles.backward),
     },
+    shards=WHOLE,
     plain=reference.backward,
 )
 count_by("similarity_softmax_fwd", lambda *args, out_shape=None: flops(*args[:2]))
@@ -89,18 +92,19 @@ _ops = torch.ops.pyloss
 class _SimilaritySoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        lse, positive, count, positives, *rest = _ops.similarity_softmax_fwd(*args)
-        found = split_softmax((lse, positive, count, positives, *rest), args[-1])
+        made = tuple(_ops.similarity_softmax_fwd(*args))
+        found = split_softmax(made, args[-1])
         ctx.save_for_backward(*args[:2], *args[3:7], found[0], found[5])
         ctx.numbers = args[2], args[7], args[8]
         ctx.mark_non_differentiable(*(found[i] for i in (2, 3, 4, 7, 8) if found[i] is not None))
         ctx.set_materialize_grads(False)
-        return found
+        return made  # no None among them, which Dynamo of torch 2.6 does not take
 
     @staticmethod
     def backward(ctx, *grads):
         queries, keys, scales, target, query_ids, key_ids, lse, column_lse = ctx.saved_tensors
         scale, first, flags = ctx.numbers
+        grads = split_softmax(grads, flags)
         args = (queries, keys, scale, scales, target, query_ids, key_ids, first, flags)
         needed = [ctx.needs_input_grad[at] for at in SOURCES]
         given = (grads[0], grads[1], grads[5], grads[6])
@@ -149,5 +153,5 @@ def similarity_softmax(
     if torch.is_grad_enabled() and any(
         args[at] is not None and args[at].requires_grad for at in SOURCES
     ):
-        return Stats(*_SimilaritySoftmax.apply(*distinct(args)))
+        return Stats(*split_softmax(_SimilaritySoftmax.apply(*distinct(args)), flags))
     return Stats(*split_softmax(_ops.similarity_softmax_fwd(*args), flags))

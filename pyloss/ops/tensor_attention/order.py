@@ -150,8 +150,8 @@ class _TensorAttentionOrder(torch.autograd.Function):
         order, settings = len(windows), (scale, causal, windows, q_offset, softcap)
         q, keys, values, masks = _accumulated(tensors, order)
         given = (q, keys, values, masks, causal, windows, q_offset)
-        # A look at the numbers waits for a device and does not trace; the loop over the keys is
-        # slow enough to go without.
+        # A look at the numbers waits for a device and does not trace; the loop over keys is slow
+        # enough to go without.
         blind = not q.is_cpu or torch.compiler.is_compiling()
         unclean = hidden.hides(masks, causal, windows) and (blind or hidden.unclean(*given))
         if unclean:
