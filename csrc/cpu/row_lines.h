@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/row_blocks.h"
 
 namespace pyloss {

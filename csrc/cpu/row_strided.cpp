@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/compiler.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/row_access.h"
@@ -544,7 +545,7 @@ int64_t tile_width(const RowSoftmaxProblem& p) {
 
 // Not inlined: the compiler would look the thread's address up again for every access.
 template <class R>
-__attribute__((noinline)) Tile<R>& thread_tile() {
+PYLOSS_NOINLINE Tile<R>& thread_tile() {
   thread_local Tile<R> tile;
   return tile;
 }
