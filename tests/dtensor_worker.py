@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gloo import raises, run
+from helpers import TORCH
 from torch import Tensor
 from torch.distributed.tensor import (
     DTensor,
@@ -139,16 +140,20 @@ def case(mesh, shape: tuple[int, ...], placements: list, name: str) -> None:
     total.backward()
     want_total.backward()
     kept = [Replicate() if isinstance(p, Partial) else p for p in placements]
-    assert list(given.grad.placements) == kept, given.grad.placements
+    # Before 2.13 torch keeps the gradient of unequal shards whole on each rank.
+    if TORCH >= (2, 13):
+        assert list(given.grad.placements) == kept, given.grad.placements
     close(given.grad.full_tensor(), whole.grad)
 
     if name in OF_TORCH:
         other = _distributed(x, mesh, placements).requires_grad_()
         try:
             theirs = F.cross_entropy(other, place(target), **split)
-        except RuntimeError as error:  # "cannot be evenly sharded": a mean of means
-            assert "evenly" in str(error)
+        except (RuntimeError, ValueError) as error:  # "cannot be evenly sharded": a mean of means
+            assert "evenly" in str(error) or (TORCH < (2, 10) and "sharding strategy" in str(error))
             return
+        if TORCH < (2, 8) and any("avg" in repr(p) for p in theirs.placements):
+            return  # Gloo has no such reduction, and torch asked for it
         close(loss.full_tensor(), theirs.full_tensor())
         theirs.sum().backward()
         close(given.grad.full_tensor(), other.grad.full_tensor())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import needs_torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyloss
@@ -129,6 +130,9 @@ def _under_flop_counter(layer, y):
     assert mode.get_total_flops() == 3 * 2 * N * V * D
 
 
+NEEDS_HOOKS = needs_torch((2, 8), "hooks on saved tensors cannot be seen before")
+
+
 def _under_hooks(layer, y):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         _loss(layer, y)
@@ -153,7 +157,7 @@ def _with_torchs_products(layer, y):
         _under_vmap,
         _under_autocast,
         _under_flop_counter,
-        _under_hooks,
+        pytest.param(_under_hooks, marks=NEEDS_HOOKS),
         _on_the_reference,
         _with_torchs_products,
         lambda layer, y: _loss([layer[0], layer[1], torch.zeros(()).expand(V)], y),

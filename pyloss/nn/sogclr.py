@@ -142,7 +142,9 @@ class SogCLRLoss(AveragesModule):
         self.last_value = found.value
         if self.training:
             with torch.no_grad():
-                moved = F.over_all_samples(index.to(z1.device), *found[:2], self.group)
+                moved = F.over_all_samples(
+                    index.to(z1.device), found.log_u, found.temperature_grad, self.group
+                )
                 self._store(*(t.to(self.logu.device) for t in moved))
         return loss
 

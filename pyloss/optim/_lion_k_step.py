@@ -15,7 +15,7 @@ from pyloss.ops.lion_k import ELEMENTWISE, KAPPAS, ROUNDINGS, Options, lion_k_
 from pyloss.ops.lion_k.rounding import round_compensated, round_stochastic, tensor_key
 from pyloss.optim import _kappas
 
-PLAIN = {torch.nn.Parameter, Tensor}
+PLAIN = (torch.nn.Parameter, Tensor)
 _BATCH = 1 << 20  # elements
 _WITH_KERNEL = ("cpu", "cuda")
 _HALF = (torch.bfloat16, torch.float16)
@@ -35,6 +35,9 @@ class Entries(NamedTuple):
     place: list[int]  # number in the optimiser; of a DTensor's shards, another for each
     step: list[int | Tensor]
     parameter: list[Tensor]
+
+    def xgm(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.x, self.g, self.m  # not a slice, on which Dynamo of torch 2.6 fails
 
     def chosen(self, which: list[int]) -> Entries:
         return Entries(*([part[at] for at in which] for part in self))
@@ -82,7 +85,9 @@ def _shard_number(p) -> int:
 
 
 def update(entries: Entries, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
-    if not {type(p) for p in entries.x} <= PLAIN or any(t.is_complex for t in _dtypes(entries.x)):
+    if any(type(p) not in PLAIN for p in entries.x) or any(
+        t.is_complex for t in _dtypes(entries.x)
+    ):
         entries = localised(entries)
     batches = _batches(entries, group)
     room = _room(batches, group)
@@ -144,17 +149,17 @@ def _dtypes(tensors: list[Tensor]) -> set[torch.dtype]:
 
 def _of_one_kind(entries: Entries) -> list[list[int] | None]:
     """Which entries share devices and dtypes; [None]: all."""
-    kinds = [{x.device for x in entries.x}, *(_dtypes(part) for part in entries[:3])]
+    kinds = [{x.device for x in entries.x}, *(_dtypes(part) for part in entries.xgm())]
     if all(len(kind) == 1 for kind in kinds):
         return [None]
     buckets: dict[tuple, list[int]] = defaultdict(list)
-    for at, (x, g, m) in enumerate(zip(*entries[:3])):
+    for at, (x, g, m) in enumerate(zip(*entries.xgm())):
         buckets[x.device, x.dtype, g.dtype, m.dtype].append(at)
     return list(buckets.values())
 
 
 def _by_kernel(group: Mapping[str, Any], entries: Entries) -> bool:
-    x, g, m = (part[0] for part in entries[:3])
+    x, g, m = (part[0] for part in entries.xgm())
     if not all(t.dtype in _DTYPES for t in (x, g, m)):
         return False
     if group["fused"] is not None or group["foreach"] is not None:
