@@ -306,7 +306,7 @@ class EveryFamily(torch.nn.Module):
             pyloss.tensor_attention(q, q, other.view(q.shape), q, q),
             pyloss.tensor_attention(small, small, small, q, q, method="lowrank", degree=2),
             pyloss.betti_matching_loss(image.sigmoid(), (image > 0).to(image)),
-            segment_reduce(logits, y.new_tensor([0, 1, 3])),
+            segment_reduce(w, y.new_tensor([0, 1, 5])),
             pca_frames(x.view(-1, 3, 2))[0],
         )
 
