@@ -42,8 +42,8 @@ class Module(torch.nn.Module):
         return self.function(*inputs)
 
 
-def close(got, want) -> None:
-    torch.testing.assert_close(got, want, equal_nan=True)
+def close(got, want, **tolerance) -> None:
+    torch.testing.assert_close(got, want, equal_nan=True, **tolerance)
 
 
 def run(code: str, *arguments: object) -> str:
@@ -306,7 +306,7 @@ class EveryFamily(torch.nn.Module):
             pyloss.tensor_attention(q, q, other.view(q.shape), q, q),
             pyloss.tensor_attention(small, small, small, q, q, method="lowrank", degree=2),
             pyloss.betti_matching_loss(image.sigmoid(), (image > 0).to(image)),
-            segment_reduce(logits, y.new_tensor([0, 1, 3])),
+            segment_reduce(w, y.new_tensor([0, 1, 5])),
             pca_frames(x.view(-1, 3, 2))[0],
         )
 
@@ -326,8 +326,12 @@ def test_every_family_in_a_process_that_has_loaded_the_ops(tmp_path: Path) -> No
         torch.save((given := inputs(7), model(*given)), tensors)
     found = " ".join(ops_in(program.graph_module))
     packages = {m.name for m in pkgutil.iter_modules(pyloss.ops.__path__) if m.ispkg}
-    assert {p for p in packages if p not in found} == {"betti_matching", "lion_k"}
-    assert "betti_loss_fused" in found
+    assert {p for p in packages if p not in found} == {
+        "betti_matching",
+        "lion_k",
+        "similarity_topk",
+    }
+    assert "betti_loss_fused" in found and "similarity_hardest" in found
     torch.export.save(program, tmp_path / "program.pt2")
     load = "torch.export.load(sys.argv[1]).module()(*inputs)"
     run(LOAD.replace("LOADED", load), tmp_path / "program.pt2", tensors, "ops")
