@@ -19,8 +19,9 @@ DEPS := $(VENV)/.deps.stamp
 BUILT := $(VENV)/.built.stamp
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-all test-matrix gpu-proof races ctest sanitize other-archs pytest peers bench lint format \
-  docs release-check clean help
+.PHONY: build demo test test-all test-matrix gpu-proof shim-races races proof-barriers proof-asan \
+  proof-compile proof-interpreter proof-specs proof-triton-3.6 ctest sanitize other-archs pytest \
+  peers bench lint format docs release-check clean help
 .DEFAULT_GOAL := build
 
 ## the environment in .venv and an editable install (what `make` alone does)
@@ -47,7 +48,7 @@ test: ctest pytest
 # As the nightly workflow runs it. Two threads in each Python process, where `make test` has one a
 # core.
 ## all tests that need no GPU: test, sanitize, gpu-proof, test-matrix, and those marked exhaustive
-test-all: $(BUILT) ctest sanitize other-archs races test-matrix
+test-all: $(BUILT) ctest sanitize other-archs races proof-barriers test-matrix
 	PYLOSS_TEST_THREADS=2 $(PY) -m pytest $(PYTEST_ARGS) --exhaustive
 
 # Those that build/torch has; more by name: make test-matrix TORCHES="2.6.0 2.8.0".
@@ -68,34 +69,59 @@ build/torch/%/.deps.stamp: requirements-dev.txt
 	  -r build/torch/$*/requirements.txt
 	touch $@
 
-# Specs on the CUDA kernels as fibers. Not what a GPU does otherwise by intent: it reports bad labels
-# and NaN in the result.
-ON_SHIM := not compile and not attention and not errors and not (betti and nan)
-# A Triton of its own folder, older than that of .venv: PyTorch 2.11 comes with it.
-TRITON_36 := build/triton-3.6
+# In this order; what a stage finds is kept when another fails. make gpu-proof PROOF="proof-specs"
+# runs a part. docs/gpu.md has what each takes.
+PROOF := other-archs races proof-barriers proof-asan proof-compile proof-interpreter proof-specs \
+  proof-triton-3.6
 ## GPU code without a GPU, beyond `make test`: sanitizers, races, all architectures, Triton 3.6
-gpu-proof: $(BUILT) other-archs races
+gpu-proof: $(BUILT)
+	@failed=; taken=; for stage in $(PROOF); do \
+	  start=$$(date +%s); result=passed; \
+	  $(MAKE) --no-print-directory $$stage || { result=FAILED; failed=yes; }; \
+	  taken="$$taken$$(printf '%-18s %5d s  %s' $$stage $$(($$(date +%s) - start)) $$result)|"; \
+	done; printf '%s' "$$taken" | tr '|' '\n'; test -z "$$failed"
+
+shim-races: $(DEPS)
+	$(call configure,build/races,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF \
+	  -DPYLOSS_CUDA=OFF -DPYLOSS_SHIM_ALL=ON)
+	$(TOOLS) cmake --build build/races $(MAKE_JOBS) --target shim_races
+
+# All problems under ThreadSanitizer.
+## races in the CUDA kernels, on the CPU
+races: shim-races
+	$(TOOLS) ctest --test-dir build/races --no-tests=error --output-on-failure -j $(JOBS) -R '^race_'
+
+# Each barrier of the kernels is left out in turn.
+proof-barriers: shim-races
+	$(PY) tests/cpp/cuda_shim/barriers.py build/races/tests/cpp
+
+proof-asan: $(DEPS)
 	$(call configure,build/sanitize,$(SANITIZE))
 	$(TOOLS) cmake --build build/sanitize $(MAKE_JOBS) --target shim
 	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure -j $(JOBS) -L shim
-	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive -m exhaustive tests/compile tests/test_triton_interpreter.py
+
+proof-compile: $(BUILT)
+	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive -m exhaustive tests/compile
+
+proof-interpreter: $(BUILT)
+	$(PY) -m pytest $(PYTEST_ARGS) --exhaustive -m exhaustive tests/test_triton_interpreter.py
+
+# Specs on the CUDA kernels as fibers. Not what a GPU does otherwise by intent: it reports bad labels
+# and NaN in the result.
+ON_SHIM := not compile and not attention and not errors and not (betti and nan)
+proof-specs: $(BUILT)
 	$(TOOLS) cmake -DPYLOSS_BUILD_TESTS=ON $(BUILD_DIR)
 	$(TOOLS) cmake --build $(BUILD_DIR) $(MAKE_JOBS) --target shim_module
 	PYLOSS_SHIM_MODULE="$$(ls $(BUILD_DIR)/tests/cpp/shim_module/_C*.so)" \
 	  $(PY) -m pytest $(PYTEST_ARGS) tests/test_specs.py -k "$(ON_SHIM)"
+
+# A Triton of its own folder, older than that of .venv: PyTorch 2.11 comes with it.
+TRITON_36 := build/triton-3.6
+proof-triton-3.6: $(BUILT)
 	test -d $(TRITON_36) || $(PY) -m pip install --disable-pip-version-check --no-deps \
 	  --target $(TRITON_36) triton==3.6.0 || echo "skipped: Triton 3.6 cannot be installed"
 	if test -d $(TRITON_36)/triton; then PYTHONPATH=$(TRITON_36) \
 	  $(PY) -m pytest $(PYTEST_ARGS) --exhaustive tests/compile/test_triton_compile.py; fi
-
-# All problems under ThreadSanitizer; then each barrier of the kernels is left out in turn.
-## races in the CUDA kernels, on the CPU
-races: $(BUILT)
-	$(call configure,build/races,-DPYLOSS_BUILD_TESTS=ON -DPYLOSS_BUILD_PYTHON=OFF \
-	  -DPYLOSS_CUDA=OFF -DPYLOSS_SHIM_ALL=ON)
-	$(TOOLS) cmake --build build/races $(MAKE_JOBS) --target shim_races
-	$(TOOLS) ctest --test-dir build/races --no-tests=error --output-on-failure -j $(JOBS) -R '^race_'
-	$(PY) tests/cpp/cuda_shim/barriers.py build/races/tests/cpp
 
 # cmake, ctest and ninja as pip installed them, else those of the system.
 TOOLS := PATH="$(abspath $(VENV))/bin:$$PATH"

@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+LOOK = 1.5  # what takes this many times its prediction is where to look first
 SCRIPT = Path(__file__).with_name("gpu_check.sh")
 
 
@@ -87,19 +88,23 @@ def summary(steps: Path, folder: Path) -> dict[str, Any]:
 
 
 def time_line(record: dict[str, Any]) -> str:
+    """Of a case, or of a kernel in one."""
+
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
     ratio = record.get("ratio")
-    text = f"{record['case']:<34} {shown(record['predicted_ms']):>10} "
+    text = f"{record.get('kernel') or record['case']:<52} {shown(record['predicted_ms']):>10} "
     text += f"{shown(record['measured_ms']):>10} {'-' if ratio is None else f'{ratio:.2f}':>6}"
-    return text + ("  look here first" if record.get("look_here_first") else "")
+    return text + ("  look here first" if ratio is not None and ratio > LOOK else "")
 
 
 def print_table(found: dict[str, Any]) -> None:
-    print(f"{'case':<34} {'predicted':>10} {'measured':>10} {'ratio':>6}  (ms)")
-    for record in found["times"]:
-        print(time_line(record))
+    kernels = [k for record in found["times"] for k in record.get("kernels", [])]
+    for what, records in (("case", found["times"]), ("kernel", kernels)):
+        print(f"{what:<52} {'predicted':>10} {'measured':>10} {'ratio':>6}  (ms)")
+        for record in records:
+            print(time_line(record))
     for name, result in found["tests"].items():
         print(f"{name}: {json.dumps({k: v for k, v in result.items() if k != 'failed'})}")
         for test in result.get("failed", [])[:20]:

@@ -12,17 +12,18 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import _core, _predictions
+from bench import _core, _gpu_kernels, _predictions
 
 BF16 = torch.bfloat16
 LOOK = 1.5  # a case that takes this many times its prediction is where to look first
@@ -279,6 +280,172 @@ def _later_cases(device: str, quick: bool) -> Iterator[Timed]:
     yield Timed("frames fwd+bwd 65536x64x3", frames, bytes=12.0 * clouds * 192)
 
 
+def _kernel_cases(device: str, quick: bool) -> Iterator[Timed]:
+    """Each for a kernel that no other case launches: _predictions.FOR_A_KERNEL."""
+    import pyloss
+    from pyloss import functional as F
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def labels(n: int, *shape: int) -> Tensor:
+        return torch.randint(n, shape, device=device)
+
+    n, classes = (2, 300) if quick else (8, 2**21)
+    yield Timed(
+        f"rows fwd few {8}x{2**21}",
+        lambda: _step(_rows(n, classes, BF16, device)[0], draw(n, classes), backward=False),
+    )
+
+    rows, columns = (3, 40) if quick else (2048, 32000)
+
+    def second() -> Any:
+        y, x = labels(columns, rows), draw(rows, columns, dtype=BF16).requires_grad_()
+
+        def call() -> Any:
+            loss = pyloss.fused_cross_entropy(x, y, reduction="none").sum()
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            return torch.autograd.grad(g, x, g.detach())
+
+        return call
+
+    yield Timed("rows second 2048x32000", second)
+
+    shape = (2, 5, 4, 3) if quick else (8, 21, 512, 512)
+
+    def image_loss(loss: Callable[..., Tensor], count: int) -> Any:
+        y = labels(shape[1], shape[0], *shape[2:])
+        logits = [draw(*shape, dtype=BF16) for _ in range(count)]
+        return _step(lambda *x: loss(*x, y).sum(), *logits, backward=True)
+
+    for name, loss, count in (
+        ("spherical z", F.spherical_z_loss, 1),
+        ("margin shift", F.margin_shift, 2),
+    ):
+        yield Timed(f"{name} fwd+bwd 8x21x512x512", functools.partial(image_loss, loss, count))
+
+    values, width = (64, 4) if quick else (10**6, 64)
+
+    def stats() -> Any:
+        ends, x = torch.arange(0, values + 1, 8, device=device), draw(values, width)
+        return lambda: F.segment_softmax_stats(x, ends)
+
+    def long_segments() -> Any:
+        ends = torch.arange(0, values + 1, values // 16, device=device)
+        fn = lambda t: F.segment_reduce(t, ends, "sum")  # noqa: E731
+        return _step(fn, draw(values, width), backward=True)
+
+    yield Timed("segment stats fwd 10^6x64", stats)
+    yield Timed("segment sum fwd+bwd long 10^6x64", long_segments)
+
+    many, long = (40, 5) if quick else (32768, 256)
+
+    def ranks() -> Any:
+        fn = lambda t: F.permutahedron_rank(t, "l2", 0.1)  # noqa: E731
+        return _step(fn, draw(many, long), backward=True)
+
+    yield Timed("permutahedron fwd+bwd 32768x256", ranks)
+    yield from _sorting_cases(device, quick)
+    yield from _betti_cases(device, quick)
+
+    def supcon(n: int, d: int) -> Any:
+        features, ids = draw(n, d, dtype=BF16), labels(max(2, n // 8), n)
+        return _step(lambda t: F.supervised_contrastive(t, ids), features, backward=True)
+
+    def with_targets(n: int, d: int) -> Any:
+        pair = [draw(n, d, dtype=BF16) for _ in range(2)]
+        target = torch.arange(n, device=device).roll(1)
+        return _step(lambda q, k: F.info_nce(q, k, target=target), *pair, backward=True)
+
+    size = (16, 8) if quick else (8192, 128)
+    yield Timed("pairs fwd+bwd target 8192x128", functools.partial(with_targets, *size))
+    yield Timed("pairs fwd+bwd supcon 8192x128", functools.partial(supcon, *size))
+
+    def attend(heads: int, queries: int, keys: int, d: int, masked: bool) -> Any:
+        tensors = [draw(1, heads, n, d, dtype=BF16) for n in (queries, *[keys] * 4)]
+        masks = {}
+        if masked:
+            seen = torch.rand(queries, keys, device=device) < 0.8
+            masks = {"mask1": seen, "mask2": draw(queries, keys)}
+        fn = lambda *t: pyloss.tensor_attention(*t, **masks)  # noqa: E731
+        return _step(fn, *tensors, backward=masked)
+
+    sizes = (1, 20, 20, 16) if quick else (4, 512, 512, 64)
+    yield Timed("attention fwd+bwd masked", functools.partial(attend, *sizes, True))
+    sizes = (1, 1, 20, 16) if quick else (8, 1, 4096, 64)
+    yield Timed("attention fwd one query", functools.partial(attend, *sizes, False))
+
+    heads, tokens, d = (1, 40, 8) if quick else (8, 65536, 64)
+
+    def causal() -> Any:
+        tensors = [0.1 * draw(1, heads, tokens, d) for _ in range(5)]
+        options = {"method": "lowrank", "degree": 2, "is_causal": True, "logit_bound": 1.0}
+        return _step(lambda *t: pyloss.tensor_attention(*t, **options), *tensors, backward=True)
+
+    yield Timed("attention fwd+bwd causal low rank", causal)
+    if device == "cpu":
+        return  # Triton tiles
+
+    def biased() -> Any:
+        x, w, b = draw(2048, 2048, dtype=BF16), draw(32000, 2048, dtype=BF16), draw(32000)
+        y = labels(32000, 2048)
+        fn = lambda x, w, b: pyloss.fused_linear_cross_entropy(  # noqa: E731
+            x, w, y, bias=b, strategy="tiles", filter=1e-5
+        )
+        return _step(fn, x, w, b.to(BF16), backward=True)
+
+    yield Timed("linear fwd+bwd tiles bias 2048x32000x2048", biased)
+
+
+def _sorting_cases(device: str, quick: bool) -> Iterator[Timed]:
+    import pyloss
+
+    def step(fn: Callable[[Tensor], Tensor], *shape: int) -> Any:
+        return _step(fn, torch.randn(shape, device=device), backward=True)
+
+    b, n = (3, 8) if quick else (4096, 32)
+
+    def few() -> Any:
+        ranks = torch.arange(n, device=device).expand(b, n)
+        return step(lambda t: pyloss.sorting_cross_entropy(t, ranks, target_is="ranks"), b, n)
+
+    def shared() -> Any:
+        rows, wires, width = (3, 8, 2) if quick else (64, 256, 8)
+        f = torch.randn(wires, width, device=device, requires_grad=True)
+
+        def call() -> Any:
+            x = torch.randn(rows, wires, device=device, requires_grad=True)
+            found = pyloss.soft_permute(x, f.expand(rows, wires, width))
+            return torch.autograd.grad(found.sum(), (x, f))
+
+        return call
+
+    long = 50 if quick else 2**20
+    yield Timed("sorting fwd+bwd 4096x32", few)
+    yield Timed("sorting fwd+bwd 1x1048576", lambda: step(pyloss.soft_sort, 1, long))
+    yield Timed("sorting features fwd+bwd 64x256x8", shared)
+
+
+def _betti_cases(device: str, quick: bool) -> Iterator[Timed]:
+    import pyloss
+
+    def images(batch: int, side: int, dtype: torch.dtype) -> list[Tensor]:
+        shape = (1, 1, 12, 12) if quick else (batch, 1, side, side)
+        return [torch.rand(shape, device=device).to(dtype) for _ in range(2)]
+
+    def bars() -> Any:
+        x, y = images(8, 512, torch.float32)
+        return lambda: pyloss.betti_matching(x, y, 2)
+
+    def step(*sizes: Any) -> Any:
+        x, y = images(*sizes)
+        return _step(lambda t: pyloss.betti_matching_loss(t, y), x, backward=True)
+
+    yield Timed("betti bars 8x512x512", bars)
+    yield Timed("betti fwd+bwd double 1x512x512", lambda: step(1, 512, torch.float64))
+    yield Timed("betti fwd+bwd small 1x128x128", lambda: step(1, 128, torch.float32))
+
+
 def cases(device: str, quick: bool) -> Iterator[Timed]:
     yield from _yardsticks(device, quick)
     yield from _row_cases(device, quick)
@@ -286,6 +453,7 @@ def cases(device: str, quick: bool) -> Iterator[Timed]:
     yield from _pair_cases(device, quick)
     yield from _other_cases(device, quick)
     yield from _later_cases(device, quick)
+    yield from _kernel_cases(device, quick)
     yield from _linear_cases(device, quick)
 
 
@@ -313,10 +481,37 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
     return statistics.median(_core._event_samples(_core.Run(call), 60.0))
 
 
+def kernel_milliseconds(events: Iterable[Any]) -> dict[str, float]:
+    """Of pyloss's kernels, from the events of torch's profiler."""
+    ours, found = set(_gpu_kernels.kernels()), {}
+    for event in events:
+        for name in {*re.findall(r"\w+_kernel\b", event.key)} & ours:
+            found[name] = found.get(name, 0.0) + event.self_device_time_total * 1e-3
+    return found
+
+
+def _profiled(call: Callable[[], Any]) -> dict[str, float]:
+    """A kernel whose time the profiler does not give is not in it."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        return kernel_milliseconds(profile.key_averages())
+    except RuntimeError as error:  # no CUPTI here: the case's own time is still worth having
+        print(f"the profiler refuses: {error}"[:200], flush=True)
+        return {}
+
+
 def measure(case: Timed, device: str, quick: bool) -> dict[str, Any]:
     """One record; what goes wrong is a record, too. The time of a tiny shape is nobody's."""
     predicted = _predictions.milliseconds().get(case.name)
-    record: dict[str, Any] = {"case": case.name, "predicted_ms": predicted, "measured_ms": None}
+    record: dict[str, Any] = {
+        "case": case.name,
+        "predicted_ms": predicted,
+        "measured_ms": None,
+        "kernels": _predictions.kernel_records(case.name),
+    }
     try:
         call = case.open()
         if device == "cuda":
@@ -327,6 +522,7 @@ def measure(case: Timed, device: str, quick: bool) -> dict[str, Any]:
         seconds = _seconds(call, device)
         if device == "cuda":
             record["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+            record["kernels"] = _predictions.kernel_records(case.name, _profiled(call))
             del call
             torch.cuda.empty_cache()
     except Exception as error:  # the other cases are still worth having

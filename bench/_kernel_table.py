@@ -100,7 +100,7 @@ KERNELS = (
     Kernel("sorting_values_kernel", 512, 40, 3392, "4 + 4", "12 a comparator"),
     Kernel("sorting_values_backward_kernel", 512, 50, 3264, "8 + 4", "13 a comparator"),
     Kernel("sorting_tiny_kernel", 32, 77, 1024, "4 n an item + 4 n", "7 a mix + 9 back"),
-    Kernel("sorting_tile_kernel", 512, 127, 3792,
+    Kernel("sorting_tile_kernel", 512, 128, 4432,
            "8 an entry of P and segment of layers + 8", "7 a mix + 9 back"),
     Kernel("sorting_sum_groups_kernel", 256, 32, 0, "4 a group + 4", "1 a group"),
     Kernel("sorting_sum_items_kernel", 256, 32, 0, "4 an item + 4", "1 an item"),

@@ -3,172 +3,78 @@
     python -m bench._predictions     the table of the kernels and the predicted times
 
 Standard library only. bench/_gpu_times.py measures the same cases and prints measured over
-predicted; _kernel_table.py has the kernels.
-
-The model of a streaming kernel: a multiprocessor moves bytes at its share of the copy rate, starts
-4 instructions of a warp a cycle, and has a number of bytes under way for the latency of a load. The
-three times are joined by a soft maximum, because none of them overlaps the others wholly.
-
-That of attention (Products) is alike: products, instructions, exponentials, bytes of L2, and one
-program after the other where few share a multiprocessor. For the plain softmax attention of
-Triton at d = 128 it gives 420 TFLOP/s with the power OVERLAP; others have measured 395 to 480.
+predicted, of the kernels in them too; _models.py has the models, _kernel_table.py the kernels and
+_kernel_times.py the time of each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
-from bench import _betti_predictions, _kernel_table
-from bench._kernel_table import SHARED_BYTES, blocks_per_multiprocessor
-
-COPY = 4.3e12  # bytes read and written a second
-MATRIX = 790e12  # operations a second, dense bf16
-MULTIPROCESSORS = 132
-CLOCK = 1.755e9
-LATENCY = 0.8e-6  # of a load from memory that is busy
-LAUNCH = 3e-6  # from the end of one kernel to the work of the next
-SHARED_RATE = 128  # bytes of it a cycle
-L2 = 5.5e12  # bytes from the cache to the multiprocessors a second
-L2_TILES = 8e12  # the same, of tiles that neighbours share: what products of Triton reach
-L2_LATENCY = 0.4e-6
-TILE_SYNC = 150  # cycles of a tile that wait for barriers and for the end of products
-OVERLAP = 4  # power of the soft maximum of what a tile of attention needs
-
-
-class Rows(NamedTuple):
-    """A row_softmax kernel that streams rows of one length."""
-
-    registers: int
-    read: float  # bytes of an element
-    written: float
-    instructions: float  # of a lane for an element, executed; counted in the machine code
-    warp: float  # of each warp for a row: merging, addresses
-    row: float  # of a row, in the warps that repeat it
-    repeats: bool  # whether every warp does them for every row, or one lane of one warp
-    ahead: float  # bytes of a thread under way
-    serial: float  # latencies one after the other before the first element
-
-
-# Before and after: the first loads wait for label and logit or not; 80 or 64 registers.
-FORWARD = Rows(64, 2, 0, 9.2, 90, 550, False, 64, 1)
-BACKWARD = Rows(64, 2, 2, 8.9, 50, 550, False, 64, 1)
-BOTH = Rows(64, 2, 2, 18.1, 150, 550, False, 48, 2)
-FORWARD_BEFORE = Rows(80, 2, 0, 8.9, 120, 400, True, 64, 3)
-BACKWARD_BEFORE = Rows(80, 2, 2, 8.9, 30, 550, True, 64, 3)
-
-
-def team(classes: int, size: int) -> int:
-    """Threads of a row, as team_threads of csrc/cuda/row_softmax_internal.h has them."""
-    vectors = math.ceil(classes * size / 16)
-    return 32 if vectors <= 256 else 128 if vectors <= 1024 else 256
-
-
-def soft_max(*times: float, power: float = 6) -> float:
-    return sum(t**power for t in times) ** (1 / power)
-
-
-def rows_seconds(k: Rows, rows: int, classes: int, size: int = 2) -> float:
-    """One pass of a kernel over rows of bf16 (size 2)."""
-    threads = team(classes, size)
-    blocks = blocks_per_multiprocessor(max(threads, 128), k.registers, 2048)
-    teams = blocks * max(threads, 128) // threads
-    moved = classes * (k.read + k.written)
-    by_bytes = moved / (COPY / MULTIPROCESSORS)
-    per_team = max(1, min(32, math.ceil(rows / (MULTIPROCESSORS * teams))))
-    warps = threads / 32
-    scalar = k.row * warps if k.repeats else k.row / min(per_team, 32)
-    started = classes * k.instructions / 32 + k.warp * warps + scalar
-    by_instructions = started / (4 * CLOCK)
-    # A team alone: its loads come in turns of what it has under way.
-    under_way = min(classes * size, threads * k.ahead)
-    turns = classes * size / under_way
-    alone = LATENCY * (k.serial + turns - 1) + started / warps / CLOCK
-    return rows / MULTIPROCESSORS * soft_max(by_bytes, by_instructions, alone / teams)
-
-
-def share(k: Rows, classes: int, elements: int = 2**29) -> float:
-    """Of the copy rate, for as many logits."""
-    rows = elements // classes
-    return rows * classes * (k.read + k.written) / COPY / rows_seconds(k, rows, classes)
-
-
-class Products(NamedTuple):
-    """The forward of tensor attention: tiles of scores, two products each, on sm_90.
-
-    Counted in the machine code of the pinned Triton; tests/compile/test_triton_compile.py holds
-    AFTER against what it compiles.
-    """
-
-    what: str
-    kernel: str
-    rows: int  # of a tile: queries, or pairs of a query and a key
-    keys: int
-    width: int  # d
-    warps: int
-    registers: int
-    shared: int
-    loop: float  # instructions of a warp for a tile
-    rest: float  # of a warp outside of the loop over tiles
-    fills: int  # latencies of L2, one after the other, outside of the loop
-    tiles: int  # of a turn of that loop
-    useful: float  # operations of a turn
-
-    @property
-    def programs(self) -> int:
-        """Of a multiprocessor."""
-        return blocks_per_multiprocessor(32 * self.warps, self.registers, self.shared + 1024)
-
-
-def _turn(what: str, kernel: str, useful: float, *counts: int) -> Products:
-    return Products(what, f"tensor_attention_fwd_{kernel}_kernel", *counts, useful)
-
-
-# A turn: 4 queries with 32 x 512 keys each; 128 queries with one of 1024 x 1024 keys' rows.
-WINDOWS_FLOP, FULL_FLOP = 4.0 * 4 * 32 * 512 * 128, 4.0 * 128 * 1024 * 64
-BEFORE = (
-    _turn("windows", "pairs", WINDOWS_FLOP, 128, 64, 128, 8, 255, 98304, 386, 2179, 5, 9),
-    _turn("full", "rows", FULL_FLOP, 128, 64, 64, 8, 239, 65536, 302, 750, 1, 16),
-)
-AFTER = (
-    _turn("windows", "pairs", WINDOWS_FLOP, 128, 32, 128, 4, 255, 81920, 308, 3172, 4, 17),
-    _turn("full", "rows", FULL_FLOP, 128, 64, 64, 4, 255, 65536, 361, 750, 1, 16),
+from bench import _betti_predictions, _kernel_table, _kernel_times
+from bench._kernel_table import SHARED_BYTES
+from bench._models import (
+    AFTER,
+    BACKWARD,
+    BACKWARD_BEFORE,
+    BEFORE,
+    BOTH,
+    CLOCK,
+    COPY,
+    FORWARD,
+    FORWARD_BEFORE,
+    LATENCY,
+    LAUNCH,
+    MATRIX,
+    MULTIPROCESSORS,
+    matrix_cycles,
+    pair_seconds,
+    rows_seconds,
+    share,
+    soft_max,
+    useful_rate,
 )
 
-
-def matrix_cycles(k: Products) -> float:
-    """Of one tile: the rate of dense products, or of the shared memory that their factors are in.
-
-    A step multiplies 64 x 16 by 16 x n numbers; the probabilities come from registers.
-    """
-
-    def step(n: int, left_bytes: int) -> float:
-        by_shared = (left_bytes + 32 * n) / SHARED_RATE
-        return max(2 * 64 * 16 * n / (MATRIX / MULTIPROCESSORS / CLOCK), by_shared)
-
-    scores = k.width // 16 * step(k.keys, 2048)
-    return k.rows // 64 * (scores + k.keys // 16 * step(k.width, 0))
-
-
-def turn_cycles(k: Products, power: float = OVERLAP) -> float:
-    """Of a multiprocessor for a turn of one program."""
-    matrix = k.tiles * matrix_cycles(k)
-    issued = (k.tiles * k.loop + k.rest) * k.warps / 4
-    exponentials = k.tiles * k.rows * k.keys / 16
-    loaded = k.tiles * k.keys * k.width * 4 / (L2 / MULTIPROCESSORS / CLOCK)
-    alone = matrix + issued + k.tiles * TILE_SYNC + k.fills * L2_LATENCY * CLOCK
-    return soft_max(matrix, issued, exponentials, loaded, alone / k.programs, power=power)
-
-
-def useful_rate(k: Products, power: float = OVERLAP) -> float:
-    """Useful operations a second of the whole device."""
-    return k.useful / turn_cycles(k, power) * CLOCK * MULTIPROCESSORS
+# Cases that are there for a kernel which no other case launches: the sum of their kernels, and
+# launches, those of torch included.
+FOR_A_KERNEL = {
+    "rows fwd few 8x2097152": 4,
+    "rows second 2048x32000": 12,
+    "spherical z fwd+bwd 8x21x512x512": 6,
+    "margin shift fwd+bwd 8x21x512x512": 6,
+    "segment stats fwd 10^6x64": 4,
+    "segment sum fwd+bwd long 10^6x64": 5,
+    "permutahedron fwd+bwd 32768x256": 10,
+    "sorting fwd+bwd 4096x32": 6,
+    "sorting fwd+bwd 1x1048576": 150,
+    "sorting features fwd+bwd 64x256x8": 8,
+    "betti bars 8x512x512": 150,
+    "betti fwd+bwd double 1x512x512": 150,
+    "betti fwd+bwd small 1x128x128": 130,
+    "linear fwd+bwd tiles bias 2048x32000x2048": 12,
+    "pairs fwd+bwd target 8192x128": 30,
+    "pairs fwd+bwd supcon 8192x128": 40,
+    "attention fwd+bwd masked": 16,
+    "attention fwd one query": 3,
+    "attention fwd+bwd causal low rank": 30,
+}
 
 
 def milliseconds() -> dict[str, float]:
     """Case of bench/_gpu_times.py -> predicted milliseconds."""
     return {name: 1e3 * seconds for name, seconds in _seconds().items()}
+
+
+def kernel_records(case: str, measured: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """The kernels that have their prediction in a case, with what was measured of them."""
+    records = []
+    for kernel, ms in _kernel_times.of_case(case).items():
+        found = (measured or {}).get(kernel)
+        ratio = None if found is None else found / ms
+        records.append({"kernel": kernel, "predicted_ms": ms, "measured_ms": found, "ratio": ratio})
+    return records
 
 
 def _seconds() -> dict[str, float]:
@@ -178,15 +84,35 @@ def _seconds() -> dict[str, float]:
         **_row_seconds(),
         **_product_seconds(),
         **_pair_seconds(),
-        # By reading: latency of one block a multiprocessor; 1,400 links walked by each block of a
-        # million, and one chain in one block; one lane pools a row in shared memory, about 200
-        # cycles an element; its gradient, and a sort.
-        "sorting fwd+bwd 64x1024": 4.5e-3,
+        "sorting fwd+bwd 64x1024": _kernel_times.case_seconds("sorting fwd+bwd 64x1024", 12),
+        # By reading: 1,400 links walked by each block of a million, and one chain in one block; one
+        # lane pools a row in shared memory, about 200 cycles an element; its gradient, and a sort.
         **_betti_predictions.cases(COPY, LAUNCH),
         "betti fwd+bwd ramp of 10^6": 1400 * LATENCY + 2000 * 2e-6 + 145 * LAUNCH,
         "permutahedron fwd+bwd 64x1024": 1024 * (200 + 150) / CLOCK + 10 * LAUNCH,
         **_later_seconds(),
+        **_for_a_kernel(),
     }
+
+
+def _for_a_kernel() -> dict[str, float]:
+    """What the kernels with their row elsewhere add: rounds and sorts of Betti matching."""
+    found = {case: _kernel_times.case_seconds(case, n) for case, n in FOR_A_KERNEL.items()}
+    images = sum(_kernel_times.of_case("betti fwd+bwd 8x512x512 noise").values()) * 1e-3
+    found["betti bars 8x512x512"] += images
+    found["betti fwd+bwd double 1x512x512"] += images / 8
+    # The logits once more, and the first derivative, which the second begins with.
+    found["rows fwd few 8x2097152"] += 2.0 * 2**24 / COPY
+    found["rows second 2048x32000"] += 2048 * 32000 * (2 + 4 + 12) / COPY
+    # Forward and backward of the exact kernels at a third of the rate of bare products.
+    found["attention fwd+bwd masked"] += 18 * 4 * 512**3 * 64.0 / (MATRIX / 3)
+    found["attention fwd one query"] += 10e-6
+    linear = 2 * 2048 * 32000 * 2048.0
+    found["linear fwd+bwd tiles bias 2048x32000x2048"] += 4 * linear / (0.5 * MATRIX)
+    sweeps = sum(_kernel_times.of_case("pairs fwd+bwd nt_xent 8192x128").values()) * 1e-3
+    found["pairs fwd+bwd target 8192x128"] += 2 * sweeps
+    found["pairs fwd+bwd supcon 8192x128"] += 1.3 * sweeps
+    return found
 
 
 def _later_seconds() -> dict[str, float]:
@@ -268,26 +194,6 @@ def _product_seconds() -> dict[str, float]:
     }
 
 
-def pair_seconds(
-    d: int, products: int, tile: tuple[int, int], exps: int, instructions: int, filled: bool
-) -> float:
-    """A pair of a kernel of similarity_softmax, bf16: its products, then its arithmetic.
-
-    One or two programs a multiprocessor, so that little of the two overlaps. Instructions are those
-    of a lane where no mask is needed, counted by hand; `exps` have a pipe of their own.
-
-    Args:
-        products: of D numbers, for a pair.
-        filled: tiles begin with a pipeline of loads under way, as those of sweeps over whole rows.
-    """
-    rows, columns = tile
-    read = 2 * d * (1 / rows if filled else 1 / rows + 1 / columns)
-    multiplied = max(2 * d * products / MATRIX, read / L2_TILES)
-    cycles = max(exps / 16, instructions / 128) / MULTIPROCESSORS
-    fill = 0 if filled else LATENCY / (rows * columns * MULTIPROCESSORS)
-    return multiplied + cycles / CLOCK + fill
-
-
 def _pair_seconds() -> dict[str, float]:
     """fwd+bwd of losses, with the tiles of kernels/similarity_softmax/launch.py, and with the torch
     operations around: normalised features and their gradients, losses of rows.
@@ -320,7 +226,13 @@ def _pair_seconds() -> dict[str, float]:
 def planned(done: Collection[str] = ()) -> list[dict[str, Any]]:
     """Records of the cases that have not been measured: predictions alone."""
     return [
-        {"case": name, "predicted_ms": ms, "measured_ms": None, "status": "not reached"}
+        {
+            "case": name,
+            "predicted_ms": ms,
+            "measured_ms": None,
+            "status": "not reached",
+            "kernels": kernel_records(name),
+        }
         for name, ms in milliseconds().items()
         if name not in done
     ]
@@ -328,6 +240,8 @@ def planned(done: Collection[str] = ()) -> list[dict[str, Any]]:
 
 def main() -> None:
     print("\n".join(_kernel_table.lines()))
+    print("\npredicted time of each kernel")
+    print("\n".join(_kernel_times.lines()))
     print("\nshare of the copy rate, bf16, before and after")
     for what, before, after in (
         ("forward", FORWARD_BEFORE, FORWARD),

@@ -75,12 +75,12 @@ def interpolated_least_squares(
     check_options(rho=rho)
     m = bag_response.shape[0]
     bags = bags_of(x, bag_index, bag_size, offsets, count=m)
-    rows, y = bags.rows(x.double()), bag_response.double()
+    rows, y = bags.rows(checks.widened(x)), checks.widened(bag_response)
     y = y.unsqueeze(1) if y.dim() == 1 else y
     # The loss is a sum of squares of these rows: no product X^T X, which squares the condition.
     own = segment.segment_ids(bags.offsets, x.shape[0])
     of_bags = math.sqrt((1 - rho) / max(m, 1))
-    of_rows = (rho / (max(m, 1) * bags.sizes().double())).sqrt()[own].unsqueeze(1)
+    of_rows = (rho / (max(m, 1) * checks.widened(bags.sizes()))).sqrt()[own].unsqueeze(1)
     left = torch.cat([of_bags * segment_reduce(rows, bags.offsets, "mean"), of_rows * rows])
     right = torch.cat([of_bags * y, of_rows * y[own]])
     there = left.isfinite().all()  # LAPACK refuses NaN
@@ -141,7 +141,7 @@ def dp_aggregate(
         raise ValueError(f"y must be (n,), got {list(y.shape)}")
     _check_privacy(epsilon, bound)
     bags = bags_of(y, bag_index, bag_size, offsets)
-    wide = y.detach().double()
+    wide = checks.widened(y.detach())
     mean = segment_reduce(bags.rows(wide.clamp(-bound, bound)), bags.offsets, "mean")
     u = torch.empty_like(mean)
     u = (u.uniform_() if generator is None else u.uniform_(generator=generator)) - 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import lion_k_cases
+import op_dtensor_cases
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
     init_device_mesh,
 )
+from torch.distributed.tensor.parallel import loss_parallel
 
 import pyloss
 
@@ -203,6 +205,27 @@ def learned_weight(mesh) -> None:
            lambda: pyloss.fused_cross_entropy(given, target, whole))  # fmt: skip
 
 
+def loss_parallel_cases() -> None:
+    """What F.cross_entropy does there: the loss Replicate, the gradient split as the logits are.
+    Target and class weight are plain, as torch takes them too."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in ("mean", "sum", "none"):
+        for options in ({}, dict(weight=WEIGHT)):
+            # torch's has an IndexError for a weight and labels that are ignored.
+            y = labels_of((ROWS, CLASSES)) if options else with_ignored((ROWS, CLASSES), -100)
+            x = normal(ROWS, CLASSES, seed=2)
+            given, other = (distribute_tensor(x, mesh, [Shard(-1)]).requires_grad_() for _ in "ab")
+            with loss_parallel():
+                want = F.cross_entropy(other, y, reduction=name, **options)
+                found = pyloss.fused_cross_entropy(given, y, reduction=name, **options)
+                assert found.placements == want.placements and found.dtype == want.dtype
+                close(found.full_tensor(), want.full_tensor())
+                want.sum().backward()
+                found.sum().backward()
+            assert given.grad.placements == other.grad.placements == (Shard(1),)
+            close(given.grad.full_tensor(), other.grad.full_tensor())
+
+
 def compiled(mesh) -> None:
     """One graph, the denominator of split rows in it."""
     x, y = normal(4, CLASSES, seed=2), with_ignored((4, CLASSES), -100)
@@ -245,8 +268,8 @@ def refusals(mesh) -> None:
 
 def cases() -> dict[str, Callable]:
     world = dist.get_world_size()
-    if world == 2:
-        mesh = init_device_mesh("cpu", (2,))
+    if world != 4:
+        mesh = init_device_mesh("cpu", (world,))
         ways = [[Replicate()], [Shard(0)], [Shard(1)], [Shard(2)], [Partial()]]
     else:
         mesh = init_device_mesh("cpu", (2, 2))
@@ -272,7 +295,10 @@ def cases() -> dict[str, Callable]:
             "compiled": lambda: compiled(mesh),
             "refusals": lambda: refusals(mesh),
         }
-    return found | lion_k_cases.cases()
+    found["loss_parallel"] = loss_parallel_cases
+    if world != 3:  # their tensors are gathered, in equal parts
+        found |= lion_k_cases.cases()
+    return found | op_dtensor_cases.cases()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from functools import partial
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -13,7 +14,14 @@ import torch.distributed as dist
 from gloo import run
 from helpers import TORCH
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -150,6 +158,58 @@ def case(
     assert model(**batch(rank, 9)).logits.shape == (2, 10, VOCABULARY)
 
 
+HEAD_LAYOUTS = (
+    {},
+    dict(use_local_output=False),
+    dict(output_layouts=Replicate()),
+)
+
+
+def tensor_parallel(parallelize: Callable, make: Callable = llama, **options: object) -> None:
+    """An output layer split by its classes: the same batch on each rank, one loss."""
+    torch.manual_seed(7)
+    model, reference = make().double().train(), make().double().train()
+    reference.load_state_dict(model.state_dict())
+    parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    patch_loss(model, **options), patch_loss(reference, **options)
+    for step in range(2):  # the first is with hooks that torch sets up at the first
+        losses = [m(**batch(0, step)).loss for m in (model, reference)]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(
+            grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def split_head(layouts: dict, model: LlamaForCausalLM, mesh: object) -> None:
+    sequence = dict(input_layouts=Shard(1)) if layouts else {}
+    plan = {"lm_head": ColwiseParallel(**sequence, **layouts)}
+    if layouts:
+        layouts = dict(output_layouts=Replicate(), desired_output_layouts=Shard(1))
+        plan |= {"model.layers.1": PrepareModuleOutput(**layouts), "model.norm": SequenceParallel()}
+    parallelize_module(model, mesh, plan)
+
+
+def split_tied(model: Gemma2ForCausalLM, mesh: object) -> None:
+    """The embedding by the same rows; parallelize_module takes a tied weight apart."""
+    plan = {
+        "lm_head": ColwiseParallel(),
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def split_by_plan(model: LlamaForCausalLM, mesh: object) -> None:
+    """As `from_pretrained(tp_plan="auto")`: a forward in the place of hooks."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    apply_tensor_parallelism(model, mesh, {"lm_head": "colwise_gather_output"})
+
+
 def separate_embedding() -> None:
     """A tied weight that two groups manage: an error, from PyTorch or from pyloss, no number."""
     model = patch_loss(llama(tied=True).train())
@@ -227,6 +287,14 @@ CASES = {
     "bfloat16 parameters": lambda: case(llama, shard_head_alone, half=True, tolerance=0.03),
     # torch 2.11 lets it pass
     **({"tied in two groups": separate_embedding} if TORCH >= (2, 13) else {}),
+    **{
+        f"tensor-parallel, {layouts}": partial(
+            tensor_parallel, partial(split_head, layouts), label_smoothing=0.1
+        )
+        for layouts in HEAD_LAYOUTS
+    },
+    "tensor-parallel, tied, soft capping": lambda: tensor_parallel(split_tied, gemma2),
+    "tensor-parallel by a tp_plan": lambda: tensor_parallel(split_by_plan),
     "weight left sharded": weight_left_sharded,
     "loss with the head inside": loss_with_the_head_inside,
 }

@@ -33,7 +33,10 @@ EXTRAS = {"transformers": ("transformers", "accelerate"), "matplotlib": ("matplo
 # Blocks that are scripts for torchrun: a process of their own, alone in its group.
 SCRIPT = "init_process_group"
 # Pages whose script another test runs in two processes every time.
-RUN_ELSEWHERE = {"docs/vocab_parallel.md": ROOT / "tests" / "test_vocab_parallel.py"}
+RUN_ELSEWHERE = {
+    "docs/meshes.md": ROOT / "tests" / "meshes_worker.py",
+    "docs/vocab_parallel.md": ROOT / "tests" / "test_vocab_parallel.py",
+}
 
 
 def page_id(path: Path) -> str:

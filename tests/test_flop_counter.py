@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyloss
-from pyloss.functional import linear_distillation_loss
-from pyloss.ops import _flops, _gemm, similarity_topk
+from pyloss.functional import hard_info_nce, linear_distillation_loss
+from pyloss.ops import _decompose, _flops, _gemm, _registry, similarity_topk
 
 N, D, V, E = 12, 5, 7, 3
 ONE = 2 * N * D * V  # a product
@@ -182,3 +183,67 @@ def test_registering_twice_changes_nothing() -> None:
     before = torch.utils.flop_counter.flop_registry[op]
     _flops.count_by("linear_cross_entropy_fwd", lambda *args, **kwargs: 0)
     assert torch.utils.flop_counter.flop_registry[op] is before
+
+
+# --------------------------------------------------------------------------------------------------
+# Formulas against what torch counts in the references
+
+
+class ByReference(TorchDispatchMode):
+    """Runs the plain form of each op, under a counter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        form = _registry.plain_forms.get(func._opname) if func.namespace == "pyloss" else None
+        if not callable(form):
+            return func(*args, **(kwargs or {}))
+        with _decompose._autograd(), FlopCounterMode(display=False) as counter:
+            found = form(*args)
+        self.counts[func._opname] = self.counts.get(func._opname, 0) + counter.get_total_flops()
+        return found
+
+
+def by_op(call) -> tuple[dict[str, int], dict[str, int]]:
+    """What the formulas say and what the references need, for each op of a forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        call().square().sum().backward()
+    said = counter.get_flop_counts().get("Global", {})
+    with ByReference() as reference:
+        call().square().sum().backward()
+    ours = {op._qualified_op_name.split("::")[1]: n for op, n in said.items()}
+    return {k: n for k, n in ours.items() if k in reference.counts}, reference.counts
+
+
+X, OTHER, WIDE = (torch.randn(n, 8, requires_grad=True) for n in (N, N, 9))
+EQUAL = {
+    "logprobs": lambda: pyloss.token_logprobs(X, WIDE, Y),
+    "logprobs with entropy": lambda: pyloss.token_logprobs(X, WIDE, Y, return_entropy=True)[0],
+    "rows": lambda: pyloss.fused_linear_cross_entropy(X, WIDE, Y, reduction="none"),
+    "distillation": lambda: linear_distillation_loss(
+        X, WIDE, X.detach(), WIDE.detach(), reduction="none"
+    ),
+    "info_nce": lambda: pyloss.info_nce(X, OTHER),
+    "queue": lambda: pyloss.info_nce(X, OTHER, queue=WIDE.detach()),
+    "siglip": lambda: pyloss.siglip_loss(X, OTHER),
+    "hardest": lambda: hard_info_nce(X, OTHER),
+}
+
+
+@pytest.mark.parametrize("call", EQUAL.values(), ids=EQUAL)
+def test_formulas_count_the_products_of_the_reference(call) -> None:
+    said, counted = by_op(call)
+    assert said and said == counted
+
+
+def test_attention_to_triples_counts_the_reference_without_products_of_keys() -> None:
+    """Those are of a lower order in the length. The output, which the reference forms once more in
+    the backward, is kept."""
+    q = torch.randn(1, 2, N, 8, requires_grad=True)
+    said, counted = by_op(lambda: pyloss.tensor_attention(q, q, q, q, q))
+    of_keys, one = 2 * 2 * N**2 * 8, 2 * 2 * N**3 * 8
+    assert said == dict(tensor_attention_fwd=2 * one, tensor_attention_bwd=5 * one)
+    assert counted["tensor_attention_fwd"] == 2 * one + of_keys
+    assert counted["tensor_attention_bwd"] == 6 * one + 3 * of_keys

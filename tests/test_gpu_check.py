@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ from bench import (  # noqa: E402
     _gpu_summary,
     _gpu_times,
     _kernel_table,
+    _kernel_times,
     _predictions,
 )
 from bench import _sanitizer_cases as cases  # noqa: E402
@@ -78,6 +81,52 @@ def test_every_kernel_has_bytes_and_flop_in_the_table(capsys) -> None:
         assert k.traffic and k.flop and f"  {k.flop}  " in printed[name]
         blocks = _kernel_table.blocks_per_multiprocessor(k.threads, k.registers, k.shared)
         assert blocks >= 1, name
+
+
+def test_every_kernel_has_a_predicted_time(capsys) -> None:
+    """In a case that is measured, whose own prediction is no shorter than those of its kernels."""
+    works = {w.kernel: w for w in _kernel_times.works()}
+    assert sorted(works) == sorted(w.kernel for w in _kernel_times.works())
+    assert sorted(works) == sorted(_gpu_kernels.kernels())
+    cases = _predictions.milliseconds()
+    _predictions.main()
+    printed = capsys.readouterr().out
+    for name, w in works.items():
+        assert w.case in cases and 1e-7 < w.seconds < 1, name
+        assert f"{name:<52} {1e3 * w.seconds:9.4f}  {w.launches:8d}  {w.bound}" in printed
+    optional = _kernel_times.of_case("rows fwd with gradient 32768")
+    for case, ms in cases.items():
+        kernels = {k: t for k, t in _kernel_times.of_case(case).items() if k not in optional}
+        assert sum(kernels.values()) <= 1.1 * ms, case
+    assert all(any(w.case == case for w in works.values()) for case in _predictions.FOR_A_KERNEL)
+
+
+def test_a_prediction_joins_what_bounds_it() -> None:
+    work = _kernel_times.Work("k", "c", bytes=4.3e9, alone=1e-6)
+    assert work.bound == "bytes" and 1e-3 <= work.seconds < 1.01e-3
+    both = work._replace(instructions=1e-3 * _kernel_times.LANES)
+    assert 1.1e-3 < both.seconds < 1.2e-3
+    assert work._replace(flop=1e12).bound == "products" and work._replace(cached=1e11).bound == "L2"
+
+
+def test_measured_kernels_come_from_the_profiler() -> None:
+    def event(key: str, us: float) -> Any:
+        return types.SimpleNamespace(key=key, self_device_time_total=us)
+
+    found = _gpu_times.kernel_milliseconds(
+        (
+            event("void pyloss::cuda::row_softmax_fwd_kernel<float, (Mode)0>(Problem)", 300.0),
+            event("void pyloss::cuda::row_softmax_fwd_kernel<float, (Mode)1>(Problem)", 100.0),
+            event("void at::native::vectorized_elementwise_kernel<4>(int)", 50.0),
+        )
+    )
+    assert found == {"row_softmax_fwd_kernel": 0.4}
+    records = {r["kernel"]: r for r in _predictions.kernel_records("rows fwd 32768", found)}
+    fwd = records["row_softmax_fwd_kernel"]
+    assert fwd["measured_ms"] == 0.4 and fwd["ratio"] == 0.4 / fwd["predicted_ms"] > 1.5
+    assert "look here first" in _gpu_summary.time_line(fwd)
+    assert records["row_softmax_loss_kernel"]["measured_ms"] is None
+    assert "look here" not in _gpu_summary.time_line(records["row_softmax_loss_kernel"])
 
 
 def test_flop_of_attention_are_those_of_its_head() -> None:
@@ -220,7 +269,10 @@ def test_without_a_device_every_stage_says_so(tmp_path: Path) -> None:
     for stage in summary["stages"]:
         assert (stage["status"], stage["remark"]) == ("skipped", "no device"), stage
     assert {r["case"] for r in summary["times"]} == set(_predictions.milliseconds())
-    assert all(r["predicted_ms"] > 0 and r["measured_ms"] is None for r in summary["times"])
+    kernels = [k for r in summary["times"] for k in r["kernels"]]
+    assert sorted(k["kernel"] for k in kernels) == sorted(_gpu_kernels.kernels())
+    for record in summary["times"] + kernels:
+        assert record["predicted_ms"] > 0 and record["measured_ms"] is None
 
 
 @pytest.mark.exhaustive

@@ -117,7 +117,7 @@ def loaded(folder: Path):
     return sys.modules.get(name) or module_of(folder / "__init__.py", name)
 
 
-# Minutes of a core without ccache.
+# Half a minute of a core without ccache.
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     if shutil.which("c++") is None:

@@ -278,6 +278,21 @@ def test_gp_with_nan(at) -> None:
         assert found.nats.isnan().all()
 
 
+def test_gp_of_another_unit() -> None:
+    """Jitter is relative to the kernel."""
+    x, x_test = torch.linspace(-1, 1, 5, dtype=F64)[:, None], torch.tensor([[0.3], [1.4]])
+
+    def nats(unit: float) -> torch.Tensor:
+        def kernel(a, b):
+            return unit**2 * torch.exp(-torch.cdist(a, b).square() / 2)
+
+        y, y_test = unit * x.sin()[:, 0], unit * x_test.double().sin()[:, 0]
+        target = unit**2 * torch.tensor([1e-2, 1e-4], dtype=F64)
+        return gp_inductive_bias(x, y, x_test, y_test, kernel, target).nats
+
+    torch.testing.assert_close(nats(1e-5), nats(1.0), rtol=1e-6, atol=0)
+
+
 def test_gp_draws_are_of_the_generator() -> None:
     def nats(seed):
         generator = torch.Generator().manual_seed(seed)

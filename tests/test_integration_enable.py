@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import inspect
+import math
+import threading
+import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +85,79 @@ def test_context_and_options(tmp_path: Path, calls: list[dict[str, Any]]) -> Non
         enable(strict=1)
 
 
+def test_blocks_that_end_out_of_order(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    own = transformers.Trainer._inner_training_loop
+
+    def used() -> list[float]:
+        trainer_of(make(), tmp_path, max_steps=1).train()
+        found = [c["z_loss"] for c in calls]
+        calls.clear()
+        return found
+
+    first, second = enable(z_loss=0.5), enable(z_loss=0.25)
+    first.__enter__(), second.__enter__()
+    first.__exit__()
+    assert used() == 2 * [0.25]  # as long as its block lasts
+    enable(z_loss=0.125)
+    assert used() == 2 * [0.125]
+    second.__exit__()
+    assert not used() and transformers.Trainer._inner_training_loop is own
+    with enable(z_loss=0.5):
+        disable()
+        assert not used()
+    assert not used()
+    for _ in range(2000):  # no chain that a walk could not follow
+        enable(z_loss=0.5)
+    assert used() == 2 * [0.5]
+
+
+def test_blocks_of_two_threads(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    together = threading.Barrier(3, timeout=60)
+
+    def trains(strength: float) -> list[float]:
+        with enable(z_loss=strength):
+            together.wait()  # all blocks have begun
+            with lock:
+                trainer_of(make(), tmp_path, max_steps=1).train()
+                found = [c["z_loss"] for c in calls]
+                calls.clear()
+            together.wait()
+        return found
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(trains, strength) for strength in (0.5, 0.25)]
+        with enable(z_loss=0.125):
+            together.wait(), together.wait()
+        assert [job.result() for job in jobs] == [2 * [0.5], 2 * [0.25]]
+        with enable(z_loss=0.125):  # a thread without a block takes the latest
+            pool.submit(trainer_of(make(), tmp_path, max_steps=1).train).result()
+    assert [c["z_loss"] for c in calls] == 2 * [0.125]
+
+
+def test_a_wrapper_around_the_patch_stays(
+    calls: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+    with enable():
+        ours = transformers.Trainer._inner_training_loop
+
+        @functools.wraps(ours)
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            entered.append(True)
+            return ours(*args, **kwargs)
+
+        monkeypatch.setattr(transformers.Trainer, "_inner_training_loop", theirs)
+    trainer_of(make(), tmp_path, max_steps=1).train()
+    assert len(entered) == 1 and not calls
+    with enable():
+        assert transformers.Trainer._inner_training_loop is theirs
+        trainer_of(make(), tmp_path, max_steps=1).train()
+    assert len(entered) == 2 and len(calls) == 2
+    monkeypatch.undo()
+    transformers.Trainer._inner_training_loop = ours.__wrapped__
+
+
 def test_mixed_precision_twice(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     """accelerate wraps the forward in the first run, and it stays wrapped."""
     trainer = trainer_of(make(), tmp_path, bf16=True)
@@ -116,6 +195,53 @@ def test_peft(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     assert len(calls) == 6
     for a, b in zip(*(t.model.parameters() for t in trainers), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_torch_compile(
+    tmp_path: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By inductor. Not compiled is the yardstick: with torch_compile the label smoother of
+    transformers 5 does not shift the labels."""
+    for name in ("BACKEND", "MODE"):  # set by the arguments below; put back at the end
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no" if name == "BACKEND" else "default")
+    options = dict(label_smoothing_factor=0.1, max_steps=2)
+    own = trainer_of(make(), tmp_path, **options)
+    model = copy.deepcopy(own.model)
+    own.train()
+    state = importlib.import_module("accelerate.state").AcceleratorState
+    state._reset_state()  # one for all trainers
+    ours = trainer_of(model, tmp_path, torch_compile=True, **options)
+    torch._dynamo.reset()
+    with enable(strict=True):
+        ours.train()
+    torch._dynamo.reset()
+    state._reset_state()
+    for a, b in zip(own.state.log_history, ours.state.log_history, strict=True):
+        for key in a.keys() & {"loss", "grad_norm"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a, b)
+    for a, b in zip(*(t.model.parameters() for t in (own, ours)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert type(ours.model) is transformers.LlamaForCausalLM
+
+
+def test_liger_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """use_liger_kernel gives the model a forward of its own before the patch: one of the two."""
+
+    def apply(model: Any, config: Any) -> None:
+        own = type(model).forward
+        wrapper = functools.wraps(own)(lambda *args, **inputs: own(*args, **inputs))
+        del wrapper.__wrapped__  # another forward, and not one around the model's
+        wrapper.__signature__ = inspect.signature(own)
+        model.forward = types.MethodType(wrapper, model)
+
+    monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", apply)
+    trainer = trainer_of(make(), tmp_path, max_steps=1, use_liger_kernel=True)
+    with enable(), pytest.warns(UserWarning, match="own loss.*forward of this .* been replaced"):
+        trainer.train()
+    with enable(strict=True), pytest.raises(TypeError, match="has been replaced by"):
+        trainer.train()
+    assert type(trainer.model) is transformers.LlamaForCausalLM
 
 
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -783,8 +783,9 @@ def test_trainer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
+    options = {"max_steps": 3, **options}
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, optim="sgd",
+        output_dir=str(folder), per_device_train_batch_size=2, optim="sgd",
         gradient_accumulation_steps=2, learning_rate=0.3, logging_steps=1, save_strategy="no",
         report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **options,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,6 +350,23 @@ def test_peft(options: dict[str, Any]) -> None:
     assert abs(want - model(**batch()).loss) > 1e-4
     assert unpatch_loss(patched) is patched
     assert torch.equal(patched(**batch()).logits, model(**batch()).logits)
+
+
+def test_saved_adapters_are_read_again(tmp_path: Path) -> None:
+    """An adapter with an output layer of its own, over a base model that is patched already."""
+    peft = pytest.importorskip("peft")
+    trained = patch_loss(adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    trained.save_pretrained(tmp_path)
+    for base in (make(), patch_loss(make())):
+        read = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
+        plain = unpatch_loss(copy.deepcopy(read))
+        patch_loss(read)
+        assert_same_adapted(plain, read)
+        got = read(**batch()).loss
+        torch.testing.assert_close(got, trained(**batch()).loss)
+        merged = read.merge_and_unload()  # the saved layer becomes the model's own
+        assert merged.train()(**batch()).logits is None
+        torch.testing.assert_close(merged(**batch()).loss, got, atol=2e-6, rtol=2e-6)
 
 
 def test_peft_after_the_patch_and_two_adapters() -> None:

@@ -18,6 +18,7 @@ datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
 import pyloss.integrations.trl as integration  # noqa: E402
+from pyloss.integrations import _trl_head  # noqa: E402
 from pyloss.integrations.trl import patch_trainer, unpatch_trainer  # noqa: E402
 
 WORDS = 60
@@ -305,6 +306,35 @@ def test_options_of_sft(tmp_path: Path, tokenizer: Any) -> None:
         trainer(
             integration.SFTTrainer, "sft", tmp_path, tokenizer, more=dft, loss_type="dft"
         )  # fmt: skip
+
+
+def test_trainers_of_one_model(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trains with its own options, whichever was made last."""
+    seen: list[Any] = []
+    function = _trl_head.TokenLogProbs.apply
+
+    def noted(self: Any, *args: Any) -> Any:
+        seen.append(getattr(args[-1], "options", None))
+        return function(self, *args)
+
+    monkeypatch.setattr(_trl_head.TokenLogProbs, "apply", noted)
+    model = make()
+    options: tuple[dict[str, Any], ...] = ({"z_loss": 0.5}, {"z_loss": 0.25}, {})
+    trainers = [
+        trainer(integration.SFTTrainer, "sft", tmp_path, tokenizer, model, {"loss_options": o})
+        for o in options[:2]
+    ]
+    trainers.append(trainer(integration.DPOTrainer, "dpo", tmp_path, tokenizer, model))
+    for i in (0, 2, 1):
+        trainers[i].train()
+        assert seen and all(found == options[i] for found in seen)
+        seen.clear()
+    unpatch_trainer(trainers[0])
+    assert not integration.is_patched(trainers[1])
+    trainers[0].train()
+    assert seen and not any(seen)
 
 
 def test_no_logits_are_stored(tmp_path: Path, tokenizer: Any) -> None:

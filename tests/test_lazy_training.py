@@ -65,7 +65,9 @@ def test_copies_and_checkpoints_keep_the_start() -> None:
 
 def test_the_copy_does_not_train() -> None:
     module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
-    model = LazyScale(module, 1.0).train()
+    model = LazyScale(module, 1.0)
+    assert not any(m.training for m in model.initial.modules())
+    model.train()
     assert module.training and not any(m.training for m in model.initial.modules())
     x = torch.randn(6, 4)
     first, second = model.initial(x), model.initial(x)
@@ -176,6 +178,8 @@ def test_alignment_with_constant_labels_is_nan(dtype: torch.dtype) -> None:
     y, K = torch.full((9,), 0.1, dtype=dtype), torch.randn(9, 9, dtype=dtype)
     assert kernel_alignment(torch.outer(y, y), K).isnan()
     assert kernel_alignment(K, 0 * K).isnan() and kernel_alignment(K * math.nan, K).isnan()
+    rounded = 0.1 + 0.1 * torch.finfo(dtype).eps * torch.randn(9, 9, dtype=dtype).sign()
+    assert kernel_alignment(rounded, K).isnan()  # constant but for rounding
     # The gradient of another kernel is its own.
     both = torch.stack([K, K])
     scale = torch.tensor([0.0, 1.0], dtype=dtype, requires_grad=True)

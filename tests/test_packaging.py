@@ -51,6 +51,15 @@ def test_version() -> None:
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_changes_stand_under_what_they_are() -> None:
+    """A merge may move a heading of a version into the list of fixes above it."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    for version in text.split("\n## ")[1:]:
+        assert "- " not in version.partition("\n### ")[0].partition("\n")[2], version[:200]
+        kinds = re.findall(r"^### (\w+)$", version, re.M)
+        assert len(set(kinds)) == len(kinds) and set(kinds) <= {"Added", "Changed", "Fixed"}, kinds
+
+
 def test_types_ship() -> None:
     folder = Path(pyloss.__file__).parent
     assert (folder / "py.typed").is_file()

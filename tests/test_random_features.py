@@ -91,6 +91,12 @@ def test_limits_of_features_and_ridge() -> None:
     assert endless.gamma.isinf().all() and (endless.z == 0).all()
 
 
+def test_nothing_to_learn() -> None:
+    """Without noise the error is 0, but where n = k, where no number bounds it."""
+    found = rf_risk(LAM, 0 * COEFFS, 8, torch.tensor([4.0, 8.0, 16.0])).test
+    assert found.tolist() == [0, math.inf, 0]
+
+
 def test_isotropic_closed_form() -> None:
     """p equal eigenvalues: gamma solves p l / (l + gamma) + delta / gamma = n, a quadratic."""
     p, level, n = 30, 0.7, torch.tensor([5.0, 29.0, 30.0, 31.0, 200.0], dtype=F64)

@@ -64,6 +64,10 @@ def test_a_known_spectrum() -> None:
     assert abs(below - 0.49) < 0.03
     assert abs(density.of(torch.square) / VALUES.square().sum() - 1) < 0.5
     assert abs(torch.trapezoid(density.density, density.grid) - 1) < 1e-4
+    each = 200 * (density.weights * density.nodes).sum(-1)
+    torch.testing.assert_close(density.trace_error, each.std() / 10**0.5)
+    low, high = density.nodes.aminmax()
+    torch.testing.assert_close(density.sigma, (high - low) / 100)
 
 
 def test_the_basis_is_orthonormal_and_gives_the_operator_back() -> None:
@@ -88,13 +92,29 @@ def test_an_invariant_space_ends_it(dtype: torch.dtype) -> None:
     found = slq_density(lambda v: 2 * v, 50, probes=2, generator=generator())
     assert found.nodes.shape == (2, 50) and found.trace == 100 and found.trace_error == 0
     assert abs(torch.trapezoid(found.density, found.grid) - 1) < 1e-4
-    assert slq_density(torch.zeros_like, 50, probes=2).density.isfinite().all()
+    assert found.sigma == 0.02  # of one eigenvalue alone
+    zeros = slq_density(torch.zeros_like, 50, probes=2)
+    assert zeros.density.isfinite().all() and zeros.sigma == 0.01
+    given = slq_density(lambda v: 2 * v, 50, probes=1, sigma=0.1)  # five widths beyond the nodes
+    torch.testing.assert_close(given.grid[[0, -1]], torch.tensor([1.5, 2.5], dtype=F64))
+
+
+def test_what_is_not_said() -> None:
+    """Defaults: 8 probes of -1 and 1, which see the trace of a diagonal matrix without error."""
+    found = slq_density(lambda v: torch.arange(5.0, dtype=F64) * v, 5)
+    assert found.nodes.shape == (8, 5) and len(found.grid) == 512
+    assert abs(found.trace - 10) < 1e-12 and found.trace_error < 1e-12
+    calls = []
+    top_eigenvalues(lambda v: (calls.append(1), MATRIX @ v)[1], 2, dim=200)
+    assert len(calls) == 44
 
 
 def test_error_bounds_hold_before_convergence() -> None:
     found = top_eigenvalues(lambda v: MATRIX @ v, 3, dim=200, steps=8, generator=generator())
     off = (found.values[:, None] - VALUES).abs().amin(1)
     assert (off <= found.errors + 1e-12).all() and found.errors[-1] > 1e-4
+    residual = MATRIX @ found.vectors.T - found.vectors.T * found.values
+    torch.testing.assert_close(found.errors, residual.norm(dim=0))
 
 
 def test_spectra_of_float32_are_those_of_float64() -> None:
@@ -279,7 +299,9 @@ def test_laws_of_the_batch_are_inverses() -> None:
         torch.testing.assert_close(torch.stack(noise), torch.tensor([5.0, 36.0], dtype=F64))
     whole = hessian_noise(6.0, 8, 4.0, population=64)  # 8 of 64 are as noisy as 64 / 7
     assert whole.lam == 4 and abs(float(whole.noise) - 4 * 2 * 64 / 7) < 1e-9
-    assert hessian_noise(4.0, 8, 6.0, 16).noise == 0  # less noise than none
+    assert hessian_noise(4.0, 8, 6.0, 16) == (6, 0)  # less noise than none
+    with pytest.raises(ValueError, match="small must be less than large, got 8 and 8"):
+        hessian_noise(6.0, 8, 4.0, 8)
     assert hessian_noise(math.nan, 8, 6.0, 16).lam.isnan()
     assert effective_batch_size(64, 64).isinf()
     assert batch_extremal_eigenvalue(3.0, 100, 64, 9.0, population=64) == 3
@@ -346,6 +368,7 @@ def test_rules_of_the_rate() -> None:
     adaptive = max_learning_rate(4.0, torch.tensor([10.0, 40.0]), 40.0, optimizer="adaptive")
     torch.testing.assert_close(adaptive, torch.tensor([0.5, 1.0], dtype=F64))
     assert max_learning_rate(4.0, 10, 0.0, damping=1.0) == 0.4
+    assert max_learning_rate(4.0, 10, 40.0, optimizer="adaptive", damping=1.0) == 0.4
     assert max_learning_rate(0.0, 10, 0.0).isinf() and max_learning_rate(0.0, 10, 1.0) == 0
     assert scale_lr(0.1, 32, 64) == 0.2 and scale_lr(0.1, 32, 128, "sqrt") == 0.2
     options = dict(rule="rmt", lam=2.0, noise=400.0)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +75,13 @@ def test_errors_reach_the_calling_thread(keep_num_threads) -> None:
     torch.testing.assert_close(
         pyloss.fused_cross_entropy(x, target), torch.nn.functional.cross_entropy(x, target)
     )
+
+
+def test_eight_threads_meet_at_every_first_use() -> None:
+    """Of ops, caches and registries: threads_worker.py, in a process that has used nothing yet."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    worker = Path(__file__).with_name("threads_worker.py")
+    done = subprocess.run(
+        [sys.executable, str(worker)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.tensor import (
 
 import pyloss
 from pyloss.distributed import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from pyloss.ops.linear_cross_entropy import chunks, products
 from pyloss.ops.linear_cross_entropy.vocab_parallel import group as op
 
 N, D, V = 13, 6, 23
@@ -280,7 +282,8 @@ def collectives() -> None:
         )
         assert COUNT == {"all_gather": gathers}, COUNT
         loss.backward()
-        assert COUNT == {"all_gather": gathers, "all_reduce": 1}, COUNT
+        # One for each chunk of the rows that count, and none is waited for between two products.
+        assert COUNT == {"all_gather": gathers, "all_reduce": 3}, COUNT
     COUNT.clear()
     x = piece(random(N, V, seed=1), sizes, 1)
     vocab_parallel_cross_entropy(x, labels(), num_classes=V, first_class=bounds).backward()
@@ -289,6 +292,40 @@ def collectives() -> None:
     frozen = dict(num_classes=V, first_class=bounds)
     vocab_parallel_linear_cross_entropy(h.detach(), w, labels(), **frozen).backward()
     assert COUNT == {"all_gather": 1}, COUNT
+
+
+def overlap() -> None:
+    """Of chunks that all ranks have alike, though by its own classes each would have others; a
+    sum is sent before the weight's product and waited for at the end. The same bits each time."""
+    order, found = [], {}
+    sizes, rows = SIZES[dist.get_world_size()], 150
+    h = random(rows, D, seed=2)
+    y = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(5))
+    full = random(V, D, seed=3).requires_grad_()
+    whole = h.clone().requires_grad_()
+    pyloss.fused_linear_cross_entropy(whole, full, y).backward()
+
+    def noted(name: str, function: Callable) -> Callable:
+        return lambda *args, **kwargs: (order.append(name), function(*args, **kwargs))[1]
+
+    with (
+        patch.dict(chunks._CHUNK_BYTES),
+        patch.object(chunks, "_CHUNK_ROWS", (50, 4096)),
+        patch.object(products.Linear, "add_weight", noted("weight", products.Linear.add_weight)),
+        patch.object(dist, "all_reduce", noted("send", dist.all_reduce)),
+        patch.object(op.InputSums, "finish", noted("wait", op.InputSums.finish)),
+    ):
+        for dtype in (torch.float64, torch.float64, torch.bfloat16):
+            order.clear()
+            chunks._CHUNK_BYTES["cpu"] = 64 * 12 * dtype.itemsize
+            w, x = piece(full.to(dtype), sizes), h.to(dtype, copy=True).requires_grad_()
+            vocab_parallel_linear_cross_entropy(x, w, y).backward()
+            assert order == [*("send", "weight") * 3, "wait"], order
+            same_bits(x.grad)
+            close(x.grad, whole.grad, dtype, "dX")
+            close(w.grad, piece(full.grad, sizes), dtype, "dW")
+            before = found.setdefault(dtype, (x.grad, w.grad))
+            assert torch.equal(x.grad, before[0]) and torch.equal(w.grad, before[1])
 
 
 def sizes_change() -> None:
@@ -455,10 +492,13 @@ def dtensors() -> None:
         "distributed": vocab_parallel_linear_cross_entropy,
     }
     for name, call in calls.items():
-        for as_dtensor in (False, True):
+        for as_dtensor in (None, Replicate(), Shard(0)):
             w, b = placed(full_w), placed(full_b)
-            x = placed(h, Replicate()) if as_dtensor else h.clone().requires_grad_()
+            x = h.clone().requires_grad_() if as_dtensor is None else placed(h, as_dtensor)
+            COUNT.clear()
             loss = call(x, w, y, b, z_loss=0.1)
+            # An input that is no DTensor does not say that all ranks have the same rows.
+            assert COUNT == {"all_gather": 1 if as_dtensor else 2}, COUNT
             close(loss, want, torch.float64, name)
             loss.backward()
             for got, ref in zip((x, w, b), wide):
@@ -521,8 +561,9 @@ def dtensors() -> None:
     twice = distribute_tensor(full_w.clone(), both, [Shard(0), Shard(0)])
     raises(RuntimeError, "two dimensions", lambda: linear(h, twice, y))
     split_input = distribute_tensor(h.clone(), mesh, [Shard(0)])
-    raises(RuntimeError, "input must be placed", lambda: linear(split_input, shard_w, y))
-    raises(RuntimeError, "input must be placed", lambda: linear(split_input, full_w, y))
+    raises(RuntimeError, "target must be a DTensor", lambda: linear(split_input, full_w, y))
+    raises(RuntimeError, "input must be placed", lambda: linear(
+        split_input, full_w, y, group=dist.group.WORLD))  # fmt: skip
     whole = placed(full_w, Replicate())
     raises(
         RuntimeError, "split by Shard(0)", lambda: vocab_parallel_linear_cross_entropy(h, whole, y)
@@ -565,6 +606,10 @@ def one_process_group() -> None:
     h, w, y = random(N, D, seed=2), random(V, D, seed=3), labels()
     loss = vocab_parallel_linear_cross_entropy(h, w, y, group=own)
     torch.testing.assert_close(loss, pyloss.fused_linear_cross_entropy(h, w, y), rtol=1e-12, atol=0)
+    COUNT.clear()
+    h.requires_grad_()
+    vocab_parallel_linear_cross_entropy(h, w, y, group=own).backward()
+    assert not COUNT, COUNT
     other = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank() - 1]
     assert dist.get_world_size() == 1 or other is not own
     raises((RuntimeError, TypeError), "group", lambda: vocab_parallel_cross_entropy(w, y, other))
@@ -624,6 +669,7 @@ def cases() -> dict[str, Callable]:
         "confident rows": confident_rows,
         "bad label": bad_label,
         "collectives": collectives,
+        "overlap": overlap,
         "sizes change": sizes_change,
         "megatron": megatron_smoothing,
         "empty": empty_batches,

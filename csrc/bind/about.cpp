@@ -4,7 +4,7 @@
 #include <string>
 
 #include "bind/register.h"
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #if PYLOSS_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -24,10 +24,8 @@ namespace {
 
 const char* simd_level() {
 #if PYLOSS_HAS_MULTIVERSION
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
-  return "x86-64";
+  const int level = x86_level();
+  return level == 4 ? "x86-64-v4 (AVX-512)" : level == 3 ? "x86-64-v3 (AVX2)" : "x86-64";
 #else
   return "compiler default";
 #endif

@@ -18,6 +18,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/compiler.h"
 #include "common/dtype.h"
 
 namespace pyloss {
@@ -33,7 +34,7 @@ inline int64_t checked_count(const char* name, std::initializer_list<int64_t> si
     if (s < 0) bad_argument(name, "negative size " + std::to_string(s));
   }
   for (int64_t s : sizes) {
-    if (__builtin_mul_overflow(n, s, &n) || n > INT64_MAX / 8) bad_argument(name, "size overflows");
+    if (multiply_overflows(n, s, &n) || n > INT64_MAX / 8) bad_argument(name, "size overflows");
   }
   return n;
 }
@@ -89,8 +90,8 @@ inline const char* wrong_strides(const int64_t* sizes, const int64_t* strides, s
     if (strides[i] < 0) return "negative stride";
     // Also where the size is 1 and the stride means nothing: it is multiplied all the same.
     if (strides[i] > INT64_MAX / 256) return "strides overflow";
-    if (sizes[i] > 0 && (__builtin_mul_overflow(sizes[i] - 1, strides[i], &span) ||
-                         __builtin_add_overflow(last, span, &last) || last > INT64_MAX / 8)) {
+    if (sizes[i] > 0 && (multiply_overflows(sizes[i] - 1, strides[i], &span) ||
+                         add_overflows(last, span, &last) || last > INT64_MAX / 8)) {
       return "strides overflow";
     }
   }

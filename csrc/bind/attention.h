@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bind/args.h"
+#include "common/compiler.h"
 #include "cpu/tensor_attention.h"
 
 namespace pyloss {
@@ -19,7 +20,7 @@ inline const char* wrong_sizes(std::initializer_list<int64_t> sizes, int64_t mos
     if (s > INT32_MAX) return "size above 2^31 - 1";
   }
   for (int64_t s : sizes) {
-    if (__builtin_mul_overflow(count, s, &count)) return "size overflows";
+    if (multiply_overflows(count, s, &count)) return "size overflows";
   }
   return count > most ? "too many elements" : nullptr;
 }

@@ -1,5 +1,6 @@
 // Python boundary of Lion-K: decodes and checks, releases the GIL, calls the kernels.
 #include "cpu/lion_k.h"
+#include "common/compiler.h"
 
 #include <pybind11/pybind11.h>
 
@@ -89,7 +90,7 @@ Decoded decode(const py::handle& record) {
     t.compensation = compensated ? entry(r, Problem::compensation, i, t.n) : nullptr;
     t.position = stochastic ? r.integer(Problem::position, i) : 0;
     d.first[size_t(i)] = total;
-    if (__builtin_add_overflow(total, lion_k::padded(t.n), &total)) {
+    if (add_overflows(total, lion_k::padded(t.n), &total)) {
       r.bad(Problem::size, "size overflows");
     }
   }

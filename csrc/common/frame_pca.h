@@ -25,9 +25,9 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/compiler.h"
 #include "common/dtype.h"
 #include "common/math.h"
-#include "common/multiversion.h"
 
 namespace pyloss::frame_pca {
 

@@ -1,7 +1,7 @@
 // See aldr_blocks.h.
 #include "cpu/aldr_blocks.h"
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/lanes.h"
 #include "cpu/row_blocks.h"
 

@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/compiler.h"
 #include "cpu/union_find.h"
 
 namespace pyloss {
@@ -22,7 +23,7 @@ K square_key(const K* keys, const Grid& g, uint32_t s) {
 
 template <class Fn>
 void each(uint64_t word, uint32_t first, Fn&& fn) {
-  for (; word; word &= word - 1) fn(first + uint32_t(__builtin_ctzll(word)));
+  for (; word; word &= word - 1) fn(first + uint32_t(lowest_bit(word)));
 }
 
 template <int kBits, class K>
@@ -176,7 +177,7 @@ Events voxel_events(const Grid& g, const Planes& planes, const Planes* const oth
       }
       need &= ~planes.lowest[at];
       if (!need) continue;
-      found.count += uint32_t(__builtin_popcountll(need));
+      found.count += uint32_t(bit_count(need));
       found.edges[at - g.words].down |= need & d.up;
       found.edges[at].down |= need & d.down;
       found.edges[at].right |= need & d.right;
@@ -203,7 +204,7 @@ Events square_events(const Grid& g, const Planes& planes, const Planes& other, c
       need &= ~squares_within(other.lowest.get(), at, g.words) &
               ~squares_with(planes.highest.get(), at, g.words);
       if (!need) continue;
-      found.count += uint32_t(__builtin_popcountll(need));
+      found.count += uint32_t(bit_count(need));
       found.cells[at] = need;
       found.edges[at + g.words].right |= need & d.down;
       found.edges[at].right |= need & d.up;
@@ -320,20 +321,20 @@ uint32_t ascending(Forest<K>& f, Sortable<K>* order, Item* items, uint32_t n,
   Age<K>* const age = f.age.get();
   uint32_t cycle = 0;
   for (uint32_t i = 0; i < n; ++i) {
-    if (i + 2 * kAhead < n) __builtin_prefetch(items + order[i + 2 * kAhead].item);
+    if (i + 2 * kAhead < n) PYLOSS_PREFETCH(items + order[i + 2 * kAhead].item);
     if (i + kAhead < n) {
       const Item& far = items[order[i + kAhead].item];
-      __builtin_prefetch(parent + far.a);
-      __builtin_prefetch(age + far.a);
+      PYLOSS_PREFETCH(parent + far.a);
+      PYLOSS_PREFETCH(age + far.a);
       if (far.b < kOther) {
-        __builtin_prefetch(parent + far.b);
-        __builtin_prefetch(age + far.b);
+        PYLOSS_PREFETCH(parent + far.b);
+        PYLOSS_PREFETCH(age + far.b);
       }
       if (kLabels) {
         for (int k = 0; k < 2; ++k) {
-          __builtin_prefetch(f.label[k].get() + far.a);
-          __builtin_prefetch(far.b == kEvent ? static_cast<const void*>(keys[k] + far.cell)
-                                             : f.label[k].get() + far.b);
+          PYLOSS_PREFETCH(f.label[k].get() + far.a);
+          PYLOSS_PREFETCH(far.b == kEvent ? static_cast<const void*>(keys[k] + far.cell)
+                                          : f.label[k].get() + far.b);
         }
       }
     }
@@ -377,13 +378,13 @@ void descending(Forest<K>& f, const Grid& g, const Sortable<K>* order, const Ite
   uint32_t* const parent = parents.get();
   Age<K>* const age = f.age.get();
   for (uint32_t i = n; i-- > 0;) {
-    if (i >= 2 * kAhead) __builtin_prefetch(items + order[i - 2 * kAhead].item);
+    if (i >= 2 * kAhead) PYLOSS_PREFETCH(items + order[i - 2 * kAhead].item);
     if (i >= kAhead) {
       const Item& far = items[order[i - kAhead].item];
       for (const uint32_t root : {far.a, far.b == kOther ? far.a : far.b}) {
-        __builtin_prefetch(parent + root);
-        __builtin_prefetch(age + root);
-        if (kLabels) __builtin_prefetch(f.label[0].get() + root);
+        PYLOSS_PREFETCH(parent + root);
+        PYLOSS_PREFETCH(age + root);
+        if (kLabels) PYLOSS_PREFETCH(f.label[0].get() + root);
       }
     }
     const Item& x = items[order[i].item];

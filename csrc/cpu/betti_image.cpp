@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/compiler.h"
 #include "cpu/betti_forest.h"
 #include "cpu/betti_local.h"
 #include "cpu/parallel.h"
@@ -59,14 +60,14 @@ void join_squares(Run<K>& r, const Grid& g, const Planes& planes, Forest<K>& for
 uint32_t lowest_voxel(const Grid& g, const uint64_t* lowest) {
   uint32_t at = g.words;
   while (!lowest[at]) ++at;
-  return 64 * at + uint32_t(__builtin_ctzll(lowest[at]));
+  return 64 * at + uint32_t(lowest_bit(lowest[at]));
 }
 
 // For the memory of a later root's edge, which is anywhere.
 template <class K>
 void ask_ahead(const Forest<K>& f, const K* keys, uint32_t i) {
   constexpr uint32_t kAhead = 16;
-  if (i + kAhead < f.count) __builtin_prefetch(keys + (f.edge[i + kAhead] >> 1));
+  if (i + kAhead < f.count) PYLOSS_PREFETCH(keys + (f.edge[i + kAhead] >> 1));
 }
 
 // The voxel that carries an edge's value, and the value; of equal ones the last. Without branches,

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/instruction_set.h"
 #if PYLOSS_HAS_TARGET_PRAGMA
 #include <immintrin.h>

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "common/betti_matching.h"
+#include "common/compiler.h"
 #include "cpu/slab.h"
 
 namespace pyloss {
@@ -110,7 +111,7 @@ struct Roots {
 };
 inline uint32_t number_of(const Roots& r, uint32_t cell) {
   const uint64_t bit = uint64_t(1) << (cell & 63);
-  return r.cells & bit ? r.before + uint32_t(__builtin_popcountll(r.cells & (bit - 1))) : kNone;
+  return r.cells & bit ? r.before + uint32_t(bit_count(r.cells & (bit - 1))) : kNone;
 }
 // Edges by their first end.
 struct Edges {

@@ -251,7 +251,7 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
       const uint64_t minima = others & ~(v.down | v.right);
       planes.voxels.directions[at] = v;
       planes.voxels.roots[at] = {minima, vertices};
-      vertices += uint32_t(__builtin_popcountll(minima));
+      vertices += uint32_t(bit_count(minima));
 
       // A square: the last of its edges, bottom, right, top, left, that has its value.
       Directions& s = x.squares;
@@ -266,7 +266,7 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
       const uint64_t maxima = squares & ~(s.down | s.right | s.up | s.left | s.up_left);
       planes.squares.directions[at] = s;
       planes.squares.roots[at] = {maxima, peaks};
-      peaks += uint32_t(__builtin_popcountll(maxima));
+      peaks += uint32_t(bit_count(maxima));
 
       if (range) {
         using L = Lanes<K>;
@@ -292,7 +292,7 @@ void pair_locally(const K* keys, const Grid& g, const Range<K>* range, Planes& p
           ~(from_right(x.voxels.left, next.voxels.left) | x.voxels.right | x.squares.up |
             above[w].squares.down | from_right(x.squares.up_left, next.squares.up_left));
       planes.rest[row * g.words + w] = {down, right};
-      rest += uint32_t(__builtin_popcountll(down) + __builtin_popcountll(right));
+      rest += uint32_t(bit_count(down) + bit_count(right));
     }
     std::swap(above, here);
   }
@@ -369,15 +369,15 @@ struct Finder {
   PYLOSS_INLINE uint32_t number(uint32_t v) const {
     const Roots& r = roots[v >> 6];
     const uint64_t bit = uint64_t(1) << (v & 63);
-    if (r.cells & bit) return r.before + uint32_t(__builtin_popcountll(r.cells & (bit - 1)));
+    if (r.cells & bit) return r.before + uint32_t(bit_count(r.cells & (bit - 1)));
     return code[v] == kStop ? kept[v] : 0;
   }
   // A few steps without a branch, which would be mispredicted: most walks are short.
   PYLOSS_INLINE uint32_t operator()(uint32_t cell) const {
     const uint32_t v = step(step(step(step(cell))));
-    return __builtin_expect(code[v] <= kOutside, 1) ? number(v) : rest(cell, v);
+    return PYLOSS_LIKELY(code[v] <= kOutside) ? number(v) : rest(cell, v);
   }
-  __attribute__((noinline)) uint32_t rest(uint32_t cell, uint32_t v) const {
+  PYLOSS_NOINLINE uint32_t rest(uint32_t cell, uint32_t v) const {
     uint32_t length = 4;
     for (; code[v] > kOutside; v = step(v)) ++length;
     const uint32_t found = number(v);
@@ -427,7 +427,7 @@ uint32_t collect(const K* keys, const Grid& g, const Planes& planes, const Event
           special | spread(uint32_t(rest.down >> half)) | spread(uint32_t(rest.right >> half)) << 1;
       const uint32_t first = 2 * (64 * at + half);
       for (; edges; edges &= edges - 1) {
-        const uint32_t bit = uint32_t(__builtin_ctzll(edges));
+        const uint32_t bit = uint32_t(lowest_bit(edges));
         const uint32_t e = first + bit, p = e >> 1, q = p + second[e & 1];
         const K key = keys[p] > keys[q] ? keys[p] : keys[q];
         order[n] = {key, n};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/compiler.h"
 #include "cpu/betti_volume_column.h"
 
 namespace pyloss {
@@ -183,13 +184,13 @@ class StarColumns {
     uint32_t inner = 1u << i, edges[24 + 6];
     int count = 0;
     for (uint32_t x = found; x; x &= x - 1) {
-      const int k = __builtin_ctz(x);
+      const int k = lowest_bit(x);
       inner ^= 1u << kSquareEnds[k][0] | 1u << kSquareEnds[k][1];
       edges[count++] = 3 * v + uint32_t(at_.outer[k][0]);
       edges[count++] = 3 * v + uint32_t(at_.outer[k][1]);
     }
     for (; inner; inner &= inner - 1)
-      edges[count++] = 3 * v + uint32_t(at_.edge[__builtin_ctz(inner)]);
+      edges[count++] = 3 * v + uint32_t(at_.edge[lowest_bit(inner)]);
     return reduction_.keys_of(edges, count, keys);
   }
 
@@ -213,7 +214,7 @@ class StarColumns {
 struct Masks {
   const uint16_t* squares;
 
-  void touch(uint32_t v) const { __builtin_prefetch(squares + v); }
+  void touch(uint32_t v) const { PYLOSS_PREFETCH(squares + v); }
   uint32_t operator()(uint32_t v) const { return squares[v]; }
 };
 
@@ -221,7 +222,7 @@ size_t count_of(const Lattice& l, const uint16_t* squares) {
   size_t count = 0;
   l.each_row([&](uint32_t begin, uint32_t) {
     for (uint32_t v = begin; v < begin + l.cols; ++v) {
-      if (squares[v]) count += size_t(__builtin_popcount(squares[v]));
+      if (squares[v]) count += size_t(bit_count(squares[v]));
     }
   });
   return count;

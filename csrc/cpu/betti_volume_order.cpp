@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 
 namespace pyloss {
 namespace cpu {

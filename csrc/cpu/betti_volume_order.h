@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/betti_matching.h"
+#include "common/compiler.h"
 #include "cpu/betti_item.h"
 #include "cpu/slab.h"
 
@@ -163,7 +164,7 @@ void in_order(const Order& o, const Lattice& l, const int32_t* offset, MaskOf&& 
   const auto bits = [&](uint64_t voxel, auto&& take) {
     const uint32_t v = uint32_t(voxel);
     for (uint32_t mask = mask_of(v); mask;) {
-      const int bit = kDescending ? 31 - __builtin_clz(mask) : __builtin_ctz(mask);
+      const int bit = kDescending ? highest_bit(mask) : lowest_bit(mask);
       mask ^= 1u << bit;
       take(3 * v + uint32_t(offset[bit]));
     }
@@ -193,7 +194,7 @@ void in_order(const Order& o, const Lattice& l, const int32_t* offset, MaskOf&& 
     for (size_t w = 0; w < words; ++w) {
       const size_t at = kDescending ? words - 1 - w : w;
       for (uint64_t x = marked[at]; x;) {
-        const int bit = kDescending ? 63 - __builtin_clzll(x) : __builtin_ctzll(x);
+        const int bit = kDescending ? highest_bit(x) : lowest_bit(x);
         x ^= uint64_t(1) << bit;
         fn(uint32_t(at * 64 + bit), rank);
       }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 
 namespace pyloss {
 namespace cpu {
@@ -28,7 +28,7 @@ uint32_t edges_of_square(int k) {
 }
 
 int highest(uint32_t mask) {
-  return 31 - __builtin_clz(mask);
+  return highest_bit(mask);
 }
 
 // Reduces the columns of `mask`, ascending: rows(k) is the boundary of column k. found(row, column,

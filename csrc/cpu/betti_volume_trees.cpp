@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/compiler.h"
 #include "cpu/union_find.h"
 
 namespace pyloss {
@@ -18,7 +19,7 @@ inline bool before(uint32_t rank_a, uint32_t a, uint32_t rank_b, uint32_t b) {
 struct Masks {
   const uint16_t* cells;
 
-  void touch(uint32_t v) const { __builtin_prefetch(cells + v); }
+  void touch(uint32_t v) const { PYLOSS_PREFETCH(cells + v); }
   uint32_t operator()(uint32_t v) const { return cells[v]; }
 };
 
@@ -29,7 +30,7 @@ struct Masks {
 struct CriticalEdges {
   const uint32_t* local;
 
-  void touch(uint32_t v) const { __builtin_prefetch(local + v); }
+  void touch(uint32_t v) const { PYLOSS_PREFETCH(local + v); }
   uint32_t operator()(uint32_t v) const {
     const uint32_t edges = Stars::edges(local[v]);
     return Stars::joined(local[v]) ? edges & (edges - 1) : edges;
@@ -48,7 +49,7 @@ void run_dim0(const Order& o, const Lattice& l, const Stars& stars, Bits& negati
     for (uint32_t v = begin; v < begin + l.cols; ++v) {
       parent[v] = v;
       if (!Stars::joined(local[v])) continue;
-      const int first = __builtin_ctz(Stars::edges(local[v]));
+      const int first = lowest_bit(Stars::edges(local[v]));
       parent[v] = v + uint32_t(at.end[first]);
       negative.add(3 * v + uint32_t(at.edge[first]));
     }
@@ -89,7 +90,7 @@ void run_dim0_image(const Order& o, const Order& rows, const Lattice& l, const S
       parent[v] = best[v] = v;
       left[v] = uint16_t(edges);
       if (!Stars::joined(x)) continue;
-      const int first = __builtin_ctz(edges);
+      const int first = lowest_bit(edges);
       const uint32_t rest = edges & (edges - 1), neighbour = v + uint32_t(at.end[first]);
       if (rank[v] > 0 && (rest || o.repeated.has(v))) continue;
       parent[v] = neighbour;
@@ -165,7 +166,7 @@ void plant(const Stars& stars, const Lattice& l, uint32_t* parent, Use&& use, Jo
       const uint32_t cubes = stars.cubes[v];
       if (!cubes || !use(v)) continue;
       for (uint32_t x = cubes; x; x &= x - 1) {
-        const int c = __builtin_ctz(x), next = t.beyond[cubes][c];
+        const int c = lowest_bit(x), next = t.beyond[cubes][c];
         if (next == 8) continue;
         const uint32_t cube = v + uint32_t(at.cube[c]), up = v + uint32_t(at.cube[next]);
         parent[cube] = up;
@@ -259,7 +260,7 @@ void run_dim2_image(const Order& o, const Order& columns, const Lattice& l, cons
         const uint32_t v = o.voxel[r];
         if (left[v] != kAsks) return false;
         for (uint32_t x = stars.cubes[v]; x; x &= x - 1) {
-          const uint32_t cube = v + uint32_t(at.cube[__builtin_ctz(x)]),
+          const uint32_t cube = v + uint32_t(at.cube[lowest_bit(x)]),
                          root = find_root(parent, cube);
           if (sooner(best[root], cube)) best[root] = cube;
         }

@@ -19,7 +19,7 @@
 #include <string>
 #include <type_traits>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/parallel.h"
 #include "cpu/row_blocks.h"
 

@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/instruction_set.h"
 #include "cpu/memory.h"
 #include "cpu/tasks.h"

@@ -41,7 +41,7 @@
 //    not add to the same dK: give each its own, or cut the tasks by columns, and add up in a fixed
 //    order.
 //    The functor is plain code of the base instruction set; loops over the columns that matter
-//    belong in a PYLOSS_MULTIVERSION function (common/multiversion.h, cpu/lanes.h).
+//    belong in a PYLOSS_MULTIVERSION function (common/compiler.h, cpu/lanes.h).
 #pragma once
 
 #include <algorithm>
@@ -49,6 +49,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+
+#include "common/compiler.h"
 
 namespace pyloss::cpu::gemm {
 
@@ -100,14 +102,14 @@ template <class R>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : data_(static_cast<R*>(std::aligned_alloc(64, (n * sizeof(R) + 127) / 64 * 64))) {
+      : data_(static_cast<R*>(allocate_aligned(64, (n * sizeof(R) + 127) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
   }
   R* get() const { return data_.get(); }
 
  private:
   struct Free {
-    void operator()(R* p) const { std::free(p); }
+    void operator()(R* p) const { free_aligned(p); }
   };
   std::unique_ptr<R, Free> data_;
 };

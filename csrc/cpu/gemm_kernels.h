@@ -9,7 +9,7 @@ constexpr int64_t kPanel = 2 * Vec<R>::kLanes;
 template <class R>
 PYLOSS_INLINE void transpose(typename Vec<R>::V (&x)[Vec<R>::kLanes]) {
   constexpr int kLanes = Vec<R>::kLanes, kHalf = kLanes / 2;
-#if defined(__clang__)
+#if !PYLOSS_HAS_SHUFFLE
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < i; ++j) {
       const R y = x[i][j];
@@ -26,15 +26,15 @@ PYLOSS_INLINE void transpose(typename Vec<R>::V (&x)[Vec<R>::kLanes]) {
     high[2 * i] = kHalf + i;
     high[2 * i + 1] = kLanes + kHalf + i;
   }
-#pragma GCC unroll 4
+  PYLOSS_UNROLL(4)
   for (int step = 1; step < kLanes; step *= 2) {
     typename Vec<R>::V y[kLanes];
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int i = 0; i < kHalf; ++i) {
-      y[2 * i] = __builtin_shuffle(x[i], x[i + kHalf], low);
-      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kHalf], high);
+      y[2 * i] = PYLOSS_SHUFFLE(x[i], x[i + kHalf], low);
+      y[2 * i + 1] = PYLOSS_SHUFFLE(x[i], x[i + kHalf], high);
     }
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
 #endif
@@ -50,16 +50,16 @@ void pack_transposed(const R* from, int64_t from_stride, int64_t n, int64_t leng
   for (; j + kLanes <= length; j += kLanes) {
     typename Vec<R>::V x[kLanes];
     if (n == kLanes) {
-#pragma GCC unroll 16
+      PYLOSS_UNROLL(16)
       for (int i = 0; i < kLanes; ++i) x[i] = load(from + i * from_stride + j);
     } else {
-#pragma GCC unroll 16
+      PYLOSS_UNROLL(16)
       for (int i = 0; i < kLanes; ++i) {
         x[i] = i < n ? load(from + i * from_stride + j) : typename Vec<R>::V{};
       }
     }
     transpose<R>(x);
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int i = 0; i < kLanes; ++i) store(to + (j + i) * to_stride, x[i]);
   }
   for (; j < length; ++j) {
@@ -76,7 +76,7 @@ void pack_copied(const R* from, int64_t from_stride, int64_t n, int64_t length, 
                  int64_t to_stride) {
   constexpr int64_t kAhead = 64;
   for (int64_t j = 0; j < length; ++j) {
-    __builtin_prefetch(from + j * from_stride + kAhead);
+    PYLOSS_PREFETCH(from + j * from_stride + kAhead);
     store(to + j * to_stride, load_part(from + j * from_stride, n));
   }
 }
@@ -165,7 +165,7 @@ void product_of_panels(const Left<R>& a, const Right<R>& b, R* c, int64_t ldc, b
                              : tile_of_size<R, true>(height, vectors, sum && whole);
         if (whole) {
           for (int64_t r = 0; r < height; ++r) {
-            for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1);
+            for (int v = 0; v < vectors; ++v) PYLOSS_PREFETCH_WRITE(to + r * ldc + v * kLanes);
           }
           run(left, stride, panel, kPanel<R>, to, ldc, depth, {});
           continue;
@@ -191,15 +191,15 @@ int64_t multiply_adds(int64_t steps, R* numbers) {
   constexpr int kLanes = Vec<R>::kLanes;
   const typename Vec<R>::V factor = load(numbers), term = load(numbers + kLanes);
   typename Vec<R>::V x[kChains];
-#pragma GCC unroll 24
+  PYLOSS_UNROLL(24)
   for (int i = 0; i < kChains; ++i) x[i] = factor * R(i);  // equal ones would be computed once
-#pragma GCC unroll 1
+  PYLOSS_UNROLL(1)
   for (int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 24
+    PYLOSS_UNROLL(24)
     for (int i = 0; i < kChains; ++i) x[i] = x[i] * factor + term;
   }
   typename Vec<R>::V sum{};
-#pragma GCC unroll 24
+  PYLOSS_UNROLL(24)
   for (int i = 0; i < kChains; ++i) sum += x[i] * R(1.0 / (2 * kChains));
   store(numbers, sum);
   return 2 * steps * kChains * kLanes;

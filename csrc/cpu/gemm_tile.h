@@ -6,16 +6,16 @@ template <class R>
 struct Vec;
 template <>
 struct Vec<float> {
-  typedef float V __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
-  typedef uint32_t I __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
-  typedef float Loose __attribute__((vector_size(PYLOSS_VECTOR_BYTES), aligned(4), may_alias));
+  typedef float V PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
+  typedef uint32_t I PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
+  typedef float Loose PYLOSS_LOOSE_VECTOR(PYLOSS_VECTOR_BYTES, 4);
   static constexpr int kLanes = PYLOSS_VECTOR_BYTES / 4;
 };
 template <>
 struct Vec<double> {
-  typedef double V __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
-  typedef uint64_t I __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
-  typedef double Loose __attribute__((vector_size(PYLOSS_VECTOR_BYTES), aligned(8), may_alias));
+  typedef double V PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
+  typedef uint64_t I PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
+  typedef double Loose PYLOSS_LOOSE_VECTOR(PYLOSS_VECTOR_BYTES, 8);
   static constexpr int kLanes = PYLOSS_VECTOR_BYTES / 8;
 };
 
@@ -67,23 +67,22 @@ void tile(const R* a, int64_t lda, const R* b, int64_t ldb, R* c, int64_t ldc, i
   using V = typename Vec<R>::V;
   constexpr int kLanes = Vec<R>::kLanes;
   V acc[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = V{};
-#pragma GCC unroll 1
+  PYLOSS_UNROLL(16)
+  for (int r = 0; r < kRows; ++r) PYLOSS_UNROLL(2)
+  for (int v = 0; v < kVectors; ++v) acc[r][v] = V{};
+  PYLOSS_UNROLL(1)
   for (int64_t l = 0; l < k; ++l) {
     V row[kVectors];
-#pragma GCC unroll 2
+    PYLOSS_UNROLL(2)
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + l * ldb + v * kLanes);
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int r = 0; r < kRows; ++r) {
       const R x = kTransposed ? a[l * lda + r] : a[r * lda + l];
-#pragma GCC unroll 2
+      PYLOSS_UNROLL(2)
       for (int v = 0; v < kVectors; ++v) acc[r][v] += x * row[v];
     }
   }
-#pragma GCC unroll 2
+  PYLOSS_UNROLL(2)
   for (int v = 0; v < kVectors; ++v) {
     R* at = c + v * kLanes;
     V total{}, factor{};
@@ -92,7 +91,7 @@ void tile(const R* a, int64_t lda, const R* b, int64_t ldb, R* c, int64_t ldc, i
       total = load(extra.own + v * kLanes);
       factor = load(extra.factor + v * kLanes);
     }
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int r = 0; r < kRows; ++r) {
       const V x = acc[r][v];
       if (kEnd == End::kStore) store(at + r * ldc, x);

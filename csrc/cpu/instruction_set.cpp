@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 
 namespace pyloss::cpu {
 namespace {
@@ -11,12 +11,10 @@ namespace {
 std::atomic<InstructionSet> limit{InstructionSet::kV4};
 
 InstructionSet of_this_cpu() {
-#if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return InstructionSet::kV4;
-  if (__builtin_cpu_supports("x86-64-v3")) return InstructionSet::kV3;
-#endif
-  return InstructionSet::kBase;
+  const int level = PYLOSS_HAS_TARGET_PRAGMA ? x86_level() : 1;
+  return level == 4   ? InstructionSet::kV4
+         : level == 3 ? InstructionSet::kV3
+                      : InstructionSet::kBase;
 }
 
 }  // namespace
@@ -27,12 +25,7 @@ InstructionSet instruction_set() {
 }
 
 bool is_intel() {
-#if PYLOSS_HAS_TARGET_PRAGMA
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
+  return made_by_intel();
 }
 
 void limit_instruction_set(InstructionSet most) {

@@ -1,4 +1,4 @@
-// Which of the copies of code that is compiled once per instruction set (common/multiversion.h)
+// Which of the copies of code that is compiled once per instruction set (common/compiler.h)
 // runs.
 #pragma once
 

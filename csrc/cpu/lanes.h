@@ -5,9 +5,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/compiler.h"
 #include "common/dtype.h"
 #include "common/math.h"
-#include "common/multiversion.h"
 
 namespace pyloss {
 

@@ -20,7 +20,7 @@
 #include <cstring>
 #include <vector>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/row_access.h"

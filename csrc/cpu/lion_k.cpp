@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/parallel.h"
 
 namespace pyloss::cpu {

@@ -12,6 +12,8 @@
 #include <emmintrin.h>
 #endif
 
+#include "common/compiler.h"
+
 namespace pyloss {
 
 // A fresh large buffer is mapped page by page at its first write, which takes several times as long
@@ -45,8 +47,8 @@ inline int64_t l2_cache_bytes() {
 }
 
 // Asks for n bytes to be in the cache soon.
-inline __attribute__((always_inline)) void prefetch(const void* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+PYLOSS_INLINE void prefetch(const void* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64) PYLOSS_PREFETCH(static_cast<const char*>(p) + i);
 }
 
 // Copies n bytes from a cached buffer to memory that will not be read soon. Without the bypass each

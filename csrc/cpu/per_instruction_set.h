@@ -7,7 +7,7 @@
 // register tile: its rows times two vectors leave room in the registers for the two vectors and a
 // factor. No include guard, neither here nor there. (target_clones would lower the vector types
 // before the clones exist.) v4 and v3 exist with PYLOSS_HAS_TARGET_PRAGMA
-// (common/multiversion.h); which of the copies runs: cpu/instruction_set.h.
+// (common/compiler.h); which of the copies runs: cpu/instruction_set.h.
 #if PYLOSS_HAS_TARGET_PRAGMA
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 
 namespace pyloss::cpu {
 namespace {

@@ -9,9 +9,8 @@
 
 // kLanes partial results, whatever the width of a vector: the same order of sums everywhere.
 constexpr int kWidth = Vec<float>::kLanes, kCount = kLanes / kWidth;
-typedef uint16_t HalfBits __attribute__((vector_size(PYLOSS_VECTOR_BYTES / 2)));
-typedef uint16_t LooseHalfBits
-    __attribute__((vector_size(PYLOSS_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t HalfBits PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES / 2);
+typedef uint16_t LooseHalfBits PYLOSS_LOOSE_VECTOR(PYLOSS_VECTOR_BYTES / 2, 2);
 
 PYLOSS_INLINE Vec<float>::V load_float(const float* p) {
   return load(p);
@@ -21,7 +20,7 @@ PYLOSS_INLINE Vec<float>::V load_float(const BF16* p) {
 #if PYLOSS_VECTOR_BYTES == 64  // gcc widens by halves
   const I bits = I(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #else
-  const I bits = __builtin_convertvector(*reinterpret_cast<const LooseHalfBits*>(p), I);
+  const I bits = PYLOSS_CONVERT(*reinterpret_cast<const LooseHalfBits*>(p), I);
 #endif
   return reinterpret_cast<Vec<float>::V>(bits << 16);
 }
@@ -35,22 +34,22 @@ PYLOSS_INLINE void store_float(BF16* p, Vec<float>::V v) {
   const I u = reinterpret_cast<I>(v);
   const I rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
   const I found = (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-  *reinterpret_cast<LooseHalfBits*>(p) = __builtin_convertvector(found, HalfBits);
+  *reinterpret_cast<LooseHalfBits*>(p) = PYLOSS_CONVERT(found, HalfBits);
 }
 
 // One value of kLanes, by halves.
 template <class Fn>
 PYLOSS_INLINE float fold(Vec<float>::V* v, const Fn& fn) {
-#pragma GCC unroll 8
+  PYLOSS_UNROLL(8)
   for (int half = kCount / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
+    PYLOSS_UNROLL(8)
     for (int k = 0; k < half; ++k) v[k] = fn(v[k], v[k + half]);
   }
   float lane[kWidth];
   store(lane, v[0]);
-#pragma GCC unroll 8
+  PYLOSS_UNROLL(8)
   for (int half = kWidth / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
+    PYLOSS_UNROLL(8)
     for (int l = 0; l < half; ++l) lane[l] = fn(lane[l], lane[l + half]);
   }
   return lane[0];
@@ -62,11 +61,11 @@ template <class T>
 float load_max(const T* x, int64_t n, float* z) {
   using V = Vec<float>::V;
   V most[kCount];
-#pragma GCC unroll 16
+  PYLOSS_UNROLL(16)
   for (int k = 0; k < kCount; ++k) most[k] = V{} - infinity_<float>();
   const int64_t whole = n / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int k = 0; k < kCount; ++k) {
       const V v = load_float(x + i + k * kWidth);
       store(z + i + k * kWidth, v);
@@ -77,20 +76,20 @@ float load_max(const T* x, int64_t n, float* z) {
     for (int64_t i = whole; i < whole + kLanes; ++i) {
       z[i] = i < n ? to_float(x[i]) : -infinity_<float>();
     }
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int k = 0; k < kCount; ++k) {
       const V v = load(z + whole + k * kWidth);
       most[k] = v > most[k] ? v : most[k];
     }
   }
-  return fold(most, [](auto a, auto b) __attribute__((always_inline)) { return b > a ? b : a; });
+  return fold(most, [](auto a, auto b) PYLOSS_ALWAYS_INLINE { return b > a ? b : a; });
 }
 
 // Not left to the compiler, which makes a call of memcpy of one half and a loop of the other.
 template <class T>
 void load_lines(const T* x, int64_t n, float* z, float* m) {
   using V = Vec<float>::V;
-  const auto add = [&](int64_t i, V v) __attribute__((always_inline)) {
+  const auto add = [&](int64_t i, V v) PYLOSS_ALWAYS_INLINE {
     const V most = load(m + i);
     store(z + i, v);
     store(m + i, v > most ? v : most);
@@ -114,16 +113,16 @@ float exp_sum(float* z, int64_t n, float m, const char* ahead) {
   V sum[kCount] = {};
   const V reference = V{} + m;
   for (int64_t i = 0; i < n; i += kLanes) {
-#pragma GCC unroll 8
-    for (int line = 0; line < kBytes; ++line) __builtin_prefetch(ahead + i * kBytes + line * 64);
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(8)
+    for (int line = 0; line < kBytes; ++line) PYLOSS_PREFETCH(ahead + i * kBytes + line * 64);
+    PYLOSS_UNROLL(16)
     for (int k = 0; k < kCount; ++k) {
       const V e = exp_of(load(z + i + k * kWidth) - reference);
       store(z + i + k * kWidth, e);
       sum[k] += e;
     }
   }
-  return fold(sum, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  return fold(sum, [](auto a, auto b) PYLOSS_ALWAYS_INLINE { return a + b; });
 }
 
 // Past the cache, to an address that is a multiple of the vector's size.
@@ -157,14 +156,14 @@ template <class From, class T, class Value>
 PYLOSS_INLINE void write_row(const From* x, int64_t n, Entry entry, T* dst, bool stream,
                              const Value& value) {
   using V = Vec<float>::V;
-  const auto at = [&](const From* from, int64_t i) __attribute__((always_inline)) {
+  const auto at = [&](const From* from, int64_t i) PYLOSS_ALWAYS_INLINE {
     V v = value(load_float(from));
-    if (__builtin_expect(uint64_t(entry.at - i) < uint64_t(kWidth), 0)) {
+    if (PYLOSS_UNLIKELY(uint64_t(entry.at - i) < uint64_t(kWidth))) {
       v[entry.at - i] = entry.value;
     }
     return v;
   };
-  const auto part = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+  const auto part = [&](int64_t i, int64_t count) PYLOSS_ALWAYS_INLINE {
     From some[kWidth] = {};
     T found[kWidth];
     memcpy(some, x + i, count * sizeof(From));
@@ -187,13 +186,12 @@ PYLOSS_INLINE void write_row(const From* x, int64_t n, Entry entry, T* dst, bool
 template <class T>
 void scale_row(const float* e, int64_t n, float scale, Entry entry, T* dst, bool stream) {
   write_row(e, n, entry, dst, stream,
-            [scale](Vec<float>::V v) __attribute__((always_inline)) { return v * scale; });
+            [scale](Vec<float>::V v) PYLOSS_ALWAYS_INLINE { return v * scale; });
 }
 template <class T>
 void exp_row(const T* x, int64_t n, float m, float scale, Entry entry, T* dst, bool stream) {
-  write_row(x, n, entry, dst, stream, [m, scale](Vec<float>::V v) __attribute__((always_inline)) {
-    return exp_of(v - m) * scale;
-  });
+  write_row(x, n, entry, dst, stream,
+            [m, scale](Vec<float>::V v) PYLOSS_ALWAYS_INLINE { return exp_of(v - m) * scale; });
 }
 
 BlockMath block_math() {

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/compiler.h"
 #include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
@@ -57,7 +58,7 @@ enum class Transform { kIdentity, kScale, kCap };
 // vector maximum instruction wants it: NaN reaches the result through the sums.
 template <Transform kTransform, class T, class R>
 PYLOSS_INLINE R load_of(const T* x, int64_t n, R pre, R post, R* z) {
-  const auto transform = [pre, post](R v) __attribute__((always_inline)) {
+  const auto transform = [pre, post](R v) PYLOSS_ALWAYS_INLINE {
     if constexpr (kTransform == Transform::kScale) v = pre * v;
     if constexpr (kTransform == Transform::kCap) v = post * tanh_lane(pre * v);
     return v;

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
+#include "common/compiler.h"
 #include "common/dtype.h"
-#include "common/multiversion.h"
 #include "common/row_softmax.h"
 
 namespace pyloss {

@@ -85,25 +85,38 @@ PYLOSS_INLINE RowTerms<R> plain_terms(const RowSoftmaxProblem& q, const RowTarge
   return r;
 }
 
-// Two loops, because gcc finds control flow in the one that does both.
+// A loop each, because gcc finds control flow in the one that does both.
 template <class R>
-PYLOSS_INLINE void plain_epilogue_of(const RowSoftmaxProblem& p, const R* norm, int64_t n,
-                                     const PlainRows<R> rows) {
+PYLOSS_INLINE void plain_losses_of(const RowSoftmaxProblem& p, const R* norm, int64_t n,
+                                   const PlainRows<R> rows) {
   const RowSoftmaxProblem q = as_plain(p);
   const R factors[kNormCount] = {norm[kNormLoss], norm[kNormZ], norm[kNormWeightSum]};
-  R* __restrict loss = rows.loss, * __restrict a = rows.a, * __restrict label = rows.label;
-  const int64_t n_pad = padded(n);
-  for (int64_t l = 0; l < n_pad; ++l) {
+  R* __restrict loss = rows.loss;
+  for (int64_t l = 0; l < padded(n); ++l) {
     const RowTarget<R> t{0, -1, rows.first[l], 0, 0, rows.token[l]};
     R z_part;
     loss[l] = row_loss(q, t, plain_terms(q, t, rows, l), factors, R(0), R(0), &z_part);
   }
-  for (int64_t l = 0; l < n_pad; ++l) {
-    const RowTarget<R> t{0, -1, rows.first[l], 0, 0, rows.token[l]};
-    const RowUpstream<R> u{weighted_upstream(t.token, factors[kNormLoss]), 0, 0, 0, 0, 0};
+}
+template <class R>
+PYLOSS_INLINE void plain_coeffs_of(const RowSoftmaxProblem& p, int64_t n, const PlainRows<R> rows) {
+  const RowSoftmaxProblem q = as_plain(p);
+  R* __restrict a = rows.a, * __restrict label = rows.label;
+  for (int64_t l = 0; l < padded(n); ++l) {
+    const RowTarget<R> t{0, -1, rows.first[l], 0, 0, R(1)};
+    const RowUpstream<R> u{rows.above[l], 0, 0, 0, 0, 0};
     const RowCoeffs<R> c = row_coeffs(q, t, plain_terms(q, t, rows, l), u, R(0), R(0));
     a[l] = c.a;
     label[l] = c.label;
+  }
+}
+
+template <class R>
+PYLOSS_INLINE void plain_gradient_of(const R* z, int64_t n, int32_t c, const PlainCoeffs<R> k,
+                                     R* __restrict out) {
+  for (int64_t l = 0; l < padded(n); ++l) {
+    const R v = k.a[l] * exp_lane(z[l] - k.m[l]);
+    out[l] = k.y[l] == c ? -k.label[l] : v;
   }
 }
 
@@ -225,13 +238,30 @@ void line_terms(const double* m, const double* rest, const double* zy, int64_t n
   terms_of(m, rest, zy, n, sum, log_sum, miss);
 }
 
-PYLOSS_MULTIVERSION void line_plain_epilogue(const RowSoftmaxProblem& p, const float* norm,
-                                             int64_t n, const PlainRows<float>& rows) {
-  plain_epilogue_of(p, norm, n, rows);
+PYLOSS_MULTIVERSION void line_plain_losses(const RowSoftmaxProblem& p, const float* norm, int64_t n,
+                                           const PlainRows<float>& rows) {
+  plain_losses_of(p, norm, n, rows);
 }
-void line_plain_epilogue(const RowSoftmaxProblem& p, const double* norm, int64_t n,
-                         const PlainRows<double>& rows) {
-  plain_epilogue_of(p, norm, n, rows);
+void line_plain_losses(const RowSoftmaxProblem& p, const double* norm, int64_t n,
+                       const PlainRows<double>& rows) {
+  plain_losses_of(p, norm, n, rows);
+}
+
+PYLOSS_MULTIVERSION void line_plain_coeffs(const RowSoftmaxProblem& p, int64_t n,
+                                           const PlainRows<float>& rows) {
+  plain_coeffs_of(p, n, rows);
+}
+void line_plain_coeffs(const RowSoftmaxProblem& p, int64_t n, const PlainRows<double>& rows) {
+  plain_coeffs_of(p, n, rows);
+}
+
+PYLOSS_MULTIVERSION void line_plain_gradient(const float* z, int64_t n, int32_t c,
+                                             const PlainCoeffs<float>& k, float* out) {
+  plain_gradient_of(z, n, c, k, out);
+}
+void line_plain_gradient(const double* z, int64_t n, int32_t c, const PlainCoeffs<double>& k,
+                         double* out) {
+  plain_gradient_of(z, n, c, k, out);
 }
 
 PYLOSS_MULTIVERSION void line_affine(const float* e, int64_t n, const float* scale,

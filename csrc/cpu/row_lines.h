@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/row_blocks.h"
 
 namespace pyloss {
@@ -65,16 +65,31 @@ inline bool is_plain(const RowSoftmaxProblem& p) {
          o.max_nll == HUGE_VAL && o.z_loss == 0 && o.smoothing == 0 && o.margin == 0;
 }
 
-// Losses and coefficients of n rows of a plain problem. `first` and `token` are RowTarget's.
+// n rows of a plain problem. `first` and `token` are RowTarget's, `above` is RowUpstream's loss.
 template <class R>
 struct PlainRows {
-  const R *m, *zy, *sum, *log_sum, *miss, *first, *token;
+  const R *m, *zy, *sum, *log_sum, *miss, *first, *token, *above;
   R *loss, *a, *label;
 };
-void line_plain_epilogue(const RowSoftmaxProblem& p, const float* norm, int64_t n,
-                         const PlainRows<float>& rows);
-void line_plain_epilogue(const RowSoftmaxProblem& p, const double* norm, int64_t n,
-                         const PlainRows<double>& rows);
+// Their losses.
+void line_plain_losses(const RowSoftmaxProblem& p, const float* norm, int64_t n,
+                       const PlainRows<float>& rows);
+void line_plain_losses(const RowSoftmaxProblem& p, const double* norm, int64_t n,
+                       const PlainRows<double>& rows);
+// Their coefficients: a and label.
+void line_plain_coeffs(const RowSoftmaxProblem& p, int64_t n, const PlainRows<float>& rows);
+void line_plain_coeffs(const RowSoftmaxProblem& p, int64_t n, const PlainRows<double>& rows);
+
+// out = a exp(z - m), and minus their label's coefficient for the rows whose label is c.
+template <class R>
+struct PlainCoeffs {
+  const R *m, *a, *label;
+  const int32_t* y;
+};
+void line_plain_gradient(const float* z, int64_t n, int32_t c, const PlainCoeffs<float>& k,
+                         float* out);
+void line_plain_gradient(const double* z, int64_t n, int32_t c, const PlainCoeffs<double>& k,
+                         double* out);
 
 // out = scale e - shift w.
 void line_affine(const float* e, int64_t n, const float* scale, const float* shift, float w,

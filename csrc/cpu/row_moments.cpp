@@ -14,7 +14,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/row_access.h"

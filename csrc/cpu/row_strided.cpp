@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/compiler.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/row_access.h"
@@ -64,7 +65,7 @@ struct Tile {
   alignas(64) R ez[kTile], wz[kTile], w[kTile], mass[kTile], soft_loss[kTile];
   alignas(64) R a[kTile], b[kTile], spread[kTile], soft[kTile];  // RowCoeffs
   alignas(64) R label_a[kTile], label[kTile], label2[kTile];
-  alignas(64) R first[kTile], token[kTile], loss[kTile];  // plain problems
+  alignas(64) R first[kTile], token[kTile], above[kTile], loss[kTile];  // plain problems
   alignas(64) R z[kTile], r[kTile], out[kTile];
   alignas(64) int32_t y[kTile], y2[kTile], rank[kTile], argmax[kTile];
   LaneSum<R> sums[2];
@@ -154,17 +155,14 @@ class TileWalk {
 
   // The epilogue of a plain problem, statistics and coefficients at once.
   void plain_epilogue(const RowSoftmaxForward& f) {
-    line_plain_epilogue(p_, static_cast<const R*>(f.norm), n_,
-                        PlainRows<R>{t_.m, t_.zy, t_.sum, t_.log_sum, t_.miss, t_.first, t_.token,
-                                     t_.loss, t_.a, t_.label});
+    const R* norm = static_cast<const R*>(f.norm);
+    line_plain_losses(p_, norm, n_, plain_rows());
+    if (f.grad) plain_coefficients([norm](int64_t) { return norm[kNormLoss]; });
     for (R* zeros : {t_.b, t_.spread, t_.soft, t_.label_a, t_.label2}) {
       std::fill(zeros, zeros + n_, R(0));
     }
-    if (!all_active_) {
-      for (int64_t l = 0; l < n_; ++l) {
-        if (active_[l]) continue;
-        t_.m[l] = t_.rest[l] = t_.zy[l] = t_.loss[l] = t_.a[l] = t_.label[l] = 0;
-      }
+    for (int64_t l = 0; l < n_ && !all_active_; ++l) {
+      if (!active_[l]) t_.m[l] = t_.rest[l] = t_.zy[l] = t_.loss[l] = 0;
     }
     R* stats = static_cast<R*>(f.stats) + first_row_;
     const int64_t rows = p_.rows();
@@ -213,17 +211,35 @@ class TileWalk {
   }
 
   // The same from the statistics that the forward saved.
-  template <class Upstream>
-  void load_coefficients(const void* stats, R weight_sum, const Upstream& upstream) {
-    for (int64_t l = 0; l < n_; ++l) {
-      t_.m[l] = t_.log_sum[l] = 0;
-      if (!active_[l]) continue;
-      terms_[l] =
-          load_terms(p_, stats, first_row_ + l, targets_[l], &t_.zy[l], &t_.zy2[l], &t_.mass[l]);
-      t_.m[l] = terms_[l].m;
-      t_.log_sum[l] = terms_[l].log_sum;
+  void load_coefficients(const RowSoftmaxBackward& b) {
+    const auto saved = [&](int row, R* to) {
+      const R* from = static_cast<const R*>(b.stats) + row * p_.rows() + first_row_;
+      std::copy(from, from + n_, to);
+      std::fill(to + n_, to + padded(n_), R(0));
+    };
+    saved(kStatMax, t_.m);
+    saved(kStatRest, t_.rest);
+    saved(kStatTarget, t_.zy);
+    line_terms(t_.m, t_.rest, t_.zy, n_, t_.sum, t_.log_sum, t_.miss);
+    const R* norm = static_cast<const R*>(b.norm);
+    if (plain_) {
+      const bool each = p_.options.reduction == Reduction::kNone;
+      const R* above = static_cast<const R*>(b.grad_loss) + (each ? first_row_ : 0);
+      if (each) return plain_coefficients([=](int64_t l) { return above[l] * norm[kNormLoss]; });
+      return plain_coefficients([=](int64_t) { return above[0] * norm[kNormLoss]; });
     }
-    coefficients(weight_sum, upstream);
+    if (p_.stat_rows() > 4) {
+      saved(kStatTarget2, t_.zy2);
+      saved(kStatSoft, t_.mass);
+    } else {
+      std::fill(t_.zy2, t_.zy2 + n_, R(0));
+      std::fill(t_.mass, t_.mass + n_, R(0));
+    }
+    for (int64_t l = 0; l < n_; ++l) {
+      if (active_[l]) terms_[l] = terms(l);
+    }
+    coefficients(norm[kNormWeightSum],
+                 [&](int64_t row, R token) { return load_upstream(p_, b, row, token); });
   }
 
   bool can_keep() const { return !transform_.cap && (!p_.soft() || one_pass_soft_); }
@@ -260,6 +276,16 @@ class TileWalk {
 
   // From the logits.
   void gradient(void* grad, const Strides& strides, bool stream) {
+    if (plain_) {
+      const PlainCoeffs<R> k{t_.m, t_.a, t_.label, t_.y};
+      for (int64_t c = 0; c < p_.classes; ++c) {
+        load(c, t_.z);
+        line_plain_gradient(t_.z, n_, int32_t(c), k, t_.out);
+        block_chain(t_.z, n_, transform_, t_.out);
+        store(t_.out, grad, strides, c, stream);
+      }
+      return;
+    }
     const LineCoeffs k{t_.m, t_.a, t_.b, t_.spread, t_.label_a, t_.label, t_.label2, t_.y, t_.y2};
     for (int64_t c = 0; c < p_.classes; ++c) {
       load(c, t_.z);
@@ -319,6 +345,22 @@ class TileWalk {
       t_.y[l] = kNoLabel;
     }
     return n_ - skipped;
+  }
+
+  PlainRows<R> plain_rows() {
+    return {t_.m,     t_.zy,    t_.sum,  t_.log_sum, t_.miss, t_.first,
+            t_.token, t_.above, t_.loss, t_.a,       t_.label};
+  }
+
+  // `above(l)`: what comes from above, without the row's token weight.
+  template <class Above>
+  void plain_coefficients(const Above& above) {
+    for (int64_t l = 0; l < n_; ++l) t_.above[l] = weighted_upstream(t_.token[l], above(l));
+    std::fill(t_.above + n_, t_.above + padded(n_), R(0));
+    line_plain_coeffs(p_, n_, plain_rows());
+    for (int64_t l = 0; l < n_ && !all_active_; ++l) {
+      if (!active_[l]) t_.a[l] = t_.label[l] = 0;
+    }
   }
 
   // The labels' logits, which leave the sum.
@@ -503,7 +545,7 @@ int64_t tile_width(const RowSoftmaxProblem& p) {
 
 // Not inlined: the compiler would look the thread's address up again for every access.
 template <class R>
-__attribute__((noinline)) Tile<R>& thread_tile() {
+PYLOSS_NOINLINE Tile<R>& thread_tile() {
   thread_local Tile<R> tile;
   return tile;
 }
@@ -558,10 +600,9 @@ void strided_forward(const RowSoftmaxProblem& p, const RowSoftmaxForward& f, int
 template <class R>
 void strided_backward(const RowSoftmaxProblem& p, const RowSoftmaxBackward& b, int threads) {
   const bool stream = should_stream(p, b.grad);
-  for_tiles<R>(p, false, threads, [&](TileWalk<R>& walk) {
+  for_tiles<R>(p, is_plain(p) && !b.grad_extras, threads, [&](TileWalk<R>& walk) {
     if (!walk.load_targets()) return walk.clear(b.grad, b.grad_strides);
-    walk.load_coefficients(b.stats, static_cast<const R*>(b.norm)[kNormWeightSum],
-                           [&](int64_t row, R token) { return load_upstream(p, b, row, token); });
+    walk.load_coefficients(b);
     walk.gradient(b.grad, b.grad_strides, stream);
   });
 }

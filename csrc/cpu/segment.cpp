@@ -28,7 +28,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
 #include "cpu/row_access.h"

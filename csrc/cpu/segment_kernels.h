@@ -22,24 +22,24 @@ PYLOSS_INLINE V<double> exp_any(V<double> x) {
 // As load_part of gemm_tile.h, for lanes that are many or none. Rare, and long: not inlined, or
 // they are half of this file's code.
 template <class R>
-__attribute__((noinline)) V<R> load_some(const R* p, int64_t n) {
+PYLOSS_NOINLINE V<R> load_some(const R* p, int64_t n) {
   V<R> v{};
   for (int64_t i = 0; i < n && i < Vec<R>::kLanes; ++i) v[i] = p[i];
   return v;
 }
 template <class R>
-__attribute__((noinline)) void store_some(R* p, int64_t n, V<R> v) {
+PYLOSS_NOINLINE void store_some(R* p, int64_t n, V<R> v) {
   for (int64_t i = 0; i < n && i < Vec<R>::kLanes; ++i) p[i] = v[i];
 }
 
 template <int kStep, class A, int... kIndex>
 PYLOSS_INLINE A swapped(A v, std::integer_sequence<int, kIndex...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(v, v, (kIndex ^ kStep)...);
+#if PYLOSS_HAS_SHUFFLE_BY_NUMBERS
+  return PYLOSS_SHUFFLE_BY_NUMBERS(v, v, (kIndex ^ kStep)...);
 #else
   typedef std::conditional_t<sizeof(v[0]) == 8, int64_t, int32_t> Int;
-  typedef Int Mask __attribute__((vector_size(sizeof(A))));
-  return __builtin_shuffle(v, Mask{(kIndex ^ kStep)...});
+  typedef Int Mask PYLOSS_VECTOR(sizeof(A));
+  return PYLOSS_SHUFFLE(v, Mask{(kIndex ^ kStep)...});
 #endif
 }
 
@@ -71,13 +71,13 @@ PYLOSS_INLINE Sums<V<R>> join_lanes(Sums<V<R>> s) {
 template <int kStep, bool kPartner, class A, int... kIndex>
 PYLOSS_INLINE A halves(A v, A w, std::integer_sequence<int, kIndex...>) {
   constexpr int kLanes = sizeof...(kIndex), kOther = kPartner ? kStep : 0;
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(v, w,
-                                 ((kIndex ^ kOther) + ((kIndex & kStep) != 0 ? kLanes : 0))...);
+#if PYLOSS_HAS_SHUFFLE_BY_NUMBERS
+  return PYLOSS_SHUFFLE_BY_NUMBERS(v, w,
+                                   ((kIndex ^ kOther) + ((kIndex & kStep) != 0 ? kLanes : 0))...);
 #else
   typedef std::conditional_t<sizeof(v[0]) == 8, int64_t, int32_t> Int;
-  typedef Int Mask __attribute__((vector_size(sizeof(A))));
-  return __builtin_shuffle(v, w, Mask{((kIndex ^ kOther) + ((kIndex & kStep) ? kLanes : 0))...});
+  typedef Int Mask PYLOSS_VECTOR(sizeof(A));
+  return PYLOSS_SHUFFLE(v, w, Mask{((kIndex ^ kOther) + ((kIndex & kStep) ? kLanes : 0))...});
 #endif
 }
 
@@ -88,7 +88,7 @@ PYLOSS_INLINE Sums<V<R>> join_each(Sums<V<R>>* s) {
   if constexpr (kStep > 0) {
     constexpr auto lanes = std::make_integer_sequence<int, Vec<R>::kLanes>{};
     constexpr bool both = P == Pass::kFactors || P == Pass::kSquares;
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int i = 0; i < kStep; ++i) {
       const Sums<V<R>>&v = s[i], &w = s[i + kStep];
       const V<R> b0 = both ? halves<kStep, false>(v.b, w.b, lanes) : v.b;
@@ -144,7 +144,7 @@ PYLOSS_INLINE Sums<V<R>> line_lanes(const R* x, const R* y, int64_t n, const R* 
                                     R at) {
   constexpr int kLanes = Vec<R>::kLanes;
   const V<R> m = all_lanes(at), rest = all_lanes(neutral<P>(at));
-  const auto part = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
+  const auto part = [&](Sums<V<R>>& s, int64_t i) PYLOSS_ALWAYS_INLINE {
     const int64_t left = n > i ? n - i : 0;
     const auto there = first_lanes<R>(left);
     const bool safe = x + i + kLanes <= end;
@@ -161,7 +161,7 @@ PYLOSS_INLINE Sums<V<R>> line_lanes(const R* x, const R* y, int64_t n, const R* 
     part(s0, 0);
     part(s1, kLanes);
   } else {
-    const auto whole = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
+    const auto whole = [&](Sums<V<R>>& s, int64_t i) PYLOSS_ALWAYS_INLINE {
       V<R> other = m;
       if constexpr (P == Pass::kInner) other = load(y + i);
       add<P, R>(s, load(x + i), other, m);
@@ -195,7 +195,7 @@ PYLOSS_INLINE Sums<R> line(const R* x, const R* y, int64_t n, const R* end, cons
 template <Pass P, class R>
 PYLOSS_INLINE Sums<V<R>> columns(const R* x, int64_t x_stride, const R* y, int64_t y_stride,
                                  int64_t n, int64_t lanes, int64_t safe, V<R> m) {
-  const auto row = [&](Sums<V<R>>& s, int64_t i) __attribute__((always_inline)) {
+  const auto row = [&](Sums<V<R>>& s, int64_t i) PYLOSS_ALWAYS_INLINE {
     const bool whole = i < safe;
     V<R> other = m;
     if constexpr (P == Pass::kInner) {
@@ -233,8 +233,8 @@ PYLOSS_INLINE int64_t safe_rows(const Problem& p, int64_t stride, int64_t begin,
 // Rows [begin, begin + n) of segment s: as a part to `parts` [width][kPartNumbers], or, without
 // those, the results of the whole segment to `out`.
 template <Pass P, class R>
-__attribute__((noinline)) void part_of(const Problem& p, Fold f, int64_t s, int64_t begin,
-                                       int64_t n, double* parts, R* out) {
+PYLOSS_NOINLINE void part_of(const Problem& p, Fold f, int64_t s, int64_t begin, int64_t n,
+                             double* parts, R* out) {
   const auto put = [&](int64_t c, const Part<R>& part) {
     if (!parts) return finish(f, part, out + c, p.segments * p.width);
     double* at = parts + c * kPartNumbers;
@@ -296,7 +296,7 @@ PYLOSS_INLINE Sums<V<R>> lines(const R* x, const int64_t* from, const int64_t* n
                                const R* m) {
   constexpr int kLanes = Vec<R>::kLanes;
   Sums<V<R>> s[kLanes];
-#pragma GCC unroll 1
+  PYLOSS_UNROLL(1)
   for (int l = 0; l < kLanes; ++l) {
     s[l] = line_lanes<P, R>(x + from[l], x + from[l], n[l], end, end, m[l]);
   }

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <limits>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/arena.h"
 #include "cpu/gemm.h"
 #include "cpu/tasks.h"
@@ -127,7 +127,7 @@ constexpr Positions kPositions = positions();
       for (int b = 0; b < 8; ++b) word |= uint64_t(near[c + b]) << (8 * b);                      \
       const int bits = int(word * 0x0102040810204080u >> 56);                                    \
       for (int b = 0; b < 8; ++b) found[count + b] = uint16_t(c + kPositions.of[bits][b]);       \
-      count += __builtin_popcountll(word);                                                       \
+      count += bit_count(word);                                                                  \
     }                                                                                            \
     return count;                                                                                \
   }                                                                                              \

@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/compiler.h"
 #include "common/math.h"
-#include "common/multiversion.h"
 #include "cpu/instruction_set.h"
 
 namespace pyloss::cpu::similarity_tiles {

@@ -20,7 +20,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/gemm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/tasks.h"

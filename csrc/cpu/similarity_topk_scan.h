@@ -38,7 +38,7 @@ struct Lanes<float> {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(
         to, _mm512_maskz_compress_epi32(lanes, _mm512_add_epi32(at, _mm512_set1_epi32(first))));
-    return __builtin_popcount(lanes);
+    return bit_count(lanes);
   }
 };
 template <>
@@ -74,7 +74,7 @@ struct Lanes<double> {
     _mm256_storeu_si256(
         reinterpret_cast<__m256i*>(to),
         _mm256_maskz_compress_epi32(lanes, _mm256_add_epi32(at, _mm256_set1_epi32(first))));
-    return __builtin_popcount(lanes);
+    return bit_count(lanes);
   }
 };
 #elif PYLOSS_VECTOR_BYTES == 32
@@ -118,7 +118,7 @@ struct Lanes {
 template <class R>
 int64_t append(int32_t* to, int32_t first, uint32_t lanes) {
   int64_t n = 0;
-  for (; lanes; lanes &= lanes - 1) to[n++] = first + __builtin_ctz(lanes);
+  for (; lanes; lanes &= lanes - 1) to[n++] = first + lowest_bit(lanes);
   return n;
 }
 #else
@@ -174,13 +174,13 @@ constexpr int kGroups = 16;
 // Sorts each lane, largest first: odd-even merge sort.
 template <class L>
 PYLOSS_INLINE void sort_lanes(typename L::V (&x)[kGroups]) {
-#pragma GCC unroll 16
+  PYLOSS_UNROLL(16)
   for (int p = 1; p < kGroups; p *= 2) {
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int q = p; q >= 1; q /= 2) {
-#pragma GCC unroll 16
+      PYLOSS_UNROLL(16)
       for (int j = q % p; j + q < kGroups; j += 2 * q) {
-#pragma GCC unroll 16
+        PYLOSS_UNROLL(16)
         for (int i = 0; i < q; ++i) {
           if (i + j + q >= kGroups || (i + j) / (2 * p) != (i + j + q) / (2 * p)) continue;
           const typename L::V a = x[i + j], b = x[i + j + q];
@@ -207,7 +207,7 @@ void first_bounds_of_columns(const gemm::Tile<R>& t, int64_t column, const Lists
   const R* x = t.data + column;
   int64_t r = 0;
   for (; r + kGroups <= t.rows; r += kGroups) {
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int g = 0; g < kGroups; ++g) most[g] = L::larger(L::load(x + (r + g) * t.stride), most[g]);
   }
   for (; r < t.rows; ++r) most[0] = L::larger(L::load(x + r * t.stride), most[0]);

@@ -13,6 +13,7 @@
 #include <new>
 #include <utility>
 
+#include "common/compiler.h"
 #include "cpu/memory.h"
 
 namespace pyloss {
@@ -21,12 +22,12 @@ namespace pyloss {
 class Slab {
  public:
   explicit Slab(size_t bytes) : bytes_(round_up(bytes)) {
-    data_ = static_cast<char*>(std::aligned_alloc(kHuge, (bytes_ + kHuge - 1) / kHuge * kHuge));
+    data_ = static_cast<char*>(allocate_aligned(kHuge, (bytes_ + kHuge - 1) / kHuge * kHuge));
     if (!data_) throw std::bad_alloc();
     advise_huge_pages(data_, int64_t(bytes_));
     free_[0] = bytes_;
   }
-  ~Slab() { std::free(data_); }
+  ~Slab() { free_aligned(data_); }
   Slab(const Slab&) = delete;
   Slab& operator=(const Slab&) = delete;
 

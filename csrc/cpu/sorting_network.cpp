@@ -27,8 +27,8 @@
 #include <cstring>
 #include <vector>
 
+#include "common/compiler.h"
 #include "common/math.h"
-#include "common/multiversion.h"
 #include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"

@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "common/compiler.h"
 #include "cpu/lanes.h"
 #include "cpu/sorting_network.h"
 
@@ -22,7 +23,7 @@ struct LaneMath<float> {
   using T = float;
   using R = float;
   static PYLOSS_INLINE float exp(float x) { return exp_lane(x); }
-  static PYLOSS_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+  static PYLOSS_INLINE float sqrt(float x) { return square_root(x); }
   static PYLOSS_INLINE float power(float x, float y) { return exp_lane(y * log_lane(x)); }
   static PYLOSS_INLINE float atan_pi(float z) { return sorting::atan_over_pi(z); }
   static PYLOSS_INLINE void normal(float u, float* density, float* tail) {
@@ -201,11 +202,11 @@ template <class R>
 class Array {
  public:
   explicit Array(int64_t count)
-      : data_(static_cast<R*>(std::aligned_alloc(
+      : data_(static_cast<R*>(allocate_aligned(
             64, (size_t(std::max<int64_t>(count, 1)) * sizeof(R) + 63) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
   }
-  ~Array() { std::free(data_); }
+  ~Array() { free_aligned(data_); }
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
   R* get() const { return data_; }

@@ -10,15 +10,15 @@ template <class R>
 struct Vec;
 template <>
 struct Vec<float> {
-  typedef float V __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
-  typedef int32_t I __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
+  typedef float V PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
+  typedef int32_t I PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
   typedef int32_t Int;
   static constexpr int kLanes = PYLOSS_VECTOR_BYTES / 4;
 };
 template <>
 struct Vec<double> {
-  typedef double V __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
-  typedef int64_t I __attribute__((vector_size(PYLOSS_VECTOR_BYTES)));
+  typedef double V PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
+  typedef int64_t I PYLOSS_VECTOR(PYLOSS_VECTOR_BYTES);
   typedef int64_t Int;
   static constexpr int kLanes = PYLOSS_VECTOR_BYTES / 8;
 };
@@ -36,15 +36,15 @@ PYLOSS_INLINE void store(R* p, typename Vec<R>::V v) {
 template <class R>
 PYLOSS_INLINE R lane_sum(typename Vec<R>::V v) {
   constexpr int kLanes = Vec<R>::kLanes;
-#if defined(__clang__)
+#if !PYLOSS_HAS_SHUFFLE
   R s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
 #else
   typename Vec<R>::I lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+  PYLOSS_UNROLL(4)
+  for (int half = kLanes / 2; half > 0; half /= 2) v += PYLOSS_SHUFFLE(v, lane ^ half);
   return v[0];
 #endif
 }
@@ -52,7 +52,7 @@ PYLOSS_INLINE R lane_sum(typename Vec<R>::V v) {
 template <class R>
 PYLOSS_INLINE void transpose(typename Vec<R>::V* m) {
   constexpr int kLanes = Vec<R>::kLanes;
-#if defined(__clang__)
+#if !PYLOSS_HAS_SHUFFLE
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < i; ++j) {
       const R x = m[i][j];
@@ -64,17 +64,17 @@ PYLOSS_INLINE void transpose(typename Vec<R>::V* m) {
   using V = typename Vec<R>::V;
   typename Vec<R>::I lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-#pragma GCC unroll 4
+  PYLOSS_UNROLL(4)
   for (int s = 1; s < kLanes; s *= 2) {
     // Blocks of s x s lanes, off the diagonal, change places.
     const auto second = (lane & s) != 0;
     const auto low = second ? lane - s + kLanes : lane, high = second ? lane + kLanes : lane + s;
-#pragma GCC unroll 16
+    PYLOSS_UNROLL(16)
     for (int i = 0; i < kLanes; ++i) {
       if (i & s) continue;
       const V a = m[i], b = m[i + s];
-      m[i] = __builtin_shuffle(a, b, low);
-      m[i + s] = __builtin_shuffle(a, b, high);
+      m[i] = PYLOSS_SHUFFLE(a, b, low);
+      m[i + s] = PYLOSS_SHUFFLE(a, b, high);
     }
   }
 #endif
@@ -88,7 +88,7 @@ PYLOSS_INLINE Vec<float>::V log_of(Vec<float>::V x) {
   const auto tiny = x < 1.17549435e-38f;  // subnormal
   x = tiny ? x * 16777216.0f : x;
   const I offset = reinterpret_cast<I>(x) - int32_t(kSqrtHalfBits);
-  const V k = __builtin_convertvector(offset >> 23, V) - (tiny ? V{} + 24.0f : V{});
+  const V k = PYLOSS_CONVERT(offset >> 23, V) - (tiny ? V{} + 24.0f : V{});
   const V f = reinterpret_cast<V>((offset & 0x007fffff) + int32_t(kSqrtHalfBits)) - 1.0f;
   const V q =
       kC3 + f * (kC4 + f * (kC5 + f * (kC6 + f * (kC7 + f * (kC8 + f * (kC9 + f * kC10))))));
@@ -131,7 +131,7 @@ R* mix_span(const Net& net, int l, const Span& span, const W& weights, R* w, int
     const sorting::Comparator pair = kTable ? net.at(l, c) : sorting::comparator(layer, c);
     R *lo = w + pair.lo * stride, *hi = w + pair.hi * stride;
     const V a = weights.a(first + c), b = weights.b(first + c);
-#pragma GCC unroll 4
+    PYLOSS_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
       const V x = load(lo + v * kLanes), y = load(hi + v * kLanes);
       if (kKeep) store(t + v * kLanes, x - y);
@@ -159,7 +159,7 @@ const R* mix_span_back(const Net& net, int l, const Span& span, const W& weights
     R *lo = w + pair.lo * stride, *hi = w + pair.hi * stride;
     const V a = weights.a(first + c), b = weights.b(first + c);
     V sum{};
-#pragma GCC unroll 4
+    PYLOSS_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
       const V x = load(lo + v * kLanes), y = load(hi + v * kLanes);
       sum += (x - y) * load(t + v * kLanes);

@@ -14,8 +14,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/compiler.h"
 #include "common/math.h"
-#include "common/multiversion.h"
 #include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"

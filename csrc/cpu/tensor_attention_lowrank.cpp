@@ -25,8 +25,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/compiler.h"
 #include "common/math.h"
-#include "common/multiversion.h"
 #include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
@@ -463,7 +463,7 @@ double largest_entry(const void* x, DType dtype, int64_t n, int threads) {
 int64_t monomial_count(int64_t d, int64_t degree) {
   int64_t count = 1;
   for (int64_t t = 1; t <= degree; ++t) {  // C(d + t, t) from C(d + t - 1, t - 1)
-    if (__builtin_mul_overflow(count, d + t, &count)) return -1;
+    if (multiply_overflows(count, d + t, &count)) return -1;
     count /= t;
     if (count > INT32_MAX) return -1;
   }

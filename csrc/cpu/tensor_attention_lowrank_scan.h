@@ -356,11 +356,11 @@ struct Scan {
     const auto add = [=](V* sum, const ScanRows<R>& rows, int64_t t) {
       const V u = load(rows.u + t * row_stride + a);
       const R* v = rows.v + t * width + c;
-#pragma GCC unroll 4
+      PYLOSS_UNROLL(4)
       for (int i = 0; i < kC; ++i) sum[i] += u * v[i];
     };
     V sum[kC];
-#pragma GCC unroll 4
+    PYLOSS_UNROLL(4)
     for (int i = 0; i < kC; ++i) sum[i] = load(base + i * plan.columns);
     if (window == 0) {
       for (int64_t t = 0; t < n; ++t) {

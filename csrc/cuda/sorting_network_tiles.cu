@@ -11,12 +11,16 @@
 // Decomposition: a block owns a tile of kRows rows of one item, W[kRows][n] in shared memory, and
 // takes the tiles group, group + groups, ... of its item. A thread takes comparators and does all
 // rows of one, so a weight is read once per tile, t needs no exchange and the sum over rows none
-// either. One barrier per layer; the weights of the next layer are read before it. Places are
-// swizzled (place_of), so that shared memory serves a warp's 32 comparators without conflicts.
+// either; all rows are loaded before the first is stored, so that their latencies overlap. One
+// barrier per layer; its weights, and in the reverse its dL/dalpha, are read two layers ahead.
+// Places are swizzled (place_of), so that shared memory serves a warp's 32 comparators without
+// conflicts.
 //
 // Light cone: before block k of the bitonic network a row of P is zero outside of its aligned
 // 2^k wires, before layer l of odd_even outside of +-l. Comparators out there are left out, in both
-// directions: n (k - 1) mixes a row in place of n k (k + 1)/4.
+// directions: n (k - 1) mixes a row in place of n k (k + 1)/4. The bitonic bounds are worked out
+// once a tile, a layer a thread: a warp without a comparator has little more to do than the
+// barrier.
 //
 // t stays in shared memory where it fits, with the light cone n (k - 1) numbers a row (n = 1024
 // bitonic: 37 KB, 4 rows). If not, the layers are cut into segments: the forward leaves W at
@@ -47,6 +51,13 @@ constexpr int kWarpsWanted = 12;
 struct Range {
   int begin, end;
 };
+
+// Where the differences t of a tile are: none in a forward, whether to a matrix or to a loss.
+enum class Kept { kNone, kNoneOfLoss, kShared, kGlobal };
+
+// Blocks of a multiprocessor that the registers must allow: two of a forward with few rows.
+template <class R, int kRows, Kept kT>
+constexpr int kTileBlocks = kT == Kept::kNone && kRows * sizeof(R) <= 16 ? 2 : 1;
 
 // The comparators that rows [first, last] of the unit matrix can reach.
 __device__ Range light_cone(const Net& net, const Layer& layer, int l, int first, int last) {
@@ -86,12 +97,13 @@ int64_t total_active(const Net& net, bool identity, int rows) {
   return sum;
 }
 
-template <class R, int kRows, bool kSharedT>
+template <class R, int kRows>
 struct Tile {
   const TileCall<R>& a;
   const Layer* layers;
-  const R* weights;  // of the item
-  R* t;
+  const Range* cones;  // of the layers, for this tile; see find_cones
+  const R* weights;    // of the item
+  R *t, *alpha_grad;
   int64_t item;
   int first_row;  // of the tile; some rows may lie outside of [0, a.rows)
   int length, shift;
@@ -99,66 +111,113 @@ struct Tile {
   __device__ int layer_number(int step) const {
     return a.reversed ? a.net.layers - 1 - step : step;
   }
-  __device__ Range range(const Layer& layer, int l) const {
+  // Bitonic cones wait in shared memory; others take less to find than to load.
+  __device__ bool cones_kept() const { return a.identity && a.net.network == Network::kBitonic; }
+  __device__ Range cone(int l) const {
+    const Range r = light_cone(a.net, layers[l], l, first_row, first_row + kRows - 1);
+    return {r.begin, r.end > r.begin ? r.end : r.begin};
+  }
+  __device__ void find_cones(Range* to) const {
+    if (!cones_kept()) return;
+    for (int l = int(threadIdx.x); l < a.net.layers; l += int(blockDim.x)) to[l] = cone(l);
+  }
+  __device__ Range range(int l) const {
+    if (cones_kept()) return cones[l];
+    const Layer layer = layer_at(a.net, layers, l);
     if (!a.identity) return {0, layer.count};
     const Range r = light_cone(a.net, layer, l, first_row, first_row + kRows - 1);
     return {r.begin, r.end > r.begin ? r.end : r.begin};
   }
 
+  // Of the thread's first comparator of a step, read while those before it run.
+  struct Ahead {
+    R weight, grad;
+  };
+  __device__ Ahead ahead_of(int step, bool with_grad) const {
+    Ahead found{};
+    if (step < 0 || step >= a.net.layers) return found;
+    const int l = layer_number(step);
+    const Range r = range(l);
+    const int64_t at = int64_t(l) * a.net.slots + r.begin + int(threadIdx.x);
+    if (r.begin + int(threadIdx.x) < r.end) {
+      found.weight = weights[at];
+      if (with_grad) found.grad = alpha_grad[at];
+    }
+    return found;
+  }
+
   struct Step {
-    Layer layer;
+    Layer layer;  // of threads that have a comparator
     Range range;
     int l;
-    R weight;  // of the thread's first comparator
+    Ahead first;
   };
-  __device__ Step step_at(int step) const {
+  __device__ Step step_at(int step, const Ahead& first) const {
     Step s{};
     if (step < 0 || step >= a.net.layers) return s;
     s.l = layer_number(step);
-    s.layer = layer_at(a.net, layers, s.l);
-    s.range = range(s.layer, s.l);
-    const int c = s.range.begin + int(threadIdx.x);
-    if (c < s.range.end) s.weight = weights[int64_t(s.l) * a.net.slots + c];
+    s.range = range(s.l);
+    s.first = first;
+    if (s.range.begin + int(threadIdx.x) < s.range.end) s.layer = layer_at(a.net, layers, s.l);
     return s;
   }
 
-  // fn(lo, hi, weights, comparator) of the thread's comparators.
+  // fn(lo, hi, weights, comparator, whether it is the thread's first) of the thread's comparators.
   template <class Fn>
   __device__ void for_comparators(const Step& s, Fn&& fn) const {
-    for (int c = s.range.begin + int(threadIdx.x); c < s.range.end; c += int(blockDim.x)) {
-      const bool ahead = c == s.range.begin + int(threadIdx.x);
-      const R packed = ahead ? s.weight : weights[int64_t(s.l) * a.net.slots + c];
+    const int begin = s.range.begin + int(threadIdx.x);
+    for (int c = begin; c < s.range.end; c += int(blockDim.x)) {
+      const R packed = c == begin ? s.first.weight : weights[int64_t(s.l) * a.net.slots + c];
       const Comparator p = comparator_at(a.net, s.layer, c);
-      fn(place_of(p.lo, shift), place_of(p.hi, shift), unpack_weight(packed), c);
+      fn(place_of(p.lo, shift), place_of(p.hi, shift), unpack_weight(packed), c, c == begin);
+    }
+  }
+
+  struct Rows {
+    R lo[kRows], hi[kRows];
+  };
+  __device__ Rows read(const R* w, int lo, int hi) const {
+    Rows found;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      found.lo[r] = w[r * length + lo];
+      found.hi[r] = w[r * length + hi];
+    }
+    return found;
+  }
+  __device__ void write_mixed(R* w, int lo, int hi, const Weights<R>& m, const Rows& x) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      w[r * length + lo] = m.own * x.lo[r] + m.other * x.hi[r];
+      w[r * length + hi] = m.other * x.lo[r] + m.own * x.hi[r];
     }
   }
 
   __device__ void forward_step(R* w, const Step& s, bool want_t, int64_t used) const {
     const int count = s.range.end - s.range.begin;
     R* store = want_t ? t + used : nullptr;
-    for_comparators(s, [&](int lo, int hi, Weights<R> m, int c) {
+    for_comparators(s, [&](int lo, int hi, const Weights<R>& m, int c, bool) {
+      const Rows x = read(w, lo, hi);
+      if (store) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const R x = w[r * length + lo], y = w[r * length + hi];
-        if (store) store[r * count + c - s.range.begin] = x - y;
-        w[r * length + lo] = m.own * x + m.other * y;
-        w[r * length + hi] = m.other * x + m.own * y;
+        for (int r = 0; r < kRows; ++r) store[r * count + c - s.range.begin] = x.lo[r] - x.hi[r];
       }
+      write_mixed(w, lo, hi, m, x);
     });
   }
-  __device__ void reverse_step(R* g, const Step& s, int64_t used, R* alpha_grad) const {
+  __device__ void reverse_step(R* g, const Step& s, int64_t used) const {
     const int count = s.range.end - s.range.begin;
     const R* store = t + used;
-    for_comparators(s, [&](int lo, int hi, Weights<R> m, int c) {
+    for_comparators(s, [&](int lo, int hi, const Weights<R>& m, int c, bool first) {
+      const Rows x = read(g, lo, hi);
       R sum = 0;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const R x = g[r * length + lo], y = g[r * length + hi];
-        sum += (x - y) * store[r * count + c - s.range.begin];
-        g[r * length + lo] = m.own * x + m.other * y;
-        g[r * length + hi] = m.other * x + m.own * y;
+        sum += (x.lo[r] - x.hi[r]) * store[r * count + c - s.range.begin];
       }
-      alpha_grad[int64_t(s.l) * a.net.slots + c] += sum;
+      write_mixed(g, lo, hi, m, x);
+      const int64_t at = int64_t(s.l) * a.net.slots + c;
+      alpha_grad[at] = (first ? s.first.grad : alpha_grad[at]) + sum;
     });
   }
 
@@ -230,10 +289,13 @@ struct Tile {
   }
 };
 
-template <class R, int kRows, bool kSharedT>
-__global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a) {
+template <class R, int kRows, Kept kT>
+__global__ void __launch_bounds__(kThreads, kTileBlocks<R, kRows, kT>)
+    sorting_tile_kernel(TileCall<R> a) {
+  constexpr bool backward = kT == Kept::kShared || kT == Kept::kGlobal;
   PYLOSS_DYNAMIC_SHARED(uint4, shared);
   __shared__ Layer layers[kLayers];
+  __shared__ Range cones[kLayers];
   __shared__ int starts[kMaxSegments + 1];
   __shared__ double slots[kMaxWarps];
   const int64_t item = blockIdx.x;
@@ -241,10 +303,10 @@ __global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a
   const int64_t block = item * a.groups + group;
   R* w = reinterpret_cast<R*>(shared);
   R* again = a.segmented ? w + kRows * length : w;  // rows that run a second time
-  R* t = kSharedT ? again + kRows * length : a.t + block * a.t_capacity;
+  R* t = kT == Kept::kGlobal ? a.t + block * a.t_capacity : again + kRows * length;
   R* checkpoints = a.segmented ? a.checkpoints + block * a.checkpoint_capacity : nullptr;
-  R* alpha_grad = a.want_t ? a.alpha_grad + block * a.net.layers * a.net.slots : nullptr;
-  const bool backward = a.want_t, bad = a.bad[item] != 0;
+  R* alpha_grad = backward ? a.alpha_grad + block * a.net.layers * a.net.slots : nullptr;
+  const bool bad = a.bad[item] != 0;
   const int steps = a.net.layers;
 
   fill_layers(a.net, layers, 0, steps, int(threadIdx.x), int(blockDim.x));
@@ -256,27 +318,27 @@ __global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a
   double loss = 0;
   __syncthreads();
   for (int tile_number = group; tile_number < a.tiles; tile_number += a.groups) {
-    using T = Tile<R, kRows, kSharedT>;
-    const T tile{a,
-                 layers,
-                 a.weights + item * steps * a.net.slots,
-                 t,
-                 item,
-                 tile_number * kRows - a.row_shift,
-                 length,
-                 place_shift(a.net)};
+    using T = Tile<R, kRows>;
+    const T tile{a,      layers,
+                 cones,  a.weights + item * steps * a.net.slots,
+                 t,      alpha_grad,
+                 item,   tile_number * kRows - a.row_shift,
+                 length, place_shift(a.net)};
     const auto keep = [&](int segment) {
       R* to = checkpoints + int64_t(segment) * kRows * length;
       for (int i = int(threadIdx.x); i < kRows * length; i += int(blockDim.x)) to[i] = w[i];
     };
+    tile.find_cones(cones);
     tile.load(w);
     int segments = 0;
     int64_t used = 0;
-    typename T::Step next = tile.step_at(0);
     __syncthreads();
+    typename T::Step next = tile.step_at(0, tile.ahead_of(0, false));
+    typename T::Ahead ahead = tile.ahead_of(1, false);
     for (int q = 0; q < steps; ++q) {
       const typename T::Step step = next;
-      next = tile.step_at(q + 1);
+      next = tile.step_at(q + 1, ahead);
+      ahead = tile.ahead_of(q + 2, false);
       const int64_t size = int64_t(step.range.end - step.range.begin) * kRows;
       if (backward && used + size > a.t_capacity) {
         ++segments;
@@ -289,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a
       used += size;
       __syncthreads();
     }
-    if (a.mode == TileMode::kForward) {
+    if (kT == Kept::kNone) {
       tile.store_forward(w, bad);
       __syncthreads();
       continue;
@@ -316,18 +378,20 @@ __global__ void __launch_bounds__(kThreads, 1) sorting_tile_kernel(TileCall<R> a
         used = 0;
         __syncthreads();
         for (int q = begin; q < end; ++q) {
-          const typename T::Step step = tile.step_at(q);
+          const typename T::Step step = tile.step_at(q, tile.ahead_of(q, false));
           tile.forward_step(again, step, true, used);
           used += int64_t(step.range.end - step.range.begin) * kRows;
           __syncthreads();
         }
       }
-      next = tile.step_at(end - 1);
+      next = tile.step_at(end - 1, tile.ahead_of(end - 1, true));
+      ahead = tile.ahead_of(end - 2, true);
       for (int q = end - 1; q >= begin; --q) {
         const typename T::Step step = next;
-        next = tile.step_at(q - 1);
+        next = tile.step_at(q - 1, ahead);
+        ahead = tile.ahead_of(q - 2, true);
         used -= int64_t(step.range.end - step.range.begin) * kRows;
-        tile.reverse_step(w, step, used, alpha_grad);
+        tile.reverse_step(w, step, used);
         __syncthreads();
       }
       end = begin;
@@ -355,8 +419,10 @@ int64_t ceil_root(int64_t n) {
 
 template <class R, int kRows>
 void run_rows(const TileCall<R>& call, void* stream) {
-  const auto kernel =
-      call.t_shared ? sorting_tile_kernel<R, kRows, true> : sorting_tile_kernel<R, kRows, false>;
+  const auto kernel = call.mode == TileMode::kForward ? sorting_tile_kernel<R, kRows, Kept::kNone>
+                      : !call.want_t  ? sorting_tile_kernel<R, kRows, Kept::kNoneOfLoss>
+                      : call.t_shared ? sorting_tile_kernel<R, kRows, Kept::kShared>
+                                      : sorting_tile_kernel<R, kRows, Kept::kGlobal>;
   launch(kernel, dim3(grid_size(call.items), unsigned(call.groups)), dim3(unsigned(call.threads)),
          call.shared_bytes, stream, call);
 }

@@ -50,7 +50,7 @@ def vocab_parallel_cross_entropy(
         first_class: first class of each rank, ascending from 0. Without it the ranks
             tell each other in every call how many classes and rows they hold, one more all_gather
             of four integers, and on CUDA a synchronisation; different numbers of rows are an
-            error. Of a ``DTensor`` they do so in any case. Needs ``num_classes``.
+            error. Of a ``DTensor`` they know it. Needs ``num_classes``.
         weight: weight of each class, ``(V)``: of all classes, on every rank.
         ignore_index: rows with this target add nothing, and their logits are not read.
         reduction, tau, z_loss, softcap, logit_scale, temperature, token_weight, empty, loss_dtype,
@@ -134,17 +134,20 @@ def vocab_parallel_linear_cross_entropy(
 
     Neither a rank's logits nor those of all ranks are ever stored: each rank works through chunks
     of rows, forms them again in the backward, and keeps 3 or 4 numbers per row. The weight's and
-    the bias's gradients stay on their rank; the input's is the sum over the ranks, one all_reduce
-    in float32. The loss is that of :func:`vocab_parallel_cross_entropy` on
+    the bias's gradients stay on their rank; the input's is the sum over the ranks in float32, one
+    all_reduce a chunk, beside the weight's product. The loss is that of
+    :func:`vocab_parallel_cross_entropy` on
 
     .. math:: x_r = W_r h + b_r, \qquad
               \frac{\partial \ell}{\partial h} = \sum_r W_r^\top \frac{\partial \ell}{\partial x_r}
 
     Args:
         input: hidden states ``(D)`` or ``(..., D)``, the same on every rank; float32, bfloat16,
-            float16 or float64.
+            float16 or float64. Or a ``DTensor`` on the weight's mesh, gathered where it is split
+            along the same dimension.
         weight_shard: this rank's rows ``(V_r, D)``, dtype of ``input``; or a ``DTensor`` that one
-            mesh dimension splits by ``Shard(0)`` and the others replicate.
+            mesh dimension splits by ``Shard(0)`` and the others replicate. Unless ``input`` is
+            one, too, the ranks compare their rows, whatever ``first_class`` says.
         target: class indices ``input.shape[:-1]`` of all V classes; int64, uint8 or int32.
         bias_shard: ``(V_r)``, or a ``DTensor`` placed like the weight.
         group, num_classes, first_class, weight, smoothing_formula: as in
@@ -188,7 +191,9 @@ def vocab_parallel_linear_cross_entropy(
         raise RuntimeError(
             f"weight_shard must be split by Shard(0), got a DTensor {weight_shard.placements}"
         )
-    tensors, group, classes = split.localize(tensors, group)
+    if is_dtensor(input):
+        tensors = (split.laid_out(input, weight_shard), *tensors[1:])
+    tensors, group, classes, rows_known = split.localize(tensors, group)
     input, weight_shard, target, bias_shard, token_weight, options["weight"] = tensors
     return split.linear_cross_entropy(
         input,
@@ -202,6 +207,7 @@ def vocab_parallel_linear_cross_entropy(
         shift=shift,
         num_classes=num_classes,
         dtensor_classes=classes,
+        rows_known=rows_known,
         first_class=first_class,
         smoothing_formula=smoothing_formula,
     )

@@ -167,7 +167,7 @@ def key_masks(q, keys, masks, names):
 
 def _readable(t: Tensor) -> bool:
     """Whether a look at the numbers waits for nothing and traces."""
-    return not (t.is_cuda or t.is_meta or torch.compiler.is_compiling() or functorch_active())
+    return t.is_cpu and not (torch.compiler.is_compiling() or functorch_active())
 
 
 def _bias_found(mask: Tensor) -> str:

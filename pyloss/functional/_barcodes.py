@@ -14,6 +14,7 @@ from pyloss.functional import _images as images
 from pyloss.functional._images import check_choice
 from pyloss.ops import betti_matching as op
 from pyloss.ops._launch import constants
+from pyloss.ops._shards import beside
 
 UNMATCHED = ("diagonal", "extreme")
 _KINDS = ("matched", "unmatched_input", "unmatched_target")
@@ -211,7 +212,7 @@ class BettiMatching:
             superlevel=self._superlevel, unmatched=unmatched, min_persistence=min_persistence,
         )  # fmt: skip
         factors = constants([d * t for d in by_dim for t in of_terms], terms.dtype, terms.device)
-        return (terms * factors.view(spatial, -1)).sum((1, 2))
+        return (terms * beside(factors.view(spatial, -1), terms)).sum((1, 2))
 
     def representative_cycles(
         self,

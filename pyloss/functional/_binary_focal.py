@@ -109,7 +109,7 @@ def _numbers(x, t) -> Tensor:
 
 def _sign(x, t) -> Tensor:
     """1 - 2t, of which x is multiplied to z."""
-    return 1 - 2 * _numbers(x, t)
+    return torch.rsub(_numbers(x, t), 1, alpha=2)
 
 
 def _miss(x, t) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,7 +17,11 @@ from torch import Tensor
 from pyloss.ops._labels import at_least as at_least
 from pyloss.ops._labels import equals as equals
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._launch import widened as widened
+from pyloss.ops._launch import widest as widest
 from pyloss.ops._launch import without_autocast as without_autocast
+from pyloss.ops._shards import is_dtensor as is_dtensor
+from pyloss.ops._shards import take_dtensors
 from pyloss.ops._transforms import functorch_active
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,20 +71,21 @@ def result_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
 # Types and numbers
 
 
-def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
 def can_look_at(t: Tensor) -> bool:
-    """Whether there are values to look at now, and without waiting for a device."""
-    return t.is_cpu and not (torch.compiler.is_compiling() or functorch_active())
+    """Whether there are values to look at now, and without waiting for a device; nor for another
+    process, which would wait for this one if it raised alone."""
+    if not t.is_cpu or torch.compiler.is_compiling() or functorch_active():
+        return False
+    return type(t) is Tensor or not is_dtensor(t)
 
 
 def check_tensor(name: str, x) -> None:
+    if type(x) is Tensor:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if is_dtensor(x):
+        take_dtensors()
 
 
 def check_floating(name: str, x) -> None:

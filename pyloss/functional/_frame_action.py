@@ -4,6 +4,7 @@ one batch, frame by frame."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -143,7 +144,7 @@ def _turn(v: Tensor, basis: Tensor, single: bool) -> Tensor:
     """v basis for ``(L, *, d)`` and ``(L, d, d)``; `single`: few vectors for each of many bases."""
     if v.dim() == 3 and not single:
         return v @ basis
-    flat = v.reshape(v.shape[0], v.shape[1:-1].numel(), v.shape[-1])
+    flat = v.reshape(v.shape[0], math.prod(v.shape[1:-1]), v.shape[-1])
     if single:
         return (flat.unsqueeze(-1) * basis.unsqueeze(1)).sum(-2).reshape(v.shape)
     return (flat @ basis).reshape(v.shape)

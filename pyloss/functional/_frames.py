@@ -12,6 +12,7 @@ from pyloss import segment
 from pyloss.functional import _checks as checks
 from pyloss.functional._ranges import can_look, warn
 from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._shards import beside, whole
 from pyloss.ops._transforms import functorch_active
 from pyloss.ops.frame_pca import frame_pca
 
@@ -42,6 +43,10 @@ def clouds_of(x: Tensor, weight: Tensor | None, offsets: Tensor | None) -> Cloud
     """Of checked arguments."""
     if offsets is not None:
         return Clouds(x, weight, offsets, offsets.shape[0] - 1)
+    x, weight = (
+        whole(x),
+        None if weight is None else whole(weight),
+    )  # rows do not say where one ends
     return Clouds(x.flatten(0, 1), None if weight is None else weight.flatten(), None, x.shape[0])
 
 
@@ -180,7 +185,7 @@ def signs_of(axes: Axes, group: str) -> Tensor:
     basis = axes.basis
     d = basis.shape[-1]
     free = d - 1 if group in ("SO", "SE") else d
-    table = _signs(free, basis.dtype, basis.device)
+    table = beside(_signs(free, basis.dtype, basis.device), basis)
     if free == d:
         return table.unsqueeze(1)
     last = handedness(basis.detach()) * table.prod(1).unsqueeze(1)

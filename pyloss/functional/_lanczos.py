@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyloss.ops._launch import widest
+
 # What remains of a vector after a projection is accurate if the projection took away little of it.
 _KEPT = 0.7
 
@@ -35,7 +37,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Re
     basis = start.new_empty(steps, start.numel())
     start = start / start.abs().amax()  # its square is a number
     basis[0] = start / start.norm()
-    numbers = start.new_empty(2, steps, dtype=torch.float64)
+    numbers = start.new_empty(2, steps, dtype=widest(start.device))
     # Less is rounding alone: its direction would be noise.
     least = max(1e-10, 10 * torch.finfo(start.dtype).eps)
     scale = 0.0

@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from pyloss.ops._shards import is_dtensor
 from pyloss.ops._transforms import is_transformed
 
 Bounds = tuple[float, float]
@@ -39,8 +40,8 @@ def can_look(x: Tensor) -> bool:
 
 
 def bounds(x: Tensor) -> Bounds:
-    """Smallest and largest value; waits for the device."""
-    if x.numel() == 0 or x.dtype == torch.bool:
+    """Smallest and largest value; waits for the device. Of DTensors nobody looks at them."""
+    if x.numel() == 0 or x.dtype == torch.bool or is_dtensor(x):
         return 0.0, 1.0
     x = x.detach()
     if x.dtype == torch.float32:

@@ -19,12 +19,13 @@ from pyloss.functional._rows import RowStats
 from pyloss.ops.row_softmax.masses import common_mass, ignored_rows, masses
 
 
-class _Rows:
-    """How the logits lie on their mesh, and with them everything that goes with their rows."""
+class SplitRows:
+    """How logits lie on their mesh, or hidden states in their place, and with them everything that
+    goes with their rows."""
 
-    def __init__(self, input: DTensor):
+    def __init__(self, input: DTensor, class_dim: int):
         self.mesh, self.shown = input.device_mesh, input.placements
-        self.class_dim = 0 if input.dim() == 1 else 1
+        self.class_dim = class_dim
         self.of_rows, self.class_mesh_dim = [], None
         for at, placement in enumerate(input.placements):
             if placement.is_replicate() or placement.is_partial():
@@ -98,15 +99,26 @@ class _Rows:
         )
 
 
+# Of those options that are looked at here.
+_DEFAULTS = dict(
+    weight=None, ignore_index=-100, reduction="mean", token_weight=None, return_stats=(),
+    num_items=None, z_loss=0.0,
+)  # fmt: skip
+
+
 def row_loss_of_dtensors(input: DTensor, target, inplace: bool, options: dict):
     """As row_loss. The loss is placed like the rows, a sum or mean over split rows as Partial."""
     if inplace:
         raise ValueError(
             "inplace=True is not available for a DTensor, whose shards it would change"
         )
+    options = {**_DEFAULTS, **options}
     checks.check_reduction(options["reduction"])
     checks.check_has_dimension("input", input)
-    on = _Rows(input)
+    class_dim = 0 if input.dim() == 1 else 1
+    if options.get("ldr"):  # of which the vocab-parallel loss has no form
+        input = _whole_rows(input, class_dim)
+    on = SplitRows(input, class_dim)
     shape = tuple(input.shape[: on.class_dim]) + tuple(input.shape[on.class_dim + 1 :])
     if any(p.is_partial() for p in input.placements):
         whole = [Replicate() if p.is_partial() else p for p in input.placements]
@@ -122,7 +134,9 @@ def row_loss_of_dtensors(input: DTensor, target, inplace: bool, options: dict):
     if on.class_mesh_dim is not None:
         _check_kind(target, on)
     if on.are_split and options["reduction"] == "mean" and options["num_items"] is None:
-        _set_divisor(logits, target, classes, on, options)
+        sizes = list(logits.shape)
+        sizes[on.class_dim] = classes
+        set_divisor(layers.logits_like(logits, *sizes), target, on, options)
     if on.class_mesh_dim is None:
         found = rows.row_loss(logits, target, **options)
     else:
@@ -133,6 +147,28 @@ def row_loss_of_dtensors(input: DTensor, target, inplace: bool, options: dict):
     loss, stats = found
     stats = RowStats(*(s if s is None else on.placed(s, shape) for s in stats))
     return on.placed(loss, None if scalar else shape), stats
+
+
+def row_stats_of_dtensors(function, input: DTensor, tensors: dict, **options):
+    """As row_softmax_stats, `function`; the statistics are placed like the rows."""
+    input = _whole_rows(input, input.dim() - 1)
+    kept = input.placements
+    on = SplitRows(input, input.dim() - 1)
+    shape = input.shape[:-1]
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and t.dim():
+            rows = input.shape if name == "mask" else shape
+            tensors[name] = on.local(name, t.expand(rows), kept if name == "mask" else on.of_rows)
+        else:
+            tensors[name] = on.local(name, t)
+    found = function(input.to_local(), **tensors, **options)
+    return type(found)(*(t if t is None else on.placed(t, tuple(shape)) for t in found))
+
+
+def _whole_rows(input: DTensor, class_dim: int) -> DTensor:
+    """With all classes of a row on each process that has it."""
+    kept = [p if type(p) is Shard and p.dim != class_dim else Replicate() for p in input.placements]
+    return input.redistribute(placements=kept)
 
 
 def _check_shapes(input, target, shape, options) -> None:
@@ -149,7 +185,7 @@ def _check_shapes(input, target, shape, options) -> None:
         checks.check_token_weight(options["token_weight"], shape)
 
 
-def _check_kind(target, on: _Rows) -> None:
+def _check_kind(target, on: SplitRows) -> None:
     kind = "a MixUp tuple" if isinstance(target, tuple) else None
     if isinstance(target, Tensor) and target.is_floating_point():
         kind = "probabilities"
@@ -160,11 +196,10 @@ def _check_kind(target, on: _Rows) -> None:
         )
 
 
-def _set_divisor(logits, target, classes: int, on: _Rows, options: dict) -> None:
-    """The denominator of a mean over the rows of all ranks."""
-    sizes = list(logits.shape)
-    sizes[on.class_dim] = classes
-    p = rows.prepare(layers.logits_like(logits, *sizes), target, **options)[1]
+def set_divisor(like: Tensor, target, on: SplitRows, options: dict) -> None:
+    """The denominator of a mean over the rows of all ranks; `like` stands for this rank's logits,
+    with all classes."""
+    p = rows.prepare(like, target, **options)[1]
     with torch.no_grad():
         loss_mass, z_mass = masses(p.labels, p.codes, ignored_rows(p.labels, p.codes))
         loss_mass, z_mass = on.whole(torch.stack((loss_mass, z_mass)))
@@ -175,7 +210,7 @@ def _set_divisor(logits, target, classes: int, on: _Rows, options: dict) -> None
             options["num_items"] = z_mass
 
 
-def _over_classes(logits, target, classes: int, on: _Rows, options: dict):
+def _over_classes(logits, target, classes: int, on: SplitRows, options: dict):
     """A rank's rows, whose classes are split over a dimension of the mesh."""
     group = on.mesh.get_group(on.class_mesh_dim)
     first = split.evenly(logits.shape[on.class_dim], classes, group)

@@ -28,11 +28,11 @@ def over_samples(index: Tensor, log_u: Tensor, other: Tensor) -> tuple[Tensor, T
     fresh = torch.cat([placed.new_zeros(1), (placed[1:] != placed[:-1]).long()])
     group = torch.zeros_like(index).scatter(0, order, fresh.cumsum(0))
     # Sums in float64, whose order does not show after rounding.
-    count = torch.zeros(index.shape, dtype=torch.float64, device=index.device)
+    count = torch.zeros(index.shape, dtype=checks.widest(index.device), device=index.device)
     count = count.index_add(0, group, torch.ones_like(count))[group]
 
     def mean(x: Tensor) -> Tensor:
-        x = x.double()
+        x = checks.widened(x)
         return torch.zeros_like(x).index_add(-1, group, x)[..., group] / count
 
     most = torch.full_like(log_u, -math.inf)

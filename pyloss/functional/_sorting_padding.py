@@ -24,6 +24,11 @@ class Padding:
         checks.check_tensor("x", x)
         checks.check_has_dimension("x", x)
         check_dim(x, dim)
+        if hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting():  # torch 2.7
+            raise NotImplementedError(
+                "the numbers of mask or lengths are read, which a graph of torch.export cannot "
+                "hold: export without them, for rows of one length"
+            )
         rows, self.lead = fold(x, dim % x.dim())
         self.b, self.n = rows.shape
         self.order = None  # the elements that count first, and where they stood

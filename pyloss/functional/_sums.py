@@ -7,11 +7,15 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.ops._shards import is_dtensor
+
 _MANY = 4096  # numbers that torch adds up in one thread
 
 
 def summed(each: Tensor) -> Tensor:
     """The sum, in an order that the number of threads does not change, as that of torch's may."""
+    if is_dtensor(each):  # which has an order of its own, and may lie in a way that none flattens
+        return each.sum()
     each = each.reshape(-1)
     if each.shape[0] > _MANY:
         each = F.pad(each, (0, -each.shape[0] % 256)).view(-1, 256).sum(1)

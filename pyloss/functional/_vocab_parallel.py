@@ -23,7 +23,7 @@ from pyloss.ops.linear_cross_entropy import vocab_parallel as op
 # DTensors
 
 
-def _split_dim(name: str, t, dim: int) -> int | None:
+def split_dim(name: str, t, dim: int) -> int | None:
     """The mesh dimension that splits dimension `dim` of a DTensor; None: nothing splits it."""
     found = None
     for at, placement in enumerate(t.placements):
@@ -56,6 +56,25 @@ def local(name: str, t):
     return t.to_local()
 
 
+def laid_out(input, weight):
+    """Hidden states with what no loss can split brought together: features, terms of a sum, and the
+    rows along the dimension of the mesh that splits the classes, as in sequence parallelism.
+
+    Other rows stay split. The weight's gradient, of rows or classes, is then of whole rows.
+    """
+    along = split_dim("linear_weight", weight, 0) if is_dtensor(weight) else None
+    if along is not None and input.device_mesh != weight.device_mesh:
+        return input  # another rank's rows or the same: by what the ranks tell each other
+    from torch.distributed.tensor import Replicate
+
+    features = input.dim() - 1
+    placements = list(input.placements)
+    for at, p in enumerate(placements):
+        if at == along or p.is_partial() or p.is_shard(features):
+            placements[at] = Replicate()
+    return input.redistribute(placements=placements)
+
+
 def _same_group(a, b) -> bool:
     ranks = torch.distributed.get_process_group_ranks
     return a is b or ranks(a) == ranks(b)
@@ -70,31 +89,33 @@ def _mesh_group(t, mesh_dim: int, group):
 
 
 def localize(tensors, group):
-    """(tensors, group, classes) of a call whose tensors may be DTensors.
+    """(tensors, group, classes, rows_known) of a call whose tensors may be DTensors.
 
     `group` stays None where the layer is whole on each rank; `classes` is the number of classes of
-    a DTensor that is split, None without one.
+    a DTensor that is split, None without one. `rows_known`: input is a DTensor, too, and so says
+    that the ranks hold the same rows.
 
     Args:
         tensors: (input, linear_weight, target, linear_bias, token_weight, class weight).
     """
     input, weight, target, bias, token_weight, class_weight = tensors
-    split = _split_dim("linear_weight", weight, 0) if is_dtensor(weight) else None
-    bias_split = _split_dim("linear_bias", bias, 0) if is_dtensor(bias) else None
+    split = split_dim("linear_weight", weight, 0) if is_dtensor(weight) else None
+    bias_split = split_dim("linear_bias", bias, 0) if is_dtensor(bias) else None
     differ = split != bias_split or split is not None and weight.device_mesh != bias.device_mesh
     if bias is not None and differ:
         raise RuntimeError(
             "linear_weight and linear_bias must be split in the same way, got "
-            f"{_placed(weight)} and {_placed(bias)}"
+            f"{shown(weight)} and {shown(bias)}"
         )
     if split is None and group is not None and (is_dtensor(weight) or is_dtensor(bias)):
         raise RuntimeError(
             "with a group, linear_weight and linear_bias are this rank's shards or split DTensors, "
-            f"got {_placed(weight)} and {_placed(bias)}"
+            f"got {shown(weight)} and {shown(bias)}"
         )
-    classes = None
+    classes, rows_known = None, False
     if split is not None:
         group, classes = _mesh_group(weight, split, group), weight.shape[0]
+        rows_known = is_dtensor(input) and input.device_mesh == weight.device_mesh
         weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
     tensors = (
         local("input", input),
@@ -104,10 +125,10 @@ def localize(tensors, group):
         local("token_weight", token_weight),
         local("weight", class_weight),
     )
-    return tensors, group, classes
+    return tensors, group, classes, rows_known
 
 
-def _placed(t) -> str:
+def shown(t) -> str:
     return str(t.placements) if is_dtensor(t) else "a plain tensor"
 
 
@@ -168,13 +189,14 @@ def _check_same_rows(held, of_dtensor: bool) -> None:
 
 
 def shard_of(
-    size: int, device, group, num_classes, first_class, dtensor_classes, target, input=None
-) -> op.Shard:
+    size: int, device, group, num_classes, first_class, dtensor_classes, target, input=None,
+    rows_known=False,
+) -> op.Shard:  # fmt: skip
     """The classes of this rank, of which the last ones of all may be padding.
 
     Unless the caller says which classes each rank has, the ranks tell each other in one gather what
-    they hold. Of a DTensor they always do: Shard(0) is also what fully_shard makes of a weight,
-    where each has rows of its own.
+    they hold. Of a DTensor they do unless `rows_known`: Shard(0) is also what fully_shard makes of
+    a weight, where each has rows of its own.
 
     Sizes are exchanged anew in each call that does not say them. A rank that remembered them could
     not tell that another rank's have changed, and the two would wait for each other.
@@ -184,7 +206,8 @@ def shard_of(
         num_classes = checks.checked_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if first_class is None or dtensor_classes is not None:
+    asks = first_class is None if dtensor_classes is None else not rows_known
+    if asks:
         known = isinstance(target, Tensor) and target.device == device
         labels = target if known else torch.zeros(0, dtype=torch.int64, device=device)
         held = op.exchange(size, labels, input, device, group)
@@ -262,10 +285,7 @@ def _prepared(like, target, shard, smoothing_formula, arguments):
 
 
 def _run(input, weight, bias, shard, p, shape, chunk, exact):
-    if (
-        input.dtype != torch.float64
-        and max(map(_difference, shard.bounds, shard.bounds[1:])) > 2**24
-    ):
+    if input.dtype != torch.float64 and shard.widest > 2**24:
         raise ValueError("more than 2**24 classes on one rank")  # argmax travels as a float32
     target, _, _, class_weight, token_weight = p.labels
     value, found = op.vocab_parallel(
@@ -278,10 +298,6 @@ def _run(input, weight, bias, shard, p, shape, chunk, exact):
     return value, RowStats(**{name: s.view(shape) for name, s in found.items()})
 
 
-def _difference(a: int, b: int) -> int:
-    return b - a
-
-
 def cross_entropy(
     logits, target, token_weight, group, arguments, *, num_classes, first_class, smoothing_formula
 ):
@@ -291,10 +307,10 @@ def cross_entropy(
         raise RuntimeError("logits_shard must have a dimension of classes, got a 0-d tensor")
     dtensor_classes = None
     if is_dtensor(logits):
-        split = _split_dim("logits_shard", logits, logits.dim() - 1)
+        split = split_dim("logits_shard", logits, logits.dim() - 1)
         if split is None:
             raise RuntimeError(
-                f"logits_shard must be split in its last dimension, got {_placed(logits)}"
+                f"logits_shard must be split in its last dimension, got {shown(logits)}"
             )
         group = _mesh_group(logits, split, group)
         dtensor_classes, logits = logits.shape[-1], logits.to_local()
@@ -306,8 +322,9 @@ def cross_entropy(
     if not lead:
         target = rows.without_batch(target)
     shard = shard_of(
-        logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes, target
-    )
+        logits.shape[-1], logits.device, group, num_classes, first_class, dtensor_classes, target,
+        rows_known=dtensor_classes is not None,  # FSDP2 makes no DTensors of logits
+    )  # fmt: skip
     rows.checked_smoothing(arguments.get("label_smoothing", 0.0))
     like = layers.logits_like(logits, *lead, shard.bounds[-1])
     target, token_weight = _flat_rows(target, token_weight, like)
@@ -330,7 +347,8 @@ def _flat_rows(target, token_weight, like):
 
 def linear_cross_entropy(
     input, weight, target, bias, token_weight, group, settings, arguments, *, shift,
-    num_classes=None, first_class=None, dtensor_classes=None, smoothing_formula="torch",
+    num_classes=None, first_class=None, dtensor_classes=None, rows_known=False,
+    smoothing_formula="torch",
 ):  # fmt: skip
     """The loss of a layer whose rows of weight and bias, local already, are split."""
     group = checked_group(group)
@@ -347,7 +365,7 @@ def linear_cross_entropy(
     shift = layers.checked_shift(shift, lead)
     shard = shard_of(
         weight.shape[0], input.device, group, num_classes, first_class, dtensor_classes, target,
-        input if dtensor_classes is not None else None,
+        input if dtensor_classes is not None else None, rows_known,
     )  # fmt: skip
     rows.checked_smoothing(arguments["label_smoothing"])
     if not lead:

@@ -108,7 +108,7 @@ def fill_empty(found: Tensor, offsets: Tensor, identity: Tensor | None) -> Tenso
 
 def shuffled(offsets: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
     """The elements (total,) in random order within their segments."""
-    order = torch.empty(total, dtype=torch.float64, device=offsets.device)
+    order = torch.empty(total, dtype=checks.widest(offsets.device), device=offsets.device)
     order = (
         order.uniform_() if generator is None else order.uniform_(generator=generator)
     ).argsort()

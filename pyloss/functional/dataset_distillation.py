@@ -441,7 +441,7 @@ def _k_means(x: Tensor, k: int, iterations: int, generator) -> Tensor:
     drawn = x.device if generator is None else generator.device
 
     def pick(weights: Tensor) -> Tensor:
-        found = torch.multinomial(weights.double().to(drawn), 1, generator=generator)
+        found = torch.multinomial(checks.widened(weights).to(drawn), 1, generator=generator)
         return x[found.to(x.device)]
 
     centres = pick(x.new_ones(x.shape[0]))

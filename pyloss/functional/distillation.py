@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -190,7 +192,7 @@ def _divisor(reduction, lead, labels, ignore_index, num_items, acc, like):
     elif num_items is None:
         if labels is not None:
             return (labels != ignore_index).sum().to(acc)
-        value = lead.numel()
+        value = math.prod(lead)
     elif isinstance(num_items, Tensor):
         return checks.one_number("num_items", num_items).detach().to(like.device, acc)
     else:

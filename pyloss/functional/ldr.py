@@ -30,9 +30,6 @@ def check_ldr_options(
 def check_labels_only(function: str, input, target) -> None:
     checks.check_tensor("input", input)
     checks.check_tensor("target", target)
-    for name, t in (("input", input), ("target", target)):
-        if checks.is_dtensor(t):
-            raise TypeError(f"{function} takes plain tensors, but {name} is a DTensor")
     if target.is_floating_point():
         raise ValueError(f"{function} takes class indices, not probabilities")
 

@@ -63,7 +63,8 @@ def fused_linear_cross_entropy(
 
     Args:
         input: hidden states ``(D)`` or ``(..., D)``; float32, bfloat16, float16 or float64. Rows
-            whose target is ``ignore_index`` are never read.
+            whose target is ``ignore_index`` are never read. Of a ``DTensor`` whose rows are split
+            the loss is one, a sum or mean ``Partial``; docs/meshes.md.
         linear_weight: ``(V, D)``, dtype of ``input``. A K-dimensional ``(V, d1, ..., dk, D)``, as
             torch has it, runs unfused. A ``DTensor`` with ``Shard(0)`` selects the vocab-parallel
             loss of its mesh.
@@ -170,12 +171,22 @@ def fused_linear_cross_entropy(
     if group is not None or any(map(checks.is_dtensor, tensors)):
         from pyloss.functional import _vocab_parallel as split
 
-        tensors, group, classes = split.localize(tensors, group)
+        if checks.is_dtensor(input):
+            tensors = (split.laid_out(input, linear_weight), *tensors[1:])
+            if group is None and any(p.is_shard() for p in tensors[0].placements):
+                from pyloss.functional._linear_dtensors import loss_of_split_rows
+
+                how = dict(
+                    ignore_index=ignore_index, chunk=chunk, strategy=strategy,
+                    accumulate_dtype=accumulate_dtype, filter=filter,
+                )  # fmt: skip
+                return loss_of_split_rows(tensors[:5], shift, settings, how, arguments)
+        tensors, group, classes, rows_known = split.localize(tensors, group)
         input, linear_weight, target, linear_bias, token_weight, arguments["weight"] = tensors
         if group is not None:
             return split.linear_cross_entropy(
                 input, linear_weight, target, linear_bias, token_weight, group, settings, arguments,
-                shift=shift, dtensor_classes=classes,
+                shift=shift, dtensor_classes=classes, rows_known=rows_known,
             )  # fmt: skip
     layer = layers.checked_layer(input, linear_weight, linear_bias)
     if ignore_index is not None:

@@ -170,4 +170,4 @@ def _checked_counts(counts) -> tuple[Tensor, torch.dtype]:
     if checks.can_look_at(counts) and (counts < 0).any():
         raise ValueError(f"counts must be >= 0, got {counts.min().item():g}")
     dtype = torch.float64 if counts.dtype == torch.float64 else torch.get_default_dtype()
-    return counts.detach().double().clamp(min=1), dtype
+    return checks.widened(counts.detach()).clamp(min=1), dtype

@@ -66,7 +66,7 @@ def normalized_logistic_loss(input: Tensor, target: Tensor, *, ignore_index: int
 
 
 def _behind(input: Tensor, target, ignore_index) -> tuple[Tensor, Tensor]:
-    """(h, which rows count), (rows,) each."""
+    """(h, which rows count), of the shape of the rows each."""
     checks.check_has_dimension("input", input)
     classes = input.shape[1]
     if classes < 2:
@@ -78,7 +78,7 @@ def _behind(input: Tensor, target, ignore_index) -> tuple[Tensor, Tensor]:
     scores = input.movedim(1, -1)
     stats = row_softmax_stats(scores, target, without_target=True, ignore_index=ignore_index)
     assert stats.nll is not None
-    return stats.nll.reshape(-1), (target != ignore_index).reshape(-1)
+    return stats.nll, target != ignore_index
 
 
 def _normalized(h: Tensor, counted: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def _normalized(h: Tensor, counted: Tensor | None, dtype: torch.dtype) -> Tensor
         each = torch.where(counted, each, 0.0)
         log_miss = torch.where(counted, log_miss, -torch.inf)
     count = h.shape[0] if counted is None else counted.sum()
-    most = log_miss.amax() if h.shape[0] else log_miss.sum()
+    most = log_miss.amax() if h.numel() else log_miss.sum()
     weights = torch.exp(log_miss - torch.where(most == -torch.inf, 0.0, most))
     weights = weights / summed(weights).clamp(min=torch.finfo(h.dtype).tiny)
     pull = torch.where(h.detach().isinf(), 0.0, h - h.detach())

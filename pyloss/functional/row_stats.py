@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -91,11 +92,18 @@ def row_softmax_stats(
     checks.check_floating("input", input)
     checks.check_supported("row_softmax_stats", input)
     checks.check_has_dimension("input", input)
+    if checks.is_dtensor(input):
+        from pyloss.functional._row_dtensors import row_stats_of_dtensors
+
+        return row_stats_of_dtensors(
+            row_softmax_stats, input, dict(target=target, scale=scale, margin=margin, mask=mask),
+            without_target=without_target, ignore_index=ignore_index,
+        )  # fmt: skip
     shape, classes = input.shape[:-1], input.shape[-1]
     if classes == 0:
         raise ValueError(f"input must have at least one class, got {list(input.shape)}")
     ignore_index = checked_ignore_index(ignore_index)
-    acc, count = accumulator_dtype(input.dtype), shape.numel()
+    acc, count = accumulator_dtype(input.dtype), math.prod(shape)
     without_target = checks.checked_flag("without_target", without_target)
     if target is None:
         if margin is not None or without_target:

@@ -408,11 +408,16 @@ def _reduced(each, read: Target, weight, classes, reduction, empty) -> Tensor:
         each = each * read.poison.view(-1, *[1] * (spatial + 1))
     if reduction == "none":
         return each if weight is None else each * (_along(weight, each) if weight.dim() else weight)
+    items = each.shape[0]
+    if weight is None and read.ignored is None and each.numel():
+        # Few operations: of a small image they are the time.
+        voxels = each.numel() // (items * each.shape[1])
+        return each.sum() / (voxels * (items * classes if reduction == "mean" else 1))
     sums = each.flatten(2).sum(2) if spatial else each
     sums = sums if weight is None else sums * weight.to(sums.dtype)
     if read.ignored is None:
         voxels = math.prod(each.shape[2:])
-        counts = sums.new_full((), voxels * (each.shape[0] if reduction == "mean" else 1))
+        counts = sums.new_full((), voxels * (items if reduction == "mean" else 1))
     else:
         counted = ~read.ignored
         counts = counted.sum() if reduction == "mean" else counted.flatten(1).sum(1, keepdim=True)

@@ -213,7 +213,7 @@ def hungarian_set_loss(
 def _matched(pair: _Pair) -> Tensor:
     """(b, m): which row each column has, -1: none."""
     found = torch.full((pair.cost.shape[0], pair.cost.shape[2]), -1, dtype=torch.int64)
-    costs = pair.cost.detach().nan_to_num(0.0).double().cpu()
+    costs = pair.cost.detach().nan_to_num(0.0).cpu().double()
     rows, columns = pair.rows.cpu(), pair.columns.cpu()
     for b, cost in enumerate(costs):
         i, j = rows[b].nonzero().squeeze(1), columns[b].nonzero().squeeze(1)
@@ -548,7 +548,7 @@ def order_search_loss_from_table(
     elif n <= _EXHAUSTIVE:
         order = _best_of_all(gain.detach())
     else:
-        costs = -gain.detach().nan_to_num(0.0, 1e30, -1e30).double().cpu()
+        costs = -gain.detach().nan_to_num(0.0, 1e30, -1e30).cpu().double()
         found = [assigned(c)[1] for c in costs]
         order = torch.stack(found) if found else torch.zeros(b, n, dtype=torch.int64)
         order = order.to(logprob.device)

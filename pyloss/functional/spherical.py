@@ -257,7 +257,9 @@ def _loss(
     classes = input.shape[0 if input.dim() == 1 else 1]
     if least_classes:
         spherical.check_two_classes(least_classes, classes)
-    each = formula(Moments(*row_moments(input, target, p.codes.ignore_index).unbind(0), classes))
+    moments = row_moments(input, target, p.codes.ignore_index)
+    # One by one: the gradient of unbind makes plain zeros for those that are not used.
+    each = formula(Moments(moments[0], moments[1], moments[2], moments[3], classes))
     ignored = equals(target, p.codes.ignore_index)
     each = torch.where(ignored, 0.0, each)
     if weight is None:

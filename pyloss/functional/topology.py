@@ -102,7 +102,7 @@ def persistence_pairs(
         rows = _t_construction(cells, superlevel, dims, essential)
     pairs = PersistencePairs(images.flatten(1), rows, superlevel, shape)
     if min_persistence > 0:
-        b, d = pairs.values.detach().double().unbind(1)  # a half type would round the length
+        b, d = checks.widened(pairs.values.detach()).unbind(1)  # a half type would round the length
         keep = (b - d).abs() > min_persistence
         pairs = PersistencePairs(images.flatten(1), rows[keep], superlevel, shape)
     return pairs
@@ -118,7 +118,7 @@ def _t_construction(images, superlevel, dims, essential):
     f = images if superlevel else -images  # the sublevel filtration of the negated image
     if bool((f == -math.inf).any()):  # the frame enters before it: places among the values instead
         places = f.unique(return_inverse=True)[1]
-        f = torch.where(f.isnan(), math.nan, places.double())
+        f = torch.where(f.isnan(), math.nan, checks.widened(places))
     padded = F.pad(f, [1] * (2 * spatial), value=-math.inf)
     dual = [spatial - 1 - d for d in dims]
     rows = op.persistence_pairs(padded, False, dual, False)[:, :4]
@@ -285,7 +285,8 @@ def betti_matching_loss(
 
     Warns where ``input`` has values outside [0, 1] beside a target within, as logits, or the target
     beside an input within, as masks of 0 and 255 do. On the CPU, outside of compiled graphs: a GPU
-    would have to be waited for; there :meth:`pyloss.BettiTarget.precompute` looks at the target.
+    would have to be waited for; there :meth:`pyloss.functional.BettiTarget.precompute` looks at
+    the target.
 
     Returns:
         0-d, or ``(N, C)`` with ``reduction="none"``; of the dtype of ``input``, or the wider one of

@@ -11,55 +11,98 @@ whether trainer and model are made before or after; outside of that method nothi
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 _LOOP = "_inner_training_loop"
-_MARK = "_pyloss_original"
+_lock = threading.Lock()
 
 
 class Settings:
-    """What `enable` was called with; as a context manager it brings the settings before back."""
+    """What `enable` was called with; as a context manager, for as long as the block lasts.
 
-    current: Settings | None = None
+    Each knows what was in force before it. Blocks of several threads overlap and end in any order,
+    so an end is only noted, and what is in force is found by walking back from the latest.
+    """
+
+    latest: Settings | None = None
 
     def __init__(self, strict: bool, options: dict[str, Any]) -> None:
         self.strict, self.options = strict, options
-        self.before = Settings.current
+        self.before: Settings | None = None
+        self.thread: int | None = None  # whose block it is; None: not a block
+        self.ended = False
 
     def __enter__(self) -> None:
-        return None
+        self.thread = threading.get_ident()
 
     def __exit__(self, *error: Any) -> None:
-        use(self.before)
+        with _lock:
+            self.ended = True
+            while Settings.latest is not None and not Settings.latest.holds():
+                Settings.latest = Settings.latest.before
+            _install(Settings.latest is not None)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"enable({options}{', ' * bool(options)}strict={self.strict})"
 
+    def holds(self) -> bool:
+        """A block until its end; a call that is none as long as the block that it was made in."""
+        block: Settings | None = self
+        while block is not None and block.thread is None:
+            block = block.before
+        return block is None or not block.ended
+
 
 def use(settings: Settings | None) -> None:
     """Make these the settings of all trainers; None: no trainer is patched."""
+    with _lock:
+        if settings is not None:
+            settings.before = Settings.latest
+        Settings.latest = settings
+        _install(settings is not None)
+
+
+def _current() -> Settings | None:
+    """The latest settings, but those of this thread's own block before those of another's."""
+    found = latest = Settings.latest
+    while found is not None:
+        if found.holds():
+            if found.thread is None:
+                return latest
+            if found.thread == threading.get_ident():
+                return found
+        found = found.before
+    return latest
+
+
+_ours: Callable | None = None  # what stands in the place of Trainer's loop
+
+
+def _install(wanted: bool) -> None:
     from transformers import Trainer
 
-    Settings.current = settings
+    global _ours
     loop = vars(Trainer)[_LOOP]
-    original = getattr(loop, _MARK, None)
-    if settings is None and original is not None:
-        setattr(Trainer, _LOOP, original)
-    elif settings is not None and original is None:
-        setattr(Trainer, _LOOP, _patching(loop))
+    # Another package may have put a wrapper around ours. Ours then stays, and does nothing.
+    if not wanted and loop is _ours:
+        setattr(Trainer, _LOOP, loop.__wrapped__)
+    elif wanted and (_ours is None or inspect.unwrap(loop, stop=lambda f: f is _ours) is not _ours):
+        _ours = _patching(loop)
+        setattr(Trainer, _LOOP, _ours)
 
 
 def _patching(loop: Callable) -> Callable:
     @functools.wraps(loop)  # accelerate looks at the signature
     def wrapped(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        with _patched(trainer, Settings.current):
+        with _patched(trainer, _current()):
             return loop(trainer, *args, **kwargs)
 
-    setattr(wrapped, _MARK, loop)
     return wrapped
 
 
@@ -99,7 +142,7 @@ def _patch(trainer: Any, settings: Settings) -> Callable[[], None] | None:
             return None
         models = trl.models_of(trainer)
         trl.patch_trainer(trainer, **settings.options)
-        return lambda: trl.restore_all(models)
+        return lambda: trl.restore_all(trainer, models)
     from pyloss.integrations import transformers
 
     if transformers.is_patched(model):

@@ -7,16 +7,15 @@ one product again, [W, B] times [h, scale * A h], and so the loss need not know 
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-FORWARDS = ("forward", "_old_forward")
+from pyloss.nn._layer_call import exchanged, exchanged_forward, view_of, view_with
+
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -44,12 +43,7 @@ class Head(NamedTuple):
         """(input, weight, bias) whose product is the layer's output plus `extra`."""
         weight, bias = self.linear.weight, self.linear.bias
         if hasattr(weight, "placements"):
-            raise RuntimeError(
-                f"the weight of the output layer is a DTensor ({weight.placements}) inside its own "
-                "forward. Under FSDP2 put the output layer into a call of fully_shard, and a layer "
-                "that shares its weight into the same one: fully_shard([embedding, lm_head]). "
-                "Tensor parallelism of the output layer is not supported here"
-            )
+            self._check_split(weight, hidden, extra)
         inputs, weights, biases = [hidden], [weight], [bias, extra]
         for a in self.adapters:
             low = a.scale * a.down(a.dropout(hidden.to(a.down.weight.dtype)))
@@ -64,6 +58,22 @@ class Head(NamedTuple):
                 b = b.to(weight)
                 bias = b if bias is None else bias + b
         return hidden, weight, bias
+
+    def _check_split(self, weight: Any, hidden: Tensor, extra: Tensor | None) -> None:
+        """A DTensor in the layer's own forward is a split of the classes if the input, which the
+        layer's tensor parallelism has laid out, is one on the same mesh; else a weight of FSDP2
+        that has not been gathered."""
+        if getattr(hidden, "device_mesh", None) != weight.device_mesh:
+            raise RuntimeError(
+                f"the weight of the output layer is a DTensor ({weight.placements}) inside its own "
+                "forward, and its input is none of the same mesh. Under FSDP2 put the output layer "
+                "into a call of fully_shard, and a layer that shares its weight into the same one: "
+                "fully_shard([embedding, lm_head]). For tensor parallelism use parallelize_module "
+                "with ColwiseParallel, or a tp_plan"
+            )
+        if self.adapters or extra is not None:
+            what = "LoRA on" if self.adapters else "a bias that the model adds to the logits of"
+            raise RuntimeError(f"{what} a tensor-parallel output layer is not supported")
 
 
 def head_of(layer: Any, found: str) -> Head:
@@ -85,9 +95,9 @@ def _linear(layer: Any, found: str) -> nn.Linear:
     inner = layer
     while name := next((n for n in _WRAPPED if n in getattr(inner, "_modules", ())), None):
         inner = inner._modules[name]
-    # accelerate's hooks (offloading) are a forward of their own, which calls _old_forward.
-    slot = "_old_forward" if hasattr(inner, "_hf_hook") else "forward"
-    forward = getattr(inner, "__dict__", {}).get(slot)
+    forward = getattr(inner, "__dict__", {}).get(_slot_of(inner))
+    if _is_tensor_parallel(forward):
+        forward = nn.Linear.forward
     if forward is None:
         forward = getattr(type(inner), "forward", None)
     # Subclasses with the same forward are fine: that is what fully_shard makes.
@@ -96,6 +106,31 @@ def _linear(layer: Any, found: str) -> nn.Linear:
     ):
         raise TypeError(f"{found} {full_name(layer)}")
     return inner
+
+
+def _slot_of(linear: Any) -> str:
+    """accelerate's hooks (offloading) are a forward of their own, which calls _old_forward."""
+    return "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+
+
+def _is_tensor_parallel(forward: Any) -> bool:
+    """The forward that transformers puts on a layer of a `tp_plan`, in the place of hooks."""
+    module, name = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
+    return module == "transformers.distributed.tensor_parallel" and name.endswith(".tp_forward")
+
+
+def _style_of(linear: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """What the `tp_plan` of transformers does to the layer's input; None without one."""
+    forward = linear.__dict__.get(_slot_of(linear))
+    if not _is_tensor_parallel(forward):
+        return None
+    free = inspect.getclosurevars(forward).nonlocals
+
+    def style(hidden: Tensor) -> Tensor:
+        prepare = free["self"].transform_inputs_pre_forward
+        return prepare(linear, (hidden,), {}, free["mesh"])[0][0]
+
+    return style
 
 
 def full_name(module: Any) -> str:
@@ -153,26 +188,26 @@ def _adapters(layer: Any, found: str) -> tuple[Adapter, ...]:
 # Calls with another forward
 
 
-def called_with(head: Head, function: Callable, hidden: Tensor) -> Tensor:
+def called_with(head: Head, function: Callable, hidden: Tensor) -> Any:
     """What the output layer returns when function is the forward of the Linear in it."""
     layer, linear = head.layer, head.linear
-    slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+    slot, style = _slot_of(linear), _style_of(linear)
     # Without its checkpoint_wrapper, which would call it again in the backward: nothing is lost,
     # since there are no logits to save the memory of.
+    reached = []
+
+    def forward(hidden: Tensor) -> Any:
+        reached.append(True)
+        return function(hidden if style is None else style(hidden))
+
     if torch.compiler.is_compiling():
         inner = layer._modules.get("_fsdp_wrapped_module", layer)
         wrapped = inner._modules.get("_checkpoint_wrapped_module")
-        with exchanged(linear.__dict__, slot, function):
+        with exchanged_forward(linear, slot, function if style is None else forward):
             if wrapped is None:
                 return layer(hidden)
             with exchanged(inner.__dict__, "forward", wrapped):
                 return layer(hidden)
-    reached = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        reached.append(True)
-        return function(hidden)
-
     value = _layer_view(layer, slot, forward)(hidden)
     if not reached:
         raise TypeError(
@@ -185,39 +220,11 @@ def called_with(head: Head, function: Callable, hidden: Tensor) -> Tensor:
 def _layer_view(layer: nn.Module, slot: str, function: Callable) -> nn.Module:
     """A view of the output layer, wrappers included, with function as the Linear's forward."""
     name = next((name for name in _WRAPPED if name in layer._modules), None)
-    view = object.__new__(type(layer))
-    view.__dict__.update(layer.__dict__)
-    bind_to(view, layer)
     if name is None:
-        view.__dict__[slot] = function
-        return view
+        return view_with(layer, slot, function)
+    view = view_of(layer)
     inner = _layer_view(layer._modules[name], slot, function)
     view.__dict__["_modules"] = {**layer._modules, name: inner}
     if name == "_checkpoint_wrapped_module":
         view.__dict__["forward"] = inner
     return view
-
-
-def bind_to(view: nn.Module, module: nn.Module) -> None:
-    """Forwards that accelerate keeps on the module itself must not lead back to it."""
-    for slot in FORWARDS:
-        bound = view.__dict__.get(slot)
-        if getattr(bound, "__self__", None) is module:
-            view.__dict__[slot] = types.MethodType(bound.__func__, view)
-        elif isinstance(bound, functools.partial) and bound.args and bound.args[0] is module:
-            rest = bound.args[1:]
-            view.__dict__[slot] = functools.partial(bound.func, view, *rest, **bound.keywords)
-
-
-@contextmanager
-def exchanged(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """A dictionary with another entry, as long as it takes."""
-    present, before = name in entries, entries.get(name)
-    entries[name] = value
-    try:
-        yield
-    finally:
-        if present:
-            entries[name] = before
-        else:
-            del entries[name]

@@ -84,7 +84,8 @@ class ChunkedLMHeadLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
-        """Set the output layer: a Linear, also below ``fully_shard``, LoRA or checkpointing."""
+        """Set the output layer: a Linear, also below ``fully_shard``, ``parallelize_module``, LoRA
+        or checkpointing."""
         _head(lm_head)
         self.__dict__["lm_head"] = lm_head
 
@@ -136,24 +137,20 @@ class ChunkedLMHeadLoss(nn.Module):
             # A step without labels: 0 / 0 is 0 for the metrics, as for the loss.
             count = torch.where(items == 0, 1, items) if isinstance(items, Tensor) else items
 
-        def loss(hidden: Tensor) -> Any:
+        def loss(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             hidden, weight, bias = head.product(hidden, None)
-            target = labels.reshape(-1)
-            return fused_linear_cross_entropy(
-                hidden.flatten(0, -2), weight, target, bias, **options
-            )
+            found = fused_linear_cross_entropy(hidden, weight, labels, bias, **options)
+            if not self.metrics:
+                return found, {}
+            value, stats = found
+            counted, metrics = labels != self.ignore_index, {}
+            for name in self.metrics:
+                per_token = getattr(stats, _METRICS[name]).detach()
+                total = torch.where(counted, per_token, 0).sum()
+                metrics[f"{name}/mean"] = total.to(value.dtype) / count
+            return value, metrics
 
-        found = called_with(head, loss, pred)  # the layer's hooks run: FSDP2 gathers its weight
-        if not self.metrics:
-            return found, {}
-        value, stats = found
-        counted = labels.reshape(-1) != self.ignore_index
-        metrics = {}
-        for name in self.metrics:
-            per_token = getattr(stats, _METRICS[name]).detach()
-            total = torch.where(counted, per_token, 0).sum()
-            metrics[f"{name}/mean"] = total.to(value.dtype) / count
-        return value, metrics
+        return called_with(head, loss, pred)  # the layer's hooks run: FSDP2 gathers its weight
 
 
 def _head(lm_head: nn.Module) -> Head:

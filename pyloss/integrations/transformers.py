@@ -34,10 +34,11 @@ from pyloss.functional import fused_linear_cross_entropy
 from pyloss.integrations._deferred_logits import Deferred, DeferredHead, causal_loss, masked_loss
 from pyloss.integrations._enable import Settings, use, warn_of_own_loss
 from pyloss.integrations._lookalike import change_class, lookalike
-from pyloss.integrations._output_layer import FORWARDS, bind_to, exchanged, head_of
+from pyloss.integrations._output_layer import head_of
 
 # Also registers attn_implementation="tensor_attention", where transformers is installed.
 from pyloss.integrations._tensor_attention_hf import convert, from_pretrained
+from pyloss.nn._layer_call import FORWARDS, exchanged, view_of
 
 __all__ = ["convert", "disable", "enable", "from_pretrained", "patch_loss", "unpatch_loss"]
 
@@ -56,7 +57,7 @@ _RESERVED = {
     "reduction": _SCALAR,
     "return_stats": _SCALAR,
     "token_weight": "is one tensor per batch, which an option of the model cannot be",
-    "group": "is not supported: the output layer must hold all classes",
+    "group": "comes from the model: parallelize_module or a tp_plan splits its output layer",
     "options": "is there for torch's signature only",
 }
 
@@ -105,7 +106,8 @@ def patch_loss(model: Any, **loss_options: Any) -> Any:
             ``T5ForConditionalGeneration``, ``BertForMaskedLM``,
             ``LlavaForConditionalGeneration``, or a model of PEFT around one, where the adapters of
             the output layer are LoRA or ``modules_to_save``; before ``torch.compile`` or
-            ``DistributedDataParallel`` wrap it, before or after ``fully_shard``. Or a
+            ``DistributedDataParallel`` wrap it, before or after ``fully_shard`` and
+            ``parallelize_module``. Or a
             ``transformers.Trainer``, whose model is patched; its ``label_smoothing_factor``, which
             else needs the logits, becomes the loss's ``label_smoothing`` in training.
         loss_options: options of :func:`pyloss.fused_linear_cross_entropy`: ``z_loss``,
@@ -213,8 +215,9 @@ def enable(*, strict: bool = False, **loss_options: Any) -> Settings:
         loss_options: those of :func:`patch_loss`.
 
     Returns:
-        A context manager, for ``with enable():``, which brings back what was before. Without a
-        ``with`` it holds until :func:`disable`.
+        A context manager, for ``with enable():``, which brings back what was before. A trainer
+        takes the options of a block of its own thread, else the latest. Without a ``with`` they
+        hold until :func:`disable`.
 
     Raises:
         TypeError: an unknown option, ``strict`` not a bool.
@@ -509,11 +512,9 @@ def _view(module: nn.Module, path: list[str], end: nn.Module) -> Any:
     """
     if not path:
         return end
-    view = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
-    view.__dict__.update(module.__dict__)
+    view = view_of(module)
     inner = _view(module._modules[path[0]], path[1:], end)
     view.__dict__["_modules"] = {**module._modules, path[0]: inner}
-    bind_to(view, module)
     return view
 
 

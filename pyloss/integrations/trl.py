@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 import trl
 from torch import Tensor, nn
 
@@ -40,7 +41,9 @@ def patch_trainer(trainer: Any, **loss_options: Any) -> Any:
 
     by :func:`pyloss.fused_linear_cross_entropy`, with entropy and accuracy from the same pass. The
     loss of the trainer and its metrics stay TRL's, whatever its options. Patching twice is patching
-    once, with the options of the second call.
+    once, with the options of the second call. The patch is on the model: when several patched
+    trainers share one, it has the options of the trainer that began to train last; a trainer of it
+    that is not patched uses them, too.
 
     Args:
         trainer: an ``SFTTrainer``, ``DPOTrainer``, ``GRPOTrainer``, ``KTOTrainer`` or
@@ -69,8 +72,10 @@ def patch_trainer(trainer: Any, **loss_options: Any) -> Any:
     """
     models = models_of(trainer)
     _check_options(trainer, loss_options)
-    for model in models:
-        exchange(model, loss_options)
+    again = _Again(models, loss_options)
+    again.on_train_begin()
+    trainer.remove_callback(_Again)
+    trainer.add_callback(again)
     return trainer
 
 
@@ -92,14 +97,26 @@ def unpatch_trainer(trainer: Any) -> Any:
         Traceback (most recent call last):
         TypeError: trainer must be a trainer of TRL with a fused output layer, got str
     """
-    restore_all(models_of(trainer))
+    restore_all(trainer, models_of(trainer))
     return trainer
 
 
-def restore_all(models: list[nn.Module]) -> None:
-    """Give models TRL's own output layer again."""
+def restore_all(trainer: Any, models: list[nn.Module]) -> None:
+    """Give the models of a trainer TRL's own output layer again."""
+    trainer.remove_callback(_Again)
     for model in models:
         restore(model)
+
+
+class _Again(transformers.TrainerCallback):
+    """A trainer made or patched since may have given a model that they share other options."""
+
+    def __init__(self, models: list[nn.Module], options: dict[str, Any]) -> None:
+        self.models, self.options = models, options
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        for model in self.models:
+            exchange(model, self.options)
 
 
 def is_patched(trainer: Any) -> bool:

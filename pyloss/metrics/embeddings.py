@@ -101,9 +101,10 @@ def _of_unit_pairs(x: Tensor, t: float) -> Tensor:
     Of unit vectors d^2 = 2 - 2 s: a log-sum-exp of 2 t s. A vector of zeros is none: its s, 0, is
     taken off again, and its d^2 is that of the definition.
     """
-    lse = similarity_softmax(x, x, 2 * t, first=0).lse.double() - 2 * t
+    lse = similarity_softmax(x, x, 2 * t, first=0).lse
+    lse = checks.widened(lse) - 2 * t
     zero = (x == 0).all(1)
-    zeros, units = zero.sum().double(), (~zero).sum().double()
+    zeros, units = checks.widened(zero.sum()), checks.widened((~zero).sum())
     ordered = log_summed(torch.where(zero, -torch.inf, lse))
     left = ordered.exp() - zeros * units * math.exp(-2 * t)
     others = zeros * (zeros - 1) + 2 * zeros * units * math.exp(-t)
@@ -122,7 +123,7 @@ def _of_all_pairs(x: Tensor, t: float) -> Tensor:
             z.masked_fill_(pairs.lower(z), _LOWEST)
         top = z.amax()
         # Row by row: the order in which torch adds up a whole tile is one of its threads.
-        parts.append(summed(z.sub_(top).exp_().sum(1)).double().log_().add_(top))
+        parts.append(checks.widened(summed(z.sub_(top).exp_().sum(1))).log_().add_(top))
     return torch.stack(parts)
 
 
@@ -134,7 +135,7 @@ def _of_drawn_pairs(x: Tensor, t: float, count: int, generator) -> Tensor:
         i = torch.randint(n, size, generator=generator, device=x.device)
         step = torch.randint(1, n, size, generator=generator, device=x.device)
         between = x[i] - x[(i + step) % n]
-        parts.append(log_summed((between * between).sum(1).double().mul_(-t)))
+        parts.append(log_summed(checks.widened((between * between).sum(1)).mul_(-t)))
     return torch.stack(parts)
 
 
@@ -189,7 +190,7 @@ def _same_class(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     fresh[1:] = ordered[1:] != ordered[:-1]
     of_row = fresh.cumsum(0) - 1
     # As many places as there may be classes: nobody waits for a device to count them.
-    x = x[order].double()
+    x = checks.widened(x[order])
     sums = torch.zeros_like(x).index_add_(0, of_row, x)
     own = x.new_zeros(x.shape[0]).index_add_(0, of_row, (x * x).sum(1))
     sizes = torch.zeros_like(own).index_add_(0, of_row, torch.ones_like(own))

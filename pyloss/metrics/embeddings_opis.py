@@ -142,11 +142,13 @@ def opis(
         half = length.square().mul_(0.5)
         if thresholds is None:
             low, high = _bounds(x, half, of_row, classes.shape[0], far, bounds_samples)
-            steps = torch.linspace(0, 1, num_thresholds, dtype=torch.float64, device=x.device)
+            steps = torch.linspace(
+                0, 1, num_thresholds, dtype=checks.widest(x.device), device=x.device
+            )
             thresholds = low + (high - low) * steps
         else:
             checks.check_device("thresholds", thresholds, x, "embeddings")
-            thresholds = thresholds.double()
+            thresholds = checks.widened(thresholds)
             # Not "diff < 0", which a NaN would not be.
             rising = torch.cat([thresholds[:1], thresholds.diff()]) >= 0
             if checks.can_look_at(thresholds) and not bool(rising.all()):
@@ -182,16 +184,16 @@ def _bounds(x, half, of_row, classes, far, samples) -> tuple[Tensor, Tensor]:
     negative = negative.triu_(1)
     count = int(negative.sum())
     if count == 0:
-        return (square.new_zeros((), dtype=torch.float64),) * 2
+        return (square.new_zeros((), dtype=checks.widest(square.device)),) * 2
     # Not only those of the mask: their indices would take more memory than all.
     found = square.clamp_(min=0).masked_fill_(negative.logical_not_(), torch.inf).view(-1)
     at = (math.ceil(share * count) for share in far)
-    return tuple(found.kthvalue(k).values.double().sqrt() for k in at)
+    return tuple(checks.widened(found.kthvalue(k).values).sqrt() for k in at)
 
 
 def _curves(near, n, classes, sizes, thresholds, epsilon, skipped) -> OPISCurves:
-    within, across = near.cumsum(2).double().unbind(0)
-    size = sizes.double().unsqueeze(1)
+    within, across = checks.widened(near.cumsum(2)).unbind(0)
+    size = checks.widened(sizes).unsqueeze(1)
     sensitivity = within / (size * (size - 1) / 2)
     # Without another class there is no false positive.
     specificity = 1 - across / (size * (n - size)).clamp(min=1)

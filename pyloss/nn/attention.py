@@ -54,8 +54,8 @@ class TensorAttention(OptionsModule):
         to the scores; they hold for every axis of keys. ``is_causal`` replaces ``attn_mask``.
 
     Returns:
-        The pair of the output, in the shape of ``query``, and None: weights of pairs are never
-        formed. A query that sees no key gets the bias of the output projection, not NaN.
+        tuple[Tensor, None]: The output, in the shape of ``query``, and None: weights of pairs are
+        never formed. A query that sees no key gets the bias of the output projection, not NaN.
 
     Raises:
         ValueError: sizes that do not fit, an unknown ``init``.

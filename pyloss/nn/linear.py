@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from pyloss.functional import _rows as rows
 from pyloss.functional import linear as F
+from pyloss.functional._checks import is_dtensor
 from pyloss.functional._layers import check_options
 from pyloss.functional._options import FormulaOptions, names_of
 from pyloss.functional.classification import RowStats
+from pyloss.nn._layer_call import call_layer
 from pyloss.nn._module import OptionsModule
 
 _CHECKED = {
@@ -22,7 +24,8 @@ class LinearCrossEntropyLoss(OptionsModule):
     r"""Module of :func:`pyloss.fused_linear_cross_entropy`, with the linear layer in it.
 
     Stands in for ``torch.nn.LinearCrossEntropyLoss``: same arguments, same ``state_dict``. Where
-    the layer belongs to the model (a language-model head, tied embeddings), :meth:`borrow` it.
+    the layer belongs to the model (a language-model head, tied embeddings), :meth:`borrow` it; the
+    layer may be one of ``fully_shard`` or ``parallelize_module``, whose hooks run.
 
     .. math:: \ell = -w_y \log \mathrm{softmax}(W h + b)_y
 
@@ -153,6 +156,14 @@ class LinearCrossEntropyLoss(OptionsModule):
         return self._borrowed[0] if "_borrowed" in self.__dict__ else self.linear
 
     def forward(self, input: Tensor, target, **call) -> Tensor | tuple[Tensor, RowStats]:
+        def loss(input: Tensor) -> Tensor | tuple[Tensor, RowStats]:
+            return self._loss(input, target, call)
+
+        if is_dtensor(self.layer.weight):  # FSDP2 gathers it in the hooks of its layer
+            return call_layer(self.layer, loss, input)
+        return loss(input)
+
+    def _loss(self, input: Tensor, target, call: dict) -> Tensor | tuple[Tensor, RowStats]:
         weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
         if self.out_features:
             weight = weight.view(self.num_classes, *self.out_features, weight.shape[-1])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch._ops import OpOverload
+    from torch._ops import OperatorBase
     from torch.export import ExportedProgram
 
 __all__ = ["decompose", "decompositions", "load_all"]
@@ -78,7 +78,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions(_decompose.table())
 
 
-def decompositions() -> dict[OpOverload, Callable]:
+def decompositions() -> dict[OperatorBase, Callable]:
     """The table behind :func:`decompose`, for tools that take one.
 
     Such are ``ExportedProgram.run_decompositions`` and ``make_fx``; add

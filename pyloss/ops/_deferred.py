@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _pending: list[tuple[torch.cuda.Event, Tensor, Callable[[float], None]]] = []
+_lock = threading.Lock()  # of the list; what looks at a number may call again
 
 
 def when_known(number: Tensor, look: Callable[[float], None]) -> None:
@@ -25,14 +27,16 @@ def when_known(number: Tensor, look: Callable[[float], None]) -> None:
         there.copy_(number, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-    _pending.append((event, there, look))
+    with _lock:
+        _pending.append((event, there, look))
 
 
 def settle() -> None:
     """Looks at all numbers that have arrived."""
     waiting, arrived = [], []
-    for entry in _pending:
-        (arrived if entry[0].query() else waiting).append(entry)
-    _pending[:] = waiting
+    with _lock:
+        for entry in _pending:
+            (arrived if entry[0].query() else waiting).append(entry)
+        _pending[:] = waiting
     for _, number, look in arrived:
         look(number.item())

@@ -58,11 +58,14 @@ class _AtImport:
 
 
 def _register() -> None:
-    module = sys.modules[_MODULE]
+    module = importlib.import_module(_MODULE)  # complete, where another thread is at it
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     counters = [getattr(mode, "counter", mode) for mode in modes]
-    while _waiting:
-        op, formula = _waiting.pop()
+    while True:
+        try:  # another thread may have taken the last one
+            op, formula = _waiting.pop()
+        except IndexError:
+            return
         if op in module.flop_registry:  # after a reload of this module
             continue
         module.register_flop_formula(op)(formula)

@@ -25,11 +25,26 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Devices that have no float64: there float32 stands in for it.
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """What sums are kept in that are to be exact: float64 where the device has it."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def widened(x: Tensor) -> Tensor:
+    return x.to(widest(x.device))
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """For products whose operands must not be rounded. Meta tensors know no autocast."""
-    if x.is_meta:
+    """For products whose operands must not be rounded. Meta tensors know no autocast, and torch
+    refuses it to devices whose backend says nothing of it, to switch it off too."""
+    device = x.device.type
+    if x.is_meta or (device not in ("cpu", "cuda") and not torch.is_autocast_enabled(device)):
         return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(device, enabled=False)
 
 
 def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

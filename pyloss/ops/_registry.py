@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from pyloss import backends
+from pyloss.ops import _shards
 
 lib = torch.library.Library("pyloss", "DEF")
 
@@ -29,6 +30,7 @@ def define_op(
     *,
     fake: Callable,
     impls: dict[str, Callable],
+    shards: Callable[..., str] | str,
     plain: Callable | str | None = None,
 ) -> None:
     """Registers one op.
@@ -38,6 +40,7 @@ def define_op(
         fake: shapes and dtypes of the results, for compile and export.
         impls: implementation per backend name; ``"reference"`` must be among them, and serves every
             device that has no kernel.
+        shards: along which dimensions a mesh may split the tensors (_shards.py), or why none.
         plain: torch operations that a trace can follow, with no look at a number in a tensor; None:
             the reference. A sentence, where there can be none: why.
     """
@@ -60,6 +63,7 @@ def define_op(
     lib.impl(name, chooser("cuda"), "CUDA")
     lib.impl(name, other, "CompositeExplicitAutograd")
     register_fake(name, fake)
+    _shards.add(lib, name, shards)
 
 
 def _check_dense(name: str, args: tuple) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyloss.functional._checks import check_range, is_dtensor
+from pyloss.functional._checks import check_range, is_dtensor, widened, widest
 from pyloss.optim import _kappas
 from pyloss.optim.lion_k import LionK, check_betas
 
@@ -129,7 +129,7 @@ class _Terms(NamedTuple):
 def _whole(t: Tensor) -> Tensor:
     t = t.detach()
     t = t.full_tensor() if is_dtensor(t) else t
-    return (torch.view_as_real(t) if t.is_complex() else t).double()
+    return widened(torch.view_as_real(t) if t.is_complex() else t)
 
 
 def _terms(params, momenta, grads, kappa, args, group, betas, lr, weight_decay) -> _Terms:
@@ -169,8 +169,8 @@ def _terms(params, momenta, grads, kappa, args, group, betas, lr, weight_decay) 
 def _with_loss(f_value: float | Tensor, parts: Sequence[_Terms]) -> LionKLyapunov:
     device = parts[0].gap.device
     if not isinstance(f_value, Tensor):  # filled there: a copy would wait for a GPU
-        f_value = torch.full((), f_value, dtype=torch.float64, device=device)
-    f = f_value.detach().to(device, torch.float64)
+        f_value = torch.full((), f_value, dtype=widest(device), device=device)
+    f = f_value.detach().to(device, widest(device))
     if f.numel() != 1:
         raise ValueError(f"f_value must hold one number, got shape {list(f.shape)}")
     f = f.reshape(())

@@ -57,7 +57,7 @@ def find_blocks(x: Tensor, *, rank: bool, kl: bool, strength: float) -> Blocks:
     order = x.sort(dim=1, descending=rank, stable=True).indices
     scale = 1 / strength
     starts = torch.zeros((b, n), dtype=torch.bool)
-    for row, s in enumerate(x.double().gather(1, order).tolist()):
+    for row, s in enumerate(x.gather(1, order).tolist()):
         s = [t * scale for t in s] if rank else [-t for t in s]
         if any(map(math.isnan, s)):
             continue

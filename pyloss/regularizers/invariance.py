@@ -38,7 +38,7 @@ def invariance_penalty(
         target: ``(N,)``, or ``(N, m)`` for several responses.
         head: w, ``(k,)``, or ``(k, m)``.
         env_offsets: ``(E + 1,)``, int32 or int64: environment e is the rows from
-            ``env_offsets[e]`` to ``env_offsets[e + 1]``; :mod:`pyloss.segment` makes offsets.
+            ``env_offsets[e]`` to ``env_offsets[e + 1]``; ``pyloss.segment`` makes offsets.
         kind: ``"gap"``, or ``"irmv1"`` for the second, the penalty of invariant risk minimization.
         reduction: ``"mean"`` or ``"sum"`` over environments, or ``"none"``.
 

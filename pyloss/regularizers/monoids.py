@@ -109,7 +109,8 @@ def identity_loss(op: Operator, e: Tensor, x: Tensor, *, reduction: str = "mean"
 
     Args:
         op: of ``(N, D)`` and ``(N, D)`` to ``(N, D)``; its parameters get gradients.
-        e: ``(D,)``, floating, such as :attr:`pyloss.nn.LCMAggregation.identity`.
+        e: ``(D,)``, floating, such as ``identity`` of
+            :class:`pyloss.nn.LCMAggregation`.
         x: ``(N, D)``, floating.
         reduction: ``"mean"`` or ``"sum"`` over the rows of x, or ``"none"``.
 
@@ -189,7 +190,7 @@ def _sampled_nodes(
     checks.check_generator(generator)
     shape = (samples, 2 + least)
     # float64: float32 does not reach all of more than 2^24 elements.
-    u = torch.empty(shape, dtype=torch.float64, device=x.device)
+    u = torch.empty(shape, dtype=checks.widest(x.device), device=x.device)
     u = u.uniform_() if generator is None else u.uniform_(generator=generator)
     level, rows, valid = _places(offsets.detach(), least, u)
     buffer = with_spare_row(x)
@@ -217,7 +218,7 @@ def _places(offsets: Tensor, least: int, u: Tensor) -> tuple[Tensor, Tensor, Ten
     n = lengths[own]
     # At level l there are ceil(n / 2^l) nodes: enough while 2^l <= (n - 1) / (least - 1).
     bound = ((n - 1).clamp(min=0)).div(least - 1, rounding_mode="floor")
-    level = below(u[:, 1], torch.frexp(bound.double())[1].long())
+    level = below(u[:, 1], torch.frexp(checks.widened(bound))[1].long())
     step = torch.ones_like(level).bitwise_left_shift(level)
     nodes = (n + step - 1).div(step, rounding_mode="floor")
     picks: list[Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def difficulty_scores(
 def _losses(model: nn.Module, x: Tensor, y: Tensor, loss: Callable | None) -> Tensor:
     """(N,)"""
     if loss is None:
-        return fused_cross_entropy(model(x), y, reduction="none")
+        return cast(Tensor, fused_cross_entropy(model(x), y, reduction="none"))
     found = loss(model(x), y)
     if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
         got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,8 @@ def _dirichlet(alpha: float, shape: tuple[int, int], generator: torch.Generator 
     """Rows that add up to 1. As logarithms, so that a small alpha underflows nowhere: a gamma
     variable is one of alpha + 1, times a uniform one to the power of 1 / alpha."""
     # What torch.distributions calls, which takes no generator.
-    gamma = torch._standard_gamma(torch.full(shape, alpha + 1.0, dtype=torch.float64), generator)
+    shapes = torch.full(shape, alpha + 1.0, dtype=torch.float64)
+    gamma = torch._standard_gamma(shapes, generator)  # pyright: ignore[reportPrivateImportUsage]
     uniform = torch.rand(shape, dtype=torch.float64, generator=generator)
     return torch.softmax(gamma.log() + torch.log1p(-uniform) / alpha, 1)
 
@@ -318,7 +319,7 @@ def _train(model: nn.Module, samples: Samples, ranks: Tensor, at: int, options: 
             batches = list(torch.tensor(list(sampler)).split(options.batch_size))
         batch = batches.pop(0)
         optimizer.zero_grad()
-        fused_cross_entropy(model(x[batch]), y[batch]).backward()
+        cast(Tensor, fused_cross_entropy(model(x[batch]), y[batch])).backward()
         optimizer.step()
 
 
@@ -345,7 +346,7 @@ def _evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     for inputs, labels in _batches(x, y):
         logits = model(inputs)
         right += int((logits.argmax(1) == labels).sum())
-        loss += float(fused_cross_entropy(logits.double(), labels, reduction="sum"))
+        loss += float(cast(Tensor, fused_cross_entropy(logits.double(), labels, reduction="sum")))
     return right / len(y), loss / len(y)
 
 

@@ -26,7 +26,7 @@ KERNELS = ROOT / "kernels"
 # At the end, so that an installed pyloss stays ahead of the one in the source tree.
 sys.path.append(str(ROOT))
 
-from bench import _kernel_table, _predictions  # noqa: E402
+from bench import _kernel_table, _models  # noqa: E402
 
 OPS = [HERE / "sample_kernel.py"] + sorted(
     p  # modules and packages
@@ -207,10 +207,10 @@ def test_products_are_those_of_the_architecture(module: str, kernel: str, scenar
 
 @pytest.mark.parametrize("what", ["windows", "full"])
 def test_forward_of_attention_is_as_predicted(what: str) -> None:
-    """What bench/_predictions.py counts with; its instructions leave out the masks of edges."""
+    """What bench/_models.py counts with; its instructions leave out the masks of edges."""
     from triton_compile import compile_launch
 
-    (row,) = (k for k in _predictions.AFTER if k.what == what)
+    (row,) = (k for k in _models.AFTER if k.what == what)
     (launch,) = (
         one
         for where, one in launches("tensor_attention", 90, False).values()
@@ -227,10 +227,10 @@ def test_forward_of_attention_is_as_predicted(what: str) -> None:
 @pytest.mark.parametrize("what, least", [("windows", 400), ("full", 450)])
 def test_predicted_rate_of_attention(what: str, least: float) -> None:
     """Useful TFLOP/s, also where less overlaps; before it was below 300."""
-    (now,) = (k for k in _predictions.AFTER if k.what == what)
-    assert _predictions.useful_rate(now, 3) >= least * 1e12
-    (before,) = (k for k in _predictions.BEFORE if k.what == what)
-    assert _predictions.useful_rate(before, 3) < 300e12
+    (now,) = (k for k in _models.AFTER if k.what == what)
+    assert _models.useful_rate(now, 3) >= least * 1e12
+    (before,) = (k for k in _models.BEFORE if k.what == what)
+    assert _models.useful_rate(before, 3) < 300e12
 
 
 # ------------------------------------------------------------------------------ the checks, checked

@@ -180,11 +180,14 @@ LONG = {
 }
 
 
+GROUPED = {"causal": 1.5, "grouped heads": 2}  # heads at a time; all at once: 3.6, 3.4
+
+
 @pytest.mark.parametrize("name", LONG)
 def test_scratch_of_the_backward(name: str) -> None:
     """At most 4 times the inputs; the docs say so."""
     scratch, inputs = backward_bytes(LONG[name])
-    assert scratch <= max(4 * inputs, 256 << 20), (
+    assert scratch <= max(GROUPED.get(name, 4) * inputs, 256 << 20), (
         f"{scratch / inputs:.2f} times {inputs / 2**30} GiB"
     )
 

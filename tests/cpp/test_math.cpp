@@ -13,7 +13,7 @@
 #include "check.h"
 #include "common/dtype.h"
 #include "common/math.h"
-#include "common/multiversion.h"
+#include "common/compiler.h"
 #include "cpu/lanes.h"
 
 using namespace pyloss;

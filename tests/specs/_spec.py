@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,11 @@ class Sample:
         """With other values; a name that is not an input is an option."""
         inputs = {k: change.get(k, v) for k, v in self.inputs.items()}
         return Sample(inputs, {**self.options, **{k: change[k] for k in change if k not in inputs}})
+
+
+def beside(module: nn.Module, like: Tensor) -> nn.Module:
+    """A module that was made beforehand, on the device of a tensor."""
+    return module if like.is_cpu else copy.deepcopy(module).to(like.device)
 
 
 @dataclass(frozen=True)

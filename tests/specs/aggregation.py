@@ -84,7 +84,9 @@ def lcm_aggregation(x, lengths, **arguments):
     weights = {k: v for k, v in arguments.items() if k not in MADE_WITH}
     layer = _layer(pyloss.nn.LCMAggregation, **options)
     names = {n.replace("__", "."): w for n, w in weights.items()}
-    return torch.func.functional_call(layer, names, (x,), dict(offsets=_offsets(lengths)))
+    return torch.func.functional_call(
+        layer, names, (x,), dict(offsets=_offsets(lengths).to(x.device))
+    )
 
 
 def _offsets(lengths):

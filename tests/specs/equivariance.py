@@ -11,7 +11,7 @@ from torch.func import functional_call
 from pyloss.functional import equivariance_error
 from pyloss.regularizers import EquivarianceRegularizer, SymmetryType
 from pyloss.testing import make_logits
-from specs._spec import BF16, F32, F64, Bad, Empty, Sample, Spec
+from specs._spec import BF16, F32, F64, Bad, Empty, Sample, Spec, beside
 
 IN, OUT = [(1, "scalar"), (2, "vector")], [(1, "tensor2")]
 VECTOR = [(1, "vector")]
@@ -45,7 +45,7 @@ HOLDERS = {name: Holder(name) for name in ("sum", "none", "mean")}
 
 def penalty(weight, bias, last, *, reduction="sum"):
     state = {"layer.weight": weight, "layer.bias": bias, "last.weight": last}
-    return functional_call(HOLDERS[reduction], state, ())
+    return functional_call(beside(HOLDERS[reduction], weight), state, ())
 
 
 def penalty_reference(weight, bias, last, *, reduction="sum"):

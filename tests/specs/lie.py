@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from pyloss.nn import lie
 from pyloss.testing import make_logits
-from specs._spec import BF16, F32, F64, Bad, Empty, Sample, Spec
+from specs._spec import BF16, F32, F64, Bad, Empty, Sample, Spec, beside
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def shifted(a: torch.Tensor) -> torch.Tensor:
-    return a + 2 * torch.eye(a.shape[-1], dtype=a.dtype)
+    return a + 2 * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
 
 
 def decomposed(a):
@@ -151,7 +151,7 @@ CONVOLUTIONS["GL"].set_inputs_(GL.sample(2, torch.Generator().manual_seed(7)))
 
 def call(layer, x, first, last, bias):
     state = {"kernel.layers.0.weight": first, "kernel.layers.1.weight": last, "bias": bias}
-    return functional_call(layer, state, (x,))
+    return functional_call(beside(layer, x), state, (x,))
 
 
 def lift(x, first, last, bias, *, group="SL"):

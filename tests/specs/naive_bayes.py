@@ -8,13 +8,13 @@ import torch
 
 import pyloss
 from pyloss.testing import make_logits
-from specs._spec import F32, F64, Bad, Empty, Sample, Spec
+from specs._spec import F32, F64, Bad, Empty, Sample, Spec, beside
 
 
 def head(x, y, input, classes=3, **options):
     """log p(c | x) of a head that has seen x in two batches."""
     module = pyloss.nn.GaussianNaiveBayes(x.shape[1], classes, **options)
-    half = len(x) // 2
+    module, half = beside(module, x), len(x) // 2
     return module.partial_fit(x[:half], y[:half]).partial_fit(x[half:], y[half:]).log_prob(input)
 
 

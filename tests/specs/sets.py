@@ -168,7 +168,9 @@ def pair_spec(function, one, module, **fields) -> Spec:
 
 def search(weights, target_set, mask=None, **options):
     def step(prefix):
-        last = prefix[:, -1] if prefix.shape[1] else torch.full((len(prefix),), len(weights) - 1)
+        last = (
+            prefix[:, -1] if prefix.shape[1] else prefix.new_full((len(prefix),), len(weights) - 1)
+        )
         return weights[last].log_softmax(-1)
 
     loss, order = order_search_loss(step, target_set, mask=mask, **options)

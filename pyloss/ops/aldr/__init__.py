@@ -35,11 +35,13 @@ define_op(
         [stats_of(x)] if factor is None else [stats_of(x), x.new_empty(x.shape)]
     ),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards="Nc, N, N, N -> kN, Nc",
 )
 define_op(
     f"aldr_bwd(Tensor x, Tensor target, Tensor stats, Tensor factor, {_OPTIONS}) -> Tensor",
     fake=lambda x, *rest: x.new_empty(x.shape),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards="Nc, N, kN, N -> Nc",
 )
 
 # --------------------------------------------------------------------------------------------------

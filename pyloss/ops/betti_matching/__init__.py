@@ -23,6 +23,7 @@ from pyloss.ops._empty import scaled
 from pyloss.ops._launch import constants
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op, lib
+from pyloss.ops._shards import beside
 from pyloss.ops._transforms import forward_ad_active, functorch_active
 from pyloss.ops.betti_matching import cpu, cuda, reference
 from pyloss.ops.betti_matching.records import (
@@ -57,12 +58,14 @@ def _pairs_fake(input, superlevel, dims, essential):
     return input.new_empty((size, 6), dtype=torch.int64)
 
 
+_ROWS = "their rows say which item they belong to, by its number in the whole batch"
 _NO_PLAIN_FORM = "which bars there are is found by an algorithm on the values"
 
 define_op(
     "betti_loss_fused(Tensor input, Tensor target, float[] options) -> (Tensor, Tensor)",
     fake=_loss_fake,
     impls={"cpu": cpu.loss, "cuda": cuda.loss, "reference": reference.loss},
+    shards="NC..., NC... -> NCkt, NC...",
     plain=_NO_PLAIN_FORM,
 )
 define_op(
@@ -70,12 +73,14 @@ define_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=_matching_fake,
     impls={"cpu": cpu.matching, "cuda": cuda.matching, "reference": reference.matching},
+    shards=_ROWS,
     plain=_NO_PLAIN_FORM,
 )
 define_op(
     "persistence_pairs(Tensor input, bool superlevel, int[] dims, bool essential) -> Tensor",
     fake=_pairs_fake,
     impls={"cpu": cpu.pairs, "cuda": cuda.pairs, "reference": reference.pairs},
+    shards=_ROWS,
     plain=_NO_PLAIN_FORM,
 )
 
@@ -135,6 +140,7 @@ define_op(
     "bool essential) -> (Tensor, Tensor, Tensor)",
     fake=_dense_fake,
     impls={"cpu": _dense, "cuda": _dense, "reference": _dense},
+    shards="N..., N... -> Nrk, Nrk, Nrk",
     plain=_NO_PLAIN_FORM,
 )
 torch.library.register_vmap("pyloss::betti_matching_dense", _dense_vmap, lib=lib)
@@ -164,7 +170,7 @@ def _dense_terms(input: Tensor, target: Tensor, o: Options, target_weight: float
 def _weights(o: Options, target_weight: float, like: Tensor, spatial: int) -> Tensor:
     terms = (o.matched_weight, o.unmatched_weight, target_weight)
     found = [w * t for w in dim_weights(o)[:spatial] for t in terms]
-    return constants(found, like.dtype, like.device).view(-1, TERMS)
+    return beside(constants(found, like.dtype, like.device).view(-1, TERMS), like)
 
 
 def _total(terms: Tensor, o: Options, target_weight: float) -> Tensor:

@@ -22,17 +22,21 @@ from pyloss.ops.frame_pca.calls import empty_frames, empty_gradients
 
 KERNEL_DIMS = (2, 3)
 
+_WHOLE = "clouds lie one after the other, and a split of the points would cut some"
+
 define_op(
     "frame_pca_fwd(Tensor x, Tensor? weight, Tensor? offsets, SymInt clouds, bool centred) "
     "-> Tensor",
     fake=lambda x, weight, offsets, clouds, centred: empty_frames(x, clouds),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards=_WHOLE,
 )
 define_op(
     "frame_pca_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? offsets, Tensor frames, "
     "bool centred, float tolerance) -> Tensor[]",
     fake=lambda grad, x, weight, *rest: empty_gradients(x, weight),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards=_WHOLE,
 )
 
 _ops = torch.ops.pyloss
@@ -83,5 +87,8 @@ def frame_pca(
         rows = _FramePca.apply(x, weight, offsets, clouds, centred, tolerance)
     else:
         rows = _ops.frame_pca_fwd(x, weight, offsets, clouds, centred)
-    axes, centre, value, total = rows.split([d * d, d, d, 1], 1)
-    return axes.unflatten(1, (d, d)), centre, value, total.squeeze(1)
+    # One by one: the gradient of split makes plain zeros for those that are not used, and beside
+    # DTensors there must be none.
+    ends = d * d, d * d + d, d * d + 2 * d
+    axes, centre, value = rows[:, : ends[0]], rows[:, ends[0] : ends[1]], rows[:, ends[1] : ends[2]]
+    return axes.unflatten(1, (d, d)), centre, value, rows[:, ends[2]]

@@ -78,11 +78,14 @@ _TENSORS = (
     "Tensor? mix, Tensor? weight, Tensor? token_weight"
 )
 
+_WHOLE = "the functions hand over what each process has, and add up themselves"
+
 define_op(
     f"linear_cross_entropy_fwd({_TENSORS}, float[]? options, int[] codes, ScalarType loss_dtype, "
     f"int wants, int chunk, bool exact, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards=_WHOLE,
     plain=functools.partial(reference.forward, recorded=False),
 )
 define_op(
@@ -90,6 +93,7 @@ define_op(
     f"float[]? options, int[] codes, int wants, int chunk, bool exact, {NUMBERS}) -> Tensor[]",
     fake=lambda grad_loss, grad_extras, *args: _fake_grads(Tensors(*args[:8]), args[11]),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards=_WHOLE,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +151,7 @@ define_op(
         "triton": lambda *args: tiles().forward(_of_tiles(args[:6]), *args[6:]),
         "reference": _tiles_reference,
     },
+    shards=_WHOLE,
 )
 define_op(
     f"linear_cross_entropy_tiles_bwd(Tensor grad_loss, Tensor? grad_extras, {_TILE_TENSORS}, "
@@ -154,6 +159,7 @@ define_op(
     f"{NUMBERS}) -> Tensor[]",
     fake=lambda grad_loss, grad_extras, *args: _fake_grads(_of_tiles(args[:6]), args[9]),
     impls={"triton": _tiles_backward, "reference": _tiles_backward_reference},
+    shards=_WHOLE,
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pyloss.ops._launch import accumulator_dtype
+from pyloss.ops._launch import accumulator_dtype, widened
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors, wanted
 from pyloss.ops.linear_cross_entropy.chunks import Chunks
 from pyloss.ops.linear_cross_entropy.products import Linear
@@ -84,7 +84,7 @@ def forward(rows, *args):
         if any(grads):
             linear.add(logits, x, part)
     if call.scalar:
-        total = losses.double().sum()
+        total = widened(losses).sum()
         if call.empty is not None:
             total = torch.where(call.empty, torch.nan, total)
         loss.copy_(total)

@@ -59,14 +59,26 @@ class Linear:
 
     def add(self, dz: Tensor, x: Tensor, part: slice) -> None:
         """Adds what a chunk's gradient of the logits gives."""
-        dx, dw, db = self.results
-        if dx is not None:
-            if self.chunks.kept is None:
-                product(dz, self.weight, dx[part])
-            else:
-                rows = dx.new_empty((dz.shape[0], dx.shape[1]))
-                product(dz, self.weight, rows)
-                self.chunks.put(dx, part, rows)
+        self.add_input(dz, part)
+        self.add_weight(dz, x, part)
+
+    def add_input(self, dz: Tensor, part: slice) -> Tensor | None:
+        """The chunk's rows of the input's gradient, which go into the result."""
+        dx = self.results[0]
+        if dx is None:
+            return None
+        if self.chunks.kept is None:
+            rows = dx[part]
+            product(dz, self.weight, rows)
+        else:
+            rows = dx.new_empty((dz.shape[0], dx.shape[1]))
+            product(dz, self.weight, rows)
+            self.chunks.put(dx, part, rows)
+        return rows
+
+    def add_weight(self, dz: Tensor, x: Tensor, part: slice) -> None:
+        """Adds the chunk's gradients of weight and bias; dz may be written over."""
+        _, dw, db = self.results
         if dw is not None and self._by_parts(dw, dz):
             labels = [] if self.exact else self._without_labels(dz, part)
             x = x.to(dw.dtype) if self.exact else x

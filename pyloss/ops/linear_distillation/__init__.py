@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops import _shards
 from pyloss.ops._changing import NUMBERS, split
 from pyloss.ops._empty import scale_
 from pyloss.ops._flops import count_by
@@ -88,6 +89,7 @@ lib.define(
 )
 lib.impl("linear_distillation", _forward, "CompositeExplicitAutograd")
 register_fake("linear_distillation", _pass_fake)
+_shards.add(lib, "linear_distillation", "its sums and gradients are of all rows")
 plain_forms["linear_distillation"] = lambda *args: reference.forward(*args[:11])
 
 

@@ -27,6 +27,7 @@ define_op(
     "float[] numbers, SymInt[] positions) -> ()",
     fake=lambda *arguments: None,
     impls={"cpu": cpu.step, "cuda": cuda.step, "reference": reference.step},
+    shards="the optimiser hands over what each process has",
 )
 
 

@@ -40,6 +40,7 @@ define_op(
     "-> (Tensor, Tensor)",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards="Nc*, Nc*, N* -> N*, N*",
     plain=functools.partial(reference.forward, checked=False),
 )
 define_op(
@@ -47,6 +48,7 @@ define_op(
     "bool squared, int ignore_index, bool clean, bool adv) -> (Tensor, Tensor)",
     fake=_backward_fake,
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards="N*, N*, N*, Nc*, Nc*, N* -> Nc*, Nc*",
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ define_op(
         x.new_empty(x.shape, dtype=torch.int32),
     ),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards="Bn -> Bn, Bn",
     plain=plain.forward,
 )
 define_op(
@@ -32,6 +33,7 @@ define_op(
     "-> Tensor",
     fake=lambda g, x, packed, rank, kl, strength: g.new_empty(g.shape),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards="Bn, Bn, Bn -> Bn",
 )
 
 

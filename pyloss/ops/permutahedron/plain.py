@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyloss.ops._launch import widened
 from pyloss.ops.permutahedron.reference import packed_blocks
 
 
@@ -39,9 +40,9 @@ def _find_blocks(x: Tensor, *, rank: bool, kl: bool, strength: float):
     order = x.sort(dim=1, descending=rank).indices  # a stable one is not in ONNX, nor needed
     sorted_x = x.gather(1, order)
     fixed = sorted_x.mul(scale if rank else 1).isinf()
-    s = torch.where(fixed, 0.0, sorted_x.double()) * (scale if rank else -1.0)
+    s = torch.where(fixed, 0.0, widened(sorted_x)) * (scale if rank else -1.0)
     place = torch.arange(n, device=x.device)
-    w = (n - place).double() * (1.0 if rank else scale)
+    w = widened(n - place) * (1.0 if rank else scale)
     w = (w.log() if kl and rank else w).expand(s.shape)
     y, u = (s, w) if rank else (w, s)
 

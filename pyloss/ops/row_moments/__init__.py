@@ -24,6 +24,7 @@ define_op(
     "row_moments_fwd(Tensor input, Tensor target, int ignore_index) -> Tensor",
     fake=lambda input, target, ignore_index: empty_moments(input),
     impls={"cpu": cpu.forward, "cuda": cuda.forward, "reference": reference.forward},
+    shards="Nc*, N* -> kN*",
     plain=reference.composed,
 )
 define_op(
@@ -31,6 +32,7 @@ define_op(
     "-> Tensor",
     fake=lambda grad, input, target, moments, ignore_index: gradient_like(input),
     impls={"cpu": cpu.backward, "cuda": cuda.backward, "reference": reference.backward},
+    shards="kN*, Nc*, N*, kN* -> Nc*",
 )
 
 _ops = torch.ops.pyloss

@@ -107,28 +107,34 @@ _ARGUMENTS = (
 )
 _SAVED = f"Tensor saved, float[]? options, int[] codes, {NUMBERS}"
 
+_WHOLE = "the functions hand over what each process has, and add up themselves"
+
 define_op(
     f"row_softmax_fwd({_ARGUMENTS}, float[]? options, int[] codes, ScalarType loss_dtype, "
     f"int wants, {NUMBERS}) -> Tensor[]",
     fake=_forward_fake,
     impls=_impls("forward"),
+    shards=_WHOLE,
     plain=functools.partial(reference.forward, recorded=False),
 )
 define_op(
     f"row_softmax_bwd(Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) -> Tensor",
     fake=lambda grad_loss, grad_extras, input, *rest: gradient_like(input),
     impls=_impls("backward"),
+    shards=_WHOLE,
 )
 define_op(
     f"row_softmax_bwd_(Tensor grad_loss, Tensor? grad_extras, "
     f"{_ARGUMENTS.replace('Tensor input', 'Tensor(a!) input')}, {_SAVED}) -> ()",
     fake=lambda *args: None,
     impls=_impls("backward_"),
+    shards=_WHOLE,
 )
 define_op(
     "scale_(Tensor(a!) data, Tensor factor) -> ()",
     fake=lambda data, factor: None,
     impls=_impls("scale_"),
+    shards="*, - ->",
 )
 define_op(
     f"row_softmax_hvp(Tensor v, Tensor grad_loss, Tensor? grad_extras, {_ARGUMENTS}, {_SAVED}) "
@@ -138,6 +144,7 @@ define_op(
         *hvp_outputs(input, grad_extras),
     ),
     impls=_impls("hvp"),
+    shards=_WHOLE,
 )
 
 
@@ -152,6 +159,7 @@ define_op(
     f"{NUMBERS}) -> Tensor",
     fake=lambda grad_loss, input, target, *rest: target.new_empty(target.shape),
     impls=dict.fromkeys(("cpu", "cuda", "reference"), _target_grad),
+    shards=_WHOLE,
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._launch import widened, widest
 from pyloss.ops.row_softmax.layout import row_shape
 from pyloss.ops.row_softmax.records import DENSE, MIX, Codes
 
@@ -26,9 +27,9 @@ def masses(labels: Labels, codes: Codes, ignored: Tensor | None) -> tuple[Tensor
     target, target2, mix, weight, token_weight = labels
     if token_weight is None:
         rows = row_shape(target) if codes.kind == DENSE else target.shape
-        token = target.new_ones(rows, dtype=torch.float64)
+        token = target.new_ones(rows, dtype=widest(target.device))
     else:
-        token = token_weight.double()
+        token = widened(token_weight)
     if ignored is not None:
         token = torch.where(ignored, 0.0, token)
     if weight is None or codes.kind == DENSE:
@@ -37,11 +38,11 @@ def masses(labels: Labels, codes: Codes, ignored: Tensor | None) -> tuple[Tensor
 
     def of(labels):
         # Out of range, and not ignored: the kernel will say so.
-        return weight.double()[torch.where(outside(labels, weight.shape[0]), 0, wide(labels))]
+        return widened(weight)[torch.where(outside(labels, weight.shape[0]), 0, wide(labels))]
 
     picked = of(target)
     if codes.kind == MIX:
-        share = mix.double()
+        share = widened(mix)
         picked = share * picked + (1 - share) * of(target2)
     return (token * picked).sum(), token.sum()
 

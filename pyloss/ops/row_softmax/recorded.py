@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyloss.ops._labels import outside, wide
+from pyloss.ops._launch import widened
 from pyloss.ops.row_softmax.epilogue import transform
 from pyloss.ops.row_softmax.layout import row_count
 from pyloss.ops.row_softmax.masses import Labels, ignored_rows, masses
@@ -89,7 +90,7 @@ def record(
 
 def _norm(labels: Labels, options: Options, codes: Codes, ignored, classes: int) -> tuple:
     weight = labels[3]
-    weight_sum = classes if weight is None else weight.double().sum()
+    weight_sum = classes if weight is None else widened(weight).sum()
     if codes.reduction != REDUCTIONS["mean"]:
         return 1.0, 1.0, weight_sum
     if options.num_items > 0:

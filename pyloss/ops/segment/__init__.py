@@ -23,11 +23,13 @@ define_op(
     "segment_fold(Tensor x, Tensor? other, Tensor offsets, Tensor[] given, int kind) -> Tensor",
     fake=lambda x, other, offsets, given, kind: empty_fold(x, offsets, kind),
     impls={"cpu": cpu.fold, "cuda": cuda.fold, "reference": reference.fold},
+    shards="nW, nW, s, sW -> rsW",
 )
 define_op(
     "segment_map(Tensor x, Tensor? other, Tensor offsets, Tensor[] given, int kind) -> Tensor",
     fake=lambda x, other, offsets, given, kind: empty_map(x),
     impls={"cpu": cpu.map_, "cuda": cuda.map_, "reference": reference.map_},
+    shards="nW, nW, s, sW -> nW",
 )
 
 _ops = torch.ops.pyloss

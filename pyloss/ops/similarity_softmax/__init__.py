@@ -30,6 +30,7 @@ from pyloss.ops.similarity_softmax.call import (
     SCHEMA,
     SOURCES,
     WANTS,
+    WHOLE,
     Pairs,
     Stats,
     checked,
@@ -67,6 +68,7 @@ define_op(
         "triton": triton.forward,
         "reference": otherwise(reference.forward, by_tiles.forward),
     },
+    shards=WHOLE,
     plain=reference.forward,
 )
 define_op(
@@ -78,6 +80,7 @@ define_op(
         "triton": triton.backward,
         "reference": otherwise(reference.backward, by_tiles.backward),
     },
+    shards=WHOLE,
     plain=reference.backward,
 )
 count_by("similarity_softmax_fwd", lambda *args, out_shape=None: flops(*args[:2]))

@@ -23,6 +23,8 @@ DENOMINATORS = {"all": 0, "negatives": NEGATIVES}
 # The kinds of similarity_sums; what its numbers are.
 SIGMOID, MARGINS = 0, 1  # (bias,); (above, below)
 
+# Why a mesh splits no tensor of these ops.
+WHOLE = "every row meets every other; group= of the losses has each process hold its rows alone"
 SCHEMA = (
     "Tensor queries, Tensor? keys, float scale, Tensor? scales, Tensor? target, "
     "Tensor? query_ids, Tensor? key_ids, SymInt first, int flags"

@@ -11,7 +11,7 @@ from pyloss.ops._flops import count_by
 from pyloss.ops._launch import DTYPE_CODES, address, scratch
 from pyloss.ops._registry import define_op
 from pyloss.ops.similarity_softmax import records
-from pyloss.ops.similarity_softmax.call import otherwise
+from pyloss.ops.similarity_softmax.call import WHOLE, otherwise
 
 # A side of a tile of torch's products: they run at the full rate, and a tile stays in the cache.
 TILE = 1024
@@ -75,6 +75,7 @@ define_op(
         "triton": _by_tiles,
         "reference": otherwise(_by_reference, _by_tiles),
     },
+    shards=WHOLE,
     plain="which pairs are counted is found by looking at their distances",
 )
 # Each pair once.

@@ -35,6 +35,7 @@ from pyloss.ops.similarity_softmax.call import (
     WANT_QUERIES,
     WANT_SCALE,
     WANTS,
+    WHOLE,
     Pairs,
     flops,
 )
@@ -193,12 +194,14 @@ define_op(
     f"similarity_loss_fwd(Tensor x1, Tensor? x2, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     impls={"cpu": _forward, "reference": _forward_reference},
+    shards=WHOLE,
 )
 define_op(
     "similarity_loss_bwd(Tensor x1, Tensor? x2, Tensor unit, Tensor stats, Tensor g, "
     f"{_OPTIONS}, int want) -> Tensor[]",
     fake=_backward_fake,
     impls={"cpu": _backward, "reference": _backward_reference},
+    shards=WHOLE,
 )
 
 

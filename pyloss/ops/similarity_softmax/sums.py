@@ -18,6 +18,7 @@ from pyloss.ops.similarity_softmax.call import (
     SIGMOID,
     SOURCES,
     WANTS,
+    WHOLE,
     Pairs,
     checked,
     flops,
@@ -55,6 +56,7 @@ define_op(
         "triton": triton.sums_forward,
         "reference": otherwise(reference.sums_forward, by_tiles.sums_forward),
     },
+    shards=WHOLE,
     plain=reference.sums_forward,
 )
 define_op(
@@ -65,6 +67,7 @@ define_op(
         "triton": triton.sums_backward,
         "reference": otherwise(reference.sums_backward, by_tiles.sums_backward),
     },
+    shards=WHOLE,
     plain=reference.sums_backward,
 )
 count_by("similarity_sums_fwd", lambda *args, out_shape=None: flops(*args[:2]))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyloss.ops._shards import is_dtensor
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 
 _EPS = 1e-12
@@ -70,8 +71,9 @@ def _gradient(x: Tensor, norms: Tensor, grad: Tensor, out: Tensor | None) -> Ten
 
 def unit_rows(*parts: Tensor) -> Tensor:
     """The rows of all parts, (N, D) each, float32 or float64, divided by their norms."""
-    # What sees into it: torch.compile, and the transforms.
+    # What sees into it: torch.compile, and the transforms. DTensors take no `out=`.
     seen = torch.compiler.is_compiling() or functorch_active() or forward_ad_active()
+    seen = seen or any(map(is_dtensor, parts))
     if seen or not (torch.is_grad_enabled() and any(x.requires_grad for x in parts)):
         return F.normalize(parts[0] if len(parts) == 1 else torch.cat(parts), dim=1)
     return _UnitRows.apply(*parts)

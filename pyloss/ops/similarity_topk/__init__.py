@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops import _shards
 from pyloss.ops._flops import count_by
 from pyloss.ops._launch import without_autocast
 from pyloss.ops._registry import lib, plain_forms, register_fake
 from pyloss.ops._transforms import forward_ad_active, functorch_active, is_batched
 from pyloss.ops.similarity_topk import by_tiles, cpu
 from pyloss.ops.similarity_topk.anchors import SHORTEST, anchor_scores
-from pyloss.ops.similarity_topk.hardest import similarity_hardest
+from pyloss.ops.similarity_topk.hardest import own_shards, similarity_hardest
 
 __all__ = [
     "SHORTEST",
@@ -63,6 +64,7 @@ lib.define(
 )
 lib.impl("similarity_topk", _forward, "CompositeExplicitAutograd")
 register_fake("similarity_topk", _fake)
+_shards.add(lib, "similarity_topk", own_shards("Bd, nd -> Bk, Bk"))
 plain_forms["similarity_topk"] = _formulas
 count_by("similarity_topk", lambda q, k, *rest, out_shape=None: 2 * q[0] * q[1] * k[0])
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyloss import backends
+from pyloss.ops import _shards
 from pyloss.ops._flops import count_by
 from pyloss.ops._gemm import product
 from pyloss.ops._launch import without_autocast
@@ -102,6 +103,17 @@ def _plain(queries, keys, scale, k, first):
     return lse, total, torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int32)
 
 
+def own_shards(rule: str):
+    """The rule where no query is a key, whose number `first` tells."""
+
+    def find(*args):
+        return rule if args[-1] < 0 else "a query is found among the keys by its place"
+
+    return find
+
+
+_shards.add(lib, "similarity_hardest", own_shards("Bd, nd, B -> B, B, B, B"))
+_shards.add(lib, "similarity_hardest_bwd", own_shards("B, B, Bd, nd, B, B, B, B -> Bd, nd, B"))
 plain_forms["similarity_hardest"] = _plain
 plain_forms["similarity_hardest_bwd"] = "it starts from what the forward has kept of each row"
 

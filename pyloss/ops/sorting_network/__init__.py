@@ -21,6 +21,7 @@ from torch import Tensor
 from pyloss.ops._empty import scale_, scaled
 from pyloss.ops._reference import gradients
 from pyloss.ops._registry import define_op
+from pyloss.ops._shards import is_dtensor
 from pyloss.ops._transforms import (
     forward_ad_active,
     functorch_active,
@@ -74,21 +75,36 @@ def _loss_fake(x, target, count, codes, net, options, need_grad):
     return loss, torch.empty_like(x) if need_grad else x.new_empty((0,))
 
 
+def _apply_bwd_shards(g, x, f, *rest):
+    """Features that all items have in common get a gradient from each."""
+    of_f = "BnD" if f.shape[0] == x.shape[0] else "1nD"
+    return f"BnD, Bn, {of_f} -> Bn, {of_f}"
+
+
+def _loss_shards(x, target, count, codes, *rest):
+    if REDUCTIONS[codes[2]] == "mean":
+        return "each process would divide by the number of its own items"
+    return f"Bn, Bn, Bn -> {'' if codes[2] else 'B'}, Bn"
+
+
 define_op(
     "sorting_network_sort(Tensor x, int[] net, float[] options) -> Tensor",
     fake=lambda x, net, options: torch.empty_like(x),
     impls={"cpu": cpu.sort, "cuda": cuda.sort, "reference": reference.sort},
+    shards="Bn -> Bn",
 )
 define_op(
     "sorting_network_sort_bwd(Tensor gy, Tensor x, int[] net, float[] options) -> Tensor",
     fake=lambda gy, x, net, options: torch.empty_like(x),
     impls={"cpu": cpu.sort_bwd, "cuda": cuda.sort_bwd, "reference": reference.sort_bwd},
+    shards="Bn, Bn -> Bn",
 )
 define_op(
     "sorting_network_apply(Tensor x, Tensor f, bool transpose, int[] net, float[] options) "
     "-> Tensor",
     fake=lambda x, f, transpose, net, options: x.new_empty((*x.shape, f.shape[2])),
     impls={"cpu": cpu.apply, "cuda": cuda.apply, "reference": reference.apply},
+    shards="Bn, BnD -> BnD",
 )
 define_op(
     "sorting_network_apply_bwd(Tensor g, Tensor x, Tensor f, bool transpose, int[] net, "
@@ -98,11 +114,13 @@ define_op(
         torch.empty_like(f) if need_f else f.new_empty((0,)),
     ),
     impls={"cpu": cpu.apply_bwd, "cuda": cuda.apply_bwd, "reference": reference.apply_bwd},
+    shards=_apply_bwd_shards,
 )
 define_op(
     "sorting_network_permutation(Tensor x, int[] net, float[] options) -> (Tensor, Tensor)",
     fake=lambda x, net, options: (torch.empty_like(x), x.new_empty((*x.shape, x.shape[1]))),
     impls={"cpu": cpu.permutation, "cuda": cuda.permutation, "reference": reference.permutation},
+    shards="Bn -> Bn, Bnm",
 )
 define_op(
     "sorting_network_permutation_bwd(Tensor? gy, Tensor gp, Tensor x, int[] net, float[] options) "
@@ -113,6 +131,7 @@ define_op(
         "cuda": cuda.permutation_bwd,
         "reference": reference.permutation_bwd,
     },
+    shards="Bn, Bnm, Bn -> Bn",
 )
 define_op(
     # codes: order, kind, reduction
@@ -120,6 +139,7 @@ define_op(
     "float[] options, bool need_grad) -> (Tensor, Tensor)",
     fake=_loss_fake,
     impls={"cpu": cpu.loss, "cuda": cuda.loss, "reference": reference.loss},
+    shards=_loss_shards,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -293,6 +313,9 @@ def loss(
         target: (b, n): of ``order="ranks"`` int32; else values of float64, float32, int64, int32.
         count: int32 (b, n) with ranks, None: one rank each.
     """
+    if reduction == "mean" and is_dtensor(x):  # the number of items is that of all processes
+        one_by_one = dict(order=order, kind=kind, reduction="sum")
+        return loss(x, target, count, settings, **one_by_one) / x.shape[0]
     codes = (ORDERS.index(order), KINDS.index(kind), REDUCTIONS.index(reduction))
     if _reference_needed(settings):
         return reference.composed_loss(x, target, count, codes, *settings)

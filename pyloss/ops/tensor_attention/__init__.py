@@ -40,16 +40,44 @@ def _backward_fake(dout, dlse, *args):
     return [g for g in gradients(args[:7], args[-1]) if g is not None]
 
 
+def _terms(q, k1, k2, v1, v2, mask1, mask2, scale, causal, w1, w2, *rest) -> list[str]:
+    """Of the tensors. Queries may be split where none is told its keys by its place."""
+    n = "n" if causal or w1 or w2 else "N"
+    h = "1" if k1.shape[1] == 1 < q.shape[1] else "H"  # of the keys
+    of_masks = [
+        "".join("1" if size == 1 else letter for letter, size in zip(f"BH{n}{key}", m.shape))
+        for m, key in ((mask1, "j"), (mask2, "k"))
+        if m is not None
+    ]
+    masks = iter(of_masks)
+    masks = ["-" if m is None else next(masks) for m in (mask1, mask2)]
+    return [f"BH{n}d", f"B{h}jd", f"B{h}kd", f"B{h}je", f"B{h}ke", *masks]
+
+
+def _forward_shards(*args):
+    terms = _terms(*args)
+    return f"{', '.join(terms)} -> {terms[0][:3]}e, {terms[0][:3]}"
+
+
+def _backward_shards(dout, dlse, *args):
+    terms, want = _terms(*args[:7], *args[9:]), args[-1]
+    out, lse = f"{terms[0][:3]}e", terms[0][:3]
+    grads = [term for term, bit in zip(terms, WANT) if want & bit]
+    return f"{out}, {lse}, {', '.join(terms)}, {out}, {lse} -> {', '.join(grads)}"
+
+
 define_op(
     f"tensor_attention_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "triton": triton.forward, "reference": reference.forward},
+    shards=_forward_shards,
 )
 define_op(
     f"tensor_attention_bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, "
     f"{_SETTINGS}, int want) -> Tensor[]",
     fake=_backward_fake,
     impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
+    shards=_backward_shards,
 )
 
 count_by("tensor_attention_fwd", cost.forward_flops)

@@ -150,9 +150,9 @@ class _TensorAttentionOrder(torch.autograd.Function):
         order, settings = len(windows), (scale, causal, windows, q_offset, softcap)
         q, keys, values, masks = _accumulated(tensors, order)
         given = (q, keys, values, masks, causal, windows, q_offset)
-        # A look at the numbers waits for a GPU and does not trace; the loop over the keys is slow
+        # A look at the numbers waits for a device and does not trace; the loop over keys is slow
         # enough to go without.
-        blind = q.is_cuda or torch.compiler.is_compiling()
+        blind = not q.is_cpu or torch.compiler.is_compiling()
         unclean = hidden.hides(masks, causal, windows) and (blind or hidden.unclean(*given))
         if unclean:
             keys, values = hidden.cleared(*keys), hidden.cleared(*values)

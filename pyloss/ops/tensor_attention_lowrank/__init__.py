@@ -40,10 +40,26 @@ def _backward_fake(dout, dlse, q, keys, values, *rest):
     return plan.gradients(q, keys, values)
 
 
+def _heads(q, keys) -> str:
+    """The letter of the heads of keys: one that all queries share gets a gradient from each."""
+    return "1" if keys[0].shape[1] == 1 < q.shape[1] else "H"
+
+
+def _forward_shards(q, keys, *rest):
+    h = _heads(q, keys)
+    return f"BHnd, B{h}md, B{h}me, B{h}m -> BHne, BHn, BHn, B{h}re"
+
+
+def _backward_shards(dout, dlse, q, keys, *rest):
+    h = _heads(q, keys)
+    return f"BHne, BHn, BHnd, B{h}md, B{h}me, B{h}m, BHne, BHn, B{h}re -> BHnd, B{h}md, B{h}me"
+
+
 define_op(
     f"tensor_attention_lowrank_fwd({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=_forward_fake,
     impls={"cpu": cpu.forward, "triton": triton.forward, "reference": reference.forward},
+    shards=_forward_shards,
     plain=functools.partial(reference.forward, checked=False),
 )
 define_op(
@@ -51,6 +67,7 @@ define_op(
     f"Tensor[] states, {_SETTINGS}) -> (Tensor, Tensor[], Tensor[])",
     fake=_backward_fake,
     impls={"cpu": cpu.backward, "triton": triton.backward, "reference": reference.backward},
+    shards=_backward_shards,
 )
 
 

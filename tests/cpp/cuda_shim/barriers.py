@@ -19,6 +19,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parents[3] / "csrc/cuda"
 # Problems, the first of which are enough for most barriers.
 PROBLEMS = {
+    "aldr": 40,
     "betti_matching": 6,
     "frame_pca": 60,
     "permutahedron": 40,

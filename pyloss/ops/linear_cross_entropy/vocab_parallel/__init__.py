@@ -18,7 +18,8 @@ gradient needs no communication:
 
     dz_j = p_j (g_nll + g_lse + W g_s - g_H (log p_j + H)) - g_nll [j = y] - g_s w_j
 
-The input of a linear layer gets the sum over the ranks of dz W_r, one all_reduce.
+The input of a linear layer gets the sum over the ranks of dz W_r: of each chunk, as soon as it is
+there, so that sending it hides behind the products that follow. All ranks have the same chunks.
 
 Papers: the merge, Shoeybi et al., Megatron-LM, arXiv 1909.08053; losses, Mao et al., arXiv
 2304.07288.
@@ -27,16 +28,16 @@ Papers: the merge, Shoeybi et al., Megatron-LM, arXiv 1909.08053; losses, Mao et
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pyloss.ops._empty import divided
 from pyloss.ops._labels import wide
 from pyloss.ops._launch import accumulator_dtype, constants
 from pyloss.ops.linear_cross_entropy.call import Call, Tensors
-from pyloss.ops.linear_cross_entropy.chunks import Chunks
+from pyloss.ops.linear_cross_entropy.chunks import Chunks, chunk_rows
 from pyloss.ops.linear_cross_entropy.products import Linear
 from pyloss.ops.linear_cross_entropy.vocab_parallel.group import (
+    InputSums,
     all_gather,
     eager,
     exchange,
@@ -64,14 +65,16 @@ __all__ = ["Shard", "exchange", "vocab_parallel"]
 # All rows: of given logits, and of a layer by chunks
 
 
-def _layer(input, linear_weight, linear_bias, labels: Labels, spec: Spec, grads) -> tuple:
-    """(chunks, layer) of the rows of a shard."""
+def _chunks(input, linear_weight, linear_bias, labels: Labels, shard: Shard, spec: Spec) -> Chunks:
+    """The same rows on every rank, however many classes it has."""
     t = Tensors(input, linear_weight, linear_bias, labels.kernel, None, None, None, None)
-    chunks = Chunks(t, Call(t, spec.options, KERNEL_CODES), spec.chunk)
-    return chunks, Linear(t, chunks, grads, spec.exact)
+    size = spec.chunk or chunk_rows(shard.widest, input.dtype, input.device.type)
+    return Chunks(t, Call(t, spec.options, KERNEL_CODES), size)
 
 
-def _statistics(input, linear_weight, linear_bias, labels: Labels, weight, spec: Spec) -> Tensor:
+def _statistics(
+    input, linear_weight, linear_bias, labels: Labels, weight, shard: Shard, spec: Spec
+) -> Tensor:
     """[K, N]; what ignored rows hold does not matter."""
     if linear_weight is None:
         return part_statistics(input, labels, weight, spec)
@@ -79,7 +82,8 @@ def _statistics(input, linear_weight, linear_bias, labels: Labels, weight, spec:
     if linear_weight.shape[0] == 0:
         return no_statistics(n, input, spec)
     found = input.new_zeros((height(spec), n), dtype=accumulator_dtype(input.dtype))
-    chunks, layer = _layer(input, linear_weight, linear_bias, labels, spec, (False,) * 3)
+    chunks = _chunks(input, linear_weight, linear_bias, labels, shard, spec)
+    layer = Linear(chunks.t, chunks, (False,) * 3, spec.exact)
     for part in chunks:
         here = Labels(*(chunks.take(x, part) for x in labels))
         logits = layer.logits(chunks.take_input(part))
@@ -88,7 +92,7 @@ def _statistics(input, linear_weight, linear_bias, labels: Labels, weight, spec:
 
 
 def _gradients(ctx, needed, labels: Labels, row: Merged, g: Cotangents) -> list[Tensor | None]:
-    """Of (input, linear_weight, linear_bias); the input's still without the other ranks' part."""
+    """Of (input, linear_weight, linear_bias)."""
     input, linear_weight, linear_bias, weight = ctx.saved_tensors[:4]
     spec, mass = ctx.spec, ctx.mass
     if linear_weight is None:
@@ -97,9 +101,19 @@ def _gradients(ctx, needed, labels: Labels, row: Merged, g: Cotangents) -> list[
             part_gradient(input, labels, weight, mass, spec, row, g, out)
         return [out, None, None]
     sources = (input, linear_weight, linear_bias)
+    chunks = _chunks(*sources, labels, ctx.shard, spec)
+    sums = InputSums(chunks, ctx.shard.group)
     if linear_weight.shape[0] == 0:
-        return [torch.zeros_like(s) if yes else None for s, yes in zip(sources, needed)]
-    chunks, layer = _layer(*sources, labels, spec, needed)
+        whole = torch.contiguous_format
+        grads = [
+            torch.zeros_like(s, memory_format=whole) if yes else None
+            for s, yes in zip(sources, needed)
+        ]
+        for part in chunks:
+            sums.start(None if grads[0] is None else chunks.take(grads[0], part), part)
+        sums.finish(grads[0])
+        return grads
+    layer = Linear(chunks.t, chunks, needed, spec.exact)
     for part in chunks:
 
         def take(t, part=part):
@@ -109,7 +123,9 @@ def _gradients(ctx, needed, labels: Labels, row: Merged, g: Cotangents) -> list[
         logits = layer.logits(x)
         here = Labels(*map(take, labels))
         part_gradient(logits, here, weight, mass, spec, row.take(take), g.take(take), logits)
-        layer.add(logits, x, part)
+        sums.start(layer.add_input(logits, part), part)
+        layer.add_weight(logits, x, part)
+    sums.finish(layer.results[0])
     return layer.gradients()
 
 
@@ -134,7 +150,7 @@ class _VocabParallel(torch.autograd.Function):
     def forward(ctx, input, linear_weight, linear_bias, target, ignored, weight, shard, spec):
         labels = find_labels(target, ignored, shard)
         mine, masses = _masses(weight, shard, spec, input)
-        found = _statistics(input, linear_weight, linear_bias, labels, mine, spec)
+        found = _statistics(input, linear_weight, linear_bias, labels, mine, shard, spec)
         # Sums are not negative: this one tells every rank, in the same gather.
         found[1].masked_fill_(labels.bad, -1.0)
         every = all_gather(found, shard.group)
@@ -172,7 +188,7 @@ class _VocabParallel(torch.autograd.Function):
         none = (None,) * 5
         if all(g is None for g in (g_nll, g_lse, g_entropy, g_smooth)):
             return None, None, None, *none
-        input, linear_weight, _, _, target, ignored, *row = ctx.saved_tensors
+        target, ignored, *row = ctx.saved_tensors[4:]
         row, spec = Merged(*row), ctx.spec
         zeros = torch.zeros_like(row.m)
         g = Cotangents(
@@ -182,10 +198,6 @@ class _VocabParallel(torch.autograd.Function):
             (zeros if g_smooth is None else g_smooth) if spec.smooth else None,
         )
         grads = _gradients(ctx, needed, find_labels(target, ignored, ctx.shard), row, g)
-        if linear_weight is not None and needed[0] and input.numel():
-            total = grads[0].to(accumulator_dtype(input.dtype))
-            dist.all_reduce(total, group=ctx.shard.group)
-            grads[0] = total.to(input.dtype)
         return *grads, *none
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyloss.ops._launch import constants
+from pyloss.ops._launch import accumulator_dtype, constants
 from pyloss.ops._transforms import eager
+from pyloss.ops.linear_cross_entropy.chunks import Chunks
 from pyloss.ops.linear_cross_entropy.vocab_parallel.shard import Merged, Shard, Spec
 
 # Renamed in torch 2.13, where the old name warns.
@@ -22,6 +23,8 @@ _gather_single = getattr(dist, "all_gather_single", None) or getattr(
 def all_gather(x: Tensor, group) -> Tensor:
     """[ranks, *x.shape]"""
     world = dist.get_world_size(group)
+    if world == 1:
+        return x.unsqueeze(0)
     out = x.new_empty((world, *x.shape))
     if x.numel():
         _gather_single(out.view(-1), x.reshape(-1), group=group)
@@ -95,3 +98,29 @@ def merge(every: Tensor, masses: Tensor | None, spec: Spec, shard: Shard):
         begin = constants(shard.bounds[:-1], torch.int64, m.device)
         argmax = others[-1].gather(0, best).squeeze(0).long() + begin[best.squeeze(0)]
     return row, nll, m + log_d, smooth, argmax
+
+
+class InputSums:
+    """The sum over the ranks of the input's gradient, one all_reduce a chunk, in float32 for half
+    types. It is under way while the weight's product and the next chunks are computed.
+    """
+
+    def __init__(self, chunks: Chunks, group):
+        self.chunks, self.group = chunks, group
+        self.alone = dist.get_world_size(group) == 1
+        self.started: list[tuple[slice, Tensor, dist.Work]] = []
+
+    def start(self, rows: Tensor | None, part: slice) -> None:
+        """With this rank's gradient of a chunk's rows, which may become the sum."""
+        if self.alone or rows is None or not rows.numel():
+            return
+        total = rows.to(accumulator_dtype(rows.dtype))
+        work = dist.all_reduce(total, group=self.group, async_op=True)
+        self.started.append((part, total, work))
+
+    def finish(self, result: Tensor | None) -> None:
+        """Writes the sums into the gradient whose rows were given."""
+        for part, total, work in self.started:
+            work.wait()  # on CUDA the stream does
+            if self.chunks.kept is not None or total.dtype != result.dtype:
+                self.chunks.put(result, part, total.to(result.dtype))

@@ -36,6 +36,11 @@ class Shard(NamedTuple):
     def width(self) -> int:
         return self.bounds[self.rank + 1] - self.begin
 
+    @property
+    def widest(self) -> int:
+        """The most classes that a rank holds."""
+        return max(b - a for a, b in zip(self.bounds, self.bounds[1:]))
+
 
 class Spec(NamedTuple):
     """What a call computes of a row, and how."""
