@@ -135,7 +135,8 @@ def vocab_parallel_linear_cross_entropy(
     Neither a rank's logits nor those of all ranks are ever stored: each rank works through chunks
     of rows, forms them again in the backward, and keeps 3 or 4 numbers per row. The weight's and
     the bias's gradients stay on their rank; the input's is the sum over the ranks in float32, one
-    all_reduce a chunk, beside the weight's product. The loss is that of :func:`vocab_parallel_cross_entropy` on
+    all_reduce a chunk, beside the weight's product. The loss is that of
+    :func:`vocab_parallel_cross_entropy` on
 
     .. math:: x_r = W_r h + b_r, \qquad
               \frac{\partial \ell}{\partial h} = \sum_r W_r^\top \frac{\partial \ell}{\partial x_r}
