@@ -911,7 +911,7 @@ NEEDS_FSDP2 = needs_torch((2, 11), "FSDP2 on the CPU")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_fsdp2(tmp_path: Path, ranks: int) -> None:
     texts = check_ranks(tmp_path, ranks, str(ROOT / "tests" / "fsdp2_worker.py"))
-    assert all(text.count(": ok") == 11 + (TORCH >= (2, 13)) for text in texts)
+    assert all(text.count(": ok") == 16 + (TORCH >= (2, 13)) for text in texts)
 
 
 def run_script(*command: str) -> str:
