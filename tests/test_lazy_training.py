@@ -131,6 +131,13 @@ def test_kernel_of_gradients(chunk: int) -> None:
     torch.testing.assert_close(narrow, torch.einsum("acp,bcp->ab", a, a), rtol=1e-5, atol=1e-5)
 
 
+def test_kernel_of_one_set_by_pairs_of_chunks() -> None:
+    model = nn.Sequential(network(), nn.Tanh())  # else a block is its own transpose
+    x = torch.randn(5, 4, dtype=F64)
+    parts = empirical_ntk(model, x, chunk=2, outputs="full")
+    torch.testing.assert_close(parts, empirical_ntk(model, x, x, outputs="full"))
+
+
 def test_kernel_of_a_scaled_model_and_of_shared_weights() -> None:
     x = torch.randn(4, 4, dtype=F64)
     model = network(1)
