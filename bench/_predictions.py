@@ -95,7 +95,7 @@ def share(k: Rows, classes: int, elements: int = 2**29) -> float:
 
 
 class Products(NamedTuple):
-    """The forward of tensor attention: tiles of scores, two products each, on sm_90.
+    """A pass of tensor attention: tiles of scores and their products, on sm_90.
 
     Counted in the machine code of the pinned Triton; tests/compile/test_triton_compile.py holds
     AFTER against what it compiles.
@@ -113,7 +113,9 @@ class Products(NamedTuple):
     rest: float  # of a warp outside of the loop over tiles
     fills: int  # latencies of L2, one after the other, outside of the loop
     tiles: int  # of a turn of that loop
-    useful: float  # operations of a turn
+    useful: float  # operations of a turn that the forward needs
+    products: int = 2  # of a score: half of them give scores, half sum over them
+    ahead: bool = True  # whether a tile's loads are under way during the one before
 
     @property
     def programs(self) -> int:
@@ -137,6 +139,25 @@ AFTER = (
 )
 
 
+# The backward of windows, for the same triples as a turn of the forward: 4 queries with 32 x 512
+# keys each, or 64 (128) keys with the 575 (639) queries that see them, of which 512 see all.
+BACKWARD_QUERIES = WINDOWS_FLOP / 2  # 2 queries, their 512 + 1 keys in 17 blocks of 32, 33 of 16
+BACKWARD_KEYS = 4.0 * 64 * 32 * 512 * 128
+_Q_PAIRS, _KV_PAIRS = "tensor_attention_bwd_q_pairs_kernel", "tensor_attention_bwd_kv_pairs_kernel"
+BACKWARD_WINDOWS_BEFORE = (
+    Products("queries", _Q_PAIRS, 64, 16, 128, 4, 255, 65536, 163, 2500, 3, 33, BACKWARD_QUERIES,
+             4, False),
+    Products("keys", _KV_PAIRS, 128, 32, 128, 8, 239, 114944, 428, 1000, 2, 639, 2 * BACKWARD_KEYS,
+             4, False),
+)  # fmt: skip
+BACKWARD_WINDOWS = (
+    Products(
+        "queries", _Q_PAIRS, 64, 32, 128, 4, 255, 65536, 290, 2500, 3, 17, BACKWARD_QUERIES, 4
+    ),
+    Products("keys", _KV_PAIRS, 64, 32, 128, 4, 246, 65536, 436, 1000, 2, 575, BACKWARD_KEYS, 4),
+)
+
+
 def matrix_cycles(k: Products) -> float:
     """Of one tile: the rate of dense products, or of the shared memory that their factors are in.
 
@@ -148,7 +169,7 @@ def matrix_cycles(k: Products) -> float:
         return max(2 * 64 * 16 * n / (MATRIX / MULTIPROCESSORS / CLOCK), by_shared)
 
     scores = k.width // 16 * step(k.keys, 2048)
-    return k.rows // 64 * (scores + k.keys // 16 * step(k.width, 0))
+    return k.products / 2 * (k.rows // 64) * (scores + k.keys // 16 * step(k.width, 0))
 
 
 def turn_cycles(k: Products, power: float = OVERLAP) -> float:
@@ -157,13 +178,21 @@ def turn_cycles(k: Products, power: float = OVERLAP) -> float:
     issued = (k.tiles * k.loop + k.rest) * k.warps / 4
     exponentials = k.tiles * k.rows * k.keys / 16
     loaded = k.tiles * k.keys * k.width * 4 / (L2 / MULTIPROCESSORS / CLOCK)
-    alone = matrix + issued + k.tiles * TILE_SYNC + k.fills * L2_LATENCY * CLOCK
+    fills = k.fills + (0 if k.ahead else k.tiles)
+    alone = matrix + issued + k.tiles * TILE_SYNC + fills * L2_LATENCY * CLOCK
     return soft_max(matrix, issued, exponentials, loaded, alone / k.programs, power=power)
 
 
 def useful_rate(k: Products, power: float = OVERLAP) -> float:
     """Useful operations a second of the whole device."""
     return k.useful / turn_cycles(k, power) * CLOCK * MULTIPROCESSORS
+
+
+def backward_share(
+    passes: tuple[Products, ...], forward: Products, power: float = OVERLAP
+) -> float:
+    """Time of the backward over that of the forward."""
+    return sum(useful_rate(forward, power) / useful_rate(k, power) for k in passes)
 
 
 def milliseconds() -> dict[str, float]:
