@@ -17,6 +17,7 @@ from .tiles import (
     load_row,
     load_rows,
     pair_keys,
+    phase_bounds,
     split_range,
     store_rows,
     times,
@@ -152,36 +153,40 @@ def tensor_attention_bwd_kv_rows_kernel(
             tile, x, tl.maximum(p_lo, j - x.right1), tl.minimum(p_hi, j + x.left1), C.GROUP,
             BLOCK_N,
         )  # fmt: skip
-        for t in range(over.end):
-            rows = over.lo + t * BLOCK_N + tl.arange(0, BLOCK_N)
-            live = rows < row_hi
-            near = tl.minimum(rows, row_hi - 1)
-            i = near // C.GROUP
-            head = near % C.GROUP
-            flat = flat0 + head.to(tl.int64) * x.n_q + i
-            q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
-            dout = load_rows(up.dout + flat * x.dv, x.dv, DV, C.EVEN_DV)
-            # +inf hides rows beyond the end.
-            shift = tl.load(up.shift + flat, mask=live, other=POS_INF) - C.LIFT
-            s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            s = dot(a, tl.trans(q), s, C)
-            if x.mask1 is not None:
-                at = batch * x.stride_mask1_b + (head0 + head) * x.stride_mask1_h
-                at += i.to(tl.int64) * x.stride_mask1_row
-                shift -= tl.load(x.mask1 + at + j) * LOG2E
-            mask2_at = batch * x.stride_mask2_b + head0 * x.stride_mask2_h
-            if C.MASK2_ROWS:
-                mask2_at += head.to(tl.int64) * x.stride_mask2_h
-            s = _masked(s, x, tile, i, mask2_at, (t < over.first) | (t >= over.last), False, C)
-            prob = tl.exp2(s - shift[None, :])
-            if WANT_V:
-                w = dot(prob.to(dout.dtype), dout, w, C)
-            if WANT_K:
-                delta = tl.load(up.delta + flat, mask=live, other=0.0)
-                dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                dp = dot(b, tl.trans(dout), dp, C)
-                ds = _score_gradients(prob, dp, delta[None, :], common, C)
-                g = dot(ds.to(q.dtype), q, g, C)
+        for phase in tl.static_range(3):
+            # Rows beyond the end need no masked tile: their shift is +inf.
+            if phase != 0 or C.LIMITED:
+                start, stop = phase_bounds(over, phase)
+                for t in range(start, stop):
+                    rows = over.lo + t * BLOCK_N + tl.arange(0, BLOCK_N)
+                    live = rows < row_hi
+                    near = tl.minimum(rows, row_hi - 1)
+                    i = near // C.GROUP
+                    head = near % C.GROUP
+                    flat = flat0 + head.to(tl.int64) * x.n_q + i
+                    q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
+                    dout = load_rows(up.dout + flat * x.dv, x.dv, DV, C.EVEN_DV)
+                    # +inf hides rows beyond the end.
+                    shift = tl.load(up.shift + flat, mask=live, other=POS_INF) - C.LIFT
+                    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                    s = dot(a, tl.trans(q), s, C)
+                    if x.mask1 is not None:
+                        at = batch * x.stride_mask1_b + (head0 + head) * x.stride_mask1_h
+                        at += i.to(tl.int64) * x.stride_mask1_row
+                        shift -= tl.load(x.mask1 + at + j) * LOG2E
+                    mask2_at = batch * x.stride_mask2_b + head0 * x.stride_mask2_h
+                    if C.MASK2_ROWS:
+                        mask2_at += head.to(tl.int64) * x.stride_mask2_h
+                    s = _masked(s, x, tile, i, mask2_at, phase != 1, False, C)
+                    prob = tl.exp2(s - shift[None, :])
+                    if WANT_V:
+                        w = dot(prob.to(dout.dtype), dout, w, C)
+                    if WANT_K:
+                        delta = tl.load(up.delta + flat, mask=live, other=0.0)
+                        dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                        dp = dot(b, tl.trans(dout), dp, C)
+                        ds = _score_gradients(prob, dp, delta[None, :], common, C)
+                        g = dot(ds.to(q.dtype), q, g, C)
         # Repeated rows beyond the end must not enter the column sums.
         if WANT_K:
             if C.LIFT > 0:

@@ -97,6 +97,17 @@ def walk(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def phase_bounds(w, PHASE: tl.constexpr):
+    """Which blocks: before (0), within (1) and after (2) those that need no mask."""
+    if PHASE == 0:
+        return 0, w.first
+    elif PHASE == 1:
+        return w.first, w.last
+    else:
+        return w.last, w.end
+
+
+@triton.jit
 def key_walk(x, p0, p1, BLOCK: tl.constexpr):
     """Over the keys of axis 2 in the union of the windows of positions p0 .. p1."""
     lo = tl.maximum(p0 - x.left2, 0)
