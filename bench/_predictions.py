@@ -116,6 +116,7 @@ class Products(NamedTuple):
     useful: float  # operations of a turn that the forward needs
     products: int = 2  # of a score: half of them give scores, half sum over them
     ahead: bool = True  # whether a tile's loads are under way during the one before
+    sums: float = 0  # cycles of products outside of the loop
 
     @property
     def programs(self) -> int:
@@ -139,23 +140,22 @@ AFTER = (
 )
 
 
-# The backward of windows, for the same triples as a turn of the forward: 4 queries with 32 x 512
-# keys each, or 64 (128) keys with the 575 (639) queries that see them, of which 512 see all.
-BACKWARD_QUERIES = WINDOWS_FLOP / 2  # 2 queries, their 512 + 1 keys in 17 blocks of 32, 33 of 16
-BACKWARD_KEYS = 4.0 * 64 * 32 * 512 * 128
-_Q_PAIRS, _KV_PAIRS = "tensor_attention_bwd_q_pairs_kernel", "tensor_attention_bwd_kv_pairs_kernel"
-BACKWARD_WINDOWS_BEFORE = (
-    Products("queries", _Q_PAIRS, 64, 16, 128, 4, 255, 65536, 163, 2500, 3, 33, BACKWARD_QUERIES,
-             4, False),
-    Products("keys", _KV_PAIRS, 128, 32, 128, 8, 239, 114944, 428, 1000, 2, 639, 2 * BACKWARD_KEYS,
-             4, False),
+# The backward of windows. A turn: 2 queries with 32 x 512 keys each, or 64 (128) keys with the
+# queries that see any of them, 575 (639), of which they count as 512 each. Before, sums over
+# queries were 48 products of 64 x 128 x 8 in tf32.
+QUERIES_FLOP, KEYS_FLOP = WINDOWS_FLOP / 2, 4.0 * 64 * 32 * 512 * 128
+BACKWARD_BEFORE = (
+    Products("queries", "tensor_attention_bwd_q_pairs_kernel", 64, 16, 128, 4, 255, 65536, 163,
+             4600, 3, 33, QUERIES_FLOP, 4, False, 3700),
+    Products("keys", "tensor_attention_bwd_kv_pairs_kernel", 128, 32, 128, 8, 239, 114944, 428,
+             900, 2, 639, 2 * KEYS_FLOP, 4, False),
 )  # fmt: skip
-BACKWARD_WINDOWS = (
-    Products(
-        "queries", _Q_PAIRS, 64, 32, 128, 4, 255, 65536, 290, 2500, 3, 17, BACKWARD_QUERIES, 4
-    ),
-    Products("keys", _KV_PAIRS, 64, 32, 128, 4, 246, 65536, 436, 1000, 2, 575, BACKWARD_KEYS, 4),
-)
+BACKWARD = (
+    Products("queries", "tensor_attention_bwd_q_pairs_kernel", 64, 32, 128, 4, 255, 65536, 250,
+             3400, 3, 17, QUERIES_FLOP, 4),
+    Products("keys", "tensor_attention_bwd_kv_pairs_kernel", 64, 32, 128, 4, 246, 65536, 435,
+             900, 2, 575, KEYS_FLOP, 4),
+)  # fmt: skip
 
 
 def matrix_cycles(k: Products) -> float:
@@ -174,7 +174,7 @@ def matrix_cycles(k: Products) -> float:
 
 def turn_cycles(k: Products, power: float = OVERLAP) -> float:
     """Of a multiprocessor for a turn of one program."""
-    matrix = k.tiles * matrix_cycles(k)
+    matrix = k.tiles * matrix_cycles(k) + k.sums
     issued = (k.tiles * k.loop + k.rest) * k.warps / 4
     exponentials = k.tiles * k.rows * k.keys / 16
     loaded = k.tiles * k.keys * k.width * 4 / (L2 / MULTIPROCESSORS / CLOCK)
@@ -188,11 +188,9 @@ def useful_rate(k: Products, power: float = OVERLAP) -> float:
     return k.useful / turn_cycles(k, power) * CLOCK * MULTIPROCESSORS
 
 
-def backward_share(
-    passes: tuple[Products, ...], forward: Products, power: float = OVERLAP
-) -> float:
-    """Time of the backward over that of the forward."""
-    return sum(useful_rate(forward, power) / useful_rate(k, power) for k in passes)
+def backward_share(passes: tuple[Products, ...], power: float = OVERLAP) -> float:
+    """Time of a backward of windows over that of their forward."""
+    return sum(useful_rate(AFTER[0], power) / useful_rate(k, power) for k in passes)
 
 
 def milliseconds() -> dict[str, float]:
@@ -274,11 +272,10 @@ def _row_seconds() -> dict[str, float]:
 def _product_seconds() -> dict[str, float]:
     """Operations at half the rate of bare products, of 3 tf32 products for float32.
 
-    The forward of attention by its model. The backward of windows takes 3.9 times the forward as
-    it was before (kernels/tensor_attention). Low rank: the backward forms the features again, 4
-    times the products of the forward.
+    Attention by its model, but for the backward of full attention. Low rank: the backward forms the
+    features again, 4 times the products of the forward.
     """
-    attention, before = MATRIX / 2, useful_rate(BEFORE[0])
+    attention = MATRIX / 2
     windowed, whole = (useful_rate(k) for k in AFTER)
     float32 = attention / 2 / 3  # tf32 has half the rate of bf16
     windows, full = 8 * 8192 * 512 * 32 * 128, 16 * 1024**3 * 64
@@ -287,7 +284,7 @@ def _product_seconds() -> dict[str, float]:
     logits = 2.0 * 4096 * 128256
     return {
         "attention fwd windows": 4 * windows / windowed,
-        "attention fwd+bwd windows": 4 * windows * (1 / windowed + 3.9 / before),
+        "attention fwd+bwd windows": 4 * windows / windowed * (1 + backward_share(BACKWARD)),
         "attention fwd full": 4 * full / whole,
         "attention fwd+bwd full": 4 * full / whole + 10 * full / attention,
         "attention fwd low rank": 3 * features / float32,
@@ -374,6 +371,11 @@ def main() -> None:
                 f" registers, {k.programs} a multiprocessor, {matrix_cycles(k):4.0f} cycles of"
                 f" products: {rates}"
             )
+    print("\nits backward, windows: time over that of the forward with the powers 3, 4, 6")
+    for when, passes in (("before", BACKWARD_BEFORE), ("now", BACKWARD)):
+        shares = " ".join(f"{backward_share(passes, power):.2f}" for power in (3, 4, 6))
+        rates = ", ".join(f"{k.what} {useful_rate(k) / 1e12:.0f} TFLOP/s" for k in passes)
+        print(f"{when:<7} {shares}; {rates}")
     print("\nBetti matching, loss and gradient: ms of each kernel")
     print("\n".join(_betti_predictions.lines(COPY, LAUNCH)))
     print()

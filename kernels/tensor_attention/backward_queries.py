@@ -387,7 +387,13 @@ def tensor_attention_bwd_mask_kernel(
             b = (dout.to(tl.float32) * v1[None, :]).to(dout.dtype)
             shift = tl.load(up.shift + queries.flat) - row_penalty(x, queries, j, C)
             delta = tl.load(up.delta + queries.flat)
-            for t in range(over.end):
-                _, ds, _, _ = _block(a, b, shift, delta, delta, x, queries, keys, over, t, False, C)
-                acc += tl.sum(ds, axis=1)
+            for phase in tl.static_range(3):
+                if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
+                    start, stop = phase_bounds(over, phase)
+                    for t in range(start, stop):
+                        k0 = over.lo + t * C.BLOCK_N
+                        _, ds, _, _ = _block(
+                            a, b, shift, delta, delta, x, queries, keys, k0, phase != 1, False, C
+                        )
+                        acc += tl.sum(ds, axis=1)
         tl.store(out + j, acc, mask=rows < x.n_q)
