@@ -141,7 +141,7 @@ TRITON_KERNELS = (
            "D b / rows + 8 to 16 a row and part", "2 D + 4; columns 3 more"),
     Kernel("pair_sweep_kernel", 128, 225, 49684, "D b / rows + 4 D a row and part", "4 D + 3"),
     Kernel("target_ranges_kernel", 32, 12, 0, "8 a query + 8 a tile", "0"),
-    Kernel("tensor_attention_bwd_kv_pairs_kernel", 256, 239, 114944, "2 d b / rows + 0", "8 d"),
+    Kernel("tensor_attention_bwd_kv_pairs_kernel", 128, 246, 66048, "2 d b / rows + 0", "8 d"),
     Kernel("tensor_attention_bwd_kv_rows_kernel", 256, 255, 66048,
            "2 d b / rows + 8 d / keys", "8 d"),
     Kernel("tensor_attention_bwd_mask_kernel", 256, 255, 131072,

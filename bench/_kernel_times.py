@@ -13,7 +13,6 @@ from bench import _betti_predictions
 from bench._models import (
     AFTER,
     BACKWARD,
-    BEFORE,
     CLOCK,
     COPY,
     FORWARD,
@@ -23,6 +22,7 @@ from bench._models import (
     LAUNCH,
     MATRIX,
     MULTIPROCESSORS,
+    WINDOWS_BACKWARD,
     pair_seconds,
     rows_seconds,
     soft_max,
@@ -321,7 +321,7 @@ def _attention() -> list[Work]:
     area, square = 8 * 8192 * 512 * 32 * 128.0, 16 * 1024**3 * 64.0
     small = 4 * 512**3 * 64.0
     windowed = 4 * area / useful_rate(AFTER[0])
-    backward = 3.9 * 4 * area / useful_rate(BEFORE[0])  # half to the queries, half to the keys
+    to_queries, to_keys = (4 * area / useful_rate(k) for k in WINDOWS_BACKWARD)
     whole = 10 * square / (MATRIX / 2)
     numbers = 4 * 512 * 64.0
     return [
@@ -331,8 +331,8 @@ def _attention() -> list[Work]:
             next(forward),
             alone=4 * square / useful_rate(AFTER[1]),
         ),
-        Work("tensor_attention_bwd_q_pairs_kernel", windows, alone=backward / 2),
-        Work("tensor_attention_bwd_kv_pairs_kernel", windows, alone=backward / 2),
+        Work("tensor_attention_bwd_q_pairs_kernel", windows, alone=to_queries),
+        Work("tensor_attention_bwd_kv_pairs_kernel", windows, alone=to_keys),
         # 6 and 8 products' worth of the 14 that are formed.
         Work("tensor_attention_bwd_q_rows_kernel", full, alone=whole * 6 / 14),
         Work("tensor_attention_bwd_kv_rows_kernel", full, alone=whole * 8 / 14),

@@ -90,7 +90,7 @@ def share(k: Rows, classes: int, elements: int = 2**29) -> float:
 
 
 class Products(NamedTuple):
-    """The forward of tensor attention: tiles of scores, two products each, on sm_90.
+    """A pass of tensor attention: tiles of scores and their products, on sm_90.
 
     Counted in the machine code of the pinned Triton; tests/compile/test_triton_compile.py holds
     AFTER against what it compiles.
@@ -108,7 +108,10 @@ class Products(NamedTuple):
     rest: float  # of a warp outside of the loop over tiles
     fills: int  # latencies of L2, one after the other, outside of the loop
     tiles: int  # of a turn of that loop
-    useful: float  # operations of a turn
+    useful: float  # operations of a turn that the forward needs
+    products: int = 2  # of a score: half of them give scores, half sum over them
+    ahead: bool = True  # whether a tile's loads are under way during the one before
+    sums: float = 0  # cycles of products outside of the loop
 
     @property
     def programs(self) -> int:
@@ -132,6 +135,24 @@ AFTER = (
 )
 
 
+# The backward of windows. A turn: 2 queries with 32 x 512 keys each, or 64 (128) keys with the
+# queries that see any of them, 575 (639), of which they count as 512 each. Before, sums over
+# queries were 48 products of 64 x 128 x 8 in tf32.
+QUERIES_FLOP, KEYS_FLOP = WINDOWS_FLOP / 2, 4.0 * 64 * 32 * 512 * 128
+WINDOWS_BACKWARD_BEFORE = (
+    Products("queries", "tensor_attention_bwd_q_pairs_kernel", 64, 16, 128, 4, 255, 65536, 163,
+             4600, 3, 33, QUERIES_FLOP, 4, False, 3700),
+    Products("keys", "tensor_attention_bwd_kv_pairs_kernel", 128, 32, 128, 8, 239, 114944, 428,
+             900, 2, 639, 2 * KEYS_FLOP, 4, False),
+)  # fmt: skip
+WINDOWS_BACKWARD = (
+    Products("queries", "tensor_attention_bwd_q_pairs_kernel", 64, 32, 128, 4, 255, 65536, 250,
+             3400, 3, 17, QUERIES_FLOP, 4),
+    Products("keys", "tensor_attention_bwd_kv_pairs_kernel", 64, 32, 128, 4, 246, 65536, 435,
+             900, 2, 575, KEYS_FLOP, 4),
+)  # fmt: skip
+
+
 def matrix_cycles(k: Products) -> float:
     """Of one tile: the rate of dense products, or of the shared memory that their factors are in.
 
@@ -143,22 +164,28 @@ def matrix_cycles(k: Products) -> float:
         return max(2 * 64 * 16 * n / (MATRIX / MULTIPROCESSORS / CLOCK), by_shared)
 
     scores = k.width // 16 * step(k.keys, 2048)
-    return k.rows // 64 * (scores + k.keys // 16 * step(k.width, 0))
+    return k.products / 2 * (k.rows // 64) * (scores + k.keys // 16 * step(k.width, 0))
 
 
 def turn_cycles(k: Products, power: float = OVERLAP) -> float:
     """Of a multiprocessor for a turn of one program."""
-    matrix = k.tiles * matrix_cycles(k)
+    matrix = k.tiles * matrix_cycles(k) + k.sums
     issued = (k.tiles * k.loop + k.rest) * k.warps / 4
     exponentials = k.tiles * k.rows * k.keys / 16
     loaded = k.tiles * k.keys * k.width * 4 / (L2 / MULTIPROCESSORS / CLOCK)
-    alone = matrix + issued + k.tiles * TILE_SYNC + k.fills * L2_LATENCY * CLOCK
+    fills = k.fills + (0 if k.ahead else k.tiles)
+    alone = matrix + issued + k.tiles * TILE_SYNC + fills * L2_LATENCY * CLOCK
     return soft_max(matrix, issued, exponentials, loaded, alone / k.programs, power=power)
 
 
 def useful_rate(k: Products, power: float = OVERLAP) -> float:
     """Useful operations a second of the whole device."""
     return k.useful / turn_cycles(k, power) * CLOCK * MULTIPROCESSORS
+
+
+def backward_share(passes: tuple[Products, ...], power: float = OVERLAP) -> float:
+    """Time of a backward of windows over that of their forward."""
+    return sum(useful_rate(AFTER[0], power) / useful_rate(k, power) for k in passes)
 
 
 def pair_seconds(

@@ -29,6 +29,9 @@ from bench._models import (
     LAUNCH,
     MATRIX,
     MULTIPROCESSORS,
+    WINDOWS_BACKWARD,
+    WINDOWS_BACKWARD_BEFORE,
+    backward_share,
     matrix_cycles,
     pair_seconds,
     rows_seconds,
@@ -171,12 +174,12 @@ def _row_seconds() -> dict[str, float]:
 def _product_seconds() -> dict[str, float]:
     """Operations at half the rate of bare products, of 3 tf32 products for float32.
 
-    The forward of attention by its model. The backward of windows takes 3.9 times the forward as
-    it was before (kernels/tensor_attention). Low rank: the backward forms the features again, 4
-    times the products of the forward.
+    Attention by its model, but for the backward of full attention. Low rank: the backward forms the
+    features again, 4 times the products of the forward.
     """
-    attention, before = MATRIX / 2, useful_rate(BEFORE[0])
+    attention = MATRIX / 2
     windowed, whole = (useful_rate(k) for k in AFTER)
+    backward = backward_share(WINDOWS_BACKWARD)
     float32 = attention / 2 / 3  # tf32 has half the rate of bf16
     windows, full = 8 * 8192 * 512 * 32 * 128, 16 * 1024**3 * 64
     features = 2 * 8 * 65536 * math.comb(66, 2) * 65
@@ -184,7 +187,7 @@ def _product_seconds() -> dict[str, float]:
     logits = 2.0 * 4096 * 128256
     return {
         "attention fwd windows": 4 * windows / windowed,
-        "attention fwd+bwd windows": 4 * windows * (1 / windowed + 3.9 / before),
+        "attention fwd+bwd windows": 4 * windows / windowed * (1 + backward),
         "attention fwd full": 4 * full / whole,
         "attention fwd+bwd full": 4 * full / whole + 10 * full / attention,
         "attention fwd low rank": 3 * features / float32,
@@ -259,6 +262,11 @@ def main() -> None:
                 f" registers, {k.programs} a multiprocessor, {matrix_cycles(k):4.0f} cycles of"
                 f" products: {rates}"
             )
+    print("\nits backward, windows: time over that of the forward with the powers 3, 4, 6")
+    for when, passes in (("before", WINDOWS_BACKWARD_BEFORE), ("now", WINDOWS_BACKWARD)):
+        shares = " ".join(f"{backward_share(passes, power):.2f}" for power in (3, 4, 6))
+        rates = ", ".join(f"{k.what} {useful_rate(k) / 1e12:.0f} TFLOP/s" for k in passes)
+        print(f"{when:<7} {shares}; {rates}")
     print("\nBetti matching, loss and gradient: ms of each kernel")
     print("\n".join(_betti_predictions.lines(COPY, LAUNCH)))
     print()

@@ -31,8 +31,9 @@ bits:
     added up by a small kernel. "q", one program per tile of queries: X = dS K2, k1_j X -> dq.
     7 products.
   pairs: "kv" with rows (i, j) built in the loop: dS^T A -> dK2, P^T (dout v1_j) -> dV2. "q" as the
-    forward: X = dS K2 -> dq, dk1 and Y = P V2 -> dv1; the sums over i of the program's few queries
-    are one product with a matrix of zeros and ones. 8 products, but none of the per-key work of
+    forward: X = dS K2 -> dq, dk1 and Y = P V2 -> dv1; a key j stands in row j % BLOCK_J of each of
+    the program's few queries, so that sums over i are sums of rows (with more queries than rows of
+    each, one product with a matrix of zeros and ones). 8 products, but none of the per-key work of
     the form above, which narrow windows would not hide: it comes once per 32 queries there.
   masks: a kernel of 2 products per mask that wants a gradient; it owns [query tile, range of j].
 
@@ -57,8 +58,8 @@ Prediction (H200 at 790 TFLOP/s dense bf16; no device was at hand, nothing here 
   windows 512 x 32, d = 128, bf16: 4 w1 w2 d = 8.4 MFLOP per query. Valid share of T3 tiles with 4
     queries and blocks of 32: 512 / 544 = 94 %. Two programs a multiprocessor: 430 to 530 useful
     TFLOP/s (docs/gpu.md, bench/_predictions.py).
-    Backward 16/4 of the FLOP, one program a multiprocessor: about 8 ms for 8 heads of 8192, 6 to 7
-    times the forward (the bound of 3.5 is missed).
+    Backward: 16/4 of the FLOP, so 4 times the forward at its rate; 3.9 by the same model, two
+    programs a multiprocessor.
   full, n = 1024, d = 64: 275 GFLOP forward and 962 backward per head: 490 to 620 TFLOP/s forward;
     backward 1.22 ms of products, 1.6e9 exp2 twice.
 

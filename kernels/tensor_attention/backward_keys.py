@@ -20,7 +20,9 @@ from .tiles import (
     phase_bounds,
     split_range,
     store_rows,
+    times,
     walk,
+    width_of,
 )
 
 
@@ -35,28 +37,37 @@ def _query_walk(tile, x, p_lo, p_hi, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _masked(s, x, tile, i, mask2_at, EDGE: tl.constexpr, C: tl.constexpr):
-    """Scores [keys of the tile, rows of queries i] with mask2 and, at an edge, windows."""
+def _masked(s, x, tile, i, mask2_at, edge, ONE: tl.constexpr, C: tl.constexpr):
+    """Scores [keys of the tile, rows] with mask2 and, at an edge, windows.
+
+    i: the rows' queries, or with ONE that of all; mask2_at: of each row, or of all.
+    """
     if x.mask2 is not None:
         if C.MASK2_ROWS:
-            at = mask2_at + i.to(tl.int64) * x.stride_mask2_row
-            s += tl.load(x.mask2 + at[None, :] + tile.near[:, None]) * LOG2E
+            mask2_at += i.to(tl.int64) * x.stride_mask2_row
+        if C.MASK2_ROWS and not ONE:
+            s += tl.load(x.mask2 + mask2_at[None, :] + tile.near[:, None]) * LOG2E
         else:
             s += (tl.load(x.mask2 + mask2_at + tile.near) * LOG2E)[:, None]
-    if EDGE:
-        p = (i + x.q_offset)[None, :]
-        kept = tile.near[:, None]
-        s = tl.where((kept >= p - x.left2) & (kept <= p + x.right2), s, NEG_INF)
+    if C.LIMITED:
+        if edge:
+            # One comparison of an unsigned difference.
+            first = i + x.q_offset - x.left2
+            if ONE:
+                ahead = (tile.near - first)[:, None]
+            else:
+                ahead = tile.near[:, None] - first[None, :]
+            s = tl.where(ahead.to(tl.uint32) <= x.left2 + x.right2, s, NEG_INF)
     return s
 
 
 @triton.jit
 def _score_gradients(prob, dp, delta, common, C: tl.constexpr):
-    """dS, with LIFT times `common`; a column is a query."""
+    """dS, with LIFT times `common`; delta: a row, or one number."""
     if C.LIFT > 0:
-        return prob * (dp * common - (delta * common)[None, :])
+        return prob * (dp * common - delta * common)
     else:
-        return prob * (dp - delta[None, :])
+        return prob * (dp - delta)
 
 
 @triton.jit
@@ -67,6 +78,18 @@ def _common(up, key_head, C: tl.constexpr):
     else:
         common = tl.load(up.common + key_head)
         return common, (2.0**-C.LIFT) / common
+
+
+@triton.jit
+def _query(x, up, at, C: tl.constexpr):
+    """Rows of q and dout, shift and delta of one query."""
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    d_cols = tl.arange(0, D)
+    dv_cols = tl.arange(0, DV)
+    q = tl.load(x.q + at * x.d + d_cols, mask=d_cols < x.d, other=0.0)
+    dout = tl.load(up.dout + at * x.dv + dv_cols, mask=dv_cols < x.dv, other=0.0)
+    return q, dout, tl.load(up.shift + at), tl.load(up.delta + at)
 
 
 @triton.jit
@@ -143,6 +166,7 @@ def tensor_attention_bwd_kv_rows_kernel(
                     flat = flat0 + head.to(tl.int64) * x.n_q + i
                     q = load_rows(x.q + flat * x.d, x.d, D, C.EVEN_D)
                     dout = load_rows(up.dout + flat * x.dv, x.dv, DV, C.EVEN_DV)
+                    # +inf hides rows beyond the end.
                     shift = tl.load(up.shift + flat, mask=live, other=POS_INF) - C.LIFT
                     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     s = dot(a, tl.trans(q), s, C)
@@ -150,12 +174,10 @@ def tensor_attention_bwd_kv_rows_kernel(
                         at = batch * x.stride_mask1_b + (head0 + head) * x.stride_mask1_h
                         at += i.to(tl.int64) * x.stride_mask1_row
                         shift -= tl.load(x.mask1 + at + j) * LOG2E
-                    mask2_at = batch * x.stride_mask2_b
+                    mask2_at = batch * x.stride_mask2_b + head0 * x.stride_mask2_h
                     if C.MASK2_ROWS:
-                        mask2_at += (head0 + head) * x.stride_mask2_h
-                    else:
-                        mask2_at += head0 * x.stride_mask2_h
-                    s = _masked(s, x, tile, i, mask2_at, C.LIMITED and phase != 1, C)
+                        mask2_at += head.to(tl.int64) * x.stride_mask2_h
+                    s = _masked(s, x, tile, i, mask2_at, phase != 1, False, C)
                     prob = tl.exp2(s - shift[None, :])
                     if WANT_V:
                         w = dot(prob.to(dout.dtype), dout, w, C)
@@ -163,7 +185,7 @@ def tensor_attention_bwd_kv_rows_kernel(
                         delta = tl.load(up.delta + flat, mask=live, other=0.0)
                         dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                         dp = dot(b, tl.trans(dout), dp, C)
-                        ds = _score_gradients(prob, dp, delta, common, C)
+                        ds = _score_gradients(prob, dp, delta[None, :], common, C)
                         g = dot(ds.to(q.dtype), q, g, C)
         # Repeated rows beyond the end must not enter the column sums.
         if WANT_K:
@@ -266,6 +288,8 @@ def tensor_attention_bwd_kv_pairs_kernel(
         block, BLOCK_M, x.n_2, x.right2, x.left2, x.n_q, x.n_1, x.q_offset, x.left1, x.right1
     )
     common, lowering = _common(up, key_head, C)
+    d = width_of(x.d, D, C.EVEN_D)
+    dv = width_of(x.dv, DV, C.EVEN_DV)
     over, i_hi = _query_walk(tile, x, p_lo, p_hi, 1, BLOCK_I)
     if WANT_K:
         dk2 = tl.zeros((BLOCK_M, D), tl.float32)
@@ -274,39 +298,54 @@ def tensor_attention_bwd_kv_pairs_kernel(
     for member in range(C.GROUP):
         head = key_head % key_heads * C.GROUP + member
         flat0 = (batch * x.n_heads + head) * x.n_q
-        for phase in tl.static_range(3):
-            if phase != 0 or C.LIMITED:
-                start, stop = phase_bounds(over, phase)
-                for t in range(start, stop):
-                    i = over.lo + t * BLOCK_I + tl.arange(0, BLOCK_N) // BLOCK_J
-                    live = i < i_hi
-                    i = tl.minimum(i, i_hi - 1)
-                    j, valid = pair_keys(x, i + x.q_offset, 0, BLOCK_J, BLOCK_N)
-                    q = load_rows(x.q + (flat0 + i) * x.d, x.d, D, C.EVEN_D).to(tl.float32)
-                    k1 = load_rows(keys.k1 + j * x.d, x.d, D, C.EVEN_D).to(tl.float32)
-                    a = (q * k1 * x.logit_scale).to(tile.k2.dtype)
-                    dout = load_rows(up.dout + (flat0 + i) * x.dv, x.dv, DV, C.EVEN_DV)
-                    v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
-                    b = (dout.to(tl.float32) * v1.to(tl.float32)).to(tile.v2.dtype)
-                    shift = tl.load(up.shift + flat0 + i) - C.LIFT
-                    if x.mask1 is not None:
-                        at = batch * x.stride_mask1_b + head * x.stride_mask1_h
-                        at += i.to(tl.int64) * x.stride_mask1_row
-                        shift -= tl.load(x.mask1 + at + j) * LOG2E
-                    shift = tl.where(live & valid, shift, POS_INF)
-                    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                    s = dot(tile.k2, tl.trans(a), s, C)
-                    mask2_at = batch * x.stride_mask2_b + head * x.stride_mask2_h
-                    s = _masked(s, x, tile, i, mask2_at, C.LIMITED and phase != 1, C)
-                    prob = tl.exp2(s - shift[None, :])
-                    if WANT_V:
-                        dv2 = dot(prob.to(b.dtype), b, dv2, C)
-                    if WANT_K:
-                        delta = tl.load(up.delta + flat0 + i)
-                        dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                        dp = dot(tile.v2, tl.trans(b), dp, C)
-                        ds = _score_gradients(prob, dp, delta, common, C)
-                        dk2 = dot(ds.to(a.dtype), a, dk2, C)
+        if BLOCK_I == 1:
+            i = tl.maximum(tl.minimum(over.lo, i_hi - 1), 0)
+            q_row, dout_row, shift, delta = _query(x, up, flat0 + i, C)
+        for t in range(over.end):
+            i = over.lo + t * BLOCK_I
+            if BLOCK_I > 1:
+                i += tl.arange(0, BLOCK_N) // BLOCK_J
+                live = i < i_hi
+                i = tl.minimum(i, i_hi - 1)
+            j, valid = pair_keys(x, i + x.q_offset, 0, BLOCK_J, BLOCK_N)
+            k1 = load_rows(keys.k1 + j * d, x.d, D, C.EVEN_D)
+            v1 = load_rows(keys.v1 + j * dv, x.dv, DV, C.EVEN_DV)
+            if BLOCK_I > 1:
+                q = load_rows(x.q + (flat0 + i) * d, x.d, D, C.EVEN_D).to(tl.float32)
+                dout = load_rows(up.dout + (flat0 + i) * dv, x.dv, DV, C.EVEN_DV)
+                shift = tl.load(up.shift + flat0 + i)
+                deltas = tl.load(up.delta + flat0 + i)[None, :]
+                valid = valid & live
+            else:  # one query for all rows: numbers and one row, loaded while the last one was used
+                q = q_row.to(tl.float32)[None, :]
+                dout = dout_row[None, :]
+                deltas = delta
+            a = (k1.to(tl.float32) * (q * x.logit_scale)).to(k1.dtype)
+            b = times(v1, dout, C)
+            lse = shift - C.LIFT
+            if x.mask1 is not None:
+                at = batch * x.stride_mask1_b + head * x.stride_mask1_h
+                at += i.to(tl.int64) * x.stride_mask1_row
+                lse -= tl.load(x.mask1 + at + j) * LOG2E
+            lse = tl.where(valid, lse, POS_INF)
+            if BLOCK_I == 1:
+                q_row, dout_row, shift, delta = _query(
+                    x, up, flat0 + tl.minimum(i + 1, i_hi - 1), C
+                )
+            s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            s = dot(tile.k2, tl.trans(a), s, C)
+            mask2_at = batch * x.stride_mask2_b + head * x.stride_mask2_h
+            s = _masked(
+                s, x, tile, i, mask2_at, (t < over.first) | (t >= over.last), BLOCK_I == 1, C
+            )
+            prob = tl.exp2(s - lse[None, :])
+            if WANT_V:
+                dv2 = dot(prob.to(b.dtype), b, dv2, C)
+            if WANT_K:
+                dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                dp = dot(tile.v2, tl.trans(b), dp, C)
+                ds = _score_gradients(prob, dp, deltas, common, C)
+                dk2 = dot(ds.to(a.dtype), a, dk2, C)
 
     flat_k = key_head * x.n_2 + tile.k
     inside = tile.k < x.n_2

@@ -12,12 +12,10 @@ from .tiles import (
     dot,
     first_axis_span,
     head_queries,
-    key_block,
     key_walk,
     keys_of,
     load_row,
     load_rows,
-    pair_keys,
     pair_queries,
     phase_bounds,
     row_penalty,
@@ -25,6 +23,8 @@ from .tiles import (
     scores,
     split_range,
     store_rows,
+    times,
+    width_of,
 )
 
 
@@ -115,19 +115,18 @@ def _block(
     queries,
     keys,
     k0,
-    EDGE: tl.constexpr,
+    edge,
     LIFTED: tl.constexpr,
     C: tl.constexpr,
 ):
-    """P, dS and the tiles of K2 and V2."""
+    """P, dS and the tiles of K2 and V2, of the block of keys from k0 on."""
+    BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
-    k, near = key_block(x, k0, BLOCK_N, EDGE)
-    k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
-    v2 = load_rows(keys.v2 + near * x.dv, x.dv, C.DV, C.EVEN_DV)
-    s = scores(a, k2, x, queries, k, near, EDGE, C)
-    prob = tl.exp2(s - shift[:, None])
-    dp = tl.zeros((b.shape[0], BLOCK_N), tl.float32)
+    s, k2, near = scores(a, x, queries, keys, k0, edge, C)
+    v2 = load_rows(keys.v2 + near * width_of(x.dv, C.DV, C.EVEN_DV), x.dv, C.DV, C.EVEN_DV)
+    dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dp = dot(b, tl.trans(v2), dp, C)
+    prob = tl.exp2(s - shift[:, None])
     return prob, prob * _differences(dp, delta, factor, LIFTED), k2, v2
 
 
@@ -166,6 +165,7 @@ def tensor_attention_bwd_q_rows_kernel(
         b = (dout.to(tl.float32) * v1[None, :]).to(dout.dtype)
         shift = lse - row_penalty(x, queries, j, C)
         dx = tl.zeros((BLOCK_M, D), tl.float32)
+        # Not one loop with a branch, as with pairs: ptxas serialises its products (C7513).
         for phase in tl.static_range(3):
             if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
                 start, stop = phase_bounds(over, phase)
@@ -185,6 +185,64 @@ def tensor_attention_bwd_q_rows_kernel(
 
 
 @triton.jit
+def _slot_keys(x, p, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr):
+    """As pair_keys, but key j of a query stands in row j % BLOCK_J of its rows.
+
+    So that what a tile's queries give to one key stands in the same row of each.
+    """
+    lo = tl.maximum(p - x.left1, 0)
+    j = lo + ((tl.arange(0, BLOCK_M) - lo) & (BLOCK_J - 1))
+    valid = j <= tl.minimum(p + x.right1, x.n_1 - 1)
+    return tl.minimum(j, x.n_1 - 1), valid
+
+
+@triton.jit
+def _store_part(
+    part_ptr, place, z, j, j_lo, keys, width, W: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, SUM_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sums of z over rows of one key j, at `place` the one of j_lo; rows that count have
+    j >= j_lo, `keys` of them."""
+    BLOCK_I: tl.constexpr = z.shape[0] // BLOCK_J
+    if BLOCK_I <= BLOCK_J:
+        # At most two keys in a slot.
+        slots = tl.arange(0, BLOCK_J)
+        first = (slots - j_lo) & (BLOCK_J - 1)
+        for turn in tl.static_range(2):
+            if turn == 0 or BLOCK_I > 1:
+                at = first + turn * BLOCK_J
+                own = (j >= j_lo + turn * BLOCK_J) & (j < j_lo + (turn + 1) * BLOCK_J)
+                part = tl.where(own[:, None], z, 0.0)
+                part = tl.sum(tl.reshape(part, (BLOCK_I, BLOCK_J, W)), axis=0)
+                store_rows(part_ptr + (place + at) * width, part, at < keys, width, W)
+    else:  # a product with zeros and ones
+        sums = tl.arange(0, SUM_ROWS)
+        pick = tl.where(sums[:, None] == (j - j_lo)[None, :], 1.0, 0.0)
+        z = tl.dot(pick, z, input_precision=PRECISION)
+        store_rows(part_ptr + (place + sums) * width, z, sums < keys, width, W)
+
+
+@triton.jit
+def _key_factor(x, tile, slab, C: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A: rows q_i k1_j of queries and their keys j, with the scale."""
+    queries = pair_queries(x, tile, slab, C, BLOCK_J)
+    j, _ = _slot_keys(x, queries.p, BLOCK_J, C.BLOCK_M)
+    q = load_rows(x.q + queries.flat * x.d, x.d, C.D, C.EVEN_D)
+    k1 = load_rows(keys_of(x, queries.key_head).k1 + j * x.d, x.d, C.D, C.EVEN_D)
+    return (q.to(tl.float32) * k1.to(tl.float32) * x.logit_scale).to(q.dtype)
+
+
+@triton.jit
+def _value_factor(x, up, tile, slab, C: tl.constexpr, BLOCK_J: tl.constexpr):
+    """B: rows dout_i v1_j of the same."""
+    queries = pair_queries(x, tile, slab, C, BLOCK_J)
+    j, _ = _slot_keys(x, queries.p, BLOCK_J, C.BLOCK_M)
+    dout = load_rows(up.dout + queries.flat * x.dv, x.dv, C.DV, C.EVEN_DV)
+    v1 = load_rows(keys_of(x, queries.key_head).v1 + j * x.dv, x.dv, C.DV, C.EVEN_DV)
+    return times(dout, v1, C)
+
+
+@triton.jit
 def tensor_attention_bwd_q_pairs_kernel(
     x,
     up,
@@ -192,6 +250,7 @@ def tensor_attention_bwd_q_pairs_kernel(
     part_k_ptr,  # float32 [heads of this launch, tiles, span, d]: parts of dk1
     part_v_ptr,  # float32 [heads of this launch, tiles, span, dv]: parts of dv1
     first_head,  # of this launch, among B H
+    work,  # tiles of all heads of this launch
     span,
     scale,
     C: tl.constexpr,
@@ -206,75 +265,79 @@ def tensor_attention_bwd_q_pairs_kernel(
     DV: tl.constexpr = C.DV
     BLOCK_I: tl.constexpr = BLOCK_M // BLOCK_J
     n_tiles = tl.cdiv(x.n_q, BLOCK_I)
-    pid = tl.program_id(0)
-    tile = pid % n_tiles
-    slab = pid // n_tiles + first_head
-    queries = pair_queries(x, tile, slab, C, BLOCK_J)
-    keys = keys_of(x, queries.key_head)
-    j, valid = pair_keys(x, queries.p, 0, BLOCK_J, BLOCK_M)
-    k1_rows = keys.k1 + j * x.d
-    q_rows = x.q + queries.flat * x.d
-    dout_rows = up.dout + queries.flat * x.dv
-    q = load_rows(q_rows, x.d, D, C.EVEN_D)
-    k1 = load_rows(k1_rows, x.d, D, C.EVEN_D)
-    a = (q.to(tl.float32) * k1.to(tl.float32) * x.logit_scale).to(q.dtype)
-    dout = load_rows(dout_rows, x.dv, DV, C.EVEN_DV)
-    v1 = load_rows(keys.v1 + j * x.dv, x.dv, DV, C.EVEN_DV)
-    b = (dout.to(tl.float32) * v1.to(tl.float32)).to(dout.dtype)
-    # Repeated queries beyond the end count as invalid too.
-    i0 = tile * BLOCK_I
-    valid = valid & (i0 + tl.arange(0, BLOCK_M) // BLOCK_J < x.n_q)
-    shift = tl.load(up.shift + queries.flat) - C.LIFT
-    if x.mask1 is not None:
-        rows = x.mask1 + queries.mask1_at + queries.i.to(tl.int64) * x.stride_mask1_row
-        shift -= tl.load(rows + j) * LOG2E
-    shift = tl.where(valid, shift, POS_INF)
-    delta, factor, lowering = _lowered(up, queries.flat, C)
-    over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
+    step = tl.program_id(0)
+    # What a loop carries is read from shared memory by the products, not from registers.
+    a = _key_factor(x, step % n_tiles, step // n_tiles + first_head, C, BLOCK_J)
+    while step < work:
+        tile = step % n_tiles
+        slab = step // n_tiles + first_head
+        b = _value_factor(x, up, tile, slab, C, BLOCK_J)
+        queries = pair_queries(x, tile, slab, C, BLOCK_J)
+        keys = keys_of(x, queries.key_head)
+        j, valid = _slot_keys(x, queries.p, BLOCK_J, BLOCK_M)
+        # Repeated queries beyond the end count as invalid too.
+        i0 = tile * BLOCK_I
+        inside = i0 + tl.arange(0, BLOCK_M) // BLOCK_J < x.n_q
+        shift = tl.load(up.shift + queries.flat) - C.LIFT
+        if x.mask1 is not None:
+            rows = x.mask1 + queries.mask1_at + queries.i.to(tl.int64) * x.stride_mask1_row
+            shift -= tl.load(rows + j) * LOG2E
+        shift = tl.where(valid & inside, shift, POS_INF)
+        delta, factor, _ = _lowered(up, queries.flat, C)
+        over = key_walk(x, queries.p0, queries.p1, C.BLOCK_N)
 
-    dx = tl.zeros((BLOCK_M, D), tl.float32)
-    if WANT_V:
-        y = tl.zeros((BLOCK_M, DV), tl.float32)
-    for phase in tl.static_range(3):
-        if phase == 1 or (C.LIMITED or (phase == 2 and not C.EVEN_N)):
-            start, stop = phase_bounds(over, phase)
-            for t in range(start, stop):
-                k0 = over.lo + t * C.BLOCK_N
-                prob, ds, k2, v2 = _block(
-                    a, b, shift, delta, factor, x, queries, keys, k0, phase != 1, C.LIFT > 0, C
-                )
-                dx = dot(ds.to(k2.dtype), k2, dx, C)
-                if WANT_V:
-                    y = dot(prob.to(v2.dtype), v2, y, C)
-
-    if C.LIFT > 0:
-        dx *= lowering[:, None]
+        dx = tl.zeros((BLOCK_M, D), tl.float32)
         if WANT_V:
-            y *= 2.0**-C.LIFT
-    k1 = load_rows(k1_rows, x.d, D, C.EVEN_D).to(tl.float32)
-    dq = tl.sum(tl.reshape(dx * k1, (BLOCK_I, BLOCK_J, D)), axis=1) * scale
-    own = i0 + tl.arange(0, BLOCK_I)
-    flat = slab.to(tl.int64) * x.n_q + own
-    store_rows(dq_ptr + flat * x.d, dq, own < x.n_q, x.d, D)
-    if WANT_K or WANT_V:
-        # Rows (i, j) of one j stand on a diagonal: their sum is a product with zeros and ones.
+            y = tl.zeros((BLOCK_M, DV), tl.float32)
+        for t in range(over.end):
+            edge = (t < over.first) | (t >= over.last)
+            k0 = over.lo + t * C.BLOCK_N
+            prob, ds, k2, v2 = _block(
+                a, b, shift, delta, factor, x, queries, keys, k0, edge, C.LIFT > 0, C
+            )
+            dx = dot(ds.to(k2.dtype), k2, dx, C)
+            if WANT_V:
+                y = dot(prob.to(v2.dtype), v2, y, C)
+
+        # The rows again, from what the compiler cannot know to be `tile`: it would keep all of them
+        # in registers during the loop.
+        again = tile + (x.n_q < 0).to(tl.int32)
+        queries = pair_queries(x, again, slab, C, BLOCK_J)
+        j, valid = _slot_keys(x, queries.p, BLOCK_J, BLOCK_M)
+        i0 = again * BLOCK_I
+        valid = valid & (i0 + tl.arange(0, BLOCK_M) // BLOCK_J < x.n_q)
+        if C.LIFT > 0:
+            dx *= _lowered(up, queries.flat, C)[2][:, None]
+            if WANT_V:
+                y *= 2.0**-C.LIFT
+        k1 = load_rows(keys.k1 + j * x.d, x.d, D, C.EVEN_D).to(tl.float32)
+        dq = tl.sum(tl.reshape(dx * k1, (BLOCK_I, BLOCK_J, D)), axis=1) * scale
+        own = i0 + tl.arange(0, BLOCK_I)
+        flat = slab.to(tl.int64) * x.n_q + own
+        store_rows(dq_ptr + flat * x.d, dq, own < x.n_q, x.d, D)
         _, _, j_lo, j_hi = first_axis_span(
-            tile, BLOCK_I, x.n_q, -x.q_offset, x.q_offset, x.n_q, x.n_1, x.q_offset, x.left1,
+            again, BLOCK_I, x.n_q, -x.q_offset, x.q_offset, x.n_q, x.n_1, x.q_offset, x.left1,
             x.right1,
         )  # fmt: skip
-        sums = tl.arange(0, SUM_ROWS)
-        place = pid.to(tl.int64) * span + sums
-        stored = sums < j_hi - j_lo
-        pick = (sums[:, None] == (j - j_lo)[None, :]) & valid[None, :]
-        pick = tl.where(pick, 1.0, 0.0)
-    if WANT_K:
-        z = dx * load_rows(q_rows, x.d, D, C.EVEN_D).to(tl.float32)
-        z = tl.dot(pick, z, input_precision=SUM_PRECISION)
-        store_rows(part_k_ptr + place * x.d, z, stored, x.d, D)
-    if WANT_V:
-        z = y * load_rows(dout_rows, x.dv, DV, C.EVEN_DV).to(tl.float32)
-        z = tl.dot(pick, z, input_precision=SUM_PRECISION)
-        store_rows(part_v_ptr + place * x.dv, z, stored, x.dv, DV)
+        place = step.to(tl.int64) * span
+        j = tl.where(valid, j, -1)
+        if WANT_K:
+            z = dx * load_rows(x.q + queries.flat * x.d, x.d, D, C.EVEN_D).to(tl.float32)
+            _store_part(
+                part_k_ptr, place, z, j, j_lo, j_hi - j_lo, x.d, D, SUM_PRECISION, BLOCK_J,
+                SUM_ROWS,
+            )  # fmt: skip
+        if WANT_V:
+            z = y * load_rows(up.dout + queries.flat * x.dv, x.dv, DV, C.EVEN_DV).to(tl.float32)
+            _store_part(
+                part_v_ptr, place, z, j, j_lo, j_hi - j_lo, x.dv, DV, SUM_PRECISION, BLOCK_J,
+                SUM_ROWS,
+            )  # fmt: skip
+
+        step += tl.num_programs(0)
+        a = tl.zeros((BLOCK_M, D), x.q.dtype.element_ty)
+        if step < work:
+            a = _key_factor(x, step % n_tiles, step // n_tiles + first_head, C, BLOCK_J)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from .tiles import (
     POS_INF,
     dot,
     finite_floor,
-    key_block,
     key_walk,
     keys_of,
     load_row,
@@ -26,23 +25,7 @@ from .tiles import (
     store_rows,
 )
 
-FAR = tl.constexpr(2**30)
 ROOM = tl.constexpr(2.0**60)  # what sums over one chunk may reach
-
-
-@triton.jit
-def _scores(a, x, queries, keys, k0, edge, C: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] of the keys from k0 on, windows at an `edge`; and the keys, clamped."""
-    EVEN: tl.constexpr = C.EVEN_N and not C.LIMITED
-    k, near = key_block(x, k0, C.BLOCK_N, not EVEN)
-    k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
-    s = scores(a, k2, x, queries, k, near, False, C)
-    if not EVEN:
-        if edge:
-            # One comparison of an unsigned difference: fewer registers than two bounds of each row.
-            ahead = tl.where(k < x.n_2, k, FAR)[None, :] - (queries.p - x.left2)[:, None]
-            s = tl.where(ahead.to(tl.uint32) <= x.left2 + x.right2, s, NEG_INF)
-    return s, near
 
 
 @triton.jit
@@ -54,7 +37,7 @@ def _largest(a, x, queries, keys, over, exact, C: tl.constexpr):
     k_lo = tl.where(exact > 0, over.lo, near_lo)
     m = tl.full((BLOCK_M,), NEG_INF, tl.float32)
     for t in range(tl.where(exact > 0, over.end, tl.minimum(over.end, 1))):
-        s, _ = _scores(a, x, queries, keys, k_lo + t * BLOCK_N, True, C)
+        s, _, _ = scores(a, x, queries, keys, k_lo + t * BLOCK_N, True, C)
         m = tl.maximum(m, tl.max(s, axis=1))
     return m
 
@@ -68,7 +51,7 @@ def _attend(a, shift, x, queries, keys, over, C: tl.constexpr):
     o = tl.zeros((BLOCK_M, DV), tl.float32)
     for t in range(over.end):
         edge = (t < over.first) | (t >= over.last)
-        s, near = _scores(a, x, queries, keys, over.lo + t * C.BLOCK_N, edge, C)
+        s, _, near = scores(a, x, queries, keys, over.lo + t * C.BLOCK_N, edge, C)
         e = tl.exp2(s - shift[:, None])
         total += tl.sum(e, axis=1)
         v2 = load_rows(keys.v2 + near * x.dv, x.dv, DV, C.EVEN_DV)

@@ -489,6 +489,7 @@ def _backward_pairs(
                 part_k,
                 part_v,
                 first * p.group,
+                tiles * p.group * count,
                 span,
                 p.scale,
                 C=constants,

@@ -23,6 +23,24 @@ def dot(a, b, acc, C: tl.constexpr):
 
 
 @triton.jit
+def times(a, b, C: tl.constexpr):
+    """Of one type, rounded once: 16-bit numbers in one instruction for two."""
+    if C.WIDE:
+        return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
+    else:
+        return a * b
+
+
+@triton.jit
+def width_of(width, W: tl.constexpr, EVEN: tl.constexpr):
+    """`width`, as a constant where it is the padded one."""
+    if EVEN:
+        return W
+    else:
+        return width
+
+
+@triton.jit
 def load_rows(row_ptrs, width, W: tl.constexpr, EVEN: tl.constexpr):
     """Rows of `width` numbers, padded with zeros to W."""
     cols = tl.arange(0, W)[None, :]
@@ -251,25 +269,28 @@ def key_tile(x, keys, block, C: tl.constexpr):
     k = k0 + tl.arange(0, C.BLOCK_M)
     last = tl.minimum(k0 + C.BLOCK_M, x.n_2) - 1
     near = tl.minimum(k, last)
-    k2 = load_rows(keys.k2 + near * x.d, x.d, C.D, C.EVEN_D)
+    k2 = load_rows(keys.k2 + near * width_of(x.d, C.D, C.EVEN_D), x.d, C.D, C.EVEN_D)
     v2 = load_rows(keys.v2 + near * x.dv, x.dv, C.DV, C.EVEN_DV)
     return KeyTile(k0, last, k, near, k2, v2)
 
 
+FAR = tl.constexpr(2**30)
+
+
 @triton.jit
-def key_block(x, k0, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """BLOCK keys of axis 2 from k0 on, and the same clamped."""
-    k = k0 + tl.arange(0, BLOCK)
-    if EDGE:
-        return k, tl.minimum(k, x.n_2 - 1)
+def scores(a, x, queries, keys, k0, edge, C: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] of a [BLOCK_M, D] and the keys of axis 2 from k0 on, windows at an `edge`;
+    the keys' tile of K2, and which they are (clamped)."""
+    EVEN: tl.constexpr = C.EVEN_N and not C.LIMITED
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    k = k0 + tl.arange(0, BLOCK_N)
+    if EVEN:
+        near = k
     else:
-        return k, k
-
-
-@triton.jit
-def scores(a, k2, x, queries, k, near, EDGE: tl.constexpr, C: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] of a [BLOCK_M, D] and k2 [BLOCK_N, D], the keys k (near: clamped)."""
-    s = tl.zeros((a.shape[0], k2.shape[0]), tl.float32)
+        near = tl.minimum(k, x.n_2 - 1)
+    k2 = load_rows(keys.k2 + near * width_of(x.d, C.D, C.EVEN_D), x.d, C.D, C.EVEN_D)
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s = dot(a, tl.trans(k2), s, C)
     if x.mask2 is not None:
         mask2 = x.mask2 + queries.mask2_at
@@ -277,8 +298,9 @@ def scores(a, k2, x, queries, k, near, EDGE: tl.constexpr, C: tl.constexpr):
             s += tl.load(mask2[:, None] + near[None, :]) * LOG2E
         else:
             s += (tl.load(mask2 + near) * LOG2E)[None, :]
-    if EDGE:
-        low = tl.maximum(queries.p - x.left2, 0)[:, None]
-        high = tl.minimum(queries.p + x.right2, x.n_2 - 1)[:, None]
-        s = tl.where((k[None, :] >= low) & (k[None, :] <= high), s, NEG_INF)
-    return s
+    if not EVEN:
+        if edge:
+            # One comparison of an unsigned difference: fewer registers than two bounds of each row.
+            ahead = tl.where(k < x.n_2, k, FAR)[None, :] - (queries.p - x.left2)[:, None]
+            s = tl.where(ahead.to(tl.uint32) <= x.left2 + x.right2, s, NEG_INF)
+    return s, k2, near

@@ -224,6 +224,32 @@ def test_forward_of_attention_is_as_predicted(what: str) -> None:
     assert loop.instructions <= 1.4 * row.loop
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("at", [0, 1], ids=["queries", "keys"])
+def test_backward_of_windows_is_as_predicted(at: int) -> None:
+    """As above; and no spilled register is touched."""
+    from triton_compile import compile_launch
+
+    row = _models.WINDOWS_BACKWARD[at]
+    launch = next(
+        one
+        for where, one in launches("tensor_attention", 90, False).values()
+        if where == "windows" and one.name == row.kernel
+    )
+    done = compile_launch(launch, 90)
+    (loop,) = done.loops
+    products = 2 * (row.rows // 64) * (row.width // 16 + row.keys // 16)
+    assert (done.warps, loop.matrix, loop.local) == (row.warps, products, 0)
+    assert done.programs(90) == row.programs == 2 and done.shared <= row.shared
+    assert loop.instructions <= 1.4 * row.loop and not done.warnings
+
+
+def test_predicted_backward_of_windows() -> None:
+    """Over the forward, where the products alone would be 4 times its own."""
+    assert _models.backward_share(_models.WINDOWS_BACKWARD) <= 4.2
+    assert _models.backward_share(_models.WINDOWS_BACKWARD_BEFORE) >= 7
+
+
 @pytest.mark.parametrize("what, least", [("windows", 400), ("full", 450)])
 def test_predicted_rate_of_attention(what: str, least: float) -> None:
     """Useful TFLOP/s, also where less overlaps; before it was below 300."""
