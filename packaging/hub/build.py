@@ -171,6 +171,12 @@ EDITS = (
         "from pyloss import backends\nfrom pyloss._native import NAMESPACE\n"
         "from pyloss._ops import add_op_namespace_prefix\n",
     ),
+    ("pyloss.ops._dtensors", 'f"pyloss::{name}"', "add_op_namespace_prefix(name)"),
+    (
+        "pyloss.ops._dtensors",
+        "from pyloss.ops._shards",
+        "from pyloss._ops import add_op_namespace_prefix\nfrom pyloss.ops._shards",
+    ),
     (
         "pyloss.functional._rows",
         '"pyloss.functional.classification"',
