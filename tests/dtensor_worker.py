@@ -222,7 +222,8 @@ def loss_parallel_cases() -> None:
                 close(found.full_tensor(), want.full_tensor())
                 want.sum().backward()
                 found.sum().backward()
-            assert given.grad.placements == other.grad.placements == (Shard(1),)
+            if TORCH >= (2, 13):  # as above
+                assert given.grad.placements == other.grad.placements == (Shard(1),)
             close(given.grad.full_tensor(), other.grad.full_tensor())
 
 

@@ -132,6 +132,7 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_backend_of_the_tiles() -> None:
+    pytest.importorskip("triton", minversion="3.4")
     available = {"triton": None, "reference": None}
     name = "linear_cross_entropy_tiles_fwd"
     assert backends.choose(name, "cuda", available) == "triton"

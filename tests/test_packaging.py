@@ -40,6 +40,8 @@ def test_every_package_is_listed() -> None:
 def test_no_directory_without_init() -> None:
     """A directory of modules without __init__.py would be left out without a word."""
     known = set(package_dirs().values())
+    if (ROOT / "pyloss").is_symlink():
+        pytest.skip("an installed package in its place (tests/versions.py)")
     for folder in (ROOT / "pyloss", ROOT / "kernels"):
         for module in folder.rglob("*.py"):
             assert module.parent in known, module

@@ -135,8 +135,10 @@ def overlaps(p, t, *, batch, squared=False, soft_label=False) -> tuple[Tensor, T
 
 def as_bytes(mask: Tensor) -> Tensor:
     """A bool mask, as what torch multiplies, adds and converts several times faster."""
-    # A copy under vmap, which knows no view of another type before torch 2.13.
-    return mask.to(torch.uint8) if functorch_active() else mask.view(torch.uint8)
+    # A copy under vmap, which knows no view of another type before torch 2.13, and in compiled
+    # code: inductor of 2.6 knows none of bool, and forms the copy where it is read.
+    copied = torch.compiler.is_compiling() or functorch_active()
+    return mask.to(torch.uint8) if copied else mask.view(torch.uint8)
 
 
 def finished(value, input, target: Target, *, batch, reduction, empty, weight=None) -> Tensor:

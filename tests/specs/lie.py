@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from helpers import TORCH
 from torch.func import functional_call
 
 from pyloss.nn import lie
@@ -277,6 +278,7 @@ SPECS = (
         gradients=("images", "g", "translation"),
         dtypes=(F64, F32),
         autocast={F32: F32, F64: F64},
+        gradgrad=TORCH >= (2, 13) or "derivative for aten::grid_sampler_2d_backward",
         forward_mode=(no_tangents := "forward AD with grid_sampler_2d"),
         transforms=dict.fromkeys(("jvp", "jacfwd", "hessian"), no_tangents),
         empty={"no images": Empty(lambda: pictures(0), 0.0, (0, 1, 3, 4))},
