@@ -157,8 +157,8 @@ def row_stats_of_dtensors(function, input: DTensor, tensors: dict, **options):
     shape = input.shape[:-1]
     for name, t in tensors.items():
         if isinstance(t, Tensor) and t.dim():
-            rows = input.shape if name == "mask" else shape
-            tensors[name] = on.local(name, t.expand(rows), kept if name == "mask" else on.of_rows)
+            full = input.shape if name == "mask" else shape
+            tensors[name] = on.local(name, t.expand(full), kept if name == "mask" else on.of_rows)
         else:
             tensors[name] = on.local(name, t)
     found = function(input.to_local(), **tensors, **options)
