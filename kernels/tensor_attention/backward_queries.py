@@ -301,7 +301,7 @@ def tensor_attention_bwd_q_pairs_kernel(
 
         # The rows again, from what the compiler cannot know to be `tile`: it would keep all of them
         # in registers during the loop.
-        again = tile + (x.n_q < 0).to(tl.int32)
+        again = tile + (tl.cast(x.n_q, tl.int32) < 0).to(tl.int32)
         queries = pair_queries(x, again, slab, C, BLOCK_J)
         j, valid = _slot_keys(x, queries.p, BLOCK_J, BLOCK_M)
         i0 = again * BLOCK_I
