@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "check.h"
+#include "common/compiler.h"
 #include "common/dtype.h"
 #include "common/math.h"
-#include "common/compiler.h"
 #include "cpu/lanes.h"
 
 using namespace pyloss;
