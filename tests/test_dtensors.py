@@ -67,3 +67,11 @@ def test_plain_tensors_do_not_load_them() -> None:
         "assert 'pyloss.functional._row_dtensors' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_module_that_another_thread_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in sys.modules before it has its names."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", type(sys)("half"))
+    assert not _shards.is_dtensor(torch.ones(1))
+    # A subclass goes past the short way of plain tensors.
+    assert pyloss.fused_cross_entropy(torch.nn.Parameter(torch.ones(1, 2)), torch.tensor([0])) > 0

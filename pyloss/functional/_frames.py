@@ -43,10 +43,7 @@ def clouds_of(x: Tensor, weight: Tensor | None, offsets: Tensor | None) -> Cloud
     """Of checked arguments."""
     if offsets is not None:
         return Clouds(x, weight, offsets, offsets.shape[0] - 1)
-    x, weight = (
-        whole(x),
-        None if weight is None else whole(weight),
-    )  # rows do not say where one ends
+    x, weight = whole(x), None if weight is None else whole(weight)  # flat rows: no cloud is split
     return Clouds(x.flatten(0, 1), None if weight is None else weight.flatten(), None, x.shape[0])
 
 

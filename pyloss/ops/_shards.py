@@ -39,9 +39,10 @@ def add(lib: Library, name: str, rule: str | Callable[..., str]) -> None:
 
 
 def is_dtensor(t) -> bool:
-    """Whether t is a DTensor; nobody has one before the module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
+    """Whether t is a DTensor; nobody has one before the module is loaded, to its end where another
+    thread is at it."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and isinstance(t, dtensor)
 
 
 def beside(constant: Tensor, other: Tensor) -> Tensor:
@@ -70,5 +71,9 @@ def take_dtensors() -> None:
         return
     from pyloss.ops._dtensors import take
 
-    while _waiting:
-        take(*_waiting.pop())
+    while True:
+        try:  # another thread may have taken the last one
+            waiting = _waiting.pop()
+        except IndexError:
+            return
+        take(*waiting)
